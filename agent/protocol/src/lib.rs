@@ -1,0 +1,26 @@
+//! What the agent and the boot server say to each other, and the words both use.
+//!
+//! Pure: no I/O, no clock, no random numbers. It does not verify signatures: that is `kiln-release`, whose
+//! envelope carries [`Assignment`] and [`Freshness`] as its signed parts.
+#![forbid(unsafe_code)]
+#![deny(missing_docs)]
+
+mod assignment;
+mod ids;
+mod stage;
+mod wire;
+
+pub use assignment::{
+    ASSIGNMENT_TYPE, Assignment, AssignmentError, BoundMachine, FRESHNESS_TYPE, Freshness, FreshnessError, Running,
+    check_assignment, check_freshness,
+};
+pub use ids::{Architecture, Class, IdError, ImageName, KeyId, MachineId, Nonce, ReleaseId, Sha256Hex};
+pub use stage::{Failure, Stage, StageRecord, StageState};
+pub use wire::{
+    Decision, Desired, Firmware, Grant, Health, KeyStorage, MachineFacts, Prefetch, ProtectionClass, REPORT_PATH,
+    Reply, Report, RollbackMemory, RunningRelease, SERVER_NAME, VENDOR_CLASS, VENDOR_OPTION_AGENT_URL,
+    VENDOR_OPTION_HTTP_URL, Via,
+};
+
+/// `spec_version` of every object whose `_type` begins with `kiln-`.
+pub const SPEC_VERSION: &str = "1.0";

@@ -1,0 +1,256 @@
+//! Agent ⇄ server, version 1: one POST of a [`Report`], answered by a [`Reply`]. JSON over mutual TLS.
+//!
+//! Both sides ignore fields they do not know, so that either may be newer.
+
+use crate::ids::{Architecture, ImageName, MachineId, Nonce, Sha256Hex, word_enum};
+use crate::ids::IdError;
+use crate::stage::StageRecord;
+use serde::{Deserialize, Serialize};
+use std::fmt;
+use std::str::FromStr;
+
+/// Where reports are posted.
+pub const REPORT_PATH: &str = "/agent/v1/report";
+/// The DNS name in the agent API's server certificate, whatever address it was reached by: the CA is what counts.
+pub const SERVER_NAME: &str = "kiln-agent-api";
+/// DHCP option 60 (RFC 2132 §9.13) that the agent sends, so that Kiln can say where it is.
+pub const VENDOR_CLASS: &str = "KilnAgent";
+/// Sub-option of DHCP option 43 in Kiln's answer to [`VENDOR_CLASS`]: base URL of artifacts, ASCII.
+pub const VENDOR_OPTION_HTTP_URL: u8 = 1;
+/// Sub-option of DHCP option 43 in Kiln's answer to [`VENDOR_CLASS`]: base URL of the agent API, ASCII.
+pub const VENDOR_OPTION_AGENT_URL: u8 = 2;
+
+word_enum! {
+    /// How the machine booted.
+    Firmware {
+        /// UEFI.
+        Uefi = "uefi",
+        /// Legacy BIOS.
+        Bios = "bios",
+    }
+}
+
+word_enum! {
+    /// Where the machine's identity key lives: how strong its name is.
+    KeyStorage {
+        /// An EFI variable: survives reboots, readable by root; shown as weak.
+        EfiVariable = "efi-variable",
+        /// A file, given with `kiln-agent stage --state`.
+        File = "file",
+        /// New at each boot: the machine is only a name.
+        Ephemeral = "ephemeral",
+    }
+}
+
+word_enum! {
+    /// Where the highest versions seen are kept.
+    RollbackMemory {
+        /// An EFI variable.
+        EfiVariable = "efi-variable",
+        /// A file, given with `kiln-agent stage --state`.
+        File = "file",
+        /// Nowhere: an older, validly signed repository is not noticed after a reboot.
+        None = "none",
+    }
+}
+
+word_enum! {
+    /// What a machine's boot can promise (DESIGN §1).
+    ProtectionClass {
+        /// Secure Boot with the site's key only.
+        Enforced = "enforced",
+        /// TPM quote checked.
+        Attested = "attested",
+        /// Neither.
+        Unprotected = "unprotected",
+    }
+}
+
+word_enum! {
+    /// How a machine leaves for another release.
+    Via {
+        /// The new kernel is started directly.
+        Kexec = "kexec",
+        /// Through firmware.
+        Cold = "cold",
+    }
+}
+
+/// What the machine says it is. For people and for pre-loaded lists; it proves nothing.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineFacts {
+    /// SMBIOS system UUID.
+    pub id: MachineId,
+    /// MAC addresses, `52:54:00:00:00:01`, sorted.
+    pub macs: Vec<String>,
+    /// SMBIOS manufacturer and product name.
+    pub product: String,
+    /// SMBIOS serial number; empty if it has none.
+    pub serial: String,
+    /// How it booted.
+    pub firmware: Firmware,
+    /// Its architecture.
+    pub arch: Architecture,
+    /// Where its identity key lives.
+    pub key_storage: KeyStorage,
+    /// Where its rollback memory lives.
+    pub rollback_memory: RollbackMemory,
+    /// What its boot can promise.
+    pub protection: ProtectionClass,
+    /// MemTotal in bytes.
+    pub memory_bytes: u64,
+}
+
+/// A release that runs, or that the UKI embeds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RunningRelease {
+    /// Image.
+    pub image: ImageName,
+    /// Release number.
+    pub release: u64,
+    /// dm-verity root hash. In [`Report::running`] it is read back from the kernel's device-mapper table.
+    pub root_hash: Sha256Hex,
+}
+
+/// The judgement of the health checks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Health {
+    /// All checks pass and have done so for the soak time.
+    pub healthy: bool,
+    /// Which check fails or how long the soak still lasts, in a sentence.
+    pub detail: String,
+}
+
+/// How far the next release is fetched.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Prefetch {
+    /// Which image.
+    pub image: ImageName,
+    /// Which release.
+    pub release: u64,
+    /// Sequence of the assignment that asks for it.
+    pub sequence: u64,
+    /// Fetched and verified, ready to go.
+    pub ready: bool,
+}
+
+/// What the agent posts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// The kernel's boot id (`/proc/sys/kernel/random/boot_id`): one per kernel start, also after kexec.
+    pub boot_id: String,
+    /// Counts reports of this boot from 1, over the hand-over; a lower one than seen is a stray and changes nothing.
+    pub seq: u64,
+    /// Who it is.
+    pub machine: MachineFacts,
+    /// For this reply's freshness statement.
+    pub nonce: Nonce,
+    /// What its UKI embeds.
+    pub embedded: RunningRelease,
+    /// What runs after the hand-over, read from the kernel; none in the initramfs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub running: Option<RunningRelease>,
+    /// Every stage record since the last report the server answered, oldest first; at most 256.
+    #[serde(default)]
+    pub stages: Vec<StageRecord>,
+    /// Milliseconds since the agent's start of this boot, when this report was made.
+    pub at_ms: u64,
+    /// The health judgement, once checks run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub health: Option<Health>,
+    /// The prefetch, if one is asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefetch: Option<Prefetch>,
+    /// Seconds the server may hold this report until the desired state differs from [`Report::desired_etag`]; 0: none.
+    #[serde(default)]
+    pub wait_s: u32,
+    /// [`Desired::etag`] of the last reply.
+    #[serde(default)]
+    pub desired_etag: String,
+}
+
+/// The server's answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reply {
+    /// What the server wants of the machine.
+    pub desired: Desired,
+    /// Report again after so many milliseconds, ± 20 % of jitter by the agent.
+    pub again_ms: u64,
+    /// Whether the agent may ask to be held ([`Report::wait_s`]).
+    pub may_wait: bool,
+}
+
+/// What the server wants of the machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Desired {
+    /// Changes exactly when the rest (but for freshness) does.
+    pub etag: String,
+    /// The decision.
+    #[serde(flatten)]
+    pub decision: Decision,
+}
+
+/// The server's decision for this machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "decision", rename_all = "lowercase")]
+pub enum Decision {
+    /// Nothing assigned: not approved yet, or quarantined.
+    Wait {
+        /// Why, in a sentence, and what a person can do.
+        reason: String,
+    },
+    /// Assigned.
+    Assigned {
+        /// Text of the assignment envelope. The freshness reply's hash is over exactly these bytes.
+        assignment: String,
+        /// Text of the freshness envelope.
+        freshness: String,
+        /// How to leave, if another release runs.
+        via: Via,
+        /// Whether it may leave now.
+        grant: Grant,
+    },
+}
+
+/// The answer to "may I reimage myself now?".
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "grant", rename_all = "lowercase")]
+pub enum Grant {
+    /// Yes.
+    Go,
+    /// Not yet.
+    Hold {
+        /// Why, in a sentence.
+        reason: String,
+        /// When to expect a change, milliseconds from now, if known.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        until_ms: Option<u64>,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn golden_bytes_of_version_1() {
+        let reply = Reply {
+            desired: Desired {
+                etag: "7-hold".into(),
+                decision: Decision::Assigned {
+                    assignment: "{}".into(),
+                    freshness: "{}".into(),
+                    via: Via::Kexec,
+                    grant: Grant::Hold { reason: "1 of 1 machines may be unavailable".into(), until_ms: None },
+                },
+            },
+            again_ms: 30_000,
+            may_wait: true,
+        };
+        let golden = r#"{"desired":{"etag":"7-hold","decision":"assigned","assignment":"{}","freshness":"{}","via":"kexec","grant":{"grant":"hold","reason":"1 of 1 machines may be unavailable"}},"again_ms":30000,"may_wait":true}"#;
+        assert_eq!(serde_json::to_string(&reply).unwrap(), golden);
+        assert_eq!(serde_json::from_str::<Reply>(golden).unwrap(), reply);
+        let newer = golden.replacen('{', r#"{"added_later":1,"#, 1);
+        assert_eq!(serde_json::from_str::<Reply>(&newer).unwrap(), reply, "unknown fields are ignored");
+    }
+}

@@ -1,0 +1,195 @@
+//! Kiln's own documents: the manifest, `site.json`, and the `boot.json` inside each initramfs.
+//!
+//! Hashes are lower-case hex SHA-256. Strings that become paths or TUF role names are checked by the reader
+//! (`Manifest::check`, `BootInfo::check`), which is called only after the signature was verified.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// `_type` of a manifest.
+pub const MANIFEST_TYPE: &str = "kiln-manifest";
+/// `_type` of `site.json`.
+pub const SITE_TYPE: &str = "kiln-site";
+/// Where [`BootInfo`] lies in the initramfs.
+pub const BOOT_PATH: &str = "/kiln/boot.json";
+/// Where the initramfs agent leaves word for the agent in the booted system.
+pub const HANDOFF_PATH: &str = "/run/kiln/handoff.json";
+
+/// One byte string, named.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Artifact {
+    /// SHA-256 of its bytes.
+    pub sha256: String,
+    /// Its length in bytes.
+    pub length: u64,
+}
+
+/// How to set up dm-verity over the root artifact. SHA-256, format 1, data and hash blocks of 4096 bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VerityParams {
+    /// Root hash.
+    pub root_hash: String,
+    /// Salt, hex.
+    pub salt: String,
+    /// Data blocks of 4096 bytes: the erofs part, padded.
+    pub data_blocks: u64,
+    /// Byte offset of the verity superblock; the tree follows one block later.
+    pub hash_offset: u64,
+}
+
+/// Kinds of health checks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum HealthKind {
+    /// `systemctl is-system-running` says `running`.
+    Systemd,
+}
+
+/// One health check.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HealthCheck {
+    /// What is checked.
+    pub kind: HealthKind,
+    /// Seconds it must hold without a break.
+    pub soak: u64,
+}
+
+/// One tmpfs over the read-only root; always noexec, nosuid, nodev.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WritableMount {
+    /// Absolute path of an existing directory.
+    pub path: String,
+    /// Size in bytes.
+    pub size: u64,
+}
+
+/// What the release declares and a role may parameterise.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FilePolicy {
+    /// A command line that differs from the embedded one is refused (else it is only reported as drift).
+    pub refuse_foreign_command_line: bool,
+}
+
+/// Names every byte that a release boots.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`MANIFEST_TYPE`].
+    #[serde(rename = "_type")]
+    pub type_: String,
+    /// `1.0`.
+    pub spec_version: String,
+    /// Image name.
+    pub image: String,
+    /// Release number, from 1.
+    pub release: u64,
+    /// `normal`, `rescue`, `acceptance` or `wipe`.
+    pub class: String,
+    /// `x86_64`, …
+    pub architecture: String,
+    /// Which hardware it is for; `generic` for all of the architecture.
+    pub product: String,
+    /// Seconds since the epoch that the build used for every time stamp (SOURCE_DATE_EPOCH).
+    pub built: Timestamp,
+    /// The UKI.
+    pub uki: Artifact,
+    /// Its `.linux`.
+    pub kernel: Artifact,
+    /// Its `.initrd`.
+    pub initramfs: Artifact,
+    /// A further cpio, fetched and verified by the agent; none if the initramfs has all it needs.
+    pub extra: Option<Artifact>,
+    /// The root artifact: erofs, then verity superblock and tree.
+    pub root: Artifact,
+    /// dm-verity over it.
+    pub verity: VerityParams,
+    /// Its `.cmdline`, exactly.
+    pub command_line: String,
+    /// Policy.
+    pub policy: FilePolicy,
+    /// Hooks by event; declared by the release, never by role data.
+    pub hooks: BTreeMap<String, String>,
+    /// Health checks; all must hold.
+    pub health: Vec<HealthCheck>,
+    /// Writable places.
+    pub writable: Vec<WritableMount>,
+    /// List of packages in the root.
+    pub sbom: Option<Artifact>,
+}
+
+/// The agent API as the site signs it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentApi {
+    /// The CA that signs the agent API's server certificate, PEM.
+    pub ca_pem: String,
+}
+
+/// `site.json`, a target of top-level targets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Site {
+    /// [`SITE_TYPE`].
+    #[serde(rename = "_type")]
+    pub type_: String,
+    /// `1.0`.
+    pub spec_version: String,
+    /// The site's name.
+    pub name: String,
+    /// Director keys by TUF key id, as TUF key objects.
+    pub directors: BTreeMap<String, serde_json::Value>,
+    /// How many distinct director keys must sign an assignment.
+    pub director_threshold: u32,
+    /// The agent API.
+    pub agent_api: AgentApi,
+    /// Lowest release that may run, by image. An image not named has floor 1.
+    pub floors: BTreeMap<String, u64>,
+}
+
+/// Where the root goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// Into memory.
+    #[default]
+    Ram,
+}
+
+/// Site settings inside the initramfs. They say where to look; trust is in [`BootInfo::trust_root`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SiteSettings {
+    /// The site's name.
+    pub name: String,
+    /// Base URLs of artifacts (`http://10.0.0.1:8080`), tried in order; empty: ask DHCP, then DNS.
+    pub http_urls: Vec<String>,
+    /// Base URLs of the agent API (`https://10.0.0.1:8443`), tried in order; empty: ask DHCP, then DNS.
+    pub agent_urls: Vec<String>,
+    /// CA of the agent API, PEM.
+    pub agent_api_ca_pem: String,
+    /// Where the root goes.
+    #[serde(default)]
+    pub mode: Mode,
+}
+
+/// What this UKI is: [`BOOT_PATH`] in its initramfs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootInfo {
+    /// Image name.
+    pub image: String,
+    /// Release number.
+    pub release: u64,
+    /// Signed class.
+    pub class: String,
+    /// Architecture.
+    pub architecture: String,
+    /// The only dm-verity root hash this UKI boots.
+    pub root_hash: String,
+    /// The command line this UKI embeds.
+    pub command_line: String,
+    /// When it was built: the first time floor.
+    pub built: Timestamp,
+    /// Where to look.
+    pub site: SiteSettings,
+    /// Text of the trusted TUF `root.json`, byte for byte.
+    pub trust_root: String,
+}

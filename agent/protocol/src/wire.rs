@@ -97,7 +97,7 @@ pub struct MachineFacts {
     pub rollback_memory: RollbackMemory,
     /// What its boot can promise.
     pub protection: ProtectionClass,
-    /// MemTotal in bytes.
+    /// `MemTotal` in bytes.
     pub memory_bytes: u64,
 }
 

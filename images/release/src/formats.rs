@@ -91,7 +91,7 @@ pub struct Manifest {
     pub architecture: String,
     /// Which hardware it is for; `generic` for all of the architecture.
     pub product: String,
-    /// Seconds since the epoch that the build used for every time stamp (SOURCE_DATE_EPOCH).
+    /// Seconds since the epoch that the build used for every time stamp (`SOURCE_DATE_EPOCH`).
     pub built: Timestamp,
     /// The UKI.
     pub uki: Artifact,

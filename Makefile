@@ -1,0 +1,45 @@
+# Thin on purpose: the logic lives in the crates and in hardware-tests/setup.
+# Everything is built into ./target; the lab keeps its own things under ./target/lab.
+
+MUSL  := x86_64-unknown-linux-musl
+LAB   := target/debug/kiln-lab
+CARGO ?= cargo
+
+.PHONY: help setup build lab test test-slow bench fuzz lint
+.DEFAULT_GOAL := help
+
+help: ## This list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: ## Install what the lab and the tests need (Debian packages, Rust target), saying what and why
+	@bash hardware-tests/setup
+
+build: ## The programs: kiln, kiln-lab, and the agent as a small static binary
+	@$(CARGO) build --locked -p kiln-server -p kiln-lab
+	@$(CARGO) build --locked -p kiln-agent --profile agent --target $(MUSL)
+
+lab: setup build ## A rack of virtual machines boots, comes up healthy and reimages itself; stays until Ctrl-C (LAB_ONCE=1: exits)
+	@exec $(LAB) run $(LAB_ARGS)
+
+test: setup ## Every test of the fast tier: pure, processes in network namespaces, and a few QEMU boots
+	@$(CARGO) fmt --all --check
+	@$(CARGO) test --locked --workspace --exclude kiln-lab
+	@$(MAKE) --no-print-directory build
+	@$(LAB) prepare
+	@$(CARGO) test --locked -p kiln-lab
+
+test-slow: setup build ## One QEMU run per scenario; hours
+	@$(LAB) prepare
+	@$(CARGO) test --locked -p kiln-lab -- --include-ignored
+
+bench: setup build ## The lab's figures: target/lab/report.json
+	@LAB_ONCE=1 $(LAB) run $(LAB_ARGS)
+
+fuzz: ## The fuzz targets there are, 60 s each (needs cargo-fuzz and a nightly toolchain)
+	@if [ -f fuzz/Cargo.toml ]; then cd fuzz && for t in $$($(CARGO) fuzz list); do $(CARGO) fuzz run $$t -- -max_total_time=60 || exit 1; done; \
+	 else echo "no fuzz targets yet"; fi
+
+lint: setup ## Formatting, clippy, purity of the pure crates, banned crates
+	@$(CARGO) fmt --all --check
+	@$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	@$(CARGO) test --locked -p kiln-lab --test purity

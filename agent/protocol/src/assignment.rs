@@ -2,8 +2,8 @@
 //!
 //! Both travel in TUF's `{signed, signatures}` envelope over canonical JSON. What is here is the signed part.
 
-use crate::ids::{Architecture, ImageName, KeyId, MachineId, Nonce, ReleaseId, Sha256Hex};
 use crate::SPEC_VERSION;
+use crate::ids::{Architecture, ImageName, KeyId, MachineId, Nonce, ReleaseId, Sha256Hex};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
@@ -183,10 +183,7 @@ pub fn check_freshness(f: &Freshness, nonce: &Nonce, assignment: &Sha256Hex) -> 
         return Err(FreshnessError::WrongNonce);
     }
     if f.assignment_sha256 != *assignment {
-        return Err(FreshnessError::WrongAssignment {
-            expected: assignment.clone(),
-            got: f.assignment_sha256.clone(),
-        });
+        return Err(FreshnessError::WrongAssignment { expected: assignment.clone(), got: f.assignment_sha256.clone() });
     }
     Ok(())
 }

@@ -2,8 +2,8 @@
 //!
 //! Both sides ignore fields they do not know, so that either may be newer.
 
-use crate::ids::{Architecture, ImageName, MachineId, Nonce, Sha256Hex, word_enum};
 use crate::ids::IdError;
+use crate::ids::{Architecture, ImageName, MachineId, Nonce, Sha256Hex, word_enum};
 use crate::stage::StageRecord;
 use serde::{Deserialize, Serialize};
 use std::fmt;

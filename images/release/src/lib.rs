@@ -8,6 +8,6 @@
 mod formats;
 
 pub use formats::{
-    AgentApi, Artifact, BOOT_PATH, BootInfo, FilePolicy, HANDOFF_PATH, HealthCheck, HealthKind, Manifest, MANIFEST_TYPE,
-    Mode, SITE_TYPE, Site, SiteSettings, VerityParams, WritableMount,
+    AgentApi, Artifact, BOOT_PATH, BootInfo, FilePolicy, HANDOFF_PATH, HealthCheck, HealthKind, MANIFEST_TYPE,
+    Manifest, Mode, SITE_TYPE, Site, SiteSettings, VerityParams, WritableMount,
 };

@@ -1,0 +1,20 @@
+//! The virtual rack: real firmware, real PXE, the real programs, in namespaces of its own.
+//!
+//! `kiln` and `kiln-agent` are black boxes here, started as a site would start them. What the rack adds is machines
+//! (QEMU with OVMF or SeaBIOS), a network, a site's own DHCP server, hands for power and cables, and patience with a
+//! reason: everything waited for has a deadline that the guest's progress resets.
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+#![allow(missing_docs)]
+
+pub mod accel;
+pub mod checks;
+pub mod command;
+pub mod console;
+pub mod enclosure;
+pub mod error;
+pub mod machine;
+pub mod net;
+pub mod paths;
+pub mod qmp;
+pub mod testing;
+pub mod variables;

@@ -1,0 +1,257 @@
+//! One machine of the rack: a QEMU process with real firmware, a network cable and a power button.
+
+use crate::accel::Accelerator;
+use crate::command;
+use crate::console::{Console, Mark};
+use crate::error::{AtPath, LabError};
+use crate::net;
+use crate::qmp::Qmp;
+use crate::variables::{self, NetworkBoot};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+
+const OVMF_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
+const OVMF_VARS: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
+/// PCI slot of the network card.
+const CARD_SLOT: u8 = 2;
+
+/// The machine's firmware.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Firmware {
+    /// OVMF. Its own PXE or HTTP Boot runs: the card's option ROM is left out.
+    Uefi(NetworkBoot),
+    /// SeaBIOS with the card's iPXE option ROM.
+    Bios,
+}
+
+/// What a machine is.
+#[derive(Debug, Clone)]
+pub struct MachineSpec {
+    /// Its name, also in the boot server's list.
+    pub name: String,
+    /// From 1: gives UUID, MAC address and tap.
+    pub number: u8,
+    /// Its firmware.
+    pub firmware: Firmware,
+    /// Its memory.
+    pub memory_mib: u32,
+}
+
+impl MachineSpec {
+    /// Machine `rack-NUMBER` with 2 GiB.
+    pub fn new(number: u8, firmware: Firmware) -> Self {
+        Self { name: format!("rack-{number}"), number, firmware, memory_mib: 2048 }
+    }
+
+    /// SMBIOS UUID.
+    pub fn uuid(&self) -> String {
+        format!("6b696c6e-0000-4000-8000-0000000000{:02x}", self.number)
+    }
+
+    /// MAC address.
+    pub fn mac(&self) -> [u8; 6] {
+        [0x52, 0x54, 0x00, 0x4b, 0x49, self.number]
+    }
+
+    /// MAC address as text.
+    pub fn mac_text(&self) -> String {
+        self.mac().map(|b| format!("{b:02x}")).join(":")
+    }
+
+    /// What its firmware is called in tables.
+    pub fn firmware_text(&self) -> &'static str {
+        match self.firmware {
+            Firmware::Uefi(NetworkBoot::Pxe) => "UEFI PXE",
+            Firmware::Uefi(NetworkBoot::Http) => "UEFI HTTP",
+            Firmware::Bios => "BIOS PXE",
+        }
+    }
+
+    fn tap(&self) -> String {
+        format!("tap{}", self.number)
+    }
+}
+
+/// A machine in the rack, on or off.
+#[derive(Debug)]
+pub struct Machine {
+    /// What it is.
+    pub spec: MachineSpec,
+    dir: PathBuf,
+    console_path: PathBuf,
+    accelerator: Accelerator,
+    power: Option<Power>,
+    booted_before: bool,
+}
+
+#[derive(Debug)]
+struct Power {
+    child: Child,
+    qmp: Qmp,
+    console: Arc<Console>,
+}
+
+impl Machine {
+    /// Puts it into the rack: its cable, its variable store. `scratch` and `consoles` exist.
+    pub fn install(
+        spec: MachineSpec,
+        accelerator: Accelerator,
+        scratch: &Path,
+        consoles: &Path,
+    ) -> Result<Self, LabError> {
+        let dir = scratch.join(&spec.name);
+        std::fs::create_dir_all(&dir).at(&dir)?;
+        net::make_tap(&spec.tap())?;
+        if let Firmware::Uefi(way) = spec.firmware {
+            let store = dir.join("variables.fd");
+            std::fs::copy(OVMF_VARS, &store).at(OVMF_VARS)?;
+            variables::set_first_boot(&store, way, CARD_SLOT, spec.mac())?;
+        }
+        let console_path = consoles.join(format!("{}.log", spec.name));
+        Ok(Self { spec, dir, console_path, accelerator, power: None, booted_before: false })
+    }
+
+    fn qemu(&self, monitor: &Path) -> Command {
+        let spec = &self.spec;
+        let mut qemu = Command::new("qemu-system-x86_64");
+        let mut arg = |words: &[&str]| {
+            qemu.args(words);
+        };
+        arg(&["-name", &spec.name, "-nodefaults", "-no-user-config", "-display", "none"]);
+        // graphics=off makes SeaBIOS speak on the serial line; OVMF does so by itself.
+        arg(&["-machine", "q35,graphics=off,smm=off", "-accel", self.accelerator.name()]);
+        arg(&["-cpu", self.accelerator.cpu(), "-smp", "1", "-m", &format!("{}M", spec.memory_mib)]);
+        arg(&["-uuid", &spec.uuid()]);
+        arg(&["-smbios", &format!("type=1,manufacturer=Kiln,product=Virtual rack machine,serial={}", spec.name)]);
+        arg(&["-chardev", "stdio,id=serial,signal=off", "-serial", "chardev:serial"]);
+        arg(&["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);
+        arg(&["-netdev", &format!("tap,id=cable,ifname={},script=no,downscript=no", spec.tap())]);
+        let card = format!("virtio-net-pci,netdev=cable,mac={},addr={CARD_SLOT:#x}", spec.mac_text());
+        match spec.firmware {
+            // QEMU's option ROM is iPXE; without it the firmware's own network boot runs.
+            Firmware::Uefi(_) => {
+                arg(&["-device", &format!("{card},romfile=")]);
+                arg(&["-drive", &format!("if=pflash,format=raw,readonly=on,file={OVMF_CODE}")]);
+                let store = self.dir.join("variables.fd");
+                arg(&["-drive", &format!("if=pflash,format=raw,file={}", store.display())]);
+            }
+            Firmware::Bios => arg(&["-device", &format!("{card},bootindex=1")]),
+        }
+        arg(&["-device", "virtio-rng-pci"]);
+        qemu
+    }
+
+    /// Presses the power button of a machine that is off.
+    pub fn power_on(&mut self) -> Result<(), LabError> {
+        self.power_off();
+        let monitor = self.dir.join("monitor");
+        let _ = std::fs::remove_file(&monitor);
+        let mut qemu = self.qemu(&monitor);
+        qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = qemu.spawn().map_err(|source| LabError::Spawn { command: command::shown(&qemu), source })?;
+        let stdout = child.stdout.take().expect("asked for above");
+        let stderr = child.stderr.take().expect("asked for above");
+        let console = Console::follow(
+            &self.spec.name,
+            &self.console_path,
+            self.booted_before,
+            vec![Box::new(stdout), Box::new(stderr)],
+        )?;
+        self.booted_before = true;
+        match Qmp::connect(&self.spec.name, &monitor) {
+            Ok(qmp) => {
+                self.power = Some(Power { child, qmp, console });
+                Ok(())
+            }
+            Err(error) => {
+                let _ = child.kill();
+                let status = child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
+                let last_words = format!("{}; {error}", console.last_words(5));
+                Err(LabError::Died { program: self.spec.name.clone(), status, last_words })
+            }
+        }
+    }
+
+    /// Cuts the power. Nothing is asked of the guest.
+    pub fn power_off(&mut self) {
+        if let Some(mut power) = self.power.take() {
+            let _ = power.child.kill();
+            let _ = power.child.wait();
+        }
+    }
+
+    /// Whether it is on.
+    pub fn is_on(&self) -> bool {
+        self.power.is_some()
+    }
+
+    /// Fails with its last words if QEMU has ended by itself.
+    pub fn check_running(&mut self) -> Result<(), LabError> {
+        let Some(power) = &mut self.power else { return Ok(()) };
+        match power.child.try_wait() {
+            Ok(Some(status)) => Err(LabError::Died {
+                program: self.spec.name.clone(),
+                status: status.to_string(),
+                last_words: power.console.last_words(8),
+            }),
+            Ok(None) | Err(_) => Ok(()),
+        }
+    }
+
+    /// Presses the reset button: through firmware, memory lost, variables kept.
+    pub fn reset(&self) -> Result<(), LabError> {
+        self.power()?.qmp.execute("system_reset", json!({})).map(drop)
+    }
+
+    /// How often it went through reset since it was switched on.
+    pub fn resets(&self) -> usize {
+        self.power.as_ref().map_or(0, |p| p.qmp.resets())
+    }
+
+    /// Waits until it goes through reset once more than `before`.
+    pub fn wait_reset(&self, before: usize, limit: Duration) -> Result<(), LabError> {
+        self.power()?.qmp.wait_reset(before, limit)
+    }
+
+    /// Its serial console.
+    pub fn console(&self) -> Result<&Arc<Console>, LabError> {
+        Ok(&self.power()?.console)
+    }
+
+    /// The end of its console now.
+    pub fn mark(&self) -> Mark {
+        self.power.as_ref().map_or_else(Mark::default, |p| p.console.mark())
+    }
+
+    /// Loses every packet of this machine, or stops doing so. Its link stays up.
+    pub fn set_connected(&self, connected: bool) -> Result<(), LabError> {
+        net::set_connected(&self.spec.tap(), connected)
+    }
+
+    /// Limits what reaches the machine.
+    pub fn set_slow(&self, kbit_s: u32) -> Result<(), LabError> {
+        net::set_slow(&self.spec.tap(), kbit_s)
+    }
+
+    /// PID of its QEMU.
+    pub fn pid(&self) -> Option<u32> {
+        self.power.as_ref().map(|p| p.child.id())
+    }
+
+    fn power(&self) -> Result<&Power, LabError> {
+        self.power.as_ref().ok_or_else(|| LabError::Died {
+            program: self.spec.name.clone(),
+            status: "it is switched off".into(),
+            last_words: String::new(),
+        })
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.power_off();
+    }
+}

@@ -1,0 +1,132 @@
+//! Writes UEFI variables into OVMF's variable store while the machine is off: how the rack sets a boot order.
+//!
+//! OVMF tries PXE over IPv4 and IPv6 before HTTP Boot, which costs minutes of time-outs. An operator would set the boot
+//! order in the firmware's menu; the rack writes the same variables (UEFI 2.10 §3.1.3, §3.3; layout of the store:
+//! EDK2 MdeModulePkg `VariableFormat.h`, authenticated form). It only appends to a store; it does not delete.
+
+use crate::error::{AtPath, LabError};
+use std::path::Path;
+
+/// `EFI_GLOBAL_VARIABLE`, 8be4df61-93ca-11d2-aa0d-00e098032b8c as stored.
+const GLOBAL: [u8; 16] =
+    [0x61, 0xdf, 0xe4, 0x8b, 0xca, 0x93, 0xd2, 0x11, 0xaa, 0x0d, 0x00, 0xe0, 0x98, 0x03, 0x2b, 0x8c];
+/// `gEfiAuthenticatedVariableGuid`, aaf32c78-947b-439a-a180-2e144ec37792 as stored.
+const AUTHENTICATED_STORE: [u8; 16] =
+    [0x78, 0x2c, 0xf3, 0xaa, 0x7b, 0x94, 0x9a, 0x43, 0xa1, 0x80, 0x2e, 0x14, 0x4e, 0xc3, 0x77, 0x92];
+const STORE_HEADER: usize = 28;
+const VARIABLE_HEADER: usize = 60;
+/// Non-volatile, boot-service and run-time access.
+const ATTRIBUTES: u32 = 7;
+
+/// Which of the firmware's ways to the network comes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NetworkBoot {
+    /// PXE over IPv4.
+    Pxe,
+    /// HTTP Boot over IPv4; the address of the program comes by DHCP.
+    Http,
+}
+
+/// Makes the network card in PCI slot `slot` with address `mac` the first boot option of the store at `path`.
+pub fn set_first_boot(path: &Path, way: NetworkBoot, slot: u8, mac: [u8; 6]) -> Result<(), LabError> {
+    let mut store = std::fs::read(path).at(path)?;
+    let wrong = |reason| LabError::VariableStore { path: path.to_owned(), reason };
+    append(&mut store, "Boot0000", &load_option(way, slot, mac)).map_err(wrong)?;
+    append(&mut store, "BootOrder", &[0, 0]).map_err(wrong)?;
+    std::fs::write(path, store).at(path)
+}
+
+/// `EFI_LOAD_OPTION` with the device path the firmware itself gives this card.
+fn load_option(way: NetworkBoot, slot: u8, mac: [u8; 6]) -> Vec<u8> {
+    let mut path = Vec::new();
+    node(&mut path, 0x02, 0x01, &[&0x0a03_41d0_u32.to_le_bytes()[..], &[0; 4]].concat()); // PciRoot(0)
+    node(&mut path, 0x01, 0x01, &[0, slot]); // Pci(slot,0)
+    let mut card = [0; 33];
+    card[..6].copy_from_slice(&mac);
+    card[32] = 1; // Ethernet
+    node(&mut path, 0x03, 0x0b, &card); // MAC
+    node(&mut path, 0x03, 0x0c, &[0; 23]); // IPv4, nothing fixed
+    if way == NetworkBoot::Http {
+        node(&mut path, 0x03, 0x18, &[]); // Uri(), to be had by DHCP
+    }
+    node(&mut path, 0x7f, 0xff, &[]);
+    let mut option = 1_u32.to_le_bytes().to_vec(); // LOAD_OPTION_ACTIVE
+    option.extend(u16::try_from(path.len()).expect("a few dozen bytes").to_le_bytes());
+    option.extend(utf16("kiln rack"));
+    option.extend(path);
+    option
+}
+
+fn node(path: &mut Vec<u8>, kind: u8, sub: u8, data: &[u8]) {
+    path.extend([kind, sub]);
+    path.extend(u16::try_from(data.len() + 4).expect("a few dozen bytes").to_le_bytes());
+    path.extend(data);
+}
+
+fn utf16(text: &str) -> Vec<u8> {
+    text.encode_utf16().chain([0]).flat_map(u16::to_le_bytes).collect()
+}
+
+fn append(store: &mut [u8], name: &str, data: &[u8]) -> Result<(), &'static str> {
+    let u16_at = |s: &[u8], at: usize| s.get(at..at + 2).map(|b| usize::from(u16::from_le_bytes([b[0], b[1]])));
+    let u32_at = |s: &[u8], at: usize| {
+        s.get(at..at + 4).and_then(|b| usize::try_from(u32::from_le_bytes([b[0], b[1], b[2], b[3]])).ok())
+    };
+    let base = u16_at(store, 48).ok_or("too short for a firmware volume")?;
+    if store.get(base..base + 16) != Some(&AUTHENTICATED_STORE[..]) {
+        return Err("it does not hold an authenticated variable store");
+    }
+    let end = base + u32_at(store, base + 16).ok_or("the store's header is cut")?;
+    let mut at = base + STORE_HEADER;
+    while u16_at(store, at) == Some(0x55aa) {
+        let (Some(name_len), Some(data_len)) = (u32_at(store, at + 36), u32_at(store, at + 40)) else {
+            return Err("a variable's header is cut");
+        };
+        at = (at + VARIABLE_HEADER + name_len + data_len).next_multiple_of(4);
+    }
+    let name = utf16(name);
+    let length = |bytes: &[u8]| u32::try_from(bytes.len()).expect("a few dozen bytes").to_le_bytes();
+    let mut variable = vec![0xaa, 0x55, 0x3f, 0];
+    variable.extend(ATTRIBUTES.to_le_bytes());
+    variable.extend([0; 8 + 16 + 4]); // monotonic count, time stamp, key index
+    variable.extend(length(&name));
+    variable.extend(length(data));
+    variable.extend(GLOBAL);
+    variable.extend(name);
+    variable.extend(data);
+    if at + variable.len() > end.min(store.len()) {
+        return Err("it is full");
+    }
+    store[at..at + variable.len()].copy_from_slice(&variable);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn empty_store() -> Vec<u8> {
+        let mut store = vec![0xff; 1024];
+        store[48..50].copy_from_slice(&72_u16.to_le_bytes());
+        store[72..88].copy_from_slice(&AUTHENTICATED_STORE);
+        store[88..92].copy_from_slice(&900_u32.to_le_bytes());
+        store
+    }
+
+    #[test]
+    fn variables_follow_each_other_on_four_byte_bounds() {
+        let mut store = empty_store();
+        append(&mut store, "A", &[1]).unwrap();
+        append(&mut store, "BootOrder", &[0, 0]).unwrap();
+        let second = 72 + STORE_HEADER + (VARIABLE_HEADER + 4 + 1_usize).next_multiple_of(4);
+        assert_eq!(store[second..second + 2], [0xaa, 0x55]);
+        assert_eq!(store[second + VARIABLE_HEADER..second + VARIABLE_HEADER + 4], [b'B', 0, b'o', 0]);
+    }
+
+    #[test]
+    fn what_is_not_a_store_or_is_full_is_refused() {
+        assert!(append(&mut vec![0; 64], "A", &[]).is_err());
+        let mut store = empty_store();
+        assert_eq!(append(&mut store, "A", &[0; 2000]), Err("it is full"));
+    }
+}

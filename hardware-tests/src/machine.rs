@@ -203,7 +203,7 @@ impl Machine {
 
     /// Presses the reset button: through firmware, memory lost, variables kept.
     pub fn reset(&self) -> Result<(), LabError> {
-        self.power()?.qmp.execute("system_reset", json!({})).map(drop)
+        self.power()?.qmp.execute("system_reset", &json!({})).map(drop)
     }
 
     /// How often it went through reset since it was switched on.

@@ -57,12 +57,12 @@ impl Qmp {
             theirs.1.notify_all();
         });
         let qmp = Self { machine: machine.to_owned(), stream, inbox };
-        qmp.execute("qmp_capabilities", json!({}))?;
+        qmp.execute("qmp_capabilities", &json!({}))?;
         Ok(qmp)
     }
 
     /// Runs a monitor command.
-    pub fn execute(&self, command: &str, arguments: Value) -> Result<Value, LabError> {
+    pub fn execute(&self, command: &str, arguments: &Value) -> Result<Value, LabError> {
         let fail =
             |reason: String| LabError::Qmp { machine: self.machine.clone(), reason: format!("{command}: {reason}") };
         let line = format!("{}\n", json!({"execute": command, "arguments": arguments}));

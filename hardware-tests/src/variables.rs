@@ -125,7 +125,7 @@ mod tests {
 
     #[test]
     fn what_is_not_a_store_or_is_full_is_refused() {
-        assert!(append(&mut vec![0; 64], "A", &[]).is_err());
+        assert!(append(&mut [0; 64], "A", &[]).is_err());
         let mut store = empty_store();
         assert_eq!(append(&mut store, "A", &[0; 2000]), Err("it is full"));
     }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use kiln_lab::accel::Accelerator;
+use kiln_lab::console::Mark;
 use kiln_lab::machine::{Firmware, Machine, MachineSpec};
 use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{net, testing};
@@ -19,8 +20,8 @@ fn http_boot_comes_first_and_has_an_address() {
         let mut machine = Machine::install(spec, Accelerator::Tcg, &paths.scratch, &paths.scratch).unwrap();
         machine.power_on().unwrap();
         let console = machine.console().unwrap();
-        console.wait_for("Start HTTP Boot over IPv4", Default::default(), IDLE).unwrap();
-        assert!(!console.since(Default::default()).contains("Start PXE"), "{}", console.last_words(20));
-        dhcp.log.wait_for("DHCPDISCOVER(site1) 52:54:00:4b:49:01", Default::default(), IDLE).unwrap();
+        console.wait_for("Start HTTP Boot over IPv4", Mark::default(), IDLE).unwrap();
+        assert!(!console.since(Mark::default()).contains("Start PXE"), "{}", console.last_words(20));
+        dhcp.log.wait_for("DHCPDISCOVER(site1) 52:54:00:4b:49:01", Mark::default(), IDLE).unwrap();
     });
 }

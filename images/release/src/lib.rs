@@ -4,10 +4,24 @@
 //! Pure: no I/O, no clock, no random numbers; time and key seeds are arguments.
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod canonical;
+pub mod certificate;
+mod checks;
+pub mod envelope;
+mod error;
 mod formats;
+pub mod hex;
+pub mod key;
+pub mod tuf;
+pub mod verity;
 
+pub use checks::{MAX_DIRECTOR_STATEMENT, is_image_name};
+pub use envelope::{KeySet, Unverified, Verified, sign_envelope};
+pub use error::{CanonicalError, DirectorError, EnvelopeError, FormatError, KeyError, TufError, VerityError};
 pub use formats::{
     AgentApi, Artifact, BOOT_PATH, BootInfo, FilePolicy, HANDOFF_PATH, HealthCheck, HealthKind, MANIFEST_TYPE,
     Manifest, Mode, SITE_TYPE, Site, SiteSettings, VerityParams, WritableMount,
 };
+pub use key::{PublicKey, Signer};

@@ -1,0 +1,191 @@
+//! Everything that can stop a build, each with what to do about it.
+
+use std::path::PathBuf;
+
+/// Why an image was not built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The recipe is not valid.
+    #[error(transparent)]
+    Recipe(#[from] RecipeError),
+    /// A file could not be read.
+    #[error("cannot read {path}: {source}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// A file could not be written.
+    #[error("cannot write {path}: {source}")]
+    Write {
+        /// Which file.
+        path: PathBuf,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// The site directory lacks something.
+    #[error("{path} is missing: {site} is not a complete site directory; make one with `kiln trust init --lab {site}`")]
+    Site {
+        /// What is missing.
+        path: PathBuf,
+        /// The site directory.
+        site: String,
+    },
+    /// The site's trust root is not usable.
+    #[error("{path} is not a TUF root.json: {detail}")]
+    TrustRoot {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        detail: String,
+    },
+    /// The agent's binary is missing.
+    #[error(
+        "no agent binary at {path}; build it with `cargo build -p kiln-agent --profile agent --target x86_64-unknown-linux-musl`, or name it with --agent"
+    )]
+    NoAgent {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// The agent's binary is not a static ELF program: it could not start in the initramfs.
+    #[error("{path} is not a static x86_64 ELF program, so it cannot run as PID 1 of an initramfs: {detail}")]
+    AgentNotStatic {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong with it.
+        detail: &'static str,
+    },
+    /// Programs are missing on this host.
+    #[error("missing on this machine: {}; install with `apt-get install {}`", programs.join(", "), packages.join(" "))]
+    MissingPrograms {
+        /// Which programs.
+        programs: Vec<String>,
+        /// Debian packages that hold them.
+        packages: Vec<String>,
+    },
+    /// This user may not make user namespaces.
+    #[error(
+        "building as {user} needs a range of subordinate ids, and {detail}; add one with `sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}`, or build as root"
+    )]
+    NoSubIds {
+        /// Who builds.
+        user: String,
+        /// What is missing.
+        detail: String,
+    },
+    /// apt on this host names no Debian mirror.
+    #[error(
+        "this machine's apt names no Debian mirror: `apt-get indextargets` lists none; add one to /etc/apt/sources.list.d and run `apt-get update`"
+    )]
+    NoMirror,
+    /// The archive keyring is not there.
+    #[error("{path} is missing; install it with `apt-get install debian-archive-keyring`")]
+    NoKeyring {
+        /// Where it should be.
+        path: PathBuf,
+    },
+    /// An external program failed.
+    #[error("{program} failed ({status}) while {doing}; its last words:\n{last_words}")]
+    Tool {
+        /// Which program.
+        program: String,
+        /// What for.
+        doing: &'static str,
+        /// Its exit status.
+        status: String,
+        /// The end of its standard error.
+        last_words: String,
+    },
+    /// The mirror changed while it was read, twice in a row.
+    #[error("the Debian mirror changed while packages were being read from it; try again")]
+    MirrorMoved,
+    /// A package index has no usable date.
+    #[error("the mirror's index {path} has no readable Date line")]
+    IndexDate {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// What the packages hold is not what the build needs.
+    #[error("{path} is missing from the packages of suite {suite}: is {package} the right package?")]
+    PackageLacks {
+        /// Which file.
+        path: String,
+        /// The suite.
+        suite: String,
+        /// The package looked at.
+        package: String,
+    },
+    /// A tar could not be understood.
+    #[error("{what} at byte {offset} of {path}")]
+    Tar {
+        /// What is wrong.
+        what: &'static str,
+        /// Where.
+        offset: u64,
+        /// In which file.
+        path: PathBuf,
+    },
+    /// A place named in the recipe is not in the root.
+    #[error("recipe {recipe}: {key} names {path}, and the root has no such directory")]
+    NoSuchDirectory {
+        /// Recipe name.
+        recipe: String,
+        /// Which list.
+        key: &'static str,
+        /// Which path.
+        path: String,
+    },
+    /// Kernel modules cannot be gathered.
+    #[error(transparent)]
+    Modules(#[from] crate::modules::ModuleError),
+    /// The UKI cannot be put together.
+    #[error(transparent)]
+    Uki(#[from] crate::uki::UkiError),
+    /// The root file system cannot be protected.
+    #[error("cannot make the verity tree: {0}")]
+    Verity(String),
+}
+
+/// Why a recipe is refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RecipeError {
+    /// It cannot be read.
+    #[error("cannot read recipe {path}: {detail}")]
+    Read {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        detail: String,
+    },
+    /// It is not the TOML this reader knows, or a value is not allowed.
+    #[error("{path}:{line}:{column}: {message}")]
+    Invalid {
+        /// Which file.
+        path: PathBuf,
+        /// Line, from 1.
+        line: usize,
+        /// Column, from 1.
+        column: usize,
+        /// What is wrong and what is allowed.
+        message: String,
+    },
+    /// A key that must be there is not.
+    #[error("{path}: {key} is missing; {hint}")]
+    Missing {
+        /// Which file.
+        path: PathBuf,
+        /// Which key.
+        key: &'static str,
+        /// What it is for.
+        hint: &'static str,
+    },
+    /// Recipes extend each other in a ring, or too deeply.
+    #[error("{path}: `extends` goes deeper than {limit} recipes; do they extend each other in a ring?")]
+    TooDeep {
+        /// Which file.
+        path: PathBuf,
+        /// The limit.
+        limit: usize,
+    },
+}

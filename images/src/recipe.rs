@@ -1,0 +1,364 @@
+//! Recipes: the one TOML source of an image. What is read is raw text with places; what comes out is checked.
+//!
+//! A recipe may extend another (`extends = "minimal.toml"`): single values replace the other's, lists are added to it.
+
+use crate::error::RecipeError;
+use kiln_release::{FilePolicy, HealthCheck, WritableMount};
+use serde::Deserialize;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use toml::Spanned;
+
+/// How many recipes may extend each other.
+const EXTENDS_LIMIT: usize = 4;
+
+/// A file that a recipe puts into the root.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RecipeFile {
+    /// Absolute path in the root.
+    pub path: String,
+    /// Permission bits.
+    pub mode: u32,
+    /// Its bytes.
+    pub content: Vec<u8>,
+}
+
+/// A checked recipe.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Recipe {
+    /// Image name.
+    pub name: String,
+    /// Signed class of its releases.
+    pub class: String,
+    /// Which hardware it is for.
+    pub product: String,
+    /// Debian suite.
+    pub suite: String,
+    /// `x86_64`.
+    pub architecture: String,
+    /// Kernel package, or the metapackage that depends on it.
+    pub kernel: String,
+    /// Kernel command line, exactly.
+    pub command_line: String,
+    /// Packages in the root, sorted.
+    pub packages: Vec<String>,
+    /// Kernel modules in the initramfs.
+    pub modules: Vec<String>,
+    /// Paths of the packages that are left out, with all that is below them.
+    pub exclude: Vec<String>,
+    /// systemd units that may not start.
+    pub mask: Vec<String>,
+    /// systemd units that multi-user.target starts.
+    pub enable: Vec<String>,
+    /// Health checks.
+    pub health: Vec<HealthCheck>,
+    /// tmpfs mounts.
+    pub writable: Vec<WritableMount>,
+    /// Further files.
+    pub files: Vec<RecipeFile>,
+    /// What the release declares and a role may parameterise.
+    pub policy: FilePolicy,
+    /// Every file that was read for it, with its bytes: the build's input.
+    pub sources: Vec<(PathBuf, Vec<u8>)>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Raw {
+    extends: Option<Spanned<String>>,
+    name: Option<Spanned<String>>,
+    class: Option<Spanned<String>>,
+    product: Option<Spanned<String>>,
+    suite: Option<Spanned<String>>,
+    architecture: Option<Spanned<String>>,
+    kernel: Option<Spanned<String>>,
+    command_line: Option<Spanned<String>>,
+    packages: Vec<Spanned<String>>,
+    modules: Vec<Spanned<String>>,
+    exclude: Vec<Spanned<String>>,
+    mask: Vec<Spanned<String>>,
+    enable: Vec<Spanned<String>>,
+    health: Vec<RawHealth>,
+    writable: Vec<RawWritable>,
+    file: Vec<RawFile>,
+    policy: Option<RawPolicy>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawHealth {
+    kind: Spanned<String>,
+    soak: Spanned<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawWritable {
+    path: Spanned<String>,
+    size: Spanned<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawFile {
+    path: Spanned<String>,
+    mode: Option<Spanned<String>>,
+    content: Option<Spanned<String>>,
+    source: Option<Spanned<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawPolicy {
+    refuse_foreign_command_line: bool,
+}
+
+impl Recipe {
+    /// Reads and checks a recipe, and every file it names.
+    pub fn load(path: &Path) -> Result<Self, RecipeError> {
+        let mut recipe = Partial::default();
+        recipe.add(path, 0)?;
+        recipe.finish(path)
+    }
+}
+
+/// A recipe of which parts may still be missing.
+#[derive(Debug, Default)]
+struct Partial {
+    name: Option<String>,
+    class: Option<String>,
+    product: Option<String>,
+    suite: Option<String>,
+    architecture: Option<String>,
+    kernel: Option<String>,
+    command_line: Option<String>,
+    packages: Vec<String>,
+    modules: Vec<String>,
+    exclude: Vec<String>,
+    mask: Vec<String>,
+    enable: Vec<String>,
+    health: Vec<HealthCheck>,
+    writable: Vec<WritableMount>,
+    files: Vec<RecipeFile>,
+    policy: Option<FilePolicy>,
+    sources: Vec<(PathBuf, Vec<u8>)>,
+}
+
+/// One recipe file, to turn spans into places.
+struct Source<'a> {
+    path: &'a Path,
+    text: &'a str,
+}
+
+impl Source<'_> {
+    fn invalid(&self, span: Range<usize>, message: impl Into<String>) -> RecipeError {
+        let before = self.text.get(..span.start).unwrap_or(self.text);
+        let line = before.matches('\n').count() + 1;
+        let column = before.rsplit('\n').next().unwrap_or("").chars().count() + 1;
+        RecipeError::Invalid { path: self.path.into(), line, column, message: message.into() }
+    }
+
+    /// Takes a string if `good`, else says what is allowed.
+    fn check(&self, value: Spanned<String>, good: fn(&str) -> bool, allowed: &str) -> Result<String, RecipeError> {
+        if good(value.get_ref()) {
+            return Ok(value.into_inner());
+        }
+        Err(self.invalid(value.span(), format!("{:?} is not {allowed}", value.get_ref())))
+    }
+
+    fn check_all(
+        &self,
+        list: Vec<Spanned<String>>,
+        good: fn(&str) -> bool,
+        allowed: &str,
+    ) -> Result<Vec<String>, RecipeError> {
+        list.into_iter().map(|value| self.check(value, good, allowed)).collect()
+    }
+}
+
+impl Partial {
+    fn add(&mut self, path: &Path, depth: usize) -> Result<(), RecipeError> {
+        if depth == EXTENDS_LIMIT {
+            return Err(RecipeError::TooDeep { path: path.into(), limit: EXTENDS_LIMIT });
+        }
+        let bytes = read(path)?;
+        let text = std::str::from_utf8(&bytes)
+            .map_err(|error| RecipeError::Read { path: path.into(), detail: error.to_string() })?;
+        let source = Source { path, text };
+        let raw: Raw = toml::from_str(text)
+            .map_err(|error| source.invalid(error.span().unwrap_or(0..0), error.message().trim()))?;
+        let folder = path.parent().unwrap_or(Path::new("."));
+        if let Some(other) = &raw.extends {
+            self.add(&folder.join(other.get_ref()), depth + 1)?;
+        }
+        self.take(raw, &source, folder)?;
+        self.sources.push((path.into(), bytes));
+        Ok(())
+    }
+
+    fn take(&mut self, raw: Raw, source: &Source<'_>, folder: &Path) -> Result<(), RecipeError> {
+        let single =
+            |slot: &mut Option<String>, value: Option<Spanned<String>>, good: fn(&str) -> bool, allowed: &str| {
+                if let Some(value) = value {
+                    *slot = Some(source.check(value, good, allowed)?);
+                }
+                Ok::<_, RecipeError>(())
+            };
+        single(&mut self.name, raw.name, is_name, "an image name (a-z, 0-9, -; at most 40, a letter first)")?;
+        single(&mut self.class, raw.class, is_class, "a class: normal, rescue, acceptance or wipe")?;
+        single(&mut self.product, raw.product, is_name, "a product name (a-z, 0-9, -)")?;
+        single(&mut self.suite, raw.suite, |suite| suite == "trixie", "a suite this builder knows: trixie")?;
+        single(
+            &mut self.architecture,
+            raw.architecture,
+            |name| name == "x86_64",
+            "an architecture this builder knows: x86_64",
+        )?;
+        single(&mut self.kernel, raw.kernel, is_package, "a Debian package name")?;
+        single(&mut self.command_line, raw.command_line, is_command_line, "one line of printable ASCII")?;
+        self.packages.extend(source.check_all(raw.packages, is_package, "a Debian package name")?);
+        self.modules.extend(source.check_all(raw.modules, is_module, "a kernel module's name")?);
+        self.exclude.extend(source.check_all(raw.exclude, is_root_path, "an absolute path without . or ..")?);
+        self.mask.extend(source.check_all(raw.mask, is_unit, "a systemd unit's file name")?);
+        self.enable.extend(source.check_all(raw.enable, is_unit, "a systemd unit's file name")?);
+        for health in raw.health {
+            let kind = serde_json::from_value(serde_json::Value::String(health.kind.get_ref().clone()))
+                .map_err(|_| source.invalid(health.kind.span(), "a health check's kind is: systemd"))?;
+            let soak = *health.soak.get_ref();
+            if soak > 3600 {
+                return Err(source.invalid(health.soak.span(), "soak is in seconds, at most 3600"));
+            }
+            self.health.push(HealthCheck { kind, soak });
+        }
+        for mount in raw.writable {
+            let size = bytes_of(mount.size.get_ref())
+                .ok_or_else(|| source.invalid(mount.size.span(), "a size is a number with K, M or G, like \"64M\""))?;
+            let span = mount.path.span();
+            let path = source.check(mount.path, is_root_path, "an absolute path without . or ..")?;
+            let own = |place: &str| path == place || path.starts_with(&format!("{place}/"));
+            if ["/run", "/dev", "/proc", "/sys"].into_iter().any(own) {
+                return Err(source.invalid(span, format!("{path} is writable already, or the kernel's own")));
+            }
+            if self.writable.iter().any(|other| other.path == path) {
+                return Err(source.invalid(span, format!("{path} is named twice")));
+            }
+            self.writable.push(WritableMount { path, size });
+        }
+        for file in raw.file {
+            self.file(file, source, folder)?;
+        }
+        if let Some(policy) = raw.policy {
+            self.policy = Some(FilePolicy { refuse_foreign_command_line: policy.refuse_foreign_command_line });
+        }
+        Ok(())
+    }
+
+    fn file(&mut self, file: RawFile, source: &Source<'_>, folder: &Path) -> Result<(), RecipeError> {
+        let span = file.path.span();
+        let path = source.check(file.path, is_root_path, "an absolute path without . or ..")?;
+        let mode = match file.mode {
+            None => 0o644,
+            Some(mode) => match u32::from_str_radix(mode.get_ref(), 8) {
+                Ok(bits) if bits <= 0o7777 => bits,
+                Ok(_) | Err(_) => return Err(source.invalid(mode.span(), "a mode is octal, like \"0644\"")),
+            },
+        };
+        let content = match (file.content, file.source) {
+            (Some(content), None) => content.into_inner().into_bytes(),
+            (None, Some(from)) => {
+                let from = folder.join(from.get_ref());
+                let bytes = read(&from)?;
+                self.sources.push((from, bytes.clone()));
+                bytes
+            }
+            (Some(_), Some(_)) | (None, None) => {
+                return Err(source.invalid(span, "a file has either `content` or `source`"));
+            }
+        };
+        self.files.push(RecipeFile { path, mode, content });
+        Ok(())
+    }
+
+    fn finish(self, path: &Path) -> Result<Recipe, RecipeError> {
+        let missing = |key, hint| move || RecipeError::Missing { path: path.into(), key, hint };
+        let sorted = |mut list: Vec<String>| {
+            list.sort();
+            list.dedup();
+            list
+        };
+        if self.health.is_empty() {
+            return Err(missing("[[health]]", "without a health check no release would ever be called healthy")());
+        }
+        Ok(Recipe {
+            name: self.name.ok_or_else(missing("name", "it names the image"))?,
+            class: self.class.unwrap_or_else(|| "normal".into()),
+            product: self.product.unwrap_or_else(|| "generic".into()),
+            suite: self.suite.ok_or_else(missing("suite", "it names the Debian suite"))?,
+            architecture: self.architecture.ok_or_else(missing("architecture", "x86_64"))?,
+            kernel: self.kernel.ok_or_else(missing("kernel", "it names the kernel's package"))?,
+            command_line: self.command_line.ok_or_else(missing("command_line", "the kernel gets it exactly"))?,
+            packages: sorted(self.packages),
+            modules: sorted(self.modules),
+            exclude: sorted(self.exclude),
+            mask: sorted(self.mask),
+            enable: sorted(self.enable),
+            health: self.health,
+            writable: self.writable,
+            files: self.files,
+            policy: self.policy.unwrap_or_default(),
+            sources: self.sources,
+        })
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, RecipeError> {
+    std::fs::read(path).map_err(|error| RecipeError::Read { path: path.into(), detail: error.to_string() })
+}
+
+fn is_name(text: &str) -> bool {
+    text.len() <= 40
+        && text.starts_with(|first: char| first.is_ascii_lowercase())
+        && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
+}
+
+fn is_class(text: &str) -> bool {
+    matches!(text, "normal" | "rescue" | "acceptance" | "wipe")
+}
+
+/// Debian Policy §5.6.7.
+fn is_package(text: &str) -> bool {
+    text.len() >= 2
+        && text.starts_with(|first: char| first.is_ascii_lowercase() || first.is_ascii_digit())
+        && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.".contains(c))
+}
+
+fn is_module(text: &str) -> bool {
+    !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-".contains(c))
+}
+
+fn is_unit(text: &str) -> bool {
+    let kinds = [".service", ".socket", ".timer", ".mount", ".automount", ".path", ".target"];
+    kinds.iter().any(|kind| text.len() > kind.len() && text.ends_with(kind))
+        && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-.@:\\".contains(c))
+}
+
+fn is_root_path(text: &str) -> bool {
+    let plain =
+        |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains(|c: char| c.is_control());
+    text.strip_prefix('/').is_some_and(|rest| rest.split('/').all(plain))
+}
+
+fn is_command_line(text: &str) -> bool {
+    text.len() < 2048 && text.trim() == text && text.chars().all(|c| c == ' ' || c.is_ascii_graphic())
+}
+
+fn bytes_of(size: &str) -> Option<u64> {
+    let (number, unit) = size.split_at_checked(size.len().checked_sub(1)?)?;
+    let unit = match unit {
+        "K" => 1 << 10,
+        "M" => 1 << 20,
+        "G" => 1 << 30,
+        _ => return None,
+    };
+    number.parse::<u64>().ok().filter(|number| *number > 0)?.checked_mul(unit)
+}

@@ -1,0 +1,105 @@
+//! Recipes that ship are good; wrong ones are refused at the right place.
+#![allow(clippy::unwrap_used)]
+
+use kiln_images::error::RecipeError;
+use kiln_images::recipe::Recipe;
+use std::path::{Path, PathBuf};
+
+fn shipped(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes").join(name)
+}
+
+fn load(text: &str) -> Result<Recipe, RecipeError> {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("r.toml");
+    std::fs::write(&path, text).unwrap();
+    Recipe::load(&path)
+}
+
+/// `line:column message` of the refusal.
+fn refusal(text: &str) -> String {
+    match load(text).unwrap_err() {
+        RecipeError::Invalid { line, column, message, .. } => format!("{line}:{column} {message}"),
+        other => panic!("expected a place, got {other}"),
+    }
+}
+
+const GOOD: &str = r#"name = "test"
+suite = "trixie"
+architecture = "x86_64"
+kernel = "linux-image-cloud-amd64"
+command_line = "console=ttyS0"
+packages = ["systemd"]
+modules = ["erofs"]
+[[health]]
+kind = "systemd"
+soak = 5
+"#;
+
+#[test]
+fn shipped_recipes_are_valid() {
+    let minimal = Recipe::load(&shipped("minimal.toml")).unwrap();
+    assert_eq!((minimal.name.as_str(), minimal.class.as_str()), ("minimal", "normal"));
+    let probe = Recipe::load(&shipped("probe.toml")).unwrap();
+    assert_eq!((probe.name.as_str(), &probe.modules, &probe.kernel), ("probe", &minimal.modules, &minimal.kernel));
+    assert!(probe.files.len() > minimal.files.len());
+}
+
+#[test]
+fn unknown_keys_are_refused_with_their_place() {
+    let refused = refusal(&GOOD.replace("kernel =", "kernal ="));
+    assert!(refused.starts_with("4:1 unknown field `kernal`"), "{refused}");
+    let refused = refusal(&format!("{GOOD}retries = 3\n"));
+    assert!(refused.starts_with("11:1 unknown field `retries`"), "{refused}");
+}
+
+#[test]
+fn wrong_values_are_refused_with_their_place() {
+    let cases = [
+        ("\"test\"", "\"Test\"", "1:8 \"Test\" is not an image name (a-z, 0-9, -; at most 40, a letter first)"),
+        ("\"trixie\"", "\"sid\"", "2:9 \"sid\" is not a suite this builder knows: trixie"),
+        ("[\"systemd\"]", "[\"a b\"]", "6:13 \"a b\" is not a Debian package name"),
+        ("[\"erofs\"]", "[\"ok\", \"../x\"]", "7:18 \"../x\" is not a kernel module's name"),
+        ("\"systemd\"\nsoak", "\"ping\"\nsoak", "9:8 a health check's kind is: systemd"),
+        ("soak = 5", "soak = 5000", "10:8 soak is in seconds, at most 3600"),
+        ("console=ttyS0", "a\\nb", "5:16 \"a\\nb\" is not one line of printable ASCII"),
+    ];
+    for (from, to, expected) in cases {
+        assert_eq!(refusal(&GOOD.replacen(from, to, 1)), expected);
+    }
+}
+
+#[test]
+fn writable_places_and_files_are_checked() {
+    let mount = |path: &str, size: &str| format!("{GOOD}[[writable]]\npath = \"{path}\"\nsize = \"{size}\"\n");
+    let recipe = load(&mount("/var/log", "2M")).unwrap();
+    assert_eq!((recipe.writable[0].path.as_str(), recipe.writable[0].size), ("/var/log", 2 << 20));
+    assert!(refusal(&mount("/run/x", "2M")).contains("writable already"));
+    assert!(refusal(&mount("/var/../etc", "2M")).contains("without . or .."));
+    assert!(refusal(&mount("/var/log", "2")).contains("a size is a number with K, M or G"));
+    assert!(refusal(&format!("{GOOD}[[file]]\npath = \"/etc/x\"\n")).contains("either `content` or `source`"));
+    assert!(refusal(&format!("{GOOD}[[file]]\npath = \"/etc/x\"\nmode = \"9\"\ncontent = \"\"\n")).contains("octal"));
+}
+
+#[test]
+fn what_must_be_there_is_named() {
+    let without = GOOD.replace("command_line = \"console=ttyS0\"\n", "");
+    assert!(load(&without).unwrap_err().to_string().contains("command_line is missing"));
+    let without = GOOD.split("[[health]]").next().unwrap();
+    assert!(load(without).unwrap_err().to_string().contains("[[health]] is missing"));
+}
+
+#[test]
+fn extending_adds_lists_and_ends_in_rings() {
+    let temp = tempfile::tempdir().unwrap();
+    std::fs::write(temp.path().join("base.toml"), GOOD).unwrap();
+    let top = "extends = \"base.toml\"\nname = \"top\"\nmodules = [\"loop\"]\n";
+    std::fs::write(temp.path().join("top.toml"), top).unwrap();
+    let recipe = Recipe::load(&temp.path().join("top.toml")).unwrap();
+    assert_eq!(recipe.name, "top");
+    assert_eq!(recipe.modules, ["erofs", "loop"]);
+    assert_eq!(recipe.sources.len(), 2);
+    std::fs::write(temp.path().join("ring.toml"), "extends = \"ring.toml\"\n").unwrap();
+    let error = Recipe::load(&temp.path().join("ring.toml")).unwrap_err();
+    assert!(matches!(error, RecipeError::TooDeep { .. }), "{error}");
+}

@@ -12,14 +12,11 @@ mod checks;
 pub mod envelope;
 mod error;
 mod formats;
-<<<<<<< HEAD
 pub mod hex;
 pub mod key;
+pub mod pe;
 pub mod tuf;
 pub mod verity;
-=======
-pub mod pe;
->>>>>>> a3e131e (Image builder: recipes, cpio, tar layers, module closure and UKI parts, each pure and tested alone)
 
 pub use checks::{MAX_DIRECTOR_STATEMENT, is_image_name};
 pub use envelope::{KeySet, Unverified, Verified, sign_envelope};

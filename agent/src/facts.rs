@@ -1,0 +1,81 @@
+//! What this machine says it is: SMBIOS by sysfs, MAC addresses, memory, firmware.
+
+use crate::error::{AgentError, Result};
+use kiln_protocol::{Architecture, Firmware, KeyStorage, MachineFacts, MachineId, ProtectionClass, RollbackMemory};
+use std::path::Path;
+
+/// Reads the facts; the key and the memory are the caller's to say.
+pub fn read(key_storage: KeyStorage, rollback_memory: RollbackMemory) -> Result<MachineFacts> {
+    let macs = mac_addresses();
+    Ok(MachineFacts {
+        id: machine_id(&macs)?,
+        product: [dmi("sys_vendor"), dmi("product_name")].join(" ").trim().to_owned(),
+        serial: dmi("product_serial"),
+        macs,
+        firmware: firmware(),
+        arch: architecture(),
+        key_storage,
+        rollback_memory,
+        protection: ProtectionClass::Unprotected,
+        memory_bytes: memory("MemTotal:"),
+    })
+}
+
+/// UEFI if the kernel has its run-time services' directory.
+pub fn firmware() -> Firmware {
+    if Path::new("/sys/firmware/efi").exists() { Firmware::Uefi } else { Firmware::Bios }
+}
+
+/// The architecture this agent is built for: it runs nowhere else.
+pub fn architecture() -> Architecture {
+    if cfg!(target_arch = "aarch64") { Architecture::Aarch64 } else { Architecture::X86_64 }
+}
+
+/// A line of /proc/meminfo, in bytes; 0 if it is not there.
+pub fn memory(field: &str) -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|l| l.strip_prefix(field));
+    line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
+}
+
+fn dmi(name: &str) -> String {
+    let text = std::fs::read_to_string(Path::new("/sys/class/dmi/id").join(name)).unwrap_or_default();
+    text.trim().chars().filter(|c| !c.is_control()).take(128).collect()
+}
+
+/// The SMBIOS UUID; where there is none (or not enough rights), one made of the first MAC, so that a machine
+/// always has a stable name.
+fn machine_id(macs: &[String]) -> Result<MachineId> {
+    if let Ok(id) = dmi("product_uuid").to_lowercase().parse() {
+        return Ok(id);
+    }
+    let hex: String = macs.first().map(|m| m.replace(':', "")).unwrap_or_default();
+    format!("00000000-0000-0000-0000-{hex:0>12}").parse().map_err(|e| AgentError::Format {
+        path: "/sys/class/dmi/id/product_uuid".into(),
+        reason: format!("no usable UUID and no MAC address to make one of: {e}"),
+    })
+}
+
+/// Names of the network interfaces that are devices (not lo, bridges or tunnels).
+pub fn interfaces() -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir("/sys/class/net")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|e| e.path().join("device").exists())
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+/// Their hardware addresses, sorted.
+pub fn mac_addresses() -> Vec<String> {
+    let mut macs: Vec<String> = interfaces()
+        .iter()
+        .filter_map(|name| std::fs::read_to_string(format!("/sys/class/net/{name}/address")).ok())
+        .map(|text| text.trim().to_lowercase())
+        .collect();
+    macs.sort();
+    macs
+}

@@ -1,0 +1,41 @@
+//! Word from the agent in the initramfs to the agent in the running system. The identity key is not in it: it is read
+//! again from where it lives.
+
+use crate::error::{AgentError, Result};
+use crate::flow::Servers;
+use crate::journal::JournalState;
+use crate::memory::Memory;
+use crate::net::Lease;
+use jiff::Timestamp;
+use kiln_release::{BootInfo, HANDOFF_PATH, Manifest};
+use serde::{Deserialize, Serialize};
+use std::os::unix::fs::OpenOptionsExt;
+
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Handoff {
+    pub boot: BootInfo,
+    /// Of the release that runs, verified.
+    pub manifest: Manifest,
+    pub servers: Servers,
+    pub journal: JournalState,
+    pub memory: Memory,
+    pub lease: Lease,
+    /// The newest time believed.
+    pub now: Timestamp,
+}
+
+impl Handoff {
+    pub fn write(&self) -> Result<()> {
+        use std::io::Write;
+        let bytes = serde_json::to_vec(self).expect("the hand-over always becomes JSON");
+        let mut options = std::fs::OpenOptions::new();
+        let mut file = options.write(true).create_new(true).mode(0o600).open(HANDOFF_PATH).map_err(AgentError::file(HANDOFF_PATH))?;
+        file.write_all(&bytes).map_err(AgentError::file(HANDOFF_PATH))
+    }
+
+    pub fn read() -> Result<Self> {
+        let bytes = std::fs::read(HANDOFF_PATH).map_err(AgentError::file(HANDOFF_PATH))?;
+        serde_json::from_slice(&bytes)
+            .map_err(|e| AgentError::Format { path: HANDOFF_PATH.into(), reason: e.to_string() })
+    }
+}

@@ -1,0 +1,396 @@
+//! PID 1 of the initramfs: from an empty machine to the image's own init. It trusts nothing that it did not verify,
+//! never gives a shell, and ends in one of two ways: the verified root, or a restart with a reason.
+
+use crate::coldplug::Drivers;
+use crate::error::{AgentError, Result};
+use crate::fetch::{self, Expected};
+use crate::flow::{Answer, Flow, RESTART_PAUSE, Servers, Verified};
+use crate::handoff::Handoff;
+use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
+use crate::memory::Place;
+use crate::net::{self, Lease};
+use crate::plan::{self, Plan};
+use crate::{change, facts, kexec, verity};
+use kiln_protocol::{Assignment, ReleaseId, RunningRelease, Stage, Via};
+use kiln_release::{BOOT_PATH, BootInfo};
+use nix::mount::{MsFlags, mount};
+use nix::sys::reboot::{RebootMode, reboot};
+use std::convert::Infallible;
+use std::ffi::CString;
+use std::fs::File;
+use std::path::Path;
+use std::time::Duration;
+
+/// Where the verified root is mounted before the hand-over.
+const NEW_ROOT: &str = "/newroot";
+/// The root artifact, in a tmpfs that moves to the new root's /run.
+const ROOT_FILE: &str = "/run/kiln/root";
+/// The image's own init.
+const NEXT_INIT: &str = "/sbin/init";
+
+/// Runs as PID 1; comes back only when the machine restarts.
+pub fn run() -> ! {
+    let error = match boot() {
+        Ok(never) => match never {},
+        Err(error) => error,
+    };
+    println!("kiln-agent: {} ({})", error, error.kind());
+    println!("kiln-agent: this boot ends here; the machine restarts in {} s", RESTART_PAUSE.as_secs());
+    std::thread::sleep(RESTART_PAUSE);
+    restart()
+}
+
+fn restart() -> ! {
+    nix::unistd::sync();
+    // It returns only with an error; the loop keeps PID 1 alive, and a watchdog or a person is next.
+    let error = reboot(RebootMode::RB_AUTOBOOT);
+    println!("kiln-agent: the kernel does not restart the machine: {error:?}");
+    loop {
+        std::thread::sleep(Duration::from_secs(60));
+    }
+}
+
+fn boot() -> Result<Infallible> {
+    mount_pseudo_filesystems()?;
+    let started_ms = monotonic_ms();
+    let boot = read_boot_info()?;
+    let mut journal = JournalState::begin(boot_id()?, started_ms);
+    println!("kiln-agent {}: image {} release {}", env!("CARGO_PKG_VERSION"), boot.image, boot.release);
+    journal.record(Stage::Start, kiln_protocol::StageState::Done);
+    tell_command_line_drift(&boot);
+
+    journal.record(Stage::Modules, kiln_protocol::StageState::Started);
+    let mut drivers = Drivers::open()?;
+    drivers.load_always()?;
+    drivers.coldplug();
+    // The variables' file system may have been a module.
+    mount_efivars();
+    journal.record(Stage::Modules, kiln_protocol::StageState::Done);
+
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(AgentError::system("starting the runtime"))?;
+    runtime.block_on(go(boot, journal, drivers))
+}
+
+async fn go(boot: BootInfo, journal: JournalState, mut drivers: Drivers) -> Result<Infallible> {
+    let place = Place::of_this_machine();
+    let key = place.key()?;
+    let memory = place.memory()?;
+    // The floor comes before anything else is believed (DESIGN §4).
+    let floor = memory.floor(&boot.image);
+    if boot.release < floor {
+        return Err(AgentError::BelowFloor { image: boot.image.clone(), release: boot.release, floor });
+    }
+    let embedded = embedded(&boot)?;
+    let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));
+    let machine = facts::read(place.key_storage(), place.rollback_memory())?;
+    let journal = Journal { state: journal, machine, embedded, running: None, health: None, prefetch: None };
+    let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
+    let mut flow = Flow { boot, place, key, memory, journal, servers, api: None, tries: None, now };
+
+    let error = match travel(&mut flow, &mut drivers).await {
+        Ok(never) => match never {},
+        Err(error) => error,
+    };
+    flow.give_up(&error).await;
+    Err(error)
+}
+
+/// From the network to the image's init.
+async fn travel(flow: &mut Flow, drivers: &mut Drivers) -> Result<Infallible> {
+    let lease = bring_up_network(flow, drivers).await?;
+    flow.find_server().await?;
+    let here = flow.here()?;
+    let verified = metadata(flow, &here, Stage::Metadata).await?;
+    verified.manifest.matches_boot(&flow.boot)?;
+    let (assignment, via) = wait_for_assignment(flow, &verified).await?;
+    match plan::decide(&here, &assignment, &flow.memory, &flow.currency(&verified))? {
+        Plan::Stay => start(flow, verified, lease).await,
+        Plan::Change(release) => {
+            println!("kiln-agent: {release} is assigned, this is {here}: going there");
+            change::now(flow, &assignment, &release, via).await?;
+            restart()
+        }
+    }
+}
+
+async fn bring_up_network(flow: &mut Flow, drivers: &mut Drivers) -> Result<Lease> {
+    flow.journal.started(Stage::Network);
+    let need_location = flow.servers.agent.is_empty() || flow.servers.http.is_empty();
+    let mut attempt = 0;
+    let lease = loop {
+        attempt += 1;
+        match net::bring_up(&flow.journal.machine.id, need_location).await {
+            Ok(lease) => break lease,
+            Err(error) => {
+                flow.after_failure(Stage::Network, error, attempt).await?;
+                // A slow bus may have shown its devices by now.
+                drivers.coldplug();
+            }
+        }
+    };
+    flow.journal.machine.macs = facts::mac_addresses();
+    set_host_name(&lease, flow)?;
+    if flow.servers.http.is_empty() {
+        flow.servers.http = lease.http_url.clone().into_iter().collect();
+    }
+    if flow.servers.agent.is_empty() {
+        flow.servers.agent = lease.agent_url.clone().into_iter().collect();
+    }
+    if let Some(host) = lease.next_server.map(|a| a.to_string()).or(lease.domain.as_ref().map(|d| format!("kiln.{d}"))) {
+        if flow.servers.http.is_empty() {
+            flow.servers.http.push(format!("http://{host}:8080"));
+        }
+        if flow.servers.agent.is_empty() {
+            flow.servers.agent.push(format!("https://{host}:8443"));
+        }
+    }
+    println!("kiln-agent: {} has {}/{}; boot server {:?}", lease.interface, lease.address, lease.prefix, flow.servers.agent);
+    flow.journal.done(Stage::Network);
+    Ok(lease)
+}
+
+/// Verifies metadata, with retries; `stage` is Metadata at boot.
+async fn metadata(flow: &mut Flow, release: &ReleaseId, stage: Stage) -> Result<Verified> {
+    flow.journal.started(stage);
+    let mut attempt = 0;
+    loop {
+        attempt += 1;
+        match flow.verify_metadata(release).await {
+            Ok(verified) => {
+                if let Some((file, expires)) = verified.stale_at(flow.now) {
+                    println!("kiln-agent: metadata is stale: {file} expired at {expires}");
+                }
+                flow.journal.done(stage);
+                return Ok(verified);
+            }
+            Err(error) => flow.after_failure(stage, error, attempt).await?,
+        }
+    }
+}
+
+/// Asks until something is assigned; a machine that waits for a person waits for ever, and says so.
+async fn wait_for_assignment(flow: &mut Flow, verified: &Verified) -> Result<(Assignment, Via)> {
+    flow.journal.started(Stage::Assignment);
+    let mut attempt = 0;
+    let mut told = String::new();
+    let mut wait_s = 0;
+    loop {
+        match flow.ask(verified, wait_s).await {
+            Ok(Answer::Assigned { assignment, via, .. }) => {
+                flow.journal.done(Stage::Assignment);
+                return Ok((assignment, via));
+            }
+            Ok(Answer::Wait(reason)) => {
+                attempt = 0;
+                if reason != told {
+                    flow.journal.waiting(Stage::Assignment, &reason);
+                    told = reason;
+                }
+                // Held by the server until something changes; where it does not hold, this is the pause.
+                let asked = tokio::time::Instant::now();
+                wait_s = 30;
+                tokio::time::sleep_until(asked + Duration::from_secs(2)).await;
+            }
+            Err(error) => {
+                attempt += 1;
+                flow.after_failure(Stage::Assignment, error, attempt).await?;
+            }
+        }
+    }
+}
+
+/// Fetches, verifies, mounts and starts the release that this UKI embeds.
+async fn start(flow: &mut Flow, verified: Verified, lease: Lease) -> Result<Infallible> {
+    flow.journal.started(Stage::Root);
+    flow.report().await;
+    let root = Path::new(ROOT_FILE);
+    let expected =
+        Expected { what: "root artifact", sha256: &verified.manifest.root.sha256, length: verified.manifest.root.length };
+    let mut attempt = 0;
+    loop {
+        attempt += 1;
+        let done = match take_prefetched(root, expected) {
+            Some(result) => result,
+            None => flow.fetch_to(Stage::Root, expected, root).await,
+        };
+        match done {
+            Ok(()) => break,
+            Err(error) => flow.after_failure(Stage::Root, error, attempt).await?,
+        }
+    }
+    flow.journal.done(Stage::Root);
+
+    flow.journal.started(Stage::Verity);
+    let device = verity::open(root, &verified.manifest.verity, &flow.boot.root_hash)?;
+    std::fs::create_dir_all(NEW_ROOT).map_err(AgentError::file(NEW_ROOT))?;
+    mount(Some(device.as_str()), NEW_ROOT, Some("erofs"), MsFlags::MS_RDONLY, None::<&str>)
+        .map_err(AgentError::system(format!("mounting {device}")))?;
+    let running = verity::running_root_hash()?;
+    if running != flow.boot.root_hash {
+        return Err(AgentError::RunningRoot { expected: flow.boot.root_hash.clone(), got: running });
+    }
+    flow.journal.done(Stage::Verity);
+    flow.journal.started(Stage::Handover);
+    flow.report().await;
+    let handoff = Handoff {
+        boot: flow.boot.clone(),
+        manifest: verified.manifest,
+        servers: flow.servers.clone(),
+        journal: flow.journal.state.clone(),
+        memory: flow.memory.clone(),
+        lease,
+        now: flow.now,
+    };
+    handoff.write()?;
+    switch_root()
+}
+
+/// The root that crossed a kexec in the initrd: copied out of the initramfs and verified again. One that does not verify
+/// is removed, so that the next try downloads.
+fn take_prefetched(root: &Path, expected: Expected<'_>) -> Option<Result<()>> {
+    let from = Path::new(kexec::PREFETCHED).join(expected.sha256);
+    if !from.exists() {
+        return None;
+    }
+    let copied = copy_verified(&from, root, expected);
+    // Its memory is wanted, whatever came of it.
+    let removed = std::fs::remove_file(&from).map_err(AgentError::file(&from));
+    Some(copied.and(removed))
+}
+
+fn copy_verified(from: &Path, to: &Path, expected: Expected<'_>) -> Result<()> {
+    use std::io::{Read, Write};
+    let mut source = File::open(from).map_err(AgentError::file(from))?;
+    let mut target = File::create(to).map_err(AgentError::file(to))?;
+    let mut hash = ring::digest::Context::new(&ring::digest::SHA256);
+    let mut buffer = vec![0; 256 * 1024];
+    loop {
+        let n = source.read(&mut buffer).map_err(AgentError::file(from))?;
+        if n == 0 {
+            break;
+        }
+        hash.update(&buffer[..n]);
+        target.write_all(&buffer[..n]).map_err(AgentError::file(to))?;
+    }
+    let got = fetch::hex(hash.finish().as_ref());
+    if got == expected.sha256 {
+        Ok(())
+    } else {
+        Err(AgentError::HashMismatch { what: expected.what, expected: expected.sha256.to_owned(), got })
+    }
+}
+
+fn mount_pseudo_filesystems() -> Result<()> {
+    let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let all = [
+        ("proc", "/proc", "proc", safe, None),
+        ("sysfs", "/sys", "sysfs", safe, None),
+        ("devtmpfs", "/dev", "devtmpfs", MsFlags::MS_NOSUID, Some("mode=0755")),
+        // Not MS_NOEXEC: systemd mounts /run this way too, and checks nothing.
+        ("tmpfs", "/run", "tmpfs", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0755")),
+    ];
+    for (source, target, kind, flags, data) in all {
+        std::fs::create_dir_all(target).map_err(AgentError::file(target))?;
+        mount(Some(source), target, Some(kind), flags, data).map_err(AgentError::system(format!("mounting {target}")))?;
+    }
+    std::fs::create_dir_all("/run/kiln").map_err(AgentError::file("/run/kiln"))?;
+    mount_efivars();
+    // systemd-stub adds files of the ESP here; they are not signed (systemd-stub(7)).
+    if Path::new("/.extra").exists() {
+        std::fs::remove_dir_all("/.extra").map_err(AgentError::file("/.extra"))?;
+    }
+    Ok(())
+}
+
+/// Mounted where the firmware has variables; without them the machine has no lasting identity, and says so.
+fn mount_efivars() {
+    let target = "/sys/firmware/efi/efivars";
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    if Path::new(target).exists()
+        && !std::fs::read_to_string("/proc/mounts").unwrap_or_default().contains(target)
+        && let Err(error) = mount(Some("efivarfs"), target, Some("efivarfs"), flags, None::<&str>)
+    {
+        println!("kiln-agent: EFI variables cannot be mounted: {error}");
+    }
+}
+
+fn read_boot_info() -> Result<BootInfo> {
+    let bytes = std::fs::read(BOOT_PATH).map_err(AgentError::file(BOOT_PATH))?;
+    parse_boot_info(&bytes, Path::new(BOOT_PATH))
+}
+
+/// Reads and checks a `boot.json`.
+pub fn parse_boot_info(bytes: &[u8], path: &Path) -> Result<BootInfo> {
+    let boot: BootInfo =
+        serde_json::from_slice(bytes).map_err(|e| AgentError::Format { path: path.into(), reason: e.to_string() })?;
+    boot.check()?;
+    Ok(boot)
+}
+
+/// What the UKI embeds, as the wire says it.
+pub fn embedded(boot: &BootInfo) -> Result<RunningRelease> {
+    let bad = |e: kiln_protocol::IdError| AgentError::Format { path: BOOT_PATH.into(), reason: e.to_string() };
+    Ok(RunningRelease {
+        image: boot.image.parse().map_err(bad)?,
+        release: boot.release,
+        root_hash: boot.root_hash.parse().map_err(bad)?,
+    })
+}
+
+/// The command line decides nothing here; a difference from the embedded one is drift, and told.
+fn tell_command_line_drift(boot: &BootInfo) {
+    let running = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    if running.trim() != boot.command_line.trim() {
+        println!("kiln-agent: command line differs from the embedded one: {:?}", running.trim());
+    }
+}
+
+fn set_host_name(lease: &Lease, flow: &Flow) -> Result<()> {
+    let short = &flow.journal.machine.id.as_str()[24..];
+    let name = lease.hostname.clone().unwrap_or_else(|| format!("kiln-{short}"));
+    nix::unistd::sethostname(&name).map_err(AgentError::system(format!("setting the host name {name}")))
+}
+
+/// Moves the mounts, frees the initramfs, and gives the machine to the image's init.
+fn switch_root() -> Result<Infallible> {
+    let step = |what: &str| AgentError::system(what.to_owned());
+    for dir in ["/dev", "/proc", "/sys", "/run"] {
+        let target = format!("{NEW_ROOT}{dir}");
+        mount(Some(dir), target.as_str(), None::<&str>, MsFlags::MS_MOVE, None::<&str>)
+            .map_err(step(&format!("moving {dir}")))?;
+    }
+    free_initramfs();
+    std::env::set_current_dir(NEW_ROOT).map_err(AgentError::file(NEW_ROOT))?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).map_err(step("moving the root"))?;
+    nix::unistd::chroot(".").map_err(step("chroot"))?;
+    std::env::set_current_dir("/").map_err(AgentError::file("/"))?;
+    let init = CString::new(NEXT_INIT).expect("a constant without NUL");
+    match nix::unistd::execv(&init, &[&init]) {
+        Err(errno) => Err(step(NEXT_INIT)(errno)),
+        Ok(never) => match never {},
+    }
+}
+
+/// Removes the initramfs's files: they are memory. Only what is on the same file system.
+fn free_initramfs() {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(root) = std::fs::metadata("/") else { return };
+    let mut dirs = vec![std::path::PathBuf::from("/")];
+    while let Some(dir) = dirs.pop() {
+        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
+            let path = entry.path();
+            let Ok(meta) = std::fs::symlink_metadata(&path) else { continue };
+            if meta.dev() != root.dev() {
+                continue;
+            }
+            if meta.is_dir() {
+                dirs.push(path);
+            } else if std::fs::remove_file(&path).is_err() {
+                // What cannot be removed costs memory, nothing else.
+            }
+        }
+    }
+}

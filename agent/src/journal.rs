@@ -1,0 +1,129 @@
+//! The stages of this boot: each goes to the console at once, and to the server with the next report.
+
+use crate::api::Api;
+use crate::error::{AgentError, Result};
+use crate::fetch::hex;
+use crate::memory::random;
+use kiln_protocol::{
+    Failure, Health, MachineFacts, Nonce, Prefetch, Reply, Report, RunningRelease, Stage, StageRecord, StageState,
+};
+use nix::time::{ClockId, clock_gettime};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// Records kept while no server answers; the oldest beyond it are dropped, and the drop is itself told.
+const KEEP: usize = 256;
+
+/// What crosses the hand-over to the agent in the running system.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct JournalState {
+    pub boot_id: String,
+    /// Reports made so far.
+    pub seq: u64,
+    /// Monotonic clock at the agent's start, milliseconds.
+    pub started_ms: u64,
+    /// Records no reply has confirmed.
+    pub pending: Vec<StageRecord>,
+    /// [`kiln_protocol::Desired::etag`] of the last reply.
+    pub desired_etag: String,
+    /// The newest record's stage, and whether it was a failure that ended its tries.
+    pub last: Option<(Stage, bool)>,
+}
+
+/// The stages of this boot.
+pub struct Journal {
+    pub state: JournalState,
+    pub machine: MachineFacts,
+    pub embedded: RunningRelease,
+    pub running: Option<RunningRelease>,
+    pub health: Option<Health>,
+    pub prefetch: Option<Prefetch>,
+}
+
+/// CLOCK_MONOTONIC in milliseconds: it counts over the hand-over, and is new after each kernel start.
+pub fn monotonic_ms() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_MONOTONIC).map(Duration::from).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The kernel's id of this boot.
+pub fn boot_id() -> Result<String> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    Ok(std::fs::read_to_string(path).map_err(AgentError::file(path))?.trim().to_owned())
+}
+
+impl JournalState {
+    /// A journal that begins at `started_ms`.
+    pub fn begin(boot_id: String, started_ms: u64) -> Self {
+        Self { boot_id, seq: 0, started_ms, pending: Vec::new(), desired_etag: String::new(), last: None }
+    }
+
+    fn at_ms(&self) -> u64 {
+        monotonic_ms().saturating_sub(self.started_ms)
+    }
+
+    pub fn record(&mut self, stage: Stage, state: StageState) {
+        let at_ms = self.at_ms();
+        let words = match &state {
+            StageState::Started => "…".to_owned(),
+            StageState::Done => "done".to_owned(),
+            StageState::Waiting { reason } => format!("waiting: {reason}"),
+            StageState::Failed(f) => {
+                let then = f.retry_in_ms.map_or("giving up".to_owned(), |ms| format!("next try in {} ms", ms));
+                format!("failed ({}, try {}): {}; {then}", f.kind, f.attempt, f.message)
+            }
+        };
+        println!("kiln-agent [{:>4}.{:03}] {:<28} {words}", at_ms / 1000, at_ms % 1000, stage.label());
+        let gave_up = matches!(&state, StageState::Failed(f) if f.retry_in_ms.is_none());
+        self.last = Some((stage, gave_up));
+        if self.pending.len() >= KEEP {
+            self.pending.remove(0);
+        }
+        self.pending.push(StageRecord { stage, state, at_ms });
+    }
+}
+
+impl Journal {
+    pub fn started(&mut self, stage: Stage) {
+        self.state.record(stage, StageState::Started);
+    }
+
+    pub fn done(&mut self, stage: Stage) {
+        self.state.record(stage, StageState::Done);
+    }
+
+    pub fn waiting(&mut self, stage: Stage, reason: &str) {
+        self.state.record(stage, StageState::Waiting { reason: reason.to_owned() });
+    }
+
+    pub fn failed(&mut self, stage: Stage, error: &AgentError, attempt: u32, retry_in: Option<Duration>) {
+        let retry_in_ms = retry_in.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
+        let failure = Failure { kind: error.kind().to_owned(), message: error.to_string(), attempt, retry_in_ms };
+        self.state.record(stage, StageState::Failed(failure));
+    }
+
+    /// Posts everything not yet confirmed. The reply's freshness statement answers the nonce given back.
+    pub async fn send(&mut self, api: &mut Api, wait_s: u32) -> Result<(Reply, Nonce)> {
+        let nonce: Nonce = hex(&random()?).parse().expect("32 bytes are 64 hex digits");
+        self.state.seq += 1;
+        let sent = self.state.pending.len();
+        let report = Report {
+            boot_id: self.state.boot_id.clone(),
+            seq: self.state.seq,
+            machine: self.machine.clone(),
+            nonce: nonce.clone(),
+            embedded: self.embedded.clone(),
+            running: self.running.clone(),
+            stages: self.state.pending.clone(),
+            at_ms: self.state.at_ms(),
+            health: self.health.clone(),
+            prefetch: self.prefetch.clone(),
+            wait_s,
+            desired_etag: self.state.desired_etag.clone(),
+        };
+        let reply = api.report(&report).await?;
+        self.state.pending.drain(..sent.min(self.state.pending.len()));
+        self.state.desired_etag.clone_from(&reply.desired.etag);
+        Ok((reply, nonce))
+    }
+}

@@ -1,0 +1,195 @@
+//! What outlives a boot: the machine's identity key and the highest versions seen. On UEFI both are EFI variables
+//! (readable by root: a weak identity, shown as such); for `kiln-agent stage` they are files; else they are gone with
+//! the power. Source: Linux Documentation/filesystems/efivarfs.rst.
+
+use crate::error::{AgentError, Result};
+use crate::sys;
+use jiff::Timestamp;
+use kiln_protocol::{Assignment, KeyStorage, RollbackMemory};
+use kiln_release::Signer;
+use kiln_release::tuf::Seen;
+use ring::rand::{SecureRandom, SystemRandom};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+const EFIVARS: &str = "/sys/firmware/efi/efivars";
+const GUID: &str = "6b696c6e-0000-4000-8000-6b696c6e0001";
+/// Non-volatile, boot-service and run-time access (UEFI 2.10 §8.2).
+const ATTRIBUTES: u32 = 7;
+
+/// The highest versions seen, and the time floor.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Memory {
+    /// TUF versions.
+    pub seen: Seen,
+    /// Highest assignment sequence.
+    #[serde(default)]
+    pub sequence: u64,
+    /// No time before this is believed.
+    #[serde(default)]
+    pub time_floor: Option<Timestamp>,
+    /// Lowest release that may run, by image.
+    #[serde(default)]
+    pub floors: BTreeMap<String, u64>,
+}
+
+impl Memory {
+    /// The floor of `image`; 1 where none was signed.
+    pub fn floor(&self, image: &str) -> u64 {
+        self.floors.get(image).copied().unwrap_or(1)
+    }
+
+    /// Takes over an accepted assignment's sequence.
+    pub fn accept(&mut self, assignment: &Assignment) {
+        self.sequence = self.sequence.max(assignment.sequence);
+    }
+}
+
+/// Where key and memory are kept.
+#[derive(Debug, Clone)]
+pub enum Place {
+    /// EFI variables.
+    Efi,
+    /// A directory.
+    Directory(PathBuf),
+    /// This boot's /run: the key and the memory are handed to the running system, and gone with the power.
+    Boot(PathBuf),
+}
+
+impl Place {
+    /// EFI variables where the firmware has them, else this boot only.
+    pub fn of_this_machine() -> Self {
+        if Path::new(EFIVARS).read_dir().is_ok_and(|mut d| d.next().is_some()) {
+            Self::Efi
+        } else {
+            Self::Boot("/run/kiln".into())
+        }
+    }
+
+    /// How strong the name is.
+    pub fn key_storage(&self) -> KeyStorage {
+        match self {
+            Self::Efi => KeyStorage::EfiVariable,
+            Self::Directory(_) => KeyStorage::File,
+            Self::Boot(_) => KeyStorage::Ephemeral,
+        }
+    }
+
+    /// What remembers versions.
+    pub fn rollback_memory(&self) -> RollbackMemory {
+        match self {
+            Self::Efi => RollbackMemory::EfiVariable,
+            Self::Directory(_) => RollbackMemory::File,
+            Self::Boot(_) => RollbackMemory::None,
+        }
+    }
+
+    /// The identity key, made at the first call.
+    pub fn key(&self) -> Result<Signer> {
+        if let Some(stored) = self.read("Key")? {
+            let seed: [u8; 32] = stored.as_slice().try_into().map_err(|_| AgentError::Format {
+                path: self.path("Key"),
+                reason: format!("{} bytes, an Ed25519 seed has 32: delete it to get a new identity", stored.len()),
+            })?;
+            return Ok(Signer::from_seed(&seed));
+        }
+        let seed = random()?;
+        self.write("Key", &seed)?;
+        Ok(Signer::from_seed(&seed))
+    }
+
+    /// The memory. One that cannot be parsed is an error, not an empty one: it would forget what it has seen.
+    pub fn memory(&self) -> Result<Memory> {
+        match self.read("Seen")? {
+            None => Ok(Memory::default()),
+            Some(bytes) => serde_json::from_slice(&bytes)
+                .map_err(|e| AgentError::Format { path: self.path("Seen"), reason: e.to_string() }),
+        }
+    }
+
+    /// Stores the memory if it differs from what is stored: EFI variables wear.
+    pub fn remember(&self, memory: &Memory) -> Result<()> {
+        if self.memory().is_ok_and(|stored| stored == *memory) {
+            return Ok(());
+        }
+        let bytes = serde_json::to_vec(memory).expect("a map of numbers and strings always becomes JSON");
+        self.write("Seen", &bytes)
+    }
+
+    fn path(&self, what: &str) -> PathBuf {
+        match self {
+            Self::Efi => format!("{EFIVARS}/Kiln{what}-{GUID}").into(),
+            Self::Directory(dir) | Self::Boot(dir) => dir.join(what.to_lowercase()),
+        }
+    }
+
+    fn read(&self, what: &str) -> Result<Option<Vec<u8>>> {
+        let path = self.path(what);
+        match (std::fs::read(&path), self) {
+            (Ok(bytes), Self::Efi) => Ok(bytes.get(4..).map(<[u8]>::to_vec)),
+            (Ok(bytes), Self::Directory(_) | Self::Boot(_)) => Ok(Some(bytes)),
+            (Err(e), _) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+            (Err(e), _) => Err(AgentError::file(path)(e)),
+        }
+    }
+
+    fn write(&self, what: &str, data: &[u8]) -> Result<()> {
+        let path = self.path(what);
+        let done = match self {
+            Self::Efi => write_variable(&path, data),
+            Self::Directory(dir) | Self::Boot(dir) => write_file(dir, &path, data),
+        };
+        done.map_err(AgentError::file(path))
+    }
+}
+
+/// One write(2) of attributes and data, as efivarfs demands.
+fn write_variable(path: &Path, data: &[u8]) -> std::io::Result<()> {
+    if let Ok(file) = File::open(path) {
+        sys::clear_immutable(&file)?;
+    }
+    let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
+    file.write_all(&[&ATTRIBUTES.to_le_bytes(), data].concat())
+}
+
+/// Atomic: a cut leaves the old content or the new one.
+fn write_file(dir: &Path, path: &Path, data: &[u8]) -> std::io::Result<()> {
+    std::fs::create_dir_all(dir)?;
+    let new = path.with_extension("new");
+    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
+    file.write_all(data)?;
+    file.sync_all()?;
+    std::fs::rename(&new, path)?;
+    File::open(dir)?.sync_all()
+}
+
+/// 32 random bytes of the kernel's.
+pub fn random() -> Result<[u8; 32]> {
+    let mut bytes = [0; 32];
+    SystemRandom::new()
+        .fill(&mut bytes)
+        .map_err(|_| AgentError::system("getting random numbers")(std::io::Error::other("the kernel gave none")))?;
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn key_and_memory_outlive_the_process() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Place::Directory(dir.path().join("state"));
+        let first = place.key().unwrap();
+        assert_eq!(place.key().unwrap().public_bytes(), first.public_bytes());
+        let memory = Memory { sequence: 7, ..Memory::default() };
+        place.remember(&memory).unwrap();
+        assert_eq!(place.memory().unwrap(), memory);
+        std::fs::write(place.path("Seen"), "not json").unwrap();
+        assert_eq!(place.memory().unwrap_err().kind(), "machine-format", "a broken memory is not an empty one");
+    }
+}

@@ -1,0 +1,273 @@
+//! The agent as a service of the running system: health, reports, and the next release.
+
+use crate::api::Api;
+use crate::change::{self, Ready};
+use crate::error::{AgentError, Result};
+use crate::flow::{Answer, Flow, Verified};
+use crate::handoff::Handoff;
+use crate::health::Checks;
+use crate::journal::Journal;
+use crate::memory::Place;
+use crate::plan::{self, Plan};
+use crate::{facts, init, net, verity};
+use kiln_protocol::{Assignment, Decision, Grant, Health, Prefetch, Reply, RunningRelease, Stage, Via};
+use std::time::Duration;
+use tokio::process::Command;
+use tokio::time::{Instant, sleep, sleep_until};
+
+/// How often health is checked.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+/// Longest a report is held by the server.
+const HOLD_S: u32 = 50;
+/// The image's init has so long to stop its services before the agent leaves without it.
+const STOP_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Runs until the machine leaves for another release.
+pub fn run() -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(AgentError::system("starting the runtime"))?;
+    runtime.block_on(serve())
+}
+
+async fn serve() -> Result<()> {
+    let handoff = Handoff::read()?;
+    tokio::spawn(net::keep(handoff.lease.clone(), facts_id()?));
+    let checks = Checks::new(handoff.manifest.health.clone());
+    let mut flow = resume(handoff)?;
+    flow.journal.done(Stage::Handover);
+    flow.journal.done(Stage::Service);
+    Service { checks, healthy: false, ready: None, refused: None, told: String::new() }.run(&mut flow).await
+}
+
+fn facts_id() -> Result<kiln_protocol::MachineId> {
+    let place = Place::of_this_machine();
+    Ok(facts::read(place.key_storage(), place.rollback_memory())?.id)
+}
+
+fn resume(handoff: Handoff) -> Result<Flow> {
+    let place = Place::of_this_machine();
+    let key = place.key()?;
+    let machine = facts::read(place.key_storage(), place.rollback_memory())?;
+    let embedded = init::embedded(&handoff.boot)?;
+    let root_hash = verity::running_root_hash()?;
+    if root_hash != handoff.manifest.verity.root_hash {
+        return Err(AgentError::RunningRoot { expected: handoff.manifest.verity.root_hash, got: root_hash });
+    }
+    let root_hash = root_hash.parse().map_err(|e: kiln_protocol::IdError| AgentError::Format {
+        path: "/dev/mapper/control".into(),
+        reason: e.to_string(),
+    })?;
+    let running = RunningRelease { root_hash, ..embedded.clone() };
+    let journal =
+        Journal { state: handoff.journal, machine, embedded, running: Some(running), health: None, prefetch: None };
+    let mut flow = Flow {
+        boot: handoff.boot,
+        place,
+        key,
+        memory: handoff.memory,
+        journal,
+        servers: handoff.servers,
+        api: None,
+        tries: None,
+        now: handoff.now,
+    };
+    if let Some(url) = flow.servers.agent.first() {
+        flow.api = Some(Api::new(url, &flow.boot.site.agent_api_ca_pem, &flow.key, flow.now)?);
+    }
+    Ok(flow)
+}
+
+/// What the service keeps between reports.
+struct Service {
+    checks: Checks,
+    healthy: bool,
+    ready: Option<Ready>,
+    /// Sequence of an assignment whose prefetch was given up, and when to try again.
+    refused: Option<(u64, Instant)>,
+    /// Why it is held, as last told.
+    told: String,
+}
+
+impl Service {
+    async fn run(mut self, flow: &mut Flow) -> Result<()> {
+        flow.journal.started(Stage::Health);
+        let mut failures = 0;
+        loop {
+            self.check(flow).await;
+            // While health may still change, reports are short; a healthy machine lets itself be held.
+            let wait_s = if self.healthy { HOLD_S } else { 0 };
+            match self.exchange(flow, wait_s).await {
+                Ok(pause) => {
+                    failures = 0;
+                    sleep(pause).await;
+                }
+                Err(error) => {
+                    failures += 1;
+                    let words = format!("{error} ({})", error.kind());
+                    if words != self.told {
+                        eprintln!("kiln-agent: {words}");
+                        self.told = words;
+                    }
+                    sleep(Duration::from_secs(u64::from(1_u32 << failures.min(6)))).await;
+                }
+            }
+        }
+    }
+
+    /// Runs the health checks and keeps the journal's judgement.
+    async fn check(&mut self, flow: &mut Flow) {
+        let health = self.checks.run().await;
+        if health.healthy && !self.healthy {
+            flow.journal.done(Stage::Health);
+            flow.journal.done(Stage::Healthy);
+        }
+        if !health.healthy && self.healthy {
+            flow.journal.waiting(Stage::Health, &health.detail);
+        }
+        self.healthy = health.healthy;
+        flow.journal.health = Some(health);
+    }
+
+    /// One report, and what its answer asks for. Gives the pause until the next.
+    async fn exchange(&mut self, flow: &mut Flow, wait_s: u32) -> Result<Duration> {
+        let api = flow.api.as_mut().ok_or(AgentError::NoServer)?;
+        let deadline = Instant::now() + CHECK_EVERY;
+        let (reply, nonce) = if wait_s == 0 {
+            flow.journal.send(api, 0).await?
+        } else {
+            let held = flow.journal.send(api, wait_s);
+            held.await?
+        };
+        let again = Duration::from_millis(reply.again_ms.clamp(200, 60_000));
+        let changes = self.other_release(flow, &reply);
+        if let Some(sequence) = changes {
+            if self.refused.is_some_and(|(s, until)| s == sequence && Instant::now() < until) {
+                return Ok(again);
+            }
+            return self.follow(flow, reply, &nonce).await;
+        }
+        self.ready = None;
+        flow.journal.prefetch = None;
+        if !self.healthy {
+            sleep_until(deadline).await;
+            return Ok(Duration::ZERO);
+        }
+        Ok(if wait_s > 0 { Duration::from_millis(200) } else { Duration::ZERO })
+    }
+
+    /// Whether the reply speaks of another release than the one that runs, before anything of it is believed: only
+    /// then is it worth verifying metadata.
+    fn other_release(&self, flow: &Flow, reply: &Reply) -> Option<u64> {
+        let Decision::Assigned { assignment, .. } = &reply.desired.decision else { return None };
+        let envelope: serde_json::Value = serde_json::from_str(assignment).ok()?;
+        let named: Assignment = serde_json::from_value(envelope.get("signed")?.clone()).ok()?;
+        let here = flow.here().ok()?;
+        (named.release_id() != here).then_some(named.sequence)
+    }
+
+    /// Verifies the assignment against current metadata, prefetches, waits for the grant, goes.
+    async fn follow(&mut self, flow: &mut Flow, reply: Reply, nonce: &kiln_protocol::Nonce) -> Result<Duration> {
+        let here = flow.here()?;
+        let verified: Verified = flow.verify_metadata(&here).await?;
+        let answer = match flow.check_reply(&verified, reply, nonce) {
+            Ok(answer) => answer,
+            Err(error) => {
+                flow.journal.failed(Stage::Assignment, &error, 1, None);
+                return Err(error);
+            }
+        };
+        let Answer::Assigned { assignment, via, grant } = answer else { return Ok(CHECK_EVERY) };
+        let release = match plan::decide(&here, &assignment, &flow.memory, &flow.currency(&verified))? {
+            Plan::Stay => return Ok(CHECK_EVERY),
+            Plan::Change(release) => release,
+        };
+        if self.ready.as_ref().is_none_or(|r| r.release != release) {
+            return self.prefetch(flow, &assignment, &release, via).await;
+        }
+        match grant {
+            Grant::Hold { reason, .. } => {
+                if reason != self.told {
+                    flow.journal.waiting(Stage::Grant, &reason);
+                    self.told = reason;
+                }
+                Ok(CHECK_EVERY)
+            }
+            Grant::Go => {
+                flow.journal.done(Stage::Grant);
+                self.go(flow).await
+            }
+        }
+    }
+
+    async fn prefetch(
+        &mut self,
+        flow: &mut Flow,
+        assignment: &Assignment,
+        release: &kiln_protocol::ReleaseId,
+        via: Via,
+    ) -> Result<Duration> {
+        flow.journal.started(Stage::Prefetch);
+        let state = |ready| Prefetch {
+            image: release.image.clone(),
+            release: release.release,
+            sequence: assignment.sequence,
+            ready,
+        };
+        flow.journal.prefetch = Some(state(false));
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            match change::prefetch(flow, assignment, release, via).await {
+                Ok(ready) => {
+                    flow.journal.done(Stage::Prefetch);
+                    if let Some(note) = &ready.note {
+                        flow.journal.waiting(Stage::Grant, note);
+                    }
+                    flow.journal.prefetch = Some(state(true));
+                    flow.journal.started(Stage::Grant);
+                    self.ready = Some(ready);
+                    return Ok(Duration::ZERO);
+                }
+                Err(error) => {
+                    if let Err(error) = flow.after_failure(Stage::Prefetch, error, attempt).await {
+                        // This release stays; the server knows why. It may be mended on the server, so not for ever.
+                        self.refused = Some((assignment.sequence, Instant::now() + Duration::from_secs(60)));
+                        flow.journal.prefetch = None;
+                        return Err(error);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Leaves. The server hears of it first; then the image's init stops what runs.
+    async fn go(&mut self, flow: &mut Flow) -> Result<Duration> {
+        let Some(ready) = self.ready.take() else { return Ok(CHECK_EVERY) };
+        change::load(&ready)?;
+        flow.journal.started(Stage::Going);
+        flow.journal.health = Some(Health { healthy: false, detail: format!("leaving for {}", ready.release) });
+        if let Some(api) = &mut flow.api {
+            flow.journal.send(api, 0).await?;
+        }
+        let verb = match ready.via {
+            Via::Kexec => "kexec",
+            Via::Cold => "reboot",
+        };
+        let asked = Command::new("systemctl").arg(verb).status().await;
+        if !asked.is_ok_and(|s| s.success()) {
+            eprintln!("kiln-agent: systemctl {verb} failed; leaving without it");
+        } else {
+            // systemd stops this service too; still being here at the deadline means that something hangs.
+            sleep(STOP_DEADLINE).await;
+        }
+        nix::unistd::sync();
+        let mode = match ready.via {
+            Via::Kexec => nix::sys::reboot::RebootMode::RB_KEXEC,
+            Via::Cold => nix::sys::reboot::RebootMode::RB_AUTOBOOT,
+        };
+        let error = nix::sys::reboot::reboot(mode);
+        Err(AgentError::system("leaving for the next release")(std::io::Error::other(format!("{error:?}"))))
+    }
+}

@@ -1,0 +1,66 @@
+//! The root artifact as a block device: a loop device over the file, dm-verity over that.
+//! Source: Linux Documentation/admin-guide/device-mapper/verity.rst.
+
+use crate::error::{AgentError, Result};
+use crate::sys::{self, DmCommand};
+use kiln_release::VerityParams;
+use std::fs::{File, OpenOptions};
+use std::path::Path;
+
+/// Name of the root's device.
+pub const DEVICE: &str = "kiln-root";
+
+/// Sets up `root` read-only under dm-verity with exactly `root_hash`; gives the device's path.
+pub fn open(root: &Path, params: &VerityParams, root_hash: &str) -> Result<String> {
+    let control_path = "/dev/loop-control";
+    let control = File::open(control_path).map_err(AgentError::file(control_path))?;
+    let number = sys::loop_get_free(&control).map_err(AgentError::system("finding a free loop device"))?;
+    let loop_path = format!("/dev/loop{number}");
+    let device = File::open(&loop_path).map_err(AgentError::file(&loop_path))?;
+    let backing = File::open(root).map_err(AgentError::file(root))?;
+    sys::loop_bind(&device, &backing).map_err(AgentError::system(format!("binding {} to {loop_path}", root.display())))?;
+
+    let control = mapper()?;
+    let sectors = params.data_blocks * 8;
+    let first_hash_block = params.hash_offset / 4096 + 1;
+    let table = format!(
+        "1 {loop_path} {loop_path} 4096 4096 {} {first_hash_block} sha256 {root_hash} {}",
+        params.data_blocks, params.salt
+    );
+    let ask = |command, table: Option<(u64, &str, &str)>, what: &str| {
+        sys::device_mapper(&control, command, DEVICE, table).map_err(AgentError::system(what))
+    };
+    ask(DmCommand::Create, None, "creating the device-mapper device")?;
+    ask(DmCommand::Load, Some((sectors, "verity", &table)), "loading the dm-verity table")?;
+    ask(DmCommand::Resume, None, "starting dm-verity")?;
+    device_path()
+}
+
+/// The root hash in the kernel's table: what really runs.
+pub fn running_root_hash() -> Result<String> {
+    let table = sys::device_mapper(&mapper()?, DmCommand::Table, DEVICE, None)
+        .map_err(AgentError::system("reading the dm-verity table"))?;
+    // version, data device, hash device, block sizes, blocks, first hash block, algorithm, root hash, salt
+    table.split_whitespace().nth(8).map(str::to_owned).ok_or_else(|| AgentError::Format {
+        path: "/dev/mapper/control".into(),
+        reason: format!("unexpected dm-verity table {table:?}"),
+    })
+}
+
+fn mapper() -> Result<File> {
+    let path = "/dev/mapper/control";
+    OpenOptions::new().read(true).write(true).open(path).map_err(AgentError::file(path))
+}
+
+/// The one device-mapper device's node: devtmpfs names it by number, nothing makes /dev/mapper links here.
+fn device_path() -> Result<String> {
+    let path = "/sys/class/block";
+    for entry in std::fs::read_dir(path).map_err(AgentError::file(path))? {
+        let entry = entry.map_err(AgentError::file(path))?;
+        let name = std::fs::read_to_string(entry.path().join("dm/name")).unwrap_or_default();
+        if name.trim() == DEVICE {
+            return Ok(format!("/dev/{}", entry.file_name().to_string_lossy()));
+        }
+    }
+    Err(AgentError::Format { path: path.into(), reason: format!("no device named {DEVICE}") })
+}

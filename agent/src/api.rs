@@ -72,10 +72,6 @@ impl Api {
         self.floor.0.fetch_max(now.as_second(), Ordering::Relaxed);
     }
 
-    pub fn url(&self) -> &str {
-        &self.url
-    }
-
     /// Posts a report. The connection is reused; a stale one is replaced once.
     pub async fn report(&mut self, report: &Report) -> Result<Reply> {
         let body = serde_json::to_vec(report).expect("wire types always become JSON");
@@ -87,24 +83,20 @@ impl Api {
                 other => other,
             }
         };
-        match timeout(deadline, attempt).await {
-            Ok(answer) => answer,
-            Err(_) => {
-                self.connection = None;
-                let reason = format!("no answer to a report within {} s", deadline.as_secs());
-                Err(AgentError::Unreachable { url: self.url.clone(), reason })
-            }
-        }
+        let answer = timeout(deadline, attempt).await;
+        answer.unwrap_or_else(|_| {
+            self.connection = None;
+            let reason = format!("no answer to a report within {} s", deadline.as_secs());
+            Err(AgentError::Unreachable { url: self.url.clone(), reason })
+        })
     }
 
     async fn post(&mut self, body: &[u8]) -> Result<Reply> {
         let url = self.url.clone();
         let unreachable = |reason: String| AgentError::Unreachable { url: url.clone(), reason };
         let (_, host, port) = authority(&url, 443)?;
-        let mut sender = match self.connection.take() {
-            Some(sender) if !sender.is_closed() => sender,
-            _ => self.open(&host, port).await?,
-        };
+        let kept = self.connection.take().filter(|sender| !sender.is_closed());
+        let mut sender = if let Some(sender) = kept { sender } else { self.open(&host, port).await? };
         let request = Request::post(REPORT_PATH)
             .header(HOST, SERVER_NAME)
             .header(CONTENT_TYPE, "application/json")

@@ -39,7 +39,9 @@ pub enum AgentError {
     System { what: String, source: std::io::Error },
     #[error("no network interface found: is the driver in the image's module list?")]
     NoInterface,
-    #[error("no DHCP offer on {interfaces} within {seconds} s: check the cable, the switch port and the site's DHCP server")]
+    #[error(
+        "no DHCP offer on {interfaces} within {seconds} s: check the cable, the switch port and the site's DHCP server"
+    )]
     NoOffer { interfaces: String, seconds: u64 },
     #[error("no boot server: the image's settings name none, and none answered the agent's DHCP request")]
     NoServer,
@@ -79,8 +81,6 @@ pub enum AgentError {
     Uki(String),
     #[error("kernel's table for the root names root hash {got}, this image embeds {expected}")]
     RunningRoot { expected: String, got: String },
-    #[error("not enough free memory: {need} bytes wanted, {free} available")]
-    Memory { need: u64, free: u64 },
     #[error("{0}")]
     Usage(String),
 }
@@ -133,7 +133,6 @@ impl AgentError {
             Self::BelowFloor { .. } => "release-below-floor",
             Self::Uki(_) => "uki-malformed",
             Self::RunningRoot { .. } => "running-root-mismatch",
-            Self::Memory { .. } => "machine-memory",
             Self::Usage(_) => "usage",
         }
     }
@@ -161,9 +160,7 @@ impl AgentError {
             | Self::BelowFloor { .. }
             | Self::Uki(_)
             | Self::RunningRoot { .. } => FailureClass::Verification,
-            Self::File { .. } | Self::Format { .. } | Self::System { .. } | Self::NoInterface | Self::Memory { .. } => {
-                FailureClass::Machine
-            }
+            Self::File { .. } | Self::Format { .. } | Self::System { .. } | Self::NoInterface => FailureClass::Machine,
             Self::Usage(_) => FailureClass::Usage,
         }
     }

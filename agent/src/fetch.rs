@@ -143,8 +143,9 @@ async fn get(url: &str, from: u64) -> Result<Response<Incoming>> {
     let (uri, host, port) = authority(url, 80)?;
     let stream = connect(url, &host, port).await?;
     let exchange = async {
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|e| unreachable(e.to_string()))?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|e| unreachable(e.to_string()))?;
         tokio::spawn(connection);
         let path = uri.path_and_query().map_or("/", |p| p.as_str());
         let mut request = Request::get(path).header(HOST, format!("{host}:{port}"));

@@ -47,6 +47,7 @@ impl Verified {
 }
 
 /// What the server answered, verified.
+#[allow(clippy::large_enum_variant)] // made once per report and taken apart at once
 pub enum Answer {
     /// Nothing assigned: why.
     Wait(String),

@@ -29,7 +29,12 @@ impl Handoff {
         use std::io::Write;
         let bytes = serde_json::to_vec(self).expect("the hand-over always becomes JSON");
         let mut options = std::fs::OpenOptions::new();
-        let mut file = options.write(true).create_new(true).mode(0o600).open(HANDOFF_PATH).map_err(AgentError::file(HANDOFF_PATH))?;
+        let mut file = options
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(HANDOFF_PATH)
+            .map_err(AgentError::file(HANDOFF_PATH))?;
         file.write_all(&bytes).map_err(AgentError::file(HANDOFF_PATH))
     }
 

@@ -139,7 +139,8 @@ async fn bring_up_network(flow: &mut Flow, drivers: &mut Drivers) -> Result<Leas
     if flow.servers.agent.is_empty() {
         flow.servers.agent = lease.agent_url.clone().into_iter().collect();
     }
-    if let Some(host) = lease.next_server.map(|a| a.to_string()).or(lease.domain.as_ref().map(|d| format!("kiln.{d}"))) {
+    if let Some(host) = lease.next_server.map(|a| a.to_string()).or(lease.domain.as_ref().map(|d| format!("kiln.{d}")))
+    {
         if flow.servers.http.is_empty() {
             flow.servers.http.push(format!("http://{host}:8080"));
         }
@@ -147,7 +148,10 @@ async fn bring_up_network(flow: &mut Flow, drivers: &mut Drivers) -> Result<Leas
             flow.servers.agent.push(format!("https://{host}:8443"));
         }
     }
-    println!("kiln-agent: {} has {}/{}; boot server {:?}", lease.interface, lease.address, lease.prefix, flow.servers.agent);
+    println!(
+        "kiln-agent: {} has {}/{}; boot server {:?}",
+        lease.interface, lease.address, lease.prefix, flow.servers.agent
+    );
     flow.journal.done(Stage::Network);
     Ok(lease)
 }
@@ -207,8 +211,11 @@ async fn start(flow: &mut Flow, verified: Verified, lease: Lease) -> Result<Infa
     flow.journal.started(Stage::Root);
     flow.report().await;
     let root = Path::new(ROOT_FILE);
-    let expected =
-        Expected { what: "root artifact", sha256: &verified.manifest.root.sha256, length: verified.manifest.root.length };
+    let expected = Expected {
+        what: "root artifact",
+        sha256: &verified.manifest.root.sha256,
+        length: verified.manifest.root.length,
+    };
     let mut attempt = 0;
     loop {
         attempt += 1;
@@ -294,7 +301,8 @@ fn mount_pseudo_filesystems() -> Result<()> {
     ];
     for (source, target, kind, flags, data) in all {
         std::fs::create_dir_all(target).map_err(AgentError::file(target))?;
-        mount(Some(source), target, Some(kind), flags, data).map_err(AgentError::system(format!("mounting {target}")))?;
+        mount(Some(source), target, Some(kind), flags, data)
+            .map_err(AgentError::system(format!("mounting {target}")))?;
     }
     std::fs::create_dir_all("/run/kiln").map_err(AgentError::file("/run/kiln"))?;
     mount_efivars();

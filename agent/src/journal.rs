@@ -69,7 +69,7 @@ impl JournalState {
             StageState::Done => "done".to_owned(),
             StageState::Waiting { reason } => format!("waiting: {reason}"),
             StageState::Failed(f) => {
-                let then = f.retry_in_ms.map_or("giving up".to_owned(), |ms| format!("next try in {} ms", ms));
+                let then = f.retry_in_ms.map_or("giving up".to_owned(), |ms| format!("next try in {ms} ms"));
                 format!("failed ({}, try {}): {}; {then}", f.kind, f.attempt, f.message)
             }
         };

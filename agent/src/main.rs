@@ -1,5 +1,7 @@
 //! `kiln-agent`: PID 1 of the initramfs, then a service of the running system. See docs/boot-walkthrough.md.
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 mod api;
 mod change;
 mod coldplug;
@@ -42,7 +44,10 @@ fn main() -> ExitCode {
             println!("kiln-agent {}", env!("CARGO_PKG_VERSION"));
             Ok(())
         }
-        other => Err(AgentError::Usage(format!("{}\n{USAGE}", other.map_or("no command".into(), |o| format!("unknown command {o}"))))),
+        other => Err(AgentError::Usage(format!(
+            "{}\n{USAGE}",
+            other.map_or("no command".into(), |o| format!("unknown command {o}"))
+        ))),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

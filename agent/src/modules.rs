@@ -138,7 +138,8 @@ mod tests {
     const DEP: &str = "kernel/drivers/net/virtio_net.ko.xz: kernel/net/core/failover.ko.xz kernel/drivers/virtio/virtio.ko.xz\n\
         kernel/net/core/failover.ko.xz:\nkernel/drivers/virtio/virtio.ko.xz:\nkernel/drivers/md/dm-verity.ko.xz: kernel/drivers/md/dm-mod.ko.xz\n\
         kernel/drivers/md/dm-mod.ko.xz:\nkernel/fs/crc.ko.xz:\n";
-    const ALIAS: &str = "# comment\nalias virtio:d00000001v* virtio_net\nalias pci:v00008086d0000100Esv*sd*bc*sc*i* e1000\n";
+    const ALIAS: &str =
+        "# comment\nalias virtio:d00000001v* virtio_net\nalias pci:v00008086d0000100Esv*sd*bc*sc*i* e1000\n";
 
     #[test]
     fn dependencies_come_first_and_once() {

@@ -141,7 +141,7 @@ impl Service {
             held.await?
         };
         let again = Duration::from_millis(reply.again_ms.clamp(200, 60_000));
-        let changes = self.other_release(flow, &reply);
+        let changes = Self::other_release(flow, &reply);
         if let Some(sequence) = changes {
             if self.refused.is_some_and(|(s, until)| s == sequence && Instant::now() < until) {
                 return Ok(again);
@@ -159,7 +159,7 @@ impl Service {
 
     /// Whether the reply speaks of another release than the one that runs, before anything of it is believed: only
     /// then is it worth verifying metadata.
-    fn other_release(&self, flow: &Flow, reply: &Reply) -> Option<u64> {
+    fn other_release(flow: &Flow, reply: &Reply) -> Option<u64> {
         let Decision::Assigned { assignment, .. } = &reply.desired.decision else { return None };
         let envelope: serde_json::Value = serde_json::from_str(assignment).ok()?;
         let named: Assignment = serde_json::from_value(envelope.get("signed")?.clone()).ok()?;
@@ -256,11 +256,11 @@ impl Service {
             Via::Cold => "reboot",
         };
         let asked = Command::new("systemctl").arg(verb).status().await;
-        if !asked.is_ok_and(|s| s.success()) {
-            eprintln!("kiln-agent: systemctl {verb} failed; leaving without it");
-        } else {
+        if asked.is_ok_and(|s| s.success()) {
             // systemd stops this service too; still being here at the deadline means that something hangs.
             sleep(STOP_DEADLINE).await;
+        } else {
+            eprintln!("kiln-agent: systemctl {verb} failed; leaving without it");
         }
         nix::unistd::sync();
         let mode = match ready.via {

@@ -3,13 +3,13 @@
 
 use crate::change;
 use crate::error::{AgentError, Result};
+use crate::facts;
 use crate::fetch::Expected;
 use crate::flow::{Answer, Flow, Servers};
 use crate::init::{embedded, parse_boot_info};
 use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
 use crate::memory::Place;
 use crate::plan::{self, Plan};
-use crate::facts;
 use kiln_protocol::Stage;
 use std::path::{Path, PathBuf};
 

@@ -18,7 +18,8 @@ pub fn load_module(file: &File, compressed: bool) -> Result<()> {
 
 /// `kexec_file_load(2)`: kernel and initrd are read, and where lockdown asks for it verified, by the running kernel.
 pub fn kexec_file_load(kernel: &File, initrd: &File, command_line: &str) -> Result<()> {
-    let line = CString::new(command_line).map_err(|_| Error::new(ErrorKind::InvalidInput, "NUL in the command line"))?;
+    let line =
+        CString::new(command_line).map_err(|_| Error::new(ErrorKind::InvalidInput, "NUL in the command line"))?;
     let len = line.as_bytes_with_nul().len();
     // SAFETY: both descriptors are open, `line` lives over the call and `len` counts its NUL as the call demands.
     let rc = unsafe {
@@ -138,7 +139,6 @@ pub enum DmCommand {
     Load,
     Resume,
     Table,
-    Remove,
 }
 
 impl DmCommand {
@@ -146,7 +146,6 @@ impl DmCommand {
     fn request(self) -> libc::c_ulong {
         let number: u8 = match self {
             Self::Create => 3,
-            Self::Remove => 4,
             Self::Resume => 6,
             Self::Load => 9,
             Self::Table => 12,
@@ -157,7 +156,12 @@ impl DmCommand {
 
 /// Asks device-mapper (an open /dev/mapper/control) about the device `name`. `table` is (sectors, type, parameters)
 /// for `Load`. For `Table` the answer is the loaded table's parameters.
-pub fn device_mapper(control: &File, command: DmCommand, name: &str, table: Option<(u64, &str, &str)>) -> Result<String> {
+pub fn device_mapper(
+    control: &File,
+    command: DmCommand,
+    name: &str,
+    table: Option<(u64, &str, &str)>,
+) -> Result<String> {
     let too_long = || Error::new(ErrorKind::InvalidInput, "device-mapper name or table too long");
     let size = u32::try_from(size_of::<DmBuffer>()).expect("a fixed size below 4 GiB");
     let start = u32::try_from(size_of::<DmIoctl>()).expect("a fixed size below 4 GiB");
@@ -181,10 +185,9 @@ pub fn device_mapper(control: &File, command: DmCommand, name: &str, table: Opti
     };
     put(&mut buffer.header.name, name).ok_or_else(too_long)?;
     match command {
-        DmCommand::Create => buffer.header.flags = DM_READONLY_FLAG,
+        DmCommand::Create | DmCommand::Load => buffer.header.flags = DM_READONLY_FLAG,
         DmCommand::Table => buffer.header.flags = DM_STATUS_TABLE_FLAG,
-        DmCommand::Load => buffer.header.flags = DM_READONLY_FLAG,
-        DmCommand::Resume | DmCommand::Remove => {}
+        DmCommand::Resume => {}
     }
     if let Some((sectors, target_type, params)) = table {
         buffer.header.target_count = 1;

@@ -18,7 +18,8 @@ pub fn open(root: &Path, params: &VerityParams, root_hash: &str) -> Result<Strin
     let loop_path = format!("/dev/loop{number}");
     let device = File::open(&loop_path).map_err(AgentError::file(&loop_path))?;
     let backing = File::open(root).map_err(AgentError::file(root))?;
-    sys::loop_bind(&device, &backing).map_err(AgentError::system(format!("binding {} to {loop_path}", root.display())))?;
+    sys::loop_bind(&device, &backing)
+        .map_err(AgentError::system(format!("binding {} to {loop_path}", root.display())))?;
 
     let control = mapper()?;
     let sectors = params.data_blocks * 8;

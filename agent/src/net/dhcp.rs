@@ -32,7 +32,7 @@ pub struct Lease {
     pub hostname: Option<String>,
     pub server: Ipv4Addr,
     /// Seconds.
-    pub lease_s: u32,
+    pub duration_s: u32,
     /// Where Kiln says artifacts are.
     pub http_url: Option<String>,
     /// Where Kiln says the agent API is.
@@ -44,7 +44,7 @@ pub struct Lease {
 impl Lease {
     /// T1: half the lease (RFC 2131 §4.4.5).
     pub fn renew_after(&self) -> Duration {
-        Duration::from_secs(u64::from((self.lease_s / 2).max(30)))
+        Duration::from_secs(u64::from((self.duration_s / 2).max(30)))
     }
 }
 
@@ -186,7 +186,8 @@ fn machine_identifier(machine: &MachineId) -> Vec<u8> {
 }
 
 async fn send(socket: &UdpSocket, message: &Message) -> Result<()> {
-    let bytes = message.to_vec().map_err(|e| AgentError::system("encoding a DHCP message")(std::io::Error::other(e)))?;
+    let bytes =
+        message.to_vec().map_err(|e| AgentError::system("encoding a DHCP message")(std::io::Error::other(e)))?;
     let to = SocketAddr::from((Ipv4Addr::BROADCAST, 67));
     socket.send_to(&bytes, to).await.map_err(AgentError::system("sending a DHCP message"))?;
     Ok(())
@@ -227,7 +228,7 @@ fn lease_of(interface: &str, hardware: &[u8], message: &Message) -> Lease {
         domain: None,
         hostname: None,
         server: server_of(message),
-        lease_s: 3600,
+        duration_s: 3600,
         http_url: None,
         agent_url: None,
         next_server: Some(message.siaddr()).filter(|a| !a.is_unspecified()),
@@ -241,7 +242,7 @@ fn lease_of(interface: &str, hardware: &[u8], message: &Message) -> Lease {
             DhcpOption::DomainNameServer(servers) => lease.dns = servers.iter().take(3).copied().collect(),
             DhcpOption::DomainName(name) => lease.domain = Some(name.clone()).filter(|n| is_host_name(n)),
             DhcpOption::Hostname(name) => lease.hostname = Some(name.clone()).filter(|n| is_host_name(n)),
-            DhcpOption::AddressLeaseTime(seconds) => lease.lease_s = *seconds,
+            DhcpOption::AddressLeaseTime(seconds) => lease.duration_s = *seconds,
             DhcpOption::TFTPServerName(name) => lease.next_server = text(name).parse().ok().or(lease.next_server),
             _ => {}
         }
@@ -306,7 +307,8 @@ mod tests {
         let message = request(MessageType::Discover, 7, &[2, 0, 0, 0, 0, 1], &id);
         let bytes = message.to_vec().unwrap();
         let back = Message::decode(&mut Decoder::new(&bytes)).unwrap();
-        let Some(DhcpOption::ClientMachineIdentifier(uuid)) = back.opts().get(OptionCode::ClientMachineIdentifier) else {
+        let Some(DhcpOption::ClientMachineIdentifier(uuid)) = back.opts().get(OptionCode::ClientMachineIdentifier)
+        else {
             panic!("option 97 is missing")
         };
         assert_eq!((uuid.len(), uuid[0], &uuid[1..7], uuid[16]), (17, 0, &[0x44, 0x45, 0x4c, 0x4c, 0x42, 0][..], 0x32));

@@ -66,9 +66,11 @@ pub enum PeError {
 
 fn bytes<const N: usize>(file: &[u8], offset: usize, what: &'static str) -> Result<[u8; N], PeError> {
     let end = offset.checked_add(N);
-    end.and_then(|end| file.get(offset..end))
-        .and_then(|slice| slice.try_into().ok())
-        .ok_or(PeError::CutShort { what, offset, length: file.len() })
+    end.and_then(|end| file.get(offset..end)).and_then(|slice| slice.try_into().ok()).ok_or(PeError::CutShort {
+        what,
+        offset,
+        length: file.len(),
+    })
 }
 
 fn half(file: &[u8], offset: usize, what: &'static str) -> Result<u16, PeError> {

@@ -1,3 +1,38 @@
+//! What the boot server knows of each machine, and what it decides: the machine's state machine, the counting of a
+//! trial's boots, and the grant to reimage.
+//!
+//! Pure: no I/O, no clock, no random numbers. Times are unix milliseconds and come in as arguments; a step takes a
+//! machine and an [`Event`] and gives back the machine and the [`Action`]s that the caller performs. It does not
+//! sign, store or send anything, and it does not verify releases: the caller says what is published.
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
-//! placeholder
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod boots;
+mod error;
+mod event;
+mod grant;
+mod machine;
+mod report;
+mod state;
+mod step;
+
+pub use boots::{BOOTS_KEPT, Boot, RECORDS_KEPT, StageAt};
+pub use error::Refusal;
+pub use event::{Action, Event, Reported};
+pub use grant::{Desire, Limits, desire, grant};
+pub use machine::{Assigned, Machine, Refused};
+pub use state::{State, StateKind};
+
+/// Unix time in milliseconds, on the server's clock.
+pub type Millis = u64;
+
+/// A machine that reports is live for so long after its last report. Reports come every 30 s ± 20 %, or are held for
+/// 55 s; twice that and a little is silence.
+pub const LIVE_MS: Millis = 120_000;
+/// From a boot's first sign to *healthy*.
+pub const BOOT_DEADLINE_MS: Millis = 15 * 60_000;
+/// From the grant to *going*: the time that drain hooks have.
+pub const DRAIN_DEADLINE_MS: Millis = 5 * 60_000;
+/// A machine that nobody approved is forgotten after so long without a word: anyone can make one up.
+pub const FORGET_MS: Millis = 24 * 3_600_000;

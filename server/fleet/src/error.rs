@@ -1,0 +1,18 @@
+//! Why a person's order is refused.
+
+use crate::state::StateKind;
+use kiln_protocol::ReleaseId;
+
+/// An order that the machine's state does not allow.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum Refusal {
+    #[error("{machine} is not approved yet: run `kiln machine approve {machine} --role ROLE` first")]
+    NotApproved { machine: String },
+    #[error("{machine} is {state}: {reason}. Run `kiln machine clear {machine}` when it is dealt with")]
+    Held { machine: String, state: StateKind, reason: String },
+    #[error("{machine} is retired: approve it again first (`kiln machine approve {machine} --role ROLE`)")]
+    Retired { machine: String },
+    #[error("{release} is quarantined for {machine}: {reason}. Run `kiln machine clear {machine}` to allow it again")]
+    PairQuarantined { machine: String, release: ReleaseId, reason: String },
+}

@@ -1,0 +1,74 @@
+//! What can happen to a machine, and what follows.
+
+use kiln_protocol::{KeyId, ReleaseId, Report, Sha256Hex, Via};
+
+/// A report that came over mutual TLS.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reported {
+    /// The key that the TLS handshake proved.
+    pub key: KeyId,
+    /// What it says.
+    pub report: Report,
+    /// Root hash of the release it says it runs, as the verified manifest has it; none if that release is not
+    /// published here.
+    pub published_root: Option<Sha256Hex>,
+}
+
+/// What can happen to a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Event {
+    /// Its firmware asked for an address and a boot program.
+    Asked,
+    /// Its firmware began to download the boot program of this release.
+    Downloads(ReleaseId),
+    /// The boot program was sent whole.
+    Downloaded,
+    /// Its agent reported.
+    Report(Box<Reported>),
+    /// A person, or the pre-loaded list, said what it is for.
+    Approve {
+        /// Its name.
+        name: String,
+        /// Its role.
+        role: String,
+        /// What it shall run.
+        release: ReleaseId,
+    },
+    /// A person ordered a release.
+    Assign {
+        /// Which.
+        release: ReleaseId,
+        /// How to get there.
+        via: Via,
+    },
+    /// The fleet lets it reimage itself now.
+    Granted,
+    /// A person dealt with what held it.
+    Clear,
+    /// A person takes it out of service.
+    Retire,
+    /// Time passed.
+    Tick,
+    /// The server started and has heard nobody yet.
+    ServerStarted,
+}
+
+/// What the caller does after a step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Commit the machine before anybody hears of what happened.
+    Save,
+    /// Remove it.
+    Forget,
+    /// Its assignment is another: sign it, and drop the envelope kept.
+    Sign,
+    /// What is wanted of it, or of those who wait for it, may have changed: answer held reports.
+    Wake,
+    /// A line for the log and for those who watch.
+    Say {
+        /// It needs a person's eye.
+        warn: bool,
+        /// The words.
+        text: String,
+    },
+}

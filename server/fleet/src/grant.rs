@@ -1,0 +1,91 @@
+//! What is wanted of a machine, and whether it may reimage itself now.
+
+use crate::Millis;
+use crate::machine::{Assigned, Machine};
+use crate::state::StateKind;
+use kiln_protocol::{Grant, KeyId, MachineId};
+use std::collections::BTreeMap;
+
+/// The site's limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// So many machines may be unavailable at once, whatever the cause, for one more to leave.
+    pub max_unavailable: usize,
+    /// Boots a trial has to become healthy.
+    pub trial_attempts: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self { max_unavailable: 1, trial_attempts: 3 }
+    }
+}
+
+/// What is wanted of a machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Desire {
+    /// It waits, and the reason says for what.
+    Wait(String),
+    /// It runs this.
+    Run(Assigned),
+}
+
+/// What is wanted of the machine that proved this key.
+pub fn desire(machine: &Machine, key: &KeyId) -> Desire {
+    match machine.state.kind {
+        StateKind::Discovered | StateKind::Quarantined | StateKind::Retired => {
+            return Desire::Wait(machine.state.reason.clone());
+        }
+        StateKind::Approved
+        | StateKind::Booting
+        | StateKind::Healthy
+        | StateKind::Degraded
+        | StateKind::Unreachable
+        | StateKind::Draining
+        | StateKind::Reimaging
+        | StateKind::FellBack => {}
+    }
+    if machine.key.as_ref() != Some(key) {
+        return Desire::Wait("another key reports under this machine's id since then".into());
+    }
+    match &machine.assigned {
+        Some(a) => Desire::Run(a.clone()),
+        None => Desire::Wait("no release is assigned: run `kiln assign`".into()),
+    }
+}
+
+/// May this machine leave for what it is assigned? Counts every unavailable machine, whatever the cause.
+///
+/// The caller gives the machine [`crate::Event::Granted`] when the answer is go and it is new, before it asks for
+/// another.
+pub fn grant(id: &MachineId, machines: &BTreeMap<MachineId, Machine>, limits: Limits) -> Grant {
+    let hold = |reason: String| Grant::Hold { reason, until_ms: None::<Millis> };
+    let Some(machine) = machines.get(id) else { return hold("not known".into()) };
+    let Some(assigned) = &machine.assigned else { return hold("nothing is assigned".into()) };
+    if machine.runs_assigned() {
+        return hold(format!("it runs {} as assigned", assigned.release));
+    }
+    if machine.granted == Some(assigned.sequence) {
+        return Grant::Go;
+    }
+    if machine.running.is_none() {
+        // Still in its initramfs: nothing runs on it that could be disturbed.
+        return Grant::Go;
+    }
+    let ready = machine.prefetch.as_ref().is_some_and(|p| p.ready && p.sequence == assigned.sequence);
+    if !ready {
+        return hold(format!("it fetches {} first", assigned.release));
+    }
+    let missing: Vec<&Machine> = machines.values().filter(|m| m.id != *id && m.counts() && !m.is_available()).collect();
+    if missing.len() < limits.max_unavailable {
+        return Grant::Go;
+    }
+    let names: Vec<String> = missing.iter().take(3).map(|m| format!("{} is {}", m.title(), m.state.kind)).collect();
+    let more = if missing.len() > 3 { format!(" and {} more", missing.len() - 3) } else { String::new() };
+    hold(format!(
+        "{} of at most {} machines are unavailable: {}{more}",
+        missing.len(),
+        limits.max_unavailable,
+        names.join(", ")
+    ))
+}

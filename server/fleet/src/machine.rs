@@ -1,0 +1,228 @@
+//! Everything the server remembers of one machine.
+
+use crate::boots::Boot;
+use crate::error::Refusal;
+use crate::state::{State, StateKind};
+use crate::{FORGET_MS, Millis};
+use kiln_protocol::{
+    Health, KeyId, MachineFacts, MachineId, Prefetch, ReleaseId, RunningRelease, Stage, StageRecord, StageState, Via,
+};
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+
+/// The one answer to "which release does this machine run".
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Assigned {
+    /// Which release.
+    pub release: ReleaseId,
+    /// Only ever grows for one machine.
+    pub sequence: u64,
+    /// How to get there.
+    pub via: Via,
+}
+
+/// A release this machine is not offered again until a person clears it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// Which.
+    pub release: ReleaseId,
+    /// Why.
+    pub reason: String,
+}
+
+/// One machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Machine {
+    /// SMBIOS UUID.
+    pub id: MachineId,
+    /// The name a person gave it.
+    pub name: Option<String>,
+    /// Its role.
+    pub role: Option<String>,
+    /// Where it stands.
+    pub state: State,
+    /// Its identity key, from its first report on.
+    pub key: Option<KeyId>,
+    /// The key of the boot before, of a machine that makes a new one at each boot.
+    pub previous_key: Option<KeyId>,
+    /// What it says it is.
+    pub facts: Option<MachineFacts>,
+    /// What it shall run.
+    pub assigned: Option<Assigned>,
+    /// Releases that became healthy here, the newest last; few.
+    pub good: Vec<ReleaseId>,
+    /// Releases quarantined for this machine.
+    pub refused: Vec<Refused>,
+    /// Boots of the assigned trial without *healthy*, counted from DISCOVER to download.
+    pub attempts: u32,
+    /// It asked for a boot program and has not begun to download one.
+    pub asked: bool,
+    /// What its UKI embeds.
+    pub embedded: Option<RunningRelease>,
+    /// What runs, read back from its kernel; none before the hand-over.
+    pub running: Option<RunningRelease>,
+    /// Its own last judgement, in this boot.
+    pub health: Option<Health>,
+    /// How far it is with the next release.
+    pub prefetch: Option<Prefetch>,
+    /// Sequence of the assignment it may leave for.
+    pub granted: Option<u64>,
+    /// Why it fell back, until a person clears it or assigns something.
+    pub fell_back: Option<String>,
+    /// The last thing it said that a person would want to read.
+    pub last_words: String,
+    /// Its last report, or packet.
+    pub last_seen: Millis,
+    /// Its boots, the newest last. Stored apart.
+    #[serde(skip)]
+    pub boots: VecDeque<Boot>,
+}
+
+impl Machine {
+    /// One that was just seen for the first time.
+    pub fn discovered(id: MachineId, now: Millis) -> Self {
+        let reason = format!(
+            "nobody has approved it: run `kiln machine approve {id} --role ROLE`, or list it under [[machine]] in kiln.toml"
+        );
+        Self {
+            id,
+            name: None,
+            role: None,
+            state: State { kind: StateKind::Discovered, reason, since: now, deadline: Some(now + FORGET_MS) },
+            key: None,
+            previous_key: None,
+            facts: None,
+            assigned: None,
+            good: Vec::new(),
+            refused: Vec::new(),
+            attempts: 0,
+            asked: false,
+            embedded: None,
+            running: None,
+            health: None,
+            prefetch: None,
+            granted: None,
+            fell_back: None,
+            last_words: String::new(),
+            last_seen: now,
+            boots: VecDeque::new(),
+        }
+    }
+
+    /// Its name before people.
+    pub fn title(&self) -> &str {
+        self.name.as_deref().unwrap_or(self.id.as_str())
+    }
+
+    /// The newest release that became healthy here and is not quarantined.
+    pub fn last_good(&self) -> Option<&ReleaseId> {
+        self.good.iter().rev().find(|r| !self.is_refused(r))
+    }
+
+    /// The release is quarantined for this machine.
+    pub fn is_refused(&self, release: &ReleaseId) -> bool {
+        self.refused.iter().any(|r| r.release == *release)
+    }
+
+    /// What is assigned has not been healthy here yet.
+    pub fn is_trial(&self) -> bool {
+        self.assigned.as_ref().is_some_and(|a| !self.good.contains(&a.release))
+    }
+
+    /// What its firmware is given to boot; none: what an unknown machine gets.
+    pub fn boot_release(&self) -> Option<&ReleaseId> {
+        match self.state.kind {
+            StateKind::Discovered | StateKind::Retired => None,
+            StateKind::Approved
+            | StateKind::Booting
+            | StateKind::Healthy
+            | StateKind::Degraded
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::Reimaging
+            | StateKind::FellBack
+            | StateKind::Quarantined => self.assigned.as_ref().map(|a| &a.release),
+        }
+    }
+
+    /// It does its work: seen healthy, and nothing since says otherwise.
+    pub fn is_available(&self) -> bool {
+        match self.state.kind {
+            StateKind::Healthy => true,
+            StateKind::FellBack => self.says_healthy(),
+            StateKind::Discovered
+            | StateKind::Approved
+            | StateKind::Booting
+            | StateKind::Degraded
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::Reimaging
+            | StateKind::Quarantined
+            | StateKind::Retired => false,
+        }
+    }
+
+    /// It is one of those whose absence counts against the limit.
+    pub fn counts(&self) -> bool {
+        !matches!(self.state.kind, StateKind::Discovered | StateKind::Retired)
+    }
+
+    pub(crate) fn says_healthy(&self) -> bool {
+        self.running.is_some() && self.health.as_ref().is_some_and(|h| h.healthy)
+    }
+
+    /// What runs, or failing that what its UKI embeds.
+    pub fn current(&self) -> Option<&RunningRelease> {
+        self.running.as_ref().or(self.embedded.as_ref())
+    }
+
+    /// Runs (or boots) exactly what is assigned.
+    pub fn runs_assigned(&self) -> bool {
+        match (self.current(), &self.assigned) {
+            (Some(c), Some(a)) => c.image == a.release.image && c.release == a.release.release,
+            (None, _) | (_, None) => false,
+        }
+    }
+
+    /// The newest step that shows where it is, and since when.
+    pub fn stage(&self) -> Option<(Stage, &StageState, Millis)> {
+        self.boots.back().and_then(|b| b.stages.last()).map(|s| (s.stage, &s.state, s.at))
+    }
+
+    /// May a person assign this release?
+    pub fn check_assign(&self, release: &ReleaseId) -> Result<(), Refusal> {
+        let machine = self.title().to_owned();
+        match self.state.kind {
+            StateKind::Discovered => return Err(Refusal::NotApproved { machine }),
+            StateKind::Retired => return Err(Refusal::Retired { machine }),
+            StateKind::Quarantined => {
+                return Err(Refusal::Held { machine, state: self.state.kind, reason: self.state.reason.clone() });
+            }
+            StateKind::Approved
+            | StateKind::Booting
+            | StateKind::Healthy
+            | StateKind::Degraded
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::Reimaging
+            | StateKind::FellBack => {}
+        }
+        match self.refused.iter().find(|r| r.release == *release) {
+            Some(r) => Err(Refusal::PairQuarantined { machine, release: release.clone(), reason: r.reason.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn next_sequence(&self) -> u64 {
+        self.assigned.as_ref().map_or(1, |a| a.sequence + 1)
+    }
+}
+
+/// The words of a stage record, if it says more than its label.
+pub(crate) fn words(record: &StageRecord) -> Option<String> {
+    match &record.state {
+        StageState::Failed(f) => Some(crate::boots::cut(&format!("{}: {}", record.stage.label(), f.message))),
+        StageState::Waiting { reason } => Some(crate::boots::cut(reason)),
+        StageState::Started | StageState::Done => None,
+    }
+}

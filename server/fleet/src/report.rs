@@ -1,0 +1,333 @@
+//! What a report changes: who may speak for a machine, which boot it speaks of, and the judgement of it.
+
+use crate::boots::Boot;
+use crate::event::{Action, Reported};
+use crate::machine::{Machine, words};
+use crate::state::StateKind;
+use crate::step::{save, wake};
+use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
+use kiln_protocol::{KeyStorage, ReleaseId, Report, Stage, StageState, Via};
+
+/// Good releases remembered.
+const GOOD_KEPT: usize = 8;
+
+/// Whether the key may speak for the machine.
+enum Claim {
+    Accepted,
+    /// A new key at a new boot, of a machine that cannot keep one.
+    NewKey,
+    Conflict(String),
+}
+
+enum Which {
+    Current,
+    New,
+    /// From an earlier boot, or seen before.
+    Stray,
+}
+
+impl Machine {
+    pub(crate) fn report(&mut self, reported: &Reported, now: Millis, out: &mut Vec<Action>) {
+        let report = &reported.report;
+        match self.claim(reported) {
+            Claim::Accepted => {}
+            Claim::NewKey => {
+                self.previous_key = self.key.replace(reported.key.clone());
+                save(out);
+            }
+            Claim::Conflict(reason) => {
+                match self.state.kind {
+                    StateKind::Discovered
+                    | StateKind::Approved
+                    | StateKind::Booting
+                    | StateKind::Healthy
+                    | StateKind::Degraded
+                    | StateKind::Unreachable
+                    | StateKind::Draining
+                    | StateKind::Reimaging
+                    | StateKind::FellBack => {
+                        self.granted = None;
+                        self.enter(StateKind::Quarantined, reason, None, now);
+                        wake(out);
+                    }
+                    StateKind::Quarantined | StateKind::Retired => {}
+                }
+                return;
+            }
+        }
+        self.last_seen = now;
+        match self.which_boot(report) {
+            Which::Stray => return,
+            Which::Current => {}
+            Which::New => {
+                self.begin_boot(report, now);
+                save(out);
+            }
+        }
+        if self.note(reported, now) {
+            save(out);
+        }
+        let root_wrong = match (&report.running, &reported.published_root) {
+            (Some(running), Some(published)) => running.root_hash != *published,
+            (Some(_) | None, None) | (None, Some(_)) => false,
+        };
+        self.settle(root_wrong, now);
+    }
+
+    fn claim(&self, reported: &Reported) -> Claim {
+        let Some(key) = &self.key else { return Claim::NewKey };
+        if *key == reported.key {
+            return Claim::Accepted;
+        }
+        let two = "two machines with different identity keys report under this id";
+        let act = format!("find the false one, then run `kiln machine clear {}`", self.title());
+        let keeps = self.facts.as_ref().is_some_and(|f| match f.key_storage {
+            KeyStorage::EfiVariable | KeyStorage::File => true,
+            KeyStorage::Ephemeral => false,
+        });
+        let current = self.boots.back().is_some_and(|b| b.boot_id == reported.report.boot_id);
+        if keeps {
+            Claim::Conflict(format!(
+                "another identity key ({}…) reports under this id: a second machine, or its firmware settings were \
+                 erased; {act}",
+                &reported.key.as_str()[..12]
+            ))
+        } else if current || self.previous_key.as_ref() == Some(&reported.key) {
+            Claim::Conflict(format!("{two}; {act}"))
+        } else {
+            // Only a name (DESIGN §4): a new boot brings a new key. If the old one speaks again, there are two.
+            Claim::NewKey
+        }
+    }
+
+    fn which_boot(&self, report: &Report) -> Which {
+        let mut boots = self.boots.iter().rev().filter(|b| !b.is_unclaimed());
+        match boots.next() {
+            Some(b) if b.boot_id == report.boot_id => {
+                if report.seq > b.seq {
+                    Which::Current
+                } else {
+                    Which::Stray
+                }
+            }
+            Some(_) | None if boots.any(|b| b.boot_id == report.boot_id) => Which::Stray,
+            Some(_) | None => Which::New,
+        }
+    }
+
+    fn begin_boot(&mut self, report: &Report, now: Millis) {
+        let kexec = self.state.kind == StateKind::Reimaging
+            && self.assigned.as_ref().is_some_and(|a| a.via == Via::Kexec)
+            && !self.boots.back().is_some_and(Boot::is_unclaimed);
+        let zero = now.saturating_sub(report.at_ms);
+        if !self.boots.back().is_some_and(Boot::is_unclaimed) {
+            self.push_boot(if kexec { Via::Kexec } else { Via::Cold }, zero);
+        }
+        if let Some(boot) = self.boots.back_mut() {
+            boot.boot_id = report.boot_id.chars().take(64).collect();
+            boot.release = Some(ReleaseId { image: report.embedded.image.clone(), release: report.embedded.release });
+            let half = boot.stages.last().is_some_and(|s| s.stage == Stage::Program && s.state != StageState::Done);
+            if half {
+                boot.see(Stage::Program, StageState::Done, zero);
+            }
+        }
+        self.asked = false;
+        self.granted = None;
+        self.health = None;
+        self.prefetch = None;
+        self.running = None;
+        self.last_words.clear();
+        let deadline = Some(now + BOOT_DEADLINE_MS);
+        match self.state.kind {
+            StateKind::Draining | StateKind::Reimaging => {
+                self.enter(StateKind::Reimaging, "came back; not healthy yet", deadline, now);
+            }
+            StateKind::Approved
+            | StateKind::Booting
+            | StateKind::Healthy
+            | StateKind::Degraded
+            | StateKind::Unreachable => {
+                self.enter(StateKind::Booting, "its agent started", deadline, now);
+            }
+            StateKind::FellBack => self.state.deadline = deadline,
+            StateKind::Discovered | StateKind::Quarantined | StateKind::Retired => {}
+        }
+    }
+
+    /// Takes over what the report says. Whether anything worth keeping is new.
+    fn note(&mut self, reported: &Reported, now: Millis) -> bool {
+        let report = &reported.report;
+        let mut new = false;
+        // An unclaimed boot after it was a firmware packet in this machine's name; the machine itself runs on.
+        while self.boots.back().is_some_and(Boot::is_unclaimed) && self.boots.len() > 1 {
+            self.boots.pop_back();
+            new = true;
+        }
+        if let Some(boot) = self.boots.back_mut() {
+            boot.seq = report.seq;
+            boot.set_clock(report.at_ms, now);
+            for record in report.stages.iter().take(256) {
+                new |= boot.add(record, now);
+            }
+        }
+        for record in &report.stages {
+            if let Some(text) = words(record) {
+                self.last_words = text;
+            }
+        }
+        if let Some(h) = &report.health
+            && !h.healthy
+        {
+            self.last_words = crate::boots::cut(&h.detail);
+        }
+        if self.running != report.running || self.embedded.as_ref() != Some(&report.embedded) {
+            self.running.clone_from(&report.running);
+            self.embedded = Some(report.embedded.clone());
+            new = true;
+        }
+        if self.facts.as_ref() != Some(&report.machine) {
+            self.facts = Some(report.machine.clone());
+            new = true;
+        }
+        if self.prefetch != report.prefetch {
+            self.prefetch.clone_from(&report.prefetch);
+            new = true;
+        }
+        if self.health != report.health {
+            new |= self.health.as_ref().map(|h| h.healthy) != report.health.as_ref().map(|h| h.healthy);
+            self.health.clone_from(&report.health);
+            if self.says_healthy() {
+                self.last_words.clear();
+            }
+        }
+        new
+    }
+
+    /// The judgement from what is known, after a report or an order.
+    pub(crate) fn settle(&mut self, root_wrong: bool, now: Millis) {
+        let live = Some(now + LIVE_MS);
+        match self.state.kind {
+            StateKind::Discovered => {
+                self.state.deadline = Some(now + FORGET_MS);
+                return;
+            }
+            StateKind::Quarantined | StateKind::Retired => return,
+            StateKind::Approved
+            | StateKind::Booting
+            | StateKind::Healthy
+            | StateKind::Degraded
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::Reimaging
+            | StateKind::FellBack => {}
+        }
+        let going = match self.boots.back().and_then(|b| b.stages.last()) {
+            Some(s) if s.stage == Stage::Going => match s.state {
+                StageState::Started | StageState::Done => true,
+                StageState::Failed(_) | StageState::Waiting { .. } => {
+                    self.granted = None; // it stays: its next try needs a new grant
+                    false
+                }
+            },
+            Some(_) | None => false,
+        };
+        if going {
+            let reason = match &self.assigned {
+                Some(a) => format!("leaves for {} by {}", a.release, a.via),
+                None => "leaves".to_owned(),
+            };
+            self.running = None;
+            self.health = None;
+            let began = if self.state.kind == StateKind::Reimaging { self.state.since } else { now };
+            self.enter(StateKind::Reimaging, reason, Some(began + BOOT_DEADLINE_MS), now);
+            return;
+        }
+        if self.says_healthy() && root_wrong {
+            let reason = "the root hash it runs is not the one its release was published with: restart it";
+            self.enter(StateKind::Degraded, reason, live, now);
+        } else if self.says_healthy() {
+            self.settle_healthy(live, now);
+        } else {
+            self.settle_unhealthy(live, now);
+        }
+    }
+
+    fn settle_healthy(&mut self, live: Option<Millis>, now: Millis) {
+        if let Some(r) = &self.running {
+            let id = ReleaseId { image: r.image.clone(), release: r.release };
+            if !self.is_refused(&id) && self.good.last() != Some(&id) {
+                self.good.retain(|g| *g != id);
+                self.good.push(id);
+                if self.good.len() > GOOD_KEPT {
+                    self.good.remove(0);
+                }
+            }
+        }
+        let on_target = self.runs_assigned();
+        if on_target {
+            self.attempts = 0;
+            self.granted = None;
+        }
+        if let Some(reason) = self.fell_back.clone() {
+            self.enter(StateKind::FellBack, reason, live, now);
+        } else if !on_target && self.granted.is_some() {
+            // It works on until it goes, and may go at any moment: it keeps its unit of the limit.
+            let deadline = match self.state.kind {
+                StateKind::Draining => self.state.deadline,
+                StateKind::Discovered
+                | StateKind::Approved
+                | StateKind::Booting
+                | StateKind::Healthy
+                | StateKind::Degraded
+                | StateKind::Unreachable
+                | StateKind::Reimaging
+                | StateKind::FellBack
+                | StateKind::Quarantined
+                | StateKind::Retired => Some(now + DRAIN_DEADLINE_MS),
+            };
+            let reason = match &self.assigned {
+                Some(a) => format!("may leave for {} now", a.release),
+                None => "may leave now".to_owned(),
+            };
+            self.enter(StateKind::Draining, reason, deadline, now);
+        } else {
+            let release = |r: Option<ReleaseId>| r.map_or_else(String::new, |r| r.to_string());
+            let running =
+                release(self.running.as_ref().map(|r| ReleaseId { image: r.image.clone(), release: r.release }));
+            let reason = match &self.assigned {
+                Some(a) if !on_target => format!("runs {running}; {} is assigned", a.release),
+                Some(_) | None => format!("runs {running}"),
+            };
+            self.enter(StateKind::Healthy, reason, live, now);
+        }
+    }
+
+    fn settle_unhealthy(&mut self, live: Option<Millis>, now: Millis) {
+        let judged = self.running.is_some() && self.health.is_some();
+        let words = match &self.health {
+            Some(h) if judged => crate::boots::cut(&h.detail),
+            Some(_) | None => self.where_it_is(),
+        };
+        match self.state.kind {
+            StateKind::Healthy | StateKind::Draining | StateKind::Degraded if judged => {
+                self.enter(StateKind::Degraded, words, live, now);
+            }
+            StateKind::Degraded => {
+                self.enter(StateKind::Degraded, words, live, now);
+            }
+            StateKind::Unreachable => {
+                // It is heard again in the same boot: its boot goes on.
+                self.enter(StateKind::Booting, words, Some(now + BOOT_DEADLINE_MS), now);
+            }
+            StateKind::Approved | StateKind::Healthy if self.running.is_none() && self.boots.is_empty() => {}
+            StateKind::Approved | StateKind::Healthy | StateKind::Draining => {
+                self.enter(StateKind::Booting, words, Some(now + BOOT_DEADLINE_MS), now);
+            }
+            StateKind::Booting | StateKind::Reimaging => {
+                let deadline = self.state.deadline;
+                self.enter(self.state.kind, words, deadline, now);
+            }
+            StateKind::FellBack | StateKind::Discovered | StateKind::Quarantined | StateKind::Retired => {}
+        }
+    }
+}

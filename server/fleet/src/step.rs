@@ -1,0 +1,385 @@
+//! The machine's state machine: every event in every state.
+
+use crate::boots::{BOOTS_KEPT, Boot};
+use crate::event::{Action, Event};
+use crate::machine::{Assigned, Machine, Refused};
+use crate::state::{State, StateKind};
+use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
+use kiln_protocol::{ReleaseId, Stage, StageState, Via};
+
+impl Machine {
+    /// One step. `limit` is the number of boots a trial has ([`crate::Limits::trial_attempts`]).
+    #[must_use]
+    pub fn event(mut self, event: Event, limit: u32, now: Millis) -> (Self, Vec<Action>) {
+        let mut out = Vec::new();
+        let before = (self.state.kind, self.is_available());
+        match event {
+            Event::Asked => self.asked_for_boot(limit, now, &mut out),
+            Event::Downloads(release) => self.downloads(&release, now, &mut out),
+            Event::Downloaded => self.downloaded(now, &mut out),
+            Event::Report(reported) => self.report(&reported, now, &mut out),
+            Event::Approve { name, role, release } => self.approve(name, role, release, now, &mut out),
+            Event::Assign { release, via } => self.assign(release, via, now, &mut out),
+            Event::Granted => self.grant_given(now, &mut out),
+            Event::Clear => self.clear(now, &mut out),
+            Event::Retire => self.retire(now, &mut out),
+            Event::Tick => self.tick(now, &mut out),
+            Event::ServerStarted => {
+                // The server was deaf: nobody is late before a full deadline has passed again.
+                if let Some(d) = &mut self.state.deadline {
+                    *d = (*d).max(now + LIVE_MS);
+                }
+            }
+        }
+        if before.0 != self.state.kind {
+            let warn = match self.state.kind {
+                StateKind::Degraded | StateKind::Unreachable | StateKind::FellBack | StateKind::Quarantined => true,
+                StateKind::Discovered
+                | StateKind::Approved
+                | StateKind::Booting
+                | StateKind::Healthy
+                | StateKind::Draining
+                | StateKind::Reimaging
+                | StateKind::Retired => false,
+            };
+            out.push(Action::Say { warn, text: format!("{}: {}", self.state.kind, self.state.reason) });
+            save(&mut out);
+        }
+        if before.1 != self.is_available() || before.0 != self.state.kind {
+            wake(&mut out); // others may wait for this machine's unit of the limit
+        }
+        (self, out)
+    }
+
+    /// Enters a state, or says anew why it is in it.
+    pub(crate) fn enter(&mut self, kind: StateKind, reason: impl Into<String>, deadline: Option<Millis>, now: Millis) {
+        let since = if self.state.kind == kind { self.state.since } else { now };
+        self.state = State { kind, reason: reason.into(), since, deadline };
+    }
+
+    pub(crate) fn push_boot(&mut self, via: Via, now: Millis) {
+        let number = self.boots.back().map_or(1, |b| b.number + 1);
+        self.boots.push_back(Boot::new(number, via, now));
+        while self.boots.len() > BOOTS_KEPT {
+            self.boots.pop_front();
+        }
+    }
+
+    fn asked_for_boot(&mut self, limit: u32, now: Millis, out: &mut Vec<Action>) {
+        self.last_seen = now;
+        // A firmware repeats itself until it is answered, and iPXE asks again: one boot until its program moves.
+        match self.boots.back_mut() {
+            Some(boot) if boot.is_unclaimed() => {
+                if boot.has(Stage::Program) {
+                    boot.stages.clear();
+                    boot.started = now;
+                }
+            }
+            Some(_) | None => self.push_boot(Via::Cold, now),
+        }
+        if let Some(boot) = self.boots.back_mut()
+            && !boot.has(Stage::Dhcp)
+        {
+            boot.see(Stage::Dhcp, StageState::Done, now);
+        }
+        save(out);
+        self.asked = true;
+        if self.is_trial() && self.attempts >= limit {
+            self.fall_back(limit, now, out);
+        }
+        let deadline = Some(now + BOOT_DEADLINE_MS);
+        match self.state.kind {
+            StateKind::Approved | StateKind::Booting | StateKind::Unreachable | StateKind::Degraded => {
+                self.enter(StateKind::Booting, "its firmware asked for a boot program", deadline, now);
+            }
+            StateKind::Healthy => {
+                self.enter(StateKind::Booting, "it restarted: its firmware asked for a boot program", deadline, now);
+            }
+            StateKind::Draining | StateKind::Reimaging => {
+                self.enter(StateKind::Reimaging, self.heading("restarts into"), deadline, now);
+            }
+            StateKind::FellBack => {
+                // Not available again before it says so itself.
+                self.health = None;
+                self.state.deadline = deadline;
+            }
+            StateKind::Discovered | StateKind::Quarantined | StateKind::Retired => {}
+        }
+    }
+
+    fn heading(&self, verb: &str) -> String {
+        match &self.assigned {
+            Some(a) => format!("{verb} {}", a.release),
+            None => verb.to_owned(),
+        }
+    }
+
+    fn downloads(&mut self, release: &ReleaseId, now: Millis, out: &mut Vec<Action>) {
+        self.last_seen = now;
+        if let Some(boot) = self.boots.back_mut()
+            && boot.is_unclaimed()
+            && !boot.has(Stage::Program)
+        {
+            boot.see(Stage::Program, StageState::Started, now);
+            save(out);
+        }
+        let counts = self.asked && self.is_trial() && self.assigned.as_ref().is_some_and(|a| a.release == *release);
+        self.asked = false;
+        if counts {
+            self.attempts += 1;
+            save(out);
+        }
+        match self.state.kind {
+            StateKind::Booting => {
+                let reason = match (counts, self.attempts) {
+                    (true, n) if n > 1 => format!("downloads {release}, try {n} of a trial"),
+                    (true | false, _) => format!("downloads {release}"),
+                };
+                self.enter(StateKind::Booting, reason, self.state.deadline, now);
+            }
+            StateKind::Discovered
+            | StateKind::Approved
+            | StateKind::Healthy
+            | StateKind::Degraded
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::Reimaging
+            | StateKind::FellBack
+            | StateKind::Quarantined
+            | StateKind::Retired => {}
+        }
+    }
+
+    fn downloaded(&mut self, now: Millis, out: &mut Vec<Action>) {
+        if let Some(boot) = self.boots.back_mut()
+            && boot.is_unclaimed()
+            && boot.stages.last().is_some_and(|s| s.stage == Stage::Program && s.state != StageState::Done)
+        {
+            boot.see(Stage::Program, StageState::Done, now);
+            save(out);
+        }
+    }
+
+    /// The trial had its boots. With a release to go back to, that one is assigned and the pair quarantined.
+    fn fall_back(&mut self, limit: u32, now: Millis, out: &mut Vec<Action>) {
+        let Some(trial) = self.assigned.clone() else { return };
+        let Some(back) = self.last_good().cloned() else {
+            // Nothing to go back to: it may try on, and the reason says so. Its words are the person's clue.
+            self.last_words = format!(
+                "{} was not healthy in {limit} boots and there is no earlier good release: assign another with `kiln assign {} NAME/N`",
+                trial.release,
+                self.title()
+            );
+            return;
+        };
+        let why = if self.last_words.is_empty() { String::new() } else { format!(" ({})", self.last_words) };
+        let reason = format!("{} was not healthy in {limit} boots{why}: back on {back}", trial.release);
+        self.refused.push(Refused { release: trial.release.clone(), reason: reason.clone() });
+        self.assigned = Some(Assigned { release: back, sequence: trial.sequence + 1, via: Via::Cold });
+        self.attempts = 0;
+        self.granted = None;
+        self.prefetch = None;
+        self.health = None;
+        self.fell_back = Some(reason.clone());
+        match self.state.kind {
+            StateKind::Discovered | StateKind::Quarantined | StateKind::Retired => {}
+            StateKind::Approved
+            | StateKind::Booting
+            | StateKind::Healthy
+            | StateKind::Degraded
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::Reimaging
+            | StateKind::FellBack => {
+                self.enter(StateKind::FellBack, reason, Some(now + BOOT_DEADLINE_MS), now);
+            }
+        }
+        out.push(Action::Sign);
+        save(out);
+    }
+
+    fn approve(&mut self, name: String, role: String, release: ReleaseId, now: Millis, out: &mut Vec<Action>) {
+        self.name = Some(name);
+        self.role = Some(role);
+        save(out);
+        match self.state.kind {
+            StateKind::Discovered | StateKind::Retired => {
+                self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via: Via::Cold });
+                self.attempts = 0;
+                out.push(Action::Sign);
+                wake(out);
+                let reason = self.heading("approved; to run");
+                self.enter(StateKind::Approved, reason, Some(now + LIVE_MS), now);
+                self.settle(false, now);
+            }
+            // Approved before: the assignment stays, it is changed by an order only. The role is signed with it.
+            StateKind::Approved
+            | StateKind::Booting
+            | StateKind::Healthy
+            | StateKind::Degraded
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::Reimaging
+            | StateKind::FellBack
+            | StateKind::Quarantined => {
+                if let Some(a) = &mut self.assigned {
+                    a.sequence += 1;
+                    out.push(Action::Sign);
+                }
+            }
+        }
+    }
+
+    fn assign(&mut self, release: ReleaseId, via: Via, now: Millis, out: &mut Vec<Action>) {
+        if let Err(refusal) = self.check_assign(&release) {
+            out.push(Action::Say { warn: true, text: refusal.to_string() });
+            return;
+        }
+        out.push(Action::Say { warn: false, text: format!("assigned {release} via {via}") });
+        self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via });
+        self.attempts = 0;
+        self.granted = None;
+        self.prefetch = None;
+        self.fell_back = None;
+        out.push(Action::Sign);
+        wake(out);
+        save(out);
+        if self.state.kind == StateKind::Draining {
+            // What it drained for is off: it works on until it is granted the new one.
+            self.state.kind = StateKind::Degraded;
+        }
+        if self.state.kind == StateKind::FellBack {
+            self.state.kind = StateKind::Booting;
+        }
+        self.settle(false, now);
+    }
+
+    fn grant_given(&mut self, now: Millis, out: &mut Vec<Action>) {
+        let Some(a) = self.assigned.clone() else { return };
+        match self.state.kind {
+            StateKind::Healthy | StateKind::Degraded | StateKind::Unreachable | StateKind::FellBack => {
+                self.granted = Some(a.sequence);
+                let reason = format!("may leave for {} now", a.release);
+                self.enter(StateKind::Draining, reason, Some(now + DRAIN_DEADLINE_MS), now);
+            }
+            StateKind::Approved | StateKind::Booting | StateKind::Draining | StateKind::Reimaging => {
+                self.granted = Some(a.sequence);
+            }
+            StateKind::Discovered | StateKind::Quarantined | StateKind::Retired => return,
+        }
+        save(out);
+    }
+
+    fn clear(&mut self, now: Millis, out: &mut Vec<Action>) {
+        self.refused.clear();
+        self.fell_back = None;
+        save(out);
+        wake(out);
+        match self.state.kind {
+            StateKind::Quarantined => {
+                // Whichever key reports next is the machine's: the person has looked.
+                self.key = None;
+                self.previous_key = None;
+                if self.assigned.is_some() {
+                    let reason = "cleared; waits for its next report";
+                    self.enter(StateKind::Approved, reason, Some(now + LIVE_MS), now);
+                } else {
+                    self.state = Self::discovered(self.id.clone(), now).state;
+                }
+            }
+            StateKind::FellBack => {
+                self.enter(StateKind::Booting, "cleared", Some(now + BOOT_DEADLINE_MS), now);
+                self.settle(false, now);
+            }
+            StateKind::Discovered
+            | StateKind::Approved
+            | StateKind::Booting
+            | StateKind::Healthy
+            | StateKind::Degraded
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::Reimaging
+            | StateKind::Retired => {}
+        }
+    }
+
+    fn retire(&mut self, now: Millis, out: &mut Vec<Action>) {
+        self.granted = None;
+        self.enter(StateKind::Retired, "a person took it out of service", None, now);
+        wake(out);
+        save(out);
+    }
+
+    fn tick(&mut self, now: Millis, out: &mut Vec<Action>) {
+        if self.state.deadline.is_none_or(|d| now < d) {
+            return;
+        }
+        let live = now < self.last_seen + LIVE_MS;
+        let again = Some(self.last_seen.max(now) + LIVE_MS);
+        let minutes = now.saturating_sub(self.state.since) / 60_000;
+        let silent = format!("no word for {} s", now.saturating_sub(self.last_seen) / 1000);
+        match self.state.kind {
+            StateKind::Discovered => {
+                if now >= self.last_seen + FORGET_MS {
+                    out.push(Action::Forget);
+                } else {
+                    self.state.deadline = Some(self.last_seen + FORGET_MS);
+                }
+            }
+            StateKind::Approved | StateKind::Healthy | StateKind::FellBack => {
+                if live {
+                    self.state.deadline = again;
+                } else {
+                    let reason = format!("{silent}; it was {}", self.state.kind);
+                    self.enter(StateKind::Unreachable, reason, None, now);
+                }
+            }
+            StateKind::Booting | StateKind::Reimaging => {
+                let words = self.where_it_is();
+                if live {
+                    let reason = format!("not healthy within {minutes} min: {words}");
+                    self.enter(StateKind::Degraded, reason, again, now);
+                } else {
+                    let reason = format!("{silent} while {}: {words}", self.state.kind);
+                    self.enter(StateKind::Unreachable, reason, None, now);
+                }
+            }
+            StateKind::Draining => {
+                // Its grant ends with its deadline; it keeps its unit of the limit until it is seen healthy.
+                self.granted = None;
+                let reason = format!("was let go {minutes} min ago and did not leave");
+                self.enter(StateKind::Degraded, reason, again, now);
+            }
+            StateKind::Degraded => {
+                if live {
+                    self.state.deadline = again;
+                } else {
+                    let reason = format!("{silent}; before that: {}", self.state.reason);
+                    self.enter(StateKind::Unreachable, reason, None, now);
+                }
+            }
+            StateKind::Unreachable | StateKind::Quarantined | StateKind::Retired => {}
+        }
+    }
+
+    pub(crate) fn where_it_is(&self) -> String {
+        match self.stage() {
+            Some((stage, StageState::Failed(f), _)) => format!("{}: {}", stage.label(), f.message),
+            Some((stage, StageState::Waiting { reason }, _)) => format!("{}: {reason}", stage.label()),
+            Some((stage, StageState::Started | StageState::Done, _)) => stage.label().to_owned(),
+            None => "nothing was heard of this boot".to_owned(),
+        }
+    }
+}
+
+pub(crate) fn save(out: &mut Vec<Action>) {
+    if !out.contains(&Action::Save) {
+        out.push(Action::Save);
+    }
+}
+
+pub(crate) fn wake(out: &mut Vec<Action>) {
+    if !out.contains(&Action::Wake) {
+        out.push(Action::Wake);
+    }
+}

@@ -1,0 +1,497 @@
+//! The machine's state machine: the stories a person would tell, then whatever a machine or a network can do.
+#![allow(clippy::unwrap_used)]
+
+use kiln_fleet::*;
+use kiln_protocol::*;
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+
+const LIMIT: u32 = 3;
+
+fn id(n: u8) -> MachineId {
+    format!("00000000-0000-0000-0000-0000000000{n:02x}").parse().unwrap()
+}
+fn key(n: u8) -> KeyId {
+    format!("{n:02x}").repeat(32).parse().unwrap()
+}
+fn root(release: u64) -> Sha256Hex {
+    format!("{release:02x}").repeat(32).parse().unwrap()
+}
+fn rel(release: u64) -> ReleaseId {
+    format!("minimal/{release}").parse().unwrap()
+}
+
+fn report(machine: u8, boot: &str, seq: u64, release: u64) -> Report {
+    Report {
+        boot_id: boot.into(),
+        seq,
+        machine: MachineFacts {
+            id: id(machine),
+            macs: vec!["52:54:00:00:00:01".into()],
+            product: "QEMU".into(),
+            serial: String::new(),
+            firmware: Firmware::Uefi,
+            arch: Architecture::X86_64,
+            key_storage: KeyStorage::EfiVariable,
+            rollback_memory: RollbackMemory::EfiVariable,
+            protection: ProtectionClass::Unprotected,
+            memory_bytes: 1 << 30,
+        },
+        nonce: "00".repeat(32).parse().unwrap(),
+        embedded: RunningRelease { image: "minimal".parse().unwrap(), release, root_hash: root(release) },
+        running: None,
+        stages: vec![],
+        at_ms: seq * 1000,
+        health: None,
+        prefetch: None,
+        wait_s: 0,
+        desired_etag: String::new(),
+    }
+}
+
+fn healthy(machine: u8, boot: &str, seq: u64, release: u64) -> Report {
+    let mut r = report(machine, boot, seq, release);
+    r.running = Some(r.embedded.clone());
+    r.health = Some(Health { healthy: true, detail: String::new() });
+    r
+}
+
+fn by(k: u8, report: Report) -> Event {
+    let published_root = report.running.as_ref().map(|r| root(r.release));
+    Event::Report(Box::new(Reported { key: key(k), report, published_root }))
+}
+
+/// A machine under test, with its time.
+struct Story {
+    m: Machine,
+    now: Millis,
+    last: Vec<Action>,
+}
+
+impl Story {
+    fn new() -> Self {
+        Self { m: Machine::discovered(id(1), 1_000_000), now: 1_000_000, last: vec![] }
+    }
+    fn then(&mut self, event: Event) -> &mut Self {
+        self.now += 1_000;
+        let (m, out) = self.m.clone().event(event, LIMIT, self.now);
+        (self.m, self.last) = (m, out);
+        self
+    }
+    fn wait(&mut self, ms: u64) -> &mut Self {
+        self.now += ms;
+        self.then(Event::Tick)
+    }
+    fn is(&mut self, kind: StateKind) -> &mut Self {
+        assert_eq!(self.m.state.kind, kind, "{}", self.m.state.reason);
+        self
+    }
+    fn approve(&mut self) -> &mut Self {
+        self.then(Event::Approve { name: "rack-1".into(), role: "lab".into(), release: rel(1) })
+    }
+    fn good_on_1() -> Self {
+        let mut s = Self::new();
+        s.then(Event::Asked).then(Event::Downloads(rel(1))).then(Event::Downloaded);
+        s.then(by(1, report(1, "a", 1, 1))).is(StateKind::Discovered).approve().is(StateKind::Booting);
+        s.then(by(1, healthy(1, "a", 2, 1))).is(StateKind::Healthy);
+        s
+    }
+    fn assign(&mut self, release: u64, via: Via) -> &mut Self {
+        self.then(Event::Assign { release: rel(release), via })
+    }
+    fn boots_trial(&mut self, release: u64) -> &mut Self {
+        self.then(Event::Asked)
+            .then(Event::Asked)
+            .then(Event::Downloads(rel(release)))
+            .then(Event::Downloads(rel(release)))
+    }
+}
+
+#[test]
+fn first_boot_to_healthy() {
+    let s = Story::good_on_1();
+    assert_eq!(s.m.assigned.as_ref().unwrap().sequence, 1);
+    assert_eq!(s.m.last_good(), Some(&rel(1)));
+    let stages: Vec<Stage> = s.m.boots[0].stages.iter().map(|s| s.stage).collect();
+    assert_eq!(stages, [Stage::Dhcp, Stage::Program, Stage::Program]);
+    assert_eq!(s.m.boots.len(), 1, "firmware's and agent's part are one boot");
+    assert!(!s.m.is_trial());
+}
+
+#[test]
+fn a_root_hash_that_was_not_published_is_not_healthy() {
+    let mut s = Story::good_on_1();
+    let mut r = healthy(1, "a", 3, 1);
+    r.running.as_mut().unwrap().root_hash = root(9);
+    s.then(by(1, r)).is(StateKind::Degraded);
+    assert!(s.m.state.reason.contains("root hash"));
+}
+
+#[test]
+fn reimage_by_kexec() {
+    let mut s = Story::good_on_1();
+    s.assign(2, Via::Kexec).is(StateKind::Healthy);
+    assert!(s.last.contains(&Action::Sign) && s.last.contains(&Action::Wake) && s.last.contains(&Action::Save));
+    assert_eq!(s.m.assigned.as_ref().unwrap().sequence, 2);
+    s.then(Event::Granted).is(StateKind::Draining);
+    assert!(!s.m.is_available());
+    s.then(by(1, healthy(1, "a", 3, 1))).is(StateKind::Draining);
+    let mut r = healthy(1, "a", 4, 1);
+    r.stages = vec![StageRecord { stage: Stage::Going, state: StageState::Started, at_ms: 3_900 }];
+    s.then(by(1, r)).is(StateKind::Reimaging);
+    s.then(by(1, report(1, "b", 1, 2))).is(StateKind::Reimaging);
+    assert_eq!(s.m.boots.back().unwrap().via, Via::Kexec);
+    s.then(by(1, healthy(1, "b", 2, 2))).is(StateKind::Healthy);
+    assert_eq!((s.m.last_good(), s.m.granted), (Some(&rel(2)), None));
+}
+
+#[test]
+fn a_failed_start_of_the_other_release_gives_the_grant_back() {
+    let mut s = Story::good_on_1();
+    s.assign(2, Via::Kexec).then(Event::Granted);
+    let mut r = healthy(1, "a", 4, 1);
+    let failure = Failure { kind: "kexec-load".into(), message: "refused".into(), attempt: 1, retry_in_ms: Some(1) };
+    r.stages = vec![StageRecord { stage: Stage::Going, state: StageState::Failed(failure), at_ms: 3_900 }];
+    s.then(by(1, r)).is(StateKind::Healthy);
+    assert_eq!(s.m.granted, None);
+    assert!(s.m.last_words.contains("refused"));
+}
+
+#[test]
+fn a_trial_has_three_boots_then_the_last_known_good_one() {
+    let mut s = Story::good_on_1();
+    s.assign(2, Via::Cold).then(Event::Granted);
+    for n in 1..=3 {
+        s.boots_trial(2);
+        assert_eq!((s.m.attempts, s.m.boot_release()), (n, Some(&rel(2))), "retransmissions do not count");
+        s.then(by(1, report(1, &format!("t{n}"), 1, 2))).is(StateKind::Reimaging);
+    }
+    s.then(Event::Asked).is(StateKind::FellBack);
+    assert!(s.last.contains(&Action::Sign));
+    assert_eq!(s.m.boot_release(), Some(&rel(1)));
+    let a = s.m.assigned.clone().unwrap();
+    assert_eq!((a.release, a.sequence), (rel(1), 3), "an older release under a higher sequence");
+    assert!(!s.m.is_available());
+    s.then(by(1, healthy(1, "back", 1, 1))).is(StateKind::FellBack);
+    assert!(s.m.is_available(), "it works, and keeps saying why it is not where it was sent");
+    assert_eq!(s.m.check_assign(&rel(2)).unwrap_err().to_string().matches("kiln machine clear rack-1").count(), 1);
+    s.then(Event::Clear).is(StateKind::Healthy);
+    assert_eq!(s.m.check_assign(&rel(2)), Ok(()));
+}
+
+#[test]
+fn power_blips_on_a_good_release_cost_nothing() {
+    let mut s = Story::good_on_1();
+    for n in 0..20 {
+        s.boots_trial(1).then(by(1, report(1, &format!("p{n}"), 1, 1))).is(StateKind::Booting);
+    }
+    assert_eq!((s.m.attempts, s.m.boot_release(), s.m.boots.len()), (0, Some(&rel(1)), BOOTS_KEPT));
+}
+
+#[test]
+fn a_trial_with_nothing_to_go_back_to_goes_on_and_says_so() {
+    let mut s = Story::new();
+    s.then(by(1, report(1, "a", 1, 1))).approve();
+    for _ in 0..5 {
+        s.boots_trial(1);
+    }
+    assert_eq!(s.m.boot_release(), Some(&rel(1)));
+    assert!(s.m.last_words.contains("no earlier good release"), "{}", s.m.last_words);
+}
+
+#[test]
+fn strays_change_nothing() {
+    let mut s = Story::good_on_1();
+    s.then(by(1, report(1, "b", 5, 1)));
+    let before = s.m.clone();
+    for stray in [report(1, "b", 5, 1), report(1, "b", 4, 2), healthy(1, "a", 99, 1)] {
+        s.then(by(1, stray));
+        assert_eq!(Machine { last_seen: 0, ..s.m.clone() }, Machine { last_seen: 0, ..before.clone() });
+        assert_eq!(s.last, []);
+    }
+}
+
+#[test]
+fn silence_has_a_deadline_and_a_reason_in_every_state() {
+    let mut s = Story::good_on_1();
+    s.wait(LIVE_MS / 2).is(StateKind::Healthy).wait(LIVE_MS).is(StateKind::Unreachable);
+    assert!(s.m.state.reason.contains("no word for"));
+    s.then(by(1, healthy(1, "a", 3, 1))).is(StateKind::Healthy);
+    s.then(Event::Asked).is(StateKind::Booting).wait(BOOT_DEADLINE_MS).is(StateKind::Unreachable);
+    s.then(by(1, report(1, "c", 1, 1))).is(StateKind::Booting);
+    for n in 2..20 {
+        s.now += 60_000;
+        s.then(by(1, report(1, "c", n, 1)));
+    }
+    s.then(Event::Tick).is(StateKind::Degraded);
+    s.then(by(1, healthy(1, "c", 30, 1))).assign(2, Via::Cold).then(Event::Granted).is(StateKind::Draining);
+    s.wait(DRAIN_DEADLINE_MS).is(StateKind::Degraded);
+    assert_eq!(s.m.granted, None);
+    let mut unknown = Story::new();
+    unknown.then(by(1, report(1, "a", 1, 1))).wait(FORGET_MS);
+    assert_eq!(unknown.last, [Action::Forget]);
+}
+
+#[test]
+fn a_server_that_was_down_blames_nobody() {
+    let mut s = Story::good_on_1();
+    s.now += 10 * LIVE_MS;
+    s.then(Event::ServerStarted).then(Event::Tick).is(StateKind::Healthy);
+    s.wait(LIVE_MS).is(StateKind::Unreachable);
+}
+
+#[test]
+fn two_claimants_quarantine_the_name() {
+    let mut s = Story::good_on_1();
+    s.then(by(2, report(1, "x", 1, 1))).is(StateKind::Quarantined);
+    for k in [1, 2] {
+        assert!(matches!(desire(&s.m, &key(k)), Desire::Wait(why) if why.contains("clear rack-1")));
+    }
+    s.then(by(1, healthy(1, "a", 9, 1))).is(StateKind::Quarantined);
+    s.then(Event::Clear).is(StateKind::Approved).then(by(1, healthy(1, "a", 10, 1))).is(StateKind::Healthy);
+    assert!(matches!(desire(&s.m, &key(1)), Desire::Run(_)));
+}
+
+#[test]
+fn a_name_only_machine_brings_a_new_key_with_a_new_boot_only() {
+    let ephemeral = |mut r: Report| {
+        r.machine.key_storage = KeyStorage::Ephemeral;
+        r
+    };
+    let mut s = Story::new();
+    s.then(by(1, ephemeral(healthy(1, "a", 1, 1)))).approve().is(StateKind::Healthy);
+    s.then(by(2, ephemeral(report(1, "b", 1, 1)))).is(StateKind::Booting);
+    assert!(matches!(desire(&s.m, &key(2)), Desire::Run(_)));
+    assert!(matches!(desire(&s.m, &key(1)), Desire::Wait(_)), "the key of the boot before is nobody's");
+    s.then(by(1, ephemeral(healthy(1, "a", 2, 1)))).is(StateKind::Quarantined);
+
+    let mut s = Story::new();
+    s.then(by(1, ephemeral(healthy(1, "a", 1, 1)))).approve();
+    s.then(by(2, ephemeral(report(1, "a", 2, 1)))).is(StateKind::Quarantined);
+}
+
+#[test]
+fn orders_need_an_approved_machine() {
+    let mut s = Story::new();
+    assert!(matches!(s.m.check_assign(&rel(1)), Err(Refusal::NotApproved { .. })));
+    s.assign(1, Via::Cold).is(StateKind::Discovered);
+    assert_eq!(s.m.assigned, None);
+    s.approve().then(Event::Retire).is(StateKind::Retired);
+    assert!(matches!(s.m.check_assign(&rel(1)), Err(Refusal::Retired { .. })));
+    s.approve().is(StateKind::Approved);
+    assert_eq!(s.m.assigned.as_ref().unwrap().sequence, 2, "a sequence is never used twice");
+}
+
+fn rack(n: u8) -> BTreeMap<MachineId, Machine> {
+    (1..=n)
+        .map(|k| {
+            let mut m = Machine::discovered(id(k), 0);
+            for e in [
+                by(k, healthy(k, "a", 1, 1)),
+                Event::Approve { name: format!("rack-{k}"), role: "lab".into(), release: rel(1) },
+                Event::Assign { release: rel(2), via: Via::Kexec },
+                by(
+                    k,
+                    Report {
+                        prefetch: Some(Prefetch {
+                            image: "minimal".parse().unwrap(),
+                            release: 2,
+                            sequence: 2,
+                            ready: true,
+                        }),
+                        ..healthy(k, "a", 2, 1)
+                    },
+                ),
+            ] {
+                m = m.event(e, LIMIT, 1000).0;
+            }
+            (id(k), m)
+        })
+        .collect()
+}
+
+#[test]
+fn machines_leave_one_at_a_time() {
+    let mut machines = rack(3);
+    let limits = Limits::default();
+    assert_eq!(grant(&id(1), &machines, limits), Grant::Go);
+    let m = machines.remove(&id(1)).unwrap();
+    machines.insert(id(1), m.event(Event::Granted, LIMIT, 2000).0);
+    assert_eq!(grant(&id(1), &machines, limits), Grant::Go, "the same answer again");
+    let Grant::Hold { reason, .. } = grant(&id(2), &machines, limits) else { panic!("must hold") };
+    assert_eq!(reason, "1 of at most 1 machines are unavailable: rack-1 is draining");
+    assert_eq!(grant(&id(2), &machines, Limits { max_unavailable: 2, ..limits }), Grant::Go);
+    let m = machines.remove(&id(1)).unwrap();
+    let (m, out) = m.event(by(1, healthy(1, "b", 1, 2)), LIMIT, 3000);
+    assert!(out.contains(&Action::Wake), "those who wait are told");
+    machines.insert(id(1), m);
+    assert_eq!(grant(&id(2), &machines, limits), Grant::Go);
+}
+
+#[test]
+fn a_dead_machine_holds_the_others() {
+    let mut machines = rack(2);
+    let m = machines.remove(&id(2)).unwrap();
+    machines.insert(id(2), m.event(Event::Tick, LIMIT, 10 * LIVE_MS).0);
+    assert!(matches!(grant(&id(1), &machines, Limits::default()), Grant::Hold { .. }));
+    let m = machines.remove(&id(2)).unwrap();
+    machines.insert(id(2), m.event(Event::Retire, LIMIT, 10 * LIVE_MS).0);
+    assert_eq!(grant(&id(1), &machines, Limits::default()), Grant::Go, "excused by a person");
+}
+
+#[test]
+fn a_machine_survives_being_stored() {
+    let s = Story::good_on_1();
+    let text = serde_json::to_string(&s.m).unwrap();
+    let mut back: Machine = serde_json::from_str(&text).unwrap();
+    back.boots = s.m.boots.iter().map(|b| serde_json::from_str(&serde_json::to_string(b).unwrap()).unwrap()).collect();
+    assert_eq!(back, s.m);
+}
+
+fn any_stage() -> impl Strategy<Value = StageRecord> {
+    (0..Stage::ALL.len(), 0..4_u8, any::<u64>()).prop_map(|(s, state, at_ms)| StageRecord {
+        stage: Stage::ALL[s],
+        state: match state {
+            0 => StageState::Started,
+            1 => StageState::Done,
+            2 => StageState::Waiting { reason: "waits".into() },
+            _ => StageState::Failed(Failure { kind: "k".into(), message: "m\n".into(), attempt: 1, retry_in_ms: None }),
+        },
+        at_ms,
+    })
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    let release = 1..4_u64;
+    let reports = (
+        1..3_u8,
+        0..6_u8,
+        0..9_u64,
+        release.clone(),
+        any::<bool>(),
+        any::<Option<bool>>(),
+        any::<bool>(),
+        proptest::collection::vec(any_stage(), 0..5),
+        0..9_u64,
+    )
+        .prop_map(|(k, boot, seq, release, up, health, ephemeral, stages, sequence)| {
+            let mut r = report(1, &format!("boot{boot}"), seq, release);
+            r.stages = stages;
+            r.health = health.map(|healthy| Health { healthy, detail: "says so".into() });
+            if up {
+                r.running = Some(r.embedded.clone());
+            }
+            if ephemeral {
+                r.machine.key_storage = KeyStorage::Ephemeral;
+            }
+            let image = r.embedded.image.clone();
+            r.prefetch = Some(Prefetch { image, release, sequence, ready: true });
+            by(k, r)
+        });
+    prop_oneof![
+        4 => Just(Event::Asked),
+        4 => release.clone().prop_map(|r| Event::Downloads(rel(r))),
+        1 => Just(Event::Downloaded),
+        8 => reports,
+        2 => release.clone().prop_map(|r| Event::Approve { name: "n".into(), role: "r".into(), release: rel(r) }),
+        3 => release.prop_map(|r| Event::Assign { release: rel(r), via: Via::Kexec }),
+        1 => Just(Event::Granted),
+        1 => Just(Event::Clear),
+        1 => Just(Event::Retire),
+        2 => Just(Event::Tick),
+        1 => Just(Event::ServerStarted),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn whatever_happens(events in proptest::collection::vec((any_event(), 0..400_000_u64), 1..60)) {
+        let mut m = Machine::discovered(id(1), 0);
+        let mut now = 0;
+        let mut kinds = std::collections::BTreeSet::new();
+        for (event, pause) in events {
+            now += pause;
+            let before = m.clone();
+            let forced = matches!(event, Event::Assign { .. } | Event::Approve { .. });
+            let (after, out) = m.event(event.clone(), LIMIT, now);
+            kinds.insert(after.state.kind);
+            prop_assert!(!after.state.reason.is_empty());
+            prop_assert!(!after.state.reason.contains('\n') && !after.last_words.contains('\n'));
+            prop_assert!(after.boots.len() <= BOOTS_KEPT && after.good.len() <= 8);
+            prop_assert!(after.boots.iter().all(|b| b.stages.len() <= RECORDS_KEPT));
+            prop_assert!(after.boots.iter().flat_map(|b| &b.stages).all(|s| s.at <= now), "nothing is in the future");
+            let waits_for_a_person =
+                matches!(after.state.kind, StateKind::Unreachable | StateKind::Quarantined | StateKind::Retired);
+            prop_assert_eq!(after.state.deadline.is_none(), waits_for_a_person, "{:?}", after.state);
+            // One assignment; its sequence grows exactly when it changes; a change is signed and saved.
+            let (a, b) = (before.assigned.as_ref(), after.assigned.as_ref());
+            if a != b {
+                prop_assert!(b.is_some_and(|b| b.sequence == a.map_or(0, |a| a.sequence) + 1));
+                prop_assert!(out.contains(&Action::Sign) && out.contains(&Action::Save));
+                let fell = b.is_some_and(|b| before.good.contains(&b.release) && before.attempts >= LIMIT);
+                prop_assert!(forced || fell);
+            }
+            // An availability or a state that changed is committed, and those who wait are told.
+            if before.state.kind != after.state.kind {
+                prop_assert!(out.contains(&Action::Save) && out.contains(&Action::Wake));
+            }
+            if before.is_available() != after.is_available() {
+                prop_assert!(out.contains(&Action::Wake));
+            }
+            // Once a good release exists, a trial never gets more boots than the limit.
+            if after.asked && after.is_trial() && after.last_good().is_some() && after.boot_release().is_some() {
+                prop_assert!(after.attempts < LIMIT);
+            }
+            prop_assert!(after.state.kind != StateKind::Healthy || after.running.is_some() || before == after
+                || before.state.kind == StateKind::Healthy);
+            // A step repeated at the same time by a lost reply says nothing new.
+            if let Event::Report(_) = &event {
+                let (again, out) = after.clone().event(event, LIMIT, now);
+                prop_assert_eq!(&again, &after);
+                prop_assert!(out.is_empty(), "{:?}", out);
+            }
+            m = after;
+        }
+    }
+
+    /// A rack under orders, crashes and silence never loses more machines to grants than the limit.
+    #[test]
+    fn the_limit_holds(steps in proptest::collection::vec((1..6_u8, 0..6_u8), 1..200), max in 1..3_usize) {
+        let mut machines = rack(5);
+        let limits = Limits { max_unavailable: max, ..Limits::default() };
+        let mut now = 10_000;
+        let mut boot = 0_u32;
+        for (n, what) in steps {
+            now += 1_000;
+            let m = machines[&id(n)].clone();
+            let seq = m.boots.back().map_or(1, |b| b.seq + 1);
+            let current = m.boots.back().map(|b| b.boot_id.clone()).unwrap_or_default();
+            let runs = m.running.as_ref().map_or(1, |r| r.release);
+            let event = match what {
+                0 | 1 => {
+                    let unavailable = machines.values().filter(|m| !m.is_available()).count();
+                    if m.is_available() && grant(&id(n), &machines, limits) == Grant::Go && m.granted.is_none() {
+                        prop_assert!(unavailable < max, "{unavailable} of {max}");
+                        Event::Granted
+                    } else {
+                        Event::Tick
+                    }
+                }
+                2 if m.granted.is_some() => {
+                    let mut r = healthy(n, &current, seq, runs);
+                    r.stages.push(StageRecord { stage: Stage::Going, state: StageState::Started, at_ms: 0 });
+                    by(n, r)
+                }
+                3 if m.state.kind == StateKind::Reimaging => {
+                    boot += 1;
+                    by(n, healthy(n, &format!("n{boot}"), 1, 2))
+                }
+                4 => Event::Asked,
+                _ => by(n, healthy(n, &current, seq, runs)),
+            };
+            machines.insert(id(n), m.event(event, LIMIT, now).0);
+        }
+    }
+}

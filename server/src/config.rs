@@ -1,0 +1,400 @@
+//! `kiln.toml`: raw tables as written, checked into [`Config`]. Everything has a default; no file is needed.
+//!
+//! Unknown keys are refused with line and column, so that a misspelt limit is not a missing one.
+
+use crate::error::ConfigError;
+use kiln_fleet::Limits;
+use kiln_protocol::{ImageName, MachineId};
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+/// The checked configuration.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Config {
+    /// Where artifacts, the read-only API and the web page are served.
+    pub http: SocketAddr,
+    /// Where agents report.
+    pub agent_api: SocketAddr,
+    /// DHCP.
+    pub dhcp: Dhcp,
+    /// Where TFTP is served.
+    pub tftp: SocketAddr,
+    /// How machines boot.
+    pub boot: Boot,
+    /// The fleet's limits.
+    pub limits: Limits,
+    /// Image by role name.
+    pub roles: BTreeMap<String, ImageName>,
+    /// The pre-loaded list.
+    pub machines: BTreeMap<MachineId, Listed>,
+}
+
+/// DHCP settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Dhcp {
+    /// What is answered.
+    pub mode: DhcpMode,
+    /// Only on this interface; none: on every one with an address.
+    pub interface: Option<String>,
+}
+
+/// What the DHCP side answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DhcpMode {
+    /// Boot programs, beside the site's own server.
+    Proxy,
+    /// Addresses too.
+    Full(FullDhcp),
+    /// Nothing.
+    Off,
+}
+
+/// A full DHCP server's settings.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FullDhcp {
+    /// First address given out.
+    pub first: Ipv4Addr,
+    /// Last one.
+    pub last: Ipv4Addr,
+    /// Default gateway.
+    pub router: Option<Ipv4Addr>,
+    /// Name servers.
+    pub dns: Vec<Ipv4Addr>,
+    /// How long a lease lasts, in seconds.
+    pub lease_s: u32,
+}
+
+/// How machines boot.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Boot {
+    /// This server's address in boot programs' URLs; none: the one a request came in on.
+    pub address: Option<Ipv4Addr>,
+    /// iPXE for BIOS machines.
+    pub undionly: PathBuf,
+    /// iPXE for UEFI machines.
+    pub snponly: PathBuf,
+    /// What an unknown machine is given, so that its agent can introduce itself.
+    pub default_image: ImageName,
+    /// Answer UEFI HTTP Boot.
+    pub http_boot: bool,
+}
+
+/// One line of the pre-loaded list.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// The name it gets.
+    pub name: String,
+    /// Its role.
+    pub role: String,
+}
+
+impl Config {
+    /// Reads a file. `None`: the site's own `kiln.toml` if there is one, else all defaults.
+    pub fn load(site: &Path, file: Option<&Path>) -> Result<(Self, Option<PathBuf>), ConfigError> {
+        let path = file.map_or_else(|| site.join("kiln.toml"), Path::to_owned);
+        match std::fs::read_to_string(&path) {
+            Ok(text) => Self::parse(&text)
+                .map_err(|e| ConfigError::Invalid { path: path.clone(), reason: Box::new(e) })
+                .map(|config| (config, Some(path))),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && file.is_none() => Ok((Self::default(), None)),
+            Err(source) => Err(ConfigError::Read { path, source }),
+        }
+    }
+
+    /// Reads the text of a file.
+    pub fn parse(text: &str) -> Result<Self, ConfigError> {
+        let raw: Raw = toml::from_str(text).map_err(|e| ConfigError::Toml(e.to_string().trim_end().to_owned()))?;
+        Self::try_from(raw)
+    }
+
+    /// The port of a role's image.
+    pub fn image_of(&self, role: &str) -> Result<&ImageName, ConfigError> {
+        self.roles.get(role).ok_or_else(|| ConfigError::UnknownRole {
+            role: role.to_owned(),
+            known: self.roles.keys().cloned().collect::<Vec<_>>().join(", "),
+        })
+    }
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self::try_from(Raw::default()).expect("the defaults are valid; a test reads them")
+    }
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Raw {
+    http: RawListen,
+    agent_api: RawListen,
+    dhcp: RawDhcp,
+    tftp: RawListen,
+    boot: RawBoot,
+    fleet: RawFleet,
+    role: Vec<RawRole>,
+    machine: Vec<RawMachine>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawListen {
+    listen: Option<SocketAddr>,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawMode {
+    #[default]
+    Proxy,
+    Full,
+    Off,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawDhcp {
+    mode: RawMode,
+    interface: Option<String>,
+    full: Option<RawFull>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawFull {
+    range: String,
+    router: Option<Ipv4Addr>,
+    #[serde(default)]
+    dns: Vec<Ipv4Addr>,
+    lease_s: Option<u32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawBoot {
+    address: Option<Ipv4Addr>,
+    undionly: Option<PathBuf>,
+    snponly: Option<PathBuf>,
+    default_image: Option<String>,
+    http_boot: Option<bool>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawFleet {
+    max_unavailable: Option<usize>,
+    trial_attempts: Option<u32>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawRole {
+    name: String,
+    image: String,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawMachine {
+    id: String,
+    name: String,
+    role: String,
+}
+
+fn bad(key: &str, reason: impl ToString) -> ConfigError {
+    ConfigError::Value { key: key.to_owned(), reason: reason.to_string() }
+}
+
+/// A name a person types: no spaces, nothing a shell or a path would take apart.
+pub fn is_name(name: &str) -> bool {
+    (1..=63).contains(&name.len())
+        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'))
+}
+
+const NAME: &str = "1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit";
+
+impl TryFrom<RawFull> for FullDhcp {
+    type Error = ConfigError;
+    fn try_from(raw: RawFull) -> Result<Self, ConfigError> {
+        let range = |reason: &str| bad("dhcp.full.range", format!("{:?}: {reason}", raw.range));
+        let form = "expected FIRST-LAST, as 10.0.0.100-10.0.0.200";
+        let (first, last) = raw.range.split_once('-').ok_or_else(|| range(form))?;
+        let first: Ipv4Addr = first.trim().parse().map_err(|_| range(form))?;
+        let last: Ipv4Addr = last.trim().parse().map_err(|_| range(form))?;
+        if last < first {
+            return Err(range("the last address is below the first"));
+        }
+        let lease_s = raw.lease_s.unwrap_or(3600);
+        if lease_s < 60 {
+            return Err(bad("dhcp.full.lease_s", "leases last 60 s at least"));
+        }
+        Ok(Self { first, last, router: raw.router, dns: raw.dns, lease_s })
+    }
+}
+
+impl TryFrom<Raw> for Config {
+    type Error = ConfigError;
+    fn try_from(raw: Raw) -> Result<Self, ConfigError> {
+        let any = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), port);
+        let mode = match (raw.dhcp.mode, raw.dhcp.full) {
+            (RawMode::Proxy, None) => DhcpMode::Proxy,
+            (RawMode::Off, None) => DhcpMode::Off,
+            (RawMode::Full, Some(full)) => DhcpMode::Full(full.try_into()?),
+            (RawMode::Full, None) => {
+                return Err(bad("dhcp.mode", "\"full\" needs a table [dhcp.full] with the range to give out"));
+            }
+            (RawMode::Proxy | RawMode::Off, Some(_)) => {
+                return Err(bad("dhcp.full", "only with [dhcp] mode = \"full\""));
+            }
+        };
+        let default_image: ImageName = raw
+            .boot
+            .default_image
+            .as_deref()
+            .unwrap_or("minimal")
+            .parse()
+            .map_err(|e| bad("boot.default_image", e))?;
+        let defaults = Limits::default();
+        let limits = Limits {
+            max_unavailable: raw.fleet.max_unavailable.unwrap_or(defaults.max_unavailable),
+            trial_attempts: raw.fleet.trial_attempts.unwrap_or(defaults.trial_attempts),
+        };
+        if limits.max_unavailable == 0 {
+            return Err(bad("fleet.max_unavailable", "with 0 no machine could ever reimage itself"));
+        }
+        if limits.trial_attempts == 0 {
+            return Err(bad("fleet.trial_attempts", "with 0 no new release could ever boot"));
+        }
+        let mut roles = BTreeMap::new();
+        for role in raw.role {
+            if !is_name(&role.name) {
+                return Err(bad("role.name", format!("{:?}: {NAME}", role.name)));
+            }
+            let image = role.image.parse().map_err(|e| bad(&format!("role {}: image", role.name), e))?;
+            if roles.insert(role.name.clone(), image).is_some() {
+                return Err(bad("role.name", format!("{:?} is there twice", role.name)));
+            }
+        }
+        if roles.is_empty() {
+            roles.insert("default".to_owned(), default_image.clone());
+        }
+        let mut machines: BTreeMap<MachineId, Listed> = BTreeMap::new();
+        for machine in raw.machine {
+            let id: MachineId = machine.id.to_ascii_lowercase().parse().map_err(|e| bad("machine.id", e))?;
+            if !is_name(&machine.name) {
+                return Err(bad("machine.name", format!("{:?}: {NAME}", machine.name)));
+            }
+            if !roles.contains_key(&machine.role) {
+                let known = roles.keys().cloned().collect::<Vec<_>>().join(", ");
+                return Err(bad("machine.role", format!("{:?} is no [[role]]; known are: {known}", machine.role)));
+            }
+            if machines.values().any(|m| m.name == machine.name) {
+                return Err(bad("machine.name", format!("{:?} is there twice", machine.name)));
+            }
+            if machines.insert(id, Listed { name: machine.name, role: machine.role }).is_some() {
+                return Err(bad("machine.id", format!("{:?} is there twice", machine.id)));
+            }
+        }
+        Ok(Self {
+            http: raw.http.listen.unwrap_or_else(|| any(8080)),
+            agent_api: raw.agent_api.listen.unwrap_or_else(|| any(8443)),
+            dhcp: Dhcp { mode, interface: raw.dhcp.interface },
+            tftp: raw.tftp.listen.unwrap_or_else(|| any(69)),
+            boot: Boot {
+                address: raw.boot.address,
+                undionly: raw.boot.undionly.unwrap_or_else(|| "/usr/lib/ipxe/undionly.kpxe".into()),
+                snponly: raw.boot.snponly.unwrap_or_else(|| "/usr/lib/ipxe/snponly.efi".into()),
+                default_image,
+                http_boot: raw.boot.http_boot.unwrap_or(true),
+            },
+            limits,
+            roles,
+            machines,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: &str = r#"
+[http]
+listen = "127.0.0.1:18080"
+[agent_api]
+listen = "127.0.0.1:18443"
+[dhcp]
+mode = "full"
+interface = "br0"
+[dhcp.full]
+range = "10.0.0.100-10.0.0.200"
+router = "10.0.0.1"
+dns = ["10.0.0.1"]
+lease_s = 600
+[tftp]
+listen = "0.0.0.0:69"
+[boot]
+address = "10.77.0.1"
+undionly = "/u"
+snponly = "/s"
+default_image = "minimal"
+http_boot = false
+[fleet]
+max_unavailable = 2
+trial_attempts = 4
+[[role]]
+name = "lab"
+image = "minimal"
+[[machine]]
+id = "00000000-0000-0000-0000-00000000000A"
+name = "rack-1"
+role = "lab"
+"#;
+
+    #[test]
+    fn every_key_is_read() {
+        let c = Config::parse(ALL).unwrap();
+        assert_eq!(c.http.port(), 18080);
+        assert!(matches!(&c.dhcp.mode, DhcpMode::Full(f) if f.lease_s == 600 && f.last == Ipv4Addr::new(10, 0, 0, 200)));
+        assert_eq!(c.limits, Limits { max_unavailable: 2, trial_attempts: 4 });
+        let id = "00000000-0000-0000-0000-00000000000a".parse().unwrap();
+        assert_eq!(c.machines[&id], Listed { name: "rack-1".into(), role: "lab".into() });
+        assert!(!c.boot.http_boot);
+    }
+
+    #[test]
+    fn no_file_is_a_file_of_defaults() {
+        let c = Config::default();
+        assert_eq!((c.http.port(), c.agent_api.port(), c.tftp.port()), (8080, 8443, 69));
+        assert_eq!((c.dhcp.mode, c.limits), (DhcpMode::Proxy, Limits::default()));
+        assert_eq!(c.roles.keys().collect::<Vec<_>>(), ["default"]);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let message = |text: &str| Config::parse(text).unwrap_err().to_string();
+        let unknown = message("[http]\nlisten = \"0.0.0.0:1\"\nlisen = \"x\"\n");
+        assert!(unknown.contains("line 3, column 1") && unknown.contains("lisen"), "{unknown}");
+        let top = message("\n[htpp]\n");
+        assert!(top.contains("line 2, column 2") && top.contains("htpp"), "{top}");
+        let role = message("[[role]]\nname = \"a\"\nimage = \"minimal\"\nimgae = 1\n");
+        assert!(role.contains("line 4, column 1"), "{role}");
+        for (text, expected) in [
+            ("[fleet]\nmax_unavailable = 0", "fleet.max_unavailable"),
+            ("[fleet]\ntrial_attempts = 0", "fleet.trial_attempts"),
+            ("[dhcp]\nmode = \"full\"", "[dhcp.full]"),
+            ("[dhcp.full]\nrange = \"10.0.0.1-10.0.0.2\"", "mode = \"full\""),
+            ("[dhcp]\nmode = \"full\"\n[dhcp.full]\nrange = \"10.0.0.9-10.0.0.2\"", "below the first"),
+            ("[dhcp]\nmode = \"half\"", "line 2"),
+            ("[[role]]\nname = \"a\"\nimage = \"../x\"", "role a: image"),
+            ("[[role]]\nname = \"a b\"\nimage = \"x\"", "role.name"),
+            ("[[machine]]\nid = \"x\"\nname = \"n\"\nrole = \"default\"", "machine.id"),
+            ("[[machine]]\nid = \"00000000-0000-0000-0000-000000000001\"\nname = \"n\"\nrole = \"db\"", "known are: default"),
+        ] {
+            let got = message(text);
+            assert!(got.contains(expected), "{text}: {got}");
+        }
+    }
+}

@@ -1,0 +1,132 @@
+//! What can go wrong, named for the step that failed and with what a person can do.
+
+use kiln_protocol::ReleaseId;
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+/// `kiln.toml` cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum ConfigError {
+    #[error("cannot read {}: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{}: {reason}", path.display())]
+    Invalid { path: PathBuf, reason: Box<ConfigError> },
+    #[error("{0}")]
+    Toml(String),
+    #[error("{key}: {reason}")]
+    Value { key: String, reason: String },
+    #[error("{role:?} is no role; known are: {known}. Roles are [[role]] tables in kiln.toml")]
+    UnknownRole { role: String, known: String },
+}
+
+/// The site directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum SiteError {
+    #[error("{} is no site directory: {missing} is missing. Make one with `kiln trust init --lab {}`", dir.display(), dir.display())]
+    NotASite { dir: PathBuf, missing: &'static str },
+    #[error("cannot read {}: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("cannot write {}: {source}", path.display())]
+    Write { path: PathBuf, source: io::Error },
+    #[error("{} cannot be used: {reason}", path.display())]
+    Unusable { path: PathBuf, reason: String },
+    #[error("another `kiln serve` runs on {} (it holds {}): stop it first", dir.display(), lock.display())]
+    Locked { dir: PathBuf, lock: PathBuf },
+    #[error("the director's key {} is not one that site.json names: its assignments would be refused by every machine", path.display())]
+    ForeignDirector { path: PathBuf },
+}
+
+/// The repository's metadata was not adopted.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum CatalogError {
+    #[error(transparent)]
+    Site(#[from] SiteError),
+    #[error("repository refused: {0}")]
+    Tuf(#[from] kiln_release::TufError),
+    #[error("{path}: {reason}")]
+    Format { path: String, reason: String },
+    #[error("cannot sign timestamp.json: {0}")]
+    Sign(#[from] kiln_release::EnvelopeError),
+    #[error("there is no snapshot in {}: the site was not initialised, or nothing was ever published", dir.display())]
+    NoSnapshot { dir: PathBuf },
+}
+
+/// The database failed.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum StoreError {
+    #[error("cannot open the database {}: {source}", path.display())]
+    Open { path: PathBuf, source: sqlx::Error },
+    #[error("database: {0}")]
+    Sql(#[from] sqlx::Error),
+    #[error("the database is of version {got}, this kiln knows {known}: it was written by a newer one")]
+    TooNew { known: i64, got: i64 },
+    #[error("the database's row for {id} cannot be read: {reason}")]
+    Row { id: String, reason: String },
+    #[error("the database writer is gone; the log says why")]
+    Closed,
+    #[error("a machine's record cannot be written as JSON: {0}")]
+    Json(#[from] serde_json::Error),
+}
+
+/// An order that is refused.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum ControlError {
+    #[error("there is no machine {0:?}: `kiln machine list` shows all")]
+    NoSuchMachine(String),
+    #[error("{0:?} fits more than one machine: give the whole id")]
+    Ambiguous(String),
+    #[error("{release} is not published here: `kiln release list` shows what is")]
+    NoSuchRelease { release: ReleaseId },
+    #[error("no release of {image} is published yet: build and publish one first")]
+    NothingPublished { image: String },
+    #[error("{release} is of class {class}: the director may assign only class normal")]
+    WrongClass { release: ReleaseId, class: String },
+    #[error("{release} is for {got}, {machine} is {expected}")]
+    WrongArchitecture { machine: String, release: ReleaseId, expected: String, got: String },
+    #[error("{release} is below the floor {floor} that the release signers set for its image")]
+    BelowFloor { release: ReleaseId, floor: u64 },
+    #[error("{machine} runs image {running}; it takes another image only with a new boot program: assign it a release of {running}")]
+    OtherImage { machine: String, running: String },
+    #[error("the name {0:?} is taken by another machine")]
+    NameTaken(String),
+    #[error("{0:?} is no name: 1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit")]
+    BadName(String),
+    #[error("{0}")]
+    Config(#[from] ConfigError),
+    #[error("{0}")]
+    Refused(#[from] kiln_fleet::Refusal),
+    #[error("too many unknown machines: approve or retire some")]
+    TooManyUnknown,
+    #[error("cannot sign: {0}")]
+    Sign(#[from] kiln_release::EnvelopeError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// The server cannot start.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum ServeError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Site(#[from] SiteError),
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("cannot listen on {address} for {what}: {source}. Is another server there? Set [{table}] listen in kiln.toml")]
+    Listen { what: &'static str, table: &'static str, address: SocketAddr, source: io::Error },
+    #[error("cannot listen on {}: {source}", path.display())]
+    Socket { path: PathBuf, source: io::Error },
+    #[error("TLS of the agent API: {0}")]
+    Tls(String),
+    #[error("{what}: {reason}")]
+    Net { what: &'static str, reason: String },
+}

@@ -1,0 +1,9 @@
+//! The boot server and the operator's command line: `kiln`.
+//!
+//! `control` holds the fleet and decides, `store` persists it, `http` and `net` speak, `web` shows. The decisions
+//! themselves are kiln-fleet's and kiln-netboot's; formats and their verification are kiln-release's.
+#![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+pub mod config;
+pub mod error;

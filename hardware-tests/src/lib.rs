@@ -7,14 +7,22 @@
 #![allow(missing_docs)]
 
 pub mod accel;
+pub mod api;
 pub mod checks;
 pub mod command;
 pub mod console;
 pub mod enclosure;
 pub mod error;
+pub mod forward;
+pub mod live;
 pub mod machine;
 pub mod net;
 pub mod paths;
 pub mod qmp;
+pub mod rack;
+pub mod report;
+pub mod server;
+pub mod site;
+pub mod story;
 pub mod testing;
 pub mod variables;

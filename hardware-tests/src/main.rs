@@ -3,10 +3,13 @@
 use anyhow::Context;
 use clap::{Parser, Subcommand};
 use kiln_lab::paths::Paths;
-use kiln_lab::{checks, enclosure, net};
+use kiln_lab::story::{self, StoryOptions};
+use kiln_lab::{checks, enclosure, forward, net, server, site};
 use std::ffi::OsString;
+use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 /// A rack of virtual machines around the real boot server and the real agent.
 #[derive(Debug, Parser)]
@@ -18,6 +21,20 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum What {
+    /// Boot a rack, reimage it, show the table; stay until Ctrl-C (LAB_ONCE=1: exit after the table)
+    Run {
+        /// How many machines: UEFI PXE, UEFI HTTP Boot, BIOS
+        #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u8).range(1..=3))]
+        machines: u8,
+        /// Stop at healthy on release 1
+        #[arg(long)]
+        boot_only: bool,
+        /// Loopback port of the web page; 0: any free one
+        #[arg(long, default_value_t = 8077)]
+        port: u16,
+    },
+    /// Make the site and the two releases that racks boot, if they are not current
+    Prepare,
     /// Run a program inside fresh lab namespaces; nothing of it outlives this process
     Inside {
         /// Program and arguments
@@ -47,14 +64,76 @@ fn main() -> ExitCode {
 }
 
 fn run(what: What) -> anyhow::Result<u8> {
-    let program = std::env::current_exe().context("where this program lies")?;
     match what {
+        What::Run { machines, boot_only, port } => {
+            let paths = Paths::find()?;
+            if enclosure::is_inside() {
+                return inside(&paths, machines, boot_only);
+            }
+            checks::host()?;
+            site::prepare(&paths)?;
+            // The web page's port is opened here, in the host's network, and handed inside.
+            let listener = TcpListener::bind(("127.0.0.1", port))
+                .with_context(|| format!("the web page's port 127.0.0.1:{port} (choose another with --port)"))?;
+            let argv: Vec<OsString> = std::env::args_os().collect();
+            let argv: Vec<OsString> =
+                [paths.program.clone().into_os_string()].into_iter().chain(argv.into_iter().skip(1)).collect();
+            let status = enclosure::run(&paths.program, &argv, Some(listener), &paths.scratch)?;
+            Ok(enclosure::exit_code(status))
+        }
+        What::Prepare => {
+            checks::host()?;
+            site::prepare(&Paths::find()?)?;
+            Ok(0)
+        }
         What::Inside { argv } => {
             checks::host()?;
-            let status = enclosure::run(&program, &argv, None, &Paths::find()?.scratch)?;
+            let paths = Paths::find()?;
+            let status = enclosure::run(&paths.program, &argv, None, &paths.scratch)?;
             Ok(enclosure::exit_code(status))
         }
         What::Init { scratch, argv } => match enclosure::init(&scratch, &argv)? {},
         What::SiteDhcp => match net::become_site_dhcp()? {},
+    }
+}
+
+/// Exit code of a lab that is stopped by a signal: 130 until its story is told.
+static STOPPED: AtomicU8 = AtomicU8::new(130);
+
+fn inside(paths: &Paths, machines: u8, boot_only: bool) -> anyhow::Result<u8> {
+    let mut signals = signal_hook::iterator::Signals::new([signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT])?;
+    std::thread::spawn(move || {
+        if signals.forever().next().is_some() {
+            eprintln!("\nkiln-lab: stopping");
+            server::stop_all();
+            // This is the namespace's init: with it every machine, tap and mount is gone.
+            std::process::exit(i32::from(STOPPED.load(Ordering::SeqCst)));
+        }
+    });
+    let web = forward::listener_from_stdin().and_then(|listener| {
+        let address = listener.local_addr().ok()?;
+        forward::spawn(listener, (net::SERVER, 8080));
+        Some(format!("http://{address}/"))
+    });
+    let (mut rack, report) = story::tell(paths, &StoryOptions { machines, boot_only, web: web.clone() })?;
+    println!("\n{}", report.table());
+    for failure in &report.failures {
+        println!("FAILED {failure}");
+    }
+    println!("figures: {}   consoles: {}", paths.lab.join("report.json").display(), paths.consoles.display());
+    let code = u8::from(!report.complete);
+    if std::env::var("LAB_ONCE").is_ok_and(|v| v == "1") {
+        let stopped_well = rack.stop_server()?;
+        drop(rack);
+        return Ok(if stopped_well { code } else { 1 });
+    }
+    STOPPED.store(code, Ordering::SeqCst);
+    if let Some(web) = web {
+        println!("web page: {web}");
+    }
+    println!("try: target/debug/kiln machine list --site {}", paths.site.display());
+    println!("the rack stays up until Ctrl-C");
+    loop {
+        std::thread::park();
     }
 }

@@ -1,0 +1,153 @@
+//! The lab's figures: a table for people, report.json for everything else.
+
+use crate::api::{Boot, MachineView, StageView};
+use crate::error::{AtPath, LabError};
+use kiln_protocol::Stage;
+use serde::Serialize;
+use std::fmt::Write;
+use std::path::Path;
+use std::time::Duration;
+
+/// Seconds from one moment to the stages of one boot. Server's clock; the rack runs on the same host.
+#[derive(Debug, Clone, Serialize)]
+pub struct BootFigures {
+    pub machine: String,
+    pub firmware: String,
+    pub release: u64,
+    /// `power-on`, `kexec` or `cold`.
+    pub how: String,
+    /// From power-on, or from the report of going.
+    pub from_ms: u64,
+    pub dhcp_s: Option<f64>,
+    pub agent_start_s: Option<f64>,
+    pub verified_s: Option<f64>,
+    pub healthy_s: Option<f64>,
+    pub healthy_ms: Option<u64>,
+    /// From the report of going to healthy: how long the machine was away. None for a first boot.
+    pub downtime_s: Option<f64>,
+    /// Every stage record of the boot.
+    pub stages: Vec<StageFigure>,
+}
+
+/// One stage record.
+#[derive(Debug, Clone, Serialize)]
+pub struct StageFigure {
+    pub stage: Stage,
+    pub state: String,
+    pub server_s: f64,
+    pub agent_ms: Option<u64>,
+}
+
+/// report.json.
+#[derive(Debug, Clone, Serialize)]
+pub struct Report {
+    /// Every machine did everything.
+    pub complete: bool,
+    /// What went wrong, by machine.
+    pub failures: Vec<String>,
+    pub accelerator: String,
+    pub boots: Vec<BootFigures>,
+    /// Resident memory of `kiln serve` at the end.
+    pub server_rss_kib: Option<u64>,
+    pub sizes: Sizes,
+}
+
+/// Bytes of what boots.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Sizes {
+    pub agent: Option<u64>,
+    pub uki: Option<u64>,
+    pub kernel: Option<u64>,
+    pub initramfs: Option<u64>,
+    pub root: Option<u64>,
+}
+
+impl BootFigures {
+    /// From the newest boot of a machine that has just become healthy.
+    pub fn of(view: &MachineView, machine: &str, firmware: &str, release: u64, how: &str, powered_ms: u64) -> Self {
+        let boot = view.boot();
+        let healthy = boot.and_then(|b| first(b, Stage::Healthy));
+        let going = view.boots.iter().flat_map(|b| &b.stages).filter(|s| s.stage == Stage::Going).map(|s| s.at_ms);
+        let from = if how == "power-on" {
+            powered_ms
+        } else {
+            going.filter(|g| healthy.is_none_or(|h| *g <= h.at_ms)).max().unwrap_or(powered_ms)
+        };
+        let seconds = |at: u64| Duration::from_millis(at.saturating_sub(from)).as_secs_f64();
+        let stage = |stage| boot.and_then(|b| first(b, stage)).filter(|s| s.at_ms >= from).map(|s| seconds(s.at_ms));
+        let done = |stage| boot.and_then(|b| b.at(stage, "done")).map(seconds);
+        let healthy_s = healthy.map(|s| seconds(s.at_ms));
+        Self {
+            machine: machine.to_owned(),
+            firmware: firmware.to_owned(),
+            release,
+            how: how.to_owned(),
+            from_ms: from,
+            dhcp_s: stage(Stage::Dhcp),
+            agent_start_s: stage(Stage::Start),
+            verified_s: done(Stage::Verity),
+            healthy_ms: healthy.map(|s| s.at_ms),
+            healthy_s,
+            downtime_s: if how == "power-on" { None } else { healthy_s },
+            stages: boot
+                .map(|b| &b.stages[..])
+                .unwrap_or_default()
+                .iter()
+                .map(|s| StageFigure {
+                    stage: s.stage,
+                    state: s.state.clone(),
+                    server_s: seconds(s.at_ms),
+                    agent_ms: s.agent_ms,
+                })
+                .collect(),
+        }
+    }
+}
+
+fn first(boot: &Boot, stage: Stage) -> Option<&StageView> {
+    boot.stages.iter().find(|s| s.stage == stage)
+}
+
+impl Report {
+    /// Writes report.json, whole or not at all.
+    pub fn write(&self, path: &Path) -> Result<(), LabError> {
+        let text = serde_json::to_string_pretty(self).expect("plain structs are JSON");
+        let beside = path.with_extension("json.new");
+        std::fs::write(&beside, text + "\n").at(&beside)?;
+        std::fs::rename(&beside, path).at(path)
+    }
+
+    /// The table.
+    pub fn table(&self) -> String {
+        let cell = |s: Option<f64>| s.map_or_else(|| "–".to_owned(), |s| format!("{s:.1}"));
+        let mut out = String::new();
+        let _ = writeln!(
+            out,
+            "{:<9} {:<10} {:>7}  {:<9} {:>7} {:>7} {:>9} {:>8} {:>9}",
+            "machine", "firmware", "release", "by", "dhcp", "agent", "verified", "healthy", "downtime"
+        );
+        for b in &self.boots {
+            let _ = writeln!(
+                out,
+                "{:<9} {:<10} {:>7}  {:<9} {:>7} {:>7} {:>9} {:>8} {:>9}",
+                b.machine,
+                b.firmware,
+                b.release,
+                b.how,
+                cell(b.dhcp_s),
+                cell(b.agent_start_s),
+                cell(b.verified_s),
+                cell(b.healthy_s),
+                cell(b.downtime_s)
+            );
+        }
+        out.push_str("seconds from power-on, or from the report of going; downtime: going to healthy\n");
+        out
+    }
+}
+
+/// VmRSS of a process.
+pub fn rss_kib(pid: u32) -> Option<u64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    status.lines().find_map(|l| l.strip_prefix("VmRSS:")?.trim().strip_suffix("kB")?.trim().parse().ok())
+}

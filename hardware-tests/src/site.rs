@@ -1,0 +1,162 @@
+//! The lab's site: made once with the real commands, copied for every rack.
+//!
+//! `target/lab/template` holds the trust, two built releases of `minimal`, the first one published. A rack works on a
+//! copy, so that a test may damage it and every run of the lab begins with release 1.
+
+use crate::command;
+use crate::error::{AtPath, LabError};
+use crate::paths::Paths;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+/// The image every rack boots.
+pub const IMAGE: &str = "minimal";
+
+/// Where the prepared site lies.
+pub fn template(paths: &Paths) -> PathBuf {
+    paths.lab.join("template")
+}
+
+/// Makes the template, or finds it current. The builder's output goes to the terminal.
+pub fn prepare(paths: &Paths) -> Result<(), LabError> {
+    for program in [&paths.kiln, &paths.agent] {
+        if !program.exists() {
+            return Err(LabError::MissingProgram { path: program.clone() });
+        }
+    }
+    let site = template(paths);
+    let stamp_file = paths.lab.join("template.stamp");
+    let stamp = stamp(paths)?;
+    if std::fs::read_to_string(&stamp_file).is_ok_and(|known| known == stamp) {
+        println!("lab: site with two releases of {IMAGE} is current ({})", site.display());
+        return Ok(());
+    }
+    if site.exists() {
+        std::fs::remove_dir_all(&site).at(&site)?;
+    }
+    let _ = std::fs::remove_file(&stamp_file);
+    println!("lab: making a site and two releases of {IMAGE} in {}", site.display());
+    kiln(paths, &["trust", "init", "--lab", &text(&site), "--name", "lab"])?;
+    let recipe = text(&paths.repository.join(format!("images/recipes/{IMAGE}.toml")));
+    let (site_text, agent, cache) = (text(&site), text(&paths.agent), text(&paths.lab.join("cache")));
+    for release in ["1", "2"] {
+        kiln(
+            paths,
+            &[
+                "image",
+                "build",
+                &recipe,
+                "--site",
+                &site_text,
+                "--release",
+                release,
+                "--agent",
+                &agent,
+                "--cache",
+                &cache,
+            ],
+        )?;
+    }
+    publish(paths, &site, 1)?;
+    std::fs::write(&stamp_file, stamp).at(&stamp_file)
+}
+
+/// Publishes a release with the real command.
+pub fn publish(paths: &Paths, site: &Path, release: u64) -> Result<(), LabError> {
+    kiln(paths, &["release", "publish", &format!("{IMAGE}/{release}"), "--site", &text(site)])
+}
+
+/// Runs an operator command, its output on the terminal.
+pub fn kiln(paths: &Paths, args: &[&str]) -> Result<(), LabError> {
+    let mut command = Command::new(&paths.kiln);
+    command.args(args).stdin(Stdio::null());
+    let shown = command::shown(&command);
+    let status = command.status().map_err(|source| LabError::Spawn { command: shown.clone(), source })?;
+    if status.success() {
+        Ok(())
+    } else {
+        Err(LabError::Command { command: shown, status, output: "see its message above".into() })
+    }
+}
+
+/// Runs an operator command and returns what it prints.
+pub fn kiln_quiet(paths: &Paths, args: &[&str]) -> Result<String, LabError> {
+    command::run_command(Command::new(&paths.kiln).args(args))
+}
+
+fn text(path: &Path) -> String {
+    path.display().to_string()
+}
+
+/// What the template depends on: the agent's bytes, and the sources of the builder and of the formats.
+fn stamp(paths: &Paths) -> Result<String, LabError> {
+    let mut hasher = DefaultHasher::new();
+    std::fs::read(&paths.agent).at(&paths.agent)?.hash(&mut hasher);
+    let mut files = Vec::new();
+    for dir in ["images", "agent/protocol"] {
+        list(&paths.repository.join(dir), &mut files)?;
+    }
+    files.sort();
+    for file in files {
+        file.hash(&mut hasher);
+        std::fs::read(&file).at(&file)?.hash(&mut hasher);
+    }
+    Ok(format!("{:016x}\n", hasher.finish()))
+}
+
+fn list(dir: &Path, files: &mut Vec<PathBuf>) -> Result<(), LabError> {
+    for entry in std::fs::read_dir(dir).at(dir)? {
+        let path = entry.at(dir)?.path();
+        if path.is_dir() {
+            list(&path, files)?;
+        } else {
+            files.push(path);
+        }
+    }
+    Ok(())
+}
+
+/// Copies the template to `to`, which must not exist.
+pub fn copy(paths: &Paths, to: &Path) -> Result<(), LabError> {
+    let from = template(paths);
+    if !from.join("repo").exists() {
+        return Err(LabError::MissingFile { path: from, package: "none: `kiln-lab prepare` makes it" });
+    }
+    copy_tree(&from, to)
+}
+
+/// Copies a directory, modes kept.
+pub fn copy_tree(from: &Path, to: &Path) -> Result<(), LabError> {
+    std::fs::create_dir_all(to).at(to)?;
+    let mode = std::fs::metadata(from).at(from)?.permissions();
+    for entry in std::fs::read_dir(from).at(from)? {
+        let entry = entry.at(from)?;
+        let (source, target) = (entry.path(), to.join(entry.file_name()));
+        let kind = entry.file_type().at(&source)?;
+        if kind.is_dir() {
+            copy_tree(&source, &target)?;
+        } else if kind.is_file() {
+            std::fs::copy(&source, &target).at(&source)?;
+        }
+    }
+    std::fs::set_permissions(to, mode).at(to)
+}
+
+/// Changes one byte of a file.
+pub fn flip_byte(path: &Path, at: u64) -> Result<(), LabError> {
+    let mut bytes = std::fs::read(path).at(path)?;
+    let at = usize::try_from(at).unwrap_or(usize::MAX).min(bytes.len().saturating_sub(1));
+    bytes[at] ^= 0x01;
+    // A new file: a server that has the old one open must not see a mixture.
+    let beside = path.with_extension("flipped");
+    std::fs::write(&beside, bytes).at(&beside)?;
+    std::fs::rename(&beside, path).at(path)
+}
+
+/// The manifest of a built release.
+pub fn manifest(site: &Path, release: u64) -> Result<serde_json::Value, LabError> {
+    let path = site.join(format!("build/{IMAGE}/{release}/manifest.json"));
+    let bytes = std::fs::read(&path).at(&path)?;
+    serde_json::from_slice(&bytes).map_err(|e| LabError::File { path, source: e.into() })
+}

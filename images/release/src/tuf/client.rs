@@ -9,7 +9,7 @@ use crate::error::TufError;
 use crate::hex;
 pub use crate::tuf::load::Expiry;
 use crate::tuf::load::{ExpiryPolicy, Limits, Trust, check_hashes};
-use crate::tuf::model::{Root, Snapshot, TargetFile, Targets, TimestampRole};
+use crate::tuf::model::{MetaFile, Root, Snapshot, TargetFile, Targets, TimestampRole};
 use crate::tuf::path::{TargetPath, delegates};
 use crate::tuf::seen::Seen;
 use jiff::Timestamp;
@@ -87,8 +87,8 @@ pub struct Outcome {
     pub root_bytes: Vec<u8>,
     /// The newest root.
     pub root: Root,
-    /// The timestamp.
-    pub timestamp: TimestampRole,
+    /// The timestamp; none if the client started [`Client::from_snapshot`].
+    pub timestamp: Option<TimestampRole>,
     /// The snapshot.
     pub snapshot: Snapshot,
     /// The targets roles that were read, by name.
@@ -172,6 +172,22 @@ impl Client {
             Wanted::All => (VecDeque::new(), Listing::ToBeMade),
         };
         Ok(Self { trust, step, roles: BTreeMap::new(), todo, listing, search: None, targets: BTreeMap::new() })
+    }
+
+    /// Starts an update that believes the caller which snapshot is meant, and reads no timestamp: for whoever makes
+    /// the timestamp. Not for a client of a network.
+    pub fn from_snapshot(
+        trusted_root: &[u8],
+        seen: Seen,
+        now: Timestamp,
+        limits: Limits,
+        expiry: ExpiryPolicy,
+        wanted: impl Into<Wanted>,
+        snapshot: MetaFile,
+    ) -> Result<Self, TufError> {
+        let mut client = Self::new(trusted_root, seen, now, limits, expiry, wanted)?;
+        client.trust.given_snapshot = Some(snapshot);
+        Ok(client)
     }
 
     /// Which file is wanted. Asking again asks for the same.
@@ -264,22 +280,20 @@ impl Client {
     pub fn finish(self) -> Result<Outcome, TufError> {
         let unfinished = TufError::Unfinished { file: self.file() };
         let trust = self.trust;
-        let (Step::Done, Some(timestamp), Some(snapshot)) =
-            (&self.step, trust.timestamp.clone(), trust.snapshot.clone())
-        else {
+        let (Step::Done, Some(snapshot)) = (&self.step, trust.snapshot) else {
             return Err(unfinished);
         };
         let offline = || trust.expiries.iter().filter(|e| e.role != TimestampRole::TYPE).map(|e| e.expires);
         Ok(Outcome {
             offline_expires: offline().min().unwrap_or(trust.root.expires),
             offline_expires_newest: offline().max().unwrap_or(trust.root.expires),
-            stale: Trust::stale_at(&trust.expiries, trust.now()),
+            stale: Trust::stale_at(&trust.expiries, trust.now),
             targets: self.targets,
             seen: trust.seen,
             expiries: trust.expiries,
             root_bytes: trust.root_bytes,
             root: trust.root.into_inner(),
-            timestamp,
+            timestamp: trust.timestamp,
             snapshot,
             roles: self.roles.into_iter().map(|(name, loaded)| (name, loaded.document)).collect(),
         })
@@ -311,7 +325,7 @@ impl Client {
 
     fn end_root_chain(&mut self) -> Result<(), TufError> {
         self.trust.close_root()?;
-        self.step = Step::Timestamp;
+        self.step = if self.trust.given_snapshot.is_some() { Step::Snapshot } else { Step::Timestamp };
         Ok(())
     }
 

@@ -80,7 +80,9 @@ pub(crate) struct Trust {
     pub(crate) seen: Seen,
     pub(crate) expiries: Vec<Expiry>,
     pub(crate) limits: Limits,
-    now: Timestamp,
+    /// Stands for what a timestamp would say.
+    pub(crate) given_snapshot: Option<MetaFile>,
+    pub(crate) now: Timestamp,
     policy: ExpiryPolicy,
 }
 
@@ -109,6 +111,7 @@ impl Trust {
             seen,
             expiries: Vec::new(),
             limits,
+            given_snapshot: None,
             now,
             policy,
         })
@@ -179,6 +182,9 @@ impl Trust {
 
     /// What the trusted timestamp says of snapshot.
     pub(crate) fn listed_snapshot(&self) -> Result<&MetaFile, TufError> {
+        if let Some(given) = &self.given_snapshot {
+            return Ok(given);
+        }
         let timestamp = self.timestamp.as_ref().ok_or(TufError::NotAsked)?;
         snapshot_of("metadata/timestamp.json", timestamp)
     }
@@ -280,10 +286,6 @@ impl Trust {
 
     pub(crate) fn stale_at(expiries: &[Expiry], now: Timestamp) -> Vec<Expiry> {
         expiries.iter().filter(|expiry| expiry.expires <= now).cloned().collect()
-    }
-
-    pub(crate) fn now(&self) -> Timestamp {
-        self.now
     }
 }
 

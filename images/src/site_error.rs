@@ -1,0 +1,56 @@
+//! Errors of the site directory: making it, publishing into it, reading it.
+
+use kiln_release::{EnvelopeError, FormatError, KeyError, TufError, VerityError};
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// What failed, where, and what to do.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum SiteError {
+    #[error("{} holds a site already ({found} is there): choose another directory, or remove the old site by hand", dir.display())]
+    SiteExists { dir: PathBuf, found: &'static str },
+    #[error("{} holds no site: make one with `kiln trust init --lab {}`", dir.display(), dir.display())]
+    NotASite { dir: PathBuf },
+    #[error("site name {got:?}: 1 to 64 printable ASCII characters without space are needed")]
+    BadName { got: String },
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io { action: &'static str, path: PathBuf, source: io::Error },
+    #[error("the operating system gives no random bytes")]
+    NoRandomness,
+    #[error("cannot make the agent API's certificates: {reason}")]
+    Certificate { reason: String },
+    #[error("key {}: {source}", path.display())]
+    Key { path: PathBuf, source: KeyError },
+    #[error("key {} is not here: it is needed to {purpose}", path.display())]
+    NoKey { path: PathBuf, purpose: &'static str },
+    #[error("{}: {source}", repo.display())]
+    Metadata { repo: PathBuf, source: TufError },
+    #[error("no snapshot in {} verifies; the newest, {file}: {source}", dir.display())]
+    NoSnapshot { dir: PathBuf, file: String, source: TufError },
+    #[error("{}: {source}", path.display())]
+    Format { path: PathBuf, source: FormatError },
+    #[error("cannot sign {what}: {source}")]
+    Sign { what: String, source: EnvelopeError },
+    #[error("image name {got:?}: 1 to 32 of a-z, 0-9 and `-`, beginning with a letter")]
+    BadImageName { got: String },
+    #[error("{} is missing: build the release first, `kiln image build RECIPE --site DIR`", path.display())]
+    NotBuilt { path: PathBuf },
+    #[error("{}: {got}, but the manifest says {expected}: build the release again", path.display())]
+    ArtifactMismatch { path: PathBuf, expected: String, got: String },
+    #[error("{}: {source}: build the release again", path.display())]
+    Verity { path: PathBuf, source: VerityError },
+    #[error(
+        "{release} is published with manifest {published}, this build's is {built}: a release never changes, give it a new number"
+    )]
+    PublishedDiffers { release: String, published: String, built: String },
+    #[error("the director's key {} is not the one that site.json names: {keyid}", path.display())]
+    NotTheDirector { path: PathBuf, keyid: String },
+}
+
+impl SiteError {
+    /// For `map_err` on an I/O result.
+    pub(crate) fn io<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Self + 'a {
+        move |source| Self::Io { action, path: path.to_owned(), source }
+    }
+}

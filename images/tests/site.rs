@@ -1,0 +1,282 @@
+//! A site from nothing to published releases, and what it refuses.
+#![allow(clippy::unwrap_used)]
+
+use jiff::{SignedDuration, Timestamp};
+use kiln_images::{Director, Repository, SiteDir, SiteError, init_lab, publish, refresh_timestamp};
+use kiln_release::verity::{BLOCK, TreeBuilder};
+use kiln_release::{Artifact, FilePolicy, HealthCheck, HealthKind, MANIFEST_TYPE, Manifest, VerityParams, hex};
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+fn now() -> Timestamp {
+    "2026-03-01T12:00:00Z".parse().unwrap()
+}
+
+fn later(hours: i64) -> Timestamp {
+    now() + SignedDuration::from_hours(hours)
+}
+
+/// What `kiln image build` leaves, with small contents that differ from release to release.
+fn build(site: &SiteDir, image: &str, release: u64) -> Manifest {
+    let folder = site.build(image, release);
+    fs::create_dir_all(&folder).unwrap();
+    let mut builder = TreeBuilder::new(b"salt", [1; 16]).unwrap();
+    let blocks: Vec<[u8; BLOCK]> = (0..5u8).map(|i| [i ^ u8::try_from(release).unwrap(); BLOCK]).collect();
+    blocks.iter().for_each(|block| builder.push_block(block));
+    let tree = builder.finish().unwrap();
+    let file = |name: &str, bytes: &[u8]| {
+        fs::write(folder.join(name), bytes).unwrap();
+        Artifact { sha256: hex::sha256(bytes), length: bytes.len() as u64 }
+    };
+    let text = |what: &str| format!("{what} of {image}/{release}").into_bytes();
+    let manifest = Manifest {
+        type_: MANIFEST_TYPE.into(),
+        spec_version: "1.0".into(),
+        image: image.into(),
+        release,
+        class: "normal".into(),
+        architecture: "x86_64".into(),
+        product: "generic".into(),
+        built: now(),
+        uki: file("kiln.efi", &text("uki")),
+        kernel: file("kernel", &text("kernel")),
+        initramfs: file("initramfs", &text("initramfs")),
+        extra: None,
+        root: file("root", &[blocks.concat(), tree.hash_area].concat()),
+        verity: VerityParams {
+            root_hash: hex::encode(&tree.root_hash),
+            salt: hex::encode(b"salt"),
+            data_blocks: 5,
+            hash_offset: (5 * BLOCK) as u64,
+        },
+        command_line: "console=ttyS0".into(),
+        policy: FilePolicy::default(),
+        hooks: BTreeMap::new(),
+        health: vec![HealthCheck { kind: HealthKind::Systemd, soak: 5 }],
+        writable: vec![],
+        sbom: None,
+    };
+    write_manifest(site, &manifest);
+    manifest
+}
+
+fn write_manifest(site: &SiteDir, manifest: &Manifest) {
+    let path = site.build(&manifest.image, manifest.release).join("manifest.json");
+    fs::write(path, serde_json::to_vec_pretty(manifest).unwrap()).unwrap();
+}
+
+fn new_site() -> (tempfile::TempDir, SiteDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let site = init_lab(dir.path(), "lab", now()).unwrap();
+    (dir, site)
+}
+
+fn files_below(path: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut out = BTreeMap::new();
+    for entry in fs::read_dir(path).unwrap() {
+        let entry = entry.unwrap().path();
+        if entry.is_dir() {
+            out.extend(files_below(&entry));
+        } else {
+            out.insert(entry.display().to_string(), fs::read(&entry).unwrap());
+        }
+    }
+    out
+}
+
+#[test]
+fn a_new_site_verifies_and_its_secrets_are_its_owners() {
+    let (dir, site) = new_site();
+    let repository = Repository::open(dir.path(), now()).unwrap();
+    assert_eq!((repository.site.name.as_str(), repository.releases.len()), ("lab", 0));
+    assert!(repository.stale.is_empty());
+    assert_eq!(site.name().unwrap(), "lab");
+    for key in [
+        "offline/root.key",
+        "offline/targets.key",
+        "offline/snapshot.key",
+        "online/timestamp.key",
+        "online/director.key",
+        "online/agent-ca.key",
+        "online/agent-server.key",
+    ] {
+        let mode = fs::metadata(dir.path().join(key)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{key}");
+    }
+    // Nothing is left of the draft.
+    let mut names: Vec<_> =
+        fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    assert_eq!(names, ["offline", "online", "repo", "state"]);
+    assert_eq!(repository.site.agent_api.ca_pem, fs::read_to_string(site.online("agent-ca.pem")).unwrap());
+}
+
+#[test]
+fn a_second_init_is_refused_and_changes_nothing_but_other_files_are_welcome() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("kiln.toml"), "").unwrap();
+    fs::create_dir(dir.path().join("cache")).unwrap();
+    init_lab(dir.path(), "lab", now()).unwrap();
+    let before = files_below(dir.path());
+    let error = init_lab(dir.path(), "other", now()).unwrap_err();
+    assert!(matches!(error, SiteError::SiteExists { .. }), "{error}");
+    assert_eq!(files_below(dir.path()), before);
+    assert!(matches!(init_lab(dir.path(), "two words", now()), Err(SiteError::BadName { .. })));
+    assert!(matches!(SiteDir::open(dir.path().join("cache")), Err(SiteError::NotASite { .. })));
+}
+
+#[test]
+fn releases_are_published_listed_and_served_by_hash() {
+    let (dir, site) = new_site();
+    let first = build(&site, "minimal", 1);
+    let second = build(&site, "minimal", 2);
+    let other = build(&site, "other", 7);
+    for (image, release) in [("minimal", 1), ("minimal", 2), ("other", 7)] {
+        let done = publish(dir.path(), image, release, now()).unwrap();
+        assert!(!done.already && done.timestamp.is_some());
+    }
+    let repository = Repository::open(dir.path(), now()).unwrap();
+    let listed: Vec<_> = repository.releases.iter().map(|r| (r.image.as_str(), r.release)).collect();
+    assert_eq!(listed, [("minimal", 1), ("minimal", 2), ("other", 7)]);
+    assert_eq!(repository.release("minimal", 1).unwrap().manifest, first);
+    assert_eq!(repository.highest("minimal").unwrap().manifest, second);
+    assert_eq!(repository.highest("other").unwrap().manifest, other);
+    assert_eq!(repository.highest("absent"), None);
+    for artifact in [&first.uki, &first.kernel, &first.initramfs, &first.root] {
+        assert_eq!(hex::sha256(&fs::read(site.artifact(&artifact.sha256)).unwrap()), artifact.sha256);
+    }
+    assert_eq!(hex::sha256(&fs::read(site.boot_program(&second.uki.sha256)).unwrap()), second.uki.sha256);
+    // Targets was only signed anew when an image came in: 1 at first, then one for each image.
+    assert!(site.metadata("3.targets.json").exists() && !site.metadata("4.targets.json").exists());
+    assert!(site.metadata("2.image-minimal.json").exists());
+    let leftovers: Vec<_> = files_below(&site.repo()).into_keys().filter(|name| name.ends_with(".new")).collect();
+    assert!(leftovers.is_empty(), "{leftovers:?}");
+}
+
+#[test]
+fn a_release_never_changes() {
+    let (dir, site) = new_site();
+    let mut manifest = build(&site, "minimal", 1);
+    publish(dir.path(), "minimal", 1, now()).unwrap();
+    let before = files_below(&site.repo());
+    assert!(publish(dir.path(), "minimal", 1, later(1)).unwrap().already);
+    manifest.command_line.push_str(" quiet");
+    write_manifest(&site, &manifest);
+    let error = publish(dir.path(), "minimal", 1, later(1)).unwrap_err();
+    assert!(matches!(error, SiteError::PublishedDiffers { .. }), "{error}");
+    assert_eq!(files_below(&site.repo()), before);
+}
+
+#[test]
+fn what_does_not_fit_its_manifest_is_not_published() {
+    let (dir, site) = new_site();
+    let manifest = build(&site, "minimal", 1);
+    let folder = site.build("minimal", 1);
+    let metadata = files_below(&site.repo().join("metadata"));
+    let refused = |what: &str| {
+        let error = publish(dir.path(), "minimal", 1, now()).unwrap_err();
+        assert_eq!(files_below(&site.repo().join("metadata")), metadata, "{what}");
+        error
+    };
+    for name in ["kiln.efi", "kernel", "initramfs"] {
+        let good = fs::read(folder.join(name)).unwrap();
+        let mut bad = good.clone();
+        bad[0] ^= 1;
+        fs::write(folder.join(name), &bad).unwrap();
+        assert!(matches!(refused(name), SiteError::ArtifactMismatch { .. }));
+        fs::write(folder.join(name), [&good[..], b"x"].concat()).unwrap();
+        assert!(matches!(refused(name), SiteError::ArtifactMismatch { .. }));
+        fs::remove_file(folder.join(name)).unwrap();
+        assert!(matches!(refused(name), SiteError::NotBuilt { .. }));
+        fs::write(folder.join(name), &good).unwrap();
+    }
+    let root = fs::read(folder.join("root")).unwrap();
+    for at in [0, 5 * BLOCK + 40, root.len() - 1] {
+        let mut bad = root.clone();
+        bad[at] ^= 1;
+        fs::write(folder.join("root"), &bad).unwrap();
+        assert!(matches!(refused("root"), SiteError::Verity { .. }), "byte {at}");
+    }
+    // A root artifact that is what the manifest hashes, but whose root hash is another.
+    fs::write(folder.join("root"), &root).unwrap();
+    let mut lying = manifest.clone();
+    lying.verity.root_hash = hex::sha256(b"another");
+    write_manifest(&site, &lying);
+    assert!(matches!(refused("root hash"), SiteError::Verity { .. }));
+    let mut misplaced = manifest.clone();
+    misplaced.release = 2;
+    fs::write(folder.join("manifest.json"), serde_json::to_vec(&misplaced).unwrap()).unwrap();
+    assert!(matches!(refused("release"), SiteError::Format { .. }));
+    write_manifest(&site, &manifest);
+    publish(dir.path(), "minimal", 1, now()).unwrap();
+    assert!(matches!(publish(dir.path(), "minimal", 9, now()), Err(SiteError::NotBuilt { .. })));
+    assert!(matches!(publish(dir.path(), "../x", 1, now()), Err(SiteError::BadImageName { .. })));
+}
+
+#[test]
+fn without_the_online_key_the_server_adopts_the_new_snapshot_later() {
+    let (dir, site) = new_site();
+    build(&site, "minimal", 1);
+    let key = fs::read(site.online("timestamp.key")).unwrap();
+    fs::remove_file(site.online("timestamp.key")).unwrap();
+    assert_eq!(publish(dir.path(), "minimal", 1, now()).unwrap().timestamp, None);
+    assert!(Repository::open(dir.path(), now()).unwrap().releases.is_empty());
+    // A second one builds on the first although no timestamp covers it yet.
+    build(&site, "minimal", 2);
+    publish(dir.path(), "minimal", 2, now()).unwrap();
+
+    fs::write(site.online("timestamp.key"), key).unwrap();
+    // The server has no offline keys, and a half-written newer snapshot does not stop it.
+    fs::remove_dir_all(dir.path().join("offline")).unwrap();
+    fs::write(site.metadata("99.snapshot.json"), b"{\"signatures\":[],\"sig").unwrap();
+    let done = refresh_timestamp(dir.path(), later(1)).unwrap();
+    assert_eq!((done.version, done.snapshot_version), (2, 3));
+    assert_eq!(Repository::open(dir.path(), later(1)).unwrap().releases.len(), 2);
+}
+
+#[test]
+fn a_timestamp_is_renewed_and_what_is_stale_is_said() {
+    let (dir, _site) = new_site();
+    assert_eq!(Repository::open(dir.path(), later(25)).unwrap().stale[0].role, "timestamp");
+    let done = refresh_timestamp(dir.path(), later(25)).unwrap();
+    assert_eq!((done.version, done.expires), (2, later(49)));
+    assert!(Repository::open(dir.path(), later(25)).unwrap().stale.is_empty());
+    let roles: Vec<_> =
+        refresh_timestamp(dir.path(), later(366 * 24)).unwrap().stale.into_iter().map(|e| e.role).collect();
+    assert_eq!(roles, ["root", "snapshot", "targets"]);
+}
+
+#[test]
+fn a_foreign_timestamp_key_and_a_foreign_director_are_refused() {
+    let (dir, site) = new_site();
+    let (_other_dir, other) = new_site();
+    fs::copy(other.online("timestamp.key"), site.online("timestamp.key")).unwrap();
+    let before = fs::read(site.metadata("timestamp.json")).unwrap();
+    assert!(matches!(refresh_timestamp(dir.path(), now()), Err(SiteError::Metadata { .. })));
+    assert_eq!(fs::read(site.metadata("timestamp.json")).unwrap(), before);
+    let repository = Repository::open(dir.path(), now()).unwrap();
+    fs::copy(other.online("director.key"), site.online("director.key")).unwrap();
+    assert!(matches!(Director::open(dir.path(), &repository.site), Err(SiteError::NotTheDirector { .. })));
+}
+
+#[test]
+fn the_director_signs_what_the_site_verifies() {
+    let (dir, _site) = new_site();
+    let repository = Repository::open(dir.path(), now()).unwrap();
+    let director = Director::open(dir.path(), &repository.site).unwrap();
+    let statement = serde_json::json!({ "_type": "kiln-assignment", "sequence": 3 });
+    let text = director.sign_assignment(&statement).unwrap();
+    let (read, sha256) = repository.site.verify_director::<serde_json::Value>(text.as_bytes()).unwrap();
+    assert_eq!((read, sha256), (statement, hex::sha256(text.as_bytes())));
+    for i in 0..text.len() {
+        let mut altered = text.clone().into_bytes();
+        altered[i] ^= 1;
+        // The one byte that says nothing is the line break at the end.
+        let verdict = repository.site.verify_director::<serde_json::Value>(&altered);
+        assert!(verdict.is_err() || i + 1 == text.len(), "byte {i}");
+    }
+    let foreign = Director::open(new_site().0.path(), &repository.site);
+    assert!(foreign.is_err());
+}

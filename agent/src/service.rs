@@ -7,16 +7,18 @@ use crate::flow::{Answer, Flow, Verified};
 use crate::handoff::Handoff;
 use crate::health::Checks;
 use crate::journal::Journal;
-use crate::memory::Place;
+use crate::memory::{Place, random};
 use crate::plan::{self, Plan};
 use crate::{facts, init, net, verity};
 use kiln_protocol::{Assignment, Decision, Grant, Health, Prefetch, Reply, RunningRelease, Stage, Via};
 use std::time::Duration;
 use tokio::process::Command;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, timeout};
 
-/// How often health is checked.
+/// How often health is checked until the machine is healthy.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
+/// How often it is checked from then on.
+const WATCH_EVERY: Duration = Duration::from_secs(5);
 /// Longest a report is held by the server.
 const HOLD_S: u32 = 50;
 /// The image's init has so long to stop its services before the agent leaves without it.
@@ -38,7 +40,9 @@ async fn serve() -> Result<()> {
     let mut flow = resume(handoff)?;
     flow.journal.done(Stage::Handover);
     flow.journal.done(Stage::Service);
-    Service { checks, healthy: false, ready: None, refused: None, told: String::new() }.run(&mut flow).await
+    Service { checks, healthy: false, may_wait: false, ready: None, refused: None, told: String::new() }
+        .run(&mut flow)
+        .await
 }
 
 fn facts_id() -> Result<kiln_protocol::MachineId> {
@@ -83,6 +87,8 @@ fn resume(handoff: Handoff) -> Result<Flow> {
 struct Service {
     checks: Checks,
     healthy: bool,
+    /// Whether the server is willing to hold a report.
+    may_wait: bool,
     ready: Option<Ready>,
     /// Sequence of an assignment whose prefetch was given up, and when to try again.
     refused: Option<(u64, Instant)>,
@@ -95,13 +101,12 @@ impl Service {
         flow.journal.started(Stage::Health);
         let mut failures = 0;
         loop {
-            self.check(flow).await;
-            // While health may still change, reports are short; a healthy machine lets itself be held.
-            let wait_s = if self.healthy { HOLD_S } else { 0 };
-            match self.exchange(flow, wait_s).await {
+            let health = self.checks.run().await;
+            self.judge(flow, health);
+            let pause = match self.exchange(flow).await {
                 Ok(pause) => {
                     failures = 0;
-                    sleep(pause).await;
+                    pause
                 }
                 Err(error) => {
                     failures += 1;
@@ -110,15 +115,22 @@ impl Service {
                         eprintln!("kiln-agent: {words}");
                         self.told = words;
                     }
-                    sleep(Duration::from_secs(u64::from(1_u32 << failures.min(6)))).await;
+                    jittered(Duration::from_secs(1 << failures.min(6)))?
                 }
+            };
+            if self.healthy {
+                let watched = timeout(pause, unwell(&mut self.checks)).await;
+                if let Ok(health) = watched {
+                    self.judge(flow, health);
+                }
+            } else {
+                sleep(pause.min(CHECK_EVERY)).await;
             }
         }
     }
 
-    /// Runs the health checks and keeps the journal's judgement.
-    async fn check(&mut self, flow: &mut Flow) {
-        let health = self.checks.run().await;
+    /// Keeps the journal's judgement; what changes is a stage.
+    fn judge(&mut self, flow: &mut Flow, health: Health) {
         if health.healthy && !self.healthy {
             flow.journal.done(Stage::Health);
             flow.journal.done(Stage::Healthy);
@@ -130,41 +142,41 @@ impl Service {
         flow.journal.health = Some(health);
     }
 
-    /// One report, and what its answer asks for. Gives the pause until the next.
-    async fn exchange(&mut self, flow: &mut Flow, wait_s: u32) -> Result<Duration> {
+    /// One report, and what its answer asks for. Gives the pause until the next. While health may still change,
+    /// reports are short; a healthy machine lets itself be held, and breaks the hold when it is no longer well.
+    async fn exchange(&mut self, flow: &mut Flow) -> Result<Duration> {
         let api = flow.api.as_mut().ok_or(AgentError::NoServer)?;
-        let deadline = Instant::now() + CHECK_EVERY;
-        let (reply, nonce) = if wait_s == 0 {
-            flow.journal.send(api, 0).await?
-        } else {
-            let held = flow.journal.send(api, wait_s);
-            held.await?
-        };
-        let again = Duration::from_millis(reply.again_ms.clamp(200, 60_000));
-        let changes = Self::other_release(flow, &reply);
-        if let Some(sequence) = changes {
-            if self.refused.is_some_and(|(s, until)| s == sequence && Instant::now() < until) {
-                return Ok(again);
+        let hold = self.healthy && self.may_wait;
+        let (reply, nonce) = if hold {
+            let held = flow.journal.send(api, HOLD_S);
+            tokio::select! {
+                reply = held => reply?,
+                health = unwell(&mut self.checks) => {
+                    self.judge(flow, health);
+                    return Ok(Duration::ZERO);
+                }
             }
-            return self.follow(flow, reply, &nonce).await;
+        } else {
+            flow.journal.send(api, 0).await?
+        };
+        self.may_wait = reply.may_wait;
+        let again = jittered(Duration::from_millis(reply.again_ms.clamp(200, 300_000)))?;
+        let Some(sequence) = other_release(flow, &reply) else {
+            self.ready = None;
+            flow.journal.prefetch = None;
+            return Ok(if !self.healthy {
+                CHECK_EVERY
+            } else if self.may_wait {
+                // Not none at all: a server that answers holds at once must not be asked without pause.
+                Duration::from_millis(200)
+            } else {
+                again
+            });
+        };
+        if self.refused.is_some_and(|(s, until)| s == sequence && Instant::now() < until) {
+            return Ok(again);
         }
-        self.ready = None;
-        flow.journal.prefetch = None;
-        if !self.healthy {
-            sleep_until(deadline).await;
-            return Ok(Duration::ZERO);
-        }
-        Ok(if wait_s > 0 { Duration::from_millis(200) } else { Duration::ZERO })
-    }
-
-    /// Whether the reply speaks of another release than the one that runs, before anything of it is believed: only
-    /// then is it worth verifying metadata.
-    fn other_release(flow: &Flow, reply: &Reply) -> Option<u64> {
-        let Decision::Assigned { assignment, .. } = &reply.desired.decision else { return None };
-        let envelope: serde_json::Value = serde_json::from_str(assignment).ok()?;
-        let named: Assignment = serde_json::from_value(envelope.get("signed")?.clone()).ok()?;
-        let here = flow.here().ok()?;
-        (named.release_id() != here).then_some(named.sequence)
+        self.follow(flow, reply, &nonce).await
     }
 
     /// Verifies the assignment against current metadata, prefetches, waits for the grant, goes.
@@ -270,4 +282,30 @@ impl Service {
         let error = nix::sys::reboot::reboot(mode);
         Err(AgentError::system("leaving for the next release")(std::io::Error::other(format!("{error:?}"))))
     }
+}
+
+/// Whether the reply speaks of another release than the one that runs, before anything of it is believed: only
+/// then is it worth verifying metadata.
+fn other_release(flow: &Flow, reply: &Reply) -> Option<u64> {
+    let Decision::Assigned { assignment, .. } = &reply.desired.decision else { return None };
+    let envelope: serde_json::Value = serde_json::from_str(assignment).ok()?;
+    let named: Assignment = serde_json::from_value(envelope.get("signed")?.clone()).ok()?;
+    let here = flow.here().ok()?;
+    (named.release_id() != here).then_some(named.sequence)
+}
+
+/// Comes back when a check fails.
+async fn unwell(checks: &mut Checks) -> Health {
+    loop {
+        sleep(WATCH_EVERY).await;
+        let health = checks.run().await;
+        if !health.healthy {
+            return health;
+        }
+    }
+}
+
+/// 80 to 120 % of it.
+fn jittered(pause: Duration) -> Result<Duration> {
+    Ok(pause * (80 + u32::from(random()?[0]) * 40 / 255) / 100)
 }

@@ -98,6 +98,8 @@ pub enum Event {
     NoAddressLeft { mac: Mac },
     /// A packet that is none.
     Malformed { from: SocketAddrV4, reason: String },
+    /// A reply that the system refused to send.
+    Unsent { to: SocketAddrV4, reason: String },
 }
 
 impl Event {
@@ -158,6 +160,11 @@ impl Dhcp {
             }
         };
         Ok(Self { config, leases, memory: Memory::new(), watch: Watch::default() })
+    }
+
+    /// What is answered.
+    pub fn mode(&self) -> &Mode {
+        &self.config.mode
     }
 
     /// Every lease, to be persisted as a whole.

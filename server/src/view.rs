@@ -1,0 +1,130 @@
+//! What the operator API says of machines and releases: the one shape that CLI, web page and lab read.
+//! Times are on the server's clock, unix milliseconds.
+
+use kiln_protocol::{Firmware, KeyStorage, MachineId, ProtectionClass, ReleaseId, RollbackMemory, Stage, Via};
+use serde::{Deserialize, Serialize};
+
+/// One machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineView {
+    /// SMBIOS UUID.
+    pub id: MachineId,
+    /// Its name; the id where nobody gave it one.
+    pub name: String,
+    /// Its role, once approved.
+    pub role: Option<String>,
+    /// `discovered`, `approved`, `booting`, `healthy`, …
+    pub state: String,
+    /// Why it is in that state, and what a person can do.
+    pub reason: String,
+    /// The newest stage.
+    pub stage: Option<Stage>,
+    /// Its label.
+    pub stage_label: String,
+    /// Since when.
+    pub stage_since_ms: i64,
+    /// What runs: image.
+    pub image: Option<String>,
+    /// What runs: release.
+    pub release: Option<u64>,
+    /// What runs: the root hash that the machine read from its kernel.
+    pub root_hash: Option<String>,
+    /// What it shall run.
+    pub assigned: Option<AssignedView>,
+    /// The newest release that was proven good here.
+    pub last_good: Option<ReleaseId>,
+    /// How it boots.
+    pub firmware: Option<Firmware>,
+    /// How strong its name is.
+    pub key_storage: Option<KeyStorage>,
+    /// Where it remembers versions.
+    pub rollback_memory: Option<RollbackMemory>,
+    /// What its boot can promise.
+    pub protection: Option<ProtectionClass>,
+    /// Manufacturer and product.
+    pub product: String,
+    /// Serial number.
+    pub serial: String,
+    /// MAC addresses.
+    pub macs: Vec<String>,
+    /// Memory in bytes.
+    pub memory_bytes: u64,
+    /// The last thing it said, for people.
+    pub last_words: String,
+    /// When it last spoke.
+    pub last_seen_ms: i64,
+    /// The last eight boots, oldest first.
+    pub boots: Vec<BootView>,
+}
+
+/// What a machine shall run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AssignedView {
+    /// Image.
+    pub image: String,
+    /// Release.
+    pub release: u64,
+    /// Sequence number of the assignment.
+    pub sequence: u64,
+    /// How it goes there.
+    pub via: Via,
+}
+
+/// One boot of one machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootView {
+    /// The kernel's boot id; empty until the agent has spoken.
+    pub boot_id: String,
+    /// By firmware or by kexec.
+    pub via: Via,
+    /// What it booted.
+    pub image: Option<String>,
+    /// What it booted.
+    pub release: Option<u64>,
+    /// When its first stage was seen.
+    pub started_ms: i64,
+    /// Its stages in the order they came.
+    pub stages: Vec<StageView>,
+}
+
+/// One stage record.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StageView {
+    /// Which.
+    pub stage: Stage,
+    /// `started`, `done`, `failed`, `waiting`.
+    pub state: String,
+    /// When, on the server's clock.
+    pub at_ms: i64,
+    /// When, since the agent's start.
+    pub agent_ms: Option<u64>,
+    /// The typed reason of a failure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<String>,
+    /// What it said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+}
+
+/// One published release.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReleaseView {
+    /// Image.
+    pub image: String,
+    /// Release.
+    pub release: u64,
+    /// Signed class.
+    pub class: String,
+    /// Architecture.
+    pub architecture: String,
+    /// dm-verity root hash.
+    pub root_hash: String,
+    /// Bytes of the root artifact.
+    pub root_bytes: u64,
+    /// Bytes of the UKI.
+    pub uki_bytes: u64,
+    /// When it was built, RFC 3339.
+    pub built: String,
+    /// How many machines run it.
+    pub machines: u64,
+}

@@ -78,12 +78,13 @@ impl Archive {
                 return Err(CpioError::Twice { path: path[..end].into() });
             }
         }
-        let mode = mode & 0o7777;
-        match self.entries.insert(path.into(), (mode, node.clone())) {
-            None => Ok(()),
-            Some((_, Node::Directory)) if node == Node::Directory => Ok(()),
-            Some(_) => Err(CpioError::Twice { path: path.into() }),
+        match self.entries.get(path) {
+            Some((_, Node::Directory)) if node == Node::Directory => {}
+            Some(_) => return Err(CpioError::Twice { path: path.into() }),
+            None => {}
         }
+        self.entries.insert(path.into(), (mode & 0o7777, node));
+        Ok(())
     }
 
     /// The archive's bytes; every entry has time stamp `mtime`.

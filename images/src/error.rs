@@ -136,6 +136,24 @@ pub enum BuildError {
         /// Which path.
         path: String,
     },
+    /// The recipe leaves out a file of which another name stays.
+    #[error(
+        "recipe {recipe}: {target} is left out or replaced, and {path} is another name of the same file; exclude both"
+    )]
+    HalfExcluded {
+        /// Recipe name.
+        recipe: String,
+        /// The name that stays.
+        path: String,
+        /// The name that goes.
+        target: String,
+    },
+    /// The initramfs cannot hold something.
+    #[error(transparent)]
+    Initramfs(crate::cpio::CpioError),
+    /// zstd failed.
+    #[error("cannot compress the initramfs: {0}")]
+    Compress(std::io::Error),
     /// Kernel modules cannot be gathered.
     #[error(transparent)]
     Modules(#[from] crate::modules::ModuleError),

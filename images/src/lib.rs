@@ -1,14 +1,30 @@
-//! The image builder: from a recipe to a release's bytes.
+//! The image builder: from a recipe to a release's bytes, `DIR/build/NAME/REL/{manifest.json, kiln.efi, kernel,
+//! initramfs, root, sbom.json}`.
+//!
+//! Packages come from Debian's mirror by mmdebstrap, the file system from mkfs.erofs; the layers, the initramfs, the
+//! module closure, the verity tree and the UKI are made here. The same inputs give the same bytes. Nothing is signed
+//! here but what `publish` signs.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod base;
+mod build;
 pub mod cpio;
 pub mod error;
+mod host;
+mod initramfs;
 pub mod modules;
+mod progress;
 pub mod recipe;
+mod root;
+mod sbom;
 pub mod tarball;
+mod top;
 pub mod uki;
 
+pub use build::{BuildOptions, Built, SiteUrls, build};
 pub use error::{BuildError, RecipeError};
+pub use progress::Progress;
+pub use top::AGENT_PATH;
 
 mod files;
 mod publish;

@@ -44,7 +44,7 @@ pub struct Recipe {
     pub packages: Vec<String>,
     /// Kernel modules in the initramfs.
     pub modules: Vec<String>,
-    /// Paths of the packages that are left out, with all that is below them.
+    /// Paths of the packages that are left out, with all that is below them; with a `*` at the end, all that begin so.
     pub exclude: Vec<String>,
     /// systemd units that may not start.
     pub mask: Vec<String>,

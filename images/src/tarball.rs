@@ -138,13 +138,12 @@ impl Extended {
 }
 
 fn entry(header: &[u8], extended: Extended, data: Range<usize>, raw: Range<usize>) -> Option<Entry> {
-    let path = match extended.path {
-        Some(path) => path,
-        None => {
-            let name = text(&header[..100])?;
-            let prefix = if &header[257..263] == b"ustar\0" { text(&header[345..500])? } else { String::new() };
-            if prefix.is_empty() { name } else { format!("{prefix}/{name}") }
-        }
+    let path = if let Some(path) = extended.path {
+        path
+    } else {
+        let name = text(&header[..100])?;
+        let prefix = if &header[257..263] == b"ustar\0" { text(&header[345..500])? } else { String::new() };
+        if prefix.is_empty() { name } else { format!("{prefix}/{name}") }
     };
     let link = || extended.link.clone().or_else(|| text(&header[157..257]));
     let kind = match header[156] {

@@ -18,10 +18,9 @@ fn load(text: &str) -> Result<Recipe, RecipeError> {
 
 /// `line:column message` of the refusal.
 fn refusal(text: &str) -> String {
-    match load(text).unwrap_err() {
-        RecipeError::Invalid { line, column, message, .. } => format!("{line}:{column} {message}"),
-        other => panic!("expected a place, got {other}"),
-    }
+    let error = load(text).unwrap_err();
+    let RecipeError::Invalid { line, column, message, .. } = error else { panic!("expected a place, got {error}") };
+    format!("{line}:{column} {message}")
 }
 
 const GOOD: &str = r#"name = "test"

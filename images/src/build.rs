@@ -1,0 +1,380 @@
+//! From a recipe to DIR/build/NAME/REL: reads the inputs, stops if nothing changed, else makes every part in turn.
+//!
+//! A finished release's folder is replaced whole, by renaming. Two builds on one cache wait for each other.
+
+use crate::base::{Base, json, make_folder, read, write};
+use crate::error::BuildError;
+use crate::progress::{Progress, Steps};
+use crate::recipe::Recipe;
+use crate::{host, initramfs, root, sbom, tarball, uki};
+use jiff::Timestamp;
+use kiln_release::hex::sha256;
+use kiln_release::{Artifact, BootInfo, MANIFEST_TYPE, Manifest, Mode, SiteSettings};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+/// Grows when the same inputs would give other bytes.
+const FORMAT: u32 = 1;
+/// What was built from what, in a release's folder.
+const STAMP: &str = "build.json";
+
+/// What to build, and from what.
+#[derive(Debug, Clone)]
+pub struct BuildOptions {
+    /// The recipe's file.
+    pub recipe: PathBuf,
+    /// The site directory: its trust root, CA and name go into the initramfs.
+    pub site_dir: PathBuf,
+    /// Release number; none: one above the highest published.
+    pub release: Option<u64>,
+    /// The agent's binary, static.
+    pub agent: PathBuf,
+    /// Where packages and base layers are kept; shared by sites.
+    pub cache: PathBuf,
+    /// Ask the mirror again, even if there is a base layer for these packages.
+    pub refresh: bool,
+    /// Where machines look for the site.
+    pub site_urls: SiteUrls,
+    /// What is shown meanwhile.
+    pub progress: Progress,
+}
+
+impl BuildOptions {
+    /// The usual: next release, the site's own cache, addresses from DHCP.
+    pub fn new(recipe: impl Into<PathBuf>, site_dir: impl Into<PathBuf>, agent: impl Into<PathBuf>) -> Self {
+        let site_dir = site_dir.into();
+        Self {
+            recipe: recipe.into(),
+            cache: site_dir.join("cache"),
+            site_dir,
+            release: None,
+            agent: agent.into(),
+            refresh: false,
+            site_urls: SiteUrls::default(),
+            progress: Progress::auto(),
+        }
+    }
+}
+
+/// Addresses written into the initramfs; empty: machines ask DHCP.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SiteUrls {
+    /// Base URLs of artifacts.
+    pub http: Vec<String>,
+    /// Base URLs of the agent API.
+    pub agent: Vec<String>,
+}
+
+/// A built release.
+#[derive(Debug, Clone)]
+pub struct Built {
+    /// Its manifest.
+    pub manifest: Manifest,
+    /// Its folder, DIR/build/NAME/REL.
+    pub folder: PathBuf,
+    /// False if it was there already, built from the same inputs.
+    pub changed: bool,
+}
+
+/// File names in a release's folder, besides the manifest.
+const FILES: [&str; 5] = ["kiln.efi", "kernel", "initramfs", "root", "sbom.json"];
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Stamp {
+    /// Digest of every input.
+    input: String,
+    /// What was made.
+    files: BTreeMap<String, Artifact>,
+}
+
+/// What the site gives to every image.
+struct Site {
+    name: String,
+    agent_api_ca_pem: String,
+    trust_root: String,
+}
+
+/// Builds a release.
+pub fn build(options: &BuildOptions) -> Result<Built, BuildError> {
+    let recipe = Recipe::load(&options.recipe)?;
+    let site = Site::read(&options.site_dir)?;
+    let agent = read_agent(&options.agent)?;
+    let release = match options.release {
+        Some(release) => release,
+        None => highest_published(&options.site_dir, &recipe.name)? + 1,
+    };
+    make_folder(&options.cache)?;
+    let _lock = lock(&options.cache)?;
+
+    let cached = if options.refresh { None } else { Base::cached(&recipe, &options.cache) };
+    let folder = options.site_dir.join("build").join(&recipe.name).join(release.to_string());
+    let inputs = Inputs { recipe: &recipe, site: &site, agent: &agent, release, urls: &options.site_urls };
+    if let Some(base) = &cached
+        && let Some(manifest) = unchanged(&folder, &inputs.digest(base))
+    {
+        return Ok(Built { manifest, folder, changed: false });
+    }
+
+    root::sweep(&options.cache);
+    let rights = host::check()?;
+    let mut steps = options.progress.start(if cached.is_some() { 5 } else { 8 });
+    let base = match cached {
+        Some(base) => base,
+        None => Base::make(&recipe, &options.cache, rights, &mut steps)?,
+    };
+    let digest = inputs.digest(&base);
+    if let Some(manifest) = unchanged(&folder, &digest) {
+        steps.finish();
+        return Ok(Built { manifest, folder, changed: false });
+    }
+    let parts = inputs.make(&base, rights, &options.cache, &mut steps)?;
+    steps.next("Write the release");
+    parts.write(&folder, digest)?;
+    steps.finish();
+    Ok(Built { manifest: parts.manifest, folder, changed: true })
+}
+
+/// Everything that a release's bytes depend on, besides the base.
+struct Inputs<'a> {
+    recipe: &'a Recipe,
+    site: &'a Site,
+    agent: &'a [u8],
+    release: u64,
+    urls: &'a SiteUrls,
+}
+
+/// A release's bytes.
+struct Parts {
+    manifest: Manifest,
+    files: BTreeMap<&'static str, Vec<u8>>,
+}
+
+impl Inputs<'_> {
+    fn digest(&self, base: &Base) -> String {
+        let mut lines = vec![format!("format {FORMAT}"), format!("release {}", self.release)];
+        lines.push(format!("base {}", sha256(&json(&base.info))));
+        lines.push(format!("agent {}", sha256(self.agent)));
+        // Contents, in the order they were read; where they lie does not matter.
+        lines.extend(self.recipe.sources.iter().map(|(_, bytes)| format!("recipe {}", sha256(bytes))));
+        let Site { name, agent_api_ca_pem, trust_root } = self.site;
+        for text in [name, agent_api_ca_pem, trust_root] {
+            lines.push(format!("site {}", sha256(text.as_bytes())));
+        }
+        let SiteUrls { http, agent } = self.urls;
+        lines.push(format!("urls {http:?} {agent:?}"));
+        sha256(lines.join("\n").as_bytes())
+    }
+
+    fn make(&self, base: &Base, rights: host::Rights, cache: &Path, steps: &mut Steps) -> Result<Parts, BuildError> {
+        let Recipe { name, class, architecture, .. } = self.recipe;
+        let epoch = base.info.epoch;
+        let built = Timestamp::from_second(epoch).map_err(|_| BuildError::IndexDate { path: base.folder.clone() })?;
+        let identity = format!("{name}/{}", self.release);
+
+        steps.next("Make the root file system");
+        let (tar, os_release) = root::tree(self.recipe, base, self.release, self.agent)?;
+        let root = root::artifact(&tar, &identity, epoch, rights, cache)?;
+        let status = dpkg_status(&tar);
+        let extra = &base.info.extra_packages;
+        let sbom = sbom::make(name, self.release, &self.recipe.suite, &status, extra);
+
+        steps.next("Pack the initramfs");
+        let boot = BootInfo {
+            image: name.clone(),
+            release: self.release,
+            class: class.clone(),
+            architecture: architecture.clone(),
+            root_hash: root.verity.root_hash.clone(),
+            command_line: self.recipe.command_line.clone(),
+            built,
+            site: SiteSettings {
+                name: self.site.name.clone(),
+                http_urls: self.urls.http.clone(),
+                agent_urls: self.urls.agent.clone(),
+                agent_api_ca_pem: self.site.agent_api_ca_pem.clone(),
+                mode: Mode::Ram,
+            },
+            trust_root: self.site.trust_root.clone(),
+        };
+        let initramfs = initramfs::make(self.recipe, base, &boot, self.agent, epoch)?;
+
+        steps.next("Put the UKI together");
+        let kernel = read(&base.kernel())?;
+        let uki = uki::assemble(
+            &read(&base.stub())?,
+            &uki::Parts {
+                os_release: &os_release,
+                uname: &base.info.kernel_release,
+                command_line: &self.recipe.command_line,
+                sbat: &format!("kiln.{name},1,Kiln,{name},{},-\n", self.release),
+                linux: &kernel,
+                initrd: &initramfs,
+            },
+        )?;
+
+        steps.next("Write the manifest");
+        let manifest = Manifest {
+            type_: MANIFEST_TYPE.into(),
+            spec_version: "1.0".into(),
+            image: name.clone(),
+            release: self.release,
+            class: class.clone(),
+            architecture: architecture.clone(),
+            product: self.recipe.product.clone(),
+            built,
+            uki: named(&uki),
+            kernel: named(&kernel),
+            initramfs: named(&initramfs),
+            extra: None,
+            root: named(&root.bytes),
+            verity: root.verity,
+            command_line: self.recipe.command_line.clone(),
+            policy: self.recipe.policy.clone(),
+            hooks: BTreeMap::new(),
+            health: self.recipe.health.clone(),
+            writable: self.recipe.writable.clone(),
+            sbom: Some(named(&sbom)),
+        };
+        let files = FILES.into_iter().zip([uki, kernel, initramfs, root.bytes, sbom]).collect();
+        Ok(Parts { manifest, files })
+    }
+}
+
+impl Parts {
+    /// Writes the folder beside its place, then puts it there.
+    fn write(&self, folder: &Path, input: String) -> Result<(), BuildError> {
+        let parent = folder.parent().expect("the folder's path was joined from three parts");
+        make_folder(parent)?;
+        let fail = |source| BuildError::Write { path: folder.into(), source };
+        let temp = tempfile::Builder::new().prefix(".new-").tempdir_in(parent).map_err(fail)?;
+        let manifest = json(&self.manifest);
+        let mut files = BTreeMap::new();
+        for (name, bytes) in self.files.iter().map(|(name, bytes)| (*name, bytes)).chain([("manifest.json", &manifest)])
+        {
+            write(&temp.path().join(name), bytes)?;
+            files.insert(name.to_owned(), named(bytes));
+        }
+        write(&temp.path().join(STAMP), &json(&Stamp { input, files }))?;
+        // tempfile makes folders for their owner only; a release is no secret.
+        std::fs::set_permissions(temp.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).map_err(fail)?;
+        if folder.exists() {
+            std::fs::remove_dir_all(folder).map_err(fail)?;
+        }
+        std::fs::rename(temp.keep(), folder).map_err(fail)
+    }
+}
+
+/// The manifest, if the folder holds what these inputs give, byte for byte.
+fn unchanged(folder: &Path, input: &str) -> Option<Manifest> {
+    let stamp: Stamp = serde_json::from_slice(&std::fs::read(folder.join(STAMP)).ok()?).ok()?;
+    if stamp.input != input {
+        return None;
+    }
+    for (name, artifact) in &stamp.files {
+        let whole = std::fs::read(folder.join(name)).is_ok_and(|bytes| named(&bytes) == *artifact);
+        if !whole {
+            return None;
+        }
+    }
+    serde_json::from_slice(&std::fs::read(folder.join("manifest.json")).ok()?).ok()
+}
+
+fn named(bytes: &[u8]) -> Artifact {
+    Artifact { sha256: sha256(bytes), length: bytes.len() as u64 }
+}
+
+fn dpkg_status(tar: &[u8]) -> String {
+    let entries = tarball::entries(tar).unwrap_or_default();
+    let status = entries.iter().find(|entry| entry.path == "/var/lib/dpkg/status");
+    status.map_or(String::new(), |entry| String::from_utf8_lossy(&tar[entry.data.clone()]).into_owned())
+}
+
+impl Site {
+    fn read(site: &Path) -> Result<Self, BuildError> {
+        let text = |path: PathBuf| {
+            std::fs::read_to_string(&path).map_err(|_| BuildError::Site { path, site: site.display().to_string() })
+        };
+        let metadata = site.join("repo/metadata");
+        let newest = std::fs::read_dir(&metadata)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_suffix(".root.json")?.parse::<u64>().ok())
+            .max();
+        let root = metadata.join(format!("{}.root.json", newest.unwrap_or(1)));
+        Ok(Self {
+            trust_root: text(root)?,
+            agent_api_ca_pem: text(site.join("online/agent-ca.pem"))?,
+            name: text(site.join("online/site-name"))?.trim().to_owned(),
+        })
+    }
+}
+
+/// The highest release of an image in the repository; 0 without one.
+fn highest_published(site: &Path, image: &str) -> Result<u64, BuildError> {
+    let path = site.join("repo/targets").join(image);
+    let entries = match std::fs::read_dir(&path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+        Err(source) => return Err(BuildError::Read { path, source }),
+    };
+    Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).max().unwrap_or(0))
+}
+
+/// Held until it is dropped, also when the process is killed.
+fn lock(cache: &Path) -> Result<File, BuildError> {
+    let path = cache.join("lock");
+    let file = File::options().create(true).append(true).open(&path);
+    let file = file.and_then(|file| file.lock().map(|()| file));
+    file.map_err(|source| BuildError::Write { path, source })
+}
+
+fn read_agent(path: &Path) -> Result<Vec<u8>, BuildError> {
+    let bytes = std::fs::read(path).map_err(|_| BuildError::NoAgent { path: path.into() })?;
+    match not_static(&bytes) {
+        None => Ok(bytes),
+        Some(detail) => Err(BuildError::AgentNotStatic { path: path.into(), detail }),
+    }
+}
+
+/// Why an ELF program cannot run without anything beside it.
+fn not_static(elf: &[u8]) -> Option<&'static str> {
+    let number = |at: usize, length: usize| {
+        let bytes = elf.get(at..at.checked_add(length)?)?;
+        Some(bytes.iter().rev().fold(0_usize, |sum, byte| sum << 8 | usize::from(*byte)))
+    };
+    // ELF64, little-endian; e_machine 62 is x86_64.
+    if elf.get(..6) != Some(b"\x7fELF\x02\x01") || number(18, 2) != Some(62) {
+        return Some("it is no x86_64 ELF file");
+    }
+    let (Some(table), Some(size), Some(count)) = (number(32, 8), number(54, 2), number(56, 2)) else {
+        return Some("its header is cut short");
+    };
+    let types = (0..count).map(|entry| table.checked_add(entry * size).and_then(|at| number(at, 4)));
+    // PT_INTERP
+    types.into_iter().any(|kind| kind == Some(3)).then_some("it names a dynamic loader")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_static_programs_are_agents() {
+        let this = std::fs::read("/proc/self/exe").unwrap();
+        assert_eq!(not_static(&this), Some("it names a dynamic loader"), "tests are linked to glibc");
+        assert!(not_static(b"#!/bin/sh\n").is_some());
+        assert!(not_static(&this[..50]).is_some());
+    }
+
+    #[test]
+    fn the_next_release_follows_the_highest_published() {
+        let site = tempfile::tempdir().unwrap();
+        assert_eq!(highest_published(site.path(), "minimal").unwrap(), 0);
+        for release in ["9", "10", "junk"] {
+            std::fs::create_dir_all(site.path().join("repo/targets/minimal").join(release)).unwrap();
+        }
+        assert_eq!(highest_published(site.path(), "minimal").unwrap(), 10);
+    }
+}

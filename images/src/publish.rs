@@ -44,14 +44,9 @@ pub fn publish(dir: impl AsRef<Path>, image: &str, release: u64, now: Timestamp)
 
     let build = site.build(image, release);
     let manifest_path = build.join("manifest.json");
-    let bytes = fs::read(&manifest_path).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => SiteError::NotBuilt { path: manifest_path.clone() },
-        _ => SiteError::io("read", &manifest_path)(error),
-    })?;
-    let manifest = Manifest::read(&bytes, image, release)
-        .map_err(|source| SiteError::Format { path: manifest_path.clone(), source })?;
-    let target =
-        TargetPath::manifest(image, release).map_err(|source| SiteError::Metadata { repo: site.repo(), source })?;
+    let bytes = fs::read(&manifest_path).map_err(SiteError::not_built("read", &manifest_path))?;
+    let manifest = Manifest::read(&bytes, image, release).map_err(SiteError::format(manifest_path.clone()))?;
+    let target = TargetPath::manifest(image, release).map_err(SiteError::metadata(site.repo()))?;
     let manifest_sha256 = hex::sha256(&bytes);
 
     let (state, _) = newest_state(&site, now)?;
@@ -132,7 +127,7 @@ fn sign_release(
     let bytes = sign(Snapshot::TYPE, &snapshot, &[&key])?.into_bytes();
     files.insert(format!("metadata/{version}.snapshot.json"), bytes.clone());
     // Against the versions of the state before: what a machine that saw it would say.
-    let state = verify_snapshot(site, &files, MetaFile::of(version, &bytes), state.seen.clone(), now)??;
+    let state = verify_snapshot(site, &files, MetaFile::of(version, &bytes), state.seen.clone(), now)?;
     Ok(NewState { files, snapshot: bytes, state })
 }
 
@@ -188,10 +183,7 @@ fn place(
     to: &Path,
     mut also: impl FnMut(&[u8]) -> Result<(), SiteError>,
 ) -> Result<(), SiteError> {
-    let mut input = File::open(from).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => SiteError::NotBuilt { path: from.to_owned() },
-        _ => SiteError::io("open", from)(error),
-    })?;
+    let mut input = File::open(from).map_err(SiteError::not_built("open", from))?;
     let mut pending = Pending::create(to, PUBLIC)?;
     let mut context = Context::new(&SHA256);
     let mut length = 0u64;

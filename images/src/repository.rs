@@ -56,8 +56,8 @@ impl Repository {
             ExpiryPolicy::ReportStale,
             Wanted::All,
         )
-        .map_err(|source| SiteError::Metadata { repo: site.repo(), source })?;
-        let outcome = run(&site, &Overlay::default(), client)??;
+        .map_err(SiteError::metadata(site.repo()))?;
+        let outcome = run(&site, &Overlay::default(), client)?;
         Self::from_outcome(&site, outcome)
     }
 
@@ -72,14 +72,8 @@ impl Repository {
     }
 
     fn from_outcome(dir: &SiteDir, outcome: Outcome) -> Result<Self, SiteError> {
-        let format = |path: &str| {
-            let path = dir.repo().join("targets").join(path);
-            move |source| SiteError::Format { path, source }
-        };
-        let missing = |path: &str| SiteError::Metadata {
-            repo: dir.repo(),
-            source: TufError::TargetNotListed { path: path.to_owned() },
-        };
+        let format = |path: &str| SiteError::format(dir.repo().join("targets").join(path));
+        let missing = |path: &str| SiteError::metadata(dir.repo())(TufError::TargetNotListed { path: path.to_owned() });
         let site_path = TargetPath::site();
         let site = outcome.targets.get(site_path.as_str()).ok_or_else(|| missing(site_path.as_str()))?;
         let site = Site::read(&site.bytes).map_err(format(site_path.as_str()))?;
@@ -123,22 +117,15 @@ pub(crate) fn anchor(site: &SiteDir) -> Result<Vec<u8>, SiteError> {
 }
 
 /// Feeds a client from the repository's files.
-pub(crate) fn run(
-    site: &SiteDir,
-    overlay: &Overlay,
-    mut client: Client,
-) -> Result<Result<Outcome, SiteError>, SiteError> {
-    let refused = |source| SiteError::Metadata { repo: site.repo(), source };
+pub(crate) fn run(site: &SiteDir, overlay: &Overlay, mut client: Client) -> Result<Outcome, SiteError> {
     while let Request::Fetch { path, max_bytes, may_be_absent: _ } = client.next() {
         let bytes = match overlay.get(&path) {
             Some(bytes) => Some(bytes.clone()),
             None => read_capped(&site.repo().join(&path), max_bytes)?,
         };
-        if let Err(error) = client.feed(bytes.map_or(Fetched::Absent, Fetched::Bytes)) {
-            return Ok(Err(refused(error)));
-        }
+        client.feed(bytes.map_or(Fetched::Absent, Fetched::Bytes)).map_err(SiteError::metadata(site.repo()))?;
     }
-    Ok(client.finish().map_err(refused))
+    client.finish().map_err(SiteError::metadata(site.repo()))
 }
 
 /// The state a snapshot describes, verified, whatever the timestamp says.
@@ -148,10 +135,10 @@ pub(crate) fn verify_snapshot(
     snapshot: MetaFile,
     seen: Seen,
     now: Timestamp,
-) -> Result<Result<Outcome, SiteError>, SiteError> {
+) -> Result<Outcome, SiteError> {
     let policy = ExpiryPolicy::ReportStale;
     let client = Client::from_snapshot(&anchor(site)?, seen, now, Limits::default(), policy, Wanted::All, snapshot)
-        .map_err(|source| SiteError::Metadata { repo: site.repo(), source })?;
+        .map_err(SiteError::metadata(site.repo()))?;
     run(site, overlay, client)
 }
 
@@ -169,17 +156,17 @@ pub(crate) fn newest_state(site: &SiteDir, now: Timestamp) -> Result<(Outcome, V
     for version in versions.into_iter().rev() {
         let file = format!("{version}.snapshot.json");
         let Some(bytes) = read_capped(&site.metadata(&file), Limits::default().snapshot)? else { continue };
-        match verify_snapshot(site, &Overlay::default(), MetaFile::of(version, &bytes), Seen::default(), now)? {
+        match verify_snapshot(site, &Overlay::default(), MetaFile::of(version, &bytes), Seen::default(), now) {
             Ok(outcome) => return Ok((outcome, bytes)),
-            Err(error) => {
-                tracing::warn!(%file, %error, "snapshot passed over: it does not verify");
-                first_error.get_or_insert((file, error));
+            Err(SiteError::Metadata { source, .. }) => {
+                tracing::warn!(%file, error = %source, "snapshot passed over: it does not verify");
+                first_error.get_or_insert((file, source));
             }
+            Err(other) => return Err(other),
         }
     }
     Err(match first_error {
-        Some((file, SiteError::Metadata { source, .. })) => SiteError::NoSnapshot { dir: folder, file, source },
-        Some((_, other)) => other,
+        Some((file, source)) => SiteError::NoSnapshot { dir: folder, file, source },
         None => SiteError::NotASite { dir: site.path.clone() },
     })
 }
@@ -226,7 +213,7 @@ pub(crate) fn write_timestamp(
     if !keys.contains(&key.public().id()) {
         let file = "metadata/timestamp.json".to_owned();
         let source = TufError::BadSignature { file, expected: keys.threshold(), got: 0 };
-        return Err(SiteError::Metadata { repo: site.repo(), source });
+        return Err(SiteError::metadata(site.repo())(source));
     }
     write_atomic(&path, text.as_bytes(), PUBLIC)?;
     Ok(Refreshed {

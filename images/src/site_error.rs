@@ -25,11 +25,11 @@ pub enum SiteError {
     #[error("key {} is not here: it is needed to {purpose}", path.display())]
     NoKey { path: PathBuf, purpose: &'static str },
     #[error("{}: {source}", repo.display())]
-    Metadata { repo: PathBuf, source: TufError },
+    Metadata { repo: PathBuf, source: Box<TufError> },
     #[error("no snapshot in {} verifies; the newest, {file}: {source}", dir.display())]
-    NoSnapshot { dir: PathBuf, file: String, source: TufError },
+    NoSnapshot { dir: PathBuf, file: String, source: Box<TufError> },
     #[error("{}: {source}", path.display())]
-    Format { path: PathBuf, source: FormatError },
+    Format { path: PathBuf, source: Box<FormatError> },
     #[error("cannot sign {what}: {source}")]
     Sign { what: String, source: EnvelopeError },
     #[error("image name {got:?}: 1 to 32 of a-z, 0-9 and `-`, beginning with a letter")]
@@ -49,6 +49,27 @@ pub enum SiteError {
 }
 
 impl SiteError {
+    /// For `map_err` on what the TUF client says of the repository.
+    pub(crate) fn metadata(repo: PathBuf) -> impl FnOnce(TufError) -> Self {
+        move |source| Self::Metadata { repo, source: Box::new(source) }
+    }
+
+    /// For `map_err` on a check of a document.
+    pub(crate) fn format(path: PathBuf) -> impl FnOnce(FormatError) -> Self {
+        move |source| Self::Format { path, source: Box::new(source) }
+    }
+
+    /// For `map_err` on reading what the builder leaves.
+    pub(crate) fn not_built<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Self + 'a {
+        move |source| {
+            if source.kind() == io::ErrorKind::NotFound {
+                Self::NotBuilt { path: path.to_owned() }
+            } else {
+                Self::io(action, path)(source)
+            }
+        }
+    }
+
     /// For `map_err` on an I/O result.
     pub(crate) fn io<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Self + 'a {
         move |source| Self::Io { action, path: path.to_owned(), source }

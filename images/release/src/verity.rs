@@ -318,7 +318,9 @@ mod tests {
     fn artifact(blocks: usize, salt: &[u8]) -> (VerityParams, Vec<u8>) {
         let mut builder = TreeBuilder::new(salt, [9; 16]).unwrap();
         let data = data(blocks);
-        data.iter().for_each(|block| builder.push_block(block));
+        for block in &data {
+            builder.push_block(block);
+        }
         let tree = builder.finish().unwrap();
         let params = VerityParams {
             root_hash: hex::encode(&tree.root_hash),
@@ -402,7 +404,7 @@ mod tests {
             if let Some(flip) = flip {
                 let at = flip as usize % bytes.len();
                 bytes[at] ^= 0x80;
-                let uuid = params.hash_offset as usize + 16..params.hash_offset as usize + 32;
+                let uuid = blocks * BLOCK + 16..blocks * BLOCK + 32;
                 prop_assert_eq!(run(&params, &bytes, piece).is_err(), !uuid.contains(&at));
             } else {
                 prop_assert!(run(&params, &bytes, piece).is_ok());

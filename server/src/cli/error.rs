@@ -1,0 +1,29 @@
+//! What a command can fail with, as a person at a terminal needs it.
+
+use std::path::PathBuf;
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum CliError {
+    #[error("cannot start: {0}")]
+    Runtime(std::io::Error),
+    #[error(transparent)]
+    Site(#[from] kiln_images::SiteError),
+    #[error(transparent)]
+    Build(#[from] kiln_images::BuildError),
+    #[error(transparent)]
+    Serve(#[from] crate::error::ServeError),
+    #[error("{} is not there: is `kiln serve` running on this site?", .0.display())]
+    NoSocket(PathBuf),
+    #[error("changes are made on the boot server only: use --site DIR there instead of --server")]
+    ReadOnly,
+    #[error("{url}: {reason}")]
+    Request { url: String, reason: String },
+    #[error("{message}")]
+    Refused { message: String },
+    #[error("no kiln-agent beside this program ({}): build it, or name it with --agent", .0.display())]
+    NoAgent(PathBuf),
+    #[error("writing the answer: {0}")]
+    Output(std::io::Error),
+    #[error("the answer is not what this kiln reads: {0}")]
+    Answer(#[from] serde_json::Error),
+}

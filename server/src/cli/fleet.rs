@@ -1,0 +1,248 @@
+//! Commands about machines and releases: clients of the operator API.
+
+use super::client::Client;
+use super::error::CliError;
+use super::table::{ago, table};
+use super::{Assign, At, Machine};
+use crate::view::{MachineView, ReleaseView};
+use jiff::{Timestamp, tz::TimeZone};
+use reqwest::Method;
+use serde_json::json;
+use std::fmt::Write as _;
+use std::io::Write as _;
+
+pub(super) async fn machine(command: Machine) -> Result<(), CliError> {
+    match command {
+        Machine::List { at, json } => {
+            let machines: Vec<MachineView> = Client::new(&at)?.get("machines").await?;
+            print(&if json { pretty(&machines)? } else { list(&machines, now_ms()) })
+        }
+        Machine::Show { machine, at, json } => {
+            let machine: MachineView = Client::new(&at)?.get(&format!("machines/{}", segment(&machine))).await?;
+            print(&if json { pretty(&machine)? } else { show(&machine, now_ms()) })
+        }
+        Machine::Watch { machine, at, json } => watch(&at, machine.as_deref(), json).await,
+        Machine::Approve { machine, role, name, at } => {
+            let path = format!("machines/{}/approve", segment(&machine));
+            let body = json!({ "role": role, "name": name });
+            let approved: MachineView = Client::new(&at)?.change(Method::POST, &path, &body).await?;
+            print(&format!("{} is approved as {role}: {}\n", approved.name, approved.reason))
+        }
+        Machine::Clear { machine, at } => {
+            let path = format!("machines/{}/clear", segment(&machine));
+            let cleared: MachineView = Client::new(&at)?.change(Method::POST, &path, &json!({})).await?;
+            print(&format!("{} is {}: {}\n", cleared.name, cleared.state, cleared.reason))
+        }
+    }
+}
+
+pub(super) async fn assign(assign: &Assign) -> Result<(), CliError> {
+    let path = format!("machines/{}/assignment", segment(&assign.machine));
+    let body = json!({ "image": assign.release.image, "release": assign.release.release, "via": assign.via });
+    let machine: MachineView = Client::new(&assign.at)?.change(Method::PUT, &path, &body).await?;
+    let sequence = machine.assigned.map_or(0, |a| a.sequence);
+    let text = format!("{} shall run {} (sequence {sequence}), by {}\n", machine.name, assign.release, assign.via);
+    print(&text)
+}
+
+pub(super) async fn releases(at: &At, json: bool) -> Result<(), CliError> {
+    let releases: Vec<ReleaseView> = Client::new(at)?.get("releases").await?;
+    if json {
+        return print(&pretty(&releases)?);
+    }
+    let rows: Vec<Vec<String>> = releases
+        .iter()
+        .map(|r| {
+            vec![
+                format!("{}/{}", r.image, r.release),
+                r.class.clone(),
+                r.architecture.clone(),
+                format!("{:.1} MiB", mebibytes(r.root_bytes)),
+                format!("{:.1} MiB", mebibytes(r.uki_bytes)),
+                r.machines.to_string(),
+                r.root_hash.chars().take(16).collect(),
+                r.built.clone(),
+            ]
+        })
+        .collect();
+    print(&table(&["RELEASE", "CLASS", "ARCH", "ROOT", "UKI", "MACHINES", "ROOT HASH", "BUILT"], &rows))
+}
+
+async fn watch(at: &At, machine: Option<&str>, json: bool) -> Result<(), CliError> {
+    let client = Client::new(at)?;
+    let mut response = client.stream("events").await?;
+    let mut buffer = Vec::new();
+    let broken = |e: reqwest::Error| CliError::Request { url: client.url("events"), reason: e.to_string() };
+    while let Some(piece) = response.chunk().await.map_err(broken)? {
+        buffer.extend_from_slice(&piece);
+        while let Some(end) = buffer.windows(2).position(|w| w == b"\n\n") {
+            let event: Vec<u8> = buffer.drain(..end + 2).collect();
+            for view in views(&String::from_utf8_lossy(&event))? {
+                if machine.is_some_and(|m| m != view.name && m != view.id.as_str()) {
+                    continue;
+                }
+                print(&if json { format!("{}\n", serde_json::to_string(&view)?) } else { line(&view) })?;
+            }
+        }
+    }
+    Err(CliError::Request { url: client.url("events"), reason: "the server ended the stream".into() })
+}
+
+/// The machines of one server-sent event: `hello` carries all, `machine` one; others are passed over.
+fn views(event: &str) -> Result<Vec<MachineView>, CliError> {
+    let mut kind = "";
+    let mut data = String::new();
+    for line in event.lines() {
+        if let Some(name) = line.strip_prefix("event:") {
+            kind = name.trim();
+        } else if let Some(text) = line.strip_prefix("data:") {
+            data.push_str(text.trim_start());
+        }
+    }
+    Ok(match kind {
+        "hello" => serde_json::from_str(&data)?,
+        "machine" => vec![serde_json::from_str(&data)?],
+        _ => Vec::new(),
+    })
+}
+
+/// One line for one change.
+fn line(m: &MachineView) -> String {
+    let time = clock(m.last_seen_ms);
+    let release = release(m);
+    format!("{time}  {:<16} {:<12} {:<28} {release:<14} {}\n", m.name, m.state, m.stage_label, m.last_words)
+}
+
+fn list(machines: &[MachineView], now_ms: i64) -> String {
+    let rows: Vec<Vec<String>> = machines
+        .iter()
+        .map(|m| {
+            let assigned = m.assigned.as_ref().map_or("-".into(), |a| format!("{}/{}", a.image, a.release));
+            vec![
+                m.name.clone(),
+                m.state.clone(),
+                m.stage_label.clone(),
+                release(m),
+                assigned,
+                m.protection.map_or("-", kiln_protocol::ProtectionClass::as_str).to_owned(),
+                ago(m.last_seen_ms, now_ms),
+                m.last_words.clone(),
+            ]
+        })
+        .collect();
+    table(&["NAME", "STATE", "STAGE", "RELEASE", "ASSIGNED", "PROTECTION", "SEEN", "LAST WORDS"], &rows)
+}
+
+fn show(m: &MachineView, now_ms: i64) -> String {
+    let mut text = String::new();
+    let dash = || "-".to_owned();
+    let identity = m.key_storage.map_or_else(dash, |k| match k {
+        kiln_protocol::KeyStorage::Ephemeral => "name only (its key is new at each boot)".into(),
+        kiln_protocol::KeyStorage::EfiVariable | kiln_protocol::KeyStorage::File => format!("key in {k} (weak)"),
+    });
+    let memory = m.rollback_memory.map_or_else(dash, |r| match r {
+        kiln_protocol::RollbackMemory::None => "no rollback memory".into(),
+        kiln_protocol::RollbackMemory::EfiVariable | kiln_protocol::RollbackMemory::File => r.to_string(),
+    });
+    let assigned = m.assigned.as_ref();
+    let assigned = assigned.map_or_else(dash, |a| format!("{}/{} (sequence {}, by {})", a.image, a.release, a.sequence, a.via));
+    for (name, value) in [
+        ("name", m.name.clone()),
+        ("id", m.id.to_string()),
+        ("role", m.role.clone().unwrap_or_else(dash)),
+        ("state", m.state.clone()),
+        ("why", m.reason.clone()),
+        ("stage", format!("{} ({})", m.stage_label, ago(m.stage_since_ms, now_ms))),
+        ("runs", release(m)),
+        ("root hash", m.root_hash.clone().unwrap_or_else(dash)),
+        ("assigned", assigned),
+        ("last good", m.last_good.as_ref().map_or_else(dash, ToString::to_string)),
+        ("protection", m.protection.map_or_else(dash, |p| p.to_string())),
+        ("identity", identity),
+        ("rollback", memory),
+        ("firmware", m.firmware.map_or_else(dash, |f| f.to_string())),
+        ("hardware", format!("{}, serial {}", m.product, if m.serial.is_empty() { "-" } else { &m.serial })),
+        ("memory", format!("{:.0} MiB", mebibytes(m.memory_bytes))),
+        ("macs", m.macs.join(", ")),
+        ("seen", ago(m.last_seen_ms, now_ms)),
+        ("last words", m.last_words.clone()),
+    ] {
+        writeln!(text, "{name:<12} {value}").expect("writing to a String cannot fail");
+    }
+    for boot in &m.boots {
+        let what = boot.image.as_ref().zip(boot.release).map_or("?".into(), |(i, r)| format!("{i}/{r}"));
+        writeln!(text, "\nboot of {what} by {} at {}", boot.via, clock(boot.started_ms))
+            .expect("writing to a String cannot fail");
+        for s in &boot.stages {
+            let after = s.at_ms - boot.started_ms;
+            let message = s.message.as_deref().unwrap_or_default();
+            let kind = s.kind.as_ref().map(|k| format!(" [{k}]")).unwrap_or_default();
+            let row = format!("  {:>4}.{:03} s  {:<28} {}{kind} {message}", after / 1000, after % 1000, s.stage.label(), s.state);
+            writeln!(text, "{}", row.trim_end()).expect("writing to a String cannot fail");
+        }
+    }
+    text
+}
+
+fn release(m: &MachineView) -> String {
+    m.image.as_ref().zip(m.release).map_or_else(|| "-".into(), |(image, release)| format!("{image}/{release}"))
+}
+
+#[allow(clippy::cast_precision_loss)] // for people
+fn mebibytes(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+/// Wall-clock time of day, UTC.
+fn clock(ms: i64) -> String {
+    Timestamp::from_millisecond(ms)
+        .map(|t| t.to_zoned(TimeZone::UTC).strftime("%H:%M:%S").to_string())
+        .unwrap_or_default()
+}
+
+fn now_ms() -> i64 {
+    Timestamp::now().as_millisecond()
+}
+
+fn pretty<T: serde::Serialize>(value: &T) -> Result<String, CliError> {
+    Ok(format!("{}\n", serde_json::to_string_pretty(value)?))
+}
+
+/// A name or id as one path segment: everything that is not plainly safe is percent-encoded (RFC 3986 §2.1).
+fn segment(text: &str) -> String {
+    text.bytes().fold(String::new(), |mut out, b| {
+        if b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.') {
+            out.push(char::from(b));
+        } else {
+            write!(out, "%{b:02X}").expect("writing to a String cannot fail");
+        }
+        out
+    })
+}
+
+/// To standard output; a reader that has gone away (`| head`) ends the program quietly.
+fn print(text: &str) -> Result<(), CliError> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
+        other => other.map_err(CliError::Output),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_cannot_leave_its_segment() {
+        assert_eq!(segment("rack-1"), "rack-1");
+        assert_eq!(segment("../a b?"), "..%2Fa%20b%3F");
+    }
+
+    #[test]
+    fn events_of_other_kinds_are_passed_over() {
+        assert!(views("event: later\ndata: {}\n\n").unwrap().is_empty());
+        assert!(views("event: machine\ndata: nonsense\n\n").is_err());
+        assert!(views(": comment\n\n").unwrap().is_empty());
+    }
+}

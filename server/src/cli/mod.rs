@@ -1,0 +1,236 @@
+//! The command line: `kiln`. Commands about machines and releases are clients of the operator API and never open the
+//! store; `trust`, `image build` and `release publish` work on the site directory itself.
+
+mod client;
+mod error;
+mod fleet;
+mod site;
+mod table;
+
+use crate::serve::{LogFormat, ServeOptions};
+use clap::{Args, Parser, Subcommand};
+use error::CliError;
+use kiln_protocol::{ReleaseId, Via};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+#[derive(Debug, Parser)]
+#[command(name = "kiln", version, about = "Bare-metal machines that are fired once and never patched", max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Keys and metadata of a site
+    #[command(subcommand)]
+    Trust(Trust),
+    /// Build images
+    #[command(subcommand)]
+    Image(Image),
+    /// Publish and list releases
+    #[command(subcommand)]
+    Release(Release),
+    /// Run the boot server: DHCP, TFTP, HTTP, agent API, operator API
+    Serve(Serve),
+    /// List, show, watch, approve machines
+    #[command(subcommand)]
+    Machine(Machine),
+    /// Assign a release to a machine: it reimages itself when its turn comes
+    Assign(Assign),
+}
+
+#[derive(Debug, Subcommand)]
+enum Trust {
+    /// Make a site directory with its keys and first metadata
+    Init {
+        /// Threshold 1 and unencrypted keys: for a lab
+        #[arg(long, required = true)]
+        lab: bool,
+        /// The site directory; it must not exist or be empty
+        dir: PathBuf,
+        /// The site's name
+        #[arg(long, default_value = "lab")]
+        name: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Image {
+    /// Build a release from a recipe into DIR/build/NAME/N
+    Build(Build),
+}
+
+#[derive(Debug, Args)]
+struct Build {
+    /// The recipe, TOML
+    recipe: PathBuf,
+    /// The site directory
+    #[arg(long, env = "KILN_SITE")]
+    site: PathBuf,
+    /// Release number [default: highest published + 1]
+    #[arg(long)]
+    release: Option<u64>,
+    /// The static kiln-agent to put in [default: kiln-agent beside this program]
+    #[arg(long)]
+    agent: Option<PathBuf>,
+    /// Where packages and layers are kept between builds [default: DIR/cache]
+    #[arg(long)]
+    cache: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Release {
+    /// Sign a built release and put it into the repository
+    Publish {
+        /// IMAGE/NUMBER, as minimal/2
+        release: ReleaseId,
+        /// The site directory
+        #[arg(long, env = "KILN_SITE")]
+        site: PathBuf,
+    },
+    /// List published releases
+    List {
+        #[command(flatten)]
+        at: At,
+        /// JSON instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Serve {
+    /// The site directory
+    #[arg(long, env = "KILN_SITE")]
+    site: PathBuf,
+    /// Configuration [default: DIR/kiln.toml, if it is there]
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Log lines for people or as JSON [default: text on a terminal, else json]
+    #[arg(long)]
+    log: Option<LogFormat>,
+}
+
+/// Where the operator API is.
+#[derive(Debug, Args)]
+struct At {
+    /// The site directory, on the boot server itself: its socket takes changes
+    #[arg(long, env = "KILN_SITE", required_unless_present = "server", conflicts_with = "server")]
+    site: Option<PathBuf>,
+    /// The boot server's address, as http://10.0.0.1:8080: reading only
+    #[arg(long, env = "KILN_SERVER")]
+    server: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Machine {
+    /// All machines, a line each
+    List {
+        #[command(flatten)]
+        at: At,
+        /// JSON instead of a table
+        #[arg(long)]
+        json: bool,
+    },
+    /// One machine with its boots and stages
+    Show {
+        /// Name or id
+        machine: String,
+        #[command(flatten)]
+        at: At,
+        /// JSON instead of text
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print a line for each change, until interrupted
+    Watch {
+        /// Name or id [default: all]
+        machine: Option<String>,
+        #[command(flatten)]
+        at: At,
+        /// A line of JSON for each change
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let a discovered machine in
+    Approve {
+        /// Name or id
+        machine: String,
+        /// Its role, one of kiln.toml's
+        #[arg(long)]
+        role: String,
+        /// Its name from now on
+        #[arg(long)]
+        name: Option<String>,
+        #[command(flatten)]
+        at: At,
+    },
+    /// Lift a machine's quarantine
+    Clear {
+        /// Name or id
+        machine: String,
+        #[command(flatten)]
+        at: At,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Assign {
+    /// Name or id
+    machine: String,
+    /// IMAGE/NUMBER, as minimal/2
+    release: ReleaseId,
+    /// How it leaves the running release: kexec or cold
+    #[arg(long, default_value = "kexec")]
+    via: Via,
+    #[command(flatten)]
+    at: At,
+}
+
+/// The program.
+pub fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("kiln: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> Result<(), CliError> {
+    // One provider for everything that speaks TLS; a second call would find it installed already.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let runtime = || tokio::runtime::Runtime::new().map_err(CliError::Runtime);
+    match cli.command {
+        Command::Trust(Trust::Init { lab: _, dir, name }) => site::init(&dir, &name),
+        Command::Image(Image::Build(build)) => site::build(build),
+        Command::Release(Release::Publish { release, site }) => site::publish(&release, &site),
+        Command::Release(Release::List { at, json }) => runtime()?.block_on(fleet::releases(&at, json)),
+        Command::Serve(Serve { site, config, log }) => {
+            Ok(runtime()?.block_on(crate::serve::serve(ServeOptions { site, config, log }))?)
+        }
+        Command::Machine(machine) => runtime()?.block_on(fleet::machine(machine)),
+        Command::Assign(assign) => runtime()?.block_on(fleet::assign(&assign)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_machine_command_needs_a_place() {
+        assert!(Cli::try_parse_from(["kiln", "machine", "list", "--site", "x"]).is_ok());
+        assert!(Cli::try_parse_from(["kiln", "machine", "list", "--site", "x", "--server", "y"]).is_err());
+        assert!(Cli::try_parse_from(["kiln", "assign", "m", "minimal", "--site", "x"]).is_err());
+    }
+}

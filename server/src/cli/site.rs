@@ -1,0 +1,44 @@
+//! Commands that work on the site directory: no server needs to run.
+
+use super::Build;
+use super::error::CliError;
+use jiff::Timestamp;
+use kiln_protocol::ReleaseId;
+use std::path::{Path, PathBuf};
+
+pub(super) fn init(dir: &Path, name: &str) -> Result<(), CliError> {
+    kiln_images::init_lab(dir, name, Timestamp::now())?;
+    println!("site {name} is made in {}", dir.display());
+    println!("next: kiln image build RECIPE --site {0}; kiln release publish IMAGE/1 --site {0}; kiln serve --site {0}", dir.display());
+    Ok(())
+}
+
+pub(super) fn build(build: Build) -> Result<(), CliError> {
+    let agent = match build.agent {
+        Some(agent) => agent,
+        None => beside_this_program("kiln-agent")?,
+    };
+    let cache = build.cache.unwrap_or_else(|| build.site.join("cache"));
+    let options = kiln_images::BuildOptions {
+        recipe: build.recipe,
+        site: build.site,
+        release: build.release,
+        agent,
+        cache,
+    };
+    let built = kiln_images::build(&options)?;
+    println!("{}/{} is built in {}", built.image, built.release, built.dir.display());
+    Ok(())
+}
+
+pub(super) fn publish(release: &ReleaseId, site: &Path) -> Result<(), CliError> {
+    kiln_images::publish(site, release.image.as_str(), release.release, Timestamp::now())?;
+    println!("{release} is published; `kiln assign MACHINE {release}` gives it to a machine");
+    Ok(())
+}
+
+fn beside_this_program(name: &str) -> Result<PathBuf, CliError> {
+    let program = std::env::current_exe().map_err(CliError::Runtime)?;
+    let path = program.with_file_name(name);
+    if path.exists() { Ok(path) } else { Err(CliError::NoAgent(path)) }
+}

@@ -1,10 +1,13 @@
 //! A site from nothing to published releases, and what it refuses.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
+use common::write_manifest;
 use jiff::{SignedDuration, Timestamp};
 use kiln_images::{Director, Repository, SiteDir, SiteError, init_lab, publish, refresh_timestamp};
-use kiln_release::verity::{BLOCK, TreeBuilder};
-use kiln_release::{Artifact, FilePolicy, HealthCheck, HealthKind, MANIFEST_TYPE, Manifest, VerityParams, hex};
+use kiln_release::verity::BLOCK;
+use kiln_release::{Manifest, hex};
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -18,61 +21,12 @@ fn later(hours: i64) -> Timestamp {
     now() + SignedDuration::from_hours(hours)
 }
 
-/// What `kiln image build` leaves, with small contents that differ from release to release.
 fn build(site: &SiteDir, image: &str, release: u64) -> Manifest {
-    let folder = site.build(image, release);
-    fs::create_dir_all(&folder).unwrap();
-    let mut builder = TreeBuilder::new(b"salt", [1; 16]).unwrap();
-    let blocks: Vec<[u8; BLOCK]> = (0..5u8).map(|i| [i ^ u8::try_from(release).unwrap(); BLOCK]).collect();
-    for block in &blocks {
-        builder.push_block(block);
-    }
-    let tree = builder.finish().unwrap();
-    let file = |name: &str, bytes: &[u8]| {
-        fs::write(folder.join(name), bytes).unwrap();
-        Artifact { sha256: hex::sha256(bytes), length: bytes.len() as u64 }
-    };
-    let text = |what: &str| format!("{what} of {image}/{release}").into_bytes();
-    let manifest = Manifest {
-        type_: MANIFEST_TYPE.into(),
-        spec_version: "1.0".into(),
-        image: image.into(),
-        release,
-        class: "normal".into(),
-        architecture: "x86_64".into(),
-        product: "generic".into(),
-        built: now(),
-        uki: file("kiln.efi", &text("uki")),
-        kernel: file("kernel", &text("kernel")),
-        initramfs: file("initramfs", &text("initramfs")),
-        extra: None,
-        root: file("root", &[blocks.concat(), tree.hash_area].concat()),
-        verity: VerityParams {
-            root_hash: hex::encode(&tree.root_hash),
-            salt: hex::encode(b"salt"),
-            data_blocks: 5,
-            hash_offset: (5 * BLOCK) as u64,
-        },
-        command_line: "console=ttyS0".into(),
-        policy: FilePolicy::default(),
-        hooks: BTreeMap::new(),
-        health: vec![HealthCheck { kind: HealthKind::Systemd, soak: 5 }],
-        writable: vec![],
-        sbom: None,
-    };
-    write_manifest(site, &manifest);
-    manifest
-}
-
-fn write_manifest(site: &SiteDir, manifest: &Manifest) {
-    let path = site.build(&manifest.image, manifest.release).join("manifest.json");
-    fs::write(path, serde_json::to_vec_pretty(manifest).unwrap()).unwrap();
+    common::build(site, image, release, now())
 }
 
 fn new_site() -> (tempfile::TempDir, SiteDir) {
-    let dir = tempfile::tempdir().unwrap();
-    let site = init_lab(dir.path(), "lab", now()).unwrap();
-    (dir, site)
+    common::new_site(now())
 }
 
 fn files_below(path: &Path) -> BTreeMap<String, Vec<u8>> {

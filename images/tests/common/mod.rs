@@ -1,0 +1,66 @@
+//! A site with small releases in place of built ones.
+#![allow(dead_code)]
+
+use jiff::Timestamp;
+use kiln_images::{SiteDir, init_lab};
+use kiln_release::verity::{BLOCK, TreeBuilder};
+use kiln_release::{Artifact, FilePolicy, HealthCheck, HealthKind, MANIFEST_TYPE, Manifest, VerityParams, hex};
+use std::collections::BTreeMap;
+use std::fs;
+
+/// What `kiln image build` leaves, with small contents that differ from release to release.
+pub fn build(site: &SiteDir, image: &str, release: u64, built: Timestamp) -> Manifest {
+    let folder = site.build(image, release);
+    fs::create_dir_all(&folder).unwrap();
+    let mut builder = TreeBuilder::new(b"salt", [1; 16]).unwrap();
+    let blocks: Vec<[u8; BLOCK]> = (0..5u8).map(|i| [i ^ u8::try_from(release).unwrap(); BLOCK]).collect();
+    for block in &blocks {
+        builder.push_block(block);
+    }
+    let tree = builder.finish().unwrap();
+    let file = |name: &str, bytes: &[u8]| {
+        fs::write(folder.join(name), bytes).unwrap();
+        Artifact { sha256: hex::sha256(bytes), length: bytes.len() as u64 }
+    };
+    let text = |what: &str| format!("{what} of {image}/{release}").into_bytes();
+    let manifest = Manifest {
+        type_: MANIFEST_TYPE.into(),
+        spec_version: "1.0".into(),
+        image: image.into(),
+        release,
+        class: "normal".into(),
+        architecture: "x86_64".into(),
+        product: "generic".into(),
+        built,
+        uki: file("kiln.efi", &text("uki")),
+        kernel: file("kernel", &text("kernel")),
+        initramfs: file("initramfs", &text("initramfs")),
+        extra: None,
+        root: file("root", &[blocks.concat(), tree.hash_area].concat()),
+        verity: VerityParams {
+            root_hash: hex::encode(&tree.root_hash),
+            salt: hex::encode(b"salt"),
+            data_blocks: 5,
+            hash_offset: (5 * BLOCK) as u64,
+        },
+        command_line: "console=ttyS0".into(),
+        policy: FilePolicy::default(),
+        hooks: BTreeMap::new(),
+        health: vec![HealthCheck { kind: HealthKind::Systemd, soak: 5 }],
+        writable: vec![],
+        sbom: None,
+    };
+    write_manifest(site, &manifest);
+    manifest
+}
+
+pub fn write_manifest(site: &SiteDir, manifest: &Manifest) {
+    let path = site.build(&manifest.image, manifest.release).join("manifest.json");
+    fs::write(path, serde_json::to_vec_pretty(manifest).unwrap()).unwrap();
+}
+
+pub fn new_site(now: Timestamp) -> (tempfile::TempDir, SiteDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let site = init_lab(dir.path(), "lab", now).unwrap();
+    (dir, site)
+}

@@ -157,7 +157,7 @@ fn place_artifacts(site: &SiteDir, build: &Path, manifest: &Manifest) -> Result<
         ("kernel", Some(&manifest.kernel)),
         ("initramfs", Some(&manifest.initramfs)),
         ("extra", manifest.extra.as_ref()),
-        ("sbom", manifest.sbom.as_ref()),
+        ("sbom.json", manifest.sbom.as_ref()),
         ("kiln.efi", Some(&manifest.uki)),
     ];
     for (file, artifact) in others.into_iter().filter_map(|(file, artifact)| Some((file, artifact?))) {

@@ -8,3 +8,5 @@
 pub mod config;
 pub mod error;
 pub mod net;
+pub mod view;
+pub mod web;

@@ -5,7 +5,7 @@ use super::error::CliError;
 use super::table::{ago, table};
 use super::{Assign, At, Machine};
 use crate::view::{MachineView, ReleaseView};
-use jiff::{Timestamp, tz::TimeZone};
+use jiff::Timestamp;
 use reqwest::Method;
 use serde_json::json;
 use std::fmt::Write as _;
@@ -195,9 +195,8 @@ fn mebibytes(bytes: u64) -> f64 {
 
 /// Wall-clock time of day, UTC.
 fn clock(ms: i64) -> String {
-    Timestamp::from_millisecond(ms)
-        .map(|t| t.to_zoned(TimeZone::UTC).strftime("%H:%M:%S").to_string())
-        .unwrap_or_default()
+    let second = ms.div_euclid(1000).rem_euclid(86_400);
+    format!("{:02}:{:02}:{:02}", second / 3600, second / 60 % 60, second % 60)
 }
 
 fn now_ms() -> i64 {

@@ -78,6 +78,15 @@ struct Build {
     /// Where packages and layers are kept between builds [default: DIR/cache]
     #[arg(long)]
     cache: Option<PathBuf>,
+    /// Ask the package mirror again, even if there is a layer for these packages
+    #[arg(long)]
+    refresh: bool,
+    /// Base URL of artifacts, as http://10.0.0.1:8080; may be given more than once [default: ask DHCP]
+    #[arg(long)]
+    http_url: Vec<String>,
+    /// Base URL of the agent API, as https://10.0.0.1:8443; may be given more than once [default: ask DHCP]
+    #[arg(long)]
+    agent_url: Vec<String>,
 }
 
 #[derive(Debug, Subcommand)]

@@ -3,6 +3,7 @@
 use super::Build;
 use super::error::CliError;
 use jiff::Timestamp;
+use kiln_images::{BuildOptions, SiteUrls};
 use kiln_protocol::ReleaseId;
 use std::path::{Path, PathBuf};
 
@@ -18,16 +19,17 @@ pub(super) fn build(build: Build) -> Result<(), CliError> {
         Some(agent) => agent,
         None => beside_this_program("kiln-agent")?,
     };
-    let cache = build.cache.unwrap_or_else(|| build.site.join("cache"));
-    let options = kiln_images::BuildOptions {
-        recipe: build.recipe,
-        site: build.site,
+    let usual = BuildOptions::new(build.recipe, build.site, agent);
+    let options = BuildOptions {
         release: build.release,
-        agent,
-        cache,
+        cache: build.cache.unwrap_or_else(|| usual.cache.clone()),
+        refresh: build.refresh,
+        site_urls: SiteUrls { http: build.http_url, agent: build.agent_url },
+        ..usual
     };
     let built = kiln_images::build(&options)?;
-    println!("{}/{} is built in {}", built.image, built.release, built.dir.display());
+    let done = if built.changed { "is built" } else { "is unchanged" };
+    println!("{}/{} {done} in {}", built.manifest.image, built.manifest.release, built.folder.display());
     Ok(())
 }
 

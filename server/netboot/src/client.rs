@@ -151,6 +151,15 @@ impl Client {
         let address = |code| -> Result<Option<Ipv4Addr>, PacketError> {
             Ok(options.fixed::<4>(code, "4")?.map(Ipv4Addr::from).filter(|a| !a.is_unspecified()))
         };
+        let relay_agent = options.get(code::RELAY_AGENT);
+        if let Some(long) = relay_agent.filter(|v| v.len() > 255) {
+            // RFC 3046 §2.0: one option; it is echoed, so its length bounds the reply's.
+            return Err(PacketError::OptionLength {
+                code: code::RELAY_AGENT,
+                expected: "at most 255",
+                got: long.len(),
+            });
+        }
         let vendor_options = options.get(code::VENDOR_SPECIFIC).map(Options::read_encapsulated).unwrap_or_default();
         Ok(Self {
             message_type,
@@ -171,7 +180,7 @@ impl Client {
                 .fixed::<2>(code::MAX_SIZE, "2")?
                 .map_or(548, |v| usize::from(u16::from_be_bytes(v)).saturating_sub(28).clamp(548, 1472)),
             machine_id: options.get(code::MACHINE_ID).filter(|v| v.len() <= 64).map(<[u8]>::to_vec),
-            relay_agent: options.get(code::RELAY_AGENT).map(<[u8]>::to_vec),
+            relay_agent: relay_agent.map(<[u8]>::to_vec),
             boot_item: vendor_options.fixed::<4>(PXE_BOOT_ITEM, "4").ok().flatten(),
             message,
         })

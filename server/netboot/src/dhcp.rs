@@ -260,8 +260,8 @@ impl Dhcp {
     fn observe(&mut self, now_ms: u64, arrival: &Arrival, client: &Client, outputs: &mut Vec<Output>) {
         match client.message_type {
             MessageType::Discover => {
-                if self.config.mode == Mode::Proxy && arrival.port == SERVER_PORT {
-                    self.watch.discover(now_ms);
+                if client.vendor == VendorClass::Agent {
+                    self.expect_other_server(now_ms, arrival);
                 }
             }
             MessageType::Request | MessageType::Inform => {
@@ -280,6 +280,14 @@ impl Dhcp {
                 }
             }
             MessageType::Decline | MessageType::Release => {}
+        }
+    }
+
+    /// A client that has what it needs from this proxy now takes an address from somebody. (One that got no boot program may
+    /// not ask for an address at all: EDK2 does not.)
+    fn expect_other_server(&mut self, now_ms: u64, arrival: &Arrival) {
+        if self.config.mode == Mode::Proxy && arrival.port == SERVER_PORT {
+            self.watch.offered(now_ms);
         }
     }
 
@@ -420,6 +428,9 @@ impl Dhcp {
                 }
             }
         };
+        if reply == ReplyType::Offer {
+            self.expect_other_server(now_ms, &arrival);
+        }
         outputs.push(self.send(&arrival, &client, reply, lease.as_ref(), Some(&offer)));
         outputs.push(Output::Event(match reply {
             ReplyType::Ack => {

@@ -97,7 +97,7 @@ pub(crate) fn build(
 
     // RFC 2132 §9.10: no reply longer than the client takes. The file's name is in the header as well.
     let relay = client.relay_agent.as_deref().unwrap_or_default();
-    let tail = if relay.is_empty() { 1 } else { relay.len() + relay.len().div_ceil(255) * 2 + 1 };
+    let tail = if relay.is_empty() { 1 } else { relay.len() + 3 };
     for (code, value) in droppable {
         if !file_at_hand || HEADER + out.0.len() + value.len() + 2 + tail <= client.max_message {
             out.put(code, &value);

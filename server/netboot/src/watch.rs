@@ -5,7 +5,7 @@
 
 use std::net::Ipv4Addr;
 
-/// How long a DISCOVER may stay without a sign of another server.
+/// How long an answered DISCOVER may stay without a sign of another server.
 pub(crate) const PATIENCE_MS: u64 = 10_000;
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -16,7 +16,7 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    pub(crate) fn discover(&mut self, now_ms: u64) {
+    pub(crate) fn offered(&mut self, now_ms: u64) {
         if !self.warned {
             self.waiting_since_ms.get_or_insert(now_ms);
         }

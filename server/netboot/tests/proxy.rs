@@ -206,6 +206,8 @@ fn no_reply_is_longer_than_the_client_takes() {
 #[test]
 fn nobody_else_gives_addresses_is_said_once_after_ten_seconds() {
     let mut dhcp = proxy();
+    ask(&mut dhcp, 0, 67, &packet("ovmf-pxe-discover"), BootAnswer::Wait { reason: "quarantined".into() });
+    assert_eq!(dhcp.deadline_ms(), None, "EDK2 takes no address where there is no boot program");
     ask(&mut dhcp, 1_000, 67, &packet("ovmf-pxe-discover"), uki());
     ask(&mut dhcp, 5_000, 67, &packet("ovmf-pxe-discover"), uki());
     assert_eq!(dhcp.deadline_ms(), Some(11_000));
@@ -221,4 +223,18 @@ fn nobody_else_gives_addresses_is_said_once_after_ten_seconds() {
     ask(&mut dhcp, 300_000, 67, &packet("ovmf-pxe-discover"), uki());
     assert_eq!(dhcp.tick(310_000), [Output::Event(Event::NoOtherServer)]);
     assert!(Event::NO_OTHER_SERVER.contains(r#"[dhcp] mode = "full""#));
+}
+
+#[test]
+fn http_boot_is_offered_a_url() {
+    let (query, outputs) = ask(&mut proxy(), 0, 67, &packet("ovmf-http-discover"), uki());
+    assert_eq!(query.kind, BootKind::UefiHttp);
+    let reply = Reply::read(&sent(&outputs)[0].bytes);
+    let url = format!("http://10.77.0.1:8080/b/{}/kiln.efi", "ab".repeat(32));
+    assert_eq!(reply.raw(60).unwrap(), b"HTTPClient");
+    assert_eq!((reply.raw(67).unwrap(), reply.file()), (url.clone().into_bytes(), url));
+    assert_eq!(reply.raw(43), None);
+    let off = kiln_netboot::Config { http_boot: false, ..config(kiln_netboot::Mode::Proxy) };
+    let outputs = silent(&mut Dhcp::new(off, []).unwrap(), 0, &packet("ovmf-http-discover"));
+    assert!(matches!(events(&outputs)[..], [Event::Withheld { reason, .. }] if reason.contains("http_boot")));
 }

@@ -2,7 +2,8 @@
 //!
 //! The bytes stay with the caller: a [`Action::Block`] names a range of the file, so a thousand transfers of one file need
 //! one copy of it. Window and retransmission as RFC 7440 §4; with a window of one the duplicate-ACK guard of RFC 1123
-//! §4.2.3.1 ("Sorcerer's Apprentice"), with a larger one at most one early resend per acknowledged position.
+//! §4.2.3.1 ("Sorcerer's Apprentice"); with a larger one blocks are sent again early at most once, as in NewReno (RFC 6582),
+//! so that no network can make one packet breed more than two.
 
 use super::Request;
 use super::packet::{OP_ACK, OP_ERROR, error_bytes, number, oack, opcode};
@@ -123,8 +124,8 @@ pub struct Transfer {
     base: u64,
     /// Highest block sent.
     sent: u64,
-    /// An early resend from `base` was made.
-    rewound: bool,
+    /// Highest block sent when blocks were last sent again: until it is acknowledged, only the timer sends them once more.
+    recover: u64,
     /// What is out was sent more than once: its acknowledgement tells no round trip (Karn).
     resent: bool,
     window_at: Duration,
@@ -168,7 +169,7 @@ impl Transfer {
             oack: if options.is_empty() { Vec::new() } else { oack(&options) },
             base: 0,
             sent: 0,
-            rewound: false,
+            recover: 0,
             resent: false,
             window_at: now,
             round_trip: None,
@@ -179,7 +180,7 @@ impl Transfer {
             over_at: now + limits.grace + Duration::from_secs(size / u64::from(limits.min_rate.max(1))),
             limits: Limits { stall, ..limits },
         };
-        let actions = transfer.send_window(now);
+        let actions = transfer.send_from(0, now);
         (transfer, actions)
     }
 
@@ -227,9 +228,7 @@ impl Transfer {
             if self.fixed_wait.is_none() {
                 self.wait = (self.wait * 2).min(self.limits.longest_wait);
             }
-            self.rewound = true;
-            self.resent = true;
-            return self.send_window(now);
+            return self.resend(now);
         } else {
             return Vec::new();
         };
@@ -254,13 +253,10 @@ impl Transfer {
             return self.advance(now, distance);
         }
         let early = self.round_trip.is_some_and(|rtt| now < self.window_at + rtt / 2);
-        if self.window == 1 || self.rewound || early {
+        if self.window == 1 || self.base < self.recover || early {
             return Vec::new();
         }
-        // RFC 7440 §4: the client missed the window's first block and says where it stands.
-        self.rewound = true;
-        self.resent = true;
-        self.send_window(now)
+        self.resend(now) // RFC 7440 §4: the client missed the window's first block and says where it stands
     }
 
     fn advance(&mut self, now: Duration, distance: u64) -> Vec<Action> {
@@ -277,11 +273,20 @@ impl Transfer {
             let wait = self.round_trip.map_or(self.limits.first_wait, |rtt| rtt * 4);
             self.wait = wait.max(SHORTEST_WAIT).min(self.limits.longest_wait);
         }
-        // What was out beyond the acknowledged block goes out again: a sample would be of either copy.
-        self.resent = self.sent > self.base;
-        self.rewound = false;
         self.stalled_at = now + self.limits.stall;
-        self.send_window(now)
+        if self.sent > self.base && self.base >= self.recover {
+            return self.resend(now); // RFC 7440 §4: it missed the block after the one it names
+        }
+        self.resent = self.sent > self.base;
+        self.send_from(self.sent, now)
+    }
+
+    /// Everything that is out, again.
+    fn resend(&mut self, now: Duration) -> Vec<Action> {
+        self.resent = true;
+        let actions = self.send_from(self.base, now);
+        self.recover = self.sent;
+        actions
     }
 
     fn aborted(&mut self, code: u16, text: &[u8]) -> Vec<Action> {
@@ -296,8 +301,8 @@ impl Transfer {
         vec![Action::End(ending)]
     }
 
-    /// Everything that may be out now: the OACK, or the blocks after `base`.
-    fn send_window(&mut self, now: Duration) -> Vec<Action> {
+    /// The OACK, or the blocks after `from` that may be out.
+    fn send_from(&mut self, from: u64, now: Duration) -> Vec<Action> {
         self.window_at = now;
         self.resend_at = now + self.wait;
         if self.phase == Phase::Options {
@@ -305,7 +310,7 @@ impl Transfer {
         }
         let last = (self.base + self.window).min(self.blocks);
         self.sent = self.sent.max(last);
-        (self.base + 1..=last)
+        (from + 1..=last)
             .map(|block| {
                 let start = (block - 1) * self.block;
                 Action::Block { number: low(block), start, end: (start + self.block).min(self.size) }

@@ -81,6 +81,10 @@ pub enum AgentError {
     Uki(String),
     #[error("kernel's table for the root names root hash {got}, this image embeds {expected}")]
     RunningRoot { expected: String, got: String },
+    #[error(
+        "the kernel runs with the command line {got:?}, signed is {expected:?}, and the release's policy refuses others"
+    )]
+    CommandLine { expected: String, got: String },
     #[error("{0}")]
     Usage(String),
 }
@@ -133,6 +137,7 @@ impl AgentError {
             Self::BelowFloor { .. } => "release-below-floor",
             Self::Uki(_) => "uki-malformed",
             Self::RunningRoot { .. } => "running-root-mismatch",
+            Self::CommandLine { .. } => "command-line-mismatch",
             Self::Usage(_) => "usage",
         }
     }
@@ -159,7 +164,8 @@ impl AgentError {
             | Self::StaleMetadata { .. }
             | Self::BelowFloor { .. }
             | Self::Uki(_)
-            | Self::RunningRoot { .. } => FailureClass::Verification,
+            | Self::RunningRoot { .. }
+            | Self::CommandLine { .. } => FailureClass::Verification,
             Self::File { .. } | Self::Format { .. } | Self::System { .. } | Self::NoInterface => FailureClass::Machine,
             Self::Usage(_) => FailureClass::Usage,
         }

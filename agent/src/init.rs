@@ -105,6 +105,11 @@ async fn travel(flow: &mut Flow, drivers: &mut Drivers) -> Result<Infallible> {
     let here = flow.here()?;
     let verified = metadata(flow, &here, Stage::Metadata).await?;
     verified.manifest.matches_boot(&flow.boot)?;
+    let running = running_command_line();
+    if verified.manifest.policy.refuse_foreign_command_line && !plan::command_line_is(&running, &flow.boot.command_line)
+    {
+        return Err(AgentError::CommandLine { expected: flow.boot.command_line.clone(), got: running });
+    }
     let (assignment, via) = wait_for_assignment(flow, &verified).await?;
     match plan::decide(&here, &assignment, &flow.memory, &flow.currency(&verified))? {
         Plan::Stay => start(flow, verified, lease).await,
@@ -350,10 +355,14 @@ pub fn embedded(boot: &BootInfo) -> Result<RunningRelease> {
 
 /// The command line decides nothing here; a difference from the embedded one is drift, and told.
 fn tell_command_line_drift(boot: &BootInfo) {
-    let running = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
-    if running.trim() != boot.command_line.trim() {
-        println!("kiln-agent: command line differs from the embedded one: {:?}", running.trim());
+    let running = running_command_line();
+    if !plan::command_line_is(&running, &boot.command_line) {
+        println!("kiln-agent: command line differs from the embedded one: {running:?}");
     }
+}
+
+fn running_command_line() -> String {
+    std::fs::read_to_string("/proc/cmdline").unwrap_or_default().trim().to_owned()
 }
 
 fn set_host_name(lease: &Lease, flow: &Flow) -> Result<()> {

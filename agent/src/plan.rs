@@ -45,6 +45,16 @@ pub fn decide(here: &ReleaseId, assignment: &Assignment, memory: &Memory, curren
     Ok(Plan::Change(assigned))
 }
 
+/// Whether a kernel runs with the command line that its release signs. Firmware and loaders may add which files they
+/// loaded (`initrd=`, `BOOT_IMAGE=`): those words name nothing that the kernel acts on once it runs.
+pub fn command_line_is(running: &str, signed: &str) -> bool {
+    let words = |line: &str| -> Vec<String> {
+        let loaders = |w: &&str| !w.starts_with("initrd=") && !w.starts_with("BOOT_IMAGE=");
+        line.split_whitespace().filter(loaders).map(str::to_owned).collect()
+    };
+    words(running) == words(signed)
+}
+
 /// What stands against a kexec.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Leave {
@@ -111,6 +121,14 @@ mod tests {
         let memory = Memory { floors: [("minimal".to_owned(), 2)].into(), ..Memory::default() };
         let now = Currency { now: "2026-01-15T00:00:00Z".parse().unwrap(), stale: None };
         assert_eq!(decide(&here, &assignment(1), &memory, &now).unwrap_err().kind(), "release-below-floor");
+    }
+
+    #[test]
+    fn a_loaders_words_are_no_drift_and_all_others_are() {
+        assert!(command_line_is("console=ttyS0 quiet initrd=initramfs\n", "console=ttyS0 quiet"));
+        assert!(command_line_is("BOOT_IMAGE=kernel console=ttyS0", "console=ttyS0"));
+        assert!(!command_line_is("console=ttyS0 init=/bin/sh", "console=ttyS0"));
+        assert!(!command_line_is("", "console=ttyS0"));
     }
 
     #[test]

@@ -79,7 +79,7 @@ pub struct Built {
 }
 
 /// File names in a release's folder, besides the manifest.
-const FILES: [&str; 5] = ["kiln.efi", "kernel", "initramfs", "root", "sbom"];
+const FILES: [&str; 5] = ["kiln.efi", "kernel", "initramfs", "root", "sbom.json"];
 
 #[derive(Debug, Serialize, Deserialize)]
 struct Stamp {

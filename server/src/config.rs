@@ -249,13 +249,8 @@ impl TryFrom<Raw> for Config {
                 return Err(bad("dhcp.full", "only with [dhcp] mode = \"full\""));
             }
         };
-        let default_image: ImageName = raw
-            .boot
-            .default_image
-            .as_deref()
-            .unwrap_or("minimal")
-            .parse()
-            .map_err(|e| bad("boot.default_image", e))?;
+        let default_image: ImageName =
+            raw.boot.default_image.as_deref().unwrap_or("minimal").parse().map_err(|e| bad("boot.default_image", e))?;
         let defaults = Limits::default();
         let limits = Limits {
             max_unavailable: raw.fleet.max_unavailable.unwrap_or(defaults.max_unavailable),
@@ -357,7 +352,9 @@ role = "lab"
     fn every_key_is_read() {
         let c = Config::parse(ALL).unwrap();
         assert_eq!(c.http.port(), 18080);
-        assert!(matches!(&c.dhcp.mode, DhcpMode::Full(f) if f.lease_s == 600 && f.last == Ipv4Addr::new(10, 0, 0, 200)));
+        assert!(
+            matches!(&c.dhcp.mode, DhcpMode::Full(f) if f.lease_s == 600 && f.last == Ipv4Addr::new(10, 0, 0, 200))
+        );
         assert_eq!(c.limits, Limits { max_unavailable: 2, trial_attempts: 4 });
         let id = "00000000-0000-0000-0000-00000000000a".parse().unwrap();
         assert_eq!(c.machines[&id], Listed { name: "rack-1".into(), role: "lab".into() });
@@ -391,7 +388,10 @@ role = "lab"
             ("[[role]]\nname = \"a\"\nimage = \"../x\"", "role a: image"),
             ("[[role]]\nname = \"a b\"\nimage = \"x\"", "role.name"),
             ("[[machine]]\nid = \"x\"\nname = \"n\"\nrole = \"default\"", "machine.id"),
-            ("[[machine]]\nid = \"00000000-0000-0000-0000-000000000001\"\nname = \"n\"\nrole = \"db\"", "known are: default"),
+            (
+                "[[machine]]\nid = \"00000000-0000-0000-0000-000000000001\"\nname = \"n\"\nrole = \"db\"",
+                "known are: default",
+            ),
         ] {
             let got = message(text);
             assert!(got.contains(expected), "{text}: {got}");

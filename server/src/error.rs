@@ -91,7 +91,9 @@ pub enum ControlError {
     WrongArchitecture { machine: String, release: ReleaseId, expected: String, got: String },
     #[error("{release} is below the floor {floor} that the release signers set for its image")]
     BelowFloor { release: ReleaseId, floor: u64 },
-    #[error("{machine} runs image {running}; it takes another image only with a new boot program: assign it a release of {running}")]
+    #[error(
+        "{machine} runs image {running}: another image comes only with another boot program, so say `--via cold` and restart it"
+    )]
     OtherImage { machine: String, running: String },
     #[error("the name {0:?} is taken by another machine")]
     NameTaken(String),
@@ -121,7 +123,9 @@ pub enum ServeError {
     Catalog(#[from] CatalogError),
     #[error(transparent)]
     Store(#[from] StoreError),
-    #[error("cannot listen on {address} for {what}: {source}. Is another server there? Set [{table}] listen in kiln.toml")]
+    #[error(
+        "cannot listen on {address} for {what}: {source}. Is another server there? Set [{table}] listen in kiln.toml"
+    )]
     Listen { what: &'static str, table: &'static str, address: SocketAddr, source: io::Error },
     #[error("cannot listen on {}: {source}", path.display())]
     Socket { path: PathBuf, source: io::Error },

@@ -5,8 +5,16 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod catalog;
+pub mod cli;
 pub mod config;
+pub mod control;
 pub mod error;
+pub mod http;
+mod log;
 pub mod net;
+pub mod serve;
+pub mod site;
+pub mod store;
 pub mod view;
 pub mod web;

@@ -1,6 +1,7 @@
 //! A machine's boots, each with the stages it went through on the server's clock.
 
 use crate::Millis;
+use crate::event::Action;
 use kiln_protocol::{Failure, ReleaseId, Stage, StageRecord, StageState, Via};
 use serde::{Deserialize, Serialize};
 
@@ -77,23 +78,26 @@ impl Boot {
         self.agent_zero = Some(self.agent_zero.map_or(zero, |z| z.min(zero)));
     }
 
-    /// Adds what the agent says, if it is new. Whether it was.
-    pub(crate) fn add(&mut self, record: &StageRecord, now: Millis) -> bool {
+    /// Adds what the agent says, and gives it back, if it is new.
+    pub(crate) fn add(&mut self, record: &StageRecord, now: Millis) -> Option<StageAt> {
         if self.stages.iter().any(|s| {
             s.agent_ms == Some(record.at_ms)
                 && s.stage == record.stage
                 && std::mem::discriminant(&s.state) == std::mem::discriminant(&record.state)
         }) {
-            return false; // sent again because the last reply was lost
+            return None; // sent again because the last reply was lost
         }
         let at = self.agent_zero.unwrap_or(now).saturating_add(record.at_ms).min(now);
-        self.push(StageAt { stage: record.stage, state: short(&record.state), at, agent_ms: Some(record.at_ms) });
-        true
+        let new = StageAt { stage: record.stage, state: short(&record.state), at, agent_ms: Some(record.at_ms) };
+        self.push(new.clone());
+        Some(new)
     }
 
     /// Adds what the server saw itself.
-    pub(crate) fn see(&mut self, stage: Stage, state: StageState, now: Millis) {
-        self.push(StageAt { stage, state, at: now, agent_ms: None });
+    pub(crate) fn see(&mut self, stage: Stage, state: StageState, now: Millis) -> Action {
+        let new = StageAt { stage, state, at: now, agent_ms: None };
+        self.push(new.clone());
+        Action::Stage(new)
     }
 
     fn push(&mut self, new: StageAt) {
@@ -166,7 +170,7 @@ mod tests {
         let mut boot = Boot::new(1, Via::Cold, 0);
         boot.set_clock(100, 1_000);
         for n in 1..1000_u32 {
-            assert!(boot.add(&failed(n, u64::from(n)), 2_000));
+            assert!(boot.add(&failed(n, u64::from(n)), 2_000).is_some());
         }
         assert_eq!(boot.stages.len(), 1);
         let StageState::Failed(f) = &boot.stages[0].state else { panic!("failed") };
@@ -196,6 +200,6 @@ mod tests {
         assert_eq!(boot.stages[0].at, 10_150);
         boot.add(&StageRecord { stage: Stage::Modules, state: StageState::Done, at_ms: u64::MAX }, 20_000);
         assert_eq!(boot.stages[1].at, 20_000, "never later than now");
-        assert!(!boot.add(&StageRecord { stage: Stage::Start, state: StageState::Done, at_ms: 50 }, 21_000));
+        assert_eq!(boot.add(&StageRecord { stage: Stage::Start, state: StageState::Done, at_ms: 50 }, 21_000), None);
     }
 }

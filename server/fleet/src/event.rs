@@ -1,5 +1,6 @@
 //! What can happen to a machine, and what follows.
 
+use crate::boots::StageAt;
 use kiln_protocol::{KeyId, ReleaseId, Report, Sha256Hex, Via};
 
 /// A report that came over mutual TLS.
@@ -64,6 +65,8 @@ pub enum Action {
     Sign,
     /// What is wanted of it, or of those who wait for it, may have changed: answer held reports.
     Wake,
+    /// A step of its boot that is new: a line for the log.
+    Stage(StageAt),
     /// A line for the log and for those who watch.
     Say {
         /// It needs a person's eye.

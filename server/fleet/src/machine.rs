@@ -129,8 +129,9 @@ impl Machine {
         self.assigned.as_ref().is_some_and(|a| !self.good.contains(&a.release))
     }
 
-    /// What its firmware is given to boot; none: what an unknown machine gets.
-    pub fn boot_release(&self) -> Option<&ReleaseId> {
+    /// What its firmware is given to boot; none: what an unknown machine gets. Asking changes nothing: a trial that had
+    /// its `limit` boots is answered with the last-known-good release also before [`crate::Event::Asked`] assigns it.
+    pub fn boot_release(&self, limit: u32) -> Option<&ReleaseId> {
         match self.state.kind {
             StateKind::Discovered | StateKind::Retired => None,
             StateKind::Approved
@@ -141,7 +142,10 @@ impl Machine {
             | StateKind::Draining
             | StateKind::Reimaging
             | StateKind::FellBack
-            | StateKind::Quarantined => self.assigned.as_ref().map(|a| &a.release),
+            | StateKind::Quarantined => {
+                let assigned = self.assigned.as_ref().map(|a| &a.release);
+                if self.is_trial() && self.attempts >= limit { self.last_good().or(assigned) } else { assigned }
+            }
         }
     }
 

@@ -60,11 +60,11 @@ impl Machine {
             Which::Stray => return,
             Which::Current => {}
             Which::New => {
-                self.begin_boot(report, now);
+                self.begin_boot(report, now, out);
                 save(out);
             }
         }
-        if self.note(reported, now) {
+        if self.note(reported, now, out) {
             save(out);
         }
         let root_wrong = match (&report.running, &reported.published_root) {
@@ -115,7 +115,7 @@ impl Machine {
         }
     }
 
-    fn begin_boot(&mut self, report: &Report, now: Millis) {
+    fn begin_boot(&mut self, report: &Report, now: Millis, out: &mut Vec<Action>) {
         let kexec = self.state.kind == StateKind::Reimaging
             && self.assigned.as_ref().is_some_and(|a| a.via == Via::Kexec)
             && !self.boots.back().is_some_and(Boot::is_unclaimed);
@@ -128,7 +128,7 @@ impl Machine {
             boot.release = Some(ReleaseId { image: report.embedded.image.clone(), release: report.embedded.release });
             let half = boot.stages.last().is_some_and(|s| s.stage == Stage::Program && s.state != StageState::Done);
             if half {
-                boot.see(Stage::Program, StageState::Done, zero);
+                out.push(boot.see(Stage::Program, StageState::Done, zero));
             }
         }
         self.asked = false;
@@ -155,7 +155,7 @@ impl Machine {
     }
 
     /// Takes over what the report says. Whether anything worth keeping is new.
-    fn note(&mut self, reported: &Reported, now: Millis) -> bool {
+    fn note(&mut self, reported: &Reported, now: Millis, out: &mut Vec<Action>) -> bool {
         let report = &reported.report;
         let mut new = false;
         // An unclaimed boot after it was a firmware packet in this machine's name; the machine itself runs on.
@@ -167,7 +167,10 @@ impl Machine {
             boot.seq = report.seq;
             boot.set_clock(report.at_ms, now);
             for record in report.stages.iter().take(256) {
-                new |= boot.add(record, now);
+                if let Some(step) = boot.add(record, now) {
+                    out.push(Action::Stage(step));
+                    new = true;
+                }
             }
         }
         for record in &report.stages {

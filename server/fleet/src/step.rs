@@ -80,7 +80,7 @@ impl Machine {
         if let Some(boot) = self.boots.back_mut()
             && !boot.has(Stage::Dhcp)
         {
-            boot.see(Stage::Dhcp, StageState::Done, now);
+            out.push(boot.see(Stage::Dhcp, StageState::Done, now));
         }
         save(out);
         self.asked = true;
@@ -120,7 +120,7 @@ impl Machine {
             && boot.is_unclaimed()
             && !boot.has(Stage::Program)
         {
-            boot.see(Stage::Program, StageState::Started, now);
+            out.push(boot.see(Stage::Program, StageState::Started, now));
             save(out);
         }
         let counts = self.asked && self.is_trial() && self.assigned.as_ref().is_some_and(|a| a.release == *release);
@@ -155,7 +155,7 @@ impl Machine {
             && boot.is_unclaimed()
             && boot.stages.last().is_some_and(|s| s.stage == Stage::Program && s.state != StageState::Done)
         {
-            boot.see(Stage::Program, StageState::Done, now);
+            out.push(boot.see(Stage::Program, StageState::Done, now));
             save(out);
         }
     }

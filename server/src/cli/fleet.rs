@@ -145,7 +145,8 @@ fn show(m: &MachineView, now_ms: i64) -> String {
         kiln_protocol::RollbackMemory::EfiVariable | kiln_protocol::RollbackMemory::File => r.to_string(),
     });
     let assigned = m.assigned.as_ref();
-    let assigned = assigned.map_or_else(dash, |a| format!("{}/{} (sequence {}, by {})", a.image, a.release, a.sequence, a.via));
+    let assigned =
+        assigned.map_or_else(dash, |a| format!("{}/{} (sequence {}, by {})", a.image, a.release, a.sequence, a.via));
     for (name, value) in [
         ("name", m.name.clone()),
         ("id", m.id.to_string()),
@@ -177,7 +178,13 @@ fn show(m: &MachineView, now_ms: i64) -> String {
             let after = s.at_ms - boot.started_ms;
             let message = s.message.as_deref().unwrap_or_default();
             let kind = s.kind.as_ref().map(|k| format!(" [{k}]")).unwrap_or_default();
-            let row = format!("  {:>4}.{:03} s  {:<28} {}{kind} {message}", after / 1000, after % 1000, s.stage.label(), s.state);
+            let row = format!(
+                "  {:>4}.{:03} s  {:<28} {}{kind} {message}",
+                after / 1000,
+                after % 1000,
+                s.stage.label(),
+                s.state
+            );
             writeln!(text, "{}", row.trim_end()).expect("writing to a String cannot fail");
         }
     }

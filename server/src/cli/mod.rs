@@ -15,7 +15,12 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 #[derive(Debug, Parser)]
-#[command(name = "kiln", version, about = "Bare-metal machines that are fired once and never patched", max_term_width = 110)]
+#[command(
+    name = "kiln",
+    version,
+    about = "Bare-metal machines that are fired once and never patched",
+    max_term_width = 110
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

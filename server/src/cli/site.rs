@@ -10,7 +10,10 @@ use std::path::{Path, PathBuf};
 pub(super) fn init(dir: &Path, name: &str) -> Result<(), CliError> {
     kiln_images::init_lab(dir, name, Timestamp::now())?;
     println!("site {name} is made in {}", dir.display());
-    println!("next: kiln image build RECIPE --site {0}; kiln release publish IMAGE/1 --site {0}; kiln serve --site {0}", dir.display());
+    println!(
+        "next: kiln image build RECIPE --site {0}; kiln release publish IMAGE/1 --site {0}; kiln serve --site {0}",
+        dir.display()
+    );
     Ok(())
 }
 

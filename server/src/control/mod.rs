@@ -1,0 +1,351 @@
+//! The fleet in memory, and every way to change it.
+//!
+//! One lock holds all machines. A step is taken under it and its rows are handed to the store in the same order; then
+//! the lock is given up, the commit awaited, and only after that anybody is answered or told.
+
+mod director;
+mod leases;
+mod netboot;
+mod orders;
+mod reports;
+mod views;
+
+pub use leases::{lease_from, lease_to};
+
+use crate::catalog::Catalog;
+use crate::config::Config;
+use crate::error::ControlError;
+use crate::site::Site;
+use crate::store::{AuditLine, Commit, Envelope, Store};
+use crate::view::MachineView;
+use kiln_fleet::{Action, Event, LIVE_MS, Machine, Millis, StateKind};
+use kiln_protocol::{MachineId, StageState};
+use kiln_release::Signer;
+use std::collections::BTreeMap;
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use tokio::sync::{broadcast, watch};
+
+/// Machines that nobody approved: anyone can make them up, so they are few.
+pub const MAX_DISCOVERED: usize = 4096;
+
+/// The clock of everything here.
+pub fn now_ms() -> Millis {
+    u64::try_from(jiff::Timestamp::now().as_millisecond()).unwrap_or(0)
+}
+
+/// Told to those who watch.
+#[derive(Debug, Clone)]
+pub enum Told {
+    /// A machine as it is now.
+    Machine(Arc<MachineView>),
+    /// It was forgotten.
+    Gone(MachineId),
+}
+
+pub(crate) struct Inner {
+    pub(crate) machines: BTreeMap<MachineId, Machine>,
+    pub(crate) envelopes: BTreeMap<MachineId, Envelope>,
+    /// Which machine has an Ethernet address, as packets and reports say.
+    pub(crate) macs: BTreeMap<String, MachineId>,
+    /// Last-seen times that are not stored yet.
+    seen: BTreeMap<MachineId, Millis>,
+}
+
+/// The fleet and what decides about it.
+pub struct Control {
+    inner: Mutex<Inner>,
+    /// The store.
+    pub store: Store,
+    /// The site.
+    pub site: Site,
+    /// The configuration.
+    pub config: Config,
+    pub(crate) director: Signer,
+    catalog: RwLock<Arc<Catalog>>,
+    told: broadcast::Sender<Told>,
+    changed: watch::Sender<u64>,
+    /// Held reports.
+    pub held: AtomicUsize,
+    /// When this server started.
+    pub started: Millis,
+    stop: watch::Receiver<bool>,
+}
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control").field("site", &self.site.dir).finish_non_exhaustive()
+    }
+}
+
+/// What a step leaves to be done after the lock is given up.
+#[derive(Default)]
+#[must_use]
+pub(crate) struct Pending {
+    commits: Vec<Commit>,
+    lines: Vec<Line>,
+    touched: Vec<MachineId>,
+    gone: Vec<MachineId>,
+    wake: bool,
+}
+
+struct Line {
+    warn: bool,
+    machine: String,
+    stage: &'static str,
+    text: String,
+}
+
+impl Control {
+    /// From what the store holds. `stop` turns true when the server is to end.
+    pub async fn load(
+        store: Store,
+        site: Site,
+        config: Config,
+        director: Signer,
+        catalog: Catalog,
+        stop: watch::Receiver<bool>,
+    ) -> Result<Arc<Self>, ControlError> {
+        let now = now_ms();
+        let mut inner = Inner {
+            machines: BTreeMap::new(),
+            envelopes: BTreeMap::new(),
+            macs: BTreeMap::new(),
+            seen: BTreeMap::new(),
+        };
+        for (id, stored) in store.load().await? {
+            let (machine, _) = stored.machine.event(Event::ServerStarted, config.limits.trial_attempts, now);
+            inner.index(&machine);
+            inner.machines.insert(id.clone(), machine);
+            if let Some(envelope) = stored.envelope {
+                inner.envelopes.insert(id, envelope);
+            }
+        }
+        Ok(Arc::new(Self {
+            inner: Mutex::new(inner),
+            store,
+            site,
+            config,
+            director,
+            catalog: RwLock::new(Arc::new(catalog)),
+            told: broadcast::channel(1024).0,
+            changed: watch::channel(0).0,
+            held: AtomicUsize::new(0),
+            started: now,
+            stop,
+        }))
+    }
+
+    /// What is published.
+    pub fn catalog(&self) -> Arc<Catalog> {
+        self.catalog.read().expect("no code panics under this lock").clone()
+    }
+
+    /// A newer state of the repository was verified.
+    pub fn adopt(&self, catalog: Catalog) {
+        *self.catalog.write().expect("no code panics under this lock") = Arc::new(catalog);
+        self.wake();
+    }
+
+    /// Told of every change, from now on.
+    pub fn watch(&self) -> broadcast::Receiver<Told> {
+        self.told.subscribe()
+    }
+
+    /// All machines, by name.
+    pub fn views(&self) -> Vec<MachineView> {
+        let inner = self.lock();
+        let mut views: Vec<_> = inner.machines.values().map(MachineView::of).collect();
+        views.sort_by(|a, b| (a.name == a.id.as_str(), &a.name).cmp(&(b.name == b.id.as_str(), &b.name)));
+        views
+    }
+
+    /// One machine, by name, id or an unmistakable beginning of its id.
+    pub fn view(&self, name: &str) -> Result<MachineView, ControlError> {
+        let inner = self.lock();
+        let id = inner.resolve(name)?;
+        inner.machines.get(&id).map(MachineView::of).ok_or_else(|| ControlError::NoSuchMachine(name.to_owned()))
+    }
+
+    /// Resolves when the server is to end.
+    pub async fn stopped(&self) {
+        let mut stop = self.stop.clone();
+        // An error means the sender is gone: the server ends as well.
+        let _ = stop.wait_for(|s| *s).await;
+    }
+
+    /// Lets time pass for every machine, and stores the last-seen times. Called every second.
+    pub async fn tick(&self) -> Result<(), ControlError> {
+        let (pending, seen) = {
+            let mut inner = self.lock();
+            let now = now_ms();
+            let due: Vec<MachineId> = inner
+                .machines
+                .values()
+                .filter(|m| m.state.deadline.is_some_and(|d| d <= now))
+                .map(|m| m.id.clone())
+                .collect();
+            let mut pending = Pending::default();
+            for id in due {
+                self.step(&mut inner, &id, Event::Tick, now, &mut pending)?;
+            }
+            let flush = inner.seen.values().min().is_some_and(|first| *first + LIVE_MS / 24 <= now);
+            (pending, flush.then(|| std::mem::take(&mut inner.seen)))
+        };
+        if let Some(seen) = seen {
+            self.store.seen(seen);
+        }
+        self.finish(pending).await
+    }
+
+    /// Stores what is not stored yet; at the end.
+    pub fn flush(&self) {
+        let seen = std::mem::take(&mut self.lock().seen);
+        self.store.seen(seen);
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("no code panics under this lock: steps are total")
+    }
+
+    pub(crate) fn wake(&self) {
+        self.changed.send_modify(|n| *n = n.wrapping_add(1));
+    }
+
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// One step of one machine, under the lock.
+    pub(crate) fn step(
+        &self,
+        inner: &mut Inner,
+        id: &MachineId,
+        event: Event,
+        now: Millis,
+        pending: &mut Pending,
+    ) -> Result<(), ControlError> {
+        let machine = inner.machines.remove(id).unwrap_or_else(|| Machine::discovered(id.clone(), now));
+        let (machine, actions) = machine.event(event, self.config.limits.trial_attempts, now);
+        let title = machine.title().to_owned();
+        inner.index(&machine);
+        inner.machines.insert(id.clone(), machine);
+        let mut save = false;
+        for action in actions {
+            match action {
+                Action::Save => save = true,
+                Action::Sign => {
+                    inner.envelopes.remove(id);
+                    save = true;
+                }
+                Action::Wake => pending.wake = true,
+                Action::Stage(step) => {
+                    let (warn, text) = match &step.state {
+                        StageState::Started => continue,
+                        StageState::Done => (false, String::new()),
+                        StageState::Failed(f) => (true, f.message.clone()),
+                        StageState::Waiting { reason } => (false, reason.clone()),
+                    };
+                    pending.lines.push(Line { warn, machine: title.clone(), stage: step.stage.label(), text });
+                }
+                Action::Say { warn, text } => {
+                    pending.lines.push(Line { warn, machine: title.clone(), stage: "", text });
+                }
+                Action::Forget => {
+                    inner.machines.remove(id);
+                    inner.envelopes.remove(id);
+                    inner.macs.retain(|_, owner| owner != id);
+                    pending.commits.push(self.store.forget(id));
+                    pending.gone.push(id.clone());
+                    return Ok(());
+                }
+            }
+        }
+        if save {
+            self.save(inner, id, pending)?;
+        }
+        Ok(())
+    }
+
+    /// Hands a machine's rows to the store, under the lock, so that rows arrive in the order of the steps.
+    pub(crate) fn save(&self, inner: &Inner, id: &MachineId, pending: &mut Pending) -> Result<(), ControlError> {
+        if let Some(machine) = inner.machines.get(id) {
+            pending.commits.push(self.store.save(machine, inner.envelopes.get(id))?);
+            if !pending.touched.contains(id) {
+                pending.touched.push(id.clone());
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn audit(&self, pending: &mut Pending, machine: &Machine, actor: &str, what: String) {
+        let line = AuditLine {
+            at: now_ms(),
+            actor: actor.to_owned(),
+            machine: machine.title().to_owned(),
+            what,
+            hash: String::new(),
+        };
+        pending.commits.push(self.store.audit(line));
+    }
+
+    /// Waits for the commits, then tells everybody.
+    pub(crate) async fn finish(&self, pending: Pending) -> Result<(), ControlError> {
+        for commit in pending.commits {
+            commit.wait().await?;
+        }
+        for line in pending.lines {
+            if line.warn {
+                tracing::warn!(machine = line.machine, stage = line.stage, "{}", line.text);
+            } else {
+                tracing::info!(machine = line.machine, stage = line.stage, "{}", line.text);
+            }
+        }
+        if self.told.receiver_count() > 0 {
+            for id in &pending.touched {
+                let view = self.lock().machines.get(id).map(|m| Arc::new(MachineView::of(m)));
+                if let Some(view) = view {
+                    let _ = self.told.send(Told::Machine(view));
+                }
+            }
+            for id in pending.gone {
+                let _ = self.told.send(Told::Gone(id));
+            }
+        }
+        if pending.wake {
+            self.wake();
+        }
+        Ok(())
+    }
+}
+
+impl Inner {
+    fn index(&mut self, machine: &Machine) {
+        for mac in machine.facts.iter().flat_map(|f| &f.macs) {
+            if self.macs.get(mac) != Some(&machine.id) {
+                self.macs.insert(mac.clone(), machine.id.clone());
+            }
+        }
+    }
+
+    pub(crate) fn note_seen(&mut self, id: &MachineId, now: Millis) {
+        self.seen.insert(id.clone(), now);
+    }
+
+    pub(crate) fn discovered(&self) -> usize {
+        self.machines.values().filter(|m| m.state.kind == StateKind::Discovered).count()
+    }
+
+    pub(crate) fn resolve(&self, name: &str) -> Result<MachineId, ControlError> {
+        if let Some(m) = self.machines.values().find(|m| m.name.as_deref() == Some(name)) {
+            return Ok(m.id.clone());
+        }
+        let lower = name.to_ascii_lowercase();
+        let mut fits = self.machines.keys().filter(|id| lower.len() >= 4 && id.as_str().starts_with(&lower));
+        match (fits.next(), fits.next()) {
+            (Some(id), None) => Ok(id.clone()),
+            (Some(_), Some(_)) => Err(ControlError::Ambiguous(name.to_owned())),
+            (None, _) => Err(ControlError::NoSuchMachine(name.to_owned())),
+        }
+    }
+}

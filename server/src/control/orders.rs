@@ -1,0 +1,124 @@
+//! What a person orders. Each order is in the audit log before it is answered.
+
+use super::{Control, Pending, now_ms};
+use crate::config::is_name;
+use crate::error::ControlError;
+use kiln_fleet::Event;
+use kiln_protocol::{ReleaseId, Via};
+
+impl Control {
+    /// Says what a machine is for. Without a name it keeps the one it has, or gets one from its id.
+    pub async fn approve(&self, machine: &str, name: Option<&str>, role: &str, by: &str) -> Result<(), ControlError> {
+        let catalog = self.catalog();
+        let image = self.config.image_of(role)?;
+        let release = catalog
+            .newest(image)
+            .cloned()
+            .ok_or_else(|| ControlError::NothingPublished { image: image.to_string() })?;
+        let pending = {
+            let mut inner = self.lock();
+            let id = inner.resolve(machine)?;
+            let known = inner.machines.get(&id).and_then(|m| m.name.clone());
+            let listed = self.config.machines.get(&id).map(|l| l.name.clone());
+            let made_up = || format!("machine-{}", &id.as_str()[24..]);
+            let name = name.map(str::to_owned).or(known).or(listed).unwrap_or_else(made_up);
+            if !is_name(&name) {
+                return Err(ControlError::BadName(name));
+            }
+            if inner.machines.values().any(|m| m.id != id && m.name.as_ref() == Some(&name)) {
+                return Err(ControlError::NameTaken(name));
+            }
+            self.check_fits(&inner, &id, &release)?;
+            let what = format!("approved as {name} with role {role}, to run {release}");
+            let mut pending = Pending::default();
+            let event = Event::Approve { name, role: role.to_owned(), release };
+            self.step(&mut inner, &id, event, now_ms(), &mut pending)?;
+            if let Some(m) = inner.machines.get(&id) {
+                self.audit(&mut pending, m, by, what);
+            }
+            pending
+        };
+        self.finish(pending).await
+    }
+
+    /// Assigns a release.
+    pub async fn assign(&self, machine: &str, release: &ReleaseId, via: Via, by: &str) -> Result<(), ControlError> {
+        let catalog = self.catalog();
+        let published =
+            catalog.releases.get(release).ok_or_else(|| ControlError::NoSuchRelease { release: release.clone() })?;
+        let class = &published.manifest.class;
+        if class != kiln_protocol::Class::Normal.as_str() {
+            return Err(ControlError::WrongClass { release: release.clone(), class: class.clone() });
+        }
+        let floor = catalog.site.floor(release.image.as_str());
+        if release.release < floor {
+            return Err(ControlError::BelowFloor { release: release.clone(), floor });
+        }
+        let pending = {
+            let mut inner = self.lock();
+            let id = inner.resolve(machine)?;
+            if let Some(m) = inner.machines.get(&id) {
+                m.check_assign(release)?;
+                if let Some(current) = m.current()
+                    && current.image != release.image
+                    && via == Via::Kexec
+                {
+                    let (machine, running) = (m.title().to_owned(), current.image.to_string());
+                    return Err(ControlError::OtherImage { machine, running });
+                }
+            }
+            self.check_fits(&inner, &id, release)?;
+            let mut pending = Pending::default();
+            self.step(&mut inner, &id, Event::Assign { release: release.clone(), via }, now_ms(), &mut pending)?;
+            if let Some(m) = inner.machines.get(&id) {
+                self.audit(&mut pending, m, by, format!("assigned {release} via {via}"));
+            }
+            pending
+        };
+        self.finish(pending).await
+    }
+
+    /// Ends a quarantine.
+    pub async fn clear(&self, machine: &str, by: &str) -> Result<(), ControlError> {
+        self.order(machine, Event::Clear, by, "cleared").await
+    }
+
+    /// Takes a machine out of service.
+    pub async fn retire(&self, machine: &str, by: &str) -> Result<(), ControlError> {
+        self.order(machine, Event::Retire, by, "retired").await
+    }
+
+    async fn order(&self, machine: &str, event: Event, by: &str, what: &str) -> Result<(), ControlError> {
+        let pending = {
+            let mut inner = self.lock();
+            let id = inner.resolve(machine)?;
+            let mut pending = Pending::default();
+            self.step(&mut inner, &id, event, now_ms(), &mut pending)?;
+            if let Some(m) = inner.machines.get(&id) {
+                self.audit(&mut pending, m, by, what.to_owned());
+            }
+            pending
+        };
+        self.finish(pending).await
+    }
+
+    fn check_fits(
+        &self,
+        inner: &super::Inner,
+        id: &kiln_protocol::MachineId,
+        release: &ReleaseId,
+    ) -> Result<(), ControlError> {
+        let Some(machine) = inner.machines.get(id) else { return Ok(()) };
+        let Some(facts) = &machine.facts else { return Ok(()) };
+        let catalog = self.catalog();
+        match catalog.releases.get(release) {
+            Some(r) if r.manifest.architecture != facts.arch.as_str() => Err(ControlError::WrongArchitecture {
+                machine: machine.title().to_owned(),
+                release: release.clone(),
+                expected: facts.arch.to_string(),
+                got: r.manifest.architecture.clone(),
+            }),
+            Some(_) | None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! A report and its answer.
+
+use super::{Control, Inner, MAX_DISCOVERED, Pending, now_ms};
+use crate::catalog::Catalog;
+use crate::error::ControlError;
+use jiff::Timestamp;
+use kiln_fleet::{Desire, Event, Machine, Reported, StateKind, desire, grant};
+use kiln_protocol::{Decision, Desired, Grant, KeyId, MachineId, Reply, Report, Sha256Hex};
+use kiln_release::hex;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::time::Instant;
+
+/// Longest hold of a report.
+pub const MAX_WAIT_S: u32 = 55;
+/// Reports held at once.
+pub const MAX_HELD: usize = 5_000;
+
+/// When to come again, in milliseconds.
+mod again {
+    /// A machine on its way.
+    pub(super) const BUSY: u64 = 2_000;
+    /// One that holds its reports.
+    pub(super) const HELD: u64 = 1_000;
+    /// All others.
+    pub(super) const CALM: u64 = 30_000;
+}
+
+/// One held report counts until it is dropped, also when its connection breaks.
+struct Held<'a>(&'a Control);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.held.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Control {
+    /// Takes a report in and answers it; held as long as it asks for and nothing changes.
+    pub async fn report(&self, key: KeyId, mut report: Report) -> Result<Reply, ControlError> {
+        tame(&mut report);
+        let id = report.machine.id.clone();
+        let nonce = report.nonce.clone();
+        let (wait_s, etag) = (report.wait_s.min(MAX_WAIT_S), report.desired_etag.clone());
+        let pending = self.take_in(&id, key.clone(), report)?;
+        self.finish(pending).await?;
+
+        let deadline = Instant::now() + Duration::from_secs(u64::from(wait_s));
+        let mut held = None;
+        loop {
+            let mut changes = self.changes();
+            changes.mark_unchanged();
+            let (desired, busy, pending) = self.desired(&id, &key, &nonce)?;
+            self.finish(pending).await?;
+            let may_wait = self.held.load(Ordering::Relaxed) < MAX_HELD;
+            let again_ms = match (wait_s > 0 && may_wait, busy) {
+                (true, _) => again::HELD,
+                (false, true) => again::BUSY,
+                (false, false) => again::CALM,
+            };
+            let reply = Reply { desired, again_ms, may_wait };
+            if wait_s == 0 || reply.desired.etag != etag || Instant::now() >= deadline {
+                return Ok(reply);
+            }
+            if held.is_none() {
+                if !may_wait {
+                    return Ok(reply);
+                }
+                self.held.fetch_add(1, Ordering::Relaxed);
+                held = Some(Held(self));
+            }
+            tokio::select! {
+                changed = changes.changed() => if changed.is_err() { return Ok(reply) },
+                () = tokio::time::sleep_until(deadline) => {}
+                () = self.stopped() => return Ok(reply),
+            }
+        }
+    }
+
+    fn take_in(&self, id: &MachineId, key: KeyId, report: Report) -> Result<Pending, ControlError> {
+        let catalog = self.catalog();
+        let now = now_ms();
+        let mut inner = self.lock();
+        let mut pending = Pending::default();
+        if !inner.machines.contains_key(id) {
+            if inner.discovered() >= MAX_DISCOVERED {
+                return Err(ControlError::TooManyUnknown);
+            }
+            self.drop_ghosts(&mut inner, id, &report, &mut pending);
+        }
+        let published_root = report.running.as_ref().and_then(|r| {
+            let id = kiln_protocol::ReleaseId { image: r.image.clone(), release: r.release };
+            catalog.releases.get(&id).and_then(|r| r.manifest.verity.root_hash.parse::<Sha256Hex>().ok())
+        });
+        self.step(
+            &mut inner,
+            id,
+            Event::Report(Box::new(Reported { key, report, published_root })),
+            now,
+            &mut pending,
+        )?;
+        self.approve_listed(&mut inner, id, &catalog, &mut pending)?;
+        inner.note_seen(id, now);
+        Ok(pending)
+    }
+
+    /// A machine whose firmware was heard under another id than its agent gives: some ROMs swap the UUID's bytes.
+    fn drop_ghosts(&self, inner: &mut Inner, id: &MachineId, report: &Report, pending: &mut Pending) {
+        for mac in &report.machine.macs {
+            let Some(ghost) = inner.macs.get(mac).filter(|g| *g != id).cloned() else { continue };
+            let unproven = |m: &Machine| m.key.is_none() && m.state.kind == StateKind::Discovered;
+            if inner.machines.get(&ghost).is_some_and(unproven)
+                && let Some(mut machine) = inner.machines.remove(&ghost)
+            {
+                machine.id = id.clone();
+                machine.state = Machine::discovered(id.clone(), machine.state.since).state;
+                inner.machines.insert(id.clone(), machine);
+                inner.macs.insert(mac.clone(), id.clone());
+                pending.commits.push(self.store.forget(&ghost));
+                pending.gone.push(ghost);
+            }
+        }
+    }
+
+    /// The pre-loaded list approves at the first report.
+    pub(crate) fn approve_listed(
+        &self,
+        inner: &mut Inner,
+        id: &MachineId,
+        catalog: &Catalog,
+        pending: &mut Pending,
+    ) -> Result<(), ControlError> {
+        let Some(listed) = self.config.machines.get(id) else { return Ok(()) };
+        let Some(machine) = inner.machines.get(id) else { return Ok(()) };
+        if machine.state.kind != StateKind::Discovered || machine.key.is_none() {
+            return Ok(());
+        }
+        let image = self.config.image_of(&listed.role)?;
+        let Some(release) = catalog.newest(image).cloned() else { return Ok(()) };
+        let what = format!("approved as {} with role {}, to run {release}", listed.name, listed.role);
+        let event = Event::Approve { name: listed.name.clone(), role: listed.role.clone(), release };
+        self.step(inner, id, event, now_ms(), pending)?;
+        if let Some(machine) = inner.machines.get(id) {
+            self.audit(pending, machine, "kiln.toml", what);
+        }
+        Ok(())
+    }
+
+    /// What is wanted of the machine now, and whether it is on its way somewhere.
+    fn desired(
+        &self,
+        id: &MachineId,
+        key: &KeyId,
+        nonce: &kiln_protocol::Nonce,
+    ) -> Result<(Desired, bool, Pending), ControlError> {
+        let catalog = self.catalog();
+        let mut inner = self.lock();
+        let mut pending = Pending::default();
+        let wait = |reason: String| {
+            let etag = hex::sha256(reason.as_bytes())[..16].to_owned();
+            Desired { etag, decision: Decision::Wait { reason } }
+        };
+        let Some(machine) = inner.machines.get(id) else {
+            return Ok((
+                wait("this machine was forgotten; its next report makes it known again".into()),
+                true,
+                pending,
+            ));
+        };
+        let assigned = match desire(machine, key) {
+            Desire::Wait(reason) => return Ok((wait(reason), false, pending)),
+            Desire::Run(assigned) => assigned,
+        };
+        let now = Timestamp::now();
+        let envelope = match self.envelope(&mut inner, id, &catalog, now)? {
+            Err(reason) => return Ok((wait(reason), false, pending)),
+            Ok((envelope, is_new)) => {
+                if is_new {
+                    self.save(&inner, id, &mut pending)?;
+                }
+                envelope
+            }
+        };
+        let granted = grant(id, &inner.machines, self.config.limits);
+        let is_new = inner.machines.get(id).is_some_and(|m| m.granted != Some(assigned.sequence));
+        if granted == Grant::Go && is_new {
+            self.step(&mut inner, id, Event::Granted, now_ms(), &mut pending)?;
+        }
+        let busy = inner.machines.get(id).is_some_and(|m| !m.is_available() || !m.runs_assigned());
+        let freshness = self.freshness(nonce, &envelope, now)?;
+        let identity = serde_json::to_vec(&(&envelope.text, assigned.via, &granted))
+            .expect("strings and words always become JSON");
+        let etag = hex::sha256(&identity)[..16].to_owned();
+        let decision = Decision::Assigned { assignment: envelope.text, freshness, via: assigned.via, grant: granted };
+        Ok((Desired { etag, decision }, busy, pending))
+    }
+}
+
+/// Cuts what an agent can make long.
+fn tame(report: &mut Report) {
+    fn cut(text: &mut String, max: usize) {
+        if text.chars().any(char::is_control) || text.len() > max {
+            *text = text.chars().filter(|c| !c.is_control()).take(max).collect();
+        }
+    }
+    let m = &mut report.machine;
+    m.macs.truncate(32);
+    m.macs.iter_mut().for_each(|mac| cut(mac, 17));
+    cut(&mut m.product, 128);
+    cut(&mut m.serial, 128);
+    report.stages.truncate(256);
+    cut(&mut report.boot_id, 64);
+    if let Some(health) = &mut report.health {
+        cut(&mut health.detail, 500);
+    }
+}

@@ -1,0 +1,90 @@
+//! A machine as the operator API shows it.
+
+use crate::view::{AssignedView, BootView, MachineView, ReleaseView, StageView};
+use kiln_fleet::{Boot, Machine, Millis, StageAt};
+use kiln_protocol::{Sha256Hex, StageState};
+use kiln_release::Manifest;
+
+fn signed(ms: Millis) -> i64 {
+    i64::try_from(ms).unwrap_or(i64::MAX)
+}
+
+impl MachineView {
+    /// Of a machine.
+    pub fn of(m: &Machine) -> Self {
+        let stage = m.stage();
+        let current = m.current();
+        let facts = m.facts.as_ref();
+        // What it says of itself first; a machine that says nothing is described by the server.
+        let last_words = if m.last_words.is_empty() { m.state.reason.clone() } else { m.last_words.clone() };
+        Self {
+            id: m.id.clone(),
+            name: m.title().to_owned(),
+            role: m.role.clone(),
+            state: m.state.kind.to_string(),
+            reason: m.state.reason.clone(),
+            stage: stage.map(|(s, _, _)| s),
+            stage_label: stage.map_or("", |(s, _, _)| s.label()).to_owned(),
+            stage_since_ms: stage.map_or(0, |(_, _, at)| signed(at)),
+            image: current.map(|c| c.image.to_string()),
+            release: current.map(|c| c.release),
+            root_hash: m.running.as_ref().map(|c| Sha256Hex::to_string(&c.root_hash)),
+            assigned: m.assigned.as_ref().map(|a| AssignedView {
+                image: a.release.image.to_string(),
+                release: a.release.release,
+                sequence: a.sequence,
+                via: a.via,
+            }),
+            last_good: m.last_good().cloned(),
+            firmware: facts.map(|f| f.firmware),
+            key_storage: facts.map(|f| f.key_storage),
+            rollback_memory: facts.map(|f| f.rollback_memory),
+            protection: facts.map(|f| f.protection),
+            product: facts.map_or_else(String::new, |f| f.product.clone()),
+            serial: facts.map_or_else(String::new, |f| f.serial.clone()),
+            macs: facts.map_or_else(Vec::new, |f| f.macs.clone()),
+            memory_bytes: facts.map_or(0, |f| f.memory_bytes),
+            last_words,
+            last_seen_ms: signed(m.last_seen),
+            boots: m.boots.iter().map(boot).collect(),
+        }
+    }
+}
+
+fn boot(b: &Boot) -> BootView {
+    BootView {
+        boot_id: b.boot_id.clone(),
+        via: b.via,
+        image: b.release.as_ref().map(|r| r.image.to_string()),
+        release: b.release.as_ref().map(|r| r.release),
+        started_ms: signed(b.started),
+        stages: b.stages.iter().map(step).collect(),
+    }
+}
+
+fn step(s: &StageAt) -> StageView {
+    let (state, message, kind) = match &s.state {
+        StageState::Started => ("started", None, None),
+        StageState::Done => ("done", None, None),
+        StageState::Failed(f) => ("failed", Some(f.message.clone()), Some(f.kind.clone())),
+        StageState::Waiting { reason } => ("waiting", Some(reason.clone()), None),
+    };
+    StageView { stage: s.stage, state: state.to_owned(), at_ms: signed(s.at), agent_ms: s.agent_ms, kind, message }
+}
+
+impl ReleaseView {
+    /// Of a manifest, and how many machines run it.
+    pub fn of(m: &Manifest, machines: u64) -> Self {
+        Self {
+            image: m.image.clone(),
+            release: m.release,
+            class: m.class.clone(),
+            architecture: m.architecture.clone(),
+            root_hash: m.verity.root_hash.clone(),
+            root_bytes: m.root.length,
+            uki_bytes: m.uki.length,
+            built: m.built.to_string(),
+            machines,
+        }
+    }
+}

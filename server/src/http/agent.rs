@@ -1,0 +1,50 @@
+//! The agent API: one call.
+
+use super::{App, Peer, text};
+use crate::error::ControlError;
+use axum::body::{Body, to_bytes};
+use axum::extract::{Extension, Request, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use axum::{Json, Router};
+use kiln_protocol::{REPORT_PATH, Report};
+use std::time::Duration;
+
+/// Longest report.
+const MAX_REPORT: usize = 256 << 10;
+/// A report takes at most so long to arrive.
+const ARRIVAL: Duration = Duration::from_secs(15);
+
+/// The agent API.
+pub fn router(app: App) -> Router {
+    Router::new().route(REPORT_PATH, post(report)).with_state(app)
+}
+
+async fn report(State(app): State<App>, Extension(peer): Extension<Peer>, request: Request<Body>) -> Response {
+    let Peer::Machine { from, key } = peer else {
+        return text(StatusCode::FORBIDDEN, "only machines that prove their key report here\n");
+    };
+    let body = match tokio::time::timeout(ARRIVAL, to_bytes(request.into_body(), MAX_REPORT)).await {
+        Ok(Ok(body)) => body,
+        Ok(Err(_)) => return text(StatusCode::PAYLOAD_TOO_LARGE, "a report has at most 256 KiB\n"),
+        Err(_) => return text(StatusCode::REQUEST_TIMEOUT, "the report did not arrive within 15 s\n"),
+    };
+    let report: Report = match serde_json::from_slice(&body) {
+        Ok(report) => report,
+        Err(e) => return text(StatusCode::BAD_REQUEST, format!("not a report: {e}\n")),
+    };
+    match app.control.report(key, report).await {
+        Ok(reply) => Json(reply).into_response(),
+        Err(error) => {
+            let status = match error {
+                ControlError::TooManyUnknown => StatusCode::TOO_MANY_REQUESTS,
+                _ => StatusCode::SERVICE_UNAVAILABLE,
+            };
+            tracing::warn!(%from, %error, "a report was not answered");
+            let mut response = text(status, format!("{error}\n"));
+            response.headers_mut().insert(axum::http::header::RETRY_AFTER, axum::http::HeaderValue::from_static("30"));
+            response
+        }
+    }
+}

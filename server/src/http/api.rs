@@ -1,0 +1,240 @@
+//! The operator API, `/api/v1/`. What changes something is in [`order_router`], which only the Unix socket serves.
+
+use super::{App, Peer};
+use crate::control::{Told, now_ms};
+use crate::error::{ControlError, StoreError};
+use crate::view::{MachineView, ReleaseView};
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, Extension, Path, State};
+use axum::http::StatusCode;
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post, put};
+use axum::{Json, Router};
+use futures_util::stream::{self, Stream};
+use kiln_protocol::{ImageName, ReleaseId, Via};
+use serde::Deserialize;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::time::Duration;
+use tokio::sync::broadcast::error::RecvError;
+
+/// What may be read.
+pub fn read_router() -> Router<App> {
+    Router::new()
+        .route("/api/v1/machines", get(machines))
+        .route("/api/v1/machines/{machine}", get(machine))
+        .route("/api/v1/releases", get(releases))
+        .route("/api/v1/status", get(status))
+        .route("/api/v1/events", get(events))
+}
+
+/// What changes something.
+pub fn order_router() -> Router<App> {
+    Router::new()
+        .route("/api/v1/machines/{machine}/approve", post(approve))
+        .route("/api/v1/machines/{machine}/assignment", put(assign))
+        .route("/api/v1/machines/{machine}/clear", post(clear))
+        .route("/api/v1/machines/{machine}/retire", post(retire))
+        .route("/api/v1/audit", get(audit))
+        .layer(DefaultBodyLimit::max(16 << 10))
+}
+
+/// An error as the API gives it.
+#[derive(Debug)]
+pub struct ApiError(StatusCode, String);
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        (self.0, Json(json!({ "error": self.1 }))).into_response()
+    }
+}
+
+impl From<ControlError> for ApiError {
+    fn from(e: ControlError) -> Self {
+        let status = match &e {
+            ControlError::NoSuchMachine(_) | ControlError::NoSuchRelease { .. } => StatusCode::NOT_FOUND,
+            ControlError::Ambiguous(_)
+            | ControlError::BadName(_)
+            | ControlError::Config(_)
+            | ControlError::WrongClass { .. }
+            | ControlError::WrongArchitecture { .. }
+            | ControlError::BelowFloor { .. }
+            | ControlError::OtherImage { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+            ControlError::NothingPublished { .. } | ControlError::NameTaken(_) | ControlError::Refused(_) => {
+                StatusCode::CONFLICT
+            }
+            ControlError::TooManyUnknown => StatusCode::TOO_MANY_REQUESTS,
+            ControlError::Sign(_) | ControlError::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        Self(status, e.to_string())
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(e: StoreError) -> Self {
+        ControlError::from(e).into()
+    }
+}
+
+impl From<JsonRejection> for ApiError {
+    fn from(e: JsonRejection) -> Self {
+        Self(StatusCode::UNPROCESSABLE_ENTITY, e.body_text())
+    }
+}
+
+pub(super) async fn not_found() -> ApiError {
+    ApiError(StatusCode::NOT_FOUND, "there is no such call; /api/v1/status shows what runs here".into())
+}
+
+async fn machines(State(app): State<App>) -> Json<Vec<MachineView>> {
+    Json(app.control.views())
+}
+
+async fn machine(State(app): State<App>, Path(machine): Path<String>) -> Result<Json<MachineView>, ApiError> {
+    Ok(Json(app.control.view(&machine)?))
+}
+
+async fn releases(State(app): State<App>) -> Json<Vec<ReleaseView>> {
+    let mut running: BTreeMap<(String, u64), u64> = BTreeMap::new();
+    for view in app.control.views() {
+        if let (Some(image), Some(release)) = (view.image, view.release) {
+            *running.entry((image, release)).or_default() += 1;
+        }
+    }
+    let catalog = app.control.catalog();
+    let count = |id: &ReleaseId| running.get(&(id.image.to_string(), id.release)).copied().unwrap_or(0);
+    Json(catalog.releases.iter().map(|(id, r)| ReleaseView::of(&r.manifest, count(id))).collect())
+}
+
+async fn status(State(app): State<App>) -> Response {
+    let control = &app.control;
+    let catalog = control.catalog();
+    let mut states: BTreeMap<String, u64> = BTreeMap::new();
+    for view in control.views() {
+        *states.entry(view.state).or_default() += 1;
+    }
+    let listening = app.listening.lock().expect("no code panics under this lock").clone();
+    Json(json!({
+        "site": control.site.name,
+        "version": env!("CARGO_PKG_VERSION"),
+        "started_ms": control.started,
+        "now_ms": now_ms(),
+        "listening": listening,
+        "machines": states,
+        "releases": catalog.releases.len(),
+        "snapshot": catalog.snapshot,
+        "expiries": catalog.expiries,
+        "held_reports": control.held.load(std::sync::atomic::Ordering::Relaxed),
+        "limits": { "max_unavailable": control.config.limits.max_unavailable,
+                    "trial_attempts": control.config.limits.trial_attempts },
+    }))
+    .into_response()
+}
+
+async fn events(State(app): State<App>) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
+    let mut told = app.control.watch();
+    let first = hello(&app);
+    let stop = {
+        let app = app.clone();
+        Box::pin(async move { app.control.stopped().await })
+    };
+    let stream =
+        stream::unfold((Some(first), told.resubscribe(), app, stop), |(first, mut told, app, mut stop)| async {
+            if let Some(first) = first {
+                return Some((Ok(first), (None, told, app, stop)));
+            }
+            let event = tokio::select! {
+                event = told.recv() => event,
+                () = &mut stop => return None,
+            };
+            let event = match event {
+                Ok(Told::Machine(view)) => Event::default().event("machine").json_data(&*view),
+                Ok(Told::Gone(id)) => Event::default().event("gone").json_data(json!({ "id": id })),
+                // A reader that was too slow gets everything anew.
+                Err(RecvError::Lagged(_)) => Ok(hello(&app)),
+                Err(RecvError::Closed) => return None,
+            };
+            let event = event.unwrap_or_else(|e| Event::default().comment(e.to_string()));
+            Some((Ok(event), (None, told, app, stop)))
+        });
+    // What happened between the subscription and the snapshot is in both: a view replaces its predecessor.
+    let _ = told.try_recv();
+    Sse::new(stream).keep_alive(KeepAlive::new().interval(Duration::from_secs(15)))
+}
+
+fn hello(app: &App) -> Event {
+    Event::default()
+        .event("hello")
+        .json_data(app.control.views())
+        .unwrap_or_else(|e| Event::default().comment(e.to_string()))
+}
+
+fn who(peer: &Peer) -> String {
+    match peer {
+        Peer::Unix { uid } => format!("uid {uid}"),
+        Peer::Tcp { from, .. } | Peer::Machine { from, .. } => from.to_string(),
+    }
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Approve {
+    name: Option<String>,
+    role: String,
+}
+
+async fn approve(
+    State(app): State<App>,
+    Extension(peer): Extension<Peer>,
+    Path(machine): Path<String>,
+    body: Result<Json<Approve>, JsonRejection>,
+) -> Result<Json<MachineView>, ApiError> {
+    let Json(order) = body?;
+    let id = app.control.view(&machine)?.id;
+    app.control.approve(id.as_str(), order.name.as_deref(), &order.role, &who(&peer)).await?;
+    Ok(Json(app.control.view(id.as_str())?))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Assign {
+    image: ImageName,
+    release: u64,
+    via: Via,
+}
+
+async fn assign(
+    State(app): State<App>,
+    Extension(peer): Extension<Peer>,
+    Path(machine): Path<String>,
+    body: Result<Json<Assign>, JsonRejection>,
+) -> Result<Json<MachineView>, ApiError> {
+    let Json(order) = body?;
+    let release = ReleaseId { image: order.image, release: order.release };
+    app.control.assign(&machine, &release, order.via, &who(&peer)).await?;
+    Ok(Json(app.control.view(&machine)?))
+}
+
+async fn clear(
+    State(app): State<App>,
+    Extension(peer): Extension<Peer>,
+    Path(machine): Path<String>,
+) -> Result<Json<MachineView>, ApiError> {
+    app.control.clear(&machine, &who(&peer)).await?;
+    Ok(Json(app.control.view(&machine)?))
+}
+
+async fn retire(
+    State(app): State<App>,
+    Extension(peer): Extension<Peer>,
+    Path(machine): Path<String>,
+) -> Result<Json<MachineView>, ApiError> {
+    app.control.retire(&machine, &who(&peer)).await?;
+    Ok(Json(app.control.view(&machine)?))
+}
+
+async fn audit(State(app): State<App>) -> Result<Response, ApiError> {
+    Ok(Json(app.control.store.audit_tail(200).await?).into_response())
+}

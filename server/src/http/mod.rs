@@ -1,0 +1,69 @@
+//! HTTP: artifacts, metadata, the operator API and the web page on plain HTTP; the agent API on TLS; changing calls on
+//! the Unix socket.
+
+mod agent;
+mod api;
+mod files;
+mod listen;
+mod script;
+pub mod tls;
+
+pub use agent::router as agent_router;
+pub use api::{order_router, read_router};
+pub use listen::{Listening, Peer, serve_tcp, serve_tls, serve_unix};
+
+use crate::control::Control;
+use crate::net::BootNet;
+use crate::web;
+use axum::Router;
+use axum::http::{HeaderValue, StatusCode, Uri, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use std::sync::Arc;
+
+/// What the handlers share.
+#[derive(Clone, Debug)]
+pub struct App {
+    /// The fleet.
+    pub control: Arc<Control>,
+    /// Which machine has which address.
+    pub net: Option<BootNet>,
+    /// What is listened on, for `/api/v1/status`.
+    pub listening: Arc<std::sync::Mutex<Vec<Listening>>>,
+}
+
+/// Everything that plain TCP serves. Nothing here changes anything.
+pub fn public_router(app: App) -> Router {
+    Router::new()
+        .route("/", get(page))
+        .route("/app.js", get(page))
+        .route("/style.css", get(page))
+        .route("/boot.ipxe", get(script::script))
+        .merge(read_router())
+        .fallback(files::serve)
+        .with_state(app)
+}
+
+/// The web page's files.
+async fn page(uri: Uri) -> Response {
+    let Some(asset) = web::asset(uri.path()) else { return text(StatusCode::NOT_FOUND, "no such file\n") };
+    let headers = [
+        (header::CONTENT_TYPE, asset.content_type),
+        (header::CONTENT_SECURITY_POLICY, web::CONTENT_SECURITY_POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::CACHE_CONTROL, "no-cache"),
+    ];
+    (headers, asset.body).into_response()
+}
+
+/// Everything that the Unix socket serves.
+pub fn socket_router(app: App) -> Router {
+    Router::new().merge(read_router()).merge(order_router()).fallback(api::not_found).with_state(app)
+}
+
+/// A plain-text answer.
+pub(crate) fn text(status: StatusCode, body: impl Into<String>) -> Response {
+    let mut response = (status, body.into()).into_response();
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+}

@@ -1,0 +1,172 @@
+//! What survives: machines, their boots and assignment envelopes, the repository versions seen, address leases, and
+//! the audit log. SQL that SQLite and PostgreSQL both understand, through sqlx's `Any`.
+//!
+//! One task writes. Everyone else sends it intents and waits for the commit of those that matter: whoever got an answer
+//! finds it again after a crash. Intents that arrive together share a transaction.
+
+mod schema;
+mod writer;
+
+use crate::error::StoreError;
+use kiln_fleet::{Boot, Machine};
+use kiln_protocol::MachineId;
+use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
+use sqlx::{AnyPool, Row};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::str::FromStr;
+use tokio::sync::{mpsc, oneshot};
+pub use writer::AuditLine;
+
+/// An assignment envelope as it was signed.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Envelope {
+    /// The text, byte for byte.
+    pub text: String,
+    /// The key it names.
+    pub key: String,
+    /// The role it names.
+    pub role: String,
+    /// Its sequence.
+    pub sequence: u64,
+    /// When it expires, unix seconds.
+    pub expires: i64,
+}
+
+/// A machine as stored.
+#[derive(Debug)]
+pub struct Stored {
+    /// The machine with its boots.
+    pub machine: Machine,
+    /// Its envelope.
+    pub envelope: Option<Envelope>,
+}
+
+/// What the writer is asked to do.
+#[derive(Debug)]
+pub(crate) enum Intent {
+    Machine { id: String, doc: String, envelope: String, boots: Vec<(i64, String)>, oldest_boot: i64 },
+    Forget { id: String },
+    Seen(BTreeMap<MachineId, u64>),
+    Note { key: String, value: String },
+    Audit(AuditLine),
+}
+
+type Done = oneshot::Sender<Result<(), StoreError>>;
+
+/// The handle of the store.
+#[derive(Debug, Clone)]
+pub struct Store {
+    pool: AnyPool,
+    intents: mpsc::UnboundedSender<(Intent, Option<Done>)>,
+}
+
+/// A commit that is under way.
+#[derive(Debug)]
+#[must_use = "an answer is given only after its commit"]
+pub struct Commit(oneshot::Receiver<Result<(), StoreError>>);
+
+impl Commit {
+    /// Waits for it.
+    pub async fn wait(self) -> Result<(), StoreError> {
+        self.0.await.unwrap_or(Err(StoreError::Closed))
+    }
+}
+
+impl Store {
+    /// Opens the database, brings it to this version, and starts its writer. The task ends when all handles are gone
+    /// and everything is written.
+    pub async fn open(path: &Path) -> Result<(Self, tokio::task::JoinHandle<()>), StoreError> {
+        sqlx::any::install_default_drivers();
+        let open = |source| StoreError::Open { path: path.to_owned(), source };
+        let options = AnyConnectOptions::from_str(&format!("sqlite://{}?mode=rwc", path.display())).map_err(open)?;
+        let pool = AnyPoolOptions::new().max_connections(1).connect_with(options).await.map_err(open)?;
+        // WAL: readers and the writer do not wait for each other. FULL: a commit survives a power cut, too.
+        for pragma in ["PRAGMA journal_mode = WAL", "PRAGMA synchronous = FULL", "PRAGMA busy_timeout = 5000"] {
+            sqlx::query(pragma).execute(&pool).await.map_err(open)?;
+        }
+        schema::migrate(&pool).await?;
+        let (intents, inbox) = mpsc::unbounded_channel();
+        let task = tokio::spawn(writer::run(pool.clone(), inbox));
+        Ok((Self { pool, intents }, task))
+    }
+
+    /// Everything, at start.
+    pub async fn load(&self) -> Result<BTreeMap<MachineId, Stored>, StoreError> {
+        let mut machines = BTreeMap::new();
+        for row in sqlx::query("SELECT id, doc, envelope, last_seen FROM machines").fetch_all(&self.pool).await? {
+            let id: String = row.try_get("id")?;
+            let bad = |e: serde_json::Error| StoreError::Row { id: id.clone(), reason: e.to_string() };
+            let mut machine: Machine = serde_json::from_str(row.try_get("doc")?).map_err(bad)?;
+            machine.last_seen = u64::try_from(row.try_get::<i64, _>("last_seen")?).unwrap_or(0).max(machine.last_seen);
+            let envelope: Option<Envelope> = serde_json::from_str(row.try_get("envelope")?).map_err(bad)?;
+            machines.insert(machine.id.clone(), Stored { machine, envelope });
+        }
+        for row in sqlx::query("SELECT machine, doc FROM boots ORDER BY machine, number").fetch_all(&self.pool).await? {
+            let id: String = row.try_get("machine")?;
+            let bad = |reason: String| StoreError::Row { id: id.clone(), reason };
+            let boot: Boot = serde_json::from_str(row.try_get("doc")?).map_err(|e| bad(e.to_string()))?;
+            if let Some(stored) = id.parse::<MachineId>().ok().and_then(|id| machines.get_mut(&id)) {
+                stored.machine.boots.push_back(boot);
+            }
+        }
+        Ok(machines)
+    }
+
+    /// A remembered value.
+    pub async fn note(&self, key: &str) -> Result<Option<String>, StoreError> {
+        let row = sqlx::query("SELECT value FROM notes WHERE name = $1").bind(key).fetch_optional(&self.pool).await?;
+        row.map(|r| r.try_get("value")).transpose().map_err(StoreError::from)
+    }
+
+    /// Remembered values whose key begins so.
+    pub async fn notes(&self, prefix: &str) -> Result<Vec<String>, StoreError> {
+        let rows = sqlx::query("SELECT value FROM notes WHERE name LIKE $1 || '%'").bind(prefix).fetch_all(&self.pool);
+        rows.await?.iter().map(|r| r.try_get("value").map_err(StoreError::from)).collect()
+    }
+
+    /// The newest lines of the audit log, newest first.
+    pub async fn audit_tail(&self, limit: i64) -> Result<Vec<AuditLine>, StoreError> {
+        writer::audit_tail(&self.pool, limit).await
+    }
+
+    /// Remembers a value.
+    pub fn remember(&self, key: impl Into<String>, value: impl Into<String>) -> Commit {
+        self.send(Intent::Note { key: key.into(), value: value.into() })
+    }
+
+    /// Writes a machine and its newest boots.
+    pub(crate) fn save(&self, machine: &Machine, envelope: Option<&Envelope>) -> Result<Commit, StoreError> {
+        let number = |b: &Boot| i64::try_from(b.number).unwrap_or(i64::MAX);
+        // A step changes at most the two newest boots.
+        let boots = machine.boots.iter().rev().take(2);
+        let intent = Intent::Machine {
+            id: machine.id.to_string(),
+            doc: serde_json::to_string(machine)?,
+            envelope: serde_json::to_string(&envelope)?,
+            boots: boots.map(|b| Ok((number(b), serde_json::to_string(b)?))).collect::<Result<_, StoreError>>()?,
+            oldest_boot: machine.boots.front().map_or(0, number),
+        };
+        Ok(self.send(intent))
+    }
+
+    pub(crate) fn forget(&self, id: &MachineId) -> Commit {
+        self.send(Intent::Forget { id: id.to_string() })
+    }
+
+    /// Last-seen times: nobody waits for them.
+    pub(crate) fn seen(&self, seen: BTreeMap<MachineId, u64>) {
+        let _ = self.intents.send((Intent::Seen(seen), None));
+    }
+
+    pub(crate) fn audit(&self, line: AuditLine) -> Commit {
+        self.send(Intent::Audit(line))
+    }
+
+    fn send(&self, intent: Intent) -> Commit {
+        let (done, wait) = oneshot::channel();
+        // If the writer is gone the sender is dropped, and the wait says so.
+        let _ = self.intents.send((intent, Some(done)));
+        Commit(wait)
+    }
+}

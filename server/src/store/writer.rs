@@ -1,0 +1,150 @@
+//! The one task that writes.
+
+use super::{Done, Intent};
+use crate::error::StoreError;
+use kiln_release::hex;
+use sqlx::{AnyConnection, AnyPool, Row};
+use tokio::sync::mpsc;
+
+/// Intents that share a transaction at most.
+const BATCH: usize = 256;
+
+/// One line of the audit log. Each carries the hash of itself and its predecessor: a line cannot be taken out or changed
+/// without changing all that follow.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct AuditLine {
+    /// Unix milliseconds.
+    pub at: u64,
+    /// Who: `uid 0`, `kiln.toml`, `kiln`.
+    pub actor: String,
+    /// Which machine.
+    pub machine: String,
+    /// What was ordered or decided.
+    pub what: String,
+    /// SHA-256 over the predecessor's hash and this line.
+    #[serde(default)]
+    pub hash: String,
+}
+
+pub(super) async fn run(pool: AnyPool, mut inbox: mpsc::UnboundedReceiver<(Intent, Option<Done>)>) {
+    let mut batch = Vec::with_capacity(BATCH);
+    while inbox.recv_many(&mut batch, BATCH).await > 0 {
+        let (intents, waiting): (Vec<_>, Vec<_>) = batch.drain(..).unzip();
+        let result = commit(&pool, &intents).await;
+        if let Err(error) = &result {
+            tracing::error!(%error, "the database was not written; nobody is told otherwise");
+        }
+        let text = result.err().map(|e| e.to_string());
+        for done in waiting.into_iter().flatten() {
+            let _ = done.send(match &text {
+                None => Ok(()),
+                Some(reason) => Err(StoreError::Sql(sqlx::Error::Protocol(reason.clone()))),
+            });
+        }
+    }
+    pool.close().await;
+}
+
+async fn commit(pool: &AnyPool, intents: &[Intent]) -> Result<(), StoreError> {
+    let mut transaction = pool.begin().await?;
+    for intent in intents {
+        write(&mut transaction, intent).await?;
+    }
+    transaction.commit().await?;
+    Ok(())
+}
+
+async fn write(db: &mut AnyConnection, intent: &Intent) -> Result<(), StoreError> {
+    match intent {
+        Intent::Machine { id, doc, envelope, boots, oldest_boot } => {
+            sqlx::query(
+                "INSERT INTO machines (id, doc, envelope, last_seen) VALUES ($1, $2, $3, 0) \
+                 ON CONFLICT (id) DO UPDATE SET doc = excluded.doc, envelope = excluded.envelope",
+            )
+            .bind(id)
+            .bind(doc)
+            .bind(envelope)
+            .execute(&mut *db)
+            .await?;
+            for (number, doc) in boots {
+                sqlx::query(
+                    "INSERT INTO boots (machine, number, doc) VALUES ($1, $2, $3) \
+                     ON CONFLICT (machine, number) DO UPDATE SET doc = excluded.doc",
+                )
+                .bind(id)
+                .bind(*number)
+                .bind(doc)
+                .execute(&mut *db)
+                .await?;
+            }
+            // Too old, or taken back: a boot that turned out to be a stray packet.
+            let newest = boots.first().map_or(i64::MAX, |(n, _)| *n);
+            sqlx::query("DELETE FROM boots WHERE machine = $1 AND (number < $2 OR number > $3)")
+                .bind(id)
+                .bind(*oldest_boot)
+                .bind(newest)
+                .execute(&mut *db)
+                .await?;
+        }
+        Intent::Forget { id } => {
+            sqlx::query("DELETE FROM machines WHERE id = $1").bind(id).execute(&mut *db).await?;
+            sqlx::query("DELETE FROM boots WHERE machine = $1").bind(id).execute(&mut *db).await?;
+        }
+        Intent::Seen(seen) => {
+            for (id, at) in seen {
+                sqlx::query("UPDATE machines SET last_seen = $2 WHERE id = $1")
+                    .bind(id.as_str())
+                    .bind(i64::try_from(*at).unwrap_or(i64::MAX))
+                    .execute(&mut *db)
+                    .await?;
+            }
+        }
+        Intent::Note { key, value } => {
+            sqlx::query(
+                "INSERT INTO notes (name, value) VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            )
+            .bind(key)
+            .bind(value)
+            .execute(&mut *db)
+            .await?;
+        }
+        Intent::Audit(line) => {
+            let last = sqlx::query("SELECT number, hash FROM audit ORDER BY number DESC LIMIT 1")
+                .fetch_optional(&mut *db)
+                .await?;
+            let (number, before) = match last {
+                Some(row) => (row.try_get::<i64, _>("number")? + 1, row.try_get::<String, _>("hash")?),
+                None => (1, String::new()),
+            };
+            let hash = hex::sha256(&serde_json::to_vec(&(&before, line.at, &line.actor, &line.machine, &line.what))?);
+            sqlx::query("INSERT INTO audit (number, at, actor, machine, what, hash) VALUES ($1, $2, $3, $4, $5, $6)")
+                .bind(number)
+                .bind(i64::try_from(line.at).unwrap_or(i64::MAX))
+                .bind(&line.actor)
+                .bind(&line.machine)
+                .bind(&line.what)
+                .bind(hash)
+                .execute(&mut *db)
+                .await?;
+        }
+    }
+    Ok(())
+}
+
+pub(super) async fn audit_tail(pool: &AnyPool, limit: i64) -> Result<Vec<AuditLine>, StoreError> {
+    let rows = sqlx::query("SELECT at, actor, machine, what, hash FROM audit ORDER BY number DESC LIMIT $1")
+        .bind(limit)
+        .fetch_all(pool)
+        .await?;
+    rows.iter()
+        .map(|row| {
+            Ok(AuditLine {
+                at: u64::try_from(row.try_get::<i64, _>("at")?).unwrap_or(0),
+                actor: row.try_get("actor")?,
+                machine: row.try_get("machine")?,
+                what: row.try_get("what")?,
+                hash: row.try_get("hash")?,
+            })
+        })
+        .collect()
+}

@@ -213,7 +213,7 @@ impl Dhcp {
         };
         let mut outputs = self.tick(now_ms);
         self.observe(now_ms, arrival, &client, &mut outputs);
-        let ours = client.server_id.is_none_or(|id| id == arrival.local || Some(id) == self.config.address);
+        let ours = client.server_id.is_none_or(|id| self.is_ours(id, arrival, &client));
         match client.message_type {
             MessageType::Discover => {
                 let (lease, reply) = match self.discover_lease(now_ms, arrival, &client, &mut outputs) {
@@ -256,6 +256,13 @@ impl Dhcp {
         }
     }
 
+    /// Whether a packet that names server `id` speaks to this one. A proxy offers no address, so whoever asks for one means
+    /// another server, even one at the same address: a DHCP server on the same host.
+    fn is_ours(&self, id: Ipv4Addr, arrival: &Arrival, client: &Client) -> bool {
+        let same = id == arrival.local || Some(id) == self.config.address;
+        same && (self.leases.is_some() || client.requested.is_none())
+    }
+
     /// What any packet tells, whether it is answered or not.
     fn observe(&mut self, now_ms: u64, arrival: &Arrival, client: &Client, outputs: &mut Vec<Output>) {
         match client.message_type {
@@ -269,7 +276,7 @@ impl Dhcp {
                 if let Some(address) = address {
                     self.memory.learn(address, client.mac, client.id.as_ref());
                 }
-                let other = client.server_id.filter(|id| *id != arrival.local && Some(*id) != self.config.address);
+                let other = client.server_id.filter(|id| !self.is_ours(*id, arrival, client));
                 if let Some(server) = other {
                     if self.watch.other_server(server) {
                         outputs.push(Output::Event(Event::OtherServer { server }));

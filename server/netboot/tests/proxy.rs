@@ -95,6 +95,17 @@ fn a_request_for_another_servers_offer_is_not_ours_but_tells_who_has_which_addre
 }
 
 #[test]
+fn a_dhcp_server_at_the_same_address_is_not_answered_for() {
+    let mut dhcp = proxy();
+    ask(&mut dhcp, 0, 67, &packet("ovmf-pxe-discover"), uki());
+    let request = with_option(&packet("ovmf-pxe-request"), 54, &SERVER.octets());
+    assert_eq!(events(&silent(&mut dhcp, 1, &request)), [&Event::OtherServer { server: SERVER }]);
+    assert_eq!(dhcp.deadline_ms(), None);
+    let (_, outputs) = ask(&mut dhcp, 2, 67, &with_option(&request, 50, &[]), uki());
+    assert_eq!(Reply::read(&sent(&outputs)[0].bytes).kind(), MessageType::Ack, "only this one is the proxy's own");
+}
+
+#[test]
 fn rom_then_undionly_then_script() {
     let mut dhcp = proxy();
     let undionly = |outputs: &[Output]| {

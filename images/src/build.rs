@@ -76,6 +76,8 @@ pub struct Built {
     pub folder: PathBuf,
     /// False if it was there already, built from the same inputs.
     pub changed: bool,
+    /// The packages it stands on, as mmdebstrap packed them.
+    pub packages_tar: PathBuf,
 }
 
 /// File names in a release's folder, besides the manifest.
@@ -114,7 +116,7 @@ pub fn build(options: &BuildOptions) -> Result<Built, BuildError> {
     if let Some(base) = &cached
         && let Some(manifest) = unchanged(&folder, &inputs.digest(base))
     {
-        return Ok(Built { manifest, folder, changed: false });
+        return Ok(Built { manifest, folder, changed: false, packages_tar: base.root_tar() });
     }
 
     root::sweep(&options.cache);
@@ -127,13 +129,13 @@ pub fn build(options: &BuildOptions) -> Result<Built, BuildError> {
     let digest = inputs.digest(&base);
     if let Some(manifest) = unchanged(&folder, &digest) {
         steps.finish();
-        return Ok(Built { manifest, folder, changed: false });
+        return Ok(Built { manifest, folder, changed: false, packages_tar: base.root_tar() });
     }
     let parts = inputs.make(&base, rights, &options.cache, &mut steps)?;
     steps.next("Write the release");
     parts.write(&folder, digest)?;
     steps.finish();
-    Ok(Built { manifest: parts.manifest, folder, changed: true })
+    Ok(Built { manifest: parts.manifest, folder, changed: true, packages_tar: base.root_tar() })
 }
 
 /// Everything that a release's bytes depend on, besides the base.

@@ -1,5 +1,5 @@
 //! The image builder: from a recipe to a release's bytes, `DIR/build/NAME/REL/{manifest.json, kiln.efi, kernel,
-//! initramfs, root, sbom}`.
+//! initramfs, root, sbom.json}`.
 //!
 //! Packages come from Debian's mirror by mmdebstrap, the file system from mkfs.erofs; the layers, the initramfs, the
 //! module closure, the verity tree and the UKI are made here. The same inputs give the same bytes. Nothing is signed

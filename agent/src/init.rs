@@ -310,7 +310,6 @@ fn mount_pseudo_filesystems() -> Result<()> {
             .map_err(AgentError::system(format!("mounting {target}")))?;
     }
     std::fs::create_dir_all("/run/kiln").map_err(AgentError::file("/run/kiln"))?;
-    mount_efivars();
     // systemd-stub adds files of the ESP here; they are not signed (systemd-stub(7)).
     if Path::new("/.extra").exists() {
         std::fs::remove_dir_all("/.extra").map_err(AgentError::file("/.extra"))?;

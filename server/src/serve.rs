@@ -224,8 +224,10 @@ async fn looks(control: Arc<Control>, key: Arc<Signer>) {
     let mut known = catalog::fingerprint(&control.site).unwrap_or_default();
     let mut complained = String::new();
     let mut since = 0;
+    let mut ticket = 0;
     loop {
-        tokio::time::sleep(LOOK).await;
+        control.look_served(ticket);
+        ticket = control.look_ticket(LOOK).await;
         since += 1;
         let now = catalog::fingerprint(&control.site).unwrap_or_default();
         if now == known && since < RENEW_LOOKS {

@@ -24,6 +24,7 @@ use kiln_release::Signer;
 use std::collections::BTreeMap;
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
+use std::time::Duration;
 use tokio::sync::{broadcast, watch};
 
 /// Machines that nobody approved: anyone can make them up, so they are few.
@@ -52,6 +53,9 @@ pub(crate) struct Inner {
     seen: BTreeMap<MachineId, Millis>,
 }
 
+/// Longest that an order waits for the repository to be looked at.
+const LOOK_DEADLINE: Duration = Duration::from_secs(5);
+
 /// The fleet and what decides about it.
 pub struct Control {
     inner: Mutex<Inner>,
@@ -65,6 +69,9 @@ pub struct Control {
     catalog: RwLock<Arc<Catalog>>,
     told: broadcast::Sender<Told>,
     changed: watch::Sender<u64>,
+    /// Tickets of those who want the repository looked at now, and the newest ticket that was served.
+    look_wanted: watch::Sender<u64>,
+    looked: watch::Sender<u64>,
     /// Held reports.
     pub held: AtomicUsize,
     /// When this server started.
@@ -130,6 +137,8 @@ impl Control {
             catalog: RwLock::new(Arc::new(catalog)),
             told: broadcast::channel(1024).0,
             changed: watch::channel(0).0,
+            look_wanted: watch::channel(0).0,
+            looked: watch::channel(0).0,
             held: AtomicUsize::new(0),
             started: now,
             stop,
@@ -139,6 +148,36 @@ impl Control {
     /// What is published.
     pub fn catalog(&self) -> Arc<Catalog> {
         self.catalog.read().expect("no code panics under this lock").clone()
+    }
+
+    /// Has the repository looked at, and waits until that is done: what was published a moment ago is known then.
+    pub(crate) async fn look_again(&self) {
+        let mut looked = self.looked.subscribe();
+        let mut ticket = 0;
+        self.look_wanted.send_modify(|wanted| {
+            *wanted += 1;
+            ticket = *wanted;
+        });
+        // A repository on a slow disk delays the answer, no more: the caller then sees what was known.
+        let served = looked.wait_for(|served| *served >= ticket);
+        if tokio::time::timeout(LOOK_DEADLINE, served).await.is_err() {
+            tracing::warn!("looking at the repository takes longer than {} s", LOOK_DEADLINE.as_secs());
+        }
+    }
+
+    /// Waits until a look is wanted, at most `pause`. Gives the ticket that this look serves.
+    pub(crate) async fn look_ticket(&self, pause: Duration) -> u64 {
+        let mut wanted = self.look_wanted.subscribe();
+        let served = *self.looked.borrow();
+        match tokio::time::timeout(pause, wanted.wait_for(|ticket| *ticket > served)).await {
+            Ok(Ok(ticket)) => *ticket,
+            Ok(Err(_)) | Err(_) => *self.look_wanted.borrow(),
+        }
+    }
+
+    /// A look is done.
+    pub(crate) fn look_served(&self, ticket: u64) {
+        self.looked.send_replace(ticket);
     }
 
     /// A newer state of the repository was verified.

@@ -9,6 +9,7 @@ use kiln_protocol::{ReleaseId, Via};
 impl Control {
     /// Says what a machine is for. Without a name it keeps the one it has, or gets one from its id.
     pub async fn approve(&self, machine: &str, name: Option<&str>, role: &str, by: &str) -> Result<(), ControlError> {
+        self.look_again().await;
         let catalog = self.catalog();
         let image = self.config.image_of(role)?;
         let release = catalog
@@ -43,6 +44,9 @@ impl Control {
 
     /// Assigns a release.
     pub async fn assign(&self, machine: &str, release: &ReleaseId, via: Via, by: &str) -> Result<(), ControlError> {
+        if !self.catalog().releases.contains_key(release) {
+            self.look_again().await;
+        }
         let catalog = self.catalog();
         let published =
             catalog.releases.get(release).ok_or_else(|| ControlError::NoSuchRelease { release: release.clone() })?;

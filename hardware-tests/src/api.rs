@@ -71,9 +71,9 @@ pub struct StageView {
 }
 
 impl MachineView {
-    /// The newest boot.
+    /// The newest boot: they come oldest first.
     pub fn boot(&self) -> Option<&Boot> {
-        self.boots.iter().max_by_key(|b| b.started_ms.or_else(|| b.stages.first().map(|s| s.at_ms)))
+        self.boots.last()
     }
 
     /// Every failure kind of the newest boot.

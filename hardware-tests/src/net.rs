@@ -8,7 +8,7 @@
 //! dnsmasq sits in a namespace of its own because both it and Kiln listen on port 67, as two hosts would.
 
 use crate::command;
-use crate::console::Console;
+use crate::console::{Console, Mark};
 use crate::error::LabError;
 use std::net::Ipv4Addr;
 use std::path::Path;
@@ -71,7 +71,7 @@ impl SiteDhcp {
         let stdout = child.stdout.take().expect("asked for above");
         let stderr = child.stderr.take().expect("asked for above");
         let log = Console::follow("site DHCP server", log, false, vec![Box::new(stdout), Box::new(stderr)])?;
-        let start = log.mark();
+        let start = Mark::default();
         log.wait_for("namespace ready", start, Duration::from_secs(10))?;
         ip(&format!("link set site1 netns {}", child.id()))?;
         drop(child.stdin.take()); // tells it that its cable is in

@@ -1,0 +1,318 @@
+//! The boot protocols on real sockets, in a user and network namespace of their own: TFTP against the clients Debian
+//! ships, DHCP over a pair of virtual Ethernet ports with packets captured from OVMF.
+#![allow(clippy::unwrap_used)]
+
+use kiln_netboot::tftp::BootFile;
+use kiln_netboot::{BootAnswer, Config, Event, Mode};
+use kiln_protocol::Sha256Hex;
+use kiln_server::net::{BootFiles, BootNet, Decide, NetEvent, Stamp, dhcp, tftp};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, SystemTime};
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+const INSIDE: &str = "KILN_TEST_NAMESPACE";
+const PATIENCE: Duration = Duration::from_secs(20);
+const SERVER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+
+/// Runs the test of this name again inside new namespaces; true there, where the test itself then runs.
+fn inside(test: &str) -> bool {
+    if std::env::var_os(INSIDE).is_some() {
+        return true;
+    }
+    let usable = Command::new("unshare").args(["-rn", "true"]).stderr(Stdio::null()).status();
+    if !usable.is_ok_and(|s| s.success()) {
+        println!("skipped: `unshare -rn true` fails here, user namespaces are off or util-linux is missing");
+        return false;
+    }
+    let status = Command::new("unshare")
+        .arg("-rn")
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture"])
+        .env(INSIDE, "1")
+        .status()
+        .unwrap();
+    assert!(status.success(), "{test} failed in its namespace: its output is above");
+    false
+}
+
+fn sh(script: &str) {
+    assert!(Command::new("sh").args(["-ec", script]).status().unwrap().success(), "{script}");
+}
+
+fn present(program: &str) -> bool {
+    let found = ["/usr/bin", "/usr/sbin", "/bin"].iter().any(|dir| Path::new(dir).join(program).exists());
+    if !found {
+        println!("skipped {program}: not installed");
+    }
+    found
+}
+
+/// Files made up in memory; counts the reads.
+struct Made {
+    reads: AtomicUsize,
+}
+
+impl Made {
+    const SIZE: usize = 3_000_001;
+
+    fn bytes(file: &BootFile) -> Vec<u8> {
+        match file {
+            BootFile::Uki(_) => (0..Self::SIZE).map(|i| u8::try_from((i ^ (i >> 9)) & 0xff).unwrap()).collect(),
+            BootFile::Undionly => vec![7; 1024], // a whole number of blocks: the last one is empty
+            BootFile::Snponly => Vec::new(),
+        }
+    }
+}
+
+impl BootFiles for Made {
+    fn stamp(&self, file: &BootFile) -> io::Result<Stamp> {
+        match file {
+            BootFile::Snponly => Err(io::ErrorKind::NotFound.into()),
+            BootFile::Uki(_) => Ok(Stamp { length: Self::SIZE as u64, modified: SystemTime::UNIX_EPOCH }),
+            BootFile::Undionly => Ok(Stamp { length: 1024, modified: SystemTime::UNIX_EPOCH }),
+        }
+    }
+
+    fn read(&self, file: &BootFile) -> io::Result<Vec<u8>> {
+        self.reads.fetch_add(1, Ordering::Relaxed);
+        Ok(Self::bytes(file))
+    }
+}
+
+fn sha() -> Sha256Hex {
+    "ab".repeat(32).parse().unwrap()
+}
+
+fn boot_net() -> BootNet {
+    let config = Config {
+        mode: Mode::Proxy,
+        address: None,
+        http_port: 8080,
+        agent_port: 8443,
+        http_boot: true,
+        chain_ipxe: true,
+    };
+    BootNet::new(config, []).unwrap()
+}
+
+async fn event(events: &mut mpsc::Receiver<NetEvent>, mut wanted: impl FnMut(&NetEvent) -> bool) -> NetEvent {
+    let mut seen = Vec::new();
+    let search = async {
+        loop {
+            let event = events.recv().await.expect("the loop runs");
+            if wanted(&event) {
+                return event;
+            }
+            seen.push(event);
+        }
+    };
+    match timeout(PATIENCE, search).await {
+        Ok(event) => event,
+        Err(_) => panic!("the event did not come; seen: {seen:#?}"),
+    }
+}
+
+async fn serve_tftp(settings: tftp::Settings) -> (Arc<Made>, mpsc::Receiver<NetEvent>) {
+    let (sender, mut events) = mpsc::channel(1000);
+    let files = Arc::new(Made { reads: AtomicUsize::new(0) });
+    tokio::spawn(tftp::run(boot_net(), settings, files.clone(), sender));
+    event(&mut events, |e| matches!(e, NetEvent::Listening { what: "TFTP", .. })).await;
+    (files, events)
+}
+
+/// Runs a client in a directory of its own; what it wrote to `out`.
+async fn fetch(command: &str) -> Option<Vec<u8>> {
+    let dir = tempfile::tempdir().unwrap();
+    let (at, command) = (dir.path().to_owned(), command.to_owned());
+    let client = move || {
+        let mut run = Command::new("timeout");
+        run.args(["20", "sh", "-c", &command]).current_dir(at).stdin(Stdio::null()).output().unwrap()
+    };
+    let ran = tokio::task::spawn_blocking(client).await.unwrap();
+    println!("{}{}", String::from_utf8_lossy(&ran.stdout), String::from_utf8_lossy(&ran.stderr));
+    std::fs::read(dir.path().join("out")).ok().filter(|bytes| !bytes.is_empty())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tftp_clients_get_exactly_the_bytes() {
+    if !inside("tftp_clients_get_exactly_the_bytes") {
+        return;
+    }
+    sh("ip link set lo up");
+    let (files, mut events) = serve_tftp(tftp::Settings::default()).await;
+    let (uki, undionly) = (BootFile::Uki(sha()), BootFile::Undionly);
+    let path = uki.path();
+    let clients = [
+        ("curl", format!("curl -sS --tftp-no-options -o out tftp://127.0.0.1/{path}"), &uki),
+        ("curl", format!("curl -sS --tftp-blksize 1428 -o out tftp://127.0.0.1/{path}"), &uki),
+        ("curl", "curl -sS -o out tftp://127.0.0.1/undionly.kpxe".into(), &undionly),
+        ("tftp", format!("tftp -m binary 127.0.0.1 -c get {path} out"), &uki),
+        ("atftp", format!("atftp --option 'blksize 1428' --option 'windowsize 8' -g -r {path} -l out 127.0.0.1"), &uki),
+        (
+            "atftp",
+            "atftp --option 'tsize 0' --option 'timeout 2' -g -r undionly.kpxe -l out 127.0.0.1".into(),
+            &undionly,
+        ),
+    ];
+    let mut tried = 0;
+    for (program, command, file) in clients {
+        if !present(program) {
+            continue;
+        }
+        tried += 1;
+        let expected = Made::bytes(file);
+        let got = fetch(&command).await;
+        assert!(got.as_ref() == Some(&expected), "{command}: {:?} bytes", got.map(|g| g.len()));
+        let done = event(&mut events, |e| matches!(e, NetEvent::TftpDone { .. })).await;
+        let NetEvent::TftpDone { download, bytes, .. } = done else { panic!() };
+        assert_eq!((&download.file, bytes), (file, expected.len() as u64), "{command}");
+    }
+    assert!(tried == 0 || files.reads.load(Ordering::Relaxed) <= 2, "each file is read once");
+    if present("curl") {
+        let refused = |e: &NetEvent| matches!(e, NetEvent::TftpRefused { name, .. } if name.ends_with("etc/passwd"));
+        assert_eq!(fetch("curl -sS --path-as-is -o out tftp://127.0.0.1/../../etc/passwd").await, None);
+        event(&mut events, refused).await;
+        assert_eq!(fetch("curl -sS -o out tftp://127.0.0.1/snponly.efi").await, None, "a known name, not there");
+        event(&mut events, |e| matches!(e, NetEvent::TftpRefused { name, .. } if name == "snponly.efi")).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tftp_bounds_downloads_and_tells_strangers() {
+    if !inside("tftp_bounds_downloads_and_tells_strangers") {
+        return;
+    }
+    sh("ip link set lo up");
+    let (_, mut events) = serve_tftp(tftp::Settings { max_per_address: 1, ..tftp::Settings::default() }).await;
+    let work = tokio::task::spawn_blocking(|| {
+        let socket = || {
+            let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+            socket.set_read_timeout(Some(PATIENCE)).unwrap();
+            socket
+        };
+        let (client, second) = (socket(), socket());
+        let mut buffer = [0; 600];
+        let request = b"\0\x01undionly.kpxe\0octet\0";
+        client.send_to(request, "127.0.0.1:69").unwrap();
+        let (length, port) = client.recv_from(&mut buffer).unwrap();
+        assert_eq!((length, &buffer[..4]), (516, &[0, 3, 0, 1][..]));
+        // The same address has its one download.
+        second.send_to(request, "127.0.0.1:69").unwrap();
+        let (_, from) = second.recv_from(&mut buffer).unwrap();
+        assert_eq!((from.port(), &buffer[..4]), (69, &[0, 5, 0, 0][..]));
+        assert!(buffer[4..].starts_with(b"server is busy"));
+        // Somebody else's ACK to the first download's port.
+        second.send_to(&[0, 4, 0, 1], port).unwrap();
+        second.recv_from(&mut buffer).unwrap();
+        assert_eq!(&buffer[..4], &[0, 5, 0, 5]);
+        // Which goes on: block 2, and 3, the empty one.
+        for (number, expected) in [(1, 516), (2, 4)] {
+            client.send_to(&[0, 4, 0, number], port).unwrap();
+            let (length, _) = client.recv_from(&mut buffer).unwrap();
+            assert_eq!((length, buffer[3]), (expected, number + 1));
+        }
+        client.send_to(&[0, 4, 0, 3], port).unwrap();
+    });
+    work.await.unwrap();
+    let done = event(&mut events, |e| matches!(e, NetEvent::TftpDone { .. })).await;
+    assert!(matches!(done, NetEvent::TftpDone { bytes: 1024, .. }));
+}
+
+fn packet(hex: &str) -> Vec<u8> {
+    let digits: Vec<u8> = hex.bytes().filter(u8::is_ascii_hexdigit).collect();
+    digits.chunks(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
+}
+
+/// Two ports of one cable in one namespace: the server has k0, the "firmware" sends through k1.
+const CABLE: &str = "ip link set lo up; ip link add k0 type veth peer name k1; ip addr add 10.77.0.1/24 dev k0
+    ip link set k0 up; ip link set k1 up
+    for c in all k0 k1; do echo 0 >/proc/sys/net/ipv4/conf/$c/rp_filter; echo 1 >/proc/sys/net/ipv4/conf/$c/accept_local; done";
+
+fn firmware() -> UdpSocket {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None).unwrap();
+    socket.set_broadcast(true).unwrap();
+    socket.bind_device(Some(b"k1")).unwrap();
+    socket.bind(&SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 68).into()).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.into()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ovmf_is_answered_over_ethernet() {
+    if !inside("ovmf_is_answered_over_ethernet") {
+        return;
+    }
+    sh(CABLE);
+    let (sender, mut events) = mpsc::channel(1000);
+    let decide: Decide = Arc::new(|_| Box::pin(async { BootAnswer::Uki { sha256: sha() } }));
+    let settings = dhcp::Settings { interface: Some("k0".into()) };
+    tokio::spawn(dhcp::run(boot_net(), settings, decide, sender));
+    event(&mut events, |e| matches!(e, NetEvent::Listening { what: "PXE boot server", .. })).await;
+    let client = firmware();
+    let work = tokio::task::spawn_blocking(move || {
+        let mut buffer = [0; 1500];
+        let discover = packet(include_str!("../netboot/tests/packets/ovmf-pxe-discover.hex"));
+        client.send_to(&discover, "255.255.255.255:67").unwrap();
+        let (length, from) = client.recv_from(&mut buffer).unwrap();
+        assert_eq!(from, SocketAddrV4::new(SERVER, 67).into(), "from the interface's own address");
+        assert!(length >= 300 && buffer[0] == 2 && buffer[4..8] == discover[4..8]);
+        assert_eq!(buffer[20..24], SERVER.octets(), "siaddr");
+        assert_eq!(buffer[108..183], *format!("b/{}/kiln.efi", sha()).as_bytes());
+    });
+    work.await.unwrap();
+    event(&mut events, |e| matches!(e, NetEvent::Dhcp(Event::Offered { .. }))).await;
+}
+
+/// A socket that holds port 67 as another DHCP server on this host would.
+fn other_server(shared: bool) -> UdpSocket {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None).unwrap();
+    socket.set_reuse_address(shared).unwrap();
+    socket.bind(&SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 67).into()).unwrap();
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    socket.into()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_proxy_runs_beside_a_dhcp_server_on_its_own_host() {
+    if !inside("a_proxy_runs_beside_a_dhcp_server_on_its_own_host") {
+        return;
+    }
+    sh(CABLE);
+    let run = |sender| {
+        let decide: Decide = Arc::new(|_| Box::pin(async { BootAnswer::Ignore }));
+        tokio::spawn(dhcp::run(boot_net(), dhcp::Settings::default(), decide, sender))
+    };
+    let selfish = other_server(false);
+    let (sender, _events) = mpsc::channel(1000);
+    let refused = timeout(PATIENCE, run(sender)).await.unwrap().unwrap().unwrap_err();
+    assert!(refused.to_string().contains("does not share it"), "{refused}");
+    drop(selfish);
+
+    let other = other_server(true);
+    let (sender, mut events) = mpsc::channel(1000);
+    run(sender);
+    let listening = event(&mut events, |e| matches!(e, NetEvent::Listening { what: "proxyDHCP", .. })).await;
+    assert!(matches!(listening, NetEvent::Listening { why, .. } if why.contains("broadcasts only")));
+    let client = firmware();
+    let work = tokio::task::spawn_blocking(move || {
+        let mut buffer = [0; 1500];
+        let discover = packet(include_str!("../netboot/tests/packets/ovmf-pxe-discover.hex"));
+        client.send_to(&discover, "255.255.255.255:67").unwrap();
+        other.recv_from(&mut buffer).unwrap();
+        // A renewal goes to the other server alone.
+        UdpSocket::bind("127.0.0.1:0").unwrap().send_to(b"renewal", "127.0.0.1:67").unwrap();
+        // (The broadcast comes twice: the sender's own kernel hands it a copy as well.)
+        while !other.recv_from(&mut buffer).is_ok_and(|(length, _)| buffer[..length] == *b"renewal") {
+            assert_eq!(buffer[..240], discover[..240], "the renewal did not come");
+            buffer[0] = 0;
+        }
+    });
+    event(&mut events, |e| matches!(e, NetEvent::Dhcp(Event::Discover { .. }))).await;
+    work.await.unwrap();
+}

@@ -166,6 +166,50 @@ pub(crate) fn sweep(cache: &Path) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tarball::{Added, Content};
+
+    /// A pax header that gives the next entry an extended attribute.
+    fn with_xattr(name: &str, value: &[u8], mut entry: Vec<u8>) -> Vec<u8> {
+        let mut record = format!("SCHILY.xattr.{name}=").into_bytes();
+        record.extend_from_slice(value);
+        record.push(b'\n');
+        let length = (record.len() + 4).to_string();
+        assert_eq!(length.len(), 2, "two digits, a space and the line end are counted");
+        let mut content = format!("{} ", record.len() + 3).into_bytes();
+        content.append(&mut record);
+        let file = Added { path: "/x".into(), mode: 0o644, content: Content::File(content) };
+        let mut pax = tarball::layer(&[0; 1024], |_| false, &[file]).unwrap();
+        pax.truncate(pax.len() - 1024);
+        pax[156] = b'x';
+        let sum: u32 = pax[..512]
+            .iter()
+            .enumerate()
+            .map(|(at, byte)| if (148..156).contains(&at) { 32 } else { u32::from(*byte) })
+            .sum();
+        pax[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        pax.append(&mut entry);
+        pax
+    }
+
+    #[test]
+    fn capabilities_survive() {
+        let rights = match host::check() {
+            Ok(rights) => rights,
+            Err(missing) => return eprintln!("skipped: {missing}"),
+        };
+        // VFS_CAP_REVISION_2 with the effective bit, CAP_NET_RAW permitted.
+        let capability = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+        let ping = Added { path: "/ping".into(), mode: 0o4755, content: Content::File(b"#!".to_vec()) };
+        let entry = tarball::layer(&[0; 1024], |_| false, &[ping]).unwrap();
+        let tar = with_xattr("security.capability", &capability, entry);
+        assert_eq!(tarball::entries(&tar).unwrap()[0].xattrs["security.capability"], capability);
+        let temp = tempfile::tempdir().unwrap();
+        let root = artifact(&tar, "test/1", 0, rights, temp.path()).unwrap();
+        // security.capability is index 6 of erofs's name prefixes; then the name, then the value.
+        let stored = [b"capability".as_slice(), &capability].concat();
+        assert!(root.bytes.windows(stored.len()).any(|window| window == stored), "the attribute is in the image");
+        assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 0, "nothing is left behind");
+    }
 
     #[test]
     fn the_artifact_is_data_superblock_and_tree_and_each_release_has_its_own_salt() {

@@ -16,6 +16,8 @@ use std::path::Path;
 
 /// How long a timestamp holds.
 const TIMESTAMP_LIFE: SignedDuration = SignedDuration::from_hours(24);
+/// So many of the newest snapshots are tried.
+const CANDIDATES: usize = 3;
 /// A timestamp is signed anew when it is so old.
 const TIMESTAMP_RENEW: SignedDuration = SignedDuration::from_hours(1);
 
@@ -52,6 +54,8 @@ pub struct Catalog {
     pub root: String,
     /// When the metadata expires.
     pub expiries: Vec<Expiry>,
+    /// Why a newer snapshot in the repository was passed over.
+    pub refused: Option<String>,
 }
 
 impl Catalog {
@@ -91,24 +95,40 @@ pub fn adopt(site: &Site, key: &Signer, memory: &Memory, now: Timestamp) -> Resu
     // Whoever published may have signed a timestamp already (a lab's key is at hand). It is kept if it holds.
     let current = read_capped(&metadata.join("timestamp.json"), 1 << 20)?;
     let old: Option<TimestampRole> = current.as_deref().and_then(signed_part);
-    let newest = newest_snapshot(&metadata)?.ok_or_else(|| CatalogError::NoSnapshot { dir: metadata.clone() })?;
-    let (snapshot_version, snapshot_bytes) = newest;
-    let fresh = old.as_ref().is_some_and(|t| {
-        t.expires.duration_since(now) > TIMESTAMP_LIFE - TIMESTAMP_RENEW
-            && t.meta.values().any(|m| m.version == snapshot_version)
-    });
-    if let (true, Some(bytes)) = (fresh, current)
-        && let Ok(catalog) = verify(site, &trusted, memory, now, &bytes)
-    {
-        return Ok(catalog);
+    let newest_version = old.as_ref().map_or(0, |t| t.version);
+    let versions = snapshot_versions(&metadata)?;
+    let mut refused = None;
+    for snapshot_version in versions.iter().copied().take(CANDIDATES) {
+        let current = current.as_deref().filter(|_| {
+            old.as_ref().is_some_and(|t| {
+                t.expires.duration_since(now) > TIMESTAMP_LIFE - TIMESTAMP_RENEW
+                    && t.meta.values().any(|m| m.version == snapshot_version)
+            })
+        });
+        if let Some(bytes) = current
+            && let Ok(catalog) = verify(site, &trusted, memory, now, bytes)
+        {
+            return Ok(Catalog { refused, ..catalog });
+        }
+        let Some(bytes) = read_capped(&metadata.join(format!("{snapshot_version}.snapshot.json")), 1 << 20)? else {
+            continue;
+        };
+        let version = newest_version.max(memory.seen.timestamp.as_ref().map_or(0, |s| s.version)) + 1;
+        let expires = Timestamp::from_second((now + TIMESTAMP_LIFE).as_second()).unwrap_or(now);
+        let text = sign_envelope(&TimestampRole::new(version, expires, snapshot_version, &bytes), &[key])?;
+        match verify(site, &trusted, memory, now, text.as_bytes()) {
+            Ok(catalog) => {
+                site.replace(&metadata.join("timestamp.json"), text.as_bytes())?;
+                return Ok(Catalog { refused, ..catalog });
+            }
+            // A publisher may be half through, or somebody laid a file there: what was good stays good.
+            Err(error) => refused.get_or_insert(error.to_string()),
+        };
     }
-    let version = old.map_or(0, |t| t.version).max(memory.seen.timestamp.as_ref().map_or(0, |s| s.version)) + 1;
-    let expires = Timestamp::from_second((now + TIMESTAMP_LIFE).as_second()).unwrap_or(now);
-    let document = TimestampRole::new(version, expires, snapshot_version, &snapshot_bytes);
-    let text = sign_envelope(&document, &[key])?;
-    let catalog = verify(site, &trusted, memory, now, text.as_bytes())?;
-    site.replace(&metadata.join("timestamp.json"), text.as_bytes())?;
-    Ok(catalog)
+    match refused {
+        Some(reason) => Err(CatalogError::Format { path: metadata.display().to_string(), reason }),
+        None => Err(CatalogError::NoSnapshot { dir: metadata }),
+    }
 }
 
 /// What tells that a look is worth it: names in the metadata directory, and the timestamp's age.
@@ -176,6 +196,7 @@ fn verify(site: &Site, root: &str, memory: &Memory, now: Timestamp, timestamp: &
         root: String::from_utf8_lossy(&outcome.root_bytes).into_owned(),
         expiries: outcome.expiries.iter().map(|e| Expiry { file: e.file.clone(), expires: e.expires }).collect(),
         seen: outcome.seen,
+        refused: None,
     })
 }
 
@@ -185,16 +206,17 @@ fn signed_part(bytes: &[u8]) -> Option<TimestampRole> {
     serde_json::from_value(value.get("signed")?.clone()).ok()
 }
 
-fn newest_snapshot(dir: &Path) -> Result<Option<(u64, Vec<u8>)>, CatalogError> {
+/// Versions of the snapshots there are, the newest first.
+fn snapshot_versions(dir: &Path) -> Result<Vec<u64>, CatalogError> {
     let read = |source| SiteError::Read { path: dir.to_owned(), source };
-    let mut newest = 0;
+    let mut versions = Vec::new();
     for entry in std::fs::read_dir(dir).map_err(read)? {
         let name = entry.map_err(read)?.file_name();
-        let version = name.to_str().and_then(|n| n.strip_suffix(".snapshot.json")).and_then(|n| n.parse().ok());
-        newest = newest.max(version.unwrap_or(0));
+        let version = name.to_str().and_then(|n| n.strip_suffix(".snapshot.json")).and_then(|n| n.parse::<u64>().ok());
+        versions.extend(version);
     }
-    let bytes = read_capped(&dir.join(format!("{newest}.snapshot.json")), 1 << 20)?;
-    Ok(bytes.map(|b| (newest, b)))
+    versions.sort_unstable_by(|a, b| b.cmp(a));
+    Ok(versions)
 }
 
 /// At most one byte more than `max`; none if there is no such file.

@@ -109,7 +109,7 @@ impl Config {
         Self::try_from(raw)
     }
 
-    /// The port of a role's image.
+    /// A role's image.
     pub fn image_of(&self, role: &str) -> Result<&ImageName, ConfigError> {
         self.roles.get(role).ok_or_else(|| ConfigError::UnknownRole {
             role: role.to_owned(),
@@ -202,7 +202,7 @@ struct RawMachine {
     role: String,
 }
 
-fn bad(key: &str, reason: impl ToString) -> ConfigError {
+fn bad(key: &str, reason: impl std::fmt::Display) -> ConfigError {
     ConfigError::Value { key: key.to_owned(), reason: reason.to_string() }
 }
 

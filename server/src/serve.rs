@@ -222,7 +222,7 @@ async fn ticks(control: Arc<Control>) {
 /// Notices new releases, and keeps timestamp.json young.
 async fn looks(control: Arc<Control>, key: Arc<Signer>) {
     let mut known = catalog::fingerprint(&control.site).unwrap_or_default();
-    let mut complained = String::new();
+    let (mut suspect, mut complained) = (String::new(), String::new());
     let mut since = 0;
     let mut ticket = 0;
     loop {
@@ -235,29 +235,33 @@ async fn looks(control: Arc<Control>, key: Arc<Signer>) {
         }
         let before = control.catalog();
         let memory = Memory { root: Some(before.root.clone()), seen: before.seen.clone() };
-        match look(&control.site, &key, memory).await {
-            Ok(catalog) => {
-                complained.clear();
-                since = 0;
-                known = catalog::fingerprint(&control.site).unwrap_or(now);
-                for release in catalog.releases.keys().filter(|r| !before.releases.contains_key(*r)) {
-                    tracing::info!("{release} is published; `kiln assign MACHINE {release}` gives it to a machine");
-                }
-                if let Err(error) = remember(&control.store, &catalog).await {
-                    tracing::error!(%error, "the repository's versions were not stored");
-                    continue;
-                }
-                control.adopt(catalog);
+        let result = look(&control.site, &key, memory).await;
+        let refused = match &result {
+            Ok(catalog) => catalog.refused.clone(),
+            Err(error) => Some(error.to_string()),
+        };
+        // A publisher may be half through: it is looked at again, and only what stays wrong is said, once.
+        match &refused {
+            None => (suspect, complained) = (String::new(), String::new()),
+            Some(text) if *text == suspect && *text != complained => {
+                tracing::warn!("the repository's newest state is not adopted, the last good one stays: {text}");
+                complained.clone_from(text);
             }
-            Err(error) => {
-                // A publisher may be half through; it is looked at again, and said once.
-                let text = error.to_string();
-                if text != complained && since > 1 {
-                    tracing::warn!("the repository is not adopted, the last good state stays: {text}");
-                    complained = text;
-                }
-            }
+            Some(text) => suspect.clone_from(text),
         }
+        let Ok(catalog) = result else { continue };
+        since = 0;
+        if refused.is_none() || complained == suspect {
+            known = catalog::fingerprint(&control.site).unwrap_or(now);
+        }
+        for release in catalog.releases.keys().filter(|r| !before.releases.contains_key(*r)) {
+            tracing::info!("{release} is published; `kiln assign MACHINE {release}` gives it to a machine");
+        }
+        if let Err(error) = remember(&control.store, &catalog).await {
+            tracing::error!(%error, "the repository's versions were not stored");
+            continue;
+        }
+        control.adopt(catalog);
     }
 }
 

@@ -37,10 +37,8 @@ async fn report(State(app): State<App>, Extension(peer): Extension<Peer>, reques
     match app.control.report(key, report).await {
         Ok(reply) => Json(reply).into_response(),
         Err(error) => {
-            let status = match error {
-                ControlError::TooManyUnknown => StatusCode::TOO_MANY_REQUESTS,
-                _ => StatusCode::SERVICE_UNAVAILABLE,
-            };
+            let crowded = matches!(error, ControlError::TooManyUnknown);
+            let status = if crowded { StatusCode::TOO_MANY_REQUESTS } else { StatusCode::SERVICE_UNAVAILABLE };
             tracing::warn!(%from, %error, "a report was not answered");
             let mut response = text(status, format!("{error}\n"));
             response.headers_mut().insert(axum::http::header::RETRY_AFTER, axum::http::HeaderValue::from_static("30"));

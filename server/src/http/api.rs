@@ -84,6 +84,15 @@ impl From<JsonRejection> for ApiError {
     }
 }
 
+/// The answer to a changing call over TCP.
+pub(super) fn read_only(socket: &std::path::Path) -> Response {
+    let reason = format!(
+        "changing calls are served only on the Unix socket {}: run the command on the boot server with --site",
+        socket.display()
+    );
+    ApiError(StatusCode::FORBIDDEN, reason).into_response()
+}
+
 pub(super) async fn not_found() -> ApiError {
     ApiError(StatusCode::NOT_FOUND, "there is no such call; /api/v1/status shows what runs here".into())
 }

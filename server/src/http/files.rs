@@ -43,7 +43,7 @@ fn served(path: &str) -> Option<Served> {
     let (content_type, hash) = match parts.as_slice() {
         ["a", hash] if hex::is_sha256(hash) => ("application/octet-stream", Some((*hash).to_owned())),
         ["b", hash, "kiln.efi"] if hex::is_sha256(hash) => ("application/efi", Some((*hash).to_owned())),
-        ["metadata", name] if is_segment(name) && name.ends_with(".json") => json(None)?,
+        ["metadata", name] if is_segment(name.strip_suffix(".json").unwrap_or_default()) => json(None)?,
         ["targets", middle @ .., name]
             if middle.len() <= 4 && middle.iter().all(|m| is_segment(m)) && is_segment(name) =>
         {
@@ -71,8 +71,7 @@ fn range(value: Option<&str>, length: u64) -> Range {
             Range::Part { first, last: last.min(length - 1) }
         }
         (Ok(first), Ok(last), _, _) if first <= last => Range::Unsatisfiable,
-        (Ok(_), _, _, true) => Range::Unsatisfiable,
-        (Err(_), Ok(0), true, _) => Range::Unsatisfiable,
+        (Ok(_), _, _, true) | (Err(_), Ok(0), true, _) => Range::Unsatisfiable,
         (Err(_), Ok(_), true, _) if length == 0 => Range::Unsatisfiable,
         (Err(_), Ok(n), true, _) => Range::Part { first: length.saturating_sub(n), last: length - 1 },
         _ => Range::Whole,
@@ -88,17 +87,11 @@ pub(super) async fn serve(
     headers: HeaderMap,
 ) -> Response<Body> {
     if method != Method::GET && method != Method::HEAD {
-        let what = if uri.path().starts_with("/api/") {
-            format!(
-                "changing calls are served only on the Unix socket {}: run the command on the boot server with --site\n",
-                app.control.site.socket().display()
-            )
-        } else {
-            "only GET and HEAD\n".to_owned()
-        };
-        let status =
-            if uri.path().starts_with("/api/") { StatusCode::FORBIDDEN } else { StatusCode::METHOD_NOT_ALLOWED };
-        let mut response = text(status, what);
+        if uri.path().starts_with("/api/") {
+            let socket = app.control.site.socket();
+            return super::api::read_only(&socket);
+        }
+        let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
         response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static("GET, HEAD"));
         return response;
     }

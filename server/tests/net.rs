@@ -112,10 +112,8 @@ async fn event(events: &mut mpsc::Receiver<NetEvent>, mut wanted: impl FnMut(&Ne
             seen.push(event);
         }
     };
-    match timeout(PATIENCE, search).await {
-        Ok(event) => event,
-        Err(_) => panic!("the event did not come; seen: {seen:#?}"),
-    }
+    let found = timeout(PATIENCE, search).await.ok();
+    found.unwrap_or_else(|| panic!("the event did not come; seen: {seen:#?}"))
 }
 
 async fn serve_tftp(settings: tftp::Settings) -> (Arc<Made>, mpsc::Receiver<NetEvent>) {

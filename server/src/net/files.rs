@@ -80,7 +80,7 @@ impl Cache {
 
     /// The file's bytes. A thousand clients that ask at once cause one read.
     pub(crate) async fn get(&self, file: &BootFile) -> io::Result<Bytes> {
-        let stamp = self.blocking(file, |files, file| files.stamp(file)).await?;
+        let stamp = self.blocking(file, BootFiles::stamp).await?;
         let slot = {
             let mut slots = self.slots.lock().expect("no code that holds this lock panics");
             let entry = slots.entry(file.clone()).or_insert_with(|| (Slot::default(), Instant::now(), 0));
@@ -91,7 +91,7 @@ impl Cache {
         if let Some((_, bytes)) = held.as_ref().filter(|(s, _)| *s == stamp) {
             return Ok(bytes.clone());
         }
-        let read = self.blocking(file, |files, file| files.read(file)).await;
+        let read = self.blocking(file, BootFiles::read).await;
         let bytes = match read {
             Ok(bytes) => Bytes::from(bytes),
             Err(error) => {

@@ -1,6 +1,6 @@
 //! UDP sockets that know through which interface, and to which address, a datagram came, and can answer the same way.
 //!
-//! IP_PKTINFO (ip(7)) both ways. A reply to 255.255.255.255 needs the interface, and a client takes an answer only from
+//! `IP_PKTINFO` (ip(7)) both ways. A reply to 255.255.255.255 needs the interface, and a client takes an answer only from
 //! the address it asked, which the routing table alone does not choose right on a server with several.
 
 use super::NetError;
@@ -14,7 +14,7 @@ use std::os::fd::AsRawFd;
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
-/// A storm of requests waits here rather than being dropped; the kernel caps it at net.core.rmem_max.
+/// A storm of requests waits here rather than being dropped; the kernel caps it at `net.core.rmem_max`.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
 /// Where a datagram came from and to.

@@ -181,17 +181,10 @@ async fn only_a_proven_ed25519_identity_gets_in() {
         assert!(server.post(config, body.clone()).await.is_err(), "its own signature does not hold");
     }
 
-    let stolen = (
-        agent.identity().0,
-        Agent { signer: std::sync::Arc::new(kiln_release::Signer::from_seed(&[7; 32])), ..agent.clone() }.identity().1,
-    );
+    let another = kiln_release::Signer::from_seed(&[7; 32]).pkcs8_der();
     let resolver = std::sync::Arc::new(rustls::sign::SingleCertAndKey::from(rustls::sign::CertifiedKey::new(
-        vec![stolen.0],
-        rustls::crypto::ring::sign::any_eddsa_type(&match stolen.1 {
-            PrivateKeyDer::Pkcs8(key) => key,
-            _ => unreachable!("made above"),
-        })
-        .unwrap(),
+        vec![agent.identity().0],
+        rustls::crypto::ring::sign::any_eddsa_type(&PrivatePkcs8KeyDer::from(another)).unwrap(),
     )));
     let mut config = server.tls(None);
     config.client_auth_cert_resolver = resolver;

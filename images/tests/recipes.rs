@@ -102,3 +102,15 @@ fn extending_adds_lists_and_ends_in_rings() {
     let error = Recipe::load(&temp.path().join("ring.toml")).unwrap_err();
     assert!(matches!(error, RecipeError::TooDeep { .. }), "{error}");
 }
+
+#[test]
+fn the_probes_marker_is_in_its_data_and_nowhere_else() {
+    let probe = Recipe::load(&shipped("probe.toml")).unwrap();
+    let data = probe.files.iter().find(|file| file.path == "/usr/share/kiln/probe-data").unwrap();
+    let marker = std::str::from_utf8(&data.content).unwrap().lines().next().unwrap().rsplit(' ').next().unwrap();
+    assert!(marker.starts_with("KILN-PROBE-MARKER-"), "{marker}");
+    let holds = |content: &[u8]| content.windows(marker.len()).filter(|window| *window == marker.as_bytes()).count();
+    for file in &probe.files {
+        assert_eq!(holds(&file.content), usize::from(file.path == data.path), "{}", file.path);
+    }
+}

@@ -11,7 +11,7 @@ use std::io::{Sink, sink};
 use std::path::{Path, PathBuf};
 
 /// Where the next release's root waits for its turn.
-const NEXT_ROOT: &str = "/run/kiln/next";
+pub const NEXT_ROOT: &str = "/run/kiln/next";
 /// The largest UKI kept in memory: a manifest that names a longer one is refused.
 const UKI_LIMIT: u64 = 256 << 20;
 
@@ -29,7 +29,14 @@ pub struct Ready {
 
 /// Verifies the metadata of `release` and fetches what it names. For a cold boot the root is read once too, so that a
 /// release that cannot be fetched is noticed here and not after the restart.
-pub async fn prefetch(flow: &mut Flow, assignment: &Assignment, release: &ReleaseId, via: Via) -> Result<Ready> {
+/// `to` is where the root goes if the next step is a kexec.
+pub async fn prefetch(
+    flow: &mut Flow,
+    assignment: &Assignment,
+    release: &ReleaseId,
+    via: Via,
+    to: &Path,
+) -> Result<Ready> {
     let verified = flow.verify_metadata(release).await?;
     if verified.manifest_sha256 != assignment.manifest_sha256.as_str() {
         return Err(AgentError::ManifestMismatch {
@@ -55,9 +62,8 @@ pub async fn prefetch(flow: &mut Flow, assignment: &Assignment, release: &Releas
     let root = expected("root artifact", &manifest.root);
     match leave {
         Leave::Kexec => {
-            let path = Path::new(NEXT_ROOT);
-            flow.fetch_to(Stage::Prefetch, root, path).await?;
-            let root = Some(path.to_owned());
+            flow.fetch_to(Stage::Prefetch, root, to).await?;
+            let root = Some(to.to_owned());
             Ok(Ready { release: release.clone(), verified, uki, root, via: Via::Kexec, note: None })
         }
         Leave::Cold => {
@@ -90,7 +96,7 @@ pub async fn now(flow: &mut Flow, assignment: &Assignment, release: &ReleaseId, 
     let mut attempt = 0;
     let ready = loop {
         attempt += 1;
-        match prefetch(flow, assignment, release, via).await {
+        match prefetch(flow, assignment, release, via, Path::new(NEXT_ROOT)).await {
             Ok(ready) => break ready,
             Err(error) => flow.after_failure(Stage::Prefetch, error, attempt).await?,
         }

@@ -216,6 +216,13 @@ impl Flow {
             floor: self.memory.floor(&self.boot.image),
         };
         check_assignment(&assigned, &me)?;
+        let known = &verified.manifest;
+        if assigned.release_id() == release_id(&known.image, known.release)?
+            && assigned.manifest_sha256.as_str() != verified.manifest_sha256
+        {
+            let (expected, got) = (verified.manifest_sha256.clone(), assigned.manifest_sha256.to_string());
+            return Err(AgentError::ManifestMismatch { expected, got });
+        }
         let (fresh, _) = verified.site.verify_director::<Freshness>(freshness.as_bytes())?;
         check_freshness(&fresh, nonce, &sha256.parse().expect("a SHA-256 in hex"))?;
         self.memory.accept(&assigned);

@@ -11,6 +11,7 @@ use crate::memory::{Place, random};
 use crate::plan::{self, Plan};
 use crate::{facts, init, net, verity};
 use kiln_protocol::{Assignment, Decision, Grant, Health, Prefetch, Reply, RunningRelease, Stage, Via};
+use std::path::Path;
 use std::time::Duration;
 use tokio::process::Command;
 use tokio::time::{Instant, sleep, timeout};
@@ -231,7 +232,7 @@ impl Service {
         let mut attempt = 0;
         loop {
             attempt += 1;
-            match change::prefetch(flow, assignment, release, via).await {
+            match change::prefetch(flow, assignment, release, via, Path::new(change::NEXT_ROOT)).await {
                 Ok(ready) => {
                     flow.journal.done(Stage::Prefetch);
                     if let Some(note) = &ready.note {

@@ -131,7 +131,7 @@ async fn verify(flow: &mut Flow, here: &kiln_protocol::ReleaseId, out: &Path) ->
         }
         Plan::Change(release) => {
             flow.journal.started(Stage::Prefetch);
-            tried!(flow, Stage::Prefetch, change::prefetch(flow, &assignment, &release, via).await);
+            tried!(flow, Stage::Prefetch, change::prefetch(flow, &assignment, &release, via, &out.join("next")).await);
             flow.journal.done(Stage::Prefetch);
         }
     }

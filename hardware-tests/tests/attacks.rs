@@ -126,12 +126,18 @@ fn an_older_validly_signed_repository_is_refused_after_a_newer_one_was_seen() {
         bench.stop_server();
         bench.start_server();
         machine.accepts(); // and remembers the newer versions
-        // A cold boot lies between: only the state directory is carried over.
+        // A cold boot lies between: only the machine's state directory is carried over.
         bench.stop_server();
         std::fs::remove_dir_all(&metadata).unwrap();
         site::copy_tree(&older, &metadata).unwrap();
+        let refused = bench.try_start_server().unwrap_err().to_string();
+        assert!(refused.contains("an old repository is served"), "the server itself notices: {refused}");
+        // A server restored from an old backup as a whole, its own memory included, does not.
+        std::fs::remove_dir_all(bench.site.join("state")).unwrap();
+        std::fs::create_dir(bench.site.join("state")).unwrap();
         bench.start_server();
         machine.refuses("metadata-rollback");
+        assert!(bench.view(&machine).failures().contains(&"metadata-rollback"));
         let fresh = bench.machine(2, 1);
         fresh.accepts(); // to one that has seen nothing newer the same bytes are good: it was the memory that refused
     });

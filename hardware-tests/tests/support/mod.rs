@@ -4,6 +4,7 @@
 pub mod hostile;
 
 use kiln_lab::api::{self, MachineView};
+use kiln_lab::error::LabError;
 use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::paths::Paths;
 use kiln_lab::server::{self, DhcpMode, Server};
@@ -16,6 +17,8 @@ use std::process::{Command, Stdio};
 pub const HTTP: &str = "http://127.0.0.1:8080";
 /// The real boot server's agent API.
 pub const AGENT_API: &str = "https://127.0.0.1:8443";
+
+const BOOT_ID: &str = "/sys/boot_id";
 
 /// A site, its boot server, and machines that are only an agent process.
 pub struct Bench {
@@ -46,8 +49,13 @@ impl Bench {
     }
 
     pub fn start_server(&mut self) {
+        self.try_start_server().unwrap();
+    }
+
+    pub fn try_start_server(&mut self) -> Result<(), LabError> {
         let log = self.paths.scratch.join("kiln-serve.log");
-        self.server = Some(Server::start(&self.paths.kiln, &self.site, &self.config, &log, true).unwrap());
+        self.server = Some(Server::start(&self.paths.kiln, &self.site, &self.config, &log, true)?);
+        Ok(())
     }
 
     pub fn stop_server(&mut self) {
@@ -164,6 +172,7 @@ impl AgentMachine {
     /// One boot, as far as `kiln-agent stage` goes.
     pub fn stage(&self) -> Ended {
         set_uuid(&self.spec.uuid());
+        set_boot_id();
         let settings = self.dir.join("boot.json");
         let out = self.dir.join("out");
         let _ = std::fs::remove_dir_all(&out);
@@ -223,6 +232,13 @@ fn hide_hardware() {
     command::run("mount", ["-t", "tmpfs", "hardware", "/sys"]).unwrap();
     std::fs::create_dir_all("/sys/class/dmi/id").unwrap();
     std::fs::create_dir_all("/sys/class/net").unwrap();
+}
+
+/// Every run of the agent is a boot of its own; the kernel's boot id is the host's.
+fn set_boot_id() {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/uuid").unwrap();
+    std::fs::write(BOOT_ID, id).unwrap();
+    command::run("mount", ["--bind", BOOT_ID, "/proc/sys/kernel/random/boot_id"]).unwrap();
 }
 
 fn set_uuid(uuid: &str) {

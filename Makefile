@@ -25,11 +25,11 @@ test: setup ## Every test of the fast tier: pure, processes in network namespace
 	@$(CARGO) fmt --all --check
 	@$(CARGO) test --locked --workspace --exclude kiln-lab
 	@$(MAKE) --no-print-directory build
-	@$(LAB) prepare
+	@$(LAB) prepare --probe
 	@$(CARGO) test --locked -p kiln-lab
 
 test-slow: setup build ## One QEMU run per scenario; hours
-	@$(LAB) prepare
+	@$(LAB) prepare --probe
 	@$(CARGO) test --locked -p kiln-lab -- --include-ignored
 
 bench: setup build ## The lab's figures: target/lab/report.json

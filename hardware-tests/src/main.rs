@@ -34,7 +34,11 @@ enum What {
         port: u16,
     },
     /// Make the site and the two releases that racks boot, if they are not current
-    Prepare,
+    Prepare {
+        /// Also build the image that only tests boot
+        #[arg(long)]
+        probe: bool,
+    },
     /// Run a program inside fresh lab namespaces; nothing of it outlives this process
     Inside {
         /// Program and arguments
@@ -71,7 +75,7 @@ fn run(what: What) -> anyhow::Result<u8> {
                 return inside(&paths, machines, boot_only);
             }
             checks::host()?;
-            site::prepare(&paths)?;
+            site::prepare(&paths, false)?;
             // The web page's port is opened here, in the host's network, and handed inside.
             let listener = TcpListener::bind(("127.0.0.1", port))
                 .with_context(|| format!("the web page's port 127.0.0.1:{port} (choose another with --port)"))?;
@@ -81,9 +85,9 @@ fn run(what: What) -> anyhow::Result<u8> {
             let status = enclosure::run(&paths.program, &argv, Some(listener), &paths.scratch)?;
             Ok(enclosure::exit_code(status))
         }
-        What::Prepare => {
+        What::Prepare { probe } => {
             checks::host()?;
-            site::prepare(&Paths::find()?)?;
+            site::prepare(&Paths::find()?, probe)?;
             Ok(0)
         }
         What::Inside { argv } => {

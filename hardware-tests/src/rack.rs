@@ -8,7 +8,7 @@ use crate::net::{self, SiteDhcp};
 use crate::paths::Paths;
 use crate::server::{self, DhcpMode, Server};
 use crate::site;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,8 @@ pub struct RackOptions {
     pub dhcp: DhcpMode,
     /// The machines.
     pub machines: Vec<MachineSpec>,
+    /// The image that machines run.
+    pub image: String,
     /// Leave these out of the pre-loaded list.
     pub unknown: Vec<String>,
     /// The site to serve; none: a copy of the template in the rack's scratch memory.
@@ -51,6 +53,21 @@ pub struct Rack {
     pub accelerator: (Accelerator, String),
 }
 
+impl RackOptions {
+    /// One machine beside the site's own DHCP server, on a copy of the template, for a test.
+    pub fn scenario(paths: &Paths, name: &str, machine: MachineSpec) -> Self {
+        Self {
+            dhcp: DhcpMode::Proxy,
+            machines: vec![machine],
+            image: site::IMAGE.to_owned(),
+            unknown: Vec::new(),
+            site: None,
+            consoles: paths.consoles.join(name),
+            config: String::new(),
+        }
+    }
+}
+
 impl Rack {
     /// Builds the rack and starts its boot server; machines stay off. Only inside the lab's namespaces.
     pub fn start(paths: &Paths, options: &RackOptions) -> Result<Self, LabError> {
@@ -74,7 +91,7 @@ impl Rack {
         };
         let known: Vec<&MachineSpec> = options.machines.iter().filter(|m| !options.unknown.contains(&m.name)).collect();
         let config = paths.scratch.join("kiln.toml");
-        std::fs::write(&config, server::config(options.dhcp, &known, &options.config)).at(&config)?;
+        std::fs::write(&config, server::config(options.dhcp, &options.image, &known, &options.config)).at(&config)?;
         let machines = options
             .machines
             .iter()
@@ -202,9 +219,4 @@ impl Drop for Rack {
     fn drop(&mut self) {
         self.watch.stop();
     }
-}
-
-/// Consoles of a scenario: `target/lab/console/SCENARIO/`.
-pub fn scenario_consoles(paths: &Paths, scenario: &str) -> PathBuf {
-    Path::new(&paths.consoles).join(scenario)
 }

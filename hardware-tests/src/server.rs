@@ -25,8 +25,8 @@ pub enum DhcpMode {
     Off,
 }
 
-/// kiln.toml for a rack: who is known, and where it answers.
-pub fn config(mode: DhcpMode, known: &[&MachineSpec], extra: &str) -> String {
+/// kiln.toml for a rack: who is known, what they run, and where it answers.
+pub fn config(mode: DhcpMode, image: &str, known: &[&MachineSpec], extra: &str) -> String {
     let mut text = String::from("# Made by kiln-lab.\n");
     let _ = match mode {
         DhcpMode::Proxy => writeln!(text, "[dhcp]\nmode = \"proxy\"\ninterface = \"{}\"", net::BRIDGE),
@@ -41,7 +41,7 @@ pub fn config(mode: DhcpMode, known: &[&MachineSpec], extra: &str) -> String {
     if mode != DhcpMode::Off {
         let _ = writeln!(text, "address = \"{}\"", net::SERVER);
     }
-    text.push_str("default_image = \"minimal\"\n[[role]]\nname = \"lab\"\nimage = \"minimal\"\n");
+    let _ = writeln!(text, "default_image = \"{image}\"\n[[role]]\nname = \"lab\"\nimage = \"{image}\"");
     for spec in known {
         let _ = writeln!(text, "[[machine]]\nid = \"{}\"\nname = \"{}\"\nrole = \"lab\"", spec.uuid(), spec.name);
     }

@@ -18,8 +18,28 @@ pub fn template(paths: &Paths) -> PathBuf {
     paths.lab.join("template")
 }
 
-/// Makes the template, or finds it current. The builder's output goes to the terminal.
-pub fn prepare(paths: &Paths) -> Result<(), LabError> {
+/// The image that says on the console what it refuses; only tests boot it.
+pub const PROBE: &str = "probe";
+
+/// Makes the template, or finds it current; `probe` adds the tests' own image. The builder's output goes to the terminal.
+pub fn prepare(paths: &Paths, probe: bool) -> Result<(), LabError> {
+    prepare_lab(paths)?;
+    let site = template(paths);
+    if probe && !site.join(format!("build/{PROBE}/1/manifest.json")).exists() {
+        println!("lab: building {PROBE}, the image of the tests");
+        build(paths, &site, PROBE, "1")?;
+    }
+    Ok(())
+}
+
+fn build(paths: &Paths, site: &Path, image: &str, release: &str) -> Result<(), LabError> {
+    let recipe = text(&paths.repository.join(format!("images/recipes/{image}.toml")));
+    let (site, agent, cache) = (text(site), text(&paths.agent), text(&paths.lab.join("cache")));
+    let args = ["image", "build", &recipe, "--site", &site, "--release", release, "--agent", &agent, "--cache", &cache];
+    kiln(paths, &args)
+}
+
+fn prepare_lab(paths: &Paths) -> Result<(), LabError> {
     for program in [&paths.kiln, &paths.agent] {
         if !program.exists() {
             return Err(LabError::MissingProgram { path: program.clone() });
@@ -38,25 +58,8 @@ pub fn prepare(paths: &Paths) -> Result<(), LabError> {
     let _ = std::fs::remove_file(&stamp_file);
     println!("lab: making a site and two releases of {IMAGE} in {}", site.display());
     kiln(paths, &["trust", "init", "--lab", &text(&site), "--name", "lab"])?;
-    let recipe = text(&paths.repository.join(format!("images/recipes/{IMAGE}.toml")));
-    let (site_text, agent, cache) = (text(&site), text(&paths.agent), text(&paths.lab.join("cache")));
     for release in ["1", "2"] {
-        kiln(
-            paths,
-            &[
-                "image",
-                "build",
-                &recipe,
-                "--site",
-                &site_text,
-                "--release",
-                release,
-                "--agent",
-                &agent,
-                "--cache",
-                &cache,
-            ],
-        )?;
+        build(paths, &site, IMAGE, release)?;
     }
     publish(paths, &site, 1)?;
     std::fs::write(&stamp_file, stamp).at(&stamp_file)
@@ -156,7 +159,12 @@ pub fn flip_byte(path: &Path, at: u64) -> Result<(), LabError> {
 
 /// The manifest of a built release.
 pub fn manifest(site: &Path, release: u64) -> Result<serde_json::Value, LabError> {
-    let path = site.join(format!("build/{IMAGE}/{release}/manifest.json"));
+    manifest_of(site, IMAGE, release)
+}
+
+/// The same of any image.
+pub fn manifest_of(site: &Path, image: &str, release: u64) -> Result<serde_json::Value, LabError> {
+    let path = site.join(format!("build/{image}/{release}/manifest.json"));
     let bytes = std::fs::read(&path).at(&path)?;
     serde_json::from_slice(&bytes).map_err(|e| LabError::File { path, source: e.into() })
 }

@@ -82,6 +82,7 @@ pub fn tell(paths: &Paths, options: &StoryOptions) -> Result<(Rack, Report), Lab
         &RackOptions {
             dhcp: DhcpMode::Proxy,
             machines: specs.clone(),
+            image: site::IMAGE.to_owned(),
             unknown: Vec::new(),
             site: Some(paths.site.clone()),
             consoles: paths.consoles.clone(),

@@ -7,10 +7,30 @@ use crate::error::LabError;
 use crate::paths::Paths;
 use crate::{checks, command, enclosure};
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
+use std::sync::{Condvar, Mutex, PoisonError};
 
-/// One rack at a time: a booting machine takes a core, and there are two.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+/// Racks at a time: a booting machine takes a core, and small hosts have two.
+const AT_ONCE: usize = 2;
+static FREE: (Mutex<usize>, Condvar) = (Mutex::new(AT_ONCE), Condvar::new());
+
+/// One of the places, given back when dropped.
+struct Turn;
+
+impl Turn {
+    fn take() -> Self {
+        let free = FREE.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = FREE.1.wait_while(free, |free| *free == 0).unwrap_or_else(PoisonError::into_inner);
+        *free -= 1;
+        Self
+    }
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        *FREE.0.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        FREE.1.notify_one();
+    }
+}
 
 /// Runs `body` inside fresh namespaces. `test` is the test's full name as libtest knows it.
 ///
@@ -26,7 +46,7 @@ pub fn inside(test: &str, body: impl FnOnce(&Paths)) {
         eprintln!("{test} cannot run here: {why}");
         return;
     }
-    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let _turn = Turn::take();
     let me = std::env::current_exe().expect("this test binary exists");
     let mut again = Command::new(&paths.program);
     again.args(["inside", "--"]).arg(me).args([

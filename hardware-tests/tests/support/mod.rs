@@ -43,7 +43,7 @@ impl Bench {
         let config = paths.scratch.join("kiln.toml");
         let known: Vec<MachineSpec> = (1..=2).map(|n| MachineSpec::new(n, Firmware::Bios)).collect();
         let known: Vec<&MachineSpec> = known.iter().collect();
-        std::fs::write(&config, server::config(DhcpMode::Off, &known, "")).unwrap();
+        std::fs::write(&config, server::config(DhcpMode::Off, site::IMAGE, &known, "")).unwrap();
         hide_hardware();
         Self { paths: paths.clone(), site, config, server: None }
     }

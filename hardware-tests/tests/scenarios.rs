@@ -1,0 +1,170 @@
+//! The boots that only real firmware can show. Each scenario checks many things, because a boot costs half a minute.
+//! Consoles: target/lab/console/SCENARIO/.
+#![allow(clippy::unwrap_used)]
+
+use kiln_lab::machine::{Firmware, MachineSpec};
+use kiln_lab::rack::{IDLE, Rack, RackOptions};
+use kiln_lab::server::DhcpMode;
+use kiln_lab::variables::NetworkBoot;
+use kiln_lab::{console::Mark, site, testing};
+use kiln_protocol::Stage;
+use serde_json::{Value, json};
+
+const PXE: Firmware = Firmware::Uefi(NetworkBoot::Pxe);
+const HTTP: Firmware = Firmware::Uefi(NetworkBoot::Http);
+const NAME: &str = "rack-1";
+
+fn root_hash(rack: &Rack, image: &str, release: u64) -> Option<String> {
+    let manifest = site::manifest_of(&rack.site, image, release).unwrap();
+    manifest["verity"]["root_hash"].as_str().map(str::to_owned)
+}
+
+/// UEFI PXE over TFTP; the boot server dies while the root downloads and comes back; then a reimage by kexec.
+#[test]
+fn pxe_survives_a_dead_server_and_reimages_by_kexec() {
+    testing::inside("pxe_survives_a_dead_server_and_reimages_by_kexec", |paths| {
+        let spec = MachineSpec::new(1, PXE);
+        let mut rack = Rack::start(paths, &RackOptions::scenario(paths, "pxe-kexec", spec)).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for(Stage::Modules.label(), Mark::default(), IDLE).unwrap();
+        // Slow enough that the root is under way for many seconds.
+        rack.machine(NAME).set_slow(24_000).unwrap();
+        console.wait_for(Stage::Root.label(), Mark::default(), IDLE).unwrap();
+        let before = console.mark();
+        rack.kill_server();
+        console.wait_for("(server-unreachable", before, IDLE).unwrap();
+        assert!(!console.since(Mark::default()).contains(Stage::Verity.label()), "the root was there already");
+        rack.start_server().unwrap();
+        let view = rack.wait_healthy(NAME, 1).unwrap();
+        assert_eq!(view.root_hash, root_hash(&rack, site::IMAGE, 1), "read from inside the machine");
+        assert_eq!(view.key_storage.as_deref(), Some("efi-variable"));
+        assert_eq!(view.rollback_memory.as_deref(), Some("efi-variable"));
+        rack.machine(NAME).set_slow(1_000_000).unwrap();
+
+        rack.kiln(&["release", "publish", "minimal/2"]).unwrap();
+        rack.kiln(&["assign", NAME, "minimal/2", "--via", "kexec"]).unwrap();
+        let resets = rack.machine(NAME).resets();
+        let view = rack.wait_healthy(NAME, 2).unwrap();
+        assert_eq!(view.root_hash, root_hash(&rack, site::IMAGE, 2), "read from inside the machine");
+        assert_eq!(rack.machine(NAME).resets(), resets, "a kexec does not go through firmware");
+        let reimage = view.boot().unwrap();
+        assert_eq!(reimage.via.as_deref(), Some("kexec"));
+        assert!(reimage.at(Stage::Dhcp, "done").is_none(), "no firmware was heard: {reimage:#?}");
+
+        let list: Value = serde_json::from_str(&rack.kiln(&["machine", "list", "--json"]).unwrap()).unwrap();
+        let row = list.as_array().unwrap().iter().find(|m| m["name"] == NAME).unwrap();
+        assert_eq!((&row["state"], &row["release"]), (&json!("healthy"), &json!(2)));
+        assert!(rack.kiln(&["machine", "list"]).unwrap().contains(NAME));
+        assert!(rack.stop_server().unwrap(), "SIGTERM ends the boot server with status 0");
+    });
+}
+
+/// UEFI HTTP Boot; a reimage by cold boot; then an older, validly signed repository is served and the machine, which
+/// has seen the newer one, is switched off and on.
+#[test]
+fn http_boot_reimages_cold_and_remembers_what_it_has_seen() {
+    testing::inside("http_boot_reimages_cold_and_remembers_what_it_has_seen", |paths| {
+        let spec = MachineSpec::new(1, HTTP);
+        let mut rack = Rack::start(paths, &RackOptions::scenario(paths, "http-cold", spec)).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("Start HTTP Boot over IPv4", Mark::default(), IDLE).unwrap();
+        rack.wait_healthy(NAME, 1).unwrap();
+        let metadata = rack.site.join("repo/metadata");
+        let older = paths.scratch.join("older");
+        site::copy_tree(&metadata, &older).unwrap();
+
+        rack.kiln(&["release", "publish", "minimal/2"]).unwrap();
+        let resets = rack.machine(NAME).resets();
+        rack.kiln(&["assign", NAME, "minimal/2", "--via", "cold"]).unwrap();
+        let view = rack.wait_healthy(NAME, 2).unwrap();
+        assert_eq!(view.root_hash, root_hash(&rack, site::IMAGE, 2), "read from inside the machine");
+        assert!(rack.machine(NAME).resets() > resets, "a cold boot goes through firmware");
+        assert_eq!(view.boot().unwrap().via.as_deref(), Some("cold"));
+
+        // The boot server is put back to an old backup, its own memory included.
+        rack.machine(NAME).power_off();
+        assert!(rack.stop_server().unwrap());
+        std::fs::remove_dir_all(&metadata).unwrap();
+        site::copy_tree(&older, &metadata).unwrap();
+        std::fs::remove_dir_all(rack.site.join("state")).unwrap();
+        std::fs::create_dir(rack.site.join("state")).unwrap();
+        rack.start_server().unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        rack.wait(NAME, "metadata-rollback", |v| v.failures().contains(&"metadata-rollback")).unwrap();
+        let console = rack.machine(NAME).console().unwrap();
+        assert!(!console.since(Mark::default()).contains(Stage::Handover.label()), "it must not boot");
+    });
+}
+
+/// BIOS with Kiln as the only DHCP server: an unknown machine waits until a person approves it, then runs an image
+/// that tries from inside what a verity root must refuse.
+#[test]
+fn bios_waits_for_approval_and_its_root_refuses_every_change() {
+    testing::inside("bios_waits_for_approval_and_its_root_refuses_every_change", |paths| {
+        let spec = MachineSpec::new(1, Firmware::Bios);
+        let id = spec.uuid();
+        let mut options = RackOptions::scenario(paths, "bios-probe", spec);
+        options.image = site::PROBE.to_owned();
+        options.dhcp = DhcpMode::Full;
+        options.unknown = vec![NAME.to_owned()];
+        let mut rack = Rack::start(paths, &options).unwrap();
+        rack.kiln(&["release", "publish", "probe/1"]).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        let view = rack.wait(NAME, "discovered, waiting", |v| v.stage == Some(Stage::Assignment)).unwrap();
+        assert_eq!(view.state, "discovered", "nobody approved it: {view:#?}");
+        assert_eq!(view.key_storage.as_deref(), Some("ephemeral"));
+        assert_eq!(view.rollback_memory.as_deref(), Some("none"));
+        rack.kiln(&["machine", "approve", &id, "--role", "lab"]).unwrap();
+        let view = rack.wait_healthy(NAME, 1).unwrap();
+        assert_eq!(view.root_hash, root_hash(&rack, site::PROBE, 1));
+
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("KILN-PROBE flip", Mark::default(), IDLE).unwrap();
+        let said = console.since(Mark::default());
+        let lines: Vec<&str> = said.lines().filter_map(|l| l.split_once("KILN-PROBE ").map(|(_, rest)| rest)).collect();
+        for check in ["system", "read-only", "root-hash", "data", "flip"] {
+            assert!(lines.iter().any(|l| l.starts_with(&format!("{check} ok"))), "{check}: {lines:#?}");
+        }
+        assert!(!lines.iter().any(|l| l.contains(" fail ")), "{lines:#?}");
+        let hash = root_hash(&rack, site::PROBE, 1).unwrap();
+        assert!(lines.contains(&format!("root-hash ok {hash}").as_str()), "{lines:#?}");
+        assert!(said.contains("boot.ipxe"), "the chain goes through an iPXE script");
+    });
+}
+
+/// One byte of the next release's root is flipped after it was prefetched: the trial is refused, named and reported,
+/// and the machine comes back on the release before by itself.
+#[test]
+fn a_corrupt_root_is_refused_and_the_previous_release_boots() {
+    testing::inside("a_corrupt_root_is_refused_and_the_previous_release_boots", |paths| {
+        let mut options = RackOptions::scenario(paths, "corrupt-root", MachineSpec::new(1, PXE));
+        options.config = "[fleet]\ntrial_attempts = 1\n".into();
+        let mut rack = Rack::start(paths, &options).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        rack.wait_healthy(NAME, 1).unwrap();
+        rack.kiln(&["release", "publish", "minimal/2"]).unwrap();
+        let resets = rack.machine(NAME).resets();
+        rack.kiln(&["assign", NAME, "minimal/2", "--via", "cold"]).unwrap();
+        rack.machine(NAME).wait_reset(resets, IDLE).unwrap();
+        let root = site::manifest(&rack.site, 2).unwrap()["root"]["sha256"].as_str().unwrap().to_owned();
+        site::flip_byte(&rack.artifact(&root), 1 << 20).unwrap();
+
+        let refused = "root-hash-mismatch";
+        let view = rack.wait(NAME, refused, |v| v.failures().contains(&refused)).unwrap();
+        assert_ne!(view.state, "healthy");
+        let view = rack
+            .wait(NAME, "back on release 1", |v| {
+                v.release == Some(1) && v.boot().is_some_and(|b| b.at(Stage::Healthy, "done").is_some())
+            })
+            .unwrap();
+        assert_eq!(view.root_hash, root_hash(&rack, site::IMAGE, 1));
+        assert_eq!(view.state, "fell-back", "{view:#?}");
+        assert!(
+            view.reason.as_deref().is_some_and(|r| r.contains("minimal/2")),
+            "it says from what: {:?}",
+            view.reason
+        );
+    });
+}

@@ -99,7 +99,13 @@ pub fn become_site_dhcp() -> Result<std::convert::Infallible, LabError> {
     ip("link set lo up")?;
     ip(&format!("addr add {SITE_DHCP}/24 brd + dev site1"))?;
     ip("link set site1 up")?;
+    let ipv6 = ip("addr add fd00:77::2/64 dev site1 nodad").is_ok();
     let mut dnsmasq = Command::new("/usr/sbin/dnsmasq");
+    if ipv6 {
+        // Debian's iPXE asks for an IPv6 router beside DHCP and waits 16 s for one, in the ROM and again in undionly.kpxe. An
+        // advertisement of a router that routes nothing ends the wait at once.
+        dnsmasq.args(["--enable-ra", "--dhcp-range=::,constructor:site1,ra-only", "--ra-param=site1,0,0"]);
+    }
     dnsmasq.args([
         "--no-daemon", // in the foreground, and no change of user: there is only one here
         "--conf-file=/dev/null",

@@ -287,7 +287,7 @@ async fn boot_net(control: &Arc<Control>, http_port: u16, agent_port: u16) -> Re
         http_port,
         agent_port,
         http_boot: config.boot.http_boot,
-        chain_ipxe: false,
+        chain_ipxe: true, // the site's own undionly.kpxe rather than whatever age the ROM's iPXE has
     };
     BootNet::new(settings, leases).map_err(|e| fail(e.to_string()))
 }

@@ -2,6 +2,7 @@
 #![allow(dead_code)] // each test binary uses its part
 
 pub mod hostile;
+pub mod silent;
 
 use kiln_lab::api::{self, MachineView};
 use kiln_lab::error::LabError;
@@ -167,6 +168,11 @@ impl AgentMachine {
     /// Sends it to another agent API than the real boot server's.
     pub fn look_at(&mut self, agent_url: &str) {
         self.boot["site"]["agent_urls"] = serde_json::json!([agent_url]);
+    }
+
+    /// Sends it to another artifact server than the real boot server's.
+    pub fn fetch_from(&mut self, http_url: &str) {
+        self.boot["site"]["http_urls"] = serde_json::json!([http_url]);
     }
 
     /// One boot, as far as `kiln-agent stage` goes.

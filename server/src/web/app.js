@@ -75,6 +75,7 @@ function arrange() {
 const events = new EventSource("/api/v1/events");
 events.addEventListener("hello", (event) => {
   connected = true;
+  window.kilnFirstEventMs ??= performance.now();
   const all = JSON.parse(event.data);
   const here = new Set(all.map((machine) => machine.id));
   for (const [id, entry] of rows) {

@@ -1,0 +1,127 @@
+//! The web page in a real browser: headless Chromium, driven by WebDriver, against a running `kiln serve` and a machine
+//! that proves its key.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::*;
+use fantoccini::{Client, ClientBuilder, Locator};
+use kiln_protocol::{Stage, StageRecord, StageState};
+use serde_json::json;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+
+/// Chromium's driver on a port of its own choice; ended with the test.
+struct Driver {
+    process: Child,
+    url: String,
+    _profile: tempfile::TempDir,
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+async fn browser() -> Option<(Driver, Client)> {
+    let spawned = Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).spawn();
+    let Ok(mut process) = spawned else {
+        println!("skipped: chromedriver is not installed (Debian's chromium-driver); `make setup` installs it");
+        return None;
+    };
+    let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+    let port = lines
+        .find_map(|line| Some(line.ok()?.strip_suffix('.')?.rsplit_once("started successfully on port ")?.1.to_owned()))
+        .expect("chromedriver says its port");
+    // Read on, so that it never blocks on a full pipe.
+    std::thread::spawn(move || lines.for_each(drop));
+    let profile = tempfile::tempdir().unwrap();
+    let arguments = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        &format!("--user-data-dir={}", profile.path().display()),
+    ];
+    let driver = Driver { process, url: format!("http://127.0.0.1:{port}"), _profile: profile };
+    let capabilities =
+        json!({ "goog:chromeOptions": { "args": arguments }, "goog:loggingPrefs": { "browser": "ALL" } });
+    let capabilities = capabilities.as_object().unwrap().clone();
+    let client = ClientBuilder::new(hyper_util::client::legacy::connect::HttpConnector::new())
+        .capabilities(capabilities)
+        .connect(&driver.url)
+        .await
+        .unwrap();
+    Some((driver, client))
+}
+
+/// The text of one cell of one machine's row, once it satisfies `wanted`.
+async fn cell(page: &Client, machine: &str, name: &str, wanted: impl Fn(&str) -> bool) -> String {
+    let css = format!("tr[data-machine=\"{machine}\"] [data-cell=\"{name}\"]");
+    let begun = std::time::Instant::now();
+    loop {
+        // A row may be rewritten between finding and reading: it is looked for again.
+        if let Ok(element) = page.wait().at_most(PATIENCE).for_element(Locator::Css(&css)).await
+            && let Ok(text) = element.text().await
+            && wanted(&text)
+        {
+            return text;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{css} never became what it should");
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn the_rack_is_live_in_a_browser() {
+    let site = TestSite::new();
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let first = agent.report();
+    agent.send(&server, &first).await;
+    let Some((driver, page)) = browser().await else { return };
+    page.goto(&format!("http://{}/", server.http)).await.unwrap();
+
+    cell(&page, "rack-1", "state", |text| text == "booting").await;
+    // Measured in the page, from its own start to the first event.
+    let first_event = page.execute("return window.kilnFirstEventMs", vec![]).await.unwrap();
+    assert!(first_event.as_f64().is_some_and(|ms| ms > 0.0), "{first_event}");
+    println!("first event {first_event} ms after the page's start");
+
+    // What the machine says is on the page without a reload, and as text only.
+    let mut healthy = agent.healthy();
+    let (stage, state) = (Stage::Healthy, StageState::Done);
+    healthy.stages.push(StageRecord { stage, state, at_ms: healthy.at_ms });
+    agent.send(&server, &healthy).await;
+    cell(&page, "rack-1", "state", |text| text == "healthy").await;
+    assert_eq!(cell(&page, "rack-1", "release", |text| !text.is_empty()).await, "minimal/1");
+    let stage = cell(&page, "rack-1", "stage", |text| text.starts_with(Stage::Healthy.label())).await;
+    assert_eq!(stage.trim(), Stage::Healthy.label());
+    let summary = page.find(Locator::Id("summary")).await.unwrap().text().await.unwrap();
+    assert_eq!(summary, "1 of 1 machines healthy");
+
+    // The stages of the page are the stage enum, in order.
+    let labels = page.execute("return [...document.querySelectorAll('#stages li')].map((l) => l.textContent)", vec![]);
+    let expected: Vec<&str> = Stage::ALL.iter().map(|s| s.label()).collect();
+    assert_eq!(labels.await.unwrap(), json!(expected));
+
+    // Nothing came from another host, and the browser had nothing to complain of (its policy would).
+    let fetched = "return performance.getEntriesByType('resource').map((r) => new URL(r.name).host)";
+    let hosts = page.execute(fetched, vec![]).await.unwrap();
+    let own = server.http.to_string();
+    assert!(hosts.as_array().unwrap().iter().all(|host| *host == json!(own)), "{hosts}");
+
+    // A server that goes away is said, one that comes back is found.
+    server.signal("-TERM");
+    let lost = "#summary[data-connected=\"false\"]";
+    page.wait().at_most(PATIENCE).for_element(Locator::Css(lost)).await.unwrap();
+    page.close().await.unwrap();
+    drop(driver);
+}

@@ -14,6 +14,7 @@ pub mod console;
 pub mod enclosure;
 pub mod error;
 pub mod forward;
+pub mod golden;
 pub mod live;
 pub mod machine;
 pub mod net;

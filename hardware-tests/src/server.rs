@@ -91,7 +91,7 @@ impl Server {
             return Err(LabError::MissingProgram { path: kiln.to_owned() });
         }
         let mut command = Command::new(kiln);
-        command.arg("serve").arg("--site").arg(site).arg("--config").arg(config);
+        command.args(["serve", "--log", "text", "--site"]).arg(site).arg("--config").arg(config);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child =
             command.spawn().map_err(|source| LabError::Spawn { command: command::shown(&command), source })?;

@@ -6,7 +6,7 @@ use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::server::DhcpMode;
 use kiln_lab::variables::NetworkBoot;
-use kiln_lab::{console::Mark, site, testing};
+use kiln_lab::{console::Mark, golden, site, testing};
 use kiln_protocol::Stage;
 use serde_json::{Value, json};
 
@@ -148,6 +148,12 @@ fn a_corrupt_root_is_refused_and_the_previous_release_boots() {
         let mut rack = Rack::start(paths, &options).unwrap();
         rack.machine(NAME).power_on().unwrap();
         rack.wait_healthy(NAME, 1).unwrap();
+        let log = &rack.server().unwrap().log;
+        log.wait_for("healthy: runs minimal/1", Mark::default(), IDLE).unwrap();
+        let page = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/boot-log.md");
+        let different = golden::differences(&std::fs::read_to_string(page).unwrap(), &log.since(Mark::default()));
+        assert!(different.is_empty(), "docs/boot-log.md and the boot server's log differ:\n{}", different.join("\n"));
+
         rack.kiln(&["release", "publish", "minimal/2"]).unwrap();
         let resets = rack.machine(NAME).resets();
         rack.kiln(&["assign", NAME, "minimal/2", "--via", "cold"]).unwrap();

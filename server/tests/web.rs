@@ -9,6 +9,7 @@ use fantoccini::{Client, ClientBuilder, Locator};
 use kiln_protocol::{Stage, StageRecord, StageState};
 use serde_json::json;
 use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 /// Chromium's driver on a port of its own choice; ended with the test.
@@ -20,13 +21,15 @@ struct Driver {
 
 impl Drop for Driver {
     fn drop(&mut self) {
-        let _ = self.process.kill();
+        // The browser is in the driver's process group: a failed test must not leave it behind.
+        let group = format!("-{}", self.process.id());
+        let _ = Command::new("kill").args(["-KILL", "--", &group]).status();
         let _ = self.process.wait();
     }
 }
 
 async fn browser() -> Option<(Driver, Client)> {
-    let spawned = Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).spawn();
+    let spawned = Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).process_group(0).spawn();
     let Ok(mut process) = spawned else {
         println!("skipped: chromedriver is not installed (Debian's chromium-driver); `make setup` installs it");
         return None;

@@ -264,7 +264,12 @@ impl Control {
         now: Millis,
         pending: &mut Pending,
     ) -> Result<(), ControlError> {
-        let machine = inner.machines.remove(id).unwrap_or_else(|| Machine::discovered(id.clone(), now));
+        let machine = inner.machines.remove(id).unwrap_or_else(|| {
+            // A listed machine has its name from the first packet on, so that the log reads as one story.
+            let name = self.config.machines.get(id).map(|listed| listed.name.clone());
+            let taken = inner.machines.values().any(|m| m.name == name);
+            Machine { name: name.filter(|_| !taken), ..Machine::discovered(id.clone(), now) }
+        });
         let (machine, actions) = machine.event(event, self.config.limits.trial_attempts, now);
         let title = machine.title().to_owned();
         inner.index(&machine);

@@ -134,7 +134,9 @@ fn bios_waits_for_approval_and_its_root_refuses_every_change() {
         assert!(!lines.iter().any(|l| l.contains(" fail ")), "{lines:#?}");
         let hash = root_hash(&rack, site::PROBE, 1).unwrap();
         assert!(lines.contains(&format!("root-hash ok {hash}").as_str()), "{lines:#?}");
-        assert!(said.contains("boot.ipxe"), "the chain goes through an iPXE script");
+        for link in ["undionly.kpxe", "boot.ipxe"] {
+            assert!(said.contains(link), "ROM, undionly.kpxe by TFTP, script by HTTP: {link} is missing");
+        }
     });
 }
 

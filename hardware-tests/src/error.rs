@@ -40,8 +40,10 @@ pub enum LabError {
     Api { method: &'static str, path: String, reason: String },
     #[error("variable store {}: {reason}", path.display())]
     VariableStore { path: PathBuf, reason: &'static str },
-    #[error("stopped by a signal")]
-    Interrupted,
+    #[error(
+        "the web page's port 127.0.0.1:{port} cannot be opened ({source}): choose another with --port, or 0 for any"
+    )]
+    WebPort { port: u16, source: std::io::Error },
 }
 
 /// Adds the path to an I/O error.

@@ -1,7 +1,7 @@
 //! `kiln-lab`: the virtual rack's program.
 
-use anyhow::Context;
 use clap::{Parser, Subcommand};
+use kiln_lab::error::LabError;
 use kiln_lab::paths::Paths;
 use kiln_lab::story::{self, StoryOptions};
 use kiln_lab::{checks, enclosure, forward, net, server, site};
@@ -61,7 +61,7 @@ fn main() -> ExitCode {
     match run(Cli::parse().command) {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
-            eprintln!("kiln-lab: {error:#}");
+            eprintln!("kiln-lab: {error}");
             ExitCode::FAILURE
         }
     }
@@ -77,8 +77,8 @@ fn run(what: What) -> anyhow::Result<u8> {
             checks::host()?;
             site::prepare(&paths, false)?;
             // The web page's port is opened here, in the host's network, and handed inside.
-            let listener = TcpListener::bind(("127.0.0.1", port))
-                .with_context(|| format!("the web page's port 127.0.0.1:{port} (choose another with --port)"))?;
+            let listener =
+                TcpListener::bind(("127.0.0.1", port)).map_err(|source| LabError::WebPort { port, source })?;
             let argv: Vec<OsString> = std::env::args_os().collect();
             let argv: Vec<OsString> =
                 [paths.program.clone().into_os_string()].into_iter().chain(argv.into_iter().skip(1)).collect();

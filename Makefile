@@ -28,7 +28,9 @@ test: setup ## Every test of the fast tier: pure, processes in network namespace
 	@$(LAB) prepare --probe
 	@$(CARGO) test --locked -p kiln-lab
 
-test-slow: setup build ## One QEMU run per scenario; hours
+test-slow: setup build ## One QEMU run per scenario, and cargo-deny's rules
+	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
+	@$(CARGO) deny check bans licenses sources
 	@$(LAB) prepare --probe
 	@$(CARGO) test --locked -p kiln-lab -- --include-ignored
 

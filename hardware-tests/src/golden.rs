@@ -4,7 +4,13 @@
 /// The lines of `page`'s code block that `log` does not have in this order, and lines of `log` that the page lacks.
 pub fn differences(page: &str, log: &str) -> Vec<String> {
     let block = page.split("```").nth(1).unwrap_or_default();
-    let masked = |text: &str| -> Vec<String> { text.lines().map(mask).filter(|l| !l.is_empty()).collect() };
+    let masked = |text: &str| -> Vec<String> {
+        let lines = text.lines().map(mask).filter(|l| !l.is_empty());
+        // The services start side by side: which of them listens first differs.
+        let (mut listens, others): (Vec<String>, Vec<String>) = lines.partition(|l| l.contains(" listens on "));
+        listens.sort();
+        listens.into_iter().chain(others).collect()
+    };
     let (expected, got) = (masked(block), masked(log));
     let mut different = Vec::new();
     let mut at = 0;
@@ -67,5 +73,7 @@ mod tests {
         assert_eq!(differences(page, &other).len(), 2);
         assert_eq!(differences(page, "").len(), 2);
         assert_eq!(differences(page, &format!("{same}more\n")), ["only in the log: more"]);
+        let (one, two) = ("1:1 kiln listens on 1: a\n", "2:2 kiln listens on 2: b\n");
+        assert!(differences(&format!("```\n{one}{two}```"), &format!("{two}{one}")).is_empty());
     }
 }

@@ -43,6 +43,8 @@ pub enum AgentError {
         "no DHCP offer on {interfaces} within {seconds} s: check the cable, the switch port and the site's DHCP server"
     )]
     NoOffer { interfaces: String, seconds: u64 },
+    #[error("the lease on {interface} cannot be used: {reason}")]
+    BadLease { interface: String, reason: String },
     #[error("no boot server: the image's settings name none, and none answered the agent's DHCP request")]
     NoServer,
     #[error("{url}: {reason}")]
@@ -81,6 +83,12 @@ pub enum AgentError {
     Uki(String),
     #[error("kernel's table for the root names root hash {got}, this image embeds {expected}")]
     RunningRoot { expected: String, got: String },
+    #[error("another assignment came while this one's release was fetched")]
+    Superseded,
+    #[error("the agent API's CA in this boot image is not the one that the site signs now: build a release anew")]
+    AgentApiCa,
+    #[error("{release} is of class {class}; this agent goes only to class normal")]
+    Class { release: String, class: String },
     #[error(
         "the kernel runs with the command line {got:?}, signed is {expected:?}, and the release's policy refuses others"
     )]
@@ -110,6 +118,7 @@ impl AgentError {
             Self::System { .. } => "machine-system-call",
             Self::NoInterface => "network-no-interface",
             Self::NoOffer { .. } => "network-no-offer",
+            Self::BadLease { .. } => "network-bad-lease",
             Self::NoServer => "server-not-found",
             Self::Unreachable { .. } => "server-unreachable",
             Self::HttpStatus { .. } => "server-bad-status",
@@ -137,6 +146,9 @@ impl AgentError {
             Self::BelowFloor { .. } => "release-below-floor",
             Self::Uki(_) => "uki-malformed",
             Self::RunningRoot { .. } => "running-root-mismatch",
+            Self::Superseded => "assignment-superseded",
+            Self::AgentApiCa => "agent-api-ca-mismatch",
+            Self::Class { .. } => "release-wrong-class",
             Self::CommandLine { .. } => "command-line-mismatch",
             Self::Usage(_) => "usage",
         }
@@ -146,11 +158,13 @@ impl AgentError {
     pub fn class(&self) -> FailureClass {
         match self {
             Self::NoOffer { .. }
+            | Self::BadLease { .. }
             | Self::NoServer
             | Self::Unreachable { .. }
             | Self::HttpStatus { .. }
             | Self::TooSlow { .. }
-            | Self::Stalled { .. } => FailureClass::Unreachable,
+            | Self::Stalled { .. }
+            | Self::Superseded => FailureClass::Unreachable,
             Self::TooLong { .. }
             | Self::HashMismatch { .. }
             | Self::LengthMismatch { .. }
@@ -165,6 +179,8 @@ impl AgentError {
             | Self::BelowFloor { .. }
             | Self::Uki(_)
             | Self::RunningRoot { .. }
+            | Self::AgentApiCa
+            | Self::Class { .. }
             | Self::CommandLine { .. } => FailureClass::Verification,
             Self::File { .. } | Self::Format { .. } | Self::System { .. } | Self::NoInterface => FailureClass::Machine,
             Self::Usage(_) => FailureClass::Usage,

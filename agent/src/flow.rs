@@ -11,7 +11,7 @@ use crate::plan::Currency;
 use crate::retry::{self, Next};
 use jiff::Timestamp;
 use kiln_protocol::{
-    Assignment, Decision, Freshness, Grant, ImageName, KeyId, Nonce, ReleaseId, Reply, Running, Stage, Via,
+    Assignment, Class, Decision, Freshness, Grant, ImageName, KeyId, Nonce, ReleaseId, Reply, Running, Stage, Via,
     check_assignment, check_freshness,
 };
 use kiln_release::certificate::{spki_der, spki_key_id};
@@ -20,6 +20,8 @@ use kiln_release::{BootInfo, Manifest, Signer, Site};
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
+use std::time::Duration;
+use tokio::time::timeout;
 
 /// Where to look for the boot server.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
@@ -55,8 +57,12 @@ pub enum Answer {
     Assigned { assignment: Assignment, via: Via, grant: Grant },
 }
 
+/// So often the server hears of a long download.
+const TELL_EVERY: Duration = Duration::from_secs(45);
+/// Tries of a download without a single byte before a running system's agent turns to its other duties.
+const PREFETCH_TRIES: u32 = 3;
 /// Pause after which a given-up boot restarts the machine, so that a loop is slow and readable.
-pub const RESTART_PAUSE: std::time::Duration = std::time::Duration::from_secs(10);
+pub const RESTART_PAUSE: Duration = Duration::from_secs(10);
 
 /// One machine on its way.
 pub struct Flow {
@@ -155,8 +161,10 @@ impl Flow {
         for url in self.servers.http.clone() {
             match self.refresh(&url, release).await {
                 Ok(verified) => return Ok(verified),
-                Err(error) if error.class() == FailureClass::Unreachable => last = error,
-                Err(error) => return Err(error),
+                // A bad mirror must not hide a good one. If none is good, what was refused says more than what was silent.
+                Err(error)
+                    if error.class() == FailureClass::Unreachable && last.class() != FailureClass::Unreachable => {}
+                Err(error) => last = error,
             }
         }
         Err(last)
@@ -181,8 +189,16 @@ impl Flow {
         fetched?;
         let outcome = client.finish()?;
         let site = Site::read(target(&outcome, &site_path)?)?;
+        if site.agent_api.ca_pem.trim() != self.boot.site.agent_api_ca_pem.trim() {
+            return Err(AgentError::AgentApiCa);
+        }
+        self.memory.directed_by(&site);
         let manifest_bytes = target(&outcome, &manifest_path)?;
         let manifest = Manifest::read(manifest_bytes, release.image.as_str(), release.release)?;
+        // The other classes need an order signed by an operator, which no agent reads yet.
+        if manifest.class != Class::Normal.as_str() {
+            return Err(AgentError::Class { release: release.to_string(), class: manifest.class });
+        }
         for (image, floor) in &site.floors {
             let known = self.memory.floors.entry(image.clone()).or_insert(1);
             *known = (*known).max(*floor);
@@ -262,23 +278,39 @@ impl Flow {
         result
     }
 
-    /// The same into any writer.
+    /// The same into any writer. Through a long download the server hears of it; an assignment of another sequence
+    /// ends the one that is no longer wanted.
     pub async fn fetch_into(&mut self, stage: Stage, expected: Expected<'_>, out: &mut dyn Write) -> Result<()> {
         let mut download = Download::new(expected);
+        let sequence = self.journal.state.sequence_hint;
         let mut attempt = 0;
+        let mut turn = 0;
         loop {
-            let before = download.received();
-            let base = self.servers.http.get(attempt as usize % self.servers.http.len().max(1)).cloned();
-            let base = base.ok_or(AgentError::NoServer)?;
-            match download.run(&base, out).await {
-                Ok(()) => return Ok(()),
-                Err(error) if error.class() == FailureClass::Unreachable => {
-                    // A try that moved bytes is progress: the count starts anew.
-                    attempt = if download.received() > before { 1 } else { attempt + 1 };
-                    self.after_failure(stage, error, attempt).await?;
-                }
-                Err(error) => return Err(error),
+            if stage == Stage::Prefetch && self.journal.state.sequence_hint != sequence {
+                return Err(AgentError::Superseded);
             }
+            let before = download.received();
+            let base = self.servers.http.get(turn % self.servers.http.len().max(1)).cloned();
+            let base = base.ok_or(AgentError::NoServer)?;
+            let error = match timeout(TELL_EVERY, download.run(&base, out)).await {
+                // Cut between two pieces: it goes on behind the last one.
+                Err(_) => {
+                    self.report().await;
+                    continue;
+                }
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(error)) => error,
+            };
+            if error.class() != FailureClass::Unreachable {
+                return Err(error);
+            }
+            // A try that moved bytes is progress: the count starts anew. The next server may be better.
+            attempt = if download.received() > before { 1 } else { attempt + 1 };
+            turn += 1;
+            if stage == Stage::Prefetch && attempt >= PREFETCH_TRIES {
+                return Err(error);
+            }
+            self.after_failure(stage, error, attempt).await?;
         }
     }
 }

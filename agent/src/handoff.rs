@@ -4,7 +4,6 @@
 use crate::error::{AgentError, Result};
 use crate::flow::Servers;
 use crate::journal::JournalState;
-use crate::memory::Memory;
 use crate::net::Lease;
 use jiff::Timestamp;
 use kiln_release::{BootInfo, HANDOFF_PATH, Manifest};
@@ -18,7 +17,6 @@ pub struct Handoff {
     pub manifest: Manifest,
     pub servers: Servers,
     pub journal: JournalState,
-    pub memory: Memory,
     pub lease: Lease,
     /// The newest time believed.
     pub now: Timestamp,

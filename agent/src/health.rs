@@ -1,5 +1,6 @@
 //! The health checks that the release declares, each held for its soak time.
 
+use crate::verity;
 use kiln_protocol::Health;
 use kiln_release::{HealthCheck, HealthKind};
 use std::time::{Duration, Instant};
@@ -11,18 +12,35 @@ const LIMIT: Duration = Duration::from_secs(10);
 
 /// The checks and since when they all pass.
 pub struct Checks {
-    checks: Vec<HealthCheck>,
+    declared: Vec<HealthCheck>,
+    /// The manifest's.
+    root_hash: String,
     passing_since: Option<Instant>,
 }
 
 impl Checks {
-    pub fn new(checks: Vec<HealthCheck>) -> Self {
-        Self { checks, passing_since: None }
+    pub fn new(checks: Vec<HealthCheck>, root_hash: String) -> Self {
+        Self { declared: checks, root_hash, passing_since: None }
+    }
+
+    /// The kernel's table names the manifest's root hash: part of health whatever the release declares.
+    fn root(&self) -> Result<(), String> {
+        match verity::running_root_hash() {
+            Ok(running) if running == self.root_hash => Ok(()),
+            Ok(running) => {
+                Err(format!("the kernel's root has root hash {running}, the manifest names {}", self.root_hash))
+            }
+            Err(error) => Err(error.to_string()),
+        }
     }
 
     /// Runs them all once.
     pub async fn run(&mut self) -> Health {
-        for check in &self.checks {
+        if let Err(detail) = self.root() {
+            self.passing_since = None;
+            return Health { healthy: false, detail };
+        }
+        for check in &self.declared {
             let failure = match check.kind {
                 HealthKind::Systemd => systemd().await.err(),
             };
@@ -32,7 +50,7 @@ impl Checks {
             }
         }
         let since = *self.passing_since.get_or_insert_with(Instant::now);
-        let soak = Duration::from_secs(self.checks.iter().map(|c| c.soak).max().unwrap_or(0));
+        let soak = Duration::from_secs(self.declared.iter().map(|c| c.soak).max().unwrap_or(0));
         match soak.checked_sub(since.elapsed()).filter(|left| !left.is_zero()) {
             None => Health { healthy: true, detail: "all checks pass".into() },
             Some(left) => {

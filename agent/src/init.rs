@@ -78,7 +78,7 @@ async fn go(boot: BootInfo, journal: JournalState, mut drivers: Drivers) -> Resu
     let place = Place::of_this_machine();
     let key = place.key()?;
     let memory = place.memory()?;
-    // The floor comes before anything else is believed (DESIGN §4).
+    // The floor comes before anything else is believed.
     let floor = memory.floor(&boot.image);
     if boot.release < floor {
         return Err(AgentError::BelowFloor { image: boot.image.clone(), release: boot.release, floor });
@@ -137,7 +137,7 @@ async fn bring_up_network(flow: &mut Flow, drivers: &mut Drivers) -> Result<Leas
         }
     };
     flow.journal.machine.macs = facts::mac_addresses();
-    set_host_name(&lease, flow)?;
+    set_host_name(&lease, flow);
     if flow.servers.http.is_empty() {
         flow.servers.http = lease.http_url.clone().into_iter().collect();
     }
@@ -252,7 +252,6 @@ async fn start(flow: &mut Flow, verified: Verified, lease: Lease) -> Result<Infa
         manifest: verified.manifest,
         servers: flow.servers.clone(),
         journal: flow.journal.state.clone(),
-        memory: flow.memory.clone(),
         lease,
         now: flow.now,
     };
@@ -319,6 +318,7 @@ fn mount_pseudo_filesystems() -> Result<()> {
 
 /// Mounted where the firmware has variables; without them the machine has no lasting identity, and says so.
 fn mount_efivars() {
+    use std::os::unix::fs::PermissionsExt;
     let target = "/sys/firmware/efi/efivars";
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     if Path::new(target).exists()
@@ -326,6 +326,12 @@ fn mount_efivars() {
         && let Err(error) = mount(Some("efivarfs"), target, Some("efivarfs"), flags, None::<&str>)
     {
         println!("kiln-agent: EFI variables cannot be mounted: {error}");
+    }
+    // efivarfs makes its files readable by everybody; the identity key among them is root's alone.
+    if Path::new(target).exists()
+        && let Err(error) = std::fs::set_permissions(target, std::fs::Permissions::from_mode(0o700))
+    {
+        println!("kiln-agent: EFI variables stay readable by all users: {error}");
     }
 }
 
@@ -364,10 +370,14 @@ fn running_command_line() -> String {
     std::fs::read_to_string("/proc/cmdline").unwrap_or_default().trim().to_owned()
 }
 
-fn set_host_name(lease: &Lease, flow: &Flow) -> Result<()> {
+/// The first label of what DHCP says, else one of the machine's id. A name is no reason not to boot.
+fn set_host_name(lease: &Lease, flow: &Flow) {
     let short = &flow.journal.machine.id.as_str()[24..];
-    let name = lease.hostname.clone().unwrap_or_else(|| format!("kiln-{short}"));
-    nix::unistd::sethostname(&name).map_err(AgentError::system(format!("setting the host name {name}")))
+    let said = lease.hostname.as_deref().and_then(|n| n.split('.').next()).filter(|n| (1..=63).contains(&n.len()));
+    let name = said.map_or_else(|| format!("kiln-{short}"), str::to_owned);
+    if let Err(error) = nix::unistd::sethostname(&name) {
+        println!("kiln-agent: the host name {name} cannot be set: {error}");
+    }
 }
 
 /// Moves the mounts, frees the initramfs, and gives the machine to the image's init.

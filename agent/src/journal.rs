@@ -5,7 +5,8 @@ use crate::error::{AgentError, Result};
 use crate::fetch::hex;
 use crate::memory::random;
 use kiln_protocol::{
-    Failure, Health, MachineFacts, Nonce, Prefetch, Reply, Report, RunningRelease, Stage, StageRecord, StageState,
+    Decision, Failure, Health, MachineFacts, Nonce, Prefetch, Reply, Report, RunningRelease, Stage, StageRecord,
+    StageState,
 };
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -28,6 +29,8 @@ pub struct JournalState {
     pub desired_etag: String,
     /// The newest record's stage, and whether it was a failure that ended its tries.
     pub last: Option<(Stage, bool)>,
+    /// Sequence that the last reply's assignment claims: not verified, only a hint that something else is wanted.
+    pub sequence_hint: Option<u64>,
 }
 
 /// The stages of this boot.
@@ -55,7 +58,15 @@ pub fn boot_id() -> Result<String> {
 impl JournalState {
     /// A journal that begins at `started_ms`.
     pub fn begin(boot_id: String, started_ms: u64) -> Self {
-        Self { boot_id, seq: 0, started_ms, pending: Vec::new(), desired_etag: String::new(), last: None }
+        Self {
+            boot_id,
+            seq: 0,
+            started_ms,
+            pending: Vec::new(),
+            desired_etag: String::new(),
+            last: None,
+            sequence_hint: None,
+        }
     }
 
     fn at_ms(&self) -> u64 {
@@ -124,6 +135,14 @@ impl Journal {
         let reply = api.report(&report).await?;
         self.state.pending.drain(..sent.min(self.state.pending.len()));
         self.state.desired_etag.clone_from(&reply.desired.etag);
+        self.state.sequence_hint = match &reply.desired.decision {
+            Decision::Wait { .. } => None,
+            Decision::Assigned { assignment, .. } => claimed_sequence(assignment),
+        };
         Ok((reply, nonce))
     }
+}
+
+fn claimed_sequence(envelope: &str) -> Option<u64> {
+    serde_json::from_str::<serde_json::Value>(envelope).ok()?.get("signed")?.get("sequence")?.as_u64()
 }

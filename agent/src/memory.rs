@@ -3,11 +3,12 @@
 //! the power. Source: Linux Documentation/filesystems/efivarfs.rst.
 
 use crate::error::{AgentError, Result};
+use crate::fetch;
 use crate::sys;
 use jiff::Timestamp;
 use kiln_protocol::{Assignment, KeyStorage, RollbackMemory};
-use kiln_release::Signer;
 use kiln_release::tuf::Seen;
+use kiln_release::{Signer, Site};
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -32,6 +33,10 @@ pub struct Memory {
     /// No time before this is believed.
     #[serde(default)]
     pub time_floor: Option<Timestamp>,
+    /// SHA-256 over the director's key ids, as the site signs them: a sequence counts only under the director that made
+    /// it, so that a number driven to its end with a stolen key is forgotten when the key is replaced.
+    #[serde(default)]
+    pub director: String,
     /// Lowest release that may run, by image.
     #[serde(default)]
     pub floors: BTreeMap<String, u64>,
@@ -41,6 +46,18 @@ impl Memory {
     /// The floor of `image`; 1 where none was signed.
     pub fn floor(&self, image: &str) -> u64 {
         self.floors.get(image).copied().unwrap_or(1)
+    }
+
+    /// Whose sequence numbers count from now on.
+    pub fn directed_by(&mut self, site: &Site) {
+        let keys: Vec<&str> = site.directors.keys().map(String::as_str).collect();
+        let director = fetch::sha256(keys.join(",").as_bytes());
+        if self.director != director {
+            if !self.director.is_empty() {
+                self.sequence = 0;
+            }
+            self.director = director;
+        }
     }
 
     /// Takes over an accepted assignment's sequence.

@@ -1,4 +1,4 @@
-//! The agent's decisions, without doing anything: which release to boot, and whether it may. (DESIGN §2 step 4, §4.)
+//! The agent's decisions, without doing anything: which release to boot, and whether it may.
 
 use crate::error::{AgentError, Result};
 use crate::memory::Memory;

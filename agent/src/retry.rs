@@ -1,4 +1,4 @@
-//! Pauses between tries (DESIGN §4): doubling, jittered, capped; and when to give up.
+//! Pauses between tries: doubling, jittered, capped; and when to give up.
 
 use crate::error::FailureClass;
 use std::time::Duration;

@@ -6,7 +6,7 @@ use crate::error::{AgentError, Result};
 use crate::flow::{Answer, Flow, Verified};
 use crate::handoff::Handoff;
 use crate::health::Checks;
-use crate::journal::Journal;
+use crate::journal::{Journal, monotonic_ms};
 use crate::memory::{Place, random};
 use crate::plan::{self, Plan};
 use crate::{facts, init, net, verity};
@@ -20,6 +20,10 @@ use tokio::time::{Instant, sleep, timeout};
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 /// How often it is checked from then on.
 const WATCH_EVERY: Duration = Duration::from_secs(5);
+/// Tries of a prefetch before the agent turns to its other duties.
+const PREFETCH_TRIES: u32 = 5;
+/// So long it does before it tries again.
+const REFUSED_PAUSE: Duration = Duration::from_secs(60);
 /// Longest a report is held by the server.
 const HOLD_S: u32 = 50;
 /// The image's init has so long to stop its services before the agent leaves without it.
@@ -37,7 +41,7 @@ pub fn run() -> Result<()> {
 async fn serve() -> Result<()> {
     let handoff = Handoff::read()?;
     tokio::spawn(net::keep(handoff.lease.clone(), facts_id()?));
-    let checks = Checks::new(handoff.manifest.health.clone());
+    let checks = Checks::new(handoff.manifest.health.clone(), handoff.manifest.verity.root_hash.clone());
     let mut flow = resume(handoff)?;
     flow.journal.done(Stage::Handover);
     flow.journal.done(Stage::Service);
@@ -65,19 +69,15 @@ fn resume(handoff: Handoff) -> Result<Flow> {
         reason: e.to_string(),
     })?;
     let running = RunningRelease { root_hash, ..embedded.clone() };
-    let journal =
-        Journal { state: handoff.journal, machine, embedded, running: Some(running), health: None, prefetch: None };
-    let mut flow = Flow {
-        boot: handoff.boot,
-        place,
-        key,
-        memory: handoff.memory,
-        journal,
-        servers: handoff.servers,
-        api: None,
-        tries: None,
-        now: handoff.now,
-    };
+    // Not the hand-over's: this may be a later start of the service, and what was seen since then counts.
+    let memory = place.memory()?;
+    let now = memory.time_floor.map_or(handoff.now, |t| t.max(handoff.now));
+    let mut state = handoff.journal;
+    // Likewise reports: their numbers go on above all that an earlier start can have made.
+    state.seq = state.seq.max(monotonic_ms());
+    let journal = Journal { state, machine, embedded, running: Some(running), health: None, prefetch: None };
+    let mut flow =
+        Flow { boot: handoff.boot, place, key, memory, journal, servers: handoff.servers, api: None, tries: None, now };
     if let Some(url) = flow.servers.agent.first() {
         flow.api = Some(Api::new(url, &flow.boot.site.agent_api_ca_pem, &flow.key, flow.now)?);
     }
@@ -243,10 +243,21 @@ impl Service {
                     self.ready = Some(ready);
                     return Ok(Duration::ZERO);
                 }
+                Err(AgentError::Superseded) => {
+                    flow.journal.waiting(Stage::Prefetch, "another assignment has come");
+                    flow.journal.prefetch = None;
+                    return Ok(Duration::ZERO);
+                }
                 Err(error) => {
+                    if attempt >= PREFETCH_TRIES {
+                        flow.journal.failed(Stage::Prefetch, &error, attempt, None);
+                        self.refused = Some((assignment.sequence, Instant::now() + REFUSED_PAUSE));
+                        flow.journal.prefetch = None;
+                        return Err(error);
+                    }
                     if let Err(error) = flow.after_failure(Stage::Prefetch, error, attempt).await {
                         // This release stays; the server knows why. It may be mended on the server, so not for ever.
-                        self.refused = Some((assignment.sequence, Instant::now() + Duration::from_secs(60)));
+                        self.refused = Some((assignment.sequence, Instant::now() + REFUSED_PAUSE));
                         flow.journal.prefetch = None;
                         return Err(error);
                     }
@@ -257,13 +268,17 @@ impl Service {
 
     /// Leaves. The server hears of it first; then the image's init stops what runs.
     async fn go(&mut self, flow: &mut Flow) -> Result<Duration> {
-        let Some(ready) = self.ready.take() else { return Ok(CHECK_EVERY) };
-        change::load(&ready)?;
+        let Some(mut ready) = self.ready.take() else { return Ok(CHECK_EVERY) };
+        if let Err(error) = change::load(&ready) {
+            // The verified release can still be reached through the firmware: that needs nothing from this kernel.
+            flow.journal.failed(Stage::Going, &error, 1, None);
+            ready.via = Via::Cold;
+        }
         flow.journal.started(Stage::Going);
         flow.journal.health = Some(Health { healthy: false, detail: format!("leaving for {}", ready.release) });
-        if let Some(api) = &mut flow.api {
-            flow.journal.send(api, 0).await?;
-        }
+        // From here there is no way back: a loaded kernel cannot be unloaded. A server that does not hear it hears the
+        // next boot.
+        flow.report().await;
         let verb = match ready.via {
             Via::Kexec => "kexec",
             Via::Cold => "reboot",

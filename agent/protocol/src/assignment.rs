@@ -124,7 +124,7 @@ impl AssignmentError {
 
 /// Checks what a signature cannot: that the assignment is for this machine and not an old one.
 ///
-/// The sequence may equal the highest seen: an assignment is reusable across reboots (DESIGN §4).
+/// The sequence may equal the highest seen: an assignment is reusable across reboots.
 /// Expiry is not judged here: it only stops a change, which the caller knows.
 pub fn check_assignment(a: &Assignment, me: &Running<'_>) -> Result<(), AssignmentError> {
     if a.type_ != ASSIGNMENT_TYPE {

@@ -153,7 +153,7 @@ macro_rules! word_enum {
 pub(crate) use word_enum;
 
 word_enum! {
-    /// A release's signed class (DESIGN §1). The director alone can assign only `normal`.
+    /// A release's signed class. The director alone can assign only `normal`.
     Class {
         /// Everyday releases.
         Normal = "normal",

@@ -4,6 +4,7 @@
 //! envelope carries [`Assignment`] and [`Freshness`] as its signed parts.
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod assignment;
 mod ids;

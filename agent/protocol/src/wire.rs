@@ -55,7 +55,7 @@ word_enum! {
 }
 
 word_enum! {
-    /// What a machine's boot can promise (DESIGN §1).
+    /// What a machine's boot can promise.
     ProtectionClass {
         /// Secure Boot with the site's key only.
         Enforced = "enforced",

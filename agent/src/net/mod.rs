@@ -26,7 +26,15 @@ pub async fn bring_up(machine: &MachineId, need_location: bool) -> Result<Lease>
     let links = link::Links::open()?;
     let mut asking = JoinSet::new();
     for name in &names {
-        let hardware = links.up(name).await?;
+        let hardware = match links.up(name).await {
+            Ok(hardware) if hardware.len() == 6 => hardware,
+            // Not Ethernet, or a card that will not come up: the others may.
+            Ok(_) => continue,
+            Err(error) => {
+                println!("kiln-agent: {error}");
+                continue;
+            }
+        };
         asking.spawn(dhcp::acquire(name.clone(), hardware, machine.clone(), need_location));
     }
     let first = async {
@@ -40,7 +48,11 @@ pub async fn bring_up(machine: &MachineId, need_location: bool) -> Result<Lease>
     let lease = tokio::time::timeout(ROUND, first).await.ok().flatten();
     asking.abort_all();
     let lease = lease.ok_or_else(|| AgentError::NoOffer { interfaces: names.join(", "), seconds: ROUND.as_secs() })?;
-    links.configure(&lease).await?;
+    // What was leased is the network's word: one that cannot be used is the network's fault, and tried again.
+    links
+        .configure(&lease)
+        .await
+        .map_err(|error| AgentError::BadLease { interface: lease.interface.clone(), reason: error.to_string() })?;
     write_resolver(&lease)?;
     Ok(lease)
 }

@@ -46,7 +46,10 @@ pub fn desire(machine: &Machine, key: &KeyId) -> Desire {
         | StateKind::FellBack => {}
     }
     if machine.key.as_ref() != Some(key) {
-        return Desire::Wait("another key reports under this machine's id since then".into());
+        let title = machine.title();
+        return Desire::Wait(format!(
+            "another identity key is {title}'s: if this is {title} itself, run `kiln machine clear {title}`"
+        ));
     }
     match &machine.assigned {
         Some(a) => Desire::Run(a.clone()),

@@ -45,6 +45,9 @@ pub struct Machine {
     pub key: Option<KeyId>,
     /// The key of the boot before, of a machine that makes a new one at each boot.
     pub previous_key: Option<KeyId>,
+    /// The last key that reported under this id and is not the machine's: [`crate::Event::Clear`] makes it so.
+    #[serde(default)]
+    pub stranger: Option<KeyId>,
     /// What it says it is.
     pub facts: Option<MachineFacts>,
     /// What it shall run.
@@ -91,6 +94,7 @@ impl Machine {
             state: State { kind: StateKind::Discovered, reason, since: now, deadline: Some(now + FORGET_MS) },
             key: None,
             previous_key: None,
+            stranger: None,
             facts: None,
             assigned: None,
             good: Vec::new(),

@@ -16,6 +16,8 @@ enum Claim {
     Accepted,
     /// A new key at a new boot, of a machine that cannot keep one.
     NewKey,
+    /// Not the key of a machine that keeps its own: heard, and given nothing.
+    Stranger(String),
     Conflict(String),
 }
 
@@ -34,6 +36,16 @@ impl Machine {
             Claim::NewKey => {
                 self.previous_key = self.key.replace(reported.key.clone());
                 save(out);
+            }
+            Claim::Stranger(reason) => {
+                // Said once for each key: a stranger that repeats itself is no news, and no write.
+                if self.stranger.as_ref() != Some(&reported.key) {
+                    self.stranger = Some(reported.key.clone());
+                    self.last_words.clone_from(&reason);
+                    out.push(Action::Say { warn: true, text: reason });
+                    save(out);
+                }
+                return;
             }
             Claim::Conflict(reason) => {
                 match self.state.kind {
@@ -87,15 +99,17 @@ impl Machine {
         });
         let current = self.boots.back().is_some_and(|b| b.boot_id == reported.report.boot_id);
         if keeps {
-            Claim::Conflict(format!(
-                "another identity key ({}…) reports under this id: a second machine, or its firmware settings were \
-                 erased; {act}",
-                &reported.key.as_str()[..12]
+            // The machine has proven its own key before; a stranger's word must not take it out of service.
+            Claim::Stranger(format!(
+                "another identity key ({}…) reports under this id and gets nothing: a second machine, or its firmware \
+                 settings were erased; if so, run `kiln machine clear {}`",
+                &reported.key.as_str()[..12],
+                self.title()
             ))
         } else if current || self.previous_key.as_ref() == Some(&reported.key) {
             Claim::Conflict(format!("{two}; {act}"))
         } else {
-            // Only a name (DESIGN §4): a new boot brings a new key. If the old one speaks again, there are two.
+            // Only a name: a new boot brings a new key. If the old one speaks again, there are two.
             Claim::NewKey
         }
     }

@@ -273,6 +273,11 @@ impl Machine {
     fn clear(&mut self, now: Millis, out: &mut Vec<Action>) {
         self.refused.clear();
         self.fell_back = None;
+        if let Some(stranger) = self.stranger.take() {
+            // A person says that the other key is the machine's now.
+            self.key = Some(stranger);
+            self.previous_key = None;
+        }
         save(out);
         wake(out);
         match self.state.kind {

@@ -242,15 +242,19 @@ fn a_server_that_was_down_blames_nobody() {
 }
 
 #[test]
-fn two_claimants_quarantine_the_name() {
+fn a_stranger_gets_nothing_and_disturbs_nothing_until_a_person_says_so() {
     let mut s = Story::good_on_1();
-    s.then(by(2, report(1, "x", 1, 1))).is(StateKind::Quarantined);
-    for k in [1, 2] {
-        assert!(matches!(desire(&s.m, &key(k)), Desire::Wait(why) if why.contains("clear rack-1")));
-    }
-    s.then(by(1, healthy(1, "a", 9, 1))).is(StateKind::Quarantined);
-    s.then(Event::Clear).is(StateKind::Approved).then(by(1, healthy(1, "a", 10, 1))).is(StateKind::Healthy);
+    s.then(by(2, report(1, "x", 1, 1))).is(StateKind::Healthy);
+    assert!(s.last.contains(&Action::Save) && s.m.last_words.contains("clear rack-1"));
+    s.then(by(2, report(1, "x", 2, 1))).is(StateKind::Healthy);
+    assert!(s.last.is_empty(), "a stranger that repeats itself is no news: {:?}", s.last);
+    assert!(matches!(desire(&s.m, &key(2)), Desire::Wait(why) if why.contains("clear rack-1")));
     assert!(matches!(desire(&s.m, &key(1)), Desire::Run(_)));
+    s.then(by(1, healthy(1, "a", 9, 1))).is(StateKind::Healthy);
+    // Its firmware's settings were erased, and a person has looked.
+    s.then(Event::Clear).then(by(2, healthy(1, "x", 3, 1))).is(StateKind::Healthy);
+    assert!(matches!(desire(&s.m, &key(2)), Desire::Run(_)));
+    assert!(matches!(desire(&s.m, &key(1)), Desire::Wait(_)));
 }
 
 #[test]

@@ -365,8 +365,13 @@ impl Control {
 
 impl Inner {
     fn index(&mut self, machine: &Machine) {
-        for mac in machine.facts.iter().flat_map(|f| &f.macs) {
-            if self.macs.get(mac) != Some(&machine.id) {
+        let Some(facts) = &machine.facts else { return };
+        // What it no longer names is let go, so that the index holds no more than the machines do.
+        self.macs.retain(|mac, owner| *owner != machine.id || facts.macs.contains(mac));
+        for mac in &facts.macs {
+            // A machine that a person knows keeps its address against one that only claims it.
+            let known = |id: &MachineId| self.machines.get(id).is_some_and(|m| m.state.kind != StateKind::Discovered);
+            if self.macs.get(mac).is_none_or(|owner| *owner != machine.id && !known(owner)) {
                 self.macs.insert(mac.clone(), machine.id.clone());
             }
         }

@@ -83,7 +83,8 @@ impl Control {
         let mut inner = self.lock();
         let mut pending = Pending::default();
         if !inner.machines.contains_key(id) {
-            if inner.discovered() >= MAX_DISCOVERED {
+            // A flood of invented ids must not keep a listed machine out.
+            if !self.config.machines.contains_key(id) && inner.discovered() >= MAX_DISCOVERED {
                 return Err(ControlError::TooManyUnknown);
             }
             self.drop_ghosts(&mut inner, id, &report, &mut pending);
@@ -197,6 +198,15 @@ impl Control {
 }
 
 /// Cuts what an agent can make long.
+/// `52:54:00:00:00:01`, in lower case.
+fn is_mac(text: &str) -> bool {
+    text.len() == 17
+        && text.bytes().enumerate().all(|(i, b)| match i % 3 {
+            2 => b == b':',
+            _ => matches!(b, b'0'..=b'9' | b'a'..=b'f'),
+        })
+}
+
 fn tame(report: &mut Report) {
     fn cut(text: &mut String, max: usize) {
         if text.chars().any(char::is_control) || text.len() > max {
@@ -205,7 +215,7 @@ fn tame(report: &mut Report) {
     }
     let m = &mut report.machine;
     m.macs.truncate(32);
-    m.macs.iter_mut().for_each(|mac| cut(mac, 17));
+    m.macs.retain(|mac| is_mac(mac));
     cut(&mut m.product, 128);
     cut(&mut m.serial, 128);
     report.stages.truncate(256);

@@ -1,5 +1,5 @@
 //! TLS of the agent API: 1.3 only, the site's own server certificate, and any client that shows a well-formed,
-//! self-signed Ed25519 certificate and proves that it holds the key. Who that key is, is decided by its key id (DESIGN §4).
+//! self-signed Ed25519 certificate and proves that it holds the key. Who that key is, is decided by its key id.
 
 use crate::error::ServeError;
 use crate::site::Site;

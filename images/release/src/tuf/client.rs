@@ -81,7 +81,7 @@ pub struct Outcome {
     pub expiries: Vec<Expiry>,
     /// Earliest expiry of a file signed offline (all but timestamp).
     pub offline_expires: Timestamp,
-    /// Newest of them: online-signed time moves a time floor at most here.
+    /// Newest of them but for root's: online-signed time moves a time floor at most here.
     pub offline_expires_newest: Timestamp,
     /// The newest root's bytes, to hand on as trusted root.
     pub root_bytes: Vec<u8>,
@@ -284,9 +284,13 @@ impl Client {
             return Err(unfinished);
         };
         let offline = || trust.expiries.iter().filter(|e| e.role != TimestampRole::TYPE).map(|e| e.expires);
+        // Root's end is years away: counted here, a stolen online clock could move time that far.
+        let short_lived = || {
+            trust.expiries.iter().filter(|e| e.role != TimestampRole::TYPE && e.role != Root::TYPE).map(|e| e.expires)
+        };
         Ok(Outcome {
             offline_expires: offline().min().unwrap_or(trust.root.expires),
-            offline_expires_newest: offline().max().unwrap_or(trust.root.expires),
+            offline_expires_newest: short_lived().max().unwrap_or(trust.root.expires),
             stale: Trust::stale_at(&trust.expiries, trust.now),
             targets: self.targets,
             seen: trust.seen,

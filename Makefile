@@ -1,6 +1,9 @@
 # Thin on purpose: the logic lives in the crates and in hardware-tests/setup.
 # Everything is built into ./target; the lab keeps its own things under ./target/lab.
 
+# Debian keeps tc, depmod and veritysetup where an ordinary user has no PATH.
+export PATH := $(PATH):/usr/sbin:/sbin
+
 MUSL  := x86_64-unknown-linux-musl
 LAB   := target/debug/kiln-lab
 CARGO ?= cargo

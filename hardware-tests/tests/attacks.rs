@@ -152,11 +152,13 @@ fn a_root_artifact_longer_or_shorter_than_signed_is_refused() {
         let file = bench.root_artifact(1);
         let good = std::fs::read(&file).unwrap();
         let longer: Vec<u8> = good.iter().copied().chain([0; 4096]).collect();
+        let shorter = good[..good.len() - 4096].to_vec();
+        for wrong in [longer, shorter] {
+            std::fs::remove_file(&file).unwrap();
+            std::fs::write(&file, wrong).unwrap();
+            machine.refuses("root-length-mismatch");
+        }
         std::fs::remove_file(&file).unwrap();
-        std::fs::write(&file, longer).unwrap();
-        let ended = machine.stage();
-        assert_eq!(ended.code, Some(20), "{ended:#?}");
-        assert!(["transfer-too-long", "root-length-mismatch"].contains(&ended.kind.as_str()), "{ended:#?}");
         std::fs::write(&file, good).unwrap();
         machine.accepts();
     });

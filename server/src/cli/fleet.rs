@@ -238,11 +238,64 @@ fn print(text: &str) -> Result<(), CliError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::view::{BootView, StageView};
 
     #[test]
     fn a_name_cannot_leave_its_segment() {
         assert_eq!(segment("rack-1"), "rack-1");
         assert_eq!(segment("../a b?"), "..%2Fa%20b%3F");
+    }
+
+    #[test]
+    fn the_stages_shown_are_the_stages_in_order() {
+        let stages = kiln_protocol::Stage::ALL.iter().map(|stage| StageView {
+            stage: *stage,
+            state: "done".into(),
+            at_ms: 1,
+            agent_ms: None,
+            kind: None,
+            message: None,
+        });
+        let boot = BootView {
+            boot_id: String::new(),
+            via: kiln_protocol::Via::Cold,
+            image: None,
+            release: None,
+            started_ms: 0,
+            stages: stages.collect(),
+        };
+        let machine = MachineView {
+            id: "00000000-0000-0000-0000-000000000001".parse().unwrap(),
+            name: "rack-1".into(),
+            role: None,
+            state: "healthy".into(),
+            reason: String::new(),
+            stage: None,
+            stage_label: String::new(),
+            stage_since_ms: 0,
+            image: None,
+            release: None,
+            root_hash: None,
+            assigned: None,
+            last_good: None,
+            firmware: Some(kiln_protocol::Firmware::Bios),
+            key_storage: Some(kiln_protocol::KeyStorage::Ephemeral),
+            rollback_memory: Some(kiln_protocol::RollbackMemory::None),
+            protection: None,
+            product: String::new(),
+            serial: String::new(),
+            macs: Vec::new(),
+            memory_bytes: 0,
+            last_words: String::new(),
+            last_seen_ms: 0,
+            boots: vec![boot],
+        };
+        let text = show(&machine, 0);
+        assert!(text.contains("name only") && text.contains("no rollback memory"), "{text}");
+        let rows: Vec<&str> = text.lines().filter(|l| l.trim_end().ends_with(" done")).collect();
+        let labels: Vec<&str> = kiln_protocol::Stage::ALL.iter().map(|s| s.label()).collect();
+        assert_eq!(rows.len(), labels.len(), "{text}");
+        assert!(rows.iter().zip(&labels).all(|(row, label)| row.contains(label)), "{text}");
     }
 
     #[test]

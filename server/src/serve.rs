@@ -39,9 +39,20 @@ const LOOK: Duration = Duration::from_secs(2);
 /// timestamp.json is looked at anew at least so often: it is signed hourly.
 const RENEW_LOOKS: u32 = 300;
 
+/// Each transfer and held report has a descriptor, and the usual soft limit of 1024 is a rack's worth.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(soft, hard)| if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) });
+    if let Err(error) = raised {
+        tracing::warn!("the limit of open files stays as it is: {error}");
+    }
+}
+
 /// Runs until SIGTERM or SIGINT.
 pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
     crate::log::start(options.log);
+    raise_descriptor_limit();
     let site = Site::open(&options.site)?;
     let (config, file) = Config::load(&site.dir, options.config.as_deref())?;
     let _lock = site.lock()?;

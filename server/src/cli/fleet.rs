@@ -28,6 +28,11 @@ pub(super) async fn machine(command: Machine) -> Result<(), CliError> {
             let approved: MachineView = Client::new(&at)?.change(Method::POST, &path, &body).await?;
             print(&format!("{} is approved as {role}: {}\n", approved.name, approved.reason))
         }
+        Machine::Retire { machine, at } => {
+            let path = format!("machines/{}/retire", segment(&machine));
+            let retired: MachineView = Client::new(&at)?.change(Method::POST, &path, &json!({})).await?;
+            print(&format!("{} is {}: {}\n", retired.name, retired.state, retired.reason))
+        }
         Machine::Clear { machine, at } => {
             let path = format!("machines/{}/clear", segment(&machine));
             let cleared: MachineView = Client::new(&at)?.change(Method::POST, &path, &json!({})).await?;

@@ -181,7 +181,14 @@ enum Machine {
         #[command(flatten)]
         at: At,
     },
-    /// Lift a machine's quarantine
+    /// Take a machine out of service: it gets nothing more until it is approved again
+    Retire {
+        /// Name or id
+        machine: String,
+        #[command(flatten)]
+        at: At,
+    },
+    /// Lift a machine's quarantine; or make the other key that reports under its id the machine's
     Clear {
         /// Name or id
         machine: String,

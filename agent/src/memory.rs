@@ -1,5 +1,5 @@
 //! What outlives a boot: the machine's identity key and the highest versions seen. On UEFI both are EFI variables
-//! (readable by root: a weak identity, shown as such); for `kiln-agent stage` they are files; else they are gone with
+//! (root can read them, nobody else: a weak identity, shown as such); for `kiln-agent stage` they are files; else they are gone with
 //! the power. Source: Linux Documentation/filesystems/efivarfs.rst.
 
 use crate::error::{AgentError, Result};

@@ -4,7 +4,7 @@
 //! (QEMU with OVMF or SeaBIOS), a network, a site's own DHCP server, hands for power and cables, and patience with a
 //! reason: everything waited for has a deadline that the guest's progress resets.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
-#![allow(missing_docs)]
+#![allow(missing_docs)] // used by its own program and tests only
 
 pub mod accel;
 pub mod api;

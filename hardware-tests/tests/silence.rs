@@ -1,5 +1,7 @@
-//! Every packet is lost from one stage on: the agent must say a typed reason by that stage's deadline, and where it
-//! can still reach the boot server, tell it. The stages before the network are shown in `scenarios.rs`.
+//! From one stage on nothing answers: the agent must say a typed reason by that stage's deadline, and where it can
+//! still reach the boot server, tell it. At the boot server packets are lost; at metadata, assignment and root the peer
+//! takes the connection and stays silent. Before the agent has an address: `scenarios.rs`. Not shown: the firmware's own
+//! DHCP and download, prefetch, grant, going.
 #![allow(clippy::unwrap_used)]
 
 mod support;

@@ -23,7 +23,7 @@ pub enum ConfigError {
 
 /// The site directory cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)]
+#[allow(missing_docs)] // the messages say it
 pub enum SiteError {
     #[error("{} is no site directory: {missing} is missing. Make one with `kiln trust init --lab {}`", dir.display(), dir.display())]
     NotASite { dir: PathBuf, missing: &'static str },
@@ -41,7 +41,7 @@ pub enum SiteError {
 
 /// The repository's metadata was not adopted.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)]
+#[allow(missing_docs)] // the messages say it
 pub enum CatalogError {
     #[error(transparent)]
     Site(#[from] SiteError),
@@ -57,7 +57,7 @@ pub enum CatalogError {
 
 /// The database failed.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)]
+#[allow(missing_docs)] // the messages say it
 pub enum StoreError {
     #[error("cannot open the database {}: {source}", path.display())]
     Open { path: PathBuf, source: sqlx::Error },
@@ -75,7 +75,7 @@ pub enum StoreError {
 
 /// An order that is refused.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)]
+#[allow(missing_docs)] // the messages say it
 pub enum ControlError {
     #[error("there is no machine {0:?}: `kiln machine list` shows all")]
     NoSuchMachine(String),
@@ -113,7 +113,7 @@ pub enum ControlError {
 
 /// The server cannot start.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)]
+#[allow(missing_docs)] // the messages say it
 pub enum ServeError {
     #[error(transparent)]
     Config(#[from] ConfigError),

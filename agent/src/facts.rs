@@ -1,7 +1,9 @@
 //! What this machine says it is: SMBIOS by sysfs, MAC addresses, memory, firmware.
 
 use crate::error::{AgentError, Result};
-use kiln_protocol::{Architecture, Firmware, KeyStorage, MachineFacts, MachineId, ProtectionClass, RollbackMemory};
+use kiln_protocol::{
+    AgentMemory, Architecture, Firmware, KeyStorage, MachineFacts, MachineId, ProtectionClass, RollbackMemory,
+};
 use std::path::Path;
 
 /// Reads the facts; the key and the memory are the caller's to say.
@@ -34,8 +36,19 @@ pub fn architecture() -> Architecture {
 /// A line of /proc/meminfo, in bytes; 0 if it is not there.
 pub fn memory(field: &str) -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = text.lines().find_map(|l| l.strip_prefix(field));
-    line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) * 1024
+    kibibytes(&text, field).unwrap_or(0)
+}
+
+/// What this process costs; none where the kernel does not say (proc_pid_status(5)).
+pub fn own_memory() -> Option<AgentMemory> {
+    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    Some(AgentMemory { rss_bytes: kibibytes(&text, "VmRSS:")?, peak_bytes: kibibytes(&text, "VmHWM:")? })
+}
+
+/// The kernel's `FIELD:   N kB`, in bytes.
+fn kibibytes(text: &str, field: &str) -> Option<u64> {
+    let line = text.lines().find_map(|l| l.strip_prefix(field))?;
+    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 fn dmi(name: &str) -> String {
@@ -78,4 +91,21 @@ pub fn mac_addresses() -> Vec<String> {
         .collect();
     macs.sort();
     macs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_figures_are_read_in_bytes() {
+        assert_eq!(kibibytes("VmPeak:\t 9 kB\nVmHWM:\t    3584 kB\n", "VmHWM:"), Some(3584 * 1024));
+        assert_eq!(kibibytes("VmHWM:\t lots kB\n", "VmHWM:"), None);
+        assert_eq!(kibibytes("", "VmHWM:"), None);
+        let before = own_memory().unwrap();
+        assert!(before.rss_bytes > 0 && before.rss_bytes <= before.peak_bytes, "{before:?}");
+        let held = vec![1_u8; 32 << 20];
+        let after = own_memory().unwrap();
+        assert!(after.peak_bytes >= 32 << 20, "{} bytes are held: {after:?}", held.len());
+    }
 }

@@ -2,6 +2,7 @@
 
 use crate::api::Api;
 use crate::error::{AgentError, Result};
+use crate::facts;
 use crate::fetch::hex;
 use crate::memory::random;
 use kiln_protocol::{
@@ -129,6 +130,7 @@ impl Journal {
             at_ms: self.state.at_ms(),
             health: self.health.clone(),
             prefetch: self.prefetch.clone(),
+            agent_memory: facts::own_memory(),
             wait_s,
             desired_etag: self.state.desired_etag.clone(),
         };

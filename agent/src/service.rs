@@ -227,6 +227,7 @@ impl Service {
             release: release.release,
             sequence: assignment.sequence,
             ready,
+            progress: None,
         };
         flow.journal.prefetch = Some(state(false));
         let mut attempt = 0;

@@ -25,6 +25,9 @@ pub struct BootFigures {
     pub healthy_ms: Option<u64>,
     /// From the report of going to healthy: how long the machine was away. None for a first boot.
     pub downtime_s: Option<f64>,
+    /// What the agent of the running system had resident when the machine became healthy, and the most it ever had.
+    pub agent_rss_bytes: Option<u64>,
+    pub agent_peak_bytes: Option<u64>,
     /// Every stage record of the boot.
     pub stages: Vec<StageFigure>,
 }
@@ -88,6 +91,8 @@ impl BootFigures {
             verified_s: done(Stage::Verity),
             healthy_ms: healthy.map(|s| s.at_ms),
             healthy_s,
+            agent_rss_bytes: view.agent_memory.map(|m| m.rss_bytes),
+            agent_peak_bytes: view.agent_memory.map(|m| m.peak_bytes),
             downtime_s: if how == "power-on" { None } else { healthy_s },
             stages: boot
                 .map(|b| &b.stages[..])
@@ -142,6 +147,10 @@ impl Report {
             );
         }
         out.push_str("seconds from power-on, or from the report of going; downtime: going to healthy\n");
+        if let Some(peak) = self.boots.iter().filter_map(|b| b.agent_peak_bytes).max() {
+            let tenths = peak * 10 / (1 << 20);
+            let _ = writeln!(out, "agent in the running system: at most {}.{} MiB resident", tenths / 10, tenths % 10);
+        }
         out
     }
 }

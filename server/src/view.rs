@@ -1,7 +1,9 @@
 //! What the operator API says of machines and releases: the one shape that CLI, web page and lab read.
 //! Times are on the server's clock, unix milliseconds.
 
-use kiln_protocol::{Firmware, KeyStorage, MachineId, ProtectionClass, ReleaseId, RollbackMemory, Stage, Via};
+use kiln_protocol::{
+    AgentMemory, Firmware, KeyStorage, MachineId, Prefetch, ProtectionClass, ReleaseId, RollbackMemory, Stage, Via,
+};
 use serde::{Deserialize, Serialize};
 
 /// One machine.
@@ -31,6 +33,12 @@ pub struct MachineView {
     pub root_hash: Option<String>,
     /// What it shall run.
     pub assigned: Option<AssignedView>,
+    /// How far the next release is fetched, if another is assigned.
+    #[serde(default)]
+    pub prefetch: Option<Prefetch>,
+    /// What its agent costs.
+    #[serde(default)]
+    pub agent_memory: Option<AgentMemory>,
     /// The newest release that was proven good here.
     pub last_good: Option<ReleaseId>,
     /// How it boots.

@@ -18,9 +18,9 @@ pub use assignment::{
 pub use ids::{Architecture, Class, IdError, ImageName, KeyId, MachineId, Nonce, ReleaseId, Sha256Hex};
 pub use stage::{Failure, Stage, StageRecord, StageState};
 pub use wire::{
-    Decision, Desired, Firmware, Grant, Health, KeyStorage, MachineFacts, Prefetch, ProtectionClass, REPORT_PATH,
-    Reply, Report, RollbackMemory, RunningRelease, SERVER_NAME, VENDOR_CLASS, VENDOR_OPTION_AGENT_URL,
-    VENDOR_OPTION_HTTP_URL, Via,
+    AgentMemory, Decision, Desired, Firmware, Grant, Health, KeyStorage, MachineFacts, Prefetch, Progress,
+    ProtectionClass, REPORT_PATH, Reply, Report, RollbackMemory, RunningRelease, SERVER_NAME, VENDOR_CLASS,
+    VENDOR_OPTION_AGENT_URL, VENDOR_OPTION_HTTP_URL, Via,
 };
 
 /// `spec_version` of every object whose `_type` begins with `kiln-`.

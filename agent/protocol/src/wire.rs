@@ -132,6 +132,44 @@ pub struct Prefetch {
     pub sequence: u64,
     /// Fetched and verified, ready to go.
     pub ready: bool,
+    /// How much of it has come, once its size is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+}
+
+impl Prefetch {
+    /// Whether the other says the same but for progress within one tenth of the way: news that is worth no commit.
+    pub fn says_as_much_as(&self, other: &Self) -> bool {
+        let tenths = |p: &Self| p.progress.map(Progress::tenths);
+        let rest = |p: &Self| Self { progress: None, ..p.clone() };
+        tenths(self) == tenths(other) && rest(self) == rest(other)
+    }
+}
+
+/// How far a transfer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Bytes received, over all files of the release.
+    pub received_bytes: u64,
+    /// Bytes that the release's manifest names for them.
+    pub total_bytes: u64,
+}
+
+impl Progress {
+    /// Tenths of the way, 0 to 10; whoever claims more than all has all.
+    pub fn tenths(self) -> u64 {
+        let tenths = u128::from(self.received_bytes) * 10 / u128::from(self.total_bytes.max(1));
+        u64::try_from(tenths).unwrap_or(u64::MAX).min(10)
+    }
+}
+
+/// The reporting process's own memory, as its kernel counts it (proc_pid_status(5)).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentMemory {
+    /// `VmRSS`: resident now, bytes.
+    pub rss_bytes: u64,
+    /// `VmHWM`: the most that ever was resident, bytes.
+    pub peak_bytes: u64,
 }
 
 /// What the agent posts.
@@ -161,6 +199,9 @@ pub struct Report {
     /// The prefetch, if one is asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefetch: Option<Prefetch>,
+    /// What the agent itself costs: of PID 1 in the initramfs, of the service once the release runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agent_memory: Option<AgentMemory>,
     /// Seconds the server may hold this report until the desired state differs from [`Report::desired_etag`]; 0: none.
     #[serde(default)]
     pub wait_s: u32,
@@ -252,5 +293,38 @@ mod tests {
         assert_eq!(serde_json::from_str::<Reply>(golden).unwrap(), reply);
         let newer = golden.replacen('{', r#"{"added_later":1,"#, 1);
         assert_eq!(serde_json::from_str::<Reply>(&newer).unwrap(), reply, "unknown fields are ignored");
+    }
+
+    #[test]
+    fn golden_bytes_of_a_report_and_of_what_was_added_to_it() {
+        let old = r#"{"boot_id":"b","seq":1,"machine":{"id":"00000000-0000-0000-0000-000000000001","macs":[],"product":"p","serial":"","firmware":"uefi","arch":"x86_64","key_storage":"file","rollback_memory":"file","protection":"unprotected","memory_bytes":1},"nonce":"NONCE","embedded":{"image":"minimal","release":1,"root_hash":"ROOT"},"stages":[],"at_ms":5,"wait_s":0,"desired_etag":""}"#;
+        let old = old.replace("NONCE", &"aa".repeat(32)).replace("ROOT", &"bb".repeat(32));
+        let mut report: Report = serde_json::from_str(&old).unwrap();
+        assert_eq!(
+            serde_json::to_string(&report).unwrap(),
+            old,
+            "an agent that says no more is read and written as ever"
+        );
+        report.agent_memory = Some(AgentMemory { rss_bytes: 3, peak_bytes: 4 });
+        let new = old.replace(r#""wait_s""#, r#""agent_memory":{"rss_bytes":3,"peak_bytes":4},"wait_s""#);
+        assert_eq!(serde_json::to_string(&report).unwrap(), new);
+        assert_eq!(serde_json::from_str::<Report>(&new).unwrap(), report);
+    }
+
+    #[test]
+    fn progress_is_optional_on_the_wire_and_small_steps_of_it_are_no_news() {
+        let old = r#"{"image":"minimal","release":2,"sequence":3,"ready":false}"#;
+        let first: Prefetch = serde_json::from_str(old).unwrap();
+        assert_eq!(serde_json::to_string(&first).unwrap(), old, "what an older agent sends stays as it is");
+        let at = |received_bytes| Prefetch {
+            progress: Some(Progress { received_bytes, total_bytes: 1000 }),
+            ..first.clone()
+        };
+        let golden = r#"{"image":"minimal","release":2,"sequence":3,"ready":false,"progress":{"received_bytes":7,"total_bytes":1000}}"#;
+        assert_eq!(serde_json::to_string(&at(7)).unwrap(), golden);
+        assert!(at(7).says_as_much_as(&at(99)) && !at(99).says_as_much_as(&at(100)) && !at(7).says_as_much_as(&first));
+        assert!(!at(7).says_as_much_as(&Prefetch { ready: true, ..at(7) }));
+        let liar = Progress { received_bytes: u64::MAX, total_bytes: 0 };
+        assert_eq!(liar.tenths(), 10);
     }
 }

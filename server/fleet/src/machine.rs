@@ -5,7 +5,8 @@ use crate::error::Refusal;
 use crate::state::{State, StateKind};
 use crate::{FORGET_MS, Millis};
 use kiln_protocol::{
-    Health, KeyId, MachineFacts, MachineId, Prefetch, ReleaseId, RunningRelease, Stage, StageRecord, StageState, Via,
+    AgentMemory, Health, KeyId, MachineFacts, MachineId, Prefetch, ReleaseId, RunningRelease, Stage, StageRecord,
+    StageState, Via,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -68,6 +69,9 @@ pub struct Machine {
     pub health: Option<Health>,
     /// How far it is with the next release.
     pub prefetch: Option<Prefetch>,
+    /// What its agent costs, as it last said in this boot.
+    #[serde(default)]
+    pub agent_memory: Option<AgentMemory>,
     /// Sequence of the assignment it may leave for.
     pub granted: Option<u64>,
     /// Why it fell back, until a person clears it or assigns something.
@@ -105,6 +109,7 @@ impl Machine {
             running: None,
             health: None,
             prefetch: None,
+            agent_memory: None,
             granted: None,
             fell_back: None,
             last_words: String::new(),

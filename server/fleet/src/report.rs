@@ -149,6 +149,7 @@ impl Machine {
         self.granted = None;
         self.health = None;
         self.prefetch = None;
+        self.agent_memory = None;
         self.running = None;
         self.last_words.clear();
         let deadline = Some(now + BOOT_DEADLINE_MS);
@@ -207,9 +208,11 @@ impl Machine {
             new = true;
         }
         if self.prefetch != report.prefetch {
+            // A prefetch reports every few seconds: each tenth of the way is worth a commit, not each report.
+            new |= !matches!((&self.prefetch, &report.prefetch), (Some(a), Some(b)) if a.says_as_much_as(b));
             self.prefetch.clone_from(&report.prefetch);
-            new = true;
         }
+        self.agent_memory = report.agent_memory;
         if self.health != report.health {
             new |= self.health.as_ref().map(|h| h.healthy) != report.health.as_ref().map(|h| h.healthy);
             self.health.clone_from(&report.health);

@@ -44,6 +44,7 @@ fn report(machine: u8, boot: &str, seq: u64, release: u64) -> Report {
         at_ms: seq * 1000,
         health: None,
         prefetch: None,
+        agent_memory: None,
         wait_s: 0,
         desired_etag: String::new(),
     }
@@ -303,6 +304,7 @@ fn rack(n: u8) -> BTreeMap<MachineId, Machine> {
                             release: 2,
                             sequence: 2,
                             ready: true,
+                            progress: None,
                         }),
                         ..healthy(k, "a", 2, 1)
                     },
@@ -390,7 +392,7 @@ fn any_event() -> impl Strategy<Value = Event> {
                 r.machine.key_storage = KeyStorage::Ephemeral;
             }
             let image = r.embedded.image.clone();
-            r.prefetch = Some(Prefetch { image, release, sequence, ready: true });
+            r.prefetch = Some(Prefetch { image, release, sequence, ready: true, progress: None });
             by(k, r)
         });
     prop_oneof![
@@ -499,4 +501,22 @@ proptest! {
             machines.insert(id(n), m.event(event, LIMIT, now).0);
         }
     }
+}
+
+#[test]
+fn a_prefetch_that_goes_on_is_known_at_once_and_stored_in_tenths() {
+    let mut machine = Machine::discovered(id(1), 0).event(by(1, healthy(1, "a", 1, 1)), LIMIT, 1000).0;
+    let (mut saved, total_bytes) = (0, 1_000_000);
+    for seq in 2..=1001 {
+        let progress = Some(Progress { received_bytes: (seq - 1) * 1000, total_bytes });
+        let image = "minimal".parse().unwrap();
+        let prefetch = Some(Prefetch { image, release: 2, sequence: 1, ready: false, progress });
+        let agent_memory = Some(AgentMemory { rss_bytes: seq, peak_bytes: seq });
+        let said = Report { prefetch: prefetch.clone(), agent_memory, ..healthy(1, "a", seq, 1) };
+        let (next, actions) = machine.event(by(1, said), LIMIT, 1000 + seq);
+        saved += usize::from(actions.contains(&Action::Save));
+        assert_eq!((&next.prefetch, next.agent_memory), (&prefetch, agent_memory));
+        machine = next;
+    }
+    assert_eq!(saved, 11, "the first report of it, and every tenth");
 }

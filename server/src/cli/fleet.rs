@@ -152,6 +152,17 @@ fn show(m: &MachineView, now_ms: i64) -> String {
     let assigned = m.assigned.as_ref();
     let assigned =
         assigned.map_or_else(dash, |a| format!("{}/{} (sequence {}, by {})", a.image, a.release, a.sequence, a.via));
+    let prefetch = m.prefetch.as_ref().map_or_else(dash, |p| {
+        let how_far = match p.progress {
+            _ if p.ready => "verified, ready to go".to_owned(),
+            Some(f) => format!("{:.1} of {:.1} MiB", mebibytes(f.received_bytes), mebibytes(f.total_bytes)),
+            None => "verifies its metadata".to_owned(),
+        };
+        format!("{}/{}: {how_far}", p.image, p.release)
+    });
+    let agent = m.agent_memory.map_or_else(dash, |a| {
+        format!("{:.1} MiB of memory, {:.1} MiB at most", mebibytes(a.rss_bytes), mebibytes(a.peak_bytes))
+    });
     for (name, value) in [
         ("name", m.name.clone()),
         ("id", m.id.to_string()),
@@ -162,6 +173,7 @@ fn show(m: &MachineView, now_ms: i64) -> String {
         ("runs", release(m)),
         ("root hash", m.root_hash.clone().unwrap_or_else(dash)),
         ("assigned", assigned),
+        ("prefetch", prefetch),
         ("last good", m.last_good.as_ref().map_or_else(dash, ToString::to_string)),
         ("protection", m.protection.map_or_else(dash, |p| p.to_string())),
         ("identity", identity),
@@ -169,6 +181,7 @@ fn show(m: &MachineView, now_ms: i64) -> String {
         ("firmware", m.firmware.map_or_else(dash, |f| f.to_string())),
         ("hardware", format!("{}, serial {}", m.product, if m.serial.is_empty() { "-" } else { &m.serial })),
         ("memory", format!("{:.0} MiB", mebibytes(m.memory_bytes))),
+        ("agent", agent),
         ("macs", m.macs.join(", ")),
         ("seen", ago(m.last_seen_ms, now_ms)),
         ("last words", m.last_words.clone()),
@@ -282,6 +295,14 @@ mod tests {
             release: None,
             root_hash: None,
             assigned: None,
+            prefetch: Some(kiln_protocol::Prefetch {
+                image: "minimal".parse().unwrap(),
+                release: 2,
+                sequence: 2,
+                ready: false,
+                progress: Some(kiln_protocol::Progress { received_bytes: 12 << 20, total_bytes: 33 << 20 }),
+            }),
+            agent_memory: Some(kiln_protocol::AgentMemory { rss_bytes: 5 << 20, peak_bytes: 13 << 19 }),
             last_good: None,
             firmware: Some(kiln_protocol::Firmware::Bios),
             key_storage: Some(kiln_protocol::KeyStorage::Ephemeral),
@@ -297,6 +318,8 @@ mod tests {
         };
         let text = show(&machine, 0);
         assert!(text.contains("name only") && text.contains("no rollback memory"), "{text}");
+        assert!(text.contains("\nprefetch     minimal/2: 12.0 of 33.0 MiB\n"), "{text}");
+        assert!(text.contains("\nagent        5.0 MiB of memory, 6.5 MiB at most\n"), "{text}");
         let rows: Vec<&str> = text.lines().filter(|l| l.trim_end().ends_with(" done")).collect();
         let labels: Vec<&str> = kiln_protocol::Stage::ALL.iter().map(|s| s.label()).collect();
         assert_eq!(rows.len(), labels.len(), "{text}");

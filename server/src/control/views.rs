@@ -35,6 +35,8 @@ impl MachineView {
                 sequence: a.sequence,
                 via: a.via,
             }),
+            prefetch: m.prefetch.clone(),
+            agent_memory: m.agent_memory,
             last_good: m.last_good().cloned(),
             firmware: facts.map(|f| f.firmware),
             key_storage: facts.map(|f| f.key_storage),

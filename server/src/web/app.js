@@ -53,7 +53,9 @@ function show(machine) {
   bar.setAttribute("aria-label", "stage");
   if (at >= 0) stage.append(" ", bar);
   cell(row, "release", release(machine), machine.root_hash ? `root hash ${machine.root_hash}` : "");
-  cell(row, "assigned", release(machine.assigned));
+  const way = machine.prefetch && !machine.prefetch.ready && machine.prefetch.progress;
+  const fetched = way ? `, ${Math.floor((100 * way.received_bytes) / Math.max(1, way.total_bytes))} % fetched` : "";
+  cell(row, "assigned", release(machine.assigned) + fetched);
   const name = machine.key_storage === "ephemeral" ? "name only, " : "";
   cell(row, "protection", name + (machine.protection || "–"), machine.rollback_memory === "none" ? "no rollback memory" : "");
   cell(row, "words", machine.last_words || machine.reason || "");

@@ -327,6 +327,7 @@ impl Agent {
             at_ms: self.seq * 10,
             health: None,
             prefetch: None,
+            agent_memory: None,
             wait_s: 0,
             desired_etag: String::new(),
         }
@@ -340,7 +341,7 @@ impl Agent {
     /// Healthy, and ready for the assignment of this sequence.
     pub fn ready(&mut self, release: u64, sequence: u64) -> Report {
         let image = self.embedded.image.clone();
-        Report { prefetch: Some(Prefetch { image, release, sequence, ready: true }), ..self.healthy() }
+        Report { prefetch: Some(Prefetch { image, release, sequence, ready: true, progress: None }), ..self.healthy() }
     }
 
     pub async fn send(&self, server: &Server, report: &Report) -> Reply {

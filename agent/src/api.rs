@@ -3,7 +3,7 @@
 //! by the machine's clock.
 
 use crate::error::{AgentError, Result};
-use crate::fetch::{authority, chain, connect};
+use crate::fetch::{authority, connect};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1::SendRequest;
@@ -11,9 +11,9 @@ use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
-use kiln_protocol::{REPORT_PATH, Reply, Report, SERVER_NAME};
-use kiln_release::Signer;
+use kiln_protocol::{REPORT_PATH, Reply, Report};
 use kiln_release::certificate::self_signed_certificate;
+use kiln_release::{AGENT_API_NAME, Signer, with_causes};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use rustls::time_provider::TimeProvider;
@@ -98,11 +98,11 @@ impl Api {
         let kept = self.connection.take().filter(|sender| !sender.is_closed());
         let mut sender = if let Some(sender) = kept { sender } else { self.open(&host, port).await? };
         let request = Request::post(REPORT_PATH)
-            .header(HOST, SERVER_NAME)
+            .header(HOST, AGENT_API_NAME)
             .header(CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::copy_from_slice(body)))
             .map_err(|e| unreachable(e.to_string()))?;
-        let response = sender.send_request(request).await.map_err(|e| unreachable(chain(&e)))?;
+        let response = sender.send_request(request).await.map_err(|e| unreachable(with_causes(&e)))?;
         let status = response.status();
         let answer = Limited::new(response.into_body(), REPLY_LIMIT).collect().await;
         let answer = answer.map_err(|e| unreachable(format!("reading the reply: {e}")))?.to_bytes();
@@ -116,10 +116,10 @@ impl Api {
     async fn open(&self, host: &str, port: u16) -> Result<SendRequest<Full<Bytes>>> {
         let unreachable = |reason: String| AgentError::Unreachable { url: self.url.clone(), reason };
         let tcp = connect(&self.url, host, port).await?;
-        let name = ServerName::try_from(SERVER_NAME).expect("a constant DNS name");
+        let name = ServerName::try_from(AGENT_API_NAME).expect("a constant DNS name");
         let tls = self.tls.connect(name, tcp).await.map_err(|e| unreachable(format!("TLS: {e}")))?;
         let (sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(tls)).await.map_err(|e| unreachable(chain(&e)))?;
+            hyper::client::conn::http1::handshake(TokioIo::new(tls)).await.map_err(|e| unreachable(with_causes(&e)))?;
         tokio::spawn(connection);
         Ok(sender)
     }

@@ -8,6 +8,7 @@ use hyper::body::Incoming;
 use hyper::header::{CONTENT_RANGE, HOST, RANGE};
 use hyper::{Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
+use kiln_release::{hex, with_causes};
 use ring::digest::{Context, SHA256};
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -92,26 +93,12 @@ impl<'a> Download<'a> {
         if self.done < length {
             return Err(AgentError::LengthMismatch { what, expected: length, got: self.done });
         }
-        let got = hex(self.hash.clone().finish().as_ref());
+        let got = hex::encode(self.hash.clone().finish().as_ref());
         if got != sha256 {
             return Err(AgentError::HashMismatch { what, expected: sha256.to_owned(), got });
         }
         Ok(())
     }
-}
-
-/// Lower-case hex.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, b| {
-        use std::fmt::Write;
-        write!(text, "{b:02x}").expect("writing to a String cannot fail");
-        text
-    })
-}
-
-/// SHA-256 in hex.
-pub fn sha256(bytes: &[u8]) -> String {
-    hex(ring::digest::digest(&SHA256, bytes).as_ref())
 }
 
 fn join(base: &str, path: &str) -> String {
@@ -177,7 +164,7 @@ async fn copy(
         let frame = match timeout(GAP, body.frame()).await {
             Err(_) => return Err(AgentError::Stalled { url: url(), seconds: GAP.as_secs() }),
             Ok(None) => return Ok(()),
-            Ok(Some(frame)) => frame.map_err(|e| AgentError::Unreachable { url: url(), reason: chain(&e) })?,
+            Ok(Some(frame)) => frame.map_err(|e| AgentError::Unreachable { url: url(), reason: with_causes(&e) })?,
         };
         let Ok(piece) = frame.into_data() else { continue };
         total += piece.len() as u64;
@@ -194,15 +181,4 @@ async fn copy(
             (window_start, window_bytes) = (Instant::now(), 0);
         }
     }
-}
-
-/// An error with its causes: hyper's own text is only the outermost.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
 }

@@ -16,7 +16,7 @@ use kiln_protocol::{
 };
 use kiln_release::certificate::{spki_der, spki_key_id};
 use kiln_release::tuf::{self, ExpiryPolicy, Fetched, Limits, Outcome, Request, TargetPath};
-use kiln_release::{BootInfo, Manifest, Signer, Site};
+use kiln_release::{BootInfo, Manifest, Signer, Site, hex};
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
@@ -204,7 +204,7 @@ impl Flow {
             *known = (*known).max(*floor);
         }
         self.place.remember(&self.memory)?;
-        let manifest_sha256 = fetch::sha256(manifest_bytes);
+        let manifest_sha256 = hex::sha256(manifest_bytes);
         Ok(Verified { site, manifest, manifest_sha256, outcome })
     }
 

@@ -3,7 +3,7 @@
 
 use crate::coldplug::Drivers;
 use crate::error::{AgentError, Result};
-use crate::fetch::{self, Expected};
+use crate::fetch::Expected;
 use crate::flow::{Answer, Flow, RESTART_PAUSE, Servers, Verified};
 use crate::handoff::Handoff;
 use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
@@ -12,7 +12,7 @@ use crate::net::{self, Lease};
 use crate::plan::{self, Plan};
 use crate::{change, facts, kexec, verity};
 use kiln_protocol::{Assignment, ReleaseId, RunningRelease, Stage, Via};
-use kiln_release::{BOOT_PATH, BootInfo};
+use kiln_release::{BOOT_PATH, BootInfo, hex};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
 use std::convert::Infallible;
@@ -286,7 +286,7 @@ fn copy_verified(from: &Path, to: &Path, expected: Expected<'_>) -> Result<()> {
         hash.update(&buffer[..n]);
         target.write_all(&buffer[..n]).map_err(AgentError::file(to))?;
     }
-    let got = fetch::hex(hash.finish().as_ref());
+    let got = hex::encode(hash.finish().as_ref());
     if got == expected.sha256 {
         Ok(())
     } else {

@@ -3,12 +3,12 @@
 use crate::api::Api;
 use crate::error::{AgentError, Result};
 use crate::facts;
-use crate::fetch::hex;
 use crate::memory::random;
 use kiln_protocol::{
     Decision, Failure, Health, MachineFacts, Nonce, Prefetch, Reply, Report, RunningRelease, Stage, StageRecord,
     StageState,
 };
+use kiln_release::hex;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -116,7 +116,7 @@ impl Journal {
 
     /// Posts everything not yet confirmed. The reply's freshness statement answers the nonce given back.
     pub async fn send(&mut self, api: &mut Api, wait_s: u32) -> Result<(Reply, Nonce)> {
-        let nonce: Nonce = hex(&random()?).parse().expect("32 bytes are 64 hex digits");
+        let nonce: Nonce = hex::encode(&random()?).parse().expect("32 bytes are 64 hex digits");
         self.state.seq += 1;
         let sent = self.state.pending.len();
         let report = Report {

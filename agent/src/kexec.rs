@@ -3,9 +3,9 @@
 //! again after the jump.
 
 use crate::error::{AgentError, Result};
-use crate::fetch;
 use crate::sys;
-use kiln_release::{Artifact, Manifest, pe};
+use kiln_release::newc::{Header, TRAILER, padding};
+use kiln_release::{Artifact, Manifest, hex, pe};
 use std::fs::File;
 use std::io::{BufReader, Read, Write};
 use std::path::Path;
@@ -36,7 +36,7 @@ pub fn split<'a>(uki: &'a [u8], manifest: &Manifest) -> Result<Payload<'a>> {
 }
 
 fn same(what: &'static str, bytes: &[u8], signed: &Artifact) -> Result<()> {
-    let got = fetch::sha256(bytes);
+    let got = hex::sha256(bytes);
     if got == signed.sha256 {
         Ok(())
     } else {
@@ -54,8 +54,8 @@ pub fn load(payload: &Payload<'_>, root: Option<(&Path, &str)>) -> Result<()> {
     if let Some((path, sha256)) = root {
         let file = File::open(path).map_err(AgentError::file(path))?;
         let length = file.metadata().map_err(AgentError::file(path))?.len();
-        let padding = payload.initramfs.len().next_multiple_of(4) - payload.initramfs.len();
-        initrd.write_all(&[0; 4][..padding]).map_err(failed("writing the initramfs to memory"))?;
+        let gap = padding(payload.initramfs.len() as u64);
+        initrd.write_all(gap).map_err(failed("writing the initramfs to memory"))?;
         write_segment(&mut initrd, &mut BufReader::new(file), length, sha256)
             .map_err(failed("writing the root artifact to memory"))?;
     }
@@ -63,31 +63,20 @@ pub fn load(payload: &Payload<'_>, root: Option<(&Path, &str)>) -> Result<()> {
     std::fs::write(DISABLED, "1").map_err(AgentError::file(DISABLED))
 }
 
-/// A newc cpio (Linux Documentation/driver-api/early-userspace/buffer-format.rst) of the one file and its directories.
+/// A newc cpio of the one file and its directories.
 fn write_segment(out: &mut dyn Write, file: &mut dyn Read, length: u64, sha256: &str) -> std::io::Result<()> {
     let too_long = || std::io::Error::other("a newc cpio holds files of less than 4 GiB");
-    let length = u32::try_from(length).map_err(|_| too_long())?;
-    header(out, "kiln", 0o040_700, 0)?;
-    header(out, &PREFETCHED[1..], 0o040_700, 0)?;
-    header(out, &format!("{}/{sha256}", &PREFETCHED[1..]), 0o100_400, length)?;
-    let copied = std::io::copy(&mut file.take(u64::from(length)), out)?;
-    if copied != u64::from(length) {
+    let size = u32::try_from(length).map_err(|_| too_long())?;
+    let header = |mode, size| Header { mode, links: 1, size, ..Header::default() };
+    out.write_all(&header(0o040_700, 0).to_bytes("kiln"))?;
+    out.write_all(&header(0o040_700, 0).to_bytes(&PREFETCHED[1..]))?;
+    out.write_all(&header(0o100_400, size).to_bytes(&format!("{}/{sha256}", &PREFETCHED[1..])))?;
+    let copied = std::io::copy(&mut file.take(length), out)?;
+    if copied != length {
         return Err(std::io::Error::other("the root artifact became shorter while it was read"));
     }
-    pad(out, length as usize)?;
-    header(out, "TRAILER!!!", 0, 0)
-}
-
-fn header(out: &mut dyn Write, name: &str, mode: u32, size: u32) -> std::io::Result<()> {
-    let name_size = name.len() + 1;
-    // ino, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor, rdevmajor, rdevminor, namesize, check
-    write!(out, "070701{:08x}{mode:08x}{:08x}{:08x}{:08x}{:08x}{size:08x}", 0, 0, 0, 1, 0)?;
-    write!(out, "{:08x}{:08x}{:08x}{:08x}{name_size:08x}{:08x}{name}\0", 0, 0, 0, 0, 0)?;
-    pad(out, 110 + name_size)
-}
-
-fn pad(out: &mut dyn Write, length: usize) -> std::io::Result<()> {
-    out.write_all(&[0; 4][..length.next_multiple_of(4) - length])
+    out.write_all(padding(length))?;
+    out.write_all(&header(0, 0).to_bytes(TRAILER))
 }
 
 #[cfg(test)]
@@ -99,7 +88,7 @@ mod tests {
     fn the_segment_is_what_cpio_reads() {
         let dir = tempfile::tempdir().unwrap();
         let root = b"the root artifact".to_vec();
-        let sha256 = fetch::sha256(&root);
+        let sha256 = hex::sha256(&root);
         let mut segment = Vec::new();
         write_segment(&mut segment, &mut root.as_slice(), root.len() as u64, &sha256).unwrap();
         let child = Command::new("cpio").args(["-i", "--quiet"]).current_dir(dir.path()).stdin(Stdio::piped()).spawn();

@@ -3,12 +3,11 @@
 //! the power. Source: Linux Documentation/filesystems/efivarfs.rst.
 
 use crate::error::{AgentError, Result};
-use crate::fetch;
 use crate::sys;
 use jiff::Timestamp;
 use kiln_protocol::{Assignment, KeyStorage, RollbackMemory};
 use kiln_release::tuf::Seen;
-use kiln_release::{Signer, Site};
+use kiln_release::{Signer, Site, hex};
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -51,7 +50,7 @@ impl Memory {
     /// Whose sequence numbers count from now on.
     pub fn directed_by(&mut self, site: &Site) {
         let keys: Vec<&str> = site.directors.keys().map(String::as_str).collect();
-        let director = fetch::sha256(keys.join(",").as_bytes());
+        let director = hex::sha256(keys.join(",").as_bytes());
         if self.director != director {
             if !self.director.is_empty() {
                 self.sequence = 0;

@@ -6,6 +6,8 @@ use crate::base::{Base, json, make_folder, read, write};
 use crate::error::BuildError;
 use crate::progress::{Progress, Steps};
 use crate::recipe::Recipe;
+use crate::repository::Repository;
+use crate::site::SiteDir;
 use crate::{host, initramfs, root, sbom, tarball, uki};
 use jiff::Timestamp;
 use kiln_release::hex::sha256;
@@ -91,28 +93,22 @@ struct Stamp {
     files: BTreeMap<String, Artifact>,
 }
 
-/// What the site gives to every image.
-struct Site {
-    name: String,
-    agent_api_ca_pem: String,
-    trust_root: String,
-}
-
 /// Builds a release.
 pub fn build(options: &BuildOptions) -> Result<Built, BuildError> {
     let recipe = Recipe::load(&options.recipe)?;
-    let site = Site::read(&options.site_dir)?;
+    let site = SiteDir::open(&options.site_dir)?;
+    let published = Repository::newest(&site, Timestamp::now())?;
     let agent = read_agent(&options.agent)?;
-    let release = match options.release {
-        Some(release) => release,
-        None => highest_published(&options.site_dir, &recipe.name)? + 1,
-    };
+    let following = || published.highest(&recipe.name).map_or(1, |newest| newest.release.saturating_add(1));
+    let release = options.release.unwrap_or_else(following);
+    let agent_api_ca_pem = site.read_online("agent-ca.pem")?;
+    let settings = Settings { name: &site.name, agent_api_ca_pem, trust_root: published.trust_root };
     make_folder(&options.cache)?;
     let _lock = lock(&options.cache)?;
 
     let cached = if options.refresh { None } else { Base::cached(&recipe, &options.cache) };
-    let folder = options.site_dir.join("build").join(&recipe.name).join(release.to_string());
-    let inputs = Inputs { recipe: &recipe, site: &site, agent: &agent, release, urls: &options.site_urls };
+    let folder = site.build(&recipe.name, release);
+    let inputs = Inputs { recipe: &recipe, site: &settings, agent: &agent, release, urls: &options.site_urls };
     if let Some(base) = &cached
         && let Some(manifest) = unchanged(&folder, &inputs.digest(base))
     {
@@ -138,10 +134,17 @@ pub fn build(options: &BuildOptions) -> Result<Built, BuildError> {
     Ok(Built { manifest: parts.manifest, folder, changed: true, packages_tar: base.root_tar() })
 }
 
+/// What the site gives to every image.
+struct Settings<'a> {
+    name: &'a str,
+    agent_api_ca_pem: String,
+    trust_root: String,
+}
+
 /// Everything that a release's bytes depend on, besides the base.
 struct Inputs<'a> {
     recipe: &'a Recipe,
-    site: &'a Site,
+    site: &'a Settings<'a>,
     agent: &'a [u8],
     release: u64,
     urls: &'a SiteUrls,
@@ -160,8 +163,8 @@ impl Inputs<'_> {
         lines.push(format!("agent {}", sha256(self.agent)));
         // Contents, in the order they were read; where they lie does not matter.
         lines.extend(self.recipe.sources.iter().map(|(_, bytes)| format!("recipe {}", sha256(bytes))));
-        let Site { name, agent_api_ca_pem, trust_root } = self.site;
-        for text in [name, agent_api_ca_pem, trust_root] {
+        let Settings { name, agent_api_ca_pem, trust_root } = self.site;
+        for text in [name, agent_api_ca_pem.as_str(), trust_root] {
             lines.push(format!("site {}", sha256(text.as_bytes())));
         }
         let SiteUrls { http, agent } = self.urls;
@@ -192,7 +195,7 @@ impl Inputs<'_> {
             command_line: self.recipe.command_line.clone(),
             built,
             site: SiteSettings {
-                name: self.site.name.clone(),
+                name: self.site.name.to_owned(),
                 http_urls: self.urls.http.clone(),
                 agent_urls: self.urls.agent.clone(),
                 agent_api_ca_pem: self.site.agent_api_ca_pem.clone(),
@@ -293,37 +296,6 @@ fn dpkg_status(tar: &[u8]) -> String {
     status.map_or(String::new(), |entry| String::from_utf8_lossy(&tar[entry.data.clone()]).into_owned())
 }
 
-impl Site {
-    fn read(site: &Path) -> Result<Self, BuildError> {
-        let text = |path: PathBuf| {
-            std::fs::read_to_string(&path).map_err(|_| BuildError::Site { path, site: site.display().to_string() })
-        };
-        let metadata = site.join("repo/metadata");
-        let newest = std::fs::read_dir(&metadata)
-            .into_iter()
-            .flatten()
-            .filter_map(|entry| entry.ok()?.file_name().to_str()?.strip_suffix(".root.json")?.parse::<u64>().ok())
-            .max();
-        let root = metadata.join(format!("{}.root.json", newest.unwrap_or(1)));
-        Ok(Self {
-            trust_root: text(root)?,
-            agent_api_ca_pem: text(site.join("online/agent-ca.pem"))?,
-            name: text(site.join("online/site-name"))?.trim().to_owned(),
-        })
-    }
-}
-
-/// The highest release of an image in the repository; 0 without one.
-fn highest_published(site: &Path, image: &str) -> Result<u64, BuildError> {
-    let path = site.join("repo/targets").join(image);
-    let entries = match std::fs::read_dir(&path) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
-        Err(source) => return Err(BuildError::Read { path, source }),
-    };
-    Ok(entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).max().unwrap_or(0))
-}
-
 /// Held until it is dropped, also when the process is killed.
 fn lock(cache: &Path) -> Result<File, BuildError> {
     let path = cache.join("lock");
@@ -368,15 +340,5 @@ mod tests {
         assert_eq!(not_static(&this), Some("it names a dynamic loader"), "tests are linked to glibc");
         assert!(not_static(b"#!/bin/sh\n").is_some());
         assert!(not_static(&this[..50]).is_some());
-    }
-
-    #[test]
-    fn the_next_release_follows_the_highest_published() {
-        let site = tempfile::tempdir().unwrap();
-        assert_eq!(highest_published(site.path(), "minimal").unwrap(), 0);
-        for release in ["9", "10", "junk"] {
-            std::fs::create_dir_all(site.path().join("repo/targets/minimal").join(release)).unwrap();
-        }
-        assert_eq!(highest_published(site.path(), "minimal").unwrap(), 10);
     }
 }

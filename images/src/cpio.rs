@@ -1,9 +1,10 @@
-//! A writer of newc cpio archives, the kernel's initramfs format (Linux Documentation/driver-api/early-userspace/
-//! buffer-format.rst). Deterministic: entries are sorted, inodes are counted, every time stamp is the same.
+//! A writer of newc cpio archives, the kernel's initramfs format. Deterministic: entries are sorted, inodes are counted,
+//! every time stamp is the same.
 //!
 //! It writes only what an initramfs needs: directories, files, symlinks and device nodes, all owned by root. No hard
 //! links, no CRC variant.
 
+use kiln_release::newc::{Header, TRAILER, padding};
 use std::collections::BTreeMap;
 
 const S_IFDIR: u32 = 0o040_000;
@@ -64,7 +65,7 @@ impl Archive {
     /// Adds one entry. `path` is relative (`kiln/boot.json`), `mode` the permission bits.
     pub fn add(&mut self, path: &str, mode: u32, node: Node) -> Result<(), CpioError> {
         let plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
-        if path == "TRAILER!!!" || !path.split('/').all(plain) {
+        if path == TRAILER || !path.split('/').all(plain) {
             return Err(CpioError::Path { path: path.into() });
         }
         if let Node::File(bytes) = &node
@@ -92,37 +93,24 @@ impl Archive {
         let mut out = Vec::new();
         for (index, (path, (permissions, node))) in self.entries.iter().enumerate() {
             let inode = u32::try_from(index + 1).expect("an initramfs holds far fewer than 2^32 entries");
-            let (kind, data, rdev): (u32, &[u8], (u32, u32)) = match node {
+            let (kind, data, device): (u32, &[u8], (u32, u32)) = match node {
                 Node::Directory => (S_IFDIR, &[], (0, 0)),
                 Node::File(bytes) => (S_IFREG, bytes, (0, 0)),
                 Node::Symlink(target) => (S_IFLNK, target.as_bytes(), (0, 0)),
                 Node::CharDevice { major, minor } => (S_IFCHR, &[], (*major, *minor)),
             };
             let links = if kind == S_IFDIR { 2 } else { 1 };
-            entry(&mut out, path, inode, kind | permissions, links, mtime, rdev, data);
+            let size = u32::try_from(data.len()).expect("checked when it was added");
+            let header = Header { inode, mode: kind | permissions, links, mtime, size, device };
+            out.extend(header.to_bytes(path));
+            out.extend_from_slice(data);
+            out.extend_from_slice(padding(data.len() as u64));
         }
-        entry(&mut out, "TRAILER!!!", 0, 0, 1, 0, (0, 0), &[]);
+        out.extend(Header { links: 1, ..Header::default() }.to_bytes(TRAILER));
         // A concatenated archive must begin on a multiple of four; 512 is what every cpio writes.
         out.resize(out.len().next_multiple_of(512), 0);
         out
     }
-}
-
-#[allow(clippy::too_many_arguments)] // one argument for each header field that varies
-fn entry(out: &mut Vec<u8>, path: &str, inode: u32, mode: u32, links: u32, mtime: u32, rdev: (u32, u32), data: &[u8]) {
-    let length = u32::try_from(data.len()).expect("checked when it was added");
-    let name = u32::try_from(path.len() + 1).expect("paths are short");
-    // ino, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor, rdevmajor, rdevminor, namesize, check
-    let fields = [inode, mode, 0, 0, links, mtime, length, 0, 0, rdev.0, rdev.1, name, 0];
-    out.extend_from_slice(b"070701");
-    for field in fields {
-        out.extend_from_slice(format!("{field:08X}").as_bytes());
-    }
-    out.extend_from_slice(path.as_bytes());
-    out.push(0);
-    out.resize(out.len().next_multiple_of(4), 0);
-    out.extend_from_slice(data);
-    out.resize(out.len().next_multiple_of(4), 0);
 }
 
 #[cfg(test)]

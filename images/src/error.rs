@@ -24,22 +24,9 @@ pub enum BuildError {
         /// The system's word.
         source: std::io::Error,
     },
-    /// The site directory lacks something.
-    #[error("{path} is missing: {site} is not a complete site directory; make one with `kiln trust init --lab {site}`")]
-    Site {
-        /// What is missing.
-        path: PathBuf,
-        /// The site directory.
-        site: String,
-    },
-    /// The site's trust root is not usable.
-    #[error("{path} is not a TUF root.json: {detail}")]
-    TrustRoot {
-        /// Which file.
-        path: PathBuf,
-        /// Why.
-        detail: String,
-    },
+    /// The site directory cannot be used.
+    #[error(transparent)]
+    Site(#[from] crate::site_error::SiteError),
     /// The agent's binary is missing.
     #[error(
         "no agent binary at {path}; build it with `cargo build -p kiln-agent --profile agent --target x86_64-unknown-linux-musl`, or name it with --agent"

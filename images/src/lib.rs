@@ -27,12 +27,14 @@ pub use progress::Progress;
 pub use top::AGENT_PATH;
 
 mod files;
+mod init;
 mod publish;
 mod repository;
 mod site;
 mod site_error;
 
+pub use init::init_lab;
 pub use publish::{Published, publish};
-pub use repository::{Director, Refreshed, Release, Repository, refresh_timestamp};
-pub use site::{AGENT_API_NAME, OFFLINE_LIFETIME, SiteDir, TIMESTAMP_LIFETIME, init_lab, read_key};
+pub use repository::{Memory, Release, Repository};
+pub use site::SiteDir;
 pub use site_error::SiteError;

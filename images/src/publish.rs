@@ -5,7 +5,7 @@
 //! shows the old state or the new one.
 
 use crate::files::{PUBLIC, Pending, make_dir, write_atomic};
-use crate::repository::{Overlay, Refreshed, newest_state, verify_snapshot, write_timestamp};
+use crate::repository::{Memory, Overlay, Repository, newest_state, verify_snapshot};
 use crate::site::{OFFLINE_LIFETIME, SiteDir, after, new_key, read_key, sign, write_key};
 use crate::site_error::SiteError;
 use jiff::{SignedDuration, Timestamp};
@@ -23,12 +23,10 @@ const RENEW_BELOW: SignedDuration = SignedDuration::from_hours(180 * 24);
 /// A publish that went well.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Published {
-    /// SHA-256 of the manifest.
-    pub manifest_sha256: String,
     /// The very same release was published before; nothing was written.
     pub already: bool,
-    /// The timestamp written; none where the online key is not on this machine: `kiln serve` does it then.
-    pub timestamp: Option<Refreshed>,
+    /// Machines see it now. False where the online key is not on this machine: `kiln serve` signs the timestamp then.
+    pub served: bool,
 }
 
 /// Publishes `build/IMAGE/RELEASE`.
@@ -37,19 +35,16 @@ pub fn publish(dir: impl AsRef<Path>, image: &str, release: u64, now: Timestamp)
         return Err(SiteError::BadImageName { got: image.to_owned() });
     }
     let site = SiteDir::open(dir.as_ref())?;
-    // Two publishers would make two different files of the same version.
-    let lock_path = site.path.join("offline/.lock");
-    let lock = File::create(&lock_path).map_err(SiteError::io("create", &lock_path))?;
-    lock.lock().map_err(SiteError::io("lock", &lock_path))?;
+    let _lock = site.lock_offline()?;
 
     let build = site.build(image, release);
     let manifest_path = build.join("manifest.json");
     let bytes = fs::read(&manifest_path).map_err(SiteError::not_built("read", &manifest_path))?;
     let manifest = Manifest::read(&bytes, image, release).map_err(SiteError::format(manifest_path.clone()))?;
-    let target = TargetPath::manifest(image, release).map_err(SiteError::metadata(site.repo()))?;
+    let target = TargetPath::manifest(image, release).map_err(SiteError::metadata(&site))?;
     let manifest_sha256 = hex::sha256(&bytes);
 
-    let (state, _) = newest_state(&site, now)?;
+    let state = newest_state(&site, now)?;
     if let Some(known) = state.targets.get(target.as_str()) {
         if known.sha256 != manifest_sha256 {
             return Err(SiteError::PublishedDiffers {
@@ -58,7 +53,8 @@ pub fn publish(dir: impl AsRef<Path>, image: &str, release: u64, now: Timestamp)
                 built: manifest_sha256,
             });
         }
-        return Ok(Published { manifest_sha256, already: true, timestamp: None });
+        // A publish that was killed, or found the disk full, may have left the timestamp to this one.
+        return Ok(Published { already: true, served: serve(&site, now)? });
     }
 
     place_artifacts(&site, &build, &manifest)?;
@@ -67,22 +63,19 @@ pub fn publish(dir: impl AsRef<Path>, image: &str, release: u64, now: Timestamp)
     make_dir(&folder, 0o755)?;
     write_atomic(&folder.join(name), &bytes, PUBLIC)?;
 
-    let new = sign_release(&site, &state, image, &target, &bytes, now)?;
-    for (file, bytes) in &new.files {
+    for (file, bytes) in &sign_release(&site, &state, image, &target, &bytes, now)? {
         write_atomic(&site.repo().join(file), bytes, PUBLIC)?;
     }
-    let timestamp = match read_key(&site.online("timestamp.key"), "sign timestamp.json") {
-        Ok(key) => Some(write_timestamp(&site, &key, &new.state, &new.snapshot, now)?),
-        Err(SiteError::NoKey { .. }) => None,
-        Err(error) => return Err(error),
-    };
-    Ok(Published { manifest_sha256, already: false, timestamp })
+    Ok(Published { already: false, served: serve(&site, now)? })
 }
 
-struct NewState {
-    files: Overlay,
-    snapshot: Vec<u8>,
-    state: Outcome,
+/// Signs a timestamp over the newest snapshot, if its key is on this machine.
+fn serve(site: &SiteDir, now: Timestamp) -> Result<bool, SiteError> {
+    match site.timestamp_key() {
+        Ok(key) => Repository::adopt(site, &key, &Memory::default(), now).map(|_| true),
+        Err(SiteError::NoKey { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Delegation, targets where it changes, snapshot: signed, and verified as a machine would.
@@ -93,7 +86,7 @@ fn sign_release(
     target: &TargetPath,
     manifest: &[u8],
     now: Timestamp,
-) -> Result<NewState, SiteError> {
+) -> Result<Overlay, SiteError> {
     let role = format!("image-{image}");
     let expires = after(now, OFFLINE_LIFETIME);
     let key = image_key(site, state, &role)?;
@@ -127,8 +120,8 @@ fn sign_release(
     let bytes = sign(Snapshot::TYPE, &snapshot, &[&key])?.into_bytes();
     files.insert(format!("metadata/{version}.snapshot.json"), bytes.clone());
     // Against the versions of the state before: what a machine that saw it would say.
-    let state = verify_snapshot(site, &files, MetaFile::of(version, &bytes), state.seen.clone(), now)?;
-    Ok(NewState { files, snapshot: bytes, state })
+    verify_snapshot(site, &files, MetaFile::of(version, &bytes), state.seen.clone(), now)?;
+    Ok(files)
 }
 
 /// The image's key; made when the image is published for the first time.

@@ -1,18 +1,27 @@
-//! A site's repository as its own machines see it: read through the same client, from files instead of HTTP.
+//! A site's repository as its own machines see it: read through the same client, from files instead of HTTP. The
+//! builder, the publisher and the boot server all read it here.
 //!
-//! The anchor is the first root in `repo/metadata`: whoever can change that file owns the site directory anyhow.
+//! The anchor is the first root in `repo/metadata`, or the newest that a reader remembers: whoever can change that file
+//! owns the site directory anyhow. Artifacts are not read: their hashes are the manifests', and whoever boots them checks.
 
 use crate::files::{PUBLIC, read_capped, write_atomic};
-use crate::site::{SiteDir, TIMESTAMP_LIFETIME, after, read_key, sign};
+use crate::site::{SiteDir, TIMESTAMP_LIFETIME, after, sign};
 use crate::site_error::SiteError;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use kiln_release::tuf::{
-    Client, Expiry, ExpiryPolicy, Fetched, Limits, MetaFile, Outcome, Request, Seen, TargetPath, TimestampRole, Wanted,
+    Client, Expiry, ExpiryPolicy, Fetched, Limits, MetaFile, Outcome, Request, Root, Seen, TargetPath, TimestampRole,
+    Wanted,
 };
 use kiln_release::{Manifest, Signer, Site, TufError, Unverified};
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+
+/// A timestamp is signed anew when it is so old.
+const TIMESTAMP_RENEW: SignedDuration = SignedDuration::from_hours(1);
+/// So many of the newest snapshots are tried.
+const CANDIDATES: usize = 3;
+/// The one file that is made here rather than read.
+const TIMESTAMP: &str = "metadata/timestamp.json";
 
 /// A published release.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,43 +36,75 @@ pub struct Release {
     pub manifest: Manifest,
 }
 
-/// A verified repository.
+/// One verified state of a repository.
 #[derive(Debug, Clone)]
 pub struct Repository {
     /// The signed settings of the site.
     pub site: Site,
     /// Every release, by image and number.
     pub releases: Vec<Release>,
-    /// Text of the newest root: the trust root for new images.
+    /// Text of the newest root: the trust root for new images, and for the next look.
     pub trust_root: String,
-    /// What is expired now; machines may go on with what they run, and start nothing else.
-    pub stale: Vec<Expiry>,
+    /// What to remember until the next look.
+    pub seen: Seen,
     /// Every file's expiry.
     pub expiries: Vec<Expiry>,
     /// Version of the snapshot it shows.
-    pub snapshot_version: u64,
+    pub snapshot: u64,
+    /// Why a newer snapshot was passed over.
+    pub refused: Option<String>,
+}
+
+/// What is remembered of the repository between two looks.
+#[derive(Debug, Clone, Default)]
+pub struct Memory {
+    /// Trusted root; none: the site's first.
+    pub trust_root: Option<String>,
+    /// Versions seen.
+    pub seen: Seen,
 }
 
 impl Repository {
-    /// Reads and verifies what machines are served now.
-    pub fn open(dir: impl AsRef<Path>, now: Timestamp) -> Result<Self, SiteError> {
-        let site = SiteDir::open(dir.as_ref())?;
-        let client = Client::new(
-            &anchor(&site)?,
-            Seen::default(),
-            now,
-            Limits::default(),
-            ExpiryPolicy::ReportStale,
-            Wanted::All,
-        )
-        .map_err(SiteError::metadata(site.repo()))?;
-        let outcome = run(&site, &Overlay::default(), client)?;
-        Self::from_outcome(&site, outcome)
+    /// The newest state that verifies, whether a timestamp covers it yet or not: what the next release follows.
+    pub fn newest(site: &SiteDir, now: Timestamp) -> Result<Self, SiteError> {
+        Self::of(site, &newest_state(site, now)?)
     }
 
-    /// One release.
-    pub fn release(&self, image: &str, release: u64) -> Option<&Release> {
-        self.releases.iter().find(|known| known.image == image && known.release == release)
+    /// The newest state that verifies together with a timestamp, which is signed and written where there is none that
+    /// fits or it grows old. So a snapshot is shown to machines only after it was read as a machine would read it.
+    pub fn adopt(site: &SiteDir, key: &Signer, memory: &Memory, now: Timestamp) -> Result<Self, SiteError> {
+        let path = site.metadata("timestamp.json");
+        // Whoever published may have signed one already (a lab's key is at hand). It is kept if it holds.
+        let current = read_capped(&path, Limits::default().timestamp)?;
+        let anchor = anchor(site, memory)?;
+        let (policy, mut refused) = (ExpiryPolicy::ReportStale, None);
+        for version in snapshot_versions(site)?.into_iter().take(CANDIDATES) {
+            let file = format!("{version}.snapshot.json");
+            let Some(snapshot) = read_capped(&site.metadata(&file), Limits::default().snapshot)? else { continue };
+            let client = Client::new(&anchor, memory.seen.clone(), now, Limits::default(), policy, Wanted::All);
+            let mut made = None;
+            let outcome = run(site, client, |root, path| {
+                if path != TIMESTAMP {
+                    return Ok(None);
+                }
+                let text = match next_timestamp(root, current.as_deref(), &memory.seen, (version, &snapshot), now) {
+                    Next::Keep(bytes) => bytes.to_vec(),
+                    Next::Sign(role) => made.insert(sign("timestamp", &role, &[key])?).clone().into_bytes(),
+                };
+                Ok(Some(text))
+            });
+            match outcome.and_then(|outcome| Self::of(site, &outcome)) {
+                Ok(repository) => {
+                    if let Some(text) = made {
+                        write_atomic(&path, text.as_bytes(), PUBLIC)?;
+                    }
+                    return Ok(Self { refused: refused.map(|refused: Refused| refused.to_string()), ..repository });
+                }
+                // A publisher may be half through, or somebody laid a file there: what was good stays good.
+                Err(error) => refused.get_or_insert(Refused::of(file, error)?),
+            };
+        }
+        Err(none_verifies(site, refused))
     }
 
     /// The highest release of an image.
@@ -71,61 +112,117 @@ impl Repository {
         self.releases.iter().filter(|known| known.image == image).max_by_key(|known| known.release)
     }
 
-    fn from_outcome(dir: &SiteDir, outcome: Outcome) -> Result<Self, SiteError> {
+    fn of(dir: &SiteDir, outcome: &Outcome) -> Result<Self, SiteError> {
         let format = |path: &str| SiteError::format(dir.repo().join("targets").join(path));
-        let missing = |path: &str| SiteError::metadata(dir.repo())(TufError::TargetNotListed { path: path.to_owned() });
+        let missing = |path: &str| SiteError::metadata(dir)(TufError::TargetNotListed { path: path.to_owned() });
         let site_path = TargetPath::site();
         let site = outcome.targets.get(site_path.as_str()).ok_or_else(|| missing(site_path.as_str()))?;
         let site = Site::read(&site.bytes).map_err(format(site_path.as_str()))?;
         let mut releases = Vec::new();
         for (path, target) in &outcome.targets {
-            let Some((image, release)) = release_of(path) else { continue };
+            let Some((image, release)) = release_of(path) else { continue }; // a target of a later kiln
             let manifest = Manifest::read(&target.bytes, image, release).map_err(format(path))?;
-            releases.push(Release {
-                image: image.to_owned(),
-                release,
-                manifest_sha256: target.sha256.clone(),
-                manifest,
-            });
+            let (image, manifest_sha256) = (image.to_owned(), target.sha256.clone());
+            releases.push(Release { image, release, manifest_sha256, manifest });
         }
         releases.sort_by(|a, b| (&a.image, a.release).cmp(&(&b.image, b.release)));
         Ok(Self {
             site,
             releases,
             trust_root: String::from_utf8_lossy(&outcome.root_bytes).into_owned(),
-            stale: outcome.stale,
-            expiries: outcome.expiries,
-            snapshot_version: outcome.snapshot.version,
+            seen: outcome.seen.clone(),
+            expiries: outcome.expiries.clone(),
+            snapshot: outcome.snapshot.version,
+            refused: None,
         })
     }
 }
 
 /// `NAME/N/manifest.json`, N in its one decimal form.
-fn release_of(path: &str) -> Option<(&str, u64)> {
+pub(crate) fn release_of(path: &str) -> Option<(&str, u64)> {
     let (image, rest) = path.split_once('/')?;
     let number = rest.strip_suffix("/manifest.json")?;
     let release = number.parse::<u64>().ok()?;
     (release.to_string() == number).then_some((image, release))
 }
 
+enum Next<'a> {
+    Keep(&'a [u8]),
+    Sign(TimestampRole),
+}
+
+/// Whether the timestamp there is goes on, or what replaces it.
+fn next_timestamp<'a>(
+    root: &Root,
+    current: Option<&'a [u8]>,
+    seen: &Seen,
+    (version, snapshot): (u64, &[u8]),
+    now: Timestamp,
+) -> Next<'a> {
+    // One that the root's keys did not sign says nothing, not even which version to exceed.
+    let keys = root.key_set(&root.roles.timestamp);
+    let verified = current.and_then(|bytes| {
+        let envelope = Unverified::<TimestampRole>::parse(bytes, Limits::default().timestamp).ok()?;
+        Some((bytes, envelope.verify_type(&keys, TimestampRole::TYPE).ok()?))
+    });
+    // Machines refuse a version that goes back, so that it counts on from the highest, expired or not.
+    let seen = seen.timestamp.as_ref().map_or(0, |seen| seen.version);
+    let last = verified.as_ref().map_or(0, |(_, timestamp)| timestamp.version);
+    let next = TimestampRole::new(last.max(seen).saturating_add(1), after(now, TIMESTAMP_LIFETIME), version, snapshot);
+    match verified {
+        Some((bytes, timestamp))
+            if timestamp.version >= seen
+                && timestamp.meta == next.meta
+                && timestamp.expires.duration_since(now) > TIMESTAMP_LIFETIME - TIMESTAMP_RENEW =>
+        {
+            Next::Keep(bytes)
+        }
+        Some(_) | None => Next::Sign(next),
+    }
+}
+
 /// Files that are to be written, seen as if they were there.
 pub(crate) type Overlay = BTreeMap<String, Vec<u8>>;
 
-pub(crate) fn anchor(site: &SiteDir) -> Result<Vec<u8>, SiteError> {
-    read_capped(&site.metadata("1.root.json"), Limits::default().root)?
-        .ok_or_else(|| SiteError::NotASite { dir: site.path.clone() })
+/// A snapshot's file that does not verify, and why.
+#[derive(Debug, thiserror::Error)]
+#[error("{file}: {source}")]
+struct Refused {
+    file: String,
+    source: Box<SiteError>,
 }
 
-/// Feeds a client from the repository's files.
-pub(crate) fn run(site: &SiteDir, overlay: &Overlay, mut client: Client) -> Result<Outcome, SiteError> {
+impl Refused {
+    /// Of what the repository itself is to blame for; another error ends the look.
+    fn of(file: String, error: SiteError) -> Result<Self, SiteError> {
+        let its_own = matches!(error, SiteError::Metadata { .. } | SiteError::Format { .. });
+        if its_own { Ok(Self { file, source: Box::new(error) }) } else { Err(error) }
+    }
+}
+
+fn anchor(site: &SiteDir, memory: &Memory) -> Result<Vec<u8>, SiteError> {
+    match &memory.trust_root {
+        Some(text) => Ok(text.clone().into_bytes()),
+        None => read_capped(&site.metadata("1.root.json"), Limits::default().root)?
+            .ok_or_else(|| SiteError::NotASite { dir: site.path.clone() }),
+    }
+}
+
+/// Feeds a client from the repository's files, but for those that `instead` gives.
+fn run(
+    site: &SiteDir,
+    client: Result<Client, TufError>,
+    mut instead: impl FnMut(&Root, &str) -> Result<Option<Vec<u8>>, SiteError>,
+) -> Result<Outcome, SiteError> {
+    let mut client = client.map_err(SiteError::metadata(site))?;
     while let Request::Fetch { path, max_bytes, may_be_absent: _ } = client.next() {
-        let bytes = match overlay.get(&path) {
-            Some(bytes) => Some(bytes.clone()),
+        let bytes = match instead(client.root(), &path)? {
+            Some(bytes) => Some(bytes),
             None => read_capped(&site.repo().join(&path), max_bytes)?,
         };
-        client.feed(bytes.map_or(Fetched::Absent, Fetched::Bytes)).map_err(SiteError::metadata(site.repo()))?;
+        client.feed(bytes.map_or(Fetched::Absent, Fetched::Bytes)).map_err(SiteError::metadata(site))?;
     }
-    client.finish().map_err(SiteError::metadata(site.repo()))
+    client.finish().map_err(SiteError::metadata(site))
 }
 
 /// The state a snapshot describes, verified, whatever the timestamp says.
@@ -136,120 +233,46 @@ pub(crate) fn verify_snapshot(
     seen: Seen,
     now: Timestamp,
 ) -> Result<Outcome, SiteError> {
-    let policy = ExpiryPolicy::ReportStale;
-    let client = Client::from_snapshot(&anchor(site)?, seen, now, Limits::default(), policy, Wanted::All, snapshot)
-        .map_err(SiteError::metadata(site.repo()))?;
-    run(site, overlay, client)
+    let (limits, policy) = (Limits::default(), ExpiryPolicy::ReportStale);
+    let anchor = anchor(site, &Memory::default())?;
+    let client = Client::from_snapshot(&anchor, seen, now, limits, policy, Wanted::All, snapshot);
+    run(site, client, |_, path| Ok(overlay.get(path).cloned()))
 }
 
-/// The newest snapshot in `repo/metadata` that verifies with all it lists. One that does not is passed over: a
-/// publisher may be writing it.
-pub(crate) fn newest_state(site: &SiteDir, now: Timestamp) -> Result<(Outcome, Vec<u8>), SiteError> {
+/// The newest snapshot in `repo/metadata` that verifies with all it lists. One that does not is passed over: a publisher
+/// may be writing it.
+pub(crate) fn newest_state(site: &SiteDir, now: Timestamp) -> Result<Outcome, SiteError> {
+    let mut refused = None;
+    for version in snapshot_versions(site)? {
+        let file = format!("{version}.snapshot.json");
+        let Some(bytes) = read_capped(&site.metadata(&file), Limits::default().snapshot)? else { continue };
+        match verify_snapshot(site, &Overlay::default(), MetaFile::of(version, &bytes), Seen::default(), now) {
+            Ok(outcome) => return Ok(outcome),
+            Err(error) => {
+                let error = Refused::of(file, error)?;
+                tracing::warn!(%error, "snapshot passed over: it does not verify");
+                refused.get_or_insert(error);
+            }
+        }
+    }
+    Err(none_verifies(site, refused))
+}
+
+/// Versions of the snapshots there are, the newest first.
+fn snapshot_versions(site: &SiteDir) -> Result<Vec<u64>, SiteError> {
     let folder = site.repo().join("metadata");
     let mut versions = Vec::new();
     for entry in fs::read_dir(&folder).map_err(SiteError::io("list", &folder))? {
         let name = entry.map_err(SiteError::io("list", &folder))?.file_name();
         versions.extend(name.to_string_lossy().strip_suffix(".snapshot.json").and_then(|n| n.parse::<u64>().ok()));
     }
-    versions.sort_unstable();
-    let mut first_error = None;
-    for version in versions.into_iter().rev() {
-        let file = format!("{version}.snapshot.json");
-        let Some(bytes) = read_capped(&site.metadata(&file), Limits::default().snapshot)? else { continue };
-        match verify_snapshot(site, &Overlay::default(), MetaFile::of(version, &bytes), Seen::default(), now) {
-            Ok(outcome) => return Ok((outcome, bytes)),
-            Err(SiteError::Metadata { source, .. }) => {
-                tracing::warn!(%file, error = %source, "snapshot passed over: it does not verify");
-                first_error.get_or_insert((file, source));
-            }
-            Err(other) => return Err(other),
-        }
-    }
-    Err(match first_error {
-        Some((file, source)) => SiteError::NoSnapshot { dir: folder, file, source },
+    versions.sort_unstable_by(|a, b| b.cmp(a));
+    Ok(versions)
+}
+
+fn none_verifies(site: &SiteDir, refused: Option<Refused>) -> SiteError {
+    match refused {
+        Some(Refused { file, source }) => SiteError::NoSnapshot { dir: site.repo().join("metadata"), file, source },
         None => SiteError::NotASite { dir: site.path.clone() },
-    })
-}
-
-/// A timestamp that was written.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Refreshed {
-    /// Its version.
-    pub version: u64,
-    /// Version of the snapshot it covers.
-    pub snapshot_version: u64,
-    /// When it expires.
-    pub expires: Timestamp,
-    /// What of the files signed offline is expired already.
-    pub stale: Vec<Expiry>,
-}
-
-/// Writes a new `timestamp.json` over the newest snapshot that verifies, with `online/timestamp.key`.
-pub fn refresh_timestamp(dir: impl AsRef<Path>, now: Timestamp) -> Result<Refreshed, SiteError> {
-    let site = SiteDir::open(dir.as_ref())?;
-    let key = read_key(&site.online("timestamp.key"), "sign timestamp.json")?;
-    let (state, snapshot) = newest_state(&site, now)?;
-    write_timestamp(&site, &key, &state, &snapshot, now)
-}
-
-pub(crate) fn write_timestamp(
-    site: &SiteDir,
-    key: &Signer,
-    state: &Outcome,
-    snapshot: &[u8],
-    now: Timestamp,
-) -> Result<Refreshed, SiteError> {
-    let path = site.metadata("timestamp.json");
-    // Machines refuse a version that goes back, so that it counts on from the last one, expired or not. One that
-    // cannot be read as ours is replaced from the start.
-    let keys = state.root.key_set(&state.root.roles.timestamp);
-    let last = read_capped(&path, Limits::default().timestamp)?
-        .and_then(|bytes| Unverified::<TimestampRole>::parse(&bytes, Limits::default().timestamp).ok())
-        .and_then(|envelope| envelope.verify_type(&keys, TimestampRole::TYPE).ok())
-        .map_or(0, |last| last.version);
-    let expires = after(now, TIMESTAMP_LIFETIME);
-    let timestamp = TimestampRole::new(last + 1, expires, state.snapshot.version, snapshot);
-    let text = sign("timestamp", &timestamp, &[key])?;
-    if !keys.contains(&key.public().id()) {
-        let file = "metadata/timestamp.json".to_owned();
-        let source = TufError::BadSignature { file, expected: keys.threshold(), got: 0 };
-        return Err(SiteError::metadata(site.repo())(source));
-    }
-    write_atomic(&path, text.as_bytes(), PUBLIC)?;
-    Ok(Refreshed {
-        version: timestamp.version,
-        snapshot_version: state.snapshot.version,
-        expires: timestamp.expires,
-        stale: state.stale_at(now),
-    })
-}
-
-/// The director's key, for the server: signs assignments and freshness replies.
-#[derive(Debug)]
-pub struct Director {
-    key: Signer,
-}
-
-impl Director {
-    /// Reads `online/director.key` and demands that the site names it.
-    pub fn open(dir: impl AsRef<Path>, site: &Site) -> Result<Self, SiteError> {
-        let path = SiteDir::open(dir.as_ref())?.online("director.key");
-        let key = read_key(&path, "sign assignments")?;
-        let keyid = key.public().id();
-        if site.director_keys().contains(&keyid) {
-            Ok(Self { key })
-        } else {
-            Err(SiteError::NotTheDirector { path, keyid })
-        }
-    }
-
-    /// Text of the signed envelope of an assignment (`kiln_protocol::Assignment`).
-    pub fn sign_assignment<T: serde::Serialize>(&self, assignment: &T) -> Result<String, SiteError> {
-        sign("the assignment", assignment, &[&self.key])
-    }
-
-    /// Text of the signed envelope of a freshness reply (`kiln_protocol::Freshness`).
-    pub fn sign_freshness<T: serde::Serialize>(&self, freshness: &T) -> Result<String, SiteError> {
-        sign("the freshness reply", freshness, &[&self.key])
     }
 }

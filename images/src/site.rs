@@ -1,45 +1,40 @@
-//! The site directory: where things are in it, its keys, and `kiln trust init --lab`.
-//!
-//! `--lab` means threshold 1 and unencrypted keys in `offline/`, nothing else. Nothing here is served; `repo/` is.
+//! The site directory: where things are in it, its keys, and the lock of its one server. Of it only `repo/` is served.
 
-use crate::files::{PUBLIC, SECRET, make_dir, read_capped, sync_folder, write_atomic};
+use crate::files::{SECRET, read_capped, write_atomic};
 use crate::site_error::SiteError;
 use jiff::{SignedDuration, Timestamp};
-use kiln_release::tuf::{RoleKeys, Root, RootRoles, Snapshot, TargetFile, TargetPath, Targets, TimestampRole};
-use kiln_release::{AgentApi, PublicKey, SITE_TYPE, Signer, Site, hex, sign_envelope};
-use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose};
+use kiln_release::{Signer, Site, sign_envelope};
 use ring::rand::{SecureRandom, SystemRandom};
-use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File, TryLockError};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-/// The name in the agent API's certificate: what a machine demands, whatever address it reached.
-pub const AGENT_API_NAME: &str = "kiln-agent-api";
 /// How long what is signed offline is valid in a lab.
-pub const OFFLINE_LIFETIME: SignedDuration = SignedDuration::from_hours(365 * 24);
+pub(crate) const OFFLINE_LIFETIME: SignedDuration = SignedDuration::from_hours(365 * 24);
 /// How long a timestamp is valid. `kiln serve` renews it every hour.
-pub const TIMESTAMP_LIFETIME: SignedDuration = SignedDuration::from_hours(24);
+pub(crate) const TIMESTAMP_LIFETIME: SignedDuration = SignedDuration::from_hours(24);
 
 const MAX_KEY_FILE: u64 = 16 << 10;
-/// Made first to last; the last one makes the directory a site.
-const HOUSES: [&str; 4] = ["offline", "repo", "state", "online"];
 
 /// Paths in a site directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SiteDir {
     /// The directory.
     pub path: PathBuf,
+    /// The site's name.
+    pub name: String,
 }
 
 impl SiteDir {
     /// A directory that holds a site.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self, SiteError> {
         let path = path.into();
-        if path.join("online/site-name").is_file() && path.join("repo/metadata").is_dir() {
-            Ok(Self { path })
-        } else {
-            Err(SiteError::NotASite { dir: path })
+        if !path.join("repo/metadata").is_dir() || !path.join("online/site-name").is_file() {
+            return Err(SiteError::NotASite { dir: path });
         }
+        let site = Self { path, name: String::new() };
+        let name = site.read_online("site-name")?.trim().to_owned();
+        Ok(Self { name, ..site })
     }
 
     /// What HTTP serves.
@@ -77,16 +72,65 @@ impl SiteDir {
         self.path.join("online").join(file)
     }
 
-    /// The site's name.
-    pub fn name(&self) -> Result<String, SiteError> {
-        let path = self.online("site-name");
-        let text = fs::read_to_string(&path).map_err(SiteError::io("read", &path))?;
-        Ok(text.trim().to_owned())
+    /// A file of `online/` that is text.
+    pub fn read_online(&self, file: &str) -> Result<String, SiteError> {
+        let path = self.online(file);
+        fs::read_to_string(&path).map_err(SiteError::io("read", &path))
+    }
+
+    /// The key that signs timestamp.json.
+    pub fn timestamp_key(&self) -> Result<Signer, SiteError> {
+        read_key(&self.online("timestamp.key"), "sign timestamp.json")
+    }
+
+    /// The director's key. It must be one that the site names: its assignments would else be refused by every machine.
+    pub fn director_key(&self, site: &Site) -> Result<Signer, SiteError> {
+        let path = self.online("director.key");
+        let key = read_key(&path, "sign assignments")?;
+        let keyid = key.public().id();
+        if site.director_keys().contains(&keyid) { Ok(key) } else { Err(SiteError::NotTheDirector { path, keyid }) }
+    }
+
+    /// Where the running server takes changing calls.
+    pub fn socket(&self) -> PathBuf {
+        self.path.join("state/kiln.sock")
+    }
+
+    /// The server's database.
+    pub fn database(&self) -> PathBuf {
+        self.path.join("state/kiln.db")
+    }
+
+    /// The lock that a running server holds: one per site. It ends with the value.
+    pub fn lock_state(&self) -> Result<File, SiteError> {
+        let state = self.path.join("state");
+        match fs::DirBuilder::new().mode(0o700).create(&state) {
+            Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
+                return Err(SiteError::io("make directory", &state)(e));
+            }
+            Ok(()) | Err(_) => {}
+        }
+        let lock = state.join("kiln.lock");
+        let file = File::options().create(true).truncate(false).write(true).open(&lock);
+        let file = file.map_err(SiteError::io("open", &lock))?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(TryLockError::WouldBlock) => Err(SiteError::Served { dir: self.path.clone(), lock }),
+            Err(TryLockError::Error(source)) => Err(SiteError::io("lock", &lock)(source)),
+        }
+    }
+
+    /// Held by whoever signs with offline keys: two publishers would make two different files of the same version.
+    pub(crate) fn lock_offline(&self) -> Result<File, SiteError> {
+        let path = self.path.join("offline/.lock");
+        let lock = File::create(&path).map_err(SiteError::io("create", &path))?;
+        lock.lock().map_err(SiteError::io("lock", &path))?;
+        Ok(lock)
     }
 }
 
 /// Reads an unencrypted signing key; `purpose` completes "it is needed to …".
-pub fn read_key(path: &Path, purpose: &'static str) -> Result<Signer, SiteError> {
+pub(crate) fn read_key(path: &Path, purpose: &'static str) -> Result<Signer, SiteError> {
     let bytes = read_capped(path, MAX_KEY_FILE)?.ok_or_else(|| SiteError::NoKey { path: path.to_owned(), purpose })?;
     Signer::from_pkcs8_pem(&String::from_utf8_lossy(&bytes))
         .map_err(|source| SiteError::Key { path: path.to_owned(), source })
@@ -111,148 +155,4 @@ pub(crate) fn after(now: Timestamp, lifetime: SignedDuration) -> Timestamp {
 /// Signs a document of a TUF role; the error names it.
 pub(crate) fn sign<T: serde::Serialize>(what: &str, document: &T, keys: &[&Signer]) -> Result<String, SiteError> {
     sign_envelope(document, keys).map_err(|source| SiteError::Sign { what: what.to_owned(), source })
-}
-
-struct LabKeys {
-    root: Signer,
-    targets: Signer,
-    snapshot: Signer,
-    timestamp: Signer,
-    director: Signer,
-}
-
-/// Makes a lab's site: keys, the agent API's certificates, and a repository without releases.
-///
-/// It is prepared in a folder of its own inside `dir` and moved into place at the end; what `dir` holds besides
-/// (`kiln.toml`, a cache) is left alone.
-pub fn init_lab(dir: &Path, name: &str, now: Timestamp) -> Result<SiteDir, SiteError> {
-    if name.is_empty() || name.len() > 64 || !name.bytes().all(|b| b.is_ascii_graphic()) {
-        return Err(SiteError::BadName { got: name.to_owned() });
-    }
-    if let Some(found) = HOUSES.into_iter().find(|house| dir.join(house).exists()) {
-        return Err(SiteError::SiteExists { dir: dir.to_owned(), found });
-    }
-    fs::create_dir_all(dir).map_err(SiteError::io("make directory", dir))?;
-    let draft =
-        tempfile::Builder::new().prefix(".init-").tempdir_in(dir).map_err(SiteError::io("make a folder in", dir))?;
-    let site = SiteDir { path: draft.path().to_owned() };
-    for (house, mode) in [("offline", 0o700), ("online", 0o700), ("state", 0o700), ("repo/metadata", 0o755)] {
-        make_dir(&site.path.join(house), mode)?;
-    }
-    for house in ["repo/a", "repo/b", "repo/targets", "repo"] {
-        make_dir(&site.path.join(house), 0o755)?;
-    }
-    let keys = LabKeys {
-        root: new_key()?,
-        targets: new_key()?,
-        snapshot: new_key()?,
-        timestamp: new_key()?,
-        director: new_key()?,
-    };
-    for (role, key) in [("root", &keys.root), ("targets", &keys.targets), ("snapshot", &keys.snapshot)] {
-        write_key(&site.offline_key(role), key)?;
-    }
-    write_key(&site.online("timestamp.key"), &keys.timestamp)?;
-    write_key(&site.online("director.key"), &keys.director)?;
-    let ca_pem = write_agent_api(&site, name)?;
-    write_first_metadata(&site, name, &keys, ca_pem, now)?;
-    write_atomic(&site.online("site-name"), format!("{name}\n").as_bytes(), PUBLIC)?;
-
-    for house in HOUSES {
-        let (from, to) = (site.path.join(house), dir.join(house));
-        fs::rename(&from, &to).map_err(SiteError::io("move into place", &to))?;
-        sync_folder(&to)?;
-    }
-    SiteDir::open(dir)
-}
-
-/// The CA of the agent API and the server's certificate. Their dates are wide open: a machine whose clock is wrong
-/// must be able to connect, and which CA counts is said by signed metadata, which expires.
-fn write_agent_api(site: &SiteDir, name: &str) -> Result<String, SiteError> {
-    let fail = |error: rcgen::Error| SiteError::Certificate { reason: error.to_string() };
-    let dated = |common_name: &str, names: Vec<String>| -> Result<CertificateParams, SiteError> {
-        let mut params = CertificateParams::new(names).map_err(fail)?;
-        params.distinguished_name.push(DnType::CommonName, common_name);
-        params.not_before = rcgen::date_time_ymd(2020, 1, 1);
-        params.not_after = rcgen::date_time_ymd(9999, 12, 31);
-        Ok(params)
-    };
-    let ca_key = KeyPair::generate_for(&rcgen::PKCS_ED25519).map_err(fail)?;
-    let mut ca = dated(&format!("Kiln agent API CA of {name}"), Vec::new())?;
-    ca.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    ca.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
-    let ca_certificate = ca.self_signed(&ca_key).map_err(fail)?;
-
-    let server_key = KeyPair::generate_for(&rcgen::PKCS_ED25519).map_err(fail)?;
-    let mut server = dated(AGENT_API_NAME, vec![AGENT_API_NAME.to_owned()])?;
-    server.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    server.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-    server.use_authority_key_identifier_extension = true;
-    let ca_key_pem = ca_key.serialize_pem();
-    let issuer = rcgen::Issuer::new(ca, ca_key);
-    let server_certificate = server.signed_by(&server_key, &issuer).map_err(fail)?;
-
-    let ca_pem = ca_certificate.pem();
-    for (file, text, mode) in [
-        ("agent-ca.key", ca_key_pem, SECRET),
-        ("agent-ca.pem", ca_pem.clone(), PUBLIC),
-        ("agent-server.key", server_key.serialize_pem(), SECRET),
-        ("agent-server.pem", server_certificate.pem(), PUBLIC),
-    ] {
-        write_atomic(&site.online(file), text.as_bytes(), mode)?;
-    }
-    Ok(ca_pem)
-}
-
-fn write_first_metadata(
-    site: &SiteDir,
-    name: &str,
-    keys: &LabKeys,
-    ca_pem: String,
-    now: Timestamp,
-) -> Result<(), SiteError> {
-    let expires = after(now, OFFLINE_LIFETIME);
-    let one = |key: &Signer| RoleKeys::new(&[key.public()], 1);
-    let public: Vec<PublicKey> =
-        [&keys.root, &keys.targets, &keys.snapshot, &keys.timestamp].into_iter().map(Signer::public).collect();
-    let roles = RootRoles {
-        root: one(&keys.root),
-        timestamp: one(&keys.timestamp),
-        snapshot: one(&keys.snapshot),
-        targets: one(&keys.targets),
-    };
-    let root = sign("root", &Root::new(1, expires, &public, roles), &[&keys.root])?;
-
-    let director = keys.director.public();
-    let document = Site {
-        type_: SITE_TYPE.to_owned(),
-        spec_version: "1.0".to_owned(),
-        name: name.to_owned(),
-        directors: BTreeMap::from([(director.id(), director.to_object())]),
-        director_threshold: 1,
-        agent_api: AgentApi { ca_pem },
-        floors: BTreeMap::new(),
-    };
-    let mut document = serde_json::to_vec_pretty(&document).expect("a site has string keys only");
-    document.push(b'\n');
-    let mut targets = Targets::new(1, expires);
-    targets.targets.insert(TargetPath::site().to_string(), TargetFile::of(&document));
-    let targets = sign("targets", &targets, &[&keys.targets])?;
-    let mut snapshot = Snapshot::new(1, expires);
-    snapshot.list(Targets::TYPE, 1, targets.as_bytes());
-    let snapshot = sign("snapshot", &snapshot, &[&keys.snapshot])?;
-    let timestamp = TimestampRole::new(1, after(now, TIMESTAMP_LIFETIME), 1, snapshot.as_bytes());
-    let timestamp = sign("timestamp", &timestamp, &[&keys.timestamp])?;
-
-    let site_json = format!("{}.site.json", hex::sha256(&document));
-    write_atomic(&site.repo().join("targets").join(site_json), &document, PUBLIC)?;
-    for (file, text) in [
-        ("1.root.json", root),
-        ("1.targets.json", targets),
-        ("1.snapshot.json", snapshot),
-        ("timestamp.json", timestamp),
-    ] {
-        write_atomic(&site.metadata(file), text.as_bytes(), PUBLIC)?;
-    }
-    Ok(())
 }

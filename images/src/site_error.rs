@@ -1,5 +1,6 @@
 //! Errors of the site directory: making it, publishing into it, reading it.
 
+use crate::site::SiteDir;
 use kiln_release::{EnvelopeError, FormatError, KeyError, TufError, VerityError};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -27,7 +28,7 @@ pub enum SiteError {
     #[error("{}: {source}", repo.display())]
     Metadata { repo: PathBuf, source: Box<TufError> },
     #[error("no snapshot in {} verifies; the newest, {file}: {source}", dir.display())]
-    NoSnapshot { dir: PathBuf, file: String, source: Box<TufError> },
+    NoSnapshot { dir: PathBuf, file: String, source: Box<SiteError> },
     #[error("{}: {source}", path.display())]
     Format { path: PathBuf, source: Box<FormatError> },
     #[error("cannot sign {what}: {source}")]
@@ -44,13 +45,19 @@ pub enum SiteError {
         "{release} is published with manifest {published}, this build's is {built}: a release never changes, give it a new number"
     )]
     PublishedDiffers { release: String, published: String, built: String },
-    #[error("the director's key {} is not the one that site.json names: {keyid}", path.display())]
+    #[error("another `kiln serve` runs on {} (it holds {}): stop it first", dir.display(), lock.display())]
+    Served { dir: PathBuf, lock: PathBuf },
+    #[error(
+        "the director's key {} ({keyid}) is not one that site.json names: its assignments would be refused by every machine",
+        path.display()
+    )]
     NotTheDirector { path: PathBuf, keyid: String },
 }
 
 impl SiteError {
     /// For `map_err` on what the TUF client says of the repository.
-    pub(crate) fn metadata(repo: PathBuf) -> impl FnOnce(TufError) -> Self {
+    pub(crate) fn metadata(site: &SiteDir) -> impl FnOnce(TufError) -> Self {
+        let repo = site.repo();
         move |source| Self::Metadata { repo, source: Box::new(source) }
     }
 

@@ -3,9 +3,9 @@
 
 mod common;
 
-use common::write_manifest;
+use common::{served, write_manifest};
 use jiff::{SignedDuration, Timestamp};
-use kiln_images::{Director, Repository, SiteDir, SiteError, init_lab, publish, refresh_timestamp};
+use kiln_images::{Memory, Repository, SiteDir, SiteError, init_lab, publish};
 use kiln_release::verity::BLOCK;
 use kiln_release::{Manifest, hex};
 use std::collections::BTreeMap;
@@ -29,14 +29,15 @@ fn new_site() -> (tempfile::TempDir, SiteDir) {
     common::new_site(now())
 }
 
-fn files_below(path: &Path) -> BTreeMap<String, Vec<u8>> {
+/// Every file below, and the SHA-256 of its bytes.
+fn files_below(path: &Path) -> BTreeMap<String, String> {
     let mut out = BTreeMap::new();
     for entry in fs::read_dir(path).unwrap() {
         let entry = entry.unwrap().path();
         if entry.is_dir() {
             out.extend(files_below(&entry));
         } else {
-            out.insert(entry.display().to_string(), fs::read(&entry).unwrap());
+            out.insert(entry.display().to_string(), hex::sha256(&fs::read(&entry).unwrap()));
         }
     }
     out
@@ -45,10 +46,12 @@ fn files_below(path: &Path) -> BTreeMap<String, Vec<u8>> {
 #[test]
 fn a_new_site_verifies_and_its_secrets_are_its_owners() {
     let (dir, site) = new_site();
-    let repository = Repository::open(dir.path(), now()).unwrap();
+    let outcome = served(&site, now());
+    assert_eq!(outcome.targets.keys().collect::<Vec<_>>(), ["site.json"]);
+    assert!(outcome.stale.is_empty());
+    let repository = Repository::newest(&site, now()).unwrap();
     assert_eq!((repository.site.name.as_str(), repository.releases.len()), ("lab", 0));
-    assert!(repository.stale.is_empty());
-    assert_eq!(site.name().unwrap(), "lab");
+    assert_eq!((site.name.as_str(), SiteDir::open(dir.path()).unwrap()), ("lab", site.clone()));
     for key in [
         "offline/root.key",
         "offline/targets.key",
@@ -91,12 +94,18 @@ fn releases_are_published_listed_and_served_by_hash() {
     let other = build(&site, "other", 7);
     for (image, release) in [("minimal", 1), ("minimal", 2), ("other", 7)] {
         let done = publish(dir.path(), image, release, now()).unwrap();
-        assert!(!done.already && done.timestamp.is_some());
+        assert!(!done.already && done.served);
     }
-    let repository = Repository::open(dir.path(), now()).unwrap();
+    let seen_by_machines = served(&site, now()).targets;
+    assert!(
+        ["minimal/1", "minimal/2", "other/7"]
+            .iter()
+            .all(|r| seen_by_machines.contains_key(&format!("{r}/manifest.json")))
+    );
+    let repository = Repository::newest(&site, now()).unwrap();
     let listed: Vec<_> = repository.releases.iter().map(|r| (r.image.as_str(), r.release)).collect();
     assert_eq!(listed, [("minimal", 1), ("minimal", 2), ("other", 7)]);
-    assert_eq!(repository.release("minimal", 1).unwrap().manifest, first);
+    assert_eq!(repository.releases[0].manifest, first);
     assert_eq!(repository.highest("minimal").unwrap().manifest, second);
     assert_eq!(repository.highest("other").unwrap().manifest, other);
     assert_eq!(repository.highest("absent"), None);
@@ -117,7 +126,7 @@ fn a_release_never_changes() {
     let mut manifest = build(&site, "minimal", 1);
     publish(dir.path(), "minimal", 1, now()).unwrap();
     let before = files_below(&site.repo());
-    assert!(publish(dir.path(), "minimal", 1, later(1)).unwrap().already);
+    assert!(publish(dir.path(), "minimal", 1, now()).unwrap().already);
     manifest.command_line.push_str(" quiet");
     write_manifest(&site, &manifest);
     let error = publish(dir.path(), "minimal", 1, later(1)).unwrap_err();
@@ -177,8 +186,8 @@ fn without_the_online_key_the_server_adopts_the_new_snapshot_later() {
     build(&site, "minimal", 1);
     let key = fs::read(site.online("timestamp.key")).unwrap();
     fs::remove_file(site.online("timestamp.key")).unwrap();
-    assert_eq!(publish(dir.path(), "minimal", 1, now()).unwrap().timestamp, None);
-    assert!(Repository::open(dir.path(), now()).unwrap().releases.is_empty());
+    assert!(!publish(dir.path(), "minimal", 1, now()).unwrap().served);
+    assert_eq!(served(&site, now()).targets.len(), 1, "site.json alone");
     // A second one builds on the first although no timestamp covers it yet.
     build(&site, "minimal", 2);
     publish(dir.path(), "minimal", 2, now()).unwrap();
@@ -187,52 +196,115 @@ fn without_the_online_key_the_server_adopts_the_new_snapshot_later() {
     // The server has no offline keys, and a half-written newer snapshot does not stop it.
     fs::remove_dir_all(dir.path().join("offline")).unwrap();
     fs::write(site.metadata("99.snapshot.json"), b"{\"signatures\":[],\"sig").unwrap();
-    let done = refresh_timestamp(dir.path(), later(1)).unwrap();
-    assert_eq!((done.version, done.snapshot_version), (2, 3));
-    assert_eq!(Repository::open(dir.path(), later(1)).unwrap().releases.len(), 2);
+    let adopted = adopt(&site, later(1)).unwrap();
+    assert!(adopted.refused.unwrap().starts_with("99.snapshot.json: "));
+    assert_eq!((adopted.snapshot, adopted.releases.len()), (3, 2));
+    let outcome = served(&site, later(1));
+    assert_eq!((outcome.timestamp.unwrap().version, outcome.targets.len()), (2, 3));
+}
+
+#[test]
+fn a_publish_that_was_broken_off_before_the_timestamp_is_finished_by_the_next() {
+    let (dir, site) = new_site();
+    build(&site, "minimal", 1);
+    let key = fs::read(site.online("timestamp.key")).unwrap();
+    fs::remove_file(site.online("timestamp.key")).unwrap();
+    publish(dir.path(), "minimal", 1, now()).unwrap();
+    fs::write(site.online("timestamp.key"), key).unwrap();
+    let again = publish(dir.path(), "minimal", 1, now()).unwrap();
+    assert!(again.already && again.served);
+    assert!(served(&site, now()).targets.contains_key("minimal/1/manifest.json"));
+}
+
+fn adopt(site: &SiteDir, now: Timestamp) -> Result<Repository, SiteError> {
+    Repository::adopt(site, &site.timestamp_key().unwrap(), &Memory::default(), now)
 }
 
 #[test]
 fn a_timestamp_is_renewed_and_what_is_stale_is_said() {
-    let (dir, _site) = new_site();
-    assert_eq!(Repository::open(dir.path(), later(25)).unwrap().stale[0].role, "timestamp");
-    let done = refresh_timestamp(dir.path(), later(25)).unwrap();
-    assert_eq!((done.version, done.expires), (2, later(49)));
-    assert!(Repository::open(dir.path(), later(25)).unwrap().stale.is_empty());
-    let roles: Vec<_> =
-        refresh_timestamp(dir.path(), later(366 * 24)).unwrap().stale.into_iter().map(|e| e.role).collect();
+    let (_dir, site) = new_site();
+    let timestamp = || fs::read(site.metadata("timestamp.json")).unwrap();
+    let first = timestamp();
+    adopt(&site, now()).unwrap();
+    assert_eq!(timestamp(), first, "a young one is kept");
+    assert_eq!(served(&site, later(25)).stale[0].role, "timestamp");
+    adopt(&site, later(25)).unwrap();
+    let outcome = served(&site, later(25));
+    let written = outcome.timestamp.unwrap();
+    assert_eq!((written.version, written.expires, outcome.stale.len()), (2, later(49), 0));
+    adopt(&site, later(366 * 24)).unwrap();
+    let roles: Vec<_> = served(&site, later(366 * 24)).stale.into_iter().map(|e| e.role).collect();
     assert_eq!(roles, ["root", "snapshot", "targets"]);
 }
 
 #[test]
-fn a_foreign_timestamp_key_and_a_foreign_director_are_refused() {
+fn a_timestamp_counts_on_from_what_was_seen_and_from_nothing_unsigned() {
     let (dir, site) = new_site();
-    let (_other_dir, other) = new_site();
-    fs::copy(other.online("timestamp.key"), site.online("timestamp.key")).unwrap();
+    for hours in [2, 4, 6] {
+        adopt(&site, later(hours)).unwrap();
+    }
+    let seen = adopt(&site, later(6)).unwrap();
+    let version = || served(&site, later(6)).timestamp.unwrap().version;
+    assert_eq!(version(), 4);
+    // One laid there by somebody else says nothing; what is remembered does.
+    fs::write(site.metadata("timestamp.json"), r#"{"signatures":[],"signed":{"_type":"timestamp","version":99}}"#)
+        .unwrap();
+    let memory = Memory { trust_root: Some(seen.trust_root), seen: seen.seen };
+    Repository::adopt(&site, &site.timestamp_key().unwrap(), &memory, later(6)).unwrap();
+    assert_eq!(version(), 5);
+    // A repository that went back is refused, and its timestamp left alone.
+    build(&site, "minimal", 1);
     let before = fs::read(site.metadata("timestamp.json")).unwrap();
-    assert!(matches!(refresh_timestamp(dir.path(), now()), Err(SiteError::Metadata { .. })));
+    let snapshot = fs::read(site.metadata("1.snapshot.json")).unwrap();
+    publish(dir.path(), "minimal", 1, later(6)).unwrap();
+    let newer = adopt(&site, later(6)).unwrap();
+    fs::remove_file(site.metadata("2.snapshot.json")).unwrap();
+    fs::write(site.metadata("1.snapshot.json"), snapshot).unwrap();
+    fs::write(site.metadata("timestamp.json"), &before).unwrap();
+    let memory = Memory { trust_root: Some(newer.trust_root), seen: newer.seen };
+    let error = Repository::adopt(&site, &site.timestamp_key().unwrap(), &memory, later(7)).unwrap_err();
+    assert!(matches!(error, SiteError::NoSnapshot { .. }), "{error}");
     assert_eq!(fs::read(site.metadata("timestamp.json")).unwrap(), before);
-    let repository = Repository::open(dir.path(), now()).unwrap();
-    fs::copy(other.online("director.key"), site.online("director.key")).unwrap();
-    assert!(matches!(Director::open(dir.path(), &repository.site), Err(SiteError::NotTheDirector { .. })));
 }
 
 #[test]
-fn the_director_signs_what_the_site_verifies() {
-    let (dir, _site) = new_site();
-    let repository = Repository::open(dir.path(), now()).unwrap();
-    let director = Director::open(dir.path(), &repository.site).unwrap();
+fn a_foreign_timestamp_key_and_a_foreign_director_are_refused() {
+    let (_dir, site) = new_site();
+    let (_other_dir, other) = new_site();
+    fs::copy(other.online("timestamp.key"), site.online("timestamp.key")).unwrap();
+    let before = fs::read(site.metadata("timestamp.json")).unwrap();
+    let error = adopt(&site, later(2)).unwrap_err();
+    assert!(matches!(error, SiteError::NoSnapshot { .. }), "{error}");
+    assert_eq!(fs::read(site.metadata("timestamp.json")).unwrap(), before);
+    let signed = Repository::newest(&site, now()).unwrap().site;
+    assert!(site.director_key(&signed).is_ok());
+    fs::copy(other.online("director.key"), site.online("director.key")).unwrap();
+    assert!(matches!(site.director_key(&signed), Err(SiteError::NotTheDirector { .. })));
+}
+
+#[test]
+fn what_the_director_signs_the_site_verifies() {
+    let (_dir, site) = new_site();
+    let signed = Repository::newest(&site, now()).unwrap().site;
     let statement = serde_json::json!({ "_type": "kiln-assignment", "sequence": 3 });
-    let text = director.sign_assignment(&statement).unwrap();
-    let (read, sha256) = repository.site.verify_director::<serde_json::Value>(text.as_bytes()).unwrap();
+    let text = kiln_release::sign_envelope(&statement, &[&site.director_key(&signed).unwrap()]).unwrap();
+    let (read, sha256) = signed.verify_director::<serde_json::Value>(text.as_bytes()).unwrap();
     assert_eq!((read, sha256), (statement, hex::sha256(text.as_bytes())));
     for i in 0..text.len() {
         let mut altered = text.clone().into_bytes();
         altered[i] ^= 1;
         // The one byte that says nothing is the line break at the end.
-        let verdict = repository.site.verify_director::<serde_json::Value>(&altered);
+        let verdict = signed.verify_director::<serde_json::Value>(&altered);
         assert!(verdict.is_err() || i + 1 == text.len(), "byte {i}");
     }
-    let foreign = Director::open(new_site().0.path(), &repository.site);
-    assert!(foreign.is_err());
+}
+
+#[test]
+fn a_site_has_one_server() {
+    let (dir, site) = new_site();
+    let held = site.lock_state().unwrap();
+    let second = SiteDir::open(dir.path()).unwrap().lock_state().unwrap_err();
+    assert!(matches!(second, SiteError::Served { .. }), "{second}");
+    drop(held);
+    assert!(site.lock_state().is_ok());
 }

@@ -1,5 +1,6 @@
 //! What can go wrong, named for the step that failed and with what a person can do.
 
+use kiln_images::SiteError;
 use kiln_protocol::ReleaseId;
 use std::io;
 use std::net::SocketAddr;
@@ -21,38 +22,16 @@ pub enum ConfigError {
     UnknownRole { role: String, known: String },
 }
 
-/// The site directory cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // the messages say it
-pub enum SiteError {
-    #[error("{} is no site directory: {missing} is missing. Make one with `kiln trust init --lab {}`", dir.display(), dir.display())]
-    NotASite { dir: PathBuf, missing: &'static str },
-    #[error("cannot read {}: {source}", path.display())]
-    Read { path: PathBuf, source: io::Error },
-    #[error("cannot write {}: {source}", path.display())]
-    Write { path: PathBuf, source: io::Error },
-    #[error("{} cannot be used: {reason}", path.display())]
-    Unusable { path: PathBuf, reason: String },
-    #[error("another `kiln serve` runs on {} (it holds {}): stop it first", dir.display(), lock.display())]
-    Locked { dir: PathBuf, lock: PathBuf },
-    #[error("the director's key {} is not one that site.json names: its assignments would be refused by every machine", path.display())]
-    ForeignDirector { path: PathBuf },
-}
-
 /// The repository's metadata was not adopted.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
 pub enum CatalogError {
     #[error(transparent)]
     Site(#[from] SiteError),
-    #[error("repository refused: {0}")]
-    Tuf(#[from] kiln_release::TufError),
-    #[error("{path}: {reason}")]
-    Format { path: String, reason: String },
-    #[error("cannot sign timestamp.json: {0}")]
-    Sign(#[from] kiln_release::EnvelopeError),
-    #[error("there is no snapshot in {}: the site was not initialised, or nothing was ever published", dir.display())]
-    NoSnapshot { dir: PathBuf },
+    #[error("a published release cannot be assigned: {0}")]
+    Name(#[from] kiln_protocol::IdError),
+    #[error("reading the repository was broken off: {0}")]
+    Task(#[from] tokio::task::JoinError),
 }
 
 /// The database failed.

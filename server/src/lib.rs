@@ -15,7 +15,6 @@ pub mod http;
 mod log;
 pub mod net;
 pub mod serve;
-pub mod site;
 pub mod store;
 pub mod view;
 pub mod web;

@@ -1,15 +1,15 @@
 //! `kiln serve`: opens the site, starts every part, and ends them in order.
 
-use crate::catalog::{self, Catalog, Memory};
+use crate::catalog::{self, Catalog};
 use crate::config::{Config, DhcpMode};
 use crate::control::Control;
-use crate::error::{CatalogError, ServeError, SiteError};
+use crate::error::{CatalogError, ServeError};
 use crate::http::{self, App, Listening};
 pub use crate::log::LogFormat;
 use crate::net::{self, BootNet, Decide, NetEvent, SiteFiles};
-use crate::site::Site;
 use crate::store::Store;
 use jiff::Timestamp;
+use kiln_images::{Memory, SiteDir};
 use kiln_netboot::{LeaseConfig, Mode, tftp::BootFile};
 use kiln_release::Signer;
 use kiln_release::tuf::Seen;
@@ -53,27 +53,26 @@ fn raise_descriptor_limit() {
 pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
     crate::log::start(options.log);
     raise_descriptor_limit();
-    let site = Site::open(&options.site)?;
-    let (config, file) = Config::load(&site.dir, options.config.as_deref())?;
-    let _lock = site.lock()?;
+    let site = SiteDir::open(&options.site)?;
+    let (config, file) = Config::load(&site.path, options.config.as_deref())?;
+    let _lock = site.lock_state()?;
     match &file {
-        Some(path) => tracing::info!("serves site {} in {}, as {} says", site.name, site.dir.display(), path.display()),
+        Some(path) => {
+            tracing::info!("serves site {} in {}, as {} says", site.name, site.path.display(), path.display());
+        }
         None => tracing::info!(
             "serves site {} in {}; all settings have their defaults: there is no kiln.toml",
             site.name,
-            site.dir.display()
+            site.path.display()
         ),
     }
-    let director = site.online_key("director")?;
-    let timestamp_key = Arc::new(site.online_key("timestamp")?);
+    let timestamp_key = Arc::new(site.timestamp_key()?);
     let acceptor = tokio_rustls::TlsAcceptor::from(http::tls::agent_api(&site)?);
 
     let (store, writer) = Store::open(&site.database()).await?;
     let memory = recall(&store).await?;
     let catalog = look(&site, &timestamp_key, memory).await?;
-    if !catalog.site.directors.contains_key(&director.public().id()) {
-        return Err(SiteError::ForeignDirector { path: site.dir.join("online/director.key") }.into());
-    }
+    let director = site.director_key(&catalog.site)?;
     remember(&store, &catalog).await?;
     describe(&catalog, &config);
 
@@ -161,7 +160,7 @@ async fn run(
     result
 }
 
-fn unix_socket(site: &Site) -> Result<UnixListener, ServeError> {
+fn unix_socket(site: &SiteDir) -> Result<UnixListener, ServeError> {
     let path = site.socket();
     let fail = |source| ServeError::Socket { path: path.clone(), source };
     // The lock on the site is held: whatever lies there belongs to a server that is gone.
@@ -176,10 +175,10 @@ fn unix_socket(site: &Site) -> Result<UnixListener, ServeError> {
 }
 
 async fn recall(store: &Store) -> Result<Memory, ServeError> {
-    let root = store.note("tuf-root").await?;
+    let trust_root = store.note("tuf-root").await?;
     let seen = store.note("tuf-seen").await?;
     let seen = seen.and_then(|text| serde_json::from_str::<Seen>(&text).ok()).unwrap_or_default();
-    Ok(Memory { root, seen })
+    Ok(Memory { trust_root, seen })
 }
 
 async fn remember(store: &Store, catalog: &Catalog) -> Result<(), ServeError> {
@@ -191,13 +190,10 @@ async fn remember(store: &Store, catalog: &Catalog) -> Result<(), ServeError> {
     Ok(())
 }
 
-async fn look(site: &Site, key: &Arc<Signer>, memory: Memory) -> Result<Catalog, CatalogError> {
+async fn look(site: &SiteDir, key: &Arc<Signer>, memory: Memory) -> Result<Catalog, CatalogError> {
     let (site, key) = (site.clone(), key.clone());
-    let work = move || catalog::adopt(&site, &key, &memory, Timestamp::now());
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(e) => Err(CatalogError::Format { path: "repo/metadata".into(), reason: e.to_string() }),
-    }
+    let work = move || Catalog::adopt(&site, &key, &memory, Timestamp::now());
+    tokio::task::spawn_blocking(work).await?
 }
 
 fn describe(catalog: &Catalog, config: &Config) {
@@ -245,7 +241,7 @@ async fn looks(control: Arc<Control>, key: Arc<Signer>) {
             continue;
         }
         let before = control.catalog();
-        let memory = Memory { root: Some(before.root.clone()), seen: before.seen.clone() };
+        let memory = Memory { trust_root: Some(before.root.clone()), seen: before.seen.clone() };
         let result = look(&control.site, &key, memory).await;
         let refused = match &result {
             Ok(catalog) => catalog.refused.clone(),

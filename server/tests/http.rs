@@ -126,7 +126,6 @@ async fn a_new_release_is_noticed_and_changes_no_machine() {
         assert!(begun.elapsed() < PATIENCE);
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
     }
-    assert!(kiln_images::Repository::open(site.path(), jiff::Timestamp::now()).is_ok());
 }
 
 #[tokio::test]

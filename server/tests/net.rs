@@ -223,8 +223,7 @@ async fn tftp_bounds_downloads_and_tells_strangers() {
 }
 
 fn packet(hex: &str) -> Vec<u8> {
-    let digits: Vec<u8> = hex.bytes().filter(u8::is_ascii_hexdigit).collect();
-    digits.chunks(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
+    kiln_release::hex::decode(&hex.split_whitespace().collect::<String>()).unwrap()
 }
 
 /// Two ports of one cable in one namespace: the server has k0, the "firmware" sends through k1.

@@ -19,8 +19,8 @@ pub use ids::{Architecture, Class, IdError, ImageName, KeyId, MachineId, Nonce, 
 pub use stage::{Failure, Stage, StageRecord, StageState};
 pub use wire::{
     AgentMemory, Decision, Desired, Firmware, Grant, Health, KeyStorage, MachineFacts, Prefetch, Progress,
-    ProtectionClass, REPORT_PATH, Reply, Report, RollbackMemory, RunningRelease, SERVER_NAME, VENDOR_CLASS,
-    VENDOR_OPTION_AGENT_URL, VENDOR_OPTION_HTTP_URL, Via,
+    ProtectionClass, REPORT_PATH, Reply, Report, RollbackMemory, RunningRelease, VENDOR_CLASS, VENDOR_OPTION_AGENT_URL,
+    VENDOR_OPTION_HTTP_URL, Via,
 };
 
 /// `spec_version` of every object whose `_type` begins with `kiln-`.

@@ -11,8 +11,6 @@ use std::str::FromStr;
 
 /// Where reports are posted.
 pub const REPORT_PATH: &str = "/agent/v1/report";
-/// The DNS name in the agent API's server certificate, whatever address it was reached by: the CA is what counts.
-pub const SERVER_NAME: &str = "kiln-agent-api";
 /// DHCP option 60 (RFC 2132 §9.13) that the agent sends, so that Kiln can say where it is.
 pub const VENDOR_CLASS: &str = "KilnAgent";
 /// Sub-option of DHCP option 43 in Kiln's answer to [`VENDOR_CLASS`]: base URL of artifacts, ASCII.

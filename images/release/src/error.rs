@@ -216,3 +216,14 @@ impl VerityError {
         }
     }
 }
+
+/// An error's text with those of its causes: of many an HTTP error the outermost says little.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        text = format!("{text}: {inner}");
+        cause = inner.source();
+    }
+    text
+}

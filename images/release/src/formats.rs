@@ -11,6 +11,8 @@ use std::collections::BTreeMap;
 pub const MANIFEST_TYPE: &str = "kiln-manifest";
 /// `_type` of `site.json`.
 pub const SITE_TYPE: &str = "kiln-site";
+/// The name in the agent API's certificate: what a machine demands, whatever address it reached.
+pub const AGENT_API_NAME: &str = "kiln-agent-api";
 /// Where [`BootInfo`] lies in the initramfs.
 pub const BOOT_PATH: &str = "/kiln/boot.json";
 /// Where the initramfs agent leaves word for the agent in the booted system.

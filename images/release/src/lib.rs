@@ -14,15 +14,18 @@ mod error;
 mod formats;
 pub mod hex;
 pub mod key;
+pub mod newc;
 pub mod pe;
 pub mod tuf;
 pub mod verity;
 
 pub use checks::{MAX_DIRECTOR_STATEMENT, is_image_name};
 pub use envelope::{KeySet, Unverified, Verified, sign_envelope};
-pub use error::{CanonicalError, DirectorError, EnvelopeError, FormatError, KeyError, TufError, VerityError};
+pub use error::{
+    CanonicalError, DirectorError, EnvelopeError, FormatError, KeyError, TufError, VerityError, with_causes,
+};
 pub use formats::{
-    AgentApi, Artifact, BOOT_PATH, BootInfo, FilePolicy, HANDOFF_PATH, HealthCheck, HealthKind, MANIFEST_TYPE,
-    Manifest, Mode, SITE_TYPE, Site, SiteSettings, VerityParams, WritableMount,
+    AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, FilePolicy, HANDOFF_PATH, HealthCheck, HealthKind,
+    MANIFEST_TYPE, Manifest, Mode, SITE_TYPE, Site, SiteSettings, VerityParams, WritableMount,
 };
 pub use key::{PublicKey, Signer};

@@ -3,6 +3,7 @@
 
 use jiff::Timestamp;
 use kiln_images::{SiteDir, init_lab};
+use kiln_release::tuf::{Client, ExpiryPolicy, Fetched, Limits, Outcome, Request, Seen, Wanted};
 use kiln_release::verity::{BLOCK, TreeBuilder};
 use kiln_release::{Artifact, FilePolicy, HealthCheck, HealthKind, MANIFEST_TYPE, Manifest, VerityParams, hex};
 use std::collections::BTreeMap;
@@ -63,4 +64,15 @@ pub fn new_site(now: Timestamp) -> (tempfile::TempDir, SiteDir) {
     let dir = tempfile::tempdir().unwrap();
     let site = init_lab(dir.path(), "lab", now).unwrap();
     (dir, site)
+}
+
+/// The repository as machines are served it: from its first root and by the timestamp that is there.
+pub fn served(site: &SiteDir, now: Timestamp) -> Outcome {
+    let root = fs::read(site.metadata("1.root.json")).unwrap();
+    let (limits, policy) = (Limits::default(), ExpiryPolicy::ReportStale);
+    let mut client = Client::new(&root, Seen::default(), now, limits, policy, Wanted::All).unwrap();
+    while let Request::Fetch { path, .. } = client.next() {
+        client.feed(fs::read(site.repo().join(&path)).map_or(Fetched::Absent, Fetched::Bytes)).unwrap();
+    }
+    client.finish().unwrap()
 }

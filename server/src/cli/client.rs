@@ -2,6 +2,7 @@
 
 use super::At;
 use super::error::CliError;
+use kiln_release::with_causes;
 use reqwest::{Method, Response, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -30,7 +31,7 @@ impl Client {
             }
             (None, server) => (builder, server.clone().unwrap_or_default().trim_end_matches('/').to_owned(), false),
         };
-        let http = builder.build().map_err(|e| CliError::Request { url: base.clone(), reason: words(&e) })?;
+        let http = builder.build().map_err(|e| CliError::Request { url: base.clone(), reason: with_causes(&e) })?;
         Ok(Self { http, base, may_change })
     }
 
@@ -72,7 +73,8 @@ impl Client {
         if let Some(limit) = limit {
             request = request.timeout(limit);
         }
-        let response = request.send().await.map_err(|e| CliError::Request { url: url.clone(), reason: words(&e) })?;
+        let response =
+            request.send().await.map_err(|e| CliError::Request { url: url.clone(), reason: with_causes(&e) })?;
         let status = response.status();
         if status.is_success() {
             return Ok(response);
@@ -91,22 +93,11 @@ impl Client {
 
     async fn read<T: DeserializeOwned>(&self, path: &str, response: Response) -> Result<T, CliError> {
         let bytes = response.bytes().await;
-        let bytes = bytes.map_err(|e| CliError::Request { url: self.url(path), reason: words(&e) })?;
+        let bytes = bytes.map_err(|e| CliError::Request { url: self.url(path), reason: with_causes(&e) })?;
         Ok(serde_json::from_slice(&bytes)?)
     }
 
     pub(super) fn url(&self, path: &str) -> String {
         format!("{}/api/v1/{path}", self.base)
     }
-}
-
-/// An error with its causes.
-fn words(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
 }

@@ -37,8 +37,12 @@ pub(super) fn build(build: Build) -> Result<(), CliError> {
 }
 
 pub(super) fn publish(release: &ReleaseId, site: &Path) -> Result<(), CliError> {
-    kiln_images::publish(site, release.image.as_str(), release.release, Timestamp::now())?;
-    println!("{release} is published; `kiln assign MACHINE {release}` gives it to a machine");
+    let done = kiln_images::publish(site, release.image.as_str(), release.release, Timestamp::now())?;
+    let what = if done.already { "was published before, nothing changed" } else { "is published" };
+    println!("{release} {what}; `kiln assign MACHINE {release}` gives it to a machine");
+    if !done.served {
+        println!("machines see it when `kiln serve` has signed the timestamp: its key is not on this machine");
+    }
     Ok(())
 }
 

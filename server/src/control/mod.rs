@@ -15,10 +15,10 @@ pub use leases::{lease_from, lease_to};
 use crate::catalog::Catalog;
 use crate::config::Config;
 use crate::error::ControlError;
-use crate::site::Site;
 use crate::store::{AuditLine, Commit, Envelope, Store};
 use crate::view::MachineView;
 use kiln_fleet::{Action, Event, LIVE_MS, Machine, Millis, StateKind};
+use kiln_images::SiteDir;
 use kiln_protocol::{MachineId, StageState};
 use kiln_release::Signer;
 use std::collections::BTreeMap;
@@ -62,7 +62,7 @@ pub struct Control {
     /// The store.
     pub store: Store,
     /// The site.
-    pub site: Site,
+    pub site: SiteDir,
     /// The configuration.
     pub config: Config,
     pub(crate) director: Signer,
@@ -81,7 +81,7 @@ pub struct Control {
 
 impl std::fmt::Debug for Control {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Control").field("site", &self.site.dir).finish_non_exhaustive()
+        f.debug_struct("Control").field("site", &self.site.path).finish_non_exhaustive()
     }
 }
 
@@ -107,7 +107,7 @@ impl Control {
     /// From what the store holds. `stop` turns true when the server is to end.
     pub async fn load(
         store: Store,
-        site: Site,
+        site: SiteDir,
         config: Config,
         director: Signer,
         catalog: Catalog,

@@ -2,7 +2,7 @@
 //! self-signed Ed25519 certificate and proves that it holds the key. Who that key is, is decided by its key id.
 
 use crate::error::ServeError;
-use crate::site::Site;
+use kiln_images::SiteDir;
 use kiln_release::certificate::certificate_key_id;
 use rustls::client::danger::HandshakeSignatureValid;
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, ring, verify_tls13_signature};
@@ -66,14 +66,14 @@ pub fn provider() -> Arc<CryptoProvider> {
 }
 
 /// The agent API's configuration.
-pub fn agent_api(site: &Site) -> Result<Arc<ServerConfig>, ServeError> {
+pub fn agent_api(site: &SiteDir) -> Result<Arc<ServerConfig>, ServeError> {
     let tls = |e: &dyn std::fmt::Display| ServeError::Tls(e.to_string());
     let pem = |name: &str, e: &dyn std::fmt::Display| ServeError::Tls(format!("online/{name}: {e}"));
-    let chain = site.online("agent-server.pem")?;
+    let chain = site.read_online("agent-server.pem")?;
     let chain: Vec<_> = CertificateDer::pem_slice_iter(chain.as_bytes())
         .collect::<Result<_, _>>()
         .map_err(|e| pem("agent-server.pem", &e))?;
-    let key = site.online("agent-server.key")?;
+    let key = site.read_online("agent-server.key")?;
     let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).map_err(|e| pem("agent-server.key", &e))?;
     let provider = provider();
     let verifier = Arc::new(MachineIdentity { algorithms: provider.signature_verification_algorithms });

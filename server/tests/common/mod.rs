@@ -114,7 +114,7 @@ impl TestSite {
     }
 
     pub fn signed_site(&self) -> kiln_release::Site {
-        kiln_images::Repository::open(self.path(), Timestamp::now()).unwrap().site
+        kiln_images::Repository::newest(&self.site, Timestamp::now()).unwrap().site
     }
 
     pub fn online(&self, name: &str) -> Vec<u8> {
@@ -264,7 +264,7 @@ impl Server {
 
     pub async fn post(&self, config: ClientConfig, body: Vec<u8>) -> Result<Answer, Box<dyn std::error::Error>> {
         let stream = TcpStream::connect(self.agent).await?;
-        let name = ServerName::try_from(SERVER_NAME)?;
+        let name = ServerName::try_from(kiln_release::AGENT_API_NAME)?;
         let stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
         Ok(try_call(stream, "POST", REPORT_PATH, &[], body).await?)
     }

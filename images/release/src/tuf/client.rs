@@ -271,6 +271,11 @@ impl Client {
         }
     }
 
+    /// The newest root verified so far.
+    pub fn root(&self) -> &Root {
+        &self.trust.root
+    }
+
     /// What to remember, also of an update that failed: everything verified up to there.
     pub fn seen(&self) -> &Seen {
         &self.trust.seen

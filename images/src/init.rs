@@ -1,0 +1,161 @@
+//! `kiln trust init --lab`: a site's directory from nothing.
+//!
+//! `--lab` means threshold 1 and unencrypted keys in `offline/`, nothing else.
+
+use crate::files::{PUBLIC, SECRET, make_dir, sync_folder, write_atomic};
+use crate::site::{OFFLINE_LIFETIME, SiteDir, TIMESTAMP_LIFETIME, after, new_key, sign, write_key};
+use crate::site_error::SiteError;
+use jiff::Timestamp;
+use kiln_release::tuf::{RoleKeys, Root, RootRoles, Snapshot, TargetFile, TargetPath, Targets, TimestampRole};
+use kiln_release::{AGENT_API_NAME, AgentApi, PublicKey, SITE_TYPE, Signer, Site, hex};
+use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose};
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+/// Made first to last; the last one makes the directory a site.
+const HOUSES: [&str; 4] = ["offline", "repo", "state", "online"];
+
+struct LabKeys {
+    root: Signer,
+    targets: Signer,
+    snapshot: Signer,
+    timestamp: Signer,
+    director: Signer,
+}
+
+/// Makes a lab's site: keys, the agent API's certificates, and a repository without releases.
+///
+/// It is prepared in a folder of its own inside `dir` and moved into place at the end; what `dir` holds besides
+/// (`kiln.toml`, a cache) is left alone.
+pub fn init_lab(dir: &Path, name: &str, now: Timestamp) -> Result<SiteDir, SiteError> {
+    if name.is_empty() || name.len() > 64 || !name.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(SiteError::BadName { got: name.to_owned() });
+    }
+    if let Some(found) = HOUSES.into_iter().find(|house| dir.join(house).exists()) {
+        return Err(SiteError::SiteExists { dir: dir.to_owned(), found });
+    }
+    fs::create_dir_all(dir).map_err(SiteError::io("make directory", dir))?;
+    let draft =
+        tempfile::Builder::new().prefix(".init-").tempdir_in(dir).map_err(SiteError::io("make a folder in", dir))?;
+    let site = SiteDir { path: draft.path().to_owned(), name: name.to_owned() };
+    for (house, mode) in [("offline", 0o700), ("online", 0o700), ("state", 0o700), ("repo/metadata", 0o755)] {
+        make_dir(&site.path.join(house), mode)?;
+    }
+    for house in ["repo/a", "repo/b", "repo/targets", "repo"] {
+        make_dir(&site.path.join(house), 0o755)?;
+    }
+    let keys = LabKeys {
+        root: new_key()?,
+        targets: new_key()?,
+        snapshot: new_key()?,
+        timestamp: new_key()?,
+        director: new_key()?,
+    };
+    for (role, key) in [("root", &keys.root), ("targets", &keys.targets), ("snapshot", &keys.snapshot)] {
+        write_key(&site.offline_key(role), key)?;
+    }
+    write_key(&site.online("timestamp.key"), &keys.timestamp)?;
+    write_key(&site.online("director.key"), &keys.director)?;
+    let ca_pem = write_agent_api(&site, name)?;
+    write_first_metadata(&site, name, &keys, ca_pem, now)?;
+    write_atomic(&site.online("site-name"), format!("{name}\n").as_bytes(), PUBLIC)?;
+
+    for house in HOUSES {
+        let (from, to) = (site.path.join(house), dir.join(house));
+        fs::rename(&from, &to).map_err(SiteError::io("move into place", &to))?;
+        sync_folder(&to)?;
+    }
+    SiteDir::open(dir)
+}
+
+/// The CA of the agent API and the server's certificate. Their dates are wide open: a machine whose clock is wrong
+/// must be able to connect, and which CA counts is said by signed metadata, which expires.
+fn write_agent_api(site: &SiteDir, name: &str) -> Result<String, SiteError> {
+    let fail = |error: rcgen::Error| SiteError::Certificate { reason: error.to_string() };
+    let dated = |common_name: &str, names: Vec<String>| -> Result<CertificateParams, SiteError> {
+        let mut params = CertificateParams::new(names).map_err(fail)?;
+        params.distinguished_name.push(DnType::CommonName, common_name);
+        params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+        params.not_after = rcgen::date_time_ymd(9999, 12, 31);
+        Ok(params)
+    };
+    let ca_key = KeyPair::generate_for(&rcgen::PKCS_ED25519).map_err(fail)?;
+    let mut ca = dated(&format!("Kiln agent API CA of {name}"), Vec::new())?;
+    ca.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    ca.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
+    let ca_certificate = ca.self_signed(&ca_key).map_err(fail)?;
+
+    let server_key = KeyPair::generate_for(&rcgen::PKCS_ED25519).map_err(fail)?;
+    let mut server = dated(AGENT_API_NAME, vec![AGENT_API_NAME.to_owned()])?;
+    server.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    server.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+    server.use_authority_key_identifier_extension = true;
+    let ca_key_pem = ca_key.serialize_pem();
+    let issuer = rcgen::Issuer::new(ca, ca_key);
+    let server_certificate = server.signed_by(&server_key, &issuer).map_err(fail)?;
+
+    let ca_pem = ca_certificate.pem();
+    for (file, text, mode) in [
+        ("agent-ca.key", ca_key_pem, SECRET),
+        ("agent-ca.pem", ca_pem.clone(), PUBLIC),
+        ("agent-server.key", server_key.serialize_pem(), SECRET),
+        ("agent-server.pem", server_certificate.pem(), PUBLIC),
+    ] {
+        write_atomic(&site.online(file), text.as_bytes(), mode)?;
+    }
+    Ok(ca_pem)
+}
+
+fn write_first_metadata(
+    site: &SiteDir,
+    name: &str,
+    keys: &LabKeys,
+    ca_pem: String,
+    now: Timestamp,
+) -> Result<(), SiteError> {
+    let expires = after(now, OFFLINE_LIFETIME);
+    let one = |key: &Signer| RoleKeys::new(&[key.public()], 1);
+    let public: Vec<PublicKey> =
+        [&keys.root, &keys.targets, &keys.snapshot, &keys.timestamp].into_iter().map(Signer::public).collect();
+    let roles = RootRoles {
+        root: one(&keys.root),
+        timestamp: one(&keys.timestamp),
+        snapshot: one(&keys.snapshot),
+        targets: one(&keys.targets),
+    };
+    let root = sign("root", &Root::new(1, expires, &public, roles), &[&keys.root])?;
+
+    let director = keys.director.public();
+    let document = Site {
+        type_: SITE_TYPE.to_owned(),
+        spec_version: "1.0".to_owned(),
+        name: name.to_owned(),
+        directors: BTreeMap::from([(director.id(), director.to_object())]),
+        director_threshold: 1,
+        agent_api: AgentApi { ca_pem },
+        floors: BTreeMap::new(),
+    };
+    let mut document = serde_json::to_vec_pretty(&document).expect("a site has string keys only");
+    document.push(b'\n');
+    let mut targets = Targets::new(1, expires);
+    targets.targets.insert(TargetPath::site().to_string(), TargetFile::of(&document));
+    let targets = sign("targets", &targets, &[&keys.targets])?;
+    let mut snapshot = Snapshot::new(1, expires);
+    snapshot.list(Targets::TYPE, 1, targets.as_bytes());
+    let snapshot = sign("snapshot", &snapshot, &[&keys.snapshot])?;
+    let timestamp = TimestampRole::new(1, after(now, TIMESTAMP_LIFETIME), 1, snapshot.as_bytes());
+    let timestamp = sign("timestamp", &timestamp, &[&keys.timestamp])?;
+
+    let site_json = format!("{}.site.json", hex::sha256(&document));
+    write_atomic(&site.repo().join("targets").join(site_json), &document, PUBLIC)?;
+    for (file, text) in [
+        ("1.root.json", root),
+        ("1.targets.json", targets),
+        ("1.snapshot.json", snapshot),
+        ("timestamp.json", timestamp),
+    ] {
+        write_atomic(&site.metadata(file), text.as_bytes(), PUBLIC)?;
+    }
+    Ok(())
+}

@@ -8,7 +8,7 @@ MUSL  := x86_64-unknown-linux-musl
 LAB   := target/debug/kiln-lab
 CARGO ?= cargo
 
-.PHONY: help setup build lab test test-slow bench fuzz lint
+.PHONY: help setup build agent tests lab test test-slow bench fuzz lint
 .DEFAULT_GOAL := help
 
 help: ## This list
@@ -17,25 +17,34 @@ help: ## This list
 setup: ## Install what the lab and the tests need (Debian packages, Rust target), saying what and why
 	@bash hardware-tests/setup
 
-build: ## The programs: kiln, kiln-lab, and the agent as a small static binary
+build: agent ## The programs: kiln, kiln-lab, and the agent as a small static binary
 	@$(CARGO) build --locked -p kiln-server -p kiln-lab
+
+agent:
 	@$(CARGO) build --locked -p kiln-agent --profile agent --target $(MUSL)
 
 lab: setup build ## A rack of virtual machines boots, comes up healthy and reimages itself; stays until Ctrl-C (LAB_ONCE=1: exits)
 	@exec $(LAB) run $(LAB_ARGS)
 
+# One selection of packages in every line of the tests: another one means other features, and half of everything anew.
+TEST := $(CARGO) test --locked --workspace
+
+tests:
+	@$(TEST) --no-run
+
 test: setup ## Every test of the fast tier: pure, processes in network namespaces, and a few QEMU boots
 	@$(CARGO) fmt --all --check
-	@$(CARGO) test --locked --workspace --exclude kiln-lab
-	@$(MAKE) --no-print-directory build
+	@$(MAKE) --no-print-directory -j2 agent tests
+	@$(TEST)
 	@$(LAB) prepare --probe
-	@$(CARGO) test --locked -p kiln-lab
+	@$(TEST) --test rack -- --test-threads 32
 
-test-slow: setup build ## One QEMU run per scenario, and cargo-deny's rules
+test-slow: setup ## Every test of the rack, also those that take minutes, and cargo-deny's rules
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	@$(CARGO) deny check bans licenses sources
+	@$(MAKE) --no-print-directory -j2 agent tests
 	@$(LAB) prepare --probe
-	@$(CARGO) test --locked -p kiln-lab -- --include-ignored
+	@$(TEST) --test rack -- --test-threads 32 --include-ignored
 
 bench: setup build ## The lab's figures: target/lab/report.json
 	@LAB_ONCE=1 $(LAB) run $(LAB_ARGS)

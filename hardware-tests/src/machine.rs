@@ -7,7 +7,6 @@ use crate::error::{AtPath, LabError};
 use crate::net;
 use crate::qmp::Qmp;
 use crate::variables::{self, NetworkBoot};
-use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -199,11 +198,6 @@ impl Machine {
             }),
             Ok(None) | Err(_) => Ok(()),
         }
-    }
-
-    /// Presses the reset button: through firmware, memory lost, variables kept.
-    pub fn reset(&self) -> Result<(), LabError> {
-        self.power()?.qmp.execute("system_reset", &json!({})).map(drop)
     }
 
     /// How often it went through reset since it was switched on.

@@ -7,46 +7,99 @@ use crate::error::LabError;
 use crate::paths::Paths;
 use crate::{checks, command, enclosure};
 use std::process::{Command, Stdio};
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-/// Racks at a time: a booting machine takes a core, and small hosts have two.
-const AT_ONCE: usize = 2;
-static FREE: (Mutex<usize>, Condvar) = (Mutex::new(AT_ONCE), Condvar::new());
+/// So many tests of one kind at a time, in the order in which they came: the long ones are not left for the end.
+struct Places {
+    line: Mutex<Line>,
+    moved: Condvar,
+}
+
+struct Line {
+    free: usize,
+    next: u64,
+    served: u64,
+}
+
+impl Places {
+    const fn new(free: usize) -> Self {
+        Self { line: Mutex::new(Line { free, next: 0, served: 0 }), moved: Condvar::new() }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Line> {
+        self.line.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A booting machine takes a core, and small hosts have two.
+static RACKS: Places = Places::new(2);
+/// These mostly wait.
+static PROCESSES: Places = Places::new(4);
 
 /// One of the places, given back when dropped.
-struct Turn;
+#[must_use]
+pub struct Turn(&'static Places);
 
 impl Turn {
-    fn take() -> Self {
-        let free = FREE.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut free = FREE.1.wait_while(free, |free| *free == 0).unwrap_or_else(PoisonError::into_inner);
-        *free -= 1;
-        Self
+    /// Waits for a place among the racks.
+    pub fn of_a_rack() -> Self {
+        Self::take(&RACKS)
+    }
+
+    fn take(places: &'static Places) -> Self {
+        let mut line = places.lock();
+        let mine = line.next;
+        line.next += 1;
+        let waiting = |line: &mut Line| line.free == 0 || line.served != mine;
+        let mut line = places.moved.wait_while(line, waiting).unwrap_or_else(PoisonError::into_inner);
+        line.free -= 1;
+        line.served += 1;
+        places.moved.notify_all();
+        Self(places)
     }
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        *FREE.0.lock().unwrap_or_else(PoisonError::into_inner) += 1;
-        FREE.1.notify_one();
+        self.0.lock().free += 1;
+        self.0.moved.notify_all();
     }
 }
 
-/// Runs `body` inside fresh namespaces. `test` is the test's full name as libtest knows it.
+/// Runs a test that boots machines inside fresh namespaces.
 ///
+/// `body` must be the closure of the test itself: its type names the test.
 /// Where the host cannot hold a rack the test says why and does nothing; with `CI` set that is a failure.
-pub fn inside(test: &str, body: impl FnOnce(&Paths)) {
+pub fn rack<F: FnOnce(&Paths)>(body: F) {
+    inside(&RACKS, body);
+}
+
+/// The same for a test with processes only.
+pub fn processes<F: FnOnce(&Paths)>(body: F) {
+    inside(&PROCESSES, body);
+}
+
+/// Whether the host can hold a rack; says why not.
+pub fn possible(test: &str) -> bool {
+    let Err(why) = checks::host() else { return true };
+    assert!(std::env::var_os("CI").is_none(), "{test} needs a rack: {why}");
+    eprintln!("{test} cannot run here: {why}");
+    false
+}
+
+fn inside<F: FnOnce(&Paths)>(places: &'static Places, body: F) {
     let paths = Paths::find().expect("tests lie in the target folder");
     if enclosure::is_inside() {
         body(&paths);
         return;
     }
-    if let Err(why) = checks::host() {
-        assert!(std::env::var_os("CI").is_none(), "{test} needs a rack: {why}");
-        eprintln!("{test} cannot run here: {why}");
+    // crate::module::test::{{closure}}, of which libtest knows the middle.
+    let name = std::any::type_name::<F>();
+    let test = name.split_once("::").map_or(name, |(_, rest)| rest).trim_end_matches("::{{closure}}");
+    if !possible(test) {
         return;
     }
-    let _turn = Turn::take();
+    let _turn = Turn::take(places);
     let me = std::env::current_exe().expect("this test binary exists");
     let mut again = Command::new(&paths.program);
     again.args(["inside", "--"]).arg(me).args([

@@ -1,7 +1,5 @@
 //! The boots that only real firmware can show. Each scenario checks many things, because a boot costs half a minute.
 //! Consoles: target/lab/console/SCENARIO/.
-#![allow(clippy::unwrap_used)]
-
 use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::server::DhcpMode;
@@ -22,7 +20,7 @@ fn root_hash(rack: &Rack, image: &str, release: u64) -> Option<String> {
 /// UEFI PXE over TFTP; the cable is cut before the agent has an address; the boot server dies while the root downloads and comes back; then a reimage by kexec.
 #[test]
 fn pxe_survives_a_dead_server_and_reimages_by_kexec() {
-    testing::inside("pxe_survives_a_dead_server_and_reimages_by_kexec", |paths| {
+    testing::rack(|paths| {
         let spec = MachineSpec::new(1, PXE);
         let mut rack = Rack::start(paths, &RackOptions::scenario(paths, "pxe-kexec", spec)).unwrap();
         rack.machine(NAME).power_on().unwrap();
@@ -68,12 +66,13 @@ fn pxe_survives_a_dead_server_and_reimages_by_kexec() {
 /// has seen the newer one, is switched off and on.
 #[test]
 fn http_boot_reimages_cold_and_remembers_what_it_has_seen() {
-    testing::inside("http_boot_reimages_cold_and_remembers_what_it_has_seen", |paths| {
+    testing::rack(|paths| {
         let spec = MachineSpec::new(1, HTTP);
         let mut rack = Rack::start(paths, &RackOptions::scenario(paths, "http-cold", spec)).unwrap();
         rack.machine(NAME).power_on().unwrap();
         let console = rack.machine(NAME).console().unwrap().clone();
         console.wait_for("Start HTTP Boot over IPv4", Mark::default(), IDLE).unwrap();
+        assert!(!console.since(Mark::default()).contains("Start PXE"), "{}", console.last_words(20));
         rack.wait_healthy(NAME, 1).unwrap();
         let metadata = rack.site.join("repo/metadata");
         let older = paths.scratch.join("older");
@@ -106,7 +105,7 @@ fn http_boot_reimages_cold_and_remembers_what_it_has_seen() {
 /// that tries from inside what a verity root must refuse.
 #[test]
 fn bios_waits_for_approval_and_its_root_refuses_every_change() {
-    testing::inside("bios_waits_for_approval_and_its_root_refuses_every_change", |paths| {
+    testing::rack(|paths| {
         let spec = MachineSpec::new(1, Firmware::Bios);
         let id = spec.uuid();
         let mut options = RackOptions::scenario(paths, "bios-probe", spec);
@@ -115,7 +114,13 @@ fn bios_waits_for_approval_and_its_root_refuses_every_change() {
         options.unknown = vec![NAME.to_owned()];
         let mut rack = Rack::start(paths, &options).unwrap();
         rack.kiln(&["release", "publish", "probe/1"]).unwrap();
+        // Its cable is cut: the ROM asks, nobody hears it, and it goes on asking.
+        rack.machine(NAME).set_connected(false).unwrap();
         rack.machine(NAME).power_on().unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("Configuring", Mark::default(), IDLE).unwrap();
+        assert!(rack.view(NAME).is_none(), "heard through a cut cable: {:?}", rack.view(NAME));
+        rack.machine(NAME).set_connected(true).unwrap();
         let view = rack.wait(NAME, "discovered, waiting", |v| v.stage == Some(Stage::Assignment)).unwrap();
         assert_eq!(view.state, "discovered", "nobody approved it: {view:#?}");
         assert_eq!(view.key_storage.as_deref(), Some("ephemeral"));
@@ -124,7 +129,6 @@ fn bios_waits_for_approval_and_its_root_refuses_every_change() {
         let view = rack.wait_healthy(NAME, 1).unwrap();
         assert_eq!(view.root_hash, root_hash(&rack, site::PROBE, 1));
 
-        let console = rack.machine(NAME).console().unwrap().clone();
         console.wait_for("KILN-PROBE flip", Mark::default(), IDLE).unwrap();
         let said = console.since(Mark::default());
         let lines: Vec<&str> = said.lines().filter_map(|l| l.split_once("KILN-PROBE ").map(|(_, rest)| rest)).collect();
@@ -144,7 +148,7 @@ fn bios_waits_for_approval_and_its_root_refuses_every_change() {
 /// and the machine comes back on the release before by itself.
 #[test]
 fn a_corrupt_root_is_refused_and_the_previous_release_boots() {
-    testing::inside("a_corrupt_root_is_refused_and_the_previous_release_boots", |paths| {
+    testing::rack(|paths| {
         let mut options = RackOptions::scenario(paths, "corrupt-root", MachineSpec::new(1, PXE));
         options.config = "[fleet]\ntrial_attempts = 1\n".into();
         let mut rack = Rack::start(paths, &options).unwrap();

@@ -1,8 +1,7 @@
 //! The real agent as a process against the real boot server, in a network of their own, with a site to damage.
-#![allow(dead_code)] // each test binary uses its part
 
 pub mod hostile;
-pub mod silent;
+pub mod loss;
 
 use kiln_lab::api::{self, MachineView};
 use kiln_lab::error::LabError;
@@ -104,17 +103,12 @@ impl Bench {
 
     /// The published file of a target, found by the end of its consistent-snapshot name.
     pub fn target(&self, end: &str) -> PathBuf {
-        let mut dirs = vec![self.site.join("repo/targets")];
-        while let Some(dir) = dirs.pop() {
-            for entry in dir.read_dir().unwrap().flatten() {
-                if entry.path().is_dir() {
-                    dirs.push(entry.path());
-                } else if entry.path().display().to_string().ends_with(end) {
-                    return entry.path();
-                }
-            }
-        }
-        panic!("no target ends with {end}");
+        published(&self.site.join("repo/targets"), end)
+    }
+
+    /// The published manifest of a release.
+    pub fn manifest(&self, release: u64) -> PathBuf {
+        published(&self.site.join(format!("repo/targets/minimal/{release}")), ".manifest.json")
     }
 
     /// The root artifact of a built release, as HTTP serves it.
@@ -122,6 +116,13 @@ impl Bench {
         let manifest = site::manifest(&self.site, release).unwrap();
         self.site.join("repo/a").join(manifest["root"]["sha256"].as_str().unwrap())
     }
+}
+
+/// The one file in a folder of targets whose name ends so.
+fn published(dir: &Path, end: &str) -> PathBuf {
+    let mut files = dir.read_dir().unwrap().flatten().map(|e| e.path());
+    let found = files.find(|p| p.to_string_lossy().ends_with(end));
+    found.unwrap_or_else(|| panic!("no target in {} ends with {end}", dir.display()))
 }
 
 /// N.ROLE.json with the highest N, or timestamp.json.

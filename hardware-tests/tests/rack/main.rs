@@ -1,0 +1,9 @@
+//! Everything that needs the rack's namespaces, in one program: boots wait for processors, silences for deadlines, so they
+//! share the time. `cargo test -p kiln-lab --test rack -- --test-threads 32`; [`kiln_lab::testing`] limits what runs at once.
+#![allow(clippy::unwrap_used)]
+
+mod attacks;
+mod boots;
+mod cleanup;
+mod silence;
+mod support;

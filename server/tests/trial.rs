@@ -68,13 +68,17 @@ async fn after_three_boots_without_healthy_the_last_good_release_is_booted() {
     }
     assert_eq!(control.boot_answer(&q), uki(&one), "decided before the packet is recorded");
     control.asked(&q).await.unwrap();
+    control.downloads(Some(q.mac), q.id.as_ref(), &one.uki.sha256, false).await.unwrap();
     let view = control.view("rack-1").unwrap();
-    assert_eq!((view.state.as_str(), view.assigned.unwrap().release), ("fell-back", 1));
-    assert!(view.reason.contains("minimal/2 was not healthy in 3 boots"), "{}", view.reason);
+    assert_eq!((view.state.as_str(), view.assigned.unwrap().release), ("booting", 2), "only packets say so");
+    assert!(view.reason.contains("is not confirmed yet"), "{}", view.reason);
 
     agent.restart(&one);
     let report = agent.healthy();
     let reply = control.report(agent.key_id(), report).await.unwrap();
+    let view = control.view("rack-1").unwrap();
+    assert_eq!((view.state.as_str(), view.assigned.unwrap().release), ("fell-back", 1));
+    assert!(view.reason.contains("minimal/2 was not healthy in 3 boots"), "{}", view.reason);
     let (envelope, ..) = assigned(&reply);
     let (assignment, _) = site.signed_site().verify_director::<Assignment>(envelope.as_bytes()).unwrap();
     assert_eq!((assignment.release, assignment.sequence), (1, 4), "an older release under a higher sequence");
@@ -82,6 +86,36 @@ async fn after_three_boots_without_healthy_the_last_good_release_is_booted() {
     assert!(again.unwrap_err().to_string().contains("kiln machine clear rack-1"));
     control.clear("rack-1", "test").await.unwrap();
     control.assign("rack-1", &"minimal/2".parse().unwrap(), Via::Cold, "test").await.unwrap();
+}
+
+#[tokio::test]
+async fn packets_in_the_name_of_a_machine_that_speaks_hold_nobody_and_cost_no_trial() {
+    let site = TestSite::new();
+    let (one, two) = (site.manifest(1), site.publish(2));
+    let (control, _stop) = control(&site).await;
+    let mut agents: Vec<Agent> = (1..=2).map(|n| Agent::new(n, &one)).collect();
+    for agent in &mut agents {
+        let report = agent.healthy();
+        control.report(agent.key_id(), report).await.unwrap();
+        control.assign(&format!("rack-{}", agent.n), &"minimal/2".parse().unwrap(), Via::Cold, "test").await.unwrap();
+    }
+    let q = query(1, BootKind::UefiPxe);
+    for _ in 0..4 {
+        control.asked(&q).await.unwrap();
+        control.downloads(Some(q.mac), q.id.as_ref(), &two.uki.sha256, false).await.unwrap();
+        control.downloads(Some(q.mac), q.id.as_ref(), &two.uki.sha256, true).await.unwrap();
+        control.tick().await.unwrap();
+    }
+    assert_eq!(control.view("rack-1").unwrap().state, "healthy");
+    let sequence = control.view("rack-2").unwrap().assigned.unwrap().sequence;
+    let report = agents[1].ready(2, sequence);
+    let reply = control.report(agents[1].key_id(), report).await.unwrap();
+    assert_eq!(*assigned(&reply).2, Grant::Go, "max_unavailable is 1 and nobody is away");
+    let report = agents[0].healthy();
+    control.report(agents[0].key_id(), report).await.unwrap();
+    let view = control.view("rack-1").unwrap();
+    assert_eq!((view.state.as_str(), view.assigned.unwrap().release, view.boots.len()), ("healthy", 2, 1));
+    assert_eq!(control.boot_answer(&q), BootAnswer::Uki { sha256: two.uki.sha256.parse().unwrap() });
 }
 
 #[tokio::test]

@@ -12,6 +12,7 @@ mod boots;
 mod error;
 mod event;
 mod grant;
+mod held;
 mod machine;
 mod report;
 mod state;
@@ -21,6 +22,7 @@ pub use boots::{BOOTS_KEPT, Boot, RECORDS_KEPT, StageAt};
 pub use error::Refusal;
 pub use event::{Action, Event, Reported};
 pub use grant::{Desire, Limits, desire, grant};
+pub use held::{HELD_KEPT, HeldBoot};
 pub use machine::{Assigned, Machine, Refused};
 pub use state::{State, StateKind};
 
@@ -28,7 +30,7 @@ pub use state::{State, StateKind};
 pub type Millis = u64;
 
 /// A machine that reports is live for so long after its last report. Reports come every 30 s ± 20 %, or are held for
-/// 55 s; twice that and a little is silence.
+/// 55 s; twice that and a little is silence. So long firmware packets in its name are kept and not believed.
 pub const LIVE_MS: Millis = 120_000;
 /// From a boot's first sign to *healthy*.
 pub const BOOT_DEADLINE_MS: Millis = 15 * 60_000;

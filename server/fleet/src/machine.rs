@@ -2,8 +2,9 @@
 
 use crate::boots::Boot;
 use crate::error::Refusal;
+use crate::held::HeldBoot;
 use crate::state::{State, StateKind};
-use crate::{FORGET_MS, Millis};
+use crate::{FORGET_MS, LIVE_MS, Millis};
 use kiln_protocol::{
     AgentMemory, Health, KeyId, MachineFacts, MachineId, Prefetch, ReleaseId, RunningRelease, Stage, StageRecord,
     StageState, Via,
@@ -80,6 +81,12 @@ pub struct Machine {
     pub last_words: String,
     /// Its last report, or packet.
     pub last_seen: Millis,
+    /// When the agent of the newest boot reported last; none while it is silent, or after it said that it leaves.
+    #[serde(default)]
+    pub agent_seen: Option<Millis>,
+    /// Firmware packets that came in its name while its agent spoke; at most [`crate::HELD_KEPT`] boots.
+    #[serde(default)]
+    pub held_packets: Vec<HeldBoot>,
     /// Its boots, the newest last. Stored apart.
     #[serde(skip)]
     pub boots: VecDeque<Boot>,
@@ -114,6 +121,8 @@ impl Machine {
             fell_back: None,
             last_words: String::new(),
             last_seen: now,
+            agent_seen: None,
+            held_packets: Vec::new(),
             boots: VecDeque::new(),
         }
     }
@@ -139,7 +148,8 @@ impl Machine {
     }
 
     /// What its firmware is given to boot; none: what an unknown machine gets. Asking changes nothing: a trial that had
-    /// its `limit` boots is answered with the last-known-good release also before [`crate::Event::Asked`] assigns it.
+    /// its `limit` boots, those that are not confirmed yet included, is answered with the last-known-good release also
+    /// before [`crate::Event::Asked`] assigns it.
     pub fn boot_release(&self, limit: u32) -> Option<&ReleaseId> {
         match self.state.kind {
             StateKind::Discovered | StateKind::Retired => None,
@@ -153,7 +163,8 @@ impl Machine {
             | StateKind::FellBack
             | StateKind::Quarantined => {
                 let assigned = self.assigned.as_ref().map(|a| &a.release);
-                if self.is_trial() && self.attempts >= limit { self.last_good().or(assigned) } else { assigned }
+                let spent = self.is_trial() && self.attempts_if_believed() >= limit;
+                if spent { self.last_good().or(assigned) } else { assigned }
             }
         }
     }
@@ -195,6 +206,12 @@ impl Machine {
             (Some(c), Some(a)) => c.image == a.release.image && c.release == a.release.release,
             (None, _) | (_, None) => false,
         }
+    }
+
+    /// When a [`crate::Event::Tick`] has something to do, if nothing happens before.
+    pub fn due(&self) -> Option<Millis> {
+        let held = self.agent_seen.filter(|_| !self.held_packets.is_empty()).map(|heard| heard + LIVE_MS);
+        [self.state.deadline, held].into_iter().flatten().min()
     }
 
     /// The newest step that shows where it is, and since when.

@@ -29,7 +29,7 @@ enum Which {
 }
 
 impl Machine {
-    pub(crate) fn report(&mut self, reported: &Reported, now: Millis, out: &mut Vec<Action>) {
+    pub(crate) fn report(&mut self, reported: &Reported, limit: u32, now: Millis, out: &mut Vec<Action>) {
         let report = &reported.report;
         match self.claim(reported) {
             Claim::Accepted => {}
@@ -70,8 +70,10 @@ impl Machine {
         self.last_seen = now;
         match self.which_boot(report) {
             Which::Stray => return,
-            Which::Current => {}
+            Which::Current => self.disbelieve(out),
             Which::New => {
+                // Its firmware was heard, and is known now to have been its own.
+                self.believe(limit, out);
                 self.begin_boot(report, now, out);
                 save(out);
             }
@@ -84,6 +86,29 @@ impl Machine {
             (Some(_) | None, None) | (None, Some(_)) => false,
         };
         self.settle(root_wrong, now);
+        self.agent_seen = (!self.says_it_leaves()).then_some(now);
+    }
+
+    /// By its agent's word its firmware is heard next: it goes to another release, or gave this boot up.
+    fn says_it_leaves(&self) -> bool {
+        let newest = self.boots.back().and_then(|b| b.stages.last());
+        self.is_going()
+            || newest.is_some_and(|s| match &s.state {
+                // In the running system a failure ends that try and nothing else.
+                StageState::Failed(f) => self.running.is_none() && f.retry_in_ms.is_none(),
+                StageState::Started | StageState::Done | StageState::Waiting { .. } => false,
+            })
+    }
+
+    fn is_going(&self) -> bool {
+        let newest = self.boots.back().and_then(|b| b.stages.last());
+        newest.is_some_and(|s| {
+            s.stage == Stage::Going
+                && match s.state {
+                    StageState::Started | StageState::Done => true,
+                    StageState::Failed(_) | StageState::Waiting { .. } => false,
+                }
+        })
     }
 
     fn claim(&self, reported: &Reported) -> Claim {
@@ -241,16 +266,10 @@ impl Machine {
             | StateKind::Reimaging
             | StateKind::FellBack => {}
         }
-        let going = match self.boots.back().and_then(|b| b.stages.last()) {
-            Some(s) if s.stage == Stage::Going => match s.state {
-                StageState::Started | StageState::Done => true,
-                StageState::Failed(_) | StageState::Waiting { .. } => {
-                    self.granted = None; // it stays: its next try needs a new grant
-                    false
-                }
-            },
-            Some(_) | None => false,
-        };
+        let going = self.is_going();
+        if !going && self.stage().is_some_and(|(stage, ..)| stage == Stage::Going) {
+            self.granted = None; // it stays: its next try needs a new grant
+        }
         if going {
             let reason = match &self.assigned {
                 Some(a) => format!("leaves for {} by {}", a.release, a.via),

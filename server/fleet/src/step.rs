@@ -13,11 +13,30 @@ impl Machine {
     pub fn event(mut self, event: Event, limit: u32, now: Millis) -> (Self, Vec<Action>) {
         let mut out = Vec::new();
         let before = (self.state.kind, self.is_available());
+        match &event {
+            // A report of the boot that ran before says that what was kept is false, however late it comes.
+            Event::Report(_) => {}
+            // The server was deaf: who spoke before may be speaking still.
+            Event::ServerStarted => self.agent_seen = self.agent_seen.map(|_| now),
+            Event::Asked
+            | Event::Downloads(_)
+            | Event::Downloaded
+            | Event::Approve { .. }
+            | Event::Assign { .. }
+            | Event::Granted
+            | Event::Clear
+            | Event::Retire
+            | Event::Tick => self.lapse(limit, now, &mut out),
+        }
+        let speaks = self.agent_seen.is_some();
         match event {
+            Event::Asked if speaks => self.hold_asked(now, &mut out),
+            Event::Downloads(release) if speaks => self.hold_downloads(&release, now, &mut out),
+            Event::Downloaded if speaks => self.hold_downloaded(now),
             Event::Asked => self.asked_for_boot(limit, now, &mut out),
             Event::Downloads(release) => self.downloads(&release, now, &mut out),
             Event::Downloaded => self.downloaded(now, &mut out),
-            Event::Report(reported) => self.report(&reported, now, &mut out),
+            Event::Report(reported) => self.report(&reported, limit, now, &mut out),
             Event::Approve { name, role, release } => self.approve(name, role, release, now, &mut out),
             Event::Assign { release, via } => self.assign(release, via, now, &mut out),
             Event::Granted => self.grant_given(now, &mut out),
@@ -65,8 +84,8 @@ impl Machine {
         }
     }
 
-    fn asked_for_boot(&mut self, limit: u32, now: Millis, out: &mut Vec<Action>) {
-        self.last_seen = now;
+    pub(crate) fn asked_for_boot(&mut self, limit: u32, now: Millis, out: &mut Vec<Action>) {
+        self.last_seen = self.last_seen.max(now);
         // A firmware repeats itself until it is answered, and iPXE asks again: one boot until its program moves.
         match self.boots.back_mut() {
             Some(boot) if boot.is_unclaimed() => {
@@ -84,6 +103,8 @@ impl Machine {
         }
         save(out);
         self.asked = true;
+        // Not well again before it says so itself, whatever is ordered meanwhile.
+        self.health = None;
         if self.is_trial() && self.attempts >= limit {
             self.fall_back(limit, now, out);
         }
@@ -98,11 +119,7 @@ impl Machine {
             StateKind::Draining | StateKind::Reimaging => {
                 self.enter(StateKind::Reimaging, self.heading("restarts into"), deadline, now);
             }
-            StateKind::FellBack => {
-                // Not available again before it says so itself.
-                self.health = None;
-                self.state.deadline = deadline;
-            }
+            StateKind::FellBack => self.state.deadline = deadline,
             StateKind::Discovered | StateKind::Quarantined | StateKind::Retired => {}
         }
     }
@@ -114,8 +131,8 @@ impl Machine {
         }
     }
 
-    fn downloads(&mut self, release: &ReleaseId, now: Millis, out: &mut Vec<Action>) {
-        self.last_seen = now;
+    pub(crate) fn downloads(&mut self, release: &ReleaseId, now: Millis, out: &mut Vec<Action>) {
+        self.last_seen = self.last_seen.max(now);
         if let Some(boot) = self.boots.back_mut()
             && boot.is_unclaimed()
             && !boot.has(Stage::Program)
@@ -150,7 +167,7 @@ impl Machine {
         }
     }
 
-    fn downloaded(&mut self, now: Millis, out: &mut Vec<Action>) {
+    pub(crate) fn downloaded(&mut self, now: Millis, out: &mut Vec<Action>) {
         if let Some(boot) = self.boots.back_mut()
             && boot.is_unclaimed()
             && boot.stages.last().is_some_and(|s| s.stage == Stage::Program && s.state != StageState::Done)
@@ -206,6 +223,7 @@ impl Machine {
             StateKind::Discovered | StateKind::Retired => {
                 self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via: Via::Cold });
                 self.attempts = 0;
+                self.held_packets.iter_mut().for_each(|held| held.superseded = true);
                 out.push(Action::Sign);
                 wake(out);
                 let reason = self.heading("approved; to run");
@@ -238,6 +256,7 @@ impl Machine {
         out.push(Action::Say { warn: false, text: format!("assigned {release} via {via}") });
         self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via });
         self.attempts = 0;
+        self.held_packets.iter_mut().for_each(|held| held.superseded = true);
         self.granted = None;
         self.prefetch = None;
         self.fell_back = None;

@@ -221,7 +221,7 @@ impl Control {
             let due: Vec<MachineId> = inner
                 .machines
                 .values()
-                .filter(|m| m.state.deadline.is_some_and(|d| d <= now))
+                .filter(|m| m.due().is_some_and(|due| due <= now))
                 .map(|m| m.id.clone())
                 .collect();
             let mut pending = Pending::default();

@@ -16,13 +16,13 @@ impl MachineView {
         let current = m.current();
         let facts = m.facts.as_ref();
         // What it says of itself first; a machine that says nothing is described by the server.
-        let last_words = if m.last_words.is_empty() { m.state.reason.clone() } else { m.last_words.clone() };
+        let last_words = if m.last_words.is_empty() { m.why() } else { m.last_words.clone() };
         Self {
             id: m.id.clone(),
             name: m.title().to_owned(),
             role: m.role.clone(),
             state: m.state.kind.to_string(),
-            reason: m.state.reason.clone(),
+            reason: m.why(),
             stage: stage.map(|(s, _, _)| s),
             stage_label: stage.map_or("", |(s, _, _)| s.label()).to_owned(),
             stage_since_ms: stage.map_or(0, |(_, _, at)| signed(at)),

@@ -17,6 +17,7 @@ mod machine;
 mod report;
 mod state;
 mod step;
+mod trial;
 
 pub use boots::{BOOTS_KEPT, Boot, RECORDS_KEPT, StageAt};
 pub use error::Refusal;
@@ -32,7 +33,7 @@ pub type Millis = u64;
 /// A machine that reports is live for so long after its last report. Reports come every 30 s ± 20 %, or are held for
 /// 55 s; twice that and a little is silence. So long firmware packets in its name are kept and not believed.
 pub const LIVE_MS: Millis = 120_000;
-/// From a boot's first sign to *healthy*.
+/// From a boot's first sign to *healthy*. A trial that is up, and speaks, for so long without is given up.
 pub const BOOT_DEADLINE_MS: Millis = 15 * 60_000;
 /// From the grant to *going*: the time that drain hooks have.
 pub const DRAIN_DEADLINE_MS: Millis = 5 * 60_000;

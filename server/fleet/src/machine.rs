@@ -62,6 +62,9 @@ pub struct Machine {
     pub attempts: u32,
     /// It asked for a boot program and has not begun to download one.
     pub asked: bool,
+    /// By when the boot that goes on must have become healthy; kept while it is degraded, none once it was healthy.
+    #[serde(default)]
+    pub healthy_by: Option<Millis>,
     /// What its UKI embeds.
     pub embedded: Option<RunningRelease>,
     /// What runs, read back from its kernel; none before the hand-over.
@@ -112,6 +115,7 @@ impl Machine {
             refused: Vec::new(),
             attempts: 0,
             asked: false,
+            healthy_by: None,
             embedded: None,
             running: None,
             health: None,
@@ -211,7 +215,7 @@ impl Machine {
     /// When a [`crate::Event::Tick`] has something to do, if nothing happens before.
     pub fn due(&self) -> Option<Millis> {
         let held = self.agent_seen.filter(|_| !self.held_packets.is_empty()).map(|heard| heard + LIVE_MS);
-        [self.state.deadline, held].into_iter().flatten().min()
+        [self.state.deadline, held, self.given_up_at()].into_iter().flatten().min()
     }
 
     /// The newest step that shows where it is, and since when.

@@ -348,11 +348,14 @@ impl Machine {
             Some(_) | None => self.where_it_is(),
         };
         match self.state.kind {
-            StateKind::Healthy | StateKind::Draining | StateKind::Degraded if judged => {
+            // Its services are being stopped, or it leaves because it is not well: it drains on.
+            StateKind::Draining if judged && self.granted.is_some() => {}
+            StateKind::Healthy | StateKind::Draining if judged => {
                 self.enter(StateKind::Degraded, words, live, now);
             }
             StateKind::Degraded => {
-                self.enter(StateKind::Degraded, words, live, now);
+                let reason = words + &self.no_way_back(now);
+                self.enter(StateKind::Degraded, reason, live, now);
             }
             StateKind::Unreachable => {
                 // It is heard again in the same boot: its boot goes on.

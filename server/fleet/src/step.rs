@@ -2,7 +2,7 @@
 
 use crate::boots::{BOOTS_KEPT, Boot};
 use crate::event::{Action, Event};
-use crate::machine::{Assigned, Machine, Refused};
+use crate::machine::{Assigned, Machine};
 use crate::state::{State, StateKind};
 use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
 use kiln_protocol::{ReleaseId, Stage, StageState, Via};
@@ -45,8 +45,8 @@ impl Machine {
             Event::Tick => self.tick(now, &mut out),
             Event::ServerStarted => {
                 // The server was deaf: nobody is late before a full deadline has passed again.
-                if let Some(d) = &mut self.state.deadline {
-                    *d = (*d).max(now + LIVE_MS);
+                for deadline in [&mut self.state.deadline, &mut self.healthy_by].into_iter().flatten() {
+                    *deadline = (*deadline).max(now + LIVE_MS);
                 }
             }
         }
@@ -73,7 +73,20 @@ impl Machine {
     /// Enters a state, or says anew why it is in it.
     pub(crate) fn enter(&mut self, kind: StateKind, reason: impl Into<String>, deadline: Option<Millis>, now: Millis) {
         let since = if self.state.kind == kind { self.state.since } else { now };
+        let again = self.state.kind == kind && self.state.deadline == deadline;
         self.state = State { kind, reason: reason.into(), since, deadline };
+        self.healthy_by = match kind {
+            StateKind::Booting | StateKind::Reimaging if !again => deadline,
+            StateKind::Booting | StateKind::Reimaging | StateKind::Degraded => self.healthy_by,
+            StateKind::Discovered
+            | StateKind::Approved
+            | StateKind::Healthy
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::FellBack
+            | StateKind::Quarantined
+            | StateKind::Retired => None,
+        };
     }
 
     pub(crate) fn push_boot(&mut self, via: Via, now: Millis) {
@@ -106,7 +119,7 @@ impl Machine {
         // Not well again before it says so itself, whatever is ordered meanwhile.
         self.health = None;
         if self.is_trial() && self.attempts >= limit {
-            self.fall_back(limit, now, out);
+            self.fall_back(&format!("was not healthy in {limit} boots"), now, out);
         }
         let deadline = Some(now + BOOT_DEADLINE_MS);
         match self.state.kind {
@@ -177,44 +190,6 @@ impl Machine {
         }
     }
 
-    /// The trial had its boots. With a release to go back to, that one is assigned and the pair quarantined.
-    fn fall_back(&mut self, limit: u32, now: Millis, out: &mut Vec<Action>) {
-        let Some(trial) = self.assigned.clone() else { return };
-        let Some(back) = self.last_good().cloned() else {
-            // Nothing to go back to: it may try on, and the reason says so. Its words are the person's clue.
-            self.last_words = format!(
-                "{} was not healthy in {limit} boots and there is no earlier good release: assign another with `kiln assign {} NAME/N`",
-                trial.release,
-                self.title()
-            );
-            return;
-        };
-        let why = if self.last_words.is_empty() { String::new() } else { format!(" ({})", self.last_words) };
-        let reason = format!("{} was not healthy in {limit} boots{why}: back on {back}", trial.release);
-        self.refused.push(Refused { release: trial.release.clone(), reason: reason.clone() });
-        self.assigned = Some(Assigned { release: back, sequence: trial.sequence + 1, via: Via::Cold });
-        self.attempts = 0;
-        self.granted = None;
-        self.prefetch = None;
-        self.health = None;
-        self.fell_back = Some(reason.clone());
-        match self.state.kind {
-            StateKind::Discovered | StateKind::Quarantined | StateKind::Retired => {}
-            StateKind::Approved
-            | StateKind::Booting
-            | StateKind::Healthy
-            | StateKind::Degraded
-            | StateKind::Unreachable
-            | StateKind::Draining
-            | StateKind::Reimaging
-            | StateKind::FellBack => {
-                self.enter(StateKind::FellBack, reason, Some(now + BOOT_DEADLINE_MS), now);
-            }
-        }
-        out.push(Action::Sign);
-        save(out);
-    }
-
     fn approve(&mut self, name: String, role: String, release: ReleaseId, now: Millis, out: &mut Vec<Action>) {
         self.name = Some(name);
         self.role = Some(role);
@@ -257,6 +232,7 @@ impl Machine {
         self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via });
         self.attempts = 0;
         self.held_packets.iter_mut().for_each(|held| held.superseded = true);
+        self.healthy_by = Some(now + BOOT_DEADLINE_MS); // of a release that runs already and is a trial again
         self.granted = None;
         self.prefetch = None;
         self.fell_back = None;
@@ -335,6 +311,12 @@ impl Machine {
     }
 
     fn tick(&mut self, now: Millis, out: &mut Vec<Action>) {
+        if self.given_up_at().is_some_and(|at| now >= at) {
+            let minutes = BOOT_DEADLINE_MS / 60_000;
+            self.fall_back(&format!("came up and was not healthy within {minutes} min"), now, out);
+            wake(out);
+            return;
+        }
         if self.state.deadline.is_none_or(|d| now < d) {
             return;
         }
@@ -361,7 +343,7 @@ impl Machine {
             StateKind::Booting | StateKind::Reimaging => {
                 let words = self.where_it_is();
                 if live {
-                    let reason = format!("not healthy within {minutes} min: {words}");
+                    let reason = format!("not healthy within {minutes} min: {words}{}", self.no_way_back(now));
                     self.enter(StateKind::Degraded, reason, again, now);
                 } else {
                     let reason = format!("{silent} while {}: {words}", self.state.kind);

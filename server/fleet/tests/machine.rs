@@ -333,7 +333,8 @@ proptest! {
                 let steps = b.map_or(0, |b| b.sequence) - a.map_or(0, |a| a.sequence);
                 prop_assert!(out.contains(&Action::Sign) && out.contains(&Action::Save));
                 let held = u32::try_from(before.held_packets.len()).unwrap();
-                let fell = after.fell_back.is_some() && before.attempts + held >= LIMIT;
+                let up = before.healthy_by.is_some_and(|by| by <= now) && before.agent_seen.is_some();
+                let fell = after.fell_back.is_some() && (before.attempts + held >= LIMIT || up);
                 prop_assert!(steps == 1 && (forced || fell) || steps == 2 && forced && held > 0, "{steps}");
             }
             // An availability or a state that changed is committed, and those who wait are told.
@@ -349,6 +350,7 @@ proptest! {
             }
             prop_assert!(after.state.kind != StateKind::Healthy || after.running.is_some() || before == after
                 || before.state.kind == StateKind::Healthy);
+            prop_assert!(!matches!(event, Event::Tick) || after.due().is_none_or(|due| due > now), "a tick for ever");
             // A step repeated at the same time by a lost reply says nothing new.
             if let Event::Report(_) = &event {
                 let (again, out) = after.clone().event(event, LIMIT, now);

@@ -56,6 +56,13 @@ pub fn healthy(machine: u8, boot: &str, seq: u64, release: u64) -> Report {
     r
 }
 
+/// Up, and a check fails.
+pub fn unwell(machine: u8, boot: &str, seq: u64, release: u64) -> Report {
+    let mut r = healthy(machine, boot, seq, release);
+    r.health = Some(Health { healthy: false, detail: "systemd is degraded; failed: web.service".into() });
+    r
+}
+
 /// The agent goes to the release that is assigned.
 pub fn going(machine: u8, boot: &str, seq: u64, release: u64) -> Report {
     let mut r = healthy(machine, boot, seq, release);
@@ -113,6 +120,21 @@ impl Story {
     }
     pub fn assign(&mut self, release: u64, via: Via) -> &mut Self {
         self.then(Event::Assign { release: rel(release), via })
+    }
+    /// It reports so every 30 s, for so long; a tick comes whenever one is due.
+    pub fn reports_for(&mut self, ms: u64, mut report: impl FnMut(u64) -> Report) -> &mut Self {
+        let end = self.now + ms;
+        while self.now < end {
+            let seq = self.m.boots.back().map_or(1, |b| b.seq + 1);
+            self.then(by(1, report(seq)));
+            let next = (self.now + 29_000).min(end);
+            while let Some(due) = self.m.due().filter(|due| *due <= next) {
+                self.now = due - 1_000;
+                self.then(Event::Tick);
+            }
+            self.now = next;
+        }
+        self
     }
     /// Its agent says that it goes.
     pub fn leaves(&mut self) -> &mut Self {

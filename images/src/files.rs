@@ -47,7 +47,7 @@ impl Pending {
         self.file.write_all(bytes).map_err(SiteError::io("write", &self.temporary))
     }
 
-    pub(crate) fn commit(mut self) -> Result<(), SiteError> {
+    fn commit(mut self) -> Result<(), SiteError> {
         self.file.sync_all().map_err(SiteError::io("sync", &self.temporary))?;
         fs::rename(&self.temporary, &self.target).map_err(SiteError::io("rename into place", &self.target))?;
         self.committed = true;
@@ -59,6 +59,62 @@ impl Drop for Pending {
     fn drop(&mut self) {
         if !self.committed {
             let _ = fs::remove_file(&self.temporary);
+        }
+    }
+}
+
+/// New files and folders that belong together. Dropped before [`Batch::keep`], they are gone again: what fails half way,
+/// on a full disk say, leaves nothing. What was there before and was replaced stays.
+#[derive(Default)]
+pub(crate) struct Batch {
+    new: Vec<PathBuf>,
+}
+
+impl Batch {
+    /// A folder and those it lies in.
+    pub(crate) fn folder(&mut self, path: &Path, mode: u32) -> Result<(), SiteError> {
+        let missing: Vec<_> = path.ancestors().take_while(|folder| !folder.exists()).collect();
+        for folder in missing.into_iter().rev() {
+            self.new.push(folder.to_owned());
+            make_dir(folder, mode)?;
+        }
+        Ok(())
+    }
+
+    /// Puts a file in its place.
+    pub(crate) fn commit(&mut self, pending: Pending) -> Result<(), SiteError> {
+        if !pending.target.exists() {
+            self.new.push(pending.target.clone());
+        }
+        pending.commit()
+    }
+
+    pub(crate) fn write(&mut self, path: &Path, bytes: &[u8], mode: u32) -> Result<(), SiteError> {
+        let mut pending = Pending::create(path, mode)?;
+        pending.write(bytes)?;
+        self.commit(pending)
+    }
+
+    /// Another name of a file; one that is there stays.
+    pub(crate) fn link(&mut self, from: &Path, to: &Path) -> Result<(), SiteError> {
+        if !to.exists() {
+            fs::hard_link(from, to).map_err(SiteError::io("link", to))?;
+            self.new.push(to.to_owned());
+        }
+        Ok(())
+    }
+
+    /// All of it stays.
+    pub(crate) fn keep(mut self) {
+        self.new.clear();
+    }
+}
+
+impl Drop for Batch {
+    fn drop(&mut self) {
+        for path in self.new.iter().rev() {
+            // A folder goes only if nothing of others is in it.
+            let _ = fs::remove_file(path).or_else(|_| fs::remove_dir(path));
         }
     }
 }

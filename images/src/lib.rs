@@ -28,13 +28,16 @@ pub use top::AGENT_PATH;
 
 mod files;
 mod init;
+mod prune;
 mod publish;
 mod repository;
+mod signing;
 mod site;
 mod site_error;
 
 pub use init::init_lab;
-pub use publish::{Published, publish};
+pub use prune::{PruneOptions, Pruned, prune};
+pub use publish::{Crowded, Published, publish};
 pub use repository::{Memory, Release, Repository};
 pub use site::SiteDir;
 pub use site_error::SiteError;

@@ -1,24 +1,23 @@
 //! `kiln release publish`: a built release becomes a signed one.
 //!
 //! Everything is checked before anything is written, and the new metadata is run through the client before it is put
-//! in place: artifacts first, then the files that name them, `timestamp.json` last. Killed anywhere, the repository
-//! shows the old state or the new one.
+//! in place: artifacts first, then the files that name them, the snapshot, `timestamp.json` last. Killed anywhere, the
+//! repository shows the old state or the new one; stopped by an error before the snapshot, it holds nothing new.
 
-use crate::files::{PUBLIC, Pending, make_dir, write_atomic};
-use crate::repository::{Memory, Overlay, Repository, newest_state, verify_snapshot};
-use crate::site::{OFFLINE_LIFETIME, SiteDir, after, new_key, read_key, sign, write_key};
+use crate::files::{Batch, PUBLIC, Pending};
+use crate::prune::Record;
+use crate::repository::newest_state;
+use crate::signing::{serve, sign_image};
+use crate::site::SiteDir;
 use crate::site_error::SiteError;
-use jiff::{SignedDuration, Timestamp};
-use kiln_release::tuf::{MetaFile, Outcome, Snapshot, TargetFile, TargetPath, Targets};
+use jiff::Timestamp;
+use kiln_release::tuf::{Limits, TargetFile, TargetPath};
 use kiln_release::verity::Checker;
-use kiln_release::{Artifact, Manifest, Signer, hex, is_image_name};
+use kiln_release::{Artifact, Manifest, hex, is_image_name};
 use ring::digest::{Context, SHA256};
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::Path;
-
-/// What is signed offline is signed anew when a publish finds less than this left of it.
-const RENEW_BELOW: SignedDuration = SignedDuration::from_hours(180 * 24);
 
 /// A publish that went well.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +26,24 @@ pub struct Published {
     pub already: bool,
     /// Machines see it now. False where the online key is not on this machine: `kiln serve` signs the timestamp then.
     pub served: bool,
+    /// The image's list of releases is nearly as long as a machine reads.
+    pub crowded: Option<Crowded>,
+}
+
+/// A list of releases that has used up four fifths of its limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Crowded {
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// The longest that machines read.
+    pub limit: u64,
+}
+
+impl Crowded {
+    fn of(bytes: u64) -> Option<Self> {
+        let limit = Limits::default().delegation;
+        (bytes >= limit / 5 * 4).then_some(Self { bytes, limit })
+    }
 }
 
 /// Publishes `build/IMAGE/RELEASE`.
@@ -54,94 +71,31 @@ pub fn publish(dir: impl AsRef<Path>, image: &str, release: u64, now: Timestamp)
             });
         }
         // A publish that was killed, or found the disk full, may have left the timestamp to this one.
-        return Ok(Published { already: true, served: serve(&site, now)? });
+        return Ok(Published { already: true, served: serve(&site, now)?, crowded: None });
     }
+    Record::read(&site)?.check_new(image, release)?;
 
-    place_artifacts(&site, &build, &manifest)?;
+    let mut batch = Batch::default();
+    place_artifacts(&site, &build, &manifest, &mut batch)?;
     let name = format!("{manifest_sha256}.manifest.json");
     let folder = site.repo().join("targets").join(image).join(release.to_string());
-    make_dir(&folder, 0o755)?;
-    write_atomic(&folder.join(name), &bytes, PUBLIC)?;
-
-    for (file, bytes) in &sign_release(&site, &state, image, &target, &bytes, now)? {
-        write_atomic(&site.repo().join(file), bytes, PUBLIC)?;
-    }
-    Ok(Published { already: false, served: serve(&site, now)? })
+    batch.folder(&folder, 0o755)?;
+    batch.write(&folder.join(name), &bytes, PUBLIC)?;
+    let signed = sign_image(&site, &state, image, now, |targets| {
+        targets.insert(target.to_string(), TargetFile::of(&bytes));
+    })?;
+    signed.write(&site, batch)?;
+    Ok(Published { already: false, served: serve(&site, now)?, crowded: Crowded::of(signed.delegation) })
 }
 
-/// Signs a timestamp over the newest snapshot, if its key is on this machine.
-fn serve(site: &SiteDir, now: Timestamp) -> Result<bool, SiteError> {
-    match site.timestamp_key() {
-        Ok(key) => Repository::adopt(site, &key, &Memory::default(), now).map(|_| true),
-        Err(SiteError::NoKey { .. }) => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
-/// Delegation, targets where it changes, snapshot: signed, and verified as a machine would.
-fn sign_release(
-    site: &SiteDir,
-    state: &Outcome,
-    image: &str,
-    target: &TargetPath,
-    manifest: &[u8],
-    now: Timestamp,
-) -> Result<Overlay, SiteError> {
-    let role = format!("image-{image}");
-    let expires = after(now, OFFLINE_LIFETIME);
-    let key = image_key(site, state, &role)?;
-    let mut files = Overlay::new();
-    let mut snapshot = Snapshot::new(state.snapshot.version + 1, expires);
-    snapshot.meta.clone_from(&state.snapshot.meta);
-    let mut add = |name: &str, version: u64, text: String| {
-        snapshot.list(name, version, text.as_bytes());
-        files.insert(format!("metadata/{version}.{name}.json"), text.into_bytes());
-    };
-
-    let mut delegation = state.roles.get(&role).cloned().unwrap_or_else(|| Targets::new(0, expires));
-    delegation.version += 1;
-    delegation.expires = Targets::new(0, expires).expires;
-    delegation.targets.insert(target.to_string(), TargetFile::of(manifest));
-    add(&role, delegation.version, sign(&role, &delegation, &[&key])?);
-
-    if let Some(old) = state.roles.get(Targets::TYPE) {
-        let mut top = old.clone();
-        top.delegate(&role, &[key.public()], 1, vec![format!("{image}/*/manifest.json")], true);
-        if top != *old || old.expires < after(now, RENEW_BELOW) {
-            top.version += 1;
-            top.expires = Targets::new(0, expires).expires;
-            let key = read_key(&site.offline_key("targets"), "delegate to a new image")?;
-            add(Targets::TYPE, top.version, sign(Targets::TYPE, &top, &[&key])?);
-        }
-    }
-
-    let version = snapshot.version;
-    let key = read_key(&site.offline_key("snapshot"), "sign the snapshot")?;
-    let bytes = sign(Snapshot::TYPE, &snapshot, &[&key])?.into_bytes();
-    files.insert(format!("metadata/{version}.snapshot.json"), bytes.clone());
-    // Against the versions of the state before: what a machine that saw it would say.
-    verify_snapshot(site, &files, MetaFile::of(version, &bytes), state.seen.clone(), now)?;
-    Ok(files)
-}
-
-/// The image's key; made when the image is published for the first time.
-fn image_key(site: &SiteDir, state: &Outcome, role: &str) -> Result<Signer, SiteError> {
-    let path = site.offline_key(role);
-    match read_key(&path, "sign releases of this image") {
-        Err(SiteError::NoKey { .. }) if !state.roles.contains_key(role) => {
-            let key = new_key()?;
-            write_key(&path, &key)?;
-            Ok(key)
-        }
-        other => other,
-    }
-}
-
-fn place_artifacts(site: &SiteDir, build: &Path, manifest: &Manifest) -> Result<(), SiteError> {
+fn place_artifacts(site: &SiteDir, build: &Path, manifest: &Manifest, batch: &mut Batch) -> Result<(), SiteError> {
     let mut verity = Checker::new(&manifest.verity)
         .map_err(|source| SiteError::Verity { path: build.join("manifest.json"), source })?;
     let root = build.join("root");
-    place(&root, &manifest.root, &site.artifact(&manifest.root.sha256), |bytes| {
+    let mut place = |from: &Path, artifact: &Artifact, also: &mut dyn FnMut(&[u8]) -> Result<(), SiteError>| {
+        place(from, artifact, &site.artifact(&artifact.sha256), also, batch)
+    };
+    place(&root, &manifest.root, &mut |bytes| {
         verity.push(bytes).map_err(|source| SiteError::Verity { path: root.clone(), source })
     })?;
     verity.finish().map_err(|source| SiteError::Verity { path: root.clone(), source })?;
@@ -154,18 +108,14 @@ fn place_artifacts(site: &SiteDir, build: &Path, manifest: &Manifest) -> Result<
         ("kiln.efi", Some(&manifest.uki)),
     ];
     for (file, artifact) in others.into_iter().filter_map(|(file, artifact)| Some((file, artifact?))) {
-        place(&build.join(file), artifact, &site.artifact(&artifact.sha256), |_| Ok(()))?;
+        place(&build.join(file), artifact, &mut |_| Ok(()))?;
     }
     // Firmware asks for the UKI by a name that ends in .efi; the agent's kexec asks by hash alone.
     let program = site.boot_program(&manifest.uki.sha256);
-    if !program.exists() {
-        if let Some(folder) = program.parent() {
-            make_dir(folder, 0o755)?;
-        }
-        let artifact = site.artifact(&manifest.uki.sha256);
-        fs::hard_link(&artifact, &program).map_err(SiteError::io("link", &program))?;
+    if let Some(folder) = program.parent() {
+        batch.folder(folder, 0o755)?;
     }
-    Ok(())
+    batch.link(&site.artifact(&manifest.uki.sha256), &program)
 }
 
 /// Copies a built file into the repository. The bytes that are written are the ones that are hashed; a link would
@@ -174,7 +124,8 @@ fn place(
     from: &Path,
     artifact: &Artifact,
     to: &Path,
-    mut also: impl FnMut(&[u8]) -> Result<(), SiteError>,
+    also: &mut dyn FnMut(&[u8]) -> Result<(), SiteError>,
+    batch: &mut Batch,
 ) -> Result<(), SiteError> {
     let mut input = File::open(from).map_err(SiteError::not_built("open", from))?;
     let mut pending = Pending::create(to, PUBLIC)?;
@@ -201,5 +152,5 @@ fn place(
             got: show(got),
         });
     }
-    pending.commit()
+    batch.commit(pending)
 }

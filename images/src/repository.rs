@@ -13,7 +13,6 @@ use kiln_release::tuf::{
     Wanted,
 };
 use kiln_release::{Manifest, Signer, Site, TufError, Unverified};
-use std::collections::BTreeMap;
 use std::fs;
 
 /// A timestamp is signed anew when it is so old.
@@ -182,7 +181,7 @@ fn next_timestamp<'a>(
 }
 
 /// Files that are to be written, seen as if they were there.
-pub(crate) type Overlay = BTreeMap<String, Vec<u8>>;
+pub(crate) type Overlay = Vec<(String, Vec<u8>)>;
 
 /// A snapshot's file that does not verify, and why.
 #[derive(Debug, thiserror::Error)]
@@ -228,7 +227,7 @@ fn run(
 /// The state a snapshot describes, verified, whatever the timestamp says.
 pub(crate) fn verify_snapshot(
     site: &SiteDir,
-    overlay: &Overlay,
+    overlay: &[(String, Vec<u8>)],
     snapshot: MetaFile,
     seen: Seen,
     now: Timestamp,
@@ -236,7 +235,14 @@ pub(crate) fn verify_snapshot(
     let (limits, policy) = (Limits::default(), ExpiryPolicy::ReportStale);
     let anchor = anchor(site, &Memory::default())?;
     let client = Client::from_snapshot(&anchor, seen, now, limits, policy, Wanted::All, snapshot);
-    run(site, client, |_, path| Ok(overlay.get(path).cloned()))
+    run(site, client, |_, path| Ok(overlay.iter().find(|(file, _)| file == path).map(|(_, bytes)| bytes.clone())))
+}
+
+/// The state that machines are served: by the timestamp that is there.
+pub(crate) fn served_state(site: &SiteDir, now: Timestamp) -> Result<Outcome, SiteError> {
+    let anchor = anchor(site, &Memory::default())?;
+    let (limits, policy) = (Limits::default(), ExpiryPolicy::ReportStale);
+    run(site, Client::new(&anchor, Seen::default(), now, limits, policy, Wanted::All), |_, _| Ok(None))
 }
 
 /// The newest snapshot in `repo/metadata` that verifies with all it lists. One that does not is passed over: a publisher
@@ -246,7 +252,7 @@ pub(crate) fn newest_state(site: &SiteDir, now: Timestamp) -> Result<Outcome, Si
     for version in snapshot_versions(site)? {
         let file = format!("{version}.snapshot.json");
         let Some(bytes) = read_capped(&site.metadata(&file), Limits::default().snapshot)? else { continue };
-        match verify_snapshot(site, &Overlay::default(), MetaFile::of(version, &bytes), Seen::default(), now) {
+        match verify_snapshot(site, &[], MetaFile::of(version, &bytes), Seen::default(), now) {
             Ok(outcome) => return Ok(outcome),
             Err(error) => {
                 let error = Refused::of(file, error)?;

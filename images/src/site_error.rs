@@ -45,6 +45,20 @@ pub enum SiteError {
         "{release} is published with manifest {published}, this build's is {built}: a release never changes, give it a new number"
     )]
     PublishedDiffers { release: String, published: String, built: String },
+    #[error(
+        "the list of releases of {image} would have {bytes} bytes, and machines read at most {limit}: take old releases out \
+         with `kiln release prune {image} --keep N`"
+    )]
+    ListFull { image: String, bytes: u64, limit: u64 },
+    #[error(
+        "{image}/{release} is not above {image}/{highest}, which was pruned: a release number is never used again, build \
+         it with a higher one"
+    )]
+    NumberUsed { image: String, release: u64, highest: u64 },
+    #[error("no release of {image:?} is published: `kiln release list` shows what is")]
+    NoSuchImage { image: String },
+    #[error("{}: {reason}: it was written by prunes before; restore it from a backup, or remove it and what it lists stays", path.display())]
+    PruneRecord { path: PathBuf, reason: String },
     #[error("another `kiln serve` runs on {} (it holds {}): stop it first", dir.display(), lock.display())]
     Served { dir: PathBuf, lock: PathBuf },
     #[error(

@@ -135,4 +135,6 @@ pub struct ReleaseView {
     pub built: String,
     /// How many machines run it.
     pub machines: u64,
+    /// How many machines run it, shall run it or would fall back to it: such a release is not pruned.
+    pub needed_by: u64,
 }

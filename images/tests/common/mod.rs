@@ -14,7 +14,8 @@ pub fn build(site: &SiteDir, image: &str, release: u64, built: Timestamp) -> Man
     let folder = site.build(image, release);
     fs::create_dir_all(&folder).unwrap();
     let mut builder = TreeBuilder::new(b"salt", [1; 16]).unwrap();
-    let blocks: Vec<[u8; BLOCK]> = (0..5u8).map(|i| [i ^ u8::try_from(release).unwrap(); BLOCK]).collect();
+    let mut blocks = [1, 2, 3, 4, 5].map(|byte| [byte; BLOCK]);
+    blocks[0][..8].copy_from_slice(&release.to_le_bytes());
     for block in &blocks {
         builder.push_block(block);
     }

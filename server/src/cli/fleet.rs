@@ -65,12 +65,13 @@ pub(super) async fn releases(at: &At, json: bool) -> Result<(), CliError> {
                 format!("{:.1} MiB", mebibytes(r.root_bytes)),
                 format!("{:.1} MiB", mebibytes(r.uki_bytes)),
                 r.machines.to_string(),
+                r.needed_by.to_string(),
                 r.root_hash.chars().take(16).collect(),
                 r.built.clone(),
             ]
         })
         .collect();
-    print(&table(&["RELEASE", "CLASS", "ARCH", "ROOT", "UKI", "MACHINES", "ROOT HASH", "BUILT"], &rows))
+    print(&table(&["RELEASE", "CLASS", "ARCH", "ROOT", "UKI", "MACHINES", "NEEDED BY", "ROOT HASH", "BUILT"], &rows))
 }
 
 async fn watch(at: &At, machine: Option<&str>, json: bool) -> Result<(), CliError> {

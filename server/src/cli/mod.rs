@@ -1,5 +1,5 @@
 //! The command line: `kiln`. Commands about machines and releases are clients of the operator API and never open the
-//! store; `trust`, `image build` and `release publish` work on the site directory itself.
+//! store; `trust`, `image build`, `release publish` and `release prune` work on the site directory itself.
 
 mod client;
 mod error;
@@ -10,7 +10,8 @@ mod table;
 use crate::serve::{LogFormat, ServeOptions};
 use clap::{Args, Parser, Subcommand};
 use error::CliError;
-use kiln_protocol::{ReleaseId, Via};
+use jiff::SignedDuration;
+use kiln_protocol::{ImageName, ReleaseId, Via};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -104,6 +105,8 @@ enum Release {
         #[arg(long, env = "KILN_SITE")]
         site: PathBuf,
     },
+    /// Take old releases out of an image's list, and later their artifacts out of the repository
+    Prune(Prune),
     /// List published releases
     List {
         #[command(flatten)]
@@ -112,6 +115,30 @@ enum Release {
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Debug, Args)]
+struct Prune {
+    /// The image, as minimal
+    image: ImageName,
+    /// So many of its newest releases stay, and besides them those that a machine runs, shall run or would fall back to
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
+    keep: u32,
+    /// The site directory, with offline/
+    #[arg(long, env = "KILN_SITE")]
+    site: PathBuf,
+    /// Ask this boot server which releases machines need, as http://10.0.0.1:8080 [default: the one that runs on the site]
+    #[arg(long, conflicts_with = "without_server")]
+    server: Option<String>,
+    /// Ask nobody: a machine that needs a release which is taken out cannot boot again
+    #[arg(long)]
+    without_server: bool,
+    /// Delete artifacts whose release was taken out so long ago, as 0s, 12h or 7d [default: by an earlier prune]
+    #[arg(long, value_parser = site::grace)]
+    grace: Option<SignedDuration>,
+    /// Only say which releases would be taken out
+    #[arg(long)]
+    dry_run: bool,
 }
 
 #[derive(Debug, Args)]
@@ -229,6 +256,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Trust(Trust::Init { lab: _, dir, name }) => site::init(&dir, &name),
         Command::Image(Image::Build(build)) => site::build(build),
         Command::Release(Release::Publish { release, site }) => site::publish(&release, &site),
+        Command::Release(Release::Prune(prune)) => site::prune(prune, &runtime()?),
         Command::Release(Release::List { at, json }) => runtime()?.block_on(fleet::releases(&at, json)),
         Command::Serve(Serve { site, config, log }) => {
             Ok(runtime()?.block_on(crate::serve::serve(ServeOptions { site, config, log }))?)
@@ -246,6 +274,23 @@ mod tests {
     #[test]
     fn the_definition_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_prune_keeps_something_and_knows_days() {
+        let parse = |more: &[&str]| {
+            let command = ["kiln", "release", "prune", "minimal", "--site", "x"].iter().chain(more);
+            let cli = Cli::try_parse_from(command)?;
+            let Command::Release(Release::Prune(prune)) = cli.command else { panic!("{cli:?}") };
+            Ok::<_, clap::Error>((prune.keep, prune.grace))
+        };
+        let grace = |text| parse(&["--keep", "2", "--grace", text]).ok().and_then(|(_, grace)| grace);
+        assert_eq!(parse(&["--keep", "2"]).unwrap(), (2, None));
+        assert_eq!(grace("7d"), Some(SignedDuration::from_hours(7 * 24)));
+        assert_eq!(grace("0s"), Some(SignedDuration::ZERO));
+        assert_eq!((grace("-1h"), grace("soon"), grace("2 months")), (None, None, None));
+        assert!(parse(&["--keep", "0"]).is_err() && parse(&[]).is_err());
+        assert!(parse(&["--keep", "1", "--without-server", "--server", "http://x"]).is_err());
     }
 
     #[test]

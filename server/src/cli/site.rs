@@ -1,11 +1,15 @@
 //! Commands that work on the site directory: no server needs to run.
 
-use super::Build;
+use super::client::Client;
 use super::error::CliError;
-use jiff::Timestamp;
-use kiln_images::{BuildOptions, SiteUrls};
-use kiln_protocol::ReleaseId;
+use super::{At, Build, Prune};
+use crate::view::ReleaseView;
+use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
+use kiln_images::{BuildOptions, PruneOptions, Pruned, SiteDir, SiteError, SiteUrls};
+use kiln_protocol::{ImageName, ReleaseId};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use tokio::runtime::Runtime;
 
 pub(super) fn init(dir: &Path, name: &str) -> Result<(), CliError> {
     kiln_images::init_lab(dir, name, Timestamp::now())?;
@@ -41,9 +45,87 @@ pub(super) fn publish(release: &ReleaseId, site: &Path) -> Result<(), CliError> 
     let what = if done.already { "was published before, nothing changed" } else { "is published" };
     println!("{release} {what}; `kiln assign MACHINE {release}` gives it to a machine");
     if !done.served {
-        println!("machines see it when `kiln serve` has signed the timestamp: its key is not on this machine");
+        println!("{NOT_SERVED}");
+    }
+    if let Some(crowded) = done.crowded {
+        eprintln!(
+            "warning: the list of releases of {} has {} of at most {} KiB; `kiln release prune {} --keep N` takes old ones out",
+            release.image,
+            crowded.bytes >> 10,
+            crowded.limit >> 10,
+            release.image
+        );
     }
     Ok(())
+}
+
+const NOT_SERVED: &str = "machines see it when `kiln serve` has signed the timestamp: its key is not on this machine";
+
+/// A duration as `0s`, `12h` or `7d`, a day being 24 hours.
+pub(super) fn grace(text: &str) -> Result<SignedDuration, String> {
+    let span: Span = text.parse().map_err(|_| "expected a duration, as 0s, 12h or 7d".to_owned())?;
+    let duration = span.to_duration(SpanRelativeTo::days_are_24_hours());
+    let duration = duration.map_err(|_| "months and years have no fixed length: say it in days".to_owned())?;
+    if duration.is_negative() { Err("a duration from 0 on".to_owned()) } else { Ok(duration) }
+}
+
+pub(super) fn prune(prune: Prune, runtime: &Runtime) -> Result<(), CliError> {
+    let Prune { image, keep, site: dir, server, without_server, grace, dry_run } = prune;
+    let site = SiteDir::open(&dir)?;
+    // The lock is held to the end: a server that starts meanwhile would not have been asked.
+    let (ask, _alone) = match (server, site.lock_state()) {
+        (Some(server), _) => (Some(At { site: None, server: Some(server) }), None),
+        (None, Err(SiteError::Served { .. })) => (Some(At { site: Some(dir), server: None }), None),
+        (None, Ok(alone)) if without_server => (None, Some(alone)),
+        (None, Ok(_)) => return Err(CliError::NobodyToAsk(dir)),
+        (None, Err(error)) => return Err(error.into()),
+    };
+    let options =
+        PruneOptions { image: image.to_string(), keep: usize::try_from(keep).unwrap_or(usize::MAX), grace, dry_run };
+    let needed = || match &ask {
+        Some(at) => runtime.block_on(needed(at, &image)),
+        None => Ok(BTreeSet::new()),
+    };
+    let done = kiln_images::prune::<CliError>(&site, &options, Timestamp::now(), needed)?;
+    for line in pruned(&image, &done, dry_run) {
+        println!("{line}");
+    }
+    Ok(())
+}
+
+async fn needed(at: &At, image: &ImageName) -> Result<BTreeSet<u64>, CliError> {
+    let releases: Vec<ReleaseView> = Client::new(at)?.get("releases").await?;
+    let needed = releases.into_iter().filter(|r| r.image == image.as_str() && r.needed_by > 0);
+    Ok(needed.map(|r| r.release).collect())
+}
+
+fn pruned(image: &ImageName, done: &Pruned, dry_run: bool) -> Vec<String> {
+    let list = |releases: &[u64]| {
+        let names: Vec<String> = releases.iter().map(|release| format!("{image}/{release}")).collect();
+        names.join(", ")
+    };
+    let mut lines = vec![match (done.removed.is_empty(), dry_run) {
+        (true, _) => format!("no release of {image} is to be taken out"),
+        (false, true) => format!("would be taken out: {}", list(&done.removed)),
+        (false, false) => format!("no longer published: {}", list(&done.removed)),
+    }];
+    if !done.needed.is_empty() {
+        lines.push(format!("stay because machines need them: {}", list(&done.needed)));
+    }
+    if dry_run {
+        return lines;
+    }
+    if !done.served {
+        lines.push(NOT_SERVED.to_owned());
+    }
+    let (files, bytes) = done.deleted;
+    if files > 0 {
+        lines.push(format!("{files} files deleted, {} KiB", bytes >> 10));
+    }
+    if done.waiting > 0 {
+        lines.push(format!("artifacts of {} releases stay until a later prune, as --grace says", done.waiting));
+    }
+    lines
 }
 
 fn beside_this_program(name: &str) -> Result<PathBuf, CliError> {

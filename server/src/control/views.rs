@@ -75,8 +75,8 @@ fn step(s: &StageAt) -> StageView {
 }
 
 impl ReleaseView {
-    /// Of a manifest, and how many machines run it.
-    pub fn of(m: &Manifest, machines: u64) -> Self {
+    /// Of a manifest, how many machines run it, and how many need it.
+    pub fn of(m: &Manifest, machines: u64, needed_by: u64) -> Self {
         Self {
             image: m.image.clone(),
             release: m.release,
@@ -87,6 +87,7 @@ impl ReleaseView {
             uki_bytes: m.uki.length,
             built: m.built.to_string(),
             machines,
+            needed_by,
         }
     }
 }

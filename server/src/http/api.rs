@@ -1,6 +1,7 @@
 //! The operator API, `/api/v1/`. What changes something is in [`order_router`], which only the Unix socket serves.
 
 use super::{App, Peer};
+use crate::catalog::Release;
 use crate::control::{Told, now_ms};
 use crate::error::{ControlError, StoreError};
 use crate::view::{MachineView, ReleaseView};
@@ -15,7 +16,7 @@ use futures_util::stream::{self, Stream};
 use kiln_protocol::{ImageName, ReleaseId, Via};
 use serde::Deserialize;
 use serde_json::json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
 use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
@@ -106,15 +107,26 @@ async fn machine(State(app): State<App>, Path(machine): Path<String>) -> Result<
 }
 
 async fn releases(State(app): State<App>) -> Json<Vec<ReleaseView>> {
-    let mut running: BTreeMap<(String, u64), u64> = BTreeMap::new();
+    // Running, and needed.
+    let mut counts: BTreeMap<(String, u64), (u64, u64)> = BTreeMap::new();
     for view in app.control.views() {
-        if let (Some(image), Some(release)) = (view.image, view.release) {
-            *running.entry((image, release)).or_default() += 1;
+        let running = view.image.zip(view.release);
+        let assigned = view.assigned.map(|a| (a.image, a.release));
+        let last_good = view.last_good.map(|r| (r.image.to_string(), r.release));
+        let needed: BTreeSet<_> = [&running, &assigned, &last_good].into_iter().flatten().cloned().collect();
+        for release in needed {
+            counts.entry(release).or_default().1 += 1;
+        }
+        if let Some(release) = running {
+            counts.entry(release).or_default().0 += 1;
         }
     }
     let catalog = app.control.catalog();
-    let count = |id: &ReleaseId| running.get(&(id.image.to_string(), id.release)).copied().unwrap_or(0);
-    Json(catalog.releases.iter().map(|(id, r)| ReleaseView::of(&r.manifest, count(id))).collect())
+    let view = |(id, release): (&ReleaseId, &Release)| {
+        let (running, needed) = counts.get(&(id.image.to_string(), id.release)).copied().unwrap_or_default();
+        ReleaseView::of(&release.manifest, running, needed)
+    };
+    Json(catalog.releases.iter().map(view).collect())
 }
 
 async fn status(State(app): State<App>) -> Response {

@@ -25,6 +25,8 @@ RestartSec=1
 OOMScoreAdjust=-900
 StandardOutput=journal+console
 StandardError=journal+console
+# Images keep the console to notices; what the agent says is for the person in front of it.
+SyslogLevel=notice
 
 [Install]
 WantedBy=multi-user.target

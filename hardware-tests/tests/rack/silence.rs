@@ -105,7 +105,7 @@ fn at_prefetch_grant_and_going() {
         console.wait_for(Stage::Prefetch.label(), begun, IDLE).unwrap();
         rack.machine(NAME).set_connected(false).unwrap();
         let cut = console.mark();
-        console.wait_for("failed (", cut, IDLE).unwrap();
+        console.wait_for("; next try in", cut, IDLE).unwrap(); // the whole line
         let line = failure(&console.since(cut));
         let typed = ["failed (transfer-stalled", "failed (server-unreachable"].iter().any(|kind| line.contains(kind));
         assert!(typed && line.contains(Stage::Prefetch.label()), "{line}");

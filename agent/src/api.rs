@@ -3,7 +3,7 @@
 //! by the machine's clock.
 
 use crate::error::{AgentError, Result};
-use crate::fetch::{authority, connect};
+use crate::fetch::{Open, PATIENCE, authority, client, connect};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1::SendRequest;
@@ -18,6 +18,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use rustls::time_provider::TimeProvider;
 use rustls::{ClientConfig, RootCertStore};
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
@@ -29,27 +30,38 @@ const ANSWER: Duration = Duration::from_secs(15);
 /// The longest reply read.
 const REPLY_LIMIT: usize = 256 * 1024;
 
-/// The time floor as rustls' clock, seconds since the epoch.
-#[derive(Debug)]
-struct Floor(AtomicI64);
+/// The time floor as rustls' clock, seconds since the epoch; its clones are the same clock.
+#[derive(Debug, Clone)]
+pub struct Clock(Arc<AtomicI64>);
 
-impl TimeProvider for Floor {
+impl Clock {
+    pub fn at(now: Timestamp) -> Self {
+        Self(Arc::new(AtomicI64::new(now.as_second())))
+    }
+
+    /// Moves it; never back.
+    pub fn set(&self, now: Timestamp) {
+        self.0.fetch_max(now.as_second(), Ordering::Relaxed);
+    }
+}
+
+impl TimeProvider for Clock {
     fn current_time(&self) -> Option<UnixTime> {
         let seconds = u64::try_from(self.0.load(Ordering::Relaxed)).ok()?;
         Some(UnixTime::since_unix_epoch(Duration::from_secs(seconds)))
     }
 }
 
-/// A client of one server's agent API; keeps its connection.
+/// A client of the agent API; keeps its connection, and turns to the next server after a report that was not answered.
 pub struct Api {
-    url: String,
+    /// Base URLs of the servers; the first is asked.
+    urls: VecDeque<String>,
     tls: TlsConnector,
-    floor: Arc<Floor>,
-    connection: Option<SendRequest<Full<Bytes>>>,
+    connection: Option<(SendRequest<Full<Bytes>>, Open)>,
 }
 
 impl Api {
-    pub fn new(url: &str, ca_pem: &str, key: &Signer, time_floor: Timestamp) -> Result<Self> {
+    pub fn new(urls: &[String], ca_pem: &str, key: &Signer, clock: &Clock) -> Result<Self> {
         let bad = |reason: String| AgentError::Format { path: "agent API credentials".into(), reason };
         let mut roots = RootCertStore::empty();
         for certificate in CertificateDer::pem_slice_iter(ca_pem.as_bytes()) {
@@ -58,18 +70,13 @@ impl Api {
         }
         let chain = vec![CertificateDer::from(self_signed_certificate(key))];
         let private = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.pkcs8_der()));
-        let floor = Arc::new(Floor(AtomicI64::new(time_floor.as_second())));
+        let clock: Arc<dyn TimeProvider> = Arc::new(clock.clone());
         let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ClientConfig::builder_with_details(provider, Arc::clone(&floor) as Arc<dyn TimeProvider>)
+        let config = ClientConfig::builder_with_details(provider, clock)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .and_then(|b| b.with_root_certificates(roots).with_client_auth_cert(chain, private))
             .map_err(|e| bad(e.to_string()))?;
-        Ok(Self { url: url.to_owned(), tls: TlsConnector::from(Arc::new(config)), floor, connection: None })
-    }
-
-    /// Moves the clock that certificates are judged by.
-    pub fn set_time(&self, now: Timestamp) {
-        self.floor.0.fetch_max(now.as_second(), Ordering::Relaxed);
+        Ok(Self { urls: urls.iter().cloned().collect(), tls: TlsConnector::from(Arc::new(config)), connection: None })
     }
 
     /// Posts a report. The connection is reused; a stale one is replaced once.
@@ -83,20 +90,27 @@ impl Api {
                 other => other,
             }
         };
-        let answer = timeout(deadline, attempt).await;
-        answer.unwrap_or_else(|_| {
-            self.connection = None;
+        let answer = timeout(deadline, attempt).await.unwrap_or_else(|_| {
             let reason = format!("no answer to a report within {} s", deadline.as_secs());
-            Err(AgentError::Unreachable { url: self.url.clone(), reason })
-        })
+            Err(AgentError::Unreachable { url: self.url()?.to_owned(), reason })
+        });
+        if answer.is_err() {
+            self.connection = None;
+            self.urls.rotate_left(1.min(self.urls.len()));
+        }
+        answer
+    }
+
+    fn url(&self) -> Result<&str> {
+        self.urls.front().map(String::as_str).ok_or(AgentError::NoServer)
     }
 
     async fn post(&mut self, body: &[u8]) -> Result<Reply> {
-        let url = self.url.clone();
+        let url = self.url()?.to_owned();
         let unreachable = |reason: String| AgentError::Unreachable { url: url.clone(), reason };
         let (_, host, port) = authority(&url, 443)?;
-        let kept = self.connection.take().filter(|sender| !sender.is_closed());
-        let mut sender = if let Some(sender) = kept { sender } else { self.open(&host, port).await? };
+        let kept = self.connection.take().filter(|(sender, _)| !sender.is_closed());
+        let (mut sender, open) = if let Some(kept) = kept { kept } else { self.open(&url, &host, port).await? };
         let request = Request::post(REPORT_PATH)
             .header(HOST, AGENT_API_NAME)
             .header(CONTENT_TYPE, "application/json")
@@ -109,18 +123,17 @@ impl Api {
         if status != StatusCode::OK {
             return Err(AgentError::HttpStatus { url: format!("{url}{REPORT_PATH}"), status: status.as_u16() });
         }
-        self.connection = Some(sender);
+        self.connection = Some((sender, open));
         serde_json::from_slice(&answer).map_err(|e| unreachable(format!("reply is not of version 1: {e}")))
     }
 
-    async fn open(&self, host: &str, port: u16) -> Result<SendRequest<Full<Bytes>>> {
-        let unreachable = |reason: String| AgentError::Unreachable { url: self.url.clone(), reason };
-        let tcp = connect(&self.url, host, port).await?;
+    async fn open(&self, url: &str, host: &str, port: u16) -> Result<(SendRequest<Full<Bytes>>, Open)> {
+        let unreachable = |reason: String| AgentError::Unreachable { url: url.to_owned(), reason };
+        let tcp = connect(&PATIENCE, url, host, port).await?;
         let name = ServerName::try_from(AGENT_API_NAME).expect("a constant DNS name");
         let tls = self.tls.connect(name, tcp).await.map_err(|e| unreachable(format!("TLS: {e}")))?;
         let (sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(tls)).await.map_err(|e| unreachable(with_causes(&e)))?;
-        tokio::spawn(connection);
-        Ok(sender)
+            client().handshake(TokioIo::new(tls)).await.map_err(|e| unreachable(with_causes(&e)))?;
+        Ok((sender, Open::drive(connection)))
     }
 }

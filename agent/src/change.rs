@@ -1,113 +1,245 @@
 //! Going to another release: its metadata, UKI and root are verified here, before this one is left.
 
-use crate::error::{AgentError, Result};
-use crate::fetch::Expected;
-use crate::flow::{Flow, Verified};
+use crate::error::{AgentError, FailureClass, Result};
+use crate::fetch::{Download, Expected, Scratch};
+use crate::flow::Flow;
 use crate::plan::{self, Leave};
+use crate::verifier::Verifier;
 use crate::{facts, kexec};
-use kiln_protocol::{Assignment, ReleaseId, Stage, Via};
-use kiln_release::Artifact;
-use std::io::{Sink, sink};
+use kiln_protocol::{Assignment, Progress, ReleaseId, Stage, Via};
+use kiln_release::{Artifact, Manifest};
+use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tokio::task::spawn_blocking;
 
-/// Where the next release's root waits for its turn.
-pub const NEXT_ROOT: &str = "/run/kiln/next";
-/// The largest UKI kept in memory: a manifest that names a longer one is refused.
+/// Where the next release waits for its turn.
+pub const NEXT: &str = "/run/kiln";
+/// The largest UKI that is fetched: a manifest that names a longer one is refused.
 const UKI_LIMIT: u64 = 256 << 20;
 
-/// A release that is verified and ready to go to.
+/// The files of a kexec in that directory: UKI and root artifact.
+pub fn files(next: &Path) -> [PathBuf; 2] {
+    [next.join("next.efi"), next.join("next")]
+}
+
+/// A release that is verified and ready to go to. Its files go with it.
+#[derive(Debug)]
 pub struct Ready {
-    pub release: ReleaseId,
-    verified: Verified,
-    uki: Vec<u8>,
-    /// For a kexec; none where it is fetched after the restart.
-    root: Option<PathBuf>,
-    pub via: Via,
+    manifest: Manifest,
+    /// For a kexec; a cold boot fetches anew.
+    kexec: Option<Files>,
     /// Why it is a cold boot although a kexec was asked for.
     pub note: Option<String>,
 }
 
-/// Verifies the metadata of `release` and fetches what it names. For a cold boot the root is read once too, so that a
-/// release that cannot be fetched is noticed here and not after the restart.
-/// `to` is where the root goes if the next step is a kexec.
-pub async fn prefetch(
-    flow: &mut Flow,
-    assignment: &Assignment,
-    release: &ReleaseId,
-    via: Via,
-    to: &Path,
-) -> Result<Ready> {
-    let verified = flow.verify_metadata(release).await?;
-    if verified.manifest_sha256 != assignment.manifest_sha256.as_str() {
-        return Err(AgentError::ManifestMismatch {
-            expected: verified.manifest_sha256,
-            got: assignment.manifest_sha256.to_string(),
-        });
-    }
-    let manifest = verified.manifest.clone();
-    if manifest.uki.length > UKI_LIMIT {
-        return Err(AgentError::Uki(format!("{} bytes; at most {UKI_LIMIT} are read", manifest.uki.length)));
-    }
-    let mut uki = Vec::new();
-    flow.fetch_into(Stage::Prefetch, expected("UKI", &manifest.uki), &mut uki).await?;
-    kexec::split(&uki, &manifest)?;
+#[derive(Debug)]
+struct Files {
+    uki: Scratch,
+    root: Scratch,
+}
 
-    let boot = manifest.kernel.length + manifest.initramfs.length;
-    let (need, free) = (manifest.root.length, facts::memory("MemAvailable:"));
-    // The root must fit here, then once more in the loaded initrd.
-    let leave = match via {
-        Via::Cold => Leave::Cold,
-        Via::Kexec => plan::may_kexec(free.saturating_sub(need), need, boot),
-    };
-    let root = expected("root artifact", &manifest.root);
-    match leave {
-        Leave::Kexec => {
-            flow.fetch_to(Stage::Prefetch, root, to).await?;
-            let root = Some(to.to_owned());
-            Ok(Ready { release: release.clone(), verified, uki, root, via: Via::Kexec, note: None })
-        }
-        Leave::Cold => {
-            let mut nowhere: Sink = sink();
-            flow.fetch_into(Stage::Prefetch, root, &mut nowhere).await?;
-            let note = (via == Via::Kexec)
-                .then(|| format!("{free} bytes of memory are free: too few for a kexec, so it is a cold boot"));
-            Ok(Ready { release: release.clone(), verified, uki, root: None, via: Via::Cold, note })
+impl Ready {
+    /// How it will be gone to.
+    pub fn via(&self) -> Via {
+        if self.kexec.is_some() { Via::Kexec } else { Via::Cold }
+    }
+
+    /// Leaves the files where they are.
+    pub fn keep(self) {
+        if let Some(Files { uki, root }) = self.kexec {
+            uki.keep();
+            root.keep();
         }
     }
 }
 
-fn expected<'a>(what: &'static str, artifact: &'a Artifact) -> Expected<'a> {
-    Expected { what, sha256: &artifact.sha256, length: artifact.length }
+/// How far a prefetch is, for whoever reports while it runs.
+#[derive(Debug, Default)]
+pub struct Meter {
+    uki: Arc<AtomicU64>,
+    root: Arc<AtomicU64>,
+    total: AtomicU64,
+}
+
+impl Meter {
+    /// None until the release's manifest is verified.
+    pub fn read(&self) -> Option<Progress> {
+        let total_bytes = self.total.load(Ordering::Relaxed);
+        let received_bytes = self.uki.load(Ordering::Relaxed) + self.root.load(Ordering::Relaxed);
+        (total_bytes > 0).then_some(Progress { received_bytes, total_bytes })
+    }
+}
+
+/// A release on its way here: the state over several tries. Dropped, it leaves nothing behind.
+pub struct Prefetch {
+    release: ReleaseId,
+    manifest_sha256: String,
+    via: Via,
+    to: PathBuf,
+    meter: Arc<Meter>,
+    manifest: Option<Manifest>,
+    uki: Option<Download>,
+    /// The UKI is whole, and its parts are those of the manifest.
+    uki_verified: bool,
+    root: Option<(Leave, Download)>,
+    note: Option<String>,
+    /// Which artifact server is asked: another after each that failed.
+    turn: usize,
+}
+
+impl Prefetch {
+    /// `to` is the directory where the files of a kexec go.
+    pub fn new(assignment: &Assignment, via: Via, to: &Path, meter: Arc<Meter>) -> Self {
+        Self {
+            release: assignment.release_id(),
+            manifest_sha256: assignment.manifest_sha256.to_string(),
+            via,
+            to: to.to_owned(),
+            meter,
+            manifest: None,
+            uki: None,
+            uki_verified: false,
+            root: None,
+            note: None,
+            turn: 0,
+        }
+    }
+
+    /// After a failed try: whether it is the first since the release came on. It is then not one more in a row.
+    pub fn moved(&self) -> bool {
+        let current = self.root.as_ref().map(|(_, root)| root).or(self.uki.as_ref());
+        current.is_some_and(|download| download.tries() == 1)
+    }
+
+    /// One try: verifies the metadata and fetches what it names. For a cold boot the root is read once too, so that a
+    /// release that cannot be fetched is noticed here and not after the restart. It may be dropped at any wait and gone on
+    /// with.
+    pub async fn run(&mut self, verifier: &mut Verifier) -> Result<()> {
+        let result = self.go_on(verifier).await;
+        match result.as_ref().map_err(AgentError::class) {
+            Ok(()) => {}
+            // The next server may be better.
+            Err(FailureClass::Unreachable) => self.turn += 1,
+            // What is wrong may be any part of it, also the metadata that names the parts.
+            Err(FailureClass::Verification | FailureClass::Machine | FailureClass::Usage) => {
+                (self.manifest, self.uki, self.root, self.uki_verified) = (None, None, None, false);
+                self.meter.uki.store(0, Ordering::Relaxed);
+                self.meter.root.store(0, Ordering::Relaxed);
+            }
+        }
+        result
+    }
+
+    async fn go_on(&mut self, verifier: &mut Verifier) -> Result<()> {
+        let manifest = match &self.manifest {
+            Some(manifest) => manifest.clone(),
+            None => self.verify(verifier).await?,
+        };
+        let servers = &verifier.servers.http;
+        let base = servers.get(self.turn % servers.len().max(1)).ok_or(AgentError::NoServer)?;
+        if !self.uki_verified {
+            let [path, _] = files(&self.to);
+            let uki = match &mut self.uki {
+                Some(uki) => uki,
+                none => none.insert(Download::new(expected("UKI", &manifest.uki), Some(&path), &self.meter.uki)?),
+            };
+            uki.run(base).await?;
+            let signed = manifest.clone();
+            blocking(move || kexec::verify(&File::open(&path).map_err(AgentError::file(&path))?, &signed)).await?;
+            self.uki_verified = true;
+        }
+        let (_, root) = match &mut self.root {
+            Some(root) => root,
+            none => {
+                let free = facts::memory("MemAvailable:");
+                let leave = how_to_leave(&manifest, self.via, free);
+                let path = match leave {
+                    Leave::Kexec => {
+                        let [_, path] = files(&self.to);
+                        Some(path)
+                    }
+                    Leave::Cold => {
+                        // It was verified; its memory is wanted.
+                        self.uki = None;
+                        self.note = (self.via == Via::Kexec).then(|| {
+                            format!("{free} bytes of memory are free: too few for a kexec, so it is a cold boot")
+                        });
+                        None
+                    }
+                };
+                let root = expected("root artifact", &manifest.root);
+                none.insert((leave, Download::new(root, path.as_deref(), &self.meter.root)?))
+            }
+        };
+        root.run(base).await
+    }
+
+    async fn verify(&mut self, verifier: &mut Verifier) -> Result<Manifest> {
+        let verified = verifier.verify_metadata(&self.release).await?;
+        if verified.manifest_sha256 != self.manifest_sha256 {
+            let (expected, got) = (verified.manifest_sha256, self.manifest_sha256.clone());
+            return Err(AgentError::ManifestMismatch { expected, got });
+        }
+        let manifest = verified.manifest;
+        if manifest.uki.length > UKI_LIMIT {
+            return Err(AgentError::Uki(format!("{} bytes; at most {UKI_LIMIT} are read", manifest.uki.length)));
+        }
+        self.meter.total.store(manifest.uki.length.saturating_add(manifest.root.length), Ordering::Relaxed);
+        self.manifest = Some(manifest.clone());
+        Ok(manifest)
+    }
+
+    /// What [`Self::run`] made, once it has succeeded.
+    pub fn into_ready(self) -> Option<Ready> {
+        let (leave, root) = self.root?;
+        let kexec = match leave {
+            Leave::Kexec => Some(Files { uki: self.uki?.into_file()?, root: root.into_file()? }),
+            Leave::Cold => None,
+        };
+        Some(Ready { manifest: self.manifest?, kexec, note: self.note })
+    }
+}
+
+/// The root must fit here, then once more in the loaded initrd.
+fn how_to_leave(manifest: &Manifest, via: Via, free: u64) -> Leave {
+    let (boot, need) = (manifest.kernel.length + manifest.initramfs.length, manifest.root.length);
+    match via {
+        Via::Cold => Leave::Cold,
+        Via::Kexec => plan::may_kexec(free.saturating_sub(need), need, boot),
+    }
 }
 
 /// Loads the kernel for a kexec; a cold boot needs nothing.
 pub fn load(ready: &Ready) -> Result<()> {
-    if ready.via == Via::Cold {
-        return Ok(());
-    }
-    let manifest = &ready.verified.manifest;
-    let payload = kexec::split(&ready.uki, manifest)?;
-    kexec::load(&payload, ready.root.as_deref().map(|path| (path, manifest.root.sha256.as_str())))
+    let Some(Files { uki, root }) = &ready.kexec else { return Ok(()) };
+    let uki = File::open(uki.path()).map_err(AgentError::file(uki.path()))?;
+    kexec::load(&uki, &ready.manifest, Some((root.path(), ready.manifest.root.sha256.as_str())))
 }
 
 /// From the initramfs: fetches, tells the server, and goes. Comes back when the caller must restart the machine.
-pub async fn now(flow: &mut Flow, assignment: &Assignment, release: &ReleaseId, via: Via) -> Result<()> {
-    flow.journal.started(Stage::Prefetch);
-    let mut attempt = 0;
-    let ready = loop {
-        attempt += 1;
-        match prefetch(flow, assignment, release, via, Path::new(NEXT_ROOT)).await {
-            Ok(ready) => break ready,
-            Err(error) => flow.after_failure(Stage::Prefetch, error, attempt).await?,
-        }
-    };
-    flow.journal.done(Stage::Prefetch);
+pub async fn now(flow: &mut Flow, assignment: &Assignment, via: Via) -> Result<()> {
+    let ready = flow.prefetch(assignment, via, Path::new(NEXT)).await?;
     load(&ready)?;
     flow.journal.started(Stage::Going);
     flow.report().await;
-    if ready.via == Via::Kexec {
-        let error = nix::sys::reboot::reboot(nix::sys::reboot::RebootMode::RB_KEXEC);
-        return Err(AgentError::system("starting the loaded kernel")(std::io::Error::other(format!("{error:?}"))));
+    match ready.via() {
+        Via::Cold => Ok(()),
+        Via::Kexec => {
+            let error = nix::sys::reboot::reboot(nix::sys::reboot::RebootMode::RB_KEXEC);
+            Err(AgentError::system("starting the loaded kernel")(std::io::Error::other(format!("{error:?}"))))
+        }
     }
-    Ok(())
+}
+
+/// Runs what computes or waits for a disk beside the runtime, which goes on with everything else.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    spawn_blocking(work)
+        .await
+        .unwrap_or_else(|e| Err(AgentError::system("working in a thread")(std::io::Error::other(e.to_string()))))
+}
+
+fn expected(what: &'static str, artifact: &Artifact) -> Expected {
+    Expected { what, sha256: artifact.sha256.clone(), length: artifact.length }
 }

@@ -57,6 +57,8 @@ pub enum AgentError {
     TooSlow { url: String, minimum: u64, seconds: u64 },
     #[error("{url}: nothing came for {seconds} s")]
     Stalled { url: String, seconds: u64 },
+    #[error("{url}: {tries} tries brought less than {minimum} bytes together: it breaks off again and again")]
+    NoProgress { url: String, tries: u32, minimum: u64 },
     #[error("{what}: SHA-256 is {got}, signed is {expected}")]
     HashMismatch { what: &'static str, expected: String, got: String },
     #[error("{what}: {got} bytes, signed are {expected}")]
@@ -125,6 +127,7 @@ impl AgentError {
             Self::TooLong { .. } => "transfer-too-long",
             Self::TooSlow { .. } => "transfer-too-slow",
             Self::Stalled { .. } => "transfer-stalled",
+            Self::NoProgress { .. } => "transfer-no-progress",
             Self::HashMismatch { what, .. } => match *what {
                 "root artifact" => "root-hash-mismatch",
                 "UKI" => "uki-hash-mismatch",
@@ -164,6 +167,7 @@ impl AgentError {
             | Self::HttpStatus { .. }
             | Self::TooSlow { .. }
             | Self::Stalled { .. }
+            | Self::NoProgress { .. }
             | Self::Superseded => FailureClass::Unreachable,
             Self::TooLong { .. }
             | Self::HashMismatch { .. }

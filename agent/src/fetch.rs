@@ -1,103 +1,253 @@
-//! Downloads over plain HTTP/1.1 from the boot server or any cache of it. Nothing that comes is trusted; every
-//! transfer has a cap, a minimum rate and a deadline, and a broken one goes on where it stopped (RFC 9110 §14).
+//! Downloads over plain HTTP/1.1 from the boot server or any cache of it. Nothing that comes is trusted, and nothing
+//! that comes slowly holds the agent: every transfer has a cap, a minimum rate and a deadline ([`Patience`]), and a broken
+//! one goes on where it stopped (RFC 9110 §14).
 
-use crate::error::{AgentError, Result};
+use crate::error::{AgentError, FailureClass, Result};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
+use hyper::client::conn::http1;
 use hyper::header::{CONTENT_RANGE, HOST, RANGE};
 use hyper::{Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 use kiln_release::{hex, with_causes};
 use ring::digest::{Context, SHA256};
-use std::io::Write;
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-/// Connecting, and waiting for the first byte of an answer.
-const ANSWER: Duration = Duration::from_secs(10);
-/// The longest gap between two pieces of a body.
-const GAP: Duration = Duration::from_secs(15);
-/// A transfer slower than this over [`RATE_WINDOW`] is given up: bytes per second.
-const MIN_RATE: u64 = 8 * 1024;
-const RATE_WINDOW: Duration = Duration::from_secs(30);
+/// What a peer may cost in time. A transfer of n bytes ends after 2 × `answer` + `window` + n / `rate`, whatever the
+/// peer does: a root of 33 MB after 68 minutes, a file of metadata after a minute and a half.
+#[derive(Debug, Clone, Copy)]
+pub struct Patience {
+    /// For the connection, and again for the whole head of the answer.
+    pub answer: Duration,
+    /// The longest gap between two pieces of a body.
+    pub gap: Duration,
+    /// Bytes per second that a body must bring over every `window`.
+    pub rate: u32,
+    pub window: Duration,
+    /// So many tries of one download must together bring what one window must; else they count as none.
+    pub tries: u32,
+}
+
+/// The agent's.
+pub const PATIENCE: Patience = Patience {
+    answer: Duration::from_secs(10),
+    gap: Duration::from_secs(15),
+    rate: 8 * 1024,
+    window: Duration::from_secs(30),
+    tries: 8,
+};
+
+/// The longest head of an answer, and the largest piece of a body held in memory.
+const BUFFER: usize = 64 * 1024;
+/// The most header fields of an answer.
+const HEADERS: usize = 64;
+
+impl Patience {
+    /// When a transfer of `length` bytes ends at the latest, from its beginning.
+    pub fn deadline(&self, length: u64) -> Duration {
+        2 * self.answer + self.window + Duration::from_secs(length / u64::from(self.rate))
+    }
+
+    /// Bytes that every window must bring.
+    fn least(&self) -> u64 {
+        u64::try_from(self.window.as_millis()).unwrap_or(u64::MAX).saturating_mul(u64::from(self.rate)) / 1000
+    }
+}
 
 /// A small document; `None` if the server does not have it (404).
 pub async fn document(base: &str, path: &str, limit: u64) -> Result<Option<Vec<u8>>> {
+    document_with(&PATIENCE, base, path, limit).await
+}
+
+async fn document_with(patience: &Patience, base: &str, path: &str, limit: u64) -> Result<Option<Vec<u8>>> {
     let url = join(base, path);
-    let response = get(&url, 0).await?;
-    if response.status() == StatusCode::NOT_FOUND {
-        return Ok(None);
-    }
     let mut body = Vec::new();
-    copy(&url, response, limit, StatusCode::OK, &mut |piece| {
-        body.extend_from_slice(piece);
-        Ok(())
+    let found = in_time(patience, &url, limit, async {
+        let (response, _open) = get(patience, &url, 0).await?;
+        if response.status() == StatusCode::NOT_FOUND {
+            return Ok(false);
+        }
+        let mut keep = |piece: &[u8]| {
+            body.extend_from_slice(piece);
+            Ok(())
+        };
+        copy(patience, &url, response, limit, StatusCode::OK, &mut keep).await?;
+        Ok(true)
     })
     .await?;
-    Ok(Some(body))
+    Ok(found.then_some(body))
 }
 
 /// What is signed about a file, and what to call it in an error.
-#[derive(Debug, Clone, Copy)]
-pub struct Expected<'a> {
+#[derive(Debug, Clone)]
+pub struct Expected {
     pub what: &'static str,
-    pub sha256: &'a str,
+    pub sha256: String,
     pub length: u64,
 }
 
-/// One download that can be resumed: the state over several tries.
-pub struct Download<'a> {
-    expected: Expected<'a>,
-    hash: Context,
-    done: u64,
+/// A file that goes with its owner unless it is kept: what did not verify, and what is no longer wanted, leaves nothing.
+#[derive(Debug)]
+pub struct Scratch {
+    path: PathBuf,
+    kept: bool,
 }
 
-impl<'a> Download<'a> {
-    pub fn new(expected: Expected<'a>) -> Self {
-        Self { expected, hash: Context::new(&SHA256), done: 0 }
+impl Scratch {
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
-    /// Bytes received so far.
-    pub fn received(&self) -> u64 {
-        self.done
+    /// Leaves the file where it is.
+    pub fn keep(mut self) {
+        self.kept = true;
     }
+}
 
-    /// Fetches what is missing to `out`. On a network error the state stays, and the next call goes on behind the last
-    /// byte; on any other the bytes are worthless.
-    pub async fn run(&mut self, base: &str, out: &mut dyn Write) -> Result<()> {
-        let Expected { what, sha256, length } = self.expected;
-        if self.done < length {
-            let url = join(base, &format!("a/{sha256}"));
-            let response = get(&url, self.done).await?;
-            let wanted = if self.done == 0 { StatusCode::OK } else { StatusCode::PARTIAL_CONTENT };
-            if self.done > 0 && response.status() == StatusCode::PARTIAL_CONTENT {
-                let range = response.headers().get(CONTENT_RANGE).and_then(|v| v.to_str().ok()).unwrap_or_default();
-                if !range.starts_with(&format!("bytes {}-", self.done)) {
-                    let reason = format!("asked for bytes from {}, was given {range:?}", self.done);
-                    return Err(AgentError::Unreachable { url, reason });
-                }
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if !self.kept
+            && let Err(error) = std::fs::remove_file(&self.path)
+        {
+            eprintln!("kiln-agent: {}: cannot be removed: {error}", self.path.display());
+        }
+    }
+}
+
+/// One download that can be resumed: the state over several tries. It may be dropped between two pieces and gone on
+/// with, as each piece is hashed and stored before the next is waited for.
+pub struct Download {
+    expected: Expected,
+    patience: Patience,
+    out: Option<(File, Scratch)>,
+    hash: Context,
+    received: u64,
+    /// [`Self::received`] for others to read while it runs.
+    meter: Arc<AtomicU64>,
+    /// The most that was received when a try last counted as progress.
+    mark: u64,
+    tries: u32,
+}
+
+impl Download {
+    /// To a file, or only to know that it can be had and is what was signed.
+    pub fn new(expected: Expected, to: Option<&Path>, meter: &Arc<AtomicU64>) -> Result<Self> {
+        let out = match to {
+            None => None,
+            Some(path) => {
+                let file = File::create(path).map_err(AgentError::file(path))?;
+                Some((file, Scratch { path: path.to_owned(), kept: false }))
             }
-            let (hash, done) = (&mut self.hash, &mut self.done);
-            let begun_at = *done;
-            let too_long = || AgentError::LengthMismatch { what, expected: length, got: length + 1 };
-            copy(&url, response, length - begun_at, wanted, &mut |piece| {
-                hash.update(piece);
-                *done += piece.len() as u64;
-                out.write_all(piece).map_err(AgentError::system(format!("storing the {what}")))
-            })
-            .await
-            .map_err(|e| if matches!(e, AgentError::TooLong { .. }) { too_long() } else { e })?;
+        };
+        let (hash, meter) = (Context::new(&SHA256), Arc::clone(meter));
+        meter.store(0, Ordering::Relaxed);
+        Ok(Self { expected, patience: PATIENCE, out, hash, received: 0, meter, mark: 0, tries: 0 })
+    }
+
+    /// Failed tries since the last that brought the download on. A try that moved a few bytes is none of those.
+    pub fn tries(&self) -> u32 {
+        self.tries
+    }
+
+    /// The file, when [`Self::run`] has succeeded.
+    pub fn into_file(self) -> Option<Scratch> {
+        self.out.map(|(_, scratch)| scratch)
+    }
+
+    /// Fetches what is missing and checks the whole. After a network error the next call, perhaps to another server, goes
+    /// on behind the last byte; after any other it begins anew.
+    pub async fn run(&mut self, base: &str) -> Result<()> {
+        let begun_at = self.received;
+        let Err(error) = self.fetch_rest(base).await else { return Ok(()) };
+        if error.class() != FailureClass::Unreachable {
+            self.begin_anew()?;
+            self.tries += 1;
+            return Err(error);
         }
-        if self.done < length {
-            return Err(AgentError::LengthMismatch { what, expected: length, got: self.done });
+        let brought = self.received > begun_at;
+        if self.received >= self.mark.saturating_add(self.patience.least()) {
+            (self.mark, self.tries) = (self.received, 0);
         }
-        let got = hex::encode(self.hash.clone().finish().as_ref());
-        if got != sha256 {
-            return Err(AgentError::HashMismatch { what, expected: sha256.to_owned(), got });
+        self.tries += 1;
+        if brought && self.tries >= self.patience.tries {
+            let (url, tries) = (self.url(base), self.tries);
+            return Err(AgentError::NoProgress { url, tries, minimum: self.patience.least() });
+        }
+        Err(error)
+    }
+
+    fn url(&self, base: &str) -> String {
+        join(base, &format!("a/{}", self.expected.sha256))
+    }
+
+    fn begin_anew(&mut self) -> Result<()> {
+        (self.hash, self.received) = (Context::new(&SHA256), 0);
+        self.meter.store(0, Ordering::Relaxed);
+        if let Some((file, scratch)) = &mut self.out {
+            file.set_len(0).and_then(|()| file.rewind()).map_err(AgentError::file(scratch.path()))?;
         }
         Ok(())
+    }
+
+    async fn fetch_rest(&mut self, base: &str) -> Result<()> {
+        let Expected { what, length, .. } = self.expected;
+        if self.received < length {
+            let (url, patience) = (self.url(base), self.patience);
+            in_time(&patience, &url, length - self.received, self.transfer(&url)).await?;
+        }
+        if self.received < length {
+            return Err(AgentError::LengthMismatch { what, expected: length, got: self.received });
+        }
+        let got = hex::encode(self.hash.clone().finish().as_ref());
+        if got == self.expected.sha256 {
+            Ok(())
+        } else {
+            Err(AgentError::HashMismatch { what, expected: self.expected.sha256.clone(), got })
+        }
+    }
+
+    async fn transfer(&mut self, url: &str) -> Result<()> {
+        let patience = self.patience;
+        let (response, _open) = get(&patience, url, self.received).await?;
+        let mut wanted = if self.received == 0 { StatusCode::OK } else { StatusCode::PARTIAL_CONTENT };
+        if self.received > 0 && response.status() == StatusCode::OK {
+            // It knows no ranges (RFC 9110 §14.2 allows that): what it sends is the whole.
+            self.begin_anew()?;
+            wanted = StatusCode::OK;
+        } else if self.received > 0 && response.status() == StatusCode::PARTIAL_CONTENT {
+            let range = response.headers().get(CONTENT_RANGE).and_then(|v| v.to_str().ok()).unwrap_or_default();
+            if !range.starts_with(&format!("bytes {}-", self.received)) {
+                let reason = format!("asked for bytes from {}, was given {range:?}", self.received);
+                return Err(AgentError::Unreachable { url: url.to_owned(), reason });
+            }
+        }
+        let Expected { what, length, .. } = self.expected;
+        let left = length - self.received;
+        let (hash, received, meter, out) = (&mut self.hash, &mut self.received, &self.meter, &mut self.out);
+        let mut take = |piece: &[u8]| {
+            if let Some((file, _)) = out {
+                file.write_all(piece).map_err(AgentError::system(format!("storing the {what}")))?;
+            }
+            hash.update(piece);
+            *received += piece.len() as u64;
+            meter.store(*received, Ordering::Relaxed);
+            Ok(())
+        };
+        match copy(&patience, url, response, left, wanted, &mut take).await {
+            Err(AgentError::TooLong { .. }) => {
+                Err(AgentError::LengthMismatch { what, expected: length, got: length + 1 })
+            }
+            other => other,
+        }
     }
 }
 
@@ -114,69 +264,112 @@ pub fn authority(url: &str, default_port: u16) -> Result<(Uri, String, u16)> {
     Ok((uri, host, port))
 }
 
-/// Connects within [`ANSWER`].
-pub async fn connect(url: &str, host: &str, port: u16) -> Result<TcpStream> {
+/// Connects within [`Patience::answer`].
+pub async fn connect(patience: &Patience, url: &str, host: &str, port: u16) -> Result<TcpStream> {
     let unreachable = |reason: String| AgentError::Unreachable { url: url.to_owned(), reason };
-    let stream = timeout(ANSWER, TcpStream::connect((host, port)))
+    let stream = timeout(patience.answer, TcpStream::connect((host, port)))
         .await
-        .map_err(|_| unreachable(format!("no connection within {} s", ANSWER.as_secs())))?
+        .map_err(|_| unreachable(format!("no connection within {:?}", patience.answer)))?
         .map_err(|e| unreachable(format!("cannot connect: {e}")))?;
     stream.set_nodelay(true).map_err(|e| unreachable(e.to_string()))?;
     Ok(stream)
 }
 
-async fn get(url: &str, from: u64) -> Result<Response<Incoming>> {
+/// A client whose peer can make it hold no more than [`BUFFER`] of head or body.
+pub fn client() -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder.max_buf_size(BUFFER).max_headers(HEADERS);
+    builder
+}
+
+/// A connection's own task, ended with its owner: a transfer that nobody waits for holds no socket.
+pub struct Open(JoinHandle<()>);
+
+impl Open {
+    /// Drives a connection until it ends or its owner goes.
+    pub fn drive(connection: impl Future<Output = hyper::Result<()>> + Send + 'static) -> Self {
+        // Its error reaches whoever waits for the answer, with more of a reason.
+        Self(tokio::spawn(async { drop(connection.await) }))
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// The transfer's deadline, of which its gaps and windows are the finer part.
+async fn in_time<T>(
+    patience: &Patience,
+    url: &str,
+    length: u64,
+    transfer: impl Future<Output = Result<T>>,
+) -> Result<T> {
+    let deadline = patience.deadline(length);
+    timeout(deadline, transfer).await.unwrap_or_else(|_| Err(too_slow(patience, url, deadline)))
+}
+
+fn too_slow(patience: &Patience, url: &str, over: Duration) -> AgentError {
+    AgentError::TooSlow { url: url.to_owned(), minimum: patience.rate.into(), seconds: over.as_secs() }
+}
+
+async fn get(patience: &Patience, url: &str, from: u64) -> Result<(Response<Incoming>, Open)> {
     let unreachable = |reason: String| AgentError::Unreachable { url: url.to_owned(), reason };
     let (uri, host, port) = authority(url, 80)?;
-    let stream = connect(url, &host, port).await?;
+    let stream = connect(patience, url, &host, port).await?;
     let exchange = async {
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(|e| unreachable(e.to_string()))?;
-        tokio::spawn(connection);
+        let (mut sender, connection) =
+            client().handshake(TokioIo::new(stream)).await.map_err(|e| unreachable(e.to_string()))?;
+        let open = Open::drive(connection);
         let path = uri.path_and_query().map_or("/", |p| p.as_str());
         let mut request = Request::get(path).header(HOST, format!("{host}:{port}"));
         if from > 0 {
             request = request.header(RANGE, format!("bytes={from}-"));
         }
         let request = request.body(Empty::<Bytes>::new()).map_err(|e| unreachable(e.to_string()))?;
-        sender.send_request(request).await.map_err(|e| unreachable(e.to_string()))
+        let response = sender.send_request(request).await.map_err(|e| unreachable(with_causes(&e)))?;
+        Ok((response, open))
     };
-    timeout(ANSWER, exchange).await.map_err(|_| unreachable(format!("no answer within {} s", ANSWER.as_secs())))?
+    let late = |_| unreachable(format!("no answer within {:?}", patience.answer));
+    timeout(patience.answer, exchange).await.map_err(late)?
 }
 
 /// Feeds a body to `sink`, under cap, gap and rate.
 async fn copy(
+    patience: &Patience,
     url: &str,
     response: Response<Incoming>,
     limit: u64,
     wanted: StatusCode,
     sink: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<()> {
-    let url = || url.to_owned();
+    let url_text = || url.to_owned();
     if response.status() != wanted {
-        return Err(AgentError::HttpStatus { url: url(), status: response.status().as_u16() });
+        return Err(AgentError::HttpStatus { url: url_text(), status: response.status().as_u16() });
     }
     let mut body = response.into_body();
     let mut total = 0_u64;
     let (mut window_start, mut window_bytes) = (Instant::now(), 0_u64);
     loop {
-        let frame = match timeout(GAP, body.frame()).await {
-            Err(_) => return Err(AgentError::Stalled { url: url(), seconds: GAP.as_secs() }),
+        let frame = match timeout(patience.gap, body.frame()).await {
+            Err(_) => return Err(AgentError::Stalled { url: url_text(), seconds: patience.gap.as_secs() }),
             Ok(None) => return Ok(()),
-            Ok(Some(frame)) => frame.map_err(|e| AgentError::Unreachable { url: url(), reason: with_causes(&e) })?,
+            Ok(Some(frame)) => {
+                frame.map_err(|e| AgentError::Unreachable { url: url_text(), reason: with_causes(&e) })?
+            }
         };
         let Ok(piece) = frame.into_data() else { continue };
         total += piece.len() as u64;
         window_bytes += piece.len() as u64;
         if total > limit {
-            return Err(AgentError::TooLong { url: url(), limit });
+            return Err(AgentError::TooLong { url: url_text(), limit });
         }
         sink(&piece)?;
         let elapsed = window_start.elapsed();
-        if elapsed >= RATE_WINDOW {
-            if window_bytes < MIN_RATE * RATE_WINDOW.as_secs() {
-                return Err(AgentError::TooSlow { url: url(), minimum: MIN_RATE, seconds: elapsed.as_secs() });
+        if elapsed >= patience.window {
+            if window_bytes < patience.least() {
+                return Err(too_slow(patience, url, elapsed));
             }
             (window_start, window_bytes) = (Instant::now(), 0);
         }

@@ -2,9 +2,9 @@
 //! again from where it lives.
 
 use crate::error::{AgentError, Result};
-use crate::flow::Servers;
 use crate::journal::JournalState;
 use crate::net::Lease;
+use crate::verifier::Servers;
 use jiff::Timestamp;
 use kiln_release::{BootInfo, HANDOFF_PATH, Manifest};
 use serde::{Deserialize, Serialize};

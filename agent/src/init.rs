@@ -4,12 +4,13 @@
 use crate::coldplug::Drivers;
 use crate::error::{AgentError, Result};
 use crate::fetch::Expected;
-use crate::flow::{Answer, Flow, RESTART_PAUSE, Servers, Verified};
+use crate::flow::{Flow, RESTART_PAUSE};
 use crate::handoff::Handoff;
 use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
 use crate::memory::Place;
 use crate::net::{self, Lease};
 use crate::plan::{self, Plan};
+use crate::verifier::{Answer, Servers, Verified, Verifier};
 use crate::{change, facts, kexec, verity};
 use kiln_protocol::{Assignment, ReleaseId, RunningRelease, Stage, Via};
 use kiln_release::{BOOT_PATH, BootInfo, hex};
@@ -88,7 +89,8 @@ async fn go(boot: BootInfo, journal: JournalState, mut drivers: Drivers) -> Resu
     let machine = facts::read(place.key_storage(), place.rollback_memory())?;
     let journal = Journal { state: journal, machine, embedded, running: None, health: None, prefetch: None };
     let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
-    let mut flow = Flow { boot, place, key, memory, journal, servers, api: None, tries: None, now };
+    let verifier = Verifier::new(boot, place, key, memory, servers, now);
+    let mut flow = Flow { verifier, journal, api: None, tries: None };
 
     let error = match travel(&mut flow, &mut drivers).await {
         Ok(never) => match never {},
@@ -102,28 +104,37 @@ async fn go(boot: BootInfo, journal: JournalState, mut drivers: Drivers) -> Resu
 async fn travel(flow: &mut Flow, drivers: &mut Drivers) -> Result<Infallible> {
     let lease = bring_up_network(flow, drivers).await?;
     flow.find_server().await?;
-    let here = flow.here()?;
+    let here = flow.verifier.here()?;
     let verified = metadata(flow, &here, Stage::Metadata).await?;
-    verified.manifest.matches_boot(&flow.boot)?;
+    let boot = &flow.verifier.boot;
+    verified.manifest.matches_boot(boot)?;
     let running = running_command_line();
-    if verified.manifest.policy.refuse_foreign_command_line && !plan::command_line_is(&running, &flow.boot.command_line)
-    {
-        return Err(AgentError::CommandLine { expected: flow.boot.command_line.clone(), got: running });
+    if verified.manifest.policy.refuse_foreign_command_line && !plan::command_line_is(&running, &boot.command_line) {
+        return Err(AgentError::CommandLine { expected: boot.command_line.clone(), got: running });
     }
-    let (assignment, via) = wait_for_assignment(flow, &verified).await?;
-    match plan::decide(&here, &assignment, &flow.memory, &flow.currency(&verified))? {
-        Plan::Stay => start(flow, verified, lease).await,
-        Plan::Change(release) => {
-            println!("kiln-agent: {release} is assigned, this is {here}: going there");
-            change::now(flow, &assignment, &release, via).await?;
-            restart()
+    loop {
+        let (assignment, via) = wait_for_assignment(flow, &verified).await?;
+        match plan::decide(&here, &assignment, &flow.verifier.memory, &flow.verifier.currency(&verified))? {
+            Plan::Stay => return start(flow, verified, lease).await,
+            Plan::Change(release) => {
+                println!("kiln-agent: {release} is assigned, this is {here}: going there");
+                match change::now(flow, &assignment, via).await {
+                    Ok(()) => restart(),
+                    // The server wants something else by now: it is asked again.
+                    Err(AgentError::Superseded) => {
+                        flow.journal.waiting(Stage::Prefetch, "another assignment has come");
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
         }
     }
 }
 
 async fn bring_up_network(flow: &mut Flow, drivers: &mut Drivers) -> Result<Lease> {
     flow.journal.started(Stage::Network);
-    let need_location = flow.servers.agent.is_empty() || flow.servers.http.is_empty();
+    let servers = &flow.verifier.servers;
+    let need_location = servers.agent.is_empty() || servers.http.is_empty();
     let mut attempt = 0;
     let lease = loop {
         attempt += 1;
@@ -138,25 +149,23 @@ async fn bring_up_network(flow: &mut Flow, drivers: &mut Drivers) -> Result<Leas
     };
     flow.journal.machine.macs = facts::mac_addresses();
     set_host_name(&lease, flow);
-    if flow.servers.http.is_empty() {
-        flow.servers.http = lease.http_url.clone().into_iter().collect();
+    let servers = &mut flow.verifier.servers;
+    if servers.http.is_empty() {
+        servers.http = lease.http_url.clone().into_iter().collect();
     }
-    if flow.servers.agent.is_empty() {
-        flow.servers.agent = lease.agent_url.clone().into_iter().collect();
+    if servers.agent.is_empty() {
+        servers.agent = lease.agent_url.clone().into_iter().collect();
     }
     if let Some(host) = lease.next_server.map(|a| a.to_string()).or(lease.domain.as_ref().map(|d| format!("kiln.{d}")))
     {
-        if flow.servers.http.is_empty() {
-            flow.servers.http.push(format!("http://{host}:8080"));
+        if servers.http.is_empty() {
+            servers.http.push(format!("http://{host}:8080"));
         }
-        if flow.servers.agent.is_empty() {
-            flow.servers.agent.push(format!("https://{host}:8443"));
+        if servers.agent.is_empty() {
+            servers.agent.push(format!("https://{host}:8443"));
         }
     }
-    println!(
-        "kiln-agent: {} has {}/{}; boot server {:?}",
-        lease.interface, lease.address, lease.prefix, flow.servers.agent
-    );
+    println!("kiln-agent: {} has {}/{}; boot server {:?}", lease.interface, lease.address, lease.prefix, servers.agent);
     flow.journal.done(Stage::Network);
     Ok(lease)
 }
@@ -167,9 +176,9 @@ async fn metadata(flow: &mut Flow, release: &ReleaseId, stage: Stage) -> Result<
     let mut attempt = 0;
     loop {
         attempt += 1;
-        match flow.verify_metadata(release).await {
+        match flow.verifier.verify_metadata(release).await {
             Ok(verified) => {
-                if let Some((file, expires)) = verified.stale_at(flow.now) {
+                if let Some((file, expires)) = verified.stale_at(flow.verifier.now) {
                     println!("kiln-agent: metadata is stale: {file} expired at {expires}");
                 }
                 flow.journal.done(stage);
@@ -218,42 +227,38 @@ async fn start(flow: &mut Flow, verified: Verified, lease: Lease) -> Result<Infa
     let root = Path::new(ROOT_FILE);
     let expected = Expected {
         what: "root artifact",
-        sha256: &verified.manifest.root.sha256,
+        sha256: verified.manifest.root.sha256.clone(),
         length: verified.manifest.root.length,
     };
-    let mut attempt = 0;
-    loop {
-        attempt += 1;
-        let done = match take_prefetched(root, expected) {
-            Some(result) => result,
-            None => flow.fetch_to(Stage::Root, expected, root).await,
-        };
-        match done {
-            Ok(()) => break,
-            Err(error) => flow.after_failure(Stage::Root, error, attempt).await?,
+    match take_prefetched(root, &expected) {
+        Some(Ok(())) => {}
+        Some(Err(error)) => {
+            flow.after_failure(Stage::Root, error, 1).await?;
+            flow.fetch_to(Stage::Root, expected, root).await?;
         }
+        None => flow.fetch_to(Stage::Root, expected, root).await?,
     }
     flow.journal.done(Stage::Root);
 
     flow.journal.started(Stage::Verity);
-    let device = verity::open(root, &verified.manifest.verity, &flow.boot.root_hash)?;
+    let device = verity::open(root, &verified.manifest.verity, &flow.verifier.boot.root_hash)?;
     std::fs::create_dir_all(NEW_ROOT).map_err(AgentError::file(NEW_ROOT))?;
     mount(Some(device.as_str()), NEW_ROOT, Some("erofs"), MsFlags::MS_RDONLY, None::<&str>)
         .map_err(AgentError::system(format!("mounting {device}")))?;
     let running = verity::running_root_hash()?;
-    if running != flow.boot.root_hash {
-        return Err(AgentError::RunningRoot { expected: flow.boot.root_hash.clone(), got: running });
+    if running != flow.verifier.boot.root_hash {
+        return Err(AgentError::RunningRoot { expected: flow.verifier.boot.root_hash.clone(), got: running });
     }
     flow.journal.done(Stage::Verity);
     flow.journal.started(Stage::Handover);
     flow.report().await;
     let handoff = Handoff {
-        boot: flow.boot.clone(),
+        boot: flow.verifier.boot.clone(),
         manifest: verified.manifest,
-        servers: flow.servers.clone(),
+        servers: flow.verifier.servers.clone(),
         journal: flow.journal.state.clone(),
         lease,
-        now: flow.now,
+        now: flow.verifier.now,
     };
     handoff.write()?;
     switch_root()
@@ -261,8 +266,8 @@ async fn start(flow: &mut Flow, verified: Verified, lease: Lease) -> Result<Infa
 
 /// The root that crossed a kexec in the initrd: copied out of the initramfs and verified again. One that does not verify
 /// is removed, so that the next try downloads.
-fn take_prefetched(root: &Path, expected: Expected<'_>) -> Option<Result<()>> {
-    let from = Path::new(kexec::PREFETCHED).join(expected.sha256);
+fn take_prefetched(root: &Path, expected: &Expected) -> Option<Result<()>> {
+    let from = Path::new(kexec::PREFETCHED).join(&expected.sha256);
     if !from.exists() {
         return None;
     }
@@ -272,7 +277,7 @@ fn take_prefetched(root: &Path, expected: Expected<'_>) -> Option<Result<()>> {
     Some(copied.and(removed))
 }
 
-fn copy_verified(from: &Path, to: &Path, expected: Expected<'_>) -> Result<()> {
+fn copy_verified(from: &Path, to: &Path, expected: &Expected) -> Result<()> {
     use std::io::{Read, Write};
     let mut source = File::open(from).map_err(AgentError::file(from))?;
     let mut target = File::create(to).map_err(AgentError::file(to))?;
@@ -290,7 +295,7 @@ fn copy_verified(from: &Path, to: &Path, expected: Expected<'_>) -> Result<()> {
     if got == expected.sha256 {
         Ok(())
     } else {
-        Err(AgentError::HashMismatch { what: expected.what, expected: expected.sha256.to_owned(), got })
+        Err(AgentError::HashMismatch { what: expected.what, expected: expected.sha256.clone(), got })
     }
 }
 

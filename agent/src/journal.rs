@@ -13,7 +13,7 @@ use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
-/// Records kept while no server answers; the oldest beyond it are dropped, and the drop is itself told.
+/// Records kept while no server answers; the oldest beyond it are dropped.
 const KEEP: usize = 256;
 
 /// What crosses the hand-over to the agent in the running system.
@@ -26,6 +26,9 @@ pub struct JournalState {
     pub started_ms: u64,
     /// Records no reply has confirmed.
     pub pending: Vec<StageRecord>,
+    /// How many of them, from the first, are in the report under way.
+    #[serde(skip)]
+    sent: usize,
     /// [`kiln_protocol::Desired::etag`] of the last reply.
     pub desired_etag: String,
     /// The newest record's stage, and whether it was a failure that ended its tries.
@@ -64,6 +67,7 @@ impl JournalState {
             seq: 0,
             started_ms,
             pending: Vec::new(),
+            sent: 0,
             desired_etag: String::new(),
             last: None,
             sequence_hint: None,
@@ -90,6 +94,7 @@ impl JournalState {
         self.last = Some((stage, gave_up));
         if self.pending.len() >= KEEP {
             self.pending.remove(0);
+            self.sent = self.sent.saturating_sub(1);
         }
         self.pending.push(StageRecord { stage, state, at_ms });
     }
@@ -116,14 +121,22 @@ impl Journal {
 
     /// Posts everything not yet confirmed. The reply's freshness statement answers the nonce given back.
     pub async fn send(&mut self, api: &mut Api, wait_s: u32) -> Result<(Reply, Nonce)> {
+        let report = self.report(wait_s)?;
+        let reply = api.report(&report).await?;
+        self.answered(&reply);
+        Ok((reply, report.nonce))
+    }
+
+    /// A report of everything not yet confirmed.
+    pub fn report(&mut self, wait_s: u32) -> Result<Report> {
         let nonce: Nonce = hex::encode(&random()?).parse().expect("32 bytes are 64 hex digits");
         self.state.seq += 1;
-        let sent = self.state.pending.len();
-        let report = Report {
+        self.state.sent = self.state.pending.len();
+        Ok(Report {
             boot_id: self.state.boot_id.clone(),
             seq: self.state.seq,
             machine: self.machine.clone(),
-            nonce: nonce.clone(),
+            nonce,
             embedded: self.embedded.clone(),
             running: self.running.clone(),
             stages: self.state.pending.clone(),
@@ -133,15 +146,18 @@ impl Journal {
             agent_memory: facts::own_memory(),
             wait_s,
             desired_etag: self.state.desired_etag.clone(),
-        };
-        let reply = api.report(&report).await?;
-        self.state.pending.drain(..sent.min(self.state.pending.len()));
+        })
+    }
+
+    /// The last report was answered: what it carried is confirmed. What came since is not.
+    pub fn answered(&mut self, reply: &Reply) {
+        self.state.pending.drain(..self.state.sent.min(self.state.pending.len()));
+        self.state.sent = 0;
         self.state.desired_etag.clone_from(&reply.desired.etag);
         self.state.sequence_hint = match &reply.desired.decision {
             Decision::Wait { .. } => None,
             Decision::Assigned { assignment, .. } => claimed_sequence(assignment),
         };
-        Ok((reply, nonce))
     }
 }
 

@@ -6,37 +6,74 @@ use crate::error::{AgentError, Result};
 use crate::sys;
 use kiln_release::newc::{Header, TRAILER, padding};
 use kiln_release::{Artifact, Manifest, hex, pe};
+use ring::digest::{Context, SHA256};
 use std::fs::File;
-use std::io::{BufReader, Read, Write};
+use std::io::{BufReader, Read, Write, sink};
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 /// Directory of the initramfs in which a prefetched root lies, named by its SHA-256.
 pub const PREFETCHED: &str = "/kiln/prefetched";
 const DISABLED: &str = "/proc/sys/kernel/kexec_load_disabled";
+/// So much of a UKI is read to find its parts, and so long may its command line be: the parts themselves stay in the
+/// file, because the agent's memory is the image's.
+const HEAD: usize = 64 * 1024;
 
-/// What a UKI boots, checked against the manifest part by part.
-pub struct Payload<'a> {
-    pub kernel: &'a [u8],
-    pub initramfs: &'a [u8],
-    pub command_line: String,
+/// Where in a UKI's file its parts lie.
+struct Parts {
+    kernel: Range<usize>,
+    initramfs: Range<usize>,
+    command_line: Range<usize>,
 }
 
-/// Takes a UKI apart and compares each part with what the manifest signs.
-pub fn split<'a>(uki: &'a [u8], manifest: &Manifest) -> Result<Payload<'a>> {
-    let parts = pe::Uki::split(uki).map_err(|e| AgentError::Uki(e.to_string()))?;
-    let (kernel, initramfs) = (parts.linux, parts.initrd);
-    same("UKI's kernel", kernel, &manifest.kernel)?;
-    same("UKI's initramfs", initramfs, &manifest.initramfs)?;
-    let command_line = parts.command_line.trim_end_matches(['\0', '\n']).to_owned();
-    if command_line != manifest.command_line {
-        let reason = format!("command line is {command_line:?}, signed is {:?}", manifest.command_line);
-        return Err(AgentError::Uki(reason));
+/// Compares each part of a UKI with what the manifest signs.
+pub fn verify(uki: &File, manifest: &Manifest) -> Result<()> {
+    let parts = parts(uki)?;
+    same_command_line(uki, parts.command_line, manifest)?;
+    copy(uki, parts.kernel, "UKI's kernel", &manifest.kernel, &mut sink())?;
+    copy(uki, parts.initramfs, "UKI's initramfs", &manifest.initramfs, &mut sink())
+}
+
+fn parts(uki: &File) -> Result<Parts> {
+    let length = uki.metadata().map_err(AgentError::system("looking at the UKI"))?.len();
+    let length = usize::try_from(length).unwrap_or(usize::MAX);
+    let mut head = vec![0; HEAD.min(length)];
+    uki.read_exact_at(&mut head, 0).map_err(AgentError::system("reading the UKI"))?;
+    let uki = |e: pe::PeError| AgentError::Uki(e.to_string());
+    let pe = pe::Pe::parse_head(&head, length).map_err(uki)?;
+    let place = |name| pe.place(name).map_err(uki);
+    Ok(Parts { kernel: place(".linux")?, initramfs: place(".initrd")?, command_line: place(".cmdline")? })
+}
+
+fn same_command_line(uki: &File, place: Range<usize>, manifest: &Manifest) -> Result<()> {
+    if place.len() > HEAD {
+        return Err(AgentError::Uki(format!("command line of {} bytes", place.len())));
     }
-    Ok(Payload { kernel, initramfs, command_line })
+    let mut line = vec![0; place.len()];
+    uki.read_exact_at(&mut line, place.start as u64).map_err(AgentError::system("reading the UKI"))?;
+    let line = String::from_utf8_lossy(&line);
+    let line = line.trim_end_matches(['\0', '\n']);
+    if line == manifest.command_line {
+        Ok(())
+    } else {
+        Err(AgentError::Uki(format!("command line is {line:?}, signed is {:?}", manifest.command_line)))
+    }
 }
 
-fn same(what: &'static str, bytes: &[u8], signed: &Artifact) -> Result<()> {
-    let got = hex::sha256(bytes);
+/// Copies one part to `out` and fails unless it is what was signed: what was copied is what was hashed.
+fn copy(uki: &File, place: Range<usize>, what: &'static str, signed: &Artifact, out: &mut dyn Write) -> Result<()> {
+    let mut hash = Context::new(&SHA256);
+    let mut buffer = vec![0; HEAD];
+    let mut at = place.start;
+    while at < place.end {
+        let piece = &mut buffer[..HEAD.min(place.end - at)];
+        uki.read_exact_at(piece, at as u64).map_err(AgentError::system("reading the UKI"))?;
+        hash.update(piece);
+        out.write_all(piece).map_err(AgentError::system(format!("copying the {what}")))?;
+        at += piece.len();
+    }
+    let got = hex::encode(hash.finish().as_ref());
     if got == signed.sha256 {
         Ok(())
     } else {
@@ -44,22 +81,24 @@ fn same(what: &'static str, bytes: &[u8], signed: &Artifact) -> Result<()> {
     }
 }
 
-/// Loads the payload, with `root` (path, SHA-256) as a further segment, and closes the door behind it.
-pub fn load(payload: &Payload<'_>, root: Option<(&Path, &str)>) -> Result<()> {
+/// Loads the UKI's kernel and initramfs, with `root` (path, SHA-256) as a further segment, and closes the door behind it.
+pub fn load(uki: &File, manifest: &Manifest, root: Option<(&Path, &str)>) -> Result<()> {
     let failed = |what: &'static str| AgentError::system(what);
+    let parts = parts(uki)?;
+    same_command_line(uki, parts.command_line, manifest)?;
     let mut kernel = sys::memory_file(c"kiln-kernel").map_err(failed("making a memory file"))?;
-    kernel.write_all(payload.kernel).map_err(failed("writing the kernel to memory"))?;
+    copy(uki, parts.kernel, "UKI's kernel", &manifest.kernel, &mut kernel)?;
     let mut initrd = sys::memory_file(c"kiln-initrd").map_err(failed("making a memory file"))?;
-    initrd.write_all(payload.initramfs).map_err(failed("writing the initramfs to memory"))?;
+    copy(uki, parts.initramfs.clone(), "UKI's initramfs", &manifest.initramfs, &mut initrd)?;
     if let Some((path, sha256)) = root {
         let file = File::open(path).map_err(AgentError::file(path))?;
         let length = file.metadata().map_err(AgentError::file(path))?.len();
-        let gap = padding(payload.initramfs.len() as u64);
+        let gap = padding(parts.initramfs.len() as u64);
         initrd.write_all(gap).map_err(failed("writing the initramfs to memory"))?;
         write_segment(&mut initrd, &mut BufReader::new(file), length, sha256)
             .map_err(failed("writing the root artifact to memory"))?;
     }
-    sys::kexec_file_load(&kernel, &initrd, &payload.command_line).map_err(failed("kexec_file_load"))?;
+    sys::kexec_file_load(&kernel, &initrd, &manifest.command_line).map_err(failed("kexec_file_load"))?;
     std::fs::write(DISABLED, "1").map_err(AgentError::file(DISABLED))
 }
 

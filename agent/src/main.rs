@@ -22,6 +22,9 @@ mod retry;
 mod service;
 mod stage;
 mod sys;
+#[cfg(test)]
+mod testing;
+mod verifier;
 mod verity;
 
 use error::{AgentError, Result};

@@ -1,15 +1,15 @@
 //! `kiln-agent stage`: the plan, fetches and checks of PID 1 as a command, stopping before any mount. What it accepts
 //! lies in the output directory; its exit status says which class of check refused.
 
-use crate::change;
 use crate::error::{AgentError, Result};
 use crate::facts;
 use crate::fetch::Expected;
-use crate::flow::{Answer, Flow, Servers};
+use crate::flow::Flow;
 use crate::init::{embedded, parse_boot_info};
 use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
 use crate::memory::Place;
 use crate::plan::{self, Plan};
+use crate::verifier::{Answer, Servers, Verifier};
 use kiln_protocol::Stage;
 use std::path::{Path, PathBuf};
 
@@ -80,10 +80,11 @@ async fn stage(options: &Options) -> Result<()> {
     let journal = Journal { state, machine, embedded, running: None, health: None, prefetch: None };
     let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
     let tries = Some(options.tries);
-    let mut flow = Flow { boot, place, key, memory, journal, servers, api: None, tries, now };
+    let verifier = Verifier::new(boot, place, key, memory, servers, now);
+    let mut flow = Flow { verifier, journal, api: None, tries };
     flow.journal.done(Stage::Start);
     flow.find_server().await?;
-    let here = flow.here()?;
+    let here = flow.verifier.here()?;
     let result = verify(&mut flow, &here, &options.out).await;
     match &result {
         Ok(()) => flow.report().await,
@@ -108,8 +109,8 @@ macro_rules! tried {
 
 async fn verify(flow: &mut Flow, here: &kiln_protocol::ReleaseId, out: &Path) -> Result<()> {
     flow.journal.started(Stage::Metadata);
-    let verified = tried!(flow, Stage::Metadata, flow.verify_metadata(here).await);
-    verified.manifest.matches_boot(&flow.boot)?;
+    let verified = tried!(flow, Stage::Metadata, flow.verifier.verify_metadata(here).await);
+    verified.manifest.matches_boot(&flow.verifier.boot)?;
     flow.journal.done(Stage::Metadata);
     flow.journal.started(Stage::Assignment);
     let (assignment, via) = match tried!(flow, Stage::Assignment, flow.ask(&verified, 0).await) {
@@ -119,21 +120,17 @@ async fn verify(flow: &mut Flow, here: &kiln_protocol::ReleaseId, out: &Path) ->
             return Err(AgentError::Unreachable { url: "assignment".into(), reason });
         }
     };
-    let plan = plan::decide(here, &assignment, &flow.memory, &flow.currency(&verified))?;
+    let plan = plan::decide(here, &assignment, &flow.verifier.memory, &flow.verifier.currency(&verified))?;
     flow.journal.done(Stage::Assignment);
     match plan {
         Plan::Stay => {
             flow.journal.started(Stage::Root);
             let root = &verified.manifest.root;
-            let expected = Expected { what: "root artifact", sha256: &root.sha256, length: root.length };
-            tried!(flow, Stage::Root, flow.fetch_to(Stage::Root, expected, &out.join("root")).await);
+            let expected = Expected { what: "root artifact", sha256: root.sha256.clone(), length: root.length };
+            flow.fetch_to(Stage::Root, expected, &out.join("root")).await?;
             flow.journal.done(Stage::Root);
         }
-        Plan::Change(release) => {
-            flow.journal.started(Stage::Prefetch);
-            tried!(flow, Stage::Prefetch, change::prefetch(flow, &assignment, &release, via, &out.join("next")).await);
-            flow.journal.done(Stage::Prefetch);
-        }
+        Plan::Change(_) => flow.prefetch(&assignment, via, out).await?.keep(),
     }
     Ok(())
 }

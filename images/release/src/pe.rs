@@ -2,6 +2,8 @@
 //! "Section Table"; UAPI.5 Unified Kernel Image). Every offset is checked against the file. It neither maps an image
 //! nor reads relocations, imports or signatures; who may boot a UKI is decided before it is parsed.
 
+use std::ops::Range;
+
 /// One section.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Section {
@@ -93,6 +95,12 @@ const SECURITY_DIRECTORY: usize = 4;
 impl Pe {
     /// Reads the headers. Every section's bytes are known to lie in the file afterwards.
     pub fn parse(file: &[u8]) -> Result<Self, PeError> {
+        Self::parse_head(file, file.len())
+    }
+
+    /// The same for a file of `length` bytes of which only the beginning is at hand: a UKI need not be held in memory
+    /// to be taken apart. Headers beyond that beginning are [`PeError::CutShort`].
+    pub fn parse_head(file: &[u8], length: usize) -> Result<Self, PeError> {
         if bytes::<2>(file, 0, "the DOS header")? != *b"MZ" {
             return Err(PeError::NotPe { what: "no MZ", offset: 0 });
         }
@@ -145,9 +153,9 @@ impl Pe {
                 raw_offset: field(20)?,
             };
             let end = index(section.raw_offset).checked_add(index(section.raw_size));
-            if end.is_none_or(|end| end > file.len()) {
+            if end.is_none_or(|end| end > length) {
                 let offset = index(section.raw_offset);
-                return Err(PeError::CutShort { what: "a section's content", offset, length: file.len() });
+                return Err(PeError::CutShort { what: "a section's content", offset, length });
             }
             sections.push(section);
         }
@@ -164,8 +172,8 @@ impl Pe {
         })
     }
 
-    /// The content of the one section `name`, without padding. `file` is what was parsed.
-    pub fn content<'a>(&self, file: &'a [u8], name: &'static str) -> Result<&'a [u8], PeError> {
+    /// Where in the file the content of the one section `name` lies, without padding.
+    pub fn place(&self, name: &'static str) -> Result<Range<usize>, PeError> {
         let mut named = self.sections.iter().filter(|section| section.name == name);
         let section = named.next().ok_or(PeError::NoSection { name })?;
         let more = named.count();
@@ -176,10 +184,16 @@ impl Pe {
         if virtual_size > raw_size {
             return Err(PeError::Truncated { name, virtual_size, raw_size });
         }
+        // `parse` has shown that the whole section lies in the file, so the sum cannot overflow.
         let begin = index(raw_offset);
-        let end = begin.checked_add(index(virtual_size)).filter(|end| *end <= file.len());
-        let end = end.ok_or(PeError::CutShort { what: "a section's content", offset: begin, length: file.len() })?;
-        Ok(&file[begin..end])
+        Ok(begin..begin + index(virtual_size))
+    }
+
+    /// The content of the one section `name`, without padding. `file` is what was parsed.
+    pub fn content<'a>(&self, file: &'a [u8], name: &'static str) -> Result<&'a [u8], PeError> {
+        let place = self.place(name)?;
+        let offset = place.start;
+        file.get(place).ok_or(PeError::CutShort { what: "a section's content", offset, length: file.len() })
     }
 }
 
@@ -271,6 +285,17 @@ mod tests {
         let file = image(&twice);
         let error = Pe::parse(&file).unwrap().content(&file, ".cmdline").unwrap_err();
         assert_eq!(error, PeError::Ambiguous { name: ".cmdline", count: 2 });
+    }
+
+    #[test]
+    fn the_head_alone_says_where_the_parts_lie() {
+        let file = image(&PARTS);
+        let pe = Pe::parse_head(&file[..1024], file.len()).unwrap();
+        assert_eq!(&file[pe.place(".linux").unwrap()], &[1; 700]);
+        let offset = usize::try_from(pe.sections[4].raw_offset).unwrap();
+        let error = Pe::parse_head(&file[..1024], offset + 511).unwrap_err();
+        assert_eq!(error, PeError::CutShort { what: "a section's content", offset, length: offset + 511 });
+        assert!(Pe::parse_head(&file[..0x58], file.len()).is_err(), "headers that are not at hand");
     }
 
     proptest! {

@@ -1,0 +1,382 @@
+//! The agent as a service of the running system: health, reports, and the next release, side by side on one thread. What
+//! comes next is decided in [`duty`]; here it is done.
+
+mod duty;
+#[cfg(test)]
+mod tests;
+
+use crate::api::Api;
+use crate::change::{self, Meter, Prefetch, Ready, blocking};
+use crate::error::{AgentError, Result};
+use crate::handoff::Handoff;
+use crate::health::{Checks, Probe};
+use crate::journal::{Journal, monotonic_ms};
+use crate::memory::{Place, random};
+use crate::plan::{self, Plan};
+use crate::verifier::{Answer, Verifier};
+use crate::{facts, init, net, verity};
+use duty::{Action, Duty, Event, Target, Trouble, Wanted};
+use kiln_protocol::{Assignment, Decision, Grant, Health, Nonce, ReleaseId, Reply, RunningRelease, Stage, Via};
+use nix::sys::reboot::{RebootMode, reboot};
+use std::future::pending;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::process::{Command, Stdio};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::Mutex;
+use tokio::time::{sleep, timeout};
+
+/// How often health is checked until the machine is healthy.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+/// How often it is checked from then on.
+const WATCH_EVERY: Duration = Duration::from_secs(5);
+/// The image's init has so long to stop its services before the agent leaves without it.
+const STOP_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Runs until the machine leaves for another release.
+pub fn run() -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(AgentError::system("starting the runtime"))?;
+    let ended = runtime.block_on(serve());
+    // A check that hangs in the kernel must not hang the end as well.
+    runtime.shutdown_background();
+    ended
+}
+
+async fn serve() -> Result<()> {
+    let handoff = Handoff::read()?;
+    tokio::spawn(net::keep(handoff.lease.clone(), facts_id()?));
+    forget_an_earlier_start();
+    let probe = Probe::new(verity::running_root_hash, "systemctl");
+    let checks = Checks::new(handoff.manifest.health.clone(), handoff.manifest.verity.root_hash.clone(), probe);
+    let (verifier, mut journal) = resume(handoff)?;
+    journal.done(Stage::Handover);
+    journal.done(Stage::Service);
+    let door = Door { systemctl: "systemctl".into(), reboot: restart };
+    Err(Service::new(verifier, journal, change::NEXT, door)?.run(checks).await)
+}
+
+fn facts_id() -> Result<kiln_protocol::MachineId> {
+    let place = Place::of_this_machine();
+    Ok(facts::read(place.key_storage(), place.rollback_memory())?.id)
+}
+
+/// What a start of the service that was killed had fetched: it is memory.
+fn forget_an_earlier_start() {
+    for path in change::files(Path::new(change::NEXT)) {
+        if path.exists()
+            && let Err(error) = std::fs::remove_file(&path)
+        {
+            eprintln!("kiln-agent: {}: cannot be removed: {error}", path.display());
+        }
+    }
+}
+
+fn resume(handoff: Handoff) -> Result<(Verifier, Journal)> {
+    let place = Place::of_this_machine();
+    let key = place.key()?;
+    let machine = facts::read(place.key_storage(), place.rollback_memory())?;
+    let embedded = init::embedded(&handoff.boot)?;
+    let root_hash = verity::running_root_hash()?;
+    if root_hash != handoff.manifest.verity.root_hash {
+        return Err(AgentError::RunningRoot { expected: handoff.manifest.verity.root_hash, got: root_hash });
+    }
+    let root_hash = root_hash.parse().map_err(|e: kiln_protocol::IdError| AgentError::Format {
+        path: "/dev/mapper/control".into(),
+        reason: e.to_string(),
+    })?;
+    let running = RunningRelease { root_hash, ..embedded.clone() };
+    // Not the hand-over's: this may be a later start of the service, and what was seen since then counts.
+    let memory = place.memory()?;
+    let now = memory.time_floor.map_or(handoff.now, |t| t.max(handoff.now));
+    let mut state = handoff.journal;
+    // Likewise reports: their numbers go on above all that an earlier start can have made.
+    state.seq = state.seq.max(monotonic_ms());
+    let journal = Journal { state, machine, embedded, running: Some(running), health: None, prefetch: None };
+    Ok((Verifier::new(handoff.boot, place, key, memory, handoff.servers, now), journal))
+}
+
+/// How this system is left. The seam at which a test stays in the room.
+struct Door {
+    systemctl: PathBuf,
+    /// Comes back only with an error.
+    reboot: fn(RebootMode) -> std::io::Error,
+}
+
+fn restart(mode: RebootMode) -> std::io::Error {
+    nix::unistd::sync();
+    match reboot(mode) {
+        Err(errno) => errno.into(),
+        Ok(never) => match never {},
+    }
+}
+
+/// What a job leaves behind.
+struct Done {
+    event: Event,
+    /// Of a failed fetch: the next try goes on with it.
+    prefetch: Option<Prefetch>,
+    ready: Option<Ready>,
+}
+
+impl From<Event> for Done {
+    fn from(event: Event) -> Self {
+        Self { event, prefetch: None, ready: None }
+    }
+}
+
+/// What is done beside health and reports: one thing at a time. Dropped, it is called off.
+type Job = Pin<Box<dyn Future<Output = Done>>>;
+/// A report on its way.
+type Post = Pin<Box<dyn Future<Output = Result<Reply>>>>;
+/// A round of health checks, and the pause before it.
+type Round = Pin<Box<dyn Future<Output = (Checks, Health)>>>;
+
+/// The service: the state it decides by, and what it does it with.
+struct Service {
+    duty: Duty,
+    journal: Journal,
+    /// Held by the running job; one that is dropped gives it back.
+    verifier: Rc<Mutex<Verifier>>,
+    /// Likewise by the report on its way.
+    api: Rc<Mutex<Api>>,
+    door: Door,
+    here: ReleaseId,
+    /// Where the next release's files go.
+    next: PathBuf,
+    /// The newest reply, and the nonce that its freshness statement must carry.
+    newest: Option<(Reply, Nonce)>,
+    /// The nonce of the report on its way.
+    nonce: Option<Nonce>,
+    /// What is being fetched, between its tries.
+    prefetch: Option<Prefetch>,
+    meter: Arc<Meter>,
+    ready: Option<Arc<Ready>>,
+}
+
+impl Service {
+    fn new(verifier: Verifier, journal: Journal, next: impl Into<PathBuf>, door: Door) -> Result<Self> {
+        let (site, key) = (&verifier.boot.site, &verifier.key);
+        let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, key, &verifier.clock)?;
+        Ok(Self {
+            duty: Duty::new(),
+            journal,
+            here: verifier.here()?,
+            verifier: Rc::new(Mutex::new(verifier)),
+            api: Rc::new(Mutex::new(api)),
+            door,
+            next: next.into(),
+            newest: None,
+            nonce: None,
+            prefetch: None,
+            meter: Arc::default(),
+            ready: None,
+        })
+    }
+
+    /// Waits for whatever comes first, decides, does. Ends when the machine cannot even be left.
+    async fn run(mut self, checks: Checks) -> AgentError {
+        self.journal.started(Stage::Health);
+        let mut round: Round = Box::pin(check(checks, Duration::ZERO));
+        let mut post: Option<Post> = None;
+        let mut job: Option<Job> = None;
+        loop {
+            let event = tokio::select! {
+                (checks, health) = &mut round => {
+                    round = Box::pin(check(checks, if health.healthy { WATCH_EVERY } else { CHECK_EVERY }));
+                    Event::Checked(health)
+                }
+                reply = maybe(&mut post) => {
+                    post = None;
+                    self.heard(reply)
+                }
+                done = maybe(&mut job) => {
+                    job = None;
+                    self.prefetch = done.prefetch;
+                    self.ready = done.ready.map(Arc::new).or(self.ready.take());
+                    done.event
+                }
+                () = until(self.duty.wakes()) => Event::Time,
+            };
+            let jitter = random().map_or(0, |bytes| bytes[0]);
+            let (duty, actions) = self.duty.event(event, monotonic_ms(), jitter);
+            self.duty = duty;
+            for action in actions {
+                match action {
+                    Action::Record(stage, state) => self.journal.state.record(stage, state),
+                    Action::Say(words) => eprintln!("kiln-agent: {words}"),
+                    Action::EndHold => post = None,
+                    Action::Report(hold_s) => post = Some(self.report(hold_s)),
+                    Action::Fetch(target) => job = Some(self.fetch(target)),
+                    Action::AskWhetherToGo(target) => job = Some(self.ask_whether_to_go(target)),
+                    Action::CallOff => job = None,
+                    Action::Discard => (self.prefetch, self.ready, self.meter) = (None, None, Arc::default()),
+                    Action::Load => job = Some(self.load()),
+                    Action::Leave { cold } => {
+                        drop((round, post, job));
+                        return self.leave(cold).await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// What a reply says for the next decision, before anything of it is believed.
+    fn heard(&mut self, reply: Result<Reply>) -> Event {
+        let reply = match reply {
+            Ok(reply) => reply,
+            Err(error) => return Event::Unanswered(format!("{error} ({})", error.kind())),
+        };
+        self.journal.answered(&reply);
+        let wanted = claimed(&reply).filter(|wanted| wanted.target.release != self.here);
+        let answer = duty::Answer { again_ms: reply.again_ms, may_wait: reply.may_wait, wanted };
+        self.newest = self.nonce.take().map(|nonce| (reply, nonce));
+        Event::Answered(answer)
+    }
+
+    fn report(&mut self, hold_s: u32) -> Post {
+        self.journal.health = self.duty.health().cloned();
+        self.journal.prefetch =
+            self.duty.prefetch().map(|p| kiln_protocol::Prefetch { progress: self.meter.read(), ..p });
+        let (report, api) = (self.journal.report(hold_s), Rc::clone(&self.api));
+        self.nonce = report.as_ref().ok().map(|report| report.nonce.clone());
+        Box::pin(async move { api.lock().await.report(&report?).await })
+    }
+
+    /// Verifies the assignment against current metadata, and fetches and verifies the release.
+    fn fetch(&mut self, target: Target) -> Job {
+        let (verifier, prefetch, newest) = (Rc::clone(&self.verifier), self.prefetch.take(), self.newest.clone());
+        let (here, next, meter) = (self.here.clone(), self.next.clone(), Arc::clone(&self.meter));
+        Box::pin(async move {
+            let verifier = &mut *verifier.lock().await;
+            let mut prefetch = match prefetch {
+                Some(prefetch) => prefetch,
+                None => match believe(verifier, &here, &target, newest).await {
+                    Ok((assignment, via, _)) => Prefetch::new(&assignment, via, &next, meter),
+                    Err((stage, error)) => return Event::Failed(trouble(stage, &error, false)).into(),
+                },
+            };
+            match prefetch.run(verifier).await {
+                Ok(()) => {
+                    let ready = prefetch.into_ready();
+                    let note = ready.as_ref().and_then(|ready| ready.note.clone());
+                    Done { event: Event::Fetched(note), prefetch: None, ready }
+                }
+                Err(error) => {
+                    let event = Event::Failed(trouble(Stage::Prefetch, &error, prefetch.moved()));
+                    Done { event, prefetch: Some(prefetch), ready: None }
+                }
+            }
+        })
+    }
+
+    /// Whether the newest reply lets this machine leave for what is ready, by everything that is known now.
+    fn ask_whether_to_go(&self, target: Target) -> Job {
+        let (verifier, newest, here) = (Rc::clone(&self.verifier), self.newest.clone(), self.here.clone());
+        Box::pin(async move {
+            let verifier = &mut *verifier.lock().await;
+            let event = match believe(verifier, &here, &target, newest).await {
+                Ok((_, _, Grant::Go)) => Event::MayGo,
+                Ok((_, _, Grant::Hold { .. })) => Event::Failed(trouble(Stage::Grant, &AgentError::Superseded, false)),
+                Err((stage, error)) => Event::Failed(trouble(stage, &error, false)),
+            };
+            event.into()
+        })
+    }
+
+    fn load(&self) -> Job {
+        let ready = self.ready.clone();
+        Box::pin(async move {
+            let loaded = blocking(move || ready.as_deref().map_or(Ok(()), change::load)).await;
+            Event::Loaded(loaded.err().map(|error| trouble(Stage::Going, &error, false))).into()
+        })
+    }
+
+    /// Leaves. The server hears of it first; then the image's init stops what runs.
+    async fn leave(mut self, cold: bool) -> AgentError {
+        let via = match self.ready.as_deref().map(Ready::via) {
+            Some(Via::Kexec) if !cold => Via::Kexec,
+            Some(Via::Kexec | Via::Cold) | None => Via::Cold,
+        };
+        // From here there is no way back: a loaded kernel cannot be unloaded. A server that does not hear it hears the
+        // next boot.
+        if let Err(error) = self.report(0).await {
+            eprintln!("kiln-agent: report not delivered: {error}");
+        }
+        let (verb, mode) = match via {
+            Via::Kexec => ("kexec", RebootMode::RB_KEXEC),
+            Via::Cold => ("reboot", RebootMode::RB_AUTOBOOT),
+        };
+        let systemctl = self.door.systemctl.clone();
+        let asked = blocking(move || {
+            let status = Command::new(&systemctl).arg(verb).stdin(Stdio::null()).status();
+            status.map_err(AgentError::file(systemctl))
+        });
+        match timeout(STOP_DEADLINE, asked).await {
+            // systemd stops this service too; still being here at the deadline means that something hangs.
+            Ok(Ok(status)) if status.success() => sleep(STOP_DEADLINE).await,
+            Ok(Ok(_) | Err(_)) | Err(_) => eprintln!("kiln-agent: systemctl {verb} failed; leaving without it"),
+        }
+        AgentError::system("leaving for the next release")((self.door.reboot)(mode))
+    }
+}
+
+/// Everything that stands between a reply's claim and doing it: current metadata, both signatures, the machine, the
+/// sequence, the nonce, floor and expiry.
+async fn believe(
+    verifier: &mut Verifier,
+    here: &ReleaseId,
+    target: &Target,
+    newest: Option<(Reply, Nonce)>,
+) -> std::result::Result<(Assignment, Via, Grant), (Stage, AgentError)> {
+    let verified = verifier.verify_metadata(here).await.map_err(|error| (Stage::Prefetch, error))?;
+    let refused = |error| (Stage::Assignment, error);
+    let (reply, nonce) = newest.ok_or(refused(AgentError::Superseded))?;
+    let answer = verifier.check_reply(&verified, reply, &nonce).map_err(refused)?;
+    let Answer::Assigned { assignment, via, grant } = answer else { return Err(refused(AgentError::Superseded)) };
+    match plan::decide(here, &assignment, &verifier.memory, &verifier.currency(&verified)).map_err(refused)? {
+        Plan::Change(release) if release == target.release && assignment.sequence == target.sequence => {
+            Ok((assignment, via, grant))
+        }
+        Plan::Change(_) | Plan::Stay => Err(refused(AgentError::Superseded)),
+    }
+}
+
+fn trouble(stage: Stage, error: &AgentError, moved: bool) -> Trouble {
+    Trouble { stage, class: error.class(), kind: error.kind().to_owned(), message: error.to_string(), moved }
+}
+
+/// What a reply claims to want, unverified: whether it is worth verifying metadata for.
+fn claimed(reply: &Reply) -> Option<Wanted> {
+    let Decision::Assigned { assignment, grant, .. } = &reply.desired.decision else { return None };
+    let envelope: serde_json::Value = serde_json::from_str(assignment).ok()?;
+    let named: Assignment = serde_json::from_value(envelope.get("signed")?.clone()).ok()?;
+    let target = Target { release: named.release_id(), sequence: named.sequence };
+    Some(Wanted { target, grant: grant.clone() })
+}
+
+/// A pause and a round of checks.
+async fn check(mut checks: Checks, pause: Duration) -> (Checks, Health) {
+    sleep(pause).await;
+    let health = checks.run().await;
+    (checks, health)
+}
+
+/// The future's output, if there is one.
+async fn maybe<T>(future: &mut Option<Pin<Box<dyn Future<Output = T>>>>) -> T {
+    match future {
+        Some(future) => future.await,
+        None => pending().await,
+    }
+}
+
+async fn until(at: Option<duty::Millis>) {
+    match at {
+        Some(at) => sleep(Duration::from_millis(at.saturating_sub(monotonic_ms()))).await,
+        None => pending().await,
+    }
+}

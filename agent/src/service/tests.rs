@@ -1,0 +1,280 @@
+//! The service as it runs: against a boot server on loopback, with a shell script for systemctl. Only the machine's
+//! restart is another.
+
+use super::*;
+use crate::health::Probe;
+use crate::journal::{JournalState, boot_id};
+use crate::testing::director::{Director, Order};
+use crate::testing::web::{self, Gate, Gates, Happened};
+use crate::testing::{TestSite, root_hash};
+use kiln_protocol::{Firmware, KeyStorage, MachineFacts, ProtectionClass, Report, RollbackMemory, StageState};
+use std::collections::BTreeMap;
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Instant;
+use tempfile::TempDir;
+
+/// Nothing here takes longer on any host, but for what has its own deadline.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A machine that runs a release, with its own systemctl.
+struct Machine {
+    dir: TempDir,
+    /// What systemctl was told to leave by.
+    left: Receiver<String>,
+}
+
+/// `state` says what `is-system-running` says; "hang" hangs it. Leaving is told through a FIFO.
+const SYSTEMCTL: &str = r#"#!/bin/sh
+case "$1" in
+is-system-running)
+    state=$(cat DIR/state)
+    [ "$state" = hang ] && exec tail -f /dev/null
+    echo "$state" ;;
+list-units) echo "broken.service loaded failed failed" ;;
+*) echo "$1" >DIR/left ;;
+esac
+"#;
+
+impl Machine {
+    /// Starts the service of a machine that runs `release`. What it may not reach comes first in its lists of servers.
+    fn start(
+        site: &TestSite,
+        release: u64,
+        http: &str,
+        agent: &str,
+        state: &str,
+        probe: fn() -> Result<String>,
+    ) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("state"), state).unwrap();
+        let script = SYSTEMCTL.replace("DIR", dir.path().to_str().unwrap());
+        std::fs::write(at("systemctl"), script).unwrap();
+        std::fs::set_permissions(at("systemctl"), std::fs::Permissions::from_mode(0o755)).unwrap();
+        nix::unistd::mkfifo(&at("left"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        std::fs::create_dir(at("next")).unwrap();
+        let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let (agents, http) = ([format!("https://{nobody}"), agent.to_owned()], [http.to_owned()]);
+        let verifier = site.verifier(release, &http, &agents, &at("machine"));
+        let checks = Checks::new(
+            site.manifests[&release].health.clone(),
+            root_hash(release),
+            Probe::new(probe, at("systemctl")),
+        );
+        let (systemctl, next) = (at("systemctl"), at("next"));
+        std::thread::spawn(move || {
+            let door =
+                Door { systemctl, reboot: |_| unreachable!("systemctl never fails here, and does not take a minute") };
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let journal = journal(&verifier);
+            // Ends with the test: its thread is not waited for.
+            runtime.block_on(Service::new(verifier, journal, next, door).unwrap().run(checks));
+        });
+        let (tell, left) = channel();
+        let fifo = at("left");
+        std::thread::spawn(move || {
+            let mut verb = String::new();
+            let read = std::fs::File::open(fifo).and_then(|mut file| file.read_to_string(&mut verb));
+            let _ = read.map(|_| tell.send(verb.trim().to_owned()));
+        });
+        Self { dir, left }
+    }
+
+    fn set_state(&self, state: &str) {
+        // At once, not a truncated file first.
+        let new = self.dir.path().join("state.new");
+        std::fs::write(&new, state).unwrap();
+        std::fs::rename(new, self.dir.path().join("state")).unwrap();
+    }
+
+    fn next(&self) -> Vec<String> {
+        let entries = self.dir.path().join("next").read_dir().unwrap().flatten();
+        entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect()
+    }
+}
+
+fn journal(verifier: &Verifier) -> Journal {
+    let embedded = init::embedded(&verifier.boot).unwrap();
+    let machine = MachineFacts {
+        id: "00000000-0000-0000-0000-000000000001".parse().unwrap(),
+        macs: Vec::new(),
+        product: "test".into(),
+        serial: String::new(),
+        firmware: Firmware::Uefi,
+        arch: facts::architecture(),
+        key_storage: KeyStorage::File,
+        rollback_memory: RollbackMemory::File,
+        protection: ProtectionClass::Unprotected,
+        memory_bytes: 1 << 30,
+    };
+    let state = JournalState::begin(boot_id().unwrap(), monotonic_ms());
+    Journal { state, machine, running: Some(embedded.clone()), embedded, health: None, prefetch: None }
+}
+
+fn healthy(report: &Report) -> bool {
+    report.health.as_ref().is_some_and(|h| h.healthy)
+}
+
+fn received(report: &Report) -> u64 {
+    report.prefetch.as_ref().and_then(|p| p.progress).map_or(0, |p| p.received_bytes)
+}
+
+fn failed(report: &Report, stage: Stage) -> Option<&str> {
+    report.stages.iter().find_map(|record| match &record.state {
+        StageState::Failed(failure) if record.stage == stage => Some(failure.kind.as_str()),
+        StageState::Failed(_) | StageState::Started | StageState::Done | StageState::Waiting { .. } => None,
+    })
+}
+
+/// A gate in the middle of this file.
+fn gate(path: &str) -> (Arc<Gate>, Gates) {
+    let gate = Arc::<Gate>::default();
+    let gates = [(path.to_owned(), (300_000, Arc::clone(&gate)))].into();
+    (gate, gates)
+}
+
+#[test]
+fn health_and_progress_are_reported_while_a_release_is_fetched() {
+    let site = TestSite::new(2);
+    let [_, root] = site.paths(2);
+    let (gate, gates) = gate(&root);
+    let (http, _hear) = web::honest(site.files.clone(), gates);
+    let order: Order = (2, 5, Via::Cold, false);
+    let director = Director::start(&site, (1, 4, Via::Cold, false));
+    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
+    let begun = Instant::now();
+    director.wait("of health", begun, PATIENCE, healthy);
+
+    director.order(order);
+    let uki = site.manifests[&2].uki.length;
+    let half = director.wait("of half the root", begun, PATIENCE, |r| received(r) >= uki + 300_000);
+    let prefetch = half.prefetch.unwrap();
+    assert_eq!((prefetch.release, prefetch.sequence, prefetch.ready), (2, 5, false));
+    let progress = prefetch.progress.unwrap();
+    assert_eq!(progress.received_bytes, uki + 300_000);
+    assert_eq!(progress.total_bytes, uki + site.manifests[&2].root.length);
+
+    let turned = Instant::now();
+    machine.set_state("degraded");
+    let one_interval = WATCH_EVERY + Duration::from_secs(2);
+    let report = director.wait("of lost health", turned, one_interval, |r| r.health.is_some() && !healthy(r));
+    assert!(report.health.unwrap().detail.contains("broken.service"));
+    assert!(report.prefetch.is_some_and(|p| !p.ready), "the prefetch goes on");
+    machine.set_state("running");
+    let one_interval = CHECK_EVERY + Duration::from_secs(2);
+    director.wait("of health again", Instant::now(), one_interval, healthy);
+
+    gate.open();
+    director.wait("that it is ready", turned, PATIENCE, |r| r.prefetch.as_ref().is_some_and(|p| p.ready));
+    director.order((2, 5, Via::Cold, true));
+    assert_eq!(machine.left.recv_timeout(PATIENCE).unwrap(), "reboot");
+    let going = director.heard().pop().unwrap();
+    assert_eq!(going.health.unwrap().detail, "leaving for minimal/2");
+    assert!(going.stages.iter().any(|s| s.stage == Stage::Going && s.state == StageState::Started));
+}
+
+#[test]
+fn another_assignment_ends_the_transfer_at_once() {
+    let site = TestSite::new(3);
+    let ([uki, _], [next_uki, _]) = (site.paths(2), site.paths(3));
+    let (_gate, gates) = gate(&uki);
+    let (http, hear) = web::honest(site.files.clone(), gates);
+    let director = Director::start(&site, (2, 5, Via::Kexec, false));
+    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
+    let begun = Instant::now();
+    web::wait(&hear, PATIENCE, |h| *h == Happened::Asked(uki.clone(), 0));
+    director.wait("of a part of it", begun, PATIENCE, |r| healthy(r) && received(r) > 0);
+    assert_eq!(machine.next(), ["next.efi"]);
+
+    // The report is held; the change answers it.
+    director.order((3, 6, Via::Kexec, false));
+    let at_once = Duration::from_secs(2);
+    web::wait(&hear, at_once, |h| *h == Happened::Gone(uki.clone()));
+    web::wait(&hear, at_once, |h| *h == Happened::Asked(next_uki.clone(), 0));
+    let ready =
+        director.wait("that the other is ready", begun, PATIENCE, |r| r.prefetch.as_ref().is_some_and(|p| p.ready));
+    assert_eq!(ready.prefetch.map(|p| (p.release, p.sequence)), Some((3, 6)));
+    let mut files = machine.next();
+    files.sort();
+    assert_eq!(files, ["next", "next.efi"]);
+    let bytes = |name: &str| std::fs::read(machine.dir.path().join("next").join(name)).unwrap();
+    assert_eq!(
+        (&bytes("next.efi"), &bytes("next")),
+        (&site.files[&next_uki[1..]], &site.files[&site.paths(3)[1][1..]])
+    );
+
+    // And one that takes it back leaves nothing.
+    director.order((1, 7, Via::Kexec, false));
+    director.wait("of no prefetch", Instant::now(), PATIENCE, |r| r.prefetch.is_none());
+    assert!(machine.next().is_empty());
+}
+
+/// A check that never comes back, not even when its thread is asked to end.
+fn hangs() -> Result<String> {
+    loop {
+        std::thread::park();
+    }
+}
+
+#[test]
+fn a_machine_whose_checks_hang_follows_an_assignment_and_leaves() {
+    type Look = fn() -> Result<String>;
+    let begun = Instant::now();
+    let looks: [(&str, Look, &str); 2] = [
+        ("hang", || Ok(root_hash(2)), "systemctl gave no answer in 10 s"),
+        ("running", hangs, "the kernel's table for the root: an earlier check still hangs in the kernel"),
+    ];
+    let machines = looks.map(|(state, look, words)| {
+        let site = TestSite::new(2);
+        let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+        // Back to the release before, as a server does with a trial that never became healthy.
+        let director = Director::start(&site, (1, 9, Via::Cold, false));
+        let machine = Machine::start(&site, 2, &http, &director.url, state, look);
+        (director, machine, words)
+    });
+    for (director, machine, words) in machines {
+        director.wait("that release 1 is ready", begun, PATIENCE, |r| r.prefetch.as_ref().is_some_and(|p| p.ready));
+        director.wait(words, begun, PATIENCE, |r| r.health.as_ref().is_some_and(|h| !h.healthy && h.detail == words));
+        assert!(!director.heard().iter().any(healthy));
+        director.order((1, 9, Via::Cold, true));
+        assert_eq!(machine.left.recv_timeout(PATIENCE).unwrap(), "reboot");
+    }
+}
+
+#[test]
+fn a_kernel_that_cannot_be_loaded_is_gone_to_through_the_firmware() {
+    let site = TestSite::new(2);
+    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+    // No kernel takes these bytes for one, and no host lets this test try.
+    let director = Director::start(&site, (2, 5, Via::Kexec, true));
+    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
+    let begun = Instant::now();
+    let report =
+        director.wait("of the failure", begun, PATIENCE, |r| failed(r, Stage::Going) == Some("machine-system-call"));
+    assert!(report.stages.iter().any(|s| s.stage == Stage::Grant && s.state == StageState::Done), "{report:#?}");
+    assert_eq!(machine.left.recv_timeout(PATIENCE).unwrap(), "reboot");
+}
+
+#[test]
+fn a_release_that_does_not_verify_is_not_gone_to_and_the_machine_stays_healthy() {
+    let site = TestSite::new(2);
+    let mut files = site.files.clone();
+    let [_, root] = site.paths(2);
+    files.get_mut(&root[1..]).unwrap()[4096] ^= 1;
+    let (http, hear) = web::honest(files, BTreeMap::new());
+    let director = Director::start(&site, (2, 5, Via::Cold, true));
+    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
+    let begun = Instant::now();
+    // Three tries, then it is said that nothing is fetched any more.
+    for _ in 0..3 {
+        web::wait(&hear, PATIENCE, |h| *h == Happened::Asked(root.clone(), 0));
+    }
+    let given_up = director.wait("that it is given up", begun, PATIENCE, |r| {
+        failed(r, Stage::Prefetch) == Some("root-hash-mismatch") && r.prefetch.is_none()
+    });
+    assert!(healthy(&given_up));
+    assert!(machine.left.try_recv().is_err());
+    assert!(machine.next().is_empty());
+}

@@ -1,0 +1,178 @@
+//! A boot server's agent API: takes reports over TLS, answers with what the test wants of the machine, and holds a report
+//! like the real one until that changes.
+
+use super::{IMAGE, TestSite, now};
+use kiln_protocol::{
+    ASSIGNMENT_TYPE, Assignment, BoundMachine, Decision, Desired, FRESHNESS_TYPE, Freshness, Grant, Reply, Report,
+    SPEC_VERSION, Via,
+};
+use kiln_release::certificate::{spki_der, spki_key_id};
+use kiln_release::{Signer, hex, sign_envelope};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+/// What is wanted of the machine: release, sequence, how to go there, and whether it may go once it is ready.
+pub type Order = (u64, u64, Via, bool);
+
+struct State {
+    order: Order,
+    heard: Vec<(Instant, Report)>,
+}
+
+/// The running server.
+pub struct Director {
+    pub url: String,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    signer: Signer,
+    /// SHA-256 of each release's manifest.
+    manifests: Vec<(u64, String)>,
+    machine: String,
+}
+
+impl Director {
+    pub fn start(site: &TestSite, order: Order) -> Self {
+        let [_, certificate, key] = &site.tls;
+        let chain = vec![CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()];
+        let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
+        let config = ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .unwrap();
+        let config = Arc::new(config);
+        let machine = Signer::from_seed(&site.machine_key);
+        let manifests = site.manifests.iter();
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State { order, heard: Vec::new() }),
+            changed: Condvar::new(),
+            signer: Signer::from_seed(&[6; 32]),
+            manifests: manifests.map(|(n, m)| (*n, hex::sha256(&serde_json::to_vec(m).unwrap()))).collect(),
+            machine: spki_key_id(&spki_der(&machine)),
+        });
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("https://{}", listener.local_addr().unwrap());
+        let theirs = Arc::clone(&shared);
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (config, shared) = (Arc::clone(&config), Arc::clone(&theirs));
+                std::thread::spawn(move || connection(stream, config, &shared));
+            }
+        });
+        Self { url, shared }
+    }
+
+    /// Wants something else from now on: held reports are answered.
+    pub fn order(&self, order: Order) {
+        self.shared.state.lock().unwrap().order = order;
+        self.shared.changed.notify_all();
+    }
+
+    /// Waits for a report that came after `since` and satisfies `wanted`.
+    #[track_caller]
+    pub fn wait(&self, what: &str, since: Instant, within: Duration, wanted: impl Fn(&Report) -> bool) -> Report {
+        let until = Instant::now() + within;
+        let mut state = self.shared.state.lock().unwrap();
+        loop {
+            if let Some((_, report)) = state.heard.iter().find(|(at, report)| *at >= since && wanted(report)) {
+                return report.clone();
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            let last = state.heard.last().map(|(_, report)| (&report.health, &report.prefetch, &report.stages));
+            assert!(!left.is_zero(), "no report {what} within {within:?}; the last: {last:#?}");
+            state = self.shared.changed.wait_timeout(state, left).unwrap().0;
+        }
+    }
+
+    /// All that was reported so far.
+    pub fn heard(&self) -> Vec<Report> {
+        self.shared.state.lock().unwrap().heard.iter().map(|(_, report)| report.clone()).collect()
+    }
+}
+
+fn connection(stream: TcpStream, config: Arc<ServerConfig>, shared: &Shared) {
+    let connection = ServerConnection::new(config).unwrap();
+    let mut stream = BufReader::new(StreamOwned::new(connection, stream));
+    loop {
+        let (mut length, mut line) = (0, String::new());
+        while line != "\r\n" {
+            line.clear();
+            if !matches!(stream.read_line(&mut line), Ok(1..)) {
+                return;
+            }
+            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                length = value.trim().parse().unwrap();
+            }
+        }
+        let mut body = vec![0; length];
+        if stream.read_exact(&mut body).is_err() {
+            return;
+        }
+        let report: Report = serde_json::from_slice(&body).expect("the agent sends reports");
+        let body = serde_json::to_string(&shared.answer(&report)).unwrap();
+        let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
+        let out = stream.get_mut();
+        if out.write_all(answer.as_bytes()).and_then(|()| out.flush()).is_err() {
+            return;
+        }
+    }
+}
+
+impl Shared {
+    fn answer(&self, report: &Report) -> Reply {
+        let mut state = self.state.lock().unwrap();
+        state.heard.push((Instant::now(), report.clone()));
+        self.changed.notify_all();
+        let until = Instant::now() + Duration::from_secs(report.wait_s.into());
+        loop {
+            let reply = self.reply(report, state.order);
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || reply.desired.etag != report.desired_etag {
+                return reply;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap().0;
+        }
+    }
+
+    fn reply(&self, report: &Report, (release, sequence, via, may_go): Order) -> Reply {
+        let manifest = &self.manifests.iter().find(|(n, _)| *n == release).unwrap().1;
+        let assignment = Assignment {
+            type_: ASSIGNMENT_TYPE.into(),
+            spec_version: SPEC_VERSION.into(),
+            machine: BoundMachine { id: report.machine.id.clone(), key: self.machine.parse().unwrap() },
+            image: IMAGE.parse().unwrap(),
+            release,
+            manifest_sha256: manifest.parse().unwrap(),
+            role: "lab".into(),
+            arch: report.machine.arch,
+            sequence,
+            issued: now(),
+            expires: now() + jiff::SignedDuration::from_hours(1),
+        };
+        let assignment = sign_envelope(&assignment, &[&self.signer]).unwrap();
+        let freshness = Freshness {
+            type_: FRESHNESS_TYPE.into(),
+            spec_version: SPEC_VERSION.into(),
+            nonce: report.nonce.clone(),
+            assignment_sha256: hex::sha256(assignment.as_bytes()).parse().unwrap(),
+            now: now(),
+        };
+        let freshness = sign_envelope(&freshness, &[&self.signer]).unwrap();
+        let ready = report.prefetch.as_ref().is_some_and(|p| p.ready && p.sequence == sequence);
+        let grant =
+            if ready && may_go { Grant::Go } else { Grant::Hold { reason: "the test says so".into(), until_ms: None } };
+        let etag = format!("{release}-{sequence}-{via}-{}", grant == Grant::Go);
+        let decision = Decision::Assigned { assignment, freshness, via, grant };
+        Reply { desired: Desired { etag, decision }, again_ms: 1000, may_wait: true }
+    }
+}

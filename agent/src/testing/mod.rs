@@ -1,0 +1,229 @@
+//! A site on loopback for this crate's tests: real signed metadata, a real HTTP server, a real agent API over TLS. Small
+//! releases, whose UKIs are PE files with parts that no processor would run.
+
+pub mod director;
+pub mod web;
+
+use crate::memory::Place;
+use crate::verifier::{Servers, Verifier};
+use jiff::{SignedDuration, Timestamp};
+use kiln_release::tuf::{RoleKeys, Root, RootRoles, Snapshot, TargetFile, TargetPath, Targets, TimestampRole};
+use kiln_release::{
+    AgentApi, Artifact, BootInfo, FilePolicy, HealthCheck, HealthKind, MANIFEST_TYPE, Manifest, Mode, PublicKey,
+    SITE_TYPE, Signer, Site, SiteSettings, VerityParams, hex, sign_envelope, verity,
+};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+pub const IMAGE: &str = "minimal";
+const COMMAND_LINE: &str = "console=ttyS0 quiet";
+/// Data blocks of every root: 2 MiB.
+const BLOCKS: u64 = 512;
+
+/// What a boot server serves, and the keys behind it.
+pub struct TestSite {
+    /// By path under the base URL.
+    pub files: BTreeMap<String, Vec<u8>>,
+    pub manifests: BTreeMap<u64, Manifest>,
+    pub director: Signer,
+    pub machine_key: [u8; 32],
+    /// CA certificate, server certificate, server key, all PEM.
+    pub tls: [String; 3],
+    trust_root: String,
+}
+
+/// Whole seconds, as TUF writes them.
+pub fn now() -> Timestamp {
+    Timestamp::from_second(Timestamp::now().as_second()).unwrap()
+}
+
+/// The root hash of a release: its number, over and over.
+pub fn root_hash(release: u64) -> String {
+    format!("{release:02x}").repeat(32)
+}
+
+impl TestSite {
+    /// With releases 1 to `releases` of [`IMAGE`].
+    pub fn new(releases: u64) -> Self {
+        let key = |n: u8| Signer::from_seed(&[n; 32]);
+        let mut site = Self {
+            files: BTreeMap::new(),
+            manifests: BTreeMap::new(),
+            director: key(6),
+            machine_key: [7; 32],
+            tls: certificates(),
+            trust_root: String::new(),
+        };
+        let expires = now() + SignedDuration::from_hours(24);
+        let keys: Vec<PublicKey> = (1..=4).map(|n| key(n).public()).collect();
+        let role = |n: usize| RoleKeys::new(&keys[n..=n], 1);
+        let roles = RootRoles { root: role(0), timestamp: role(1), snapshot: role(2), targets: role(3) };
+        site.trust_root = sign_envelope(&Root::new(1, expires, &keys, roles), &[&key(1)]).unwrap();
+
+        let mut image = Targets::new(1, expires);
+        for release in 1..=releases {
+            let manifest = site.release(release);
+            let bytes = serde_json::to_vec(&manifest).unwrap();
+            image.targets.extend([site.target(&TargetPath::manifest(IMAGE, release).unwrap(), bytes)]);
+            site.manifests.insert(release, manifest);
+        }
+        let mut top = Targets::new(1, expires);
+        let document = serde_json::to_vec(&site.document()).unwrap();
+        top.targets.extend([site.target(&TargetPath::site(), document)]);
+        let paths = vec![format!("{IMAGE}/*/manifest.json")];
+        top.delegate(&format!("image-{IMAGE}"), &[key(5).public()], 1, paths, true);
+
+        let mut snapshot = Snapshot::new(1, expires);
+        for (role, document, signer) in [("targets", top, key(4)), ("image-minimal", image, key(5))] {
+            let text = sign_envelope(&document, &[&signer]).unwrap();
+            snapshot.list(role, 1, text.as_bytes());
+            site.files.insert(format!("metadata/1.{role}.json"), text.into_bytes());
+        }
+        let snapshot = sign_envelope(&snapshot, &[&key(3)]).unwrap();
+        let timestamp = TimestampRole::new(1, expires, 1, snapshot.as_bytes());
+        let timestamp = sign_envelope(&timestamp, &[&key(2)]).unwrap();
+        site.files.insert("metadata/1.snapshot.json".into(), snapshot.into_bytes());
+        site.files.insert("metadata/timestamp.json".into(), timestamp.into_bytes());
+        site
+    }
+
+    fn target(&mut self, path: &TargetPath, bytes: Vec<u8>) -> (String, TargetFile) {
+        let listed = TargetFile::of(&bytes);
+        let (folder, name) =
+            path.as_str().rsplit_once('/').map_or((String::new(), path.as_str()), |(f, n)| (format!("{f}/"), n));
+        self.files.insert(format!("targets/{folder}{}.{name}", hex::sha256(&bytes)), bytes);
+        (path.as_str().to_owned(), listed)
+    }
+
+    fn document(&self) -> Site {
+        let director = self.director.public();
+        Site {
+            type_: SITE_TYPE.into(),
+            spec_version: "1.0".into(),
+            name: "test".into(),
+            directors: [(director.id(), director.to_object())].into(),
+            director_threshold: 1,
+            agent_api: AgentApi { ca_pem: self.tls[0].clone() },
+            floors: BTreeMap::new(),
+        }
+    }
+
+    fn artifact(&mut self, bytes: Vec<u8>) -> Artifact {
+        let artifact = Artifact { sha256: hex::sha256(&bytes), length: bytes.len() as u64 };
+        self.files.insert(format!("a/{}", artifact.sha256), bytes);
+        artifact
+    }
+
+    fn release(&mut self, release: u64) -> Manifest {
+        let byte = u8::try_from(release).unwrap();
+        let (kernel, initramfs) = (vec![byte; 300_000], vec![byte ^ 0x55; 200_001]);
+        let parts: [(&str, &[u8]); 3] =
+            [(".cmdline", COMMAND_LINE.as_bytes()), (".linux", &kernel), (".initrd", &initramfs)];
+        let uki = self.artifact(pe(&parts));
+        let root = vec![byte; usize::try_from(BLOCKS * 4096 + verity::hash_area_length(BLOCKS)).unwrap()];
+        let root = self.artifact(root);
+        let named = |bytes: &[u8]| Artifact { sha256: hex::sha256(bytes), length: bytes.len() as u64 };
+        Manifest {
+            type_: MANIFEST_TYPE.into(),
+            spec_version: "1.0".into(),
+            image: IMAGE.into(),
+            release,
+            class: "normal".into(),
+            architecture: crate::facts::architecture().to_string(),
+            product: "generic".into(),
+            built: now(),
+            uki,
+            kernel: named(&kernel),
+            initramfs: named(&initramfs),
+            extra: None,
+            root,
+            verity: VerityParams {
+                root_hash: root_hash(release),
+                salt: String::new(),
+                data_blocks: BLOCKS,
+                hash_offset: BLOCKS * 4096,
+            },
+            command_line: COMMAND_LINE.into(),
+            policy: FilePolicy::default(),
+            hooks: BTreeMap::new(),
+            health: vec![HealthCheck { kind: HealthKind::Systemd, soak: 0 }],
+            writable: Vec::new(),
+            sbom: None,
+        }
+    }
+
+    /// Where in the repository a release's UKI and root lie.
+    pub fn paths(&self, release: u64) -> [String; 2] {
+        let manifest = &self.manifests[&release];
+        [&manifest.uki, &manifest.root].map(|artifact| format!("/a/{}", artifact.sha256))
+    }
+
+    /// A machine that booted `release`, keeping its key and memory in `state`.
+    pub fn verifier(&self, release: u64, http: &[String], agent: &[String], state: &Path) -> Verifier {
+        let boot = BootInfo {
+            image: IMAGE.into(),
+            release,
+            class: "normal".into(),
+            architecture: crate::facts::architecture().to_string(),
+            root_hash: root_hash(release),
+            command_line: COMMAND_LINE.into(),
+            built: now(),
+            site: SiteSettings {
+                name: "test".into(),
+                http_urls: http.to_vec(),
+                agent_urls: agent.to_vec(),
+                agent_api_ca_pem: self.tls[0].clone(),
+                mode: Mode::Ram,
+            },
+            trust_root: self.trust_root.clone(),
+        };
+        let place = Place::Directory(state.to_owned());
+        let servers = Servers { http: http.to_vec(), agent: agent.to_vec() };
+        let memory = place.memory().unwrap();
+        Verifier::new(boot, place, Signer::from_seed(&self.machine_key), memory, servers, now())
+    }
+}
+
+/// A PE32+ file of headers and sections (Microsoft PE Format).
+fn pe(sections: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut file = vec![0_u8; 512];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"MZ");
+    put(0x3c, &[0x40]);
+    put(0x40, b"PE\0\0");
+    put(0x46, &[u8::try_from(sections.len()).unwrap()]);
+    put(0x54, &[240]);
+    let optional = 0x58;
+    put(optional, &0x020b_u16.to_le_bytes());
+    for (at, value) in [(32, 4096_u32), (36, 512), (56, 4096), (60, 512), (108, 16)] {
+        put(optional + at, &value.to_le_bytes());
+    }
+    for (number, (name, content)) in sections.iter().enumerate() {
+        let (entry, offset) = (optional + 240 + number * 40, file.len());
+        file.extend_from_slice(content);
+        file.resize(file.len().next_multiple_of(512), 0);
+        let raw = file.len() - offset;
+        file[entry..entry + name.len()].copy_from_slice(name.as_bytes());
+        for (at, value) in [(8, content.len()), (12, 4096 * (number + 1)), (16, raw), (20, offset)] {
+            file[entry + at..entry + at + 4].copy_from_slice(&u32::try_from(value).unwrap().to_le_bytes());
+        }
+    }
+    file
+}
+
+fn certificates() -> [String; 3] {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, PKCS_ED25519};
+    let params = |names: &[&str]| {
+        let mut params = CertificateParams::new(names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>()).unwrap();
+        params.not_before = rcgen::date_time_ymd(2020, 1, 1);
+        params.not_after = rcgen::date_time_ymd(9999, 12, 31);
+        params
+    };
+    let ca_key = KeyPair::generate_for(&PKCS_ED25519).unwrap();
+    let mut ca = params(&[]);
+    ca.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    let ca_pem = ca.self_signed(&ca_key).unwrap().pem();
+    let key = KeyPair::generate_for(&PKCS_ED25519).unwrap();
+    let server = params(&[kiln_release::AGENT_API_NAME]).signed_by(&key, &Issuer::new(ca, ca_key)).unwrap();
+    [ca_pem, server.pem(), key.serialize_pem()]
+}

@@ -1,0 +1,215 @@
+//! What a machine believes and why: metadata against the trust root in its boot image, the director's statements against
+//! that metadata. PID 1, the running system's service and `kiln-agent stage` have this one way; none goes around it.
+
+use crate::api::Clock;
+use crate::error::{AgentError, FailureClass, Result};
+use crate::fetch;
+use crate::memory::{Memory, Place};
+use crate::plan::Currency;
+use jiff::Timestamp;
+use kiln_protocol::{
+    Assignment, Class, Decision, Freshness, Grant, ImageName, KeyId, Nonce, ReleaseId, Reply, Running, Via,
+    check_assignment, check_freshness,
+};
+use kiln_release::certificate::{spki_der, spki_key_id};
+use kiln_release::tuf::{self, ExpiryPolicy, Fetched, Limits, Outcome, Request, TargetPath};
+use kiln_release::{BootInfo, Manifest, Signer, Site, hex};
+
+/// Where to look for the boot server.
+#[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
+pub struct Servers {
+    /// Base URLs of artifacts.
+    pub http: Vec<String>,
+    /// Base URLs of the agent API.
+    pub agent: Vec<String>,
+}
+
+/// Metadata that verified.
+pub struct Verified {
+    pub site: Site,
+    pub manifest: Manifest,
+    /// SHA-256 of the manifest's bytes.
+    pub manifest_sha256: String,
+    outcome: Outcome,
+}
+
+impl Verified {
+    /// The first file that has expired at `now`, and when.
+    pub fn stale_at(&self, now: Timestamp) -> Option<(String, Timestamp)> {
+        self.outcome.stale_at(now).into_iter().next().map(|e| (e.file, e.expires))
+    }
+}
+
+/// What the server answered, verified.
+#[allow(clippy::large_enum_variant)] // made once per report and taken apart at once
+pub enum Answer {
+    /// Nothing assigned: why.
+    Wait(String),
+    /// Assigned.
+    Assigned { assignment: Assignment, via: Via, grant: Grant },
+}
+
+/// One machine's trust: which keys, what was seen, which time is believed.
+pub struct Verifier {
+    pub boot: BootInfo,
+    pub place: Place,
+    pub key: Signer,
+    pub memory: Memory,
+    pub servers: Servers,
+    /// The newest time that is believed.
+    pub now: Timestamp,
+    /// The same for TLS.
+    pub clock: Clock,
+}
+
+impl Verifier {
+    pub fn new(boot: BootInfo, place: Place, key: Signer, memory: Memory, servers: Servers, now: Timestamp) -> Self {
+        let clock = Clock::at(now);
+        Self { boot, place, key, memory, servers, now, clock }
+    }
+
+    /// The release that this UKI embeds.
+    pub fn here(&self) -> Result<ReleaseId> {
+        release_id(&self.boot.image, self.boot.release)
+    }
+
+    /// Verifies the repository's metadata for `release`, and remembers the versions seen.
+    pub async fn verify_metadata(&mut self, release: &ReleaseId) -> Result<Verified> {
+        let mut last = AgentError::NoServer;
+        for url in self.servers.http.clone() {
+            match self.refresh(&url, release).await {
+                Ok(verified) => return Ok(verified),
+                // A bad mirror must not hide a good one. If none is good, what was refused says more than what was silent.
+                Err(error)
+                    if error.class() == FailureClass::Unreachable && last.class() != FailureClass::Unreachable => {}
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
+    async fn refresh(&mut self, base: &str, release: &ReleaseId) -> Result<Verified> {
+        let site_path = TargetPath::site();
+        let manifest_path = TargetPath::manifest(release.image.as_str(), release.release)?;
+        let mut client = tuf::Client::new(
+            self.boot.trust_root.as_bytes(),
+            self.memory.seen.clone(),
+            self.now,
+            Limits::default(),
+            ExpiryPolicy::ReportStale,
+            vec![site_path.clone(), manifest_path.clone()],
+        )?;
+        // Also of an update that fails or is called off: what was verified up to there cannot be taken back.
+        let role = format!("image-{}", release.image);
+        let fetched = fetch_all(base, &mut client, &mut |client| {
+            self.memory.seen = client.seen().clone().narrowed(&["targets", &role]);
+        })
+        .await;
+        self.place.remember(&self.memory)?;
+        fetched?;
+        let outcome = client.finish()?;
+        let site = Site::read(target(&outcome, &site_path)?)?;
+        if site.agent_api.ca_pem.trim() != self.boot.site.agent_api_ca_pem.trim() {
+            return Err(AgentError::AgentApiCa);
+        }
+        self.memory.directed_by(&site);
+        let manifest_bytes = target(&outcome, &manifest_path)?;
+        let manifest = Manifest::read(manifest_bytes, release.image.as_str(), release.release)?;
+        // The other classes need an order signed by an operator, which no agent reads yet.
+        if manifest.class != Class::Normal.as_str() {
+            return Err(AgentError::Class { release: release.to_string(), class: manifest.class });
+        }
+        for (image, floor) in &site.floors {
+            let known = self.memory.floors.entry(image.clone()).or_insert(1);
+            *known = (*known).max(*floor);
+        }
+        self.place.remember(&self.memory)?;
+        let manifest_sha256 = hex::sha256(manifest_bytes);
+        Ok(Verified { site, manifest, manifest_sha256, outcome })
+    }
+
+    /// Verifies a reply to a report that carried `nonce`.
+    pub fn check_reply(&mut self, verified: &Verified, reply: Reply, nonce: &Nonce) -> Result<Answer> {
+        let (assignment, freshness, via, grant) = match reply.desired.decision {
+            Decision::Wait { reason } => return Ok(Answer::Wait(reason)),
+            Decision::Assigned { assignment, freshness, via, grant } => (assignment, freshness, via, grant),
+        };
+        let (assigned, sha256) = verified.site.verify_director::<Assignment>(assignment.as_bytes())?;
+        let key: KeyId = spki_key_id(&spki_der(&self.key)).parse().expect("a SHA-256 in hex is a key id");
+        let image: ImageName = parse_image(&self.boot.image)?;
+        let me = Running {
+            key: &key,
+            arch: crate::facts::architecture(),
+            image: &image,
+            highest_sequence: self.memory.sequence,
+            floor: self.memory.floor(&self.boot.image),
+        };
+        check_assignment(&assigned, &me)?;
+        let known = &verified.manifest;
+        if assigned.release_id() == release_id(&known.image, known.release)?
+            && assigned.manifest_sha256.as_str() != verified.manifest_sha256
+        {
+            let (expected, got) = (verified.manifest_sha256.clone(), assigned.manifest_sha256.to_string());
+            return Err(AgentError::ManifestMismatch { expected, got });
+        }
+        let (fresh, _) = verified.site.verify_director::<Freshness>(freshness.as_bytes())?;
+        check_freshness(&fresh, nonce, &sha256.parse().expect("a SHA-256 in hex"))?;
+        self.memory.accept(&assigned);
+        self.move_clock(fresh.now.min(verified.outcome.offline_expires_newest));
+        self.place.remember(&self.memory)?;
+        Ok(Answer::Assigned { assignment: assigned, via, grant })
+    }
+
+    /// Moves the time floor; it is persisted at most once a day, as storage wears.
+    fn move_clock(&mut self, now: Timestamp) {
+        if now <= self.now {
+            return;
+        }
+        self.now = now;
+        self.clock.set(now);
+        let day = 24 * 60 * 60;
+        if self.memory.time_floor.is_none_or(|old| now.as_second() - old.as_second() >= day) {
+            self.memory.time_floor = Some(now);
+        }
+    }
+
+    /// What is known of time, for [`crate::plan::decide`].
+    pub fn currency(&self, verified: &Verified) -> Currency {
+        Currency { now: self.now, stale: verified.stale_at(self.now) }
+    }
+}
+
+/// Feeds the client until it has all it wants; `seen` is told after each file.
+async fn fetch_all(base: &str, client: &mut tuf::Client, seen: &mut dyn FnMut(&tuf::Client)) -> Result<()> {
+    loop {
+        let Request::Fetch { path, max_bytes, may_be_absent } = client.next() else { return Ok(()) };
+        let fetched = match fetch::document(base, &path, max_bytes).await {
+            Ok(Some(bytes)) => Fetched::Bytes(bytes),
+            Ok(None) if may_be_absent => Fetched::Absent,
+            // A file that is listed but not there: a repository half copied, or one that hides it. Like no answer.
+            Ok(None) => return Err(AgentError::HttpStatus { url: format!("{base}/{path}"), status: 404 }),
+            Err(AgentError::TooLong { .. }) => Fetched::TooLong,
+            Err(error) => return Err(error),
+        };
+        let fed = client.feed(fetched);
+        seen(client);
+        fed?;
+    }
+}
+
+fn target<'a>(outcome: &'a Outcome, path: &TargetPath) -> Result<&'a [u8]> {
+    let found = outcome.targets.get(path.as_str());
+    found.map(|t| t.bytes.as_slice()).ok_or_else(|| tuf::TufError::Missing { file: path.as_str().to_owned() }.into())
+}
+
+/// IMAGE/NUMBER of fields that were read from a signed document.
+pub fn release_id(image: &str, release: u64) -> Result<ReleaseId> {
+    Ok(ReleaseId { image: parse_image(image)?, release })
+}
+
+fn parse_image(image: &str) -> Result<ImageName> {
+    image.parse().map_err(|e: kiln_protocol::IdError| AgentError::Format {
+        path: kiln_release::BOOT_PATH.into(),
+        reason: e.to_string(),
+    })
+}

@@ -375,3 +375,6 @@ async fn copy(
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -16,7 +16,7 @@ use std::time::Duration;
 use tokio::time::sleep;
 
 /// So often the server hears of a long download.
-const TELL_EVERY: Duration = Duration::from_secs(45);
+pub const TELL_EVERY: Duration = Duration::from_secs(45);
 /// Pause after which a given-up boot restarts the machine, so that a loop is slow and readable.
 pub const RESTART_PAUSE: Duration = Duration::from_secs(10);
 
@@ -27,6 +27,8 @@ pub struct Flow {
     pub api: Option<Api>,
     /// At most so many tries of anything; `None`: as [`retry`] says.
     pub tries: Option<u32>,
+    /// [`TELL_EVERY`].
+    pub tell_every: Duration,
 }
 
 impl Flow {
@@ -116,7 +118,7 @@ impl Flow {
             let base = servers.get(turn % servers.len().max(1)).ok_or(AgentError::NoServer)?;
             let done = tokio::select! {
                 done = download.run(base) => done,
-                never = keep_telling(&mut self.journal, &mut self.api, None) => Err(never),
+                never = keep_telling(&mut self.journal, &mut self.api, self.tell_every, None) => Err(never),
             };
             match done {
                 Ok(()) => break,
@@ -134,11 +136,11 @@ impl Flow {
     pub async fn prefetch(&mut self, assignment: &Assignment, via: Via, to: &Path) -> Result<Ready> {
         self.journal.started(Stage::Prefetch);
         let mut prefetch = Prefetch::new(assignment, via, to, Arc::default());
-        let mut attempt = 0;
+        let (mut attempt, sequence) = (0, Some(assignment.sequence));
         loop {
             let done = tokio::select! {
                 done = prefetch.run(&mut self.verifier) => done,
-                superseded = keep_telling(&mut self.journal, &mut self.api, Some(assignment.sequence)) => {
+                superseded = keep_telling(&mut self.journal, &mut self.api, self.tell_every, sequence) => {
                     return Err(superseded);
                 }
             };
@@ -156,14 +158,112 @@ impl Flow {
 }
 
 /// Reports while something takes long. With `sequence` it ends once the server's answers claim another one.
-async fn keep_telling(journal: &mut Journal, api: &mut Option<Api>, sequence: Option<u64>) -> AgentError {
+async fn keep_telling(
+    journal: &mut Journal,
+    api: &mut Option<Api>,
+    every: Duration,
+    sequence: Option<u64>,
+) -> AgentError {
     loop {
-        sleep(TELL_EVERY).await;
+        sleep(every).await;
         let Some(api) = api else { continue };
         if let Err(error) = journal.send(api, 0).await {
             println!("kiln-agent: report not delivered yet: {error}");
         } else if sequence.is_some() && journal.state.sequence_hint != sequence {
             return AgentError::Superseded;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::director::Director;
+    use crate::testing::web::{self, Gate, Happened};
+    use crate::testing::{TestSite, journal};
+    use kiln_protocol::StageState;
+    use std::collections::BTreeMap;
+    use std::sync::mpsc::Receiver;
+
+    /// A machine in its initramfs that has found its server and asked it.
+    async fn asked(site: &TestSite, http: &[String], director: &Director, state: &Path) -> (Flow, Assignment, Via) {
+        let verifier = site.verifier(1, http, std::slice::from_ref(&director.url), state);
+        let journal = Journal { running: None, ..journal(&verifier) };
+        let tell_every = Duration::from_millis(100);
+        let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every };
+        flow.find_server().await.unwrap();
+        let here = flow.verifier.here().unwrap();
+        let verified = flow.verifier.verify_metadata(&here).await.unwrap();
+        let Answer::Assigned { assignment, via, .. } = flow.ask(&verified, 0).await.unwrap() else {
+            panic!("it waits")
+        };
+        (flow, assignment, via)
+    }
+
+    fn runtime() -> tokio::runtime::Runtime {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+    }
+
+    fn gated(site: &TestSite, path: &str) -> (Arc<Gate>, String, Receiver<Happened>) {
+        let gate = Arc::<Gate>::default();
+        let (http, hear) = web::honest(site.files.clone(), [(path.to_owned(), (1000, Arc::clone(&gate)))].into());
+        (gate, http, hear)
+    }
+
+    #[test]
+    fn the_server_hears_of_a_long_download_and_the_next_server_is_asked() {
+        let site = TestSite::new(1);
+        let dir = tempfile::tempdir().unwrap();
+        let [_, root] = site.paths(1);
+        let (gate, good, hear) = gated(&site, &root);
+        // It has the metadata, but no artifact.
+        let metadata = site.files.iter().filter(|(path, _)| !path.starts_with("a/"));
+        let (poor, _hear) = web::honest(metadata.map(|(p, f)| (p.clone(), f.clone())).collect(), BTreeMap::new());
+        let director = Director::start(&site, (1, 1, Via::Cold, false));
+        runtime().block_on(async {
+            let (mut flow, ..) = asked(&site, &[poor, good], &director, &dir.path().join("state")).await;
+            let manifest = &site.manifests[&1];
+            let (sha256, length) = (manifest.root.sha256.clone(), manifest.root.length);
+            let expected = Expected { what: "root artifact", sha256, length };
+            let path = dir.path().join("root");
+            let before = director.heard().len();
+            let opened = tokio::task::spawn_blocking(move || {
+                web::wait(&hear, Duration::from_secs(20), |h| matches!(h, Happened::Asked(path, _) if *path == root));
+                let heard = director.heard().len();
+                // Two reports more, while nothing comes.
+                director.wait_for(heard + 2, Duration::from_secs(20));
+                gate.open();
+                director
+            });
+            flow.fetch_to(Stage::Root, expected, &path).await.unwrap();
+            let director = opened.await.unwrap();
+            assert_eq!(std::fs::read(&path).unwrap().len() as u64, length);
+            let failed = |r: &kiln_protocol::Report| {
+                r.stages.iter().any(|s| matches!(&s.state, StageState::Failed(f) if f.kind == "server-bad-status"))
+            };
+            assert!(director.heard()[before..].iter().any(failed), "the first server's fault was told");
+        });
+    }
+
+    #[test]
+    fn another_assignment_ends_a_prefetch_and_leaves_nothing() {
+        let site = TestSite::new(3);
+        let dir = tempfile::tempdir().unwrap();
+        let [uki, _] = site.paths(2);
+        let (_gate, http, hear) = gated(&site, &uki);
+        let director = Director::start(&site, (2, 5, Via::Kexec, true));
+        runtime().block_on(async {
+            let (mut flow, assignment, via) = asked(&site, &[http], &director, &dir.path().join("state")).await;
+            let ordered = std::thread::spawn(move || {
+                web::wait(&hear, Duration::from_secs(20), |h| *h == Happened::Asked(uki.clone(), 0));
+                director.order((3, 6, Via::Kexec, true));
+            });
+            let to = dir.path().join("next");
+            std::fs::create_dir(&to).unwrap();
+            let error = flow.prefetch(&assignment, via, &to).await.unwrap_err();
+            assert_eq!(error.kind(), "assignment-superseded");
+            assert_eq!(to.read_dir().unwrap().count(), 0);
+            ordered.join().unwrap();
+        });
     }
 }

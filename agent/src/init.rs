@@ -4,7 +4,7 @@
 use crate::coldplug::Drivers;
 use crate::error::{AgentError, Result};
 use crate::fetch::Expected;
-use crate::flow::{Flow, RESTART_PAUSE};
+use crate::flow::{Flow, RESTART_PAUSE, TELL_EVERY};
 use crate::handoff::Handoff;
 use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
 use crate::memory::Place;
@@ -90,7 +90,7 @@ async fn go(boot: BootInfo, journal: JournalState, mut drivers: Drivers) -> Resu
     let journal = Journal { state: journal, machine, embedded, running: None, health: None, prefetch: None };
     let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
     let verifier = Verifier::new(boot, place, key, memory, servers, now);
-    let mut flow = Flow { verifier, journal, api: None, tries: None };
+    let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: TELL_EVERY };
 
     let error = match travel(&mut flow, &mut drivers).await {
         Ok(never) => match never {},

@@ -4,7 +4,7 @@
 use crate::error::{AgentError, Result};
 use crate::facts;
 use crate::fetch::Expected;
-use crate::flow::Flow;
+use crate::flow::{Flow, TELL_EVERY};
 use crate::init::{embedded, parse_boot_info};
 use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
 use crate::memory::Place;
@@ -81,7 +81,7 @@ async fn stage(options: &Options) -> Result<()> {
     let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
     let tries = Some(options.tries);
     let verifier = Verifier::new(boot, place, key, memory, servers, now);
-    let mut flow = Flow { verifier, journal, api: None, tries };
+    let mut flow = Flow { verifier, journal, api: None, tries, tell_every: TELL_EVERY };
     flow.journal.done(Stage::Start);
     flow.find_server().await?;
     let here = flow.verifier.here()?;

@@ -3,11 +3,10 @@
 
 use super::*;
 use crate::health::Probe;
-use crate::journal::{JournalState, boot_id};
 use crate::testing::director::{Director, Order};
 use crate::testing::web::{self, Gate, Gates, Happened};
-use crate::testing::{TestSite, root_hash};
-use kiln_protocol::{Firmware, KeyStorage, MachineFacts, ProtectionClass, Report, RollbackMemory, StageState};
+use crate::testing::{TestSite, journal, root_hash};
+use kiln_protocol::{Report, StageState};
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
@@ -93,24 +92,6 @@ impl Machine {
         let entries = self.dir.path().join("next").read_dir().unwrap().flatten();
         entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect()
     }
-}
-
-fn journal(verifier: &Verifier) -> Journal {
-    let embedded = init::embedded(&verifier.boot).unwrap();
-    let machine = MachineFacts {
-        id: "00000000-0000-0000-0000-000000000001".parse().unwrap(),
-        macs: Vec::new(),
-        product: "test".into(),
-        serial: String::new(),
-        firmware: Firmware::Uefi,
-        arch: facts::architecture(),
-        key_storage: KeyStorage::File,
-        rollback_memory: RollbackMemory::File,
-        protection: ProtectionClass::Unprotected,
-        memory_bytes: 1 << 30,
-    };
-    let state = JournalState::begin(boot_id().unwrap(), monotonic_ms());
-    Journal { state, machine, running: Some(embedded.clone()), embedded, health: None, prefetch: None }
 }
 
 fn healthy(report: &Report) -> bool {

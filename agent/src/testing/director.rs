@@ -94,6 +94,14 @@ impl Director {
         }
     }
 
+    /// Waits until so many reports came.
+    pub fn wait_for(&self, reports: usize, within: Duration) {
+        let state = self.shared.state.lock().unwrap();
+        let (_state, late) =
+            self.shared.changed.wait_timeout_while(state, within, |state| state.heard.len() < reports).unwrap();
+        assert!(!late.timed_out(), "not {reports} reports within {within:?}");
+    }
+
     /// All that was reported so far.
     pub fn heard(&self) -> Vec<Report> {
         self.shared.state.lock().unwrap().heard.iter().map(|(_, report)| report.clone()).collect()

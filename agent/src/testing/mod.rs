@@ -4,9 +4,11 @@
 pub mod director;
 pub mod web;
 
+use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
 use crate::memory::Place;
 use crate::verifier::{Servers, Verifier};
 use jiff::{SignedDuration, Timestamp};
+use kiln_protocol::{Firmware, KeyStorage, MachineFacts, ProtectionClass, RollbackMemory};
 use kiln_release::tuf::{RoleKeys, Root, RootRoles, Snapshot, TargetFile, TargetPath, Targets, TimestampRole};
 use kiln_release::{
     AgentApi, Artifact, BootInfo, FilePolicy, HealthCheck, HealthKind, MANIFEST_TYPE, Manifest, Mode, PublicKey,
@@ -182,6 +184,25 @@ impl TestSite {
         let memory = place.memory().unwrap();
         Verifier::new(boot, place, Signer::from_seed(&self.machine_key), memory, servers, now())
     }
+}
+
+/// A journal of that machine that has nothing in it, as the service has one.
+pub fn journal(verifier: &Verifier) -> Journal {
+    let embedded = crate::init::embedded(&verifier.boot).unwrap();
+    let machine = MachineFacts {
+        id: "00000000-0000-0000-0000-000000000001".parse().unwrap(),
+        macs: Vec::new(),
+        product: "test".into(),
+        serial: String::new(),
+        firmware: Firmware::Uefi,
+        arch: crate::facts::architecture(),
+        key_storage: KeyStorage::File,
+        rollback_memory: RollbackMemory::File,
+        protection: ProtectionClass::Unprotected,
+        memory_bytes: 1 << 30,
+    };
+    let state = JournalState::begin(boot_id().unwrap(), monotonic_ms());
+    Journal { state, machine, running: Some(embedded.clone()), embedded, health: None, prefetch: None }
 }
 
 /// A PE32+ file of headers and sections (Microsoft PE Format).

@@ -185,6 +185,7 @@ struct RawBoot {
 struct RawFleet {
     max_unavailable: Option<usize>,
     trial_attempts: Option<u32>,
+    firmware_patience: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -214,6 +215,17 @@ pub fn is_name(name: &str) -> bool {
 }
 
 const NAME: &str = "1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit";
+
+/// Milliseconds of a time as a person writes it.
+fn patience(text: &str) -> Result<u64, String> {
+    let time: jiff::SignedDuration =
+        text.parse().map_err(|_| format!("{text:?}: expected a time with its unit, as \"60s\" or \"2m\""))?;
+    // Less is a busy network, more would outlast a boot's own deadline.
+    u64::try_from(time.as_millis())
+        .ok()
+        .filter(|ms| (5_000..=300_000).contains(ms))
+        .ok_or_else(|| format!("{text:?}: from 5s to 5m"))
+}
 
 impl TryFrom<RawFull> for FullDhcp {
     type Error = ConfigError;
@@ -255,6 +267,10 @@ impl TryFrom<Raw> for Config {
         let limits = Limits {
             max_unavailable: raw.fleet.max_unavailable.unwrap_or(defaults.max_unavailable),
             trial_attempts: raw.fleet.trial_attempts.unwrap_or(defaults.trial_attempts),
+            firmware_patience: match raw.fleet.firmware_patience {
+                Some(text) => patience(&text).map_err(|e| bad("fleet.firmware_patience", e))?,
+                None => defaults.firmware_patience,
+            },
         };
         if limits.max_unavailable == 0 {
             return Err(bad("fleet.max_unavailable", "with 0 no machine could ever reimage itself"));
@@ -339,6 +355,7 @@ http_boot = false
 [fleet]
 max_unavailable = 2
 trial_attempts = 4
+firmware_patience = "90s"
 [[role]]
 name = "lab"
 image = "minimal"
@@ -355,7 +372,7 @@ role = "lab"
         assert!(
             matches!(&c.dhcp.mode, DhcpMode::Full(f) if f.lease_s == 600 && f.last == Ipv4Addr::new(10, 0, 0, 200))
         );
-        assert_eq!(c.limits, Limits { max_unavailable: 2, trial_attempts: 4 });
+        assert_eq!(c.limits, Limits { max_unavailable: 2, trial_attempts: 4, firmware_patience: 90_000 });
         let id = "00000000-0000-0000-0000-00000000000a".parse().unwrap();
         assert_eq!(c.machines[&id], Listed { name: "rack-1".into(), role: "lab".into() });
         assert!(!c.boot.http_boot);
@@ -381,6 +398,12 @@ role = "lab"
         for (text, expected) in [
             ("[fleet]\nmax_unavailable = 0", "fleet.max_unavailable"),
             ("[fleet]\ntrial_attempts = 0", "fleet.trial_attempts"),
+            ("[fleet]\nfirmware_patience = \"soon\"", "fleet.firmware_patience: \"soon\": expected a time"),
+            ("[fleet]\nfirmware_patience = \"60\"", "as \"60s\" or \"2m\""),
+            ("[fleet]\nfirmware_patience = \"4s\"", "from 5s to 5m"),
+            ("[fleet]\nfirmware_patience = \"-60s\"", "from 5s to 5m"),
+            ("[fleet]\nfirmware_patience = \"301s\"", "from 5s to 5m"),
+            ("[fleet]\nfirmware_patience = 60", "line 2"),
             ("[dhcp]\nmode = \"full\"", "[dhcp.full]"),
             ("[dhcp.full]\nrange = \"10.0.0.1-10.0.0.2\"", "mode = \"full\""),
             ("[dhcp]\nmode = \"full\"\n[dhcp.full]\nrange = \"10.0.0.9-10.0.0.2\"", "below the first"),

@@ -366,9 +366,14 @@ async fn net_event(
         NetEvent::TftpStart { download } => {
             let machine = control.title(download.id.as_ref(), download.mac);
             tracing::info!(machine, "downloads {} by TFTP", download.file.path());
-            if let Some(hash) = hash(&download.file) {
-                control.downloads(download.mac, download.id.as_ref(), &hash, false).await?;
+            match hash(&download.file) {
+                Some(hash) => control.downloads(download.mac, download.id.as_ref(), &hash, false).await?,
+                None => control.takes_bytes(download.mac, download.id.as_ref(), None).await?,
             }
+        }
+        NetEvent::TftpMoves { download } => {
+            let hash = hash(&download.file);
+            control.takes_bytes(download.mac, download.id.as_ref(), hash.as_deref()).await?;
         }
         NetEvent::TftpDone { download, bytes, ms } => {
             let machine = control.title(download.id.as_ref(), download.mac);

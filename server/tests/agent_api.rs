@@ -75,14 +75,6 @@ async fn an_unknown_machine_waits_until_a_person_approves_it() {
     until(&server, |status| status["held_reports"] == 0).await;
 }
 
-async fn until(server: &Server, done: impl Fn(&serde_json::Value) -> bool) {
-    let begun = std::time::Instant::now();
-    while !done(&server.http("GET", "/api/v1/status", &[]).await.json()) {
-        assert!(begun.elapsed() < PATIENCE);
-        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
-    }
-}
-
 #[tokio::test]
 async fn machines_reimage_one_at_a_time_and_a_held_one_is_told_when_its_turn_comes() {
     let site = TestSite::new();

@@ -2,48 +2,23 @@
 //! ships, DHCP over a pair of virtual Ethernet ports with packets captured from OVMF.
 #![allow(clippy::unwrap_used)]
 
+#[path = "common/network.rs"]
+mod network;
+
 use kiln_netboot::tftp::BootFile;
 use kiln_netboot::{BootAnswer, Config, Event, Mode};
 use kiln_protocol::Sha256Hex;
 use kiln_server::net::{BootFiles, BootNet, Decide, NetEvent, Stamp, dhcp, tftp};
+use network::{CABLE, PATIENCE, SERVER, firmware, inside, packet, sh};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
-
-const INSIDE: &str = "KILN_TEST_NAMESPACE";
-const PATIENCE: Duration = Duration::from_secs(20);
-const SERVER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
-
-/// Runs the test of this name again inside new namespaces; true there, where the test itself then runs.
-fn inside(test: &str) -> bool {
-    if std::env::var_os(INSIDE).is_some() {
-        return true;
-    }
-    let usable = Command::new("unshare").args(["-rn", "true"]).stderr(Stdio::null()).status();
-    if !usable.is_ok_and(|s| s.success()) {
-        println!("skipped: `unshare -rn true` fails here, user namespaces are off or util-linux is missing");
-        return false;
-    }
-    let status = Command::new("unshare")
-        .arg("-rn")
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture"])
-        .env(INSIDE, "1")
-        .status()
-        .unwrap();
-    assert!(status.success(), "{test} failed in its namespace: its output is above");
-    false
-}
-
-fn sh(script: &str) {
-    assert!(Command::new("sh").args(["-ec", script]).status().unwrap().success(), "{script}");
-}
 
 fn present(program: &str) -> bool {
     let found = ["/usr/bin", "/usr/sbin", "/bin"].iter().any(|dir| Path::new(dir).join(program).exists());
@@ -222,24 +197,6 @@ async fn tftp_bounds_downloads_and_tells_strangers() {
     assert!(matches!(done, NetEvent::TftpDone { bytes: 1024, .. }));
 }
 
-fn packet(hex: &str) -> Vec<u8> {
-    kiln_release::hex::decode(&hex.split_whitespace().collect::<String>()).unwrap()
-}
-
-/// Two ports of one cable in one namespace: the server has k0, the "firmware" sends through k1.
-const CABLE: &str = "ip link set lo up; ip link add k0 type veth peer name k1; ip addr add 10.77.0.1/24 dev k0
-    ip link set k0 up; ip link set k1 up
-    for c in all k0 k1; do echo 0 >/proc/sys/net/ipv4/conf/$c/rp_filter; echo 1 >/proc/sys/net/ipv4/conf/$c/accept_local; done";
-
-fn firmware() -> UdpSocket {
-    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None).unwrap();
-    socket.set_broadcast(true).unwrap();
-    socket.bind_device(Some(b"k1")).unwrap();
-    socket.bind(&SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 68).into()).unwrap();
-    socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    socket.into()
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn ovmf_is_answered_over_ethernet() {
     if !inside("ovmf_is_answered_over_ethernet") {
@@ -264,6 +221,31 @@ async fn ovmf_is_answered_over_ethernet() {
     });
     work.await.unwrap();
     event(&mut events, |e| matches!(e, NetEvent::Dhcp(Event::Offered { .. }))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_slow_download_is_told_to_go_on() {
+    if !inside("a_slow_download_is_told_to_go_on") {
+        return;
+    }
+    sh("ip link set lo up");
+    let (_, mut events) = serve_tftp(tftp::Settings::default()).await;
+    let work = tokio::task::spawn_blocking(|| {
+        let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.send_to(b"\0\x01undionly.kpxe\0octet\0", "127.0.0.1:69").unwrap();
+        let mut buffer = [0; 600];
+        // Resent after 1 s, and after 2 s more: then it is acknowledged at last.
+        for _ in 0..3 {
+            let (_, port) = client.recv_from(&mut buffer).unwrap();
+            assert_eq!(buffer[..4], [0, 3, 0, 1]);
+            client.connect(port).unwrap();
+        }
+        client.send(&[0, 4, 0, 1]).unwrap();
+        client
+    });
+    event(&mut events, |e| matches!(e, NetEvent::TftpMoves { download } if download.file == BootFile::Undionly)).await;
+    work.await.unwrap();
 }
 
 /// A socket that holds port 67 as another DHCP server on this host would.

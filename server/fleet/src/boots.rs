@@ -45,6 +45,9 @@ pub struct Boot {
     /// The agent's zero on the server's clock: the earliest that any report allows, so that a slow report does not
     /// move it.
     pub agent_zero: Option<Millis>,
+    /// When its firmware last showed that it goes on: the DISCOVER, bytes of a loader or of the boot program.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moved: Option<Millis>,
     /// What happened, oldest first; at most [`RECORDS_KEPT`].
     pub stages: Vec<StageAt>,
 }
@@ -59,6 +62,7 @@ impl Boot {
             started,
             seq: 0,
             agent_zero: None,
+            moved: None,
             stages: Vec::new(),
         }
     }

@@ -22,6 +22,8 @@ pub enum Event {
     Asked,
     /// Its firmware began to download the boot program of this release.
     Downloads(ReleaseId),
+    /// Its firmware took more of the boot program, or of a loader before it.
+    TakesBytes,
     /// The boot program was sent whole.
     Downloaded,
     /// Its agent reported.

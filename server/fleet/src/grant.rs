@@ -1,8 +1,8 @@
 //! What is wanted of a machine, and whether it may reimage itself now.
 
-use crate::Millis;
 use crate::machine::{Assigned, Machine};
 use crate::state::StateKind;
+use crate::{FIRMWARE_PATIENCE_MS, Millis};
 use kiln_protocol::{Grant, KeyId, MachineId};
 use std::collections::BTreeMap;
 
@@ -13,11 +13,13 @@ pub struct Limits {
     pub max_unavailable: usize,
     /// Boots a trial has to become healthy.
     pub trial_attempts: u32,
+    /// Silence of a machine's firmware after which its stage has failed, in milliseconds.
+    pub firmware_patience: Millis,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { max_unavailable: 1, trial_attempts: 3 }
+        Self { max_unavailable: 1, trial_attempts: 3, firmware_patience: FIRMWARE_PATIENCE_MS }
     }
 }
 

@@ -7,6 +7,7 @@
 //! what its next boot is counted for.
 
 use crate::event::Action;
+use crate::grant::Limits;
 use crate::machine::Machine;
 use crate::step::save;
 use crate::{LIVE_MS, Millis};
@@ -26,6 +27,9 @@ pub struct HeldBoot {
     /// The boot program that was asked for, and when.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downloads: Option<(Millis, ReleaseId)>,
+    /// When it last took more of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub moved: Option<Millis>,
     /// When it was sent whole.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub downloaded: Option<Millis>,
@@ -36,10 +40,10 @@ pub struct HeldBoot {
 
 impl Machine {
     /// Ends the agent's word for the machine if it has not been heard for [`LIVE_MS`]; what was kept is then believed.
-    pub(crate) fn lapse(&mut self, limit: u32, now: Millis, out: &mut Vec<Action>) {
+    pub(crate) fn lapse(&mut self, limits: Limits, now: Millis, out: &mut Vec<Action>) {
         if self.agent_seen.is_some_and(|heard| now >= heard + LIVE_MS) {
             self.agent_seen = None;
-            self.believe(limit, out);
+            self.believe(limits, out);
         }
     }
 
@@ -67,7 +71,8 @@ impl Machine {
         } else {
             self.held_packets.pop();
         }
-        let boot = HeldBoot { asked: now, asked_last: now, downloads: None, downloaded: None, superseded: false };
+        let (asked, asked_last) = (now, now);
+        let boot = HeldBoot { asked, asked_last, downloads: None, moved: None, downloaded: None, superseded: false };
         self.held_packets.push(boot);
     }
 
@@ -84,6 +89,13 @@ impl Machine {
         }
     }
 
+    /// Keeps that a loader or a download goes on.
+    pub(crate) fn hold_bytes(&mut self, now: Millis) {
+        if let Some(last) = self.held_packets.last_mut() {
+            last.moved = Some(now);
+        }
+    }
+
     /// Keeps the end of a download.
     pub(crate) fn hold_downloaded(&mut self, now: Millis) {
         if let Some(last) = self.held_packets.last_mut()
@@ -95,13 +107,16 @@ impl Machine {
     }
 
     /// What was kept is true: it takes effect, each packet at its own time.
-    pub(crate) fn believe(&mut self, limit: u32, out: &mut Vec<Action>) {
+    pub(crate) fn believe(&mut self, limits: Limits, out: &mut Vec<Action>) {
         for held in std::mem::take(&mut self.held_packets) {
-            self.asked_for_boot(limit, held.asked, out);
-            self.asked_for_boot(limit, held.asked_last, out);
+            self.asked_for_boot(limits, held.asked, out);
+            self.asked_for_boot(limits, held.asked_last, out);
             if let Some((at, release)) = &held.downloads {
                 self.asked &= !held.superseded;
                 self.downloads(release, *at, out);
+            }
+            if let Some(at) = held.moved {
+                self.takes_bytes(at, out);
             }
             if let Some(at) = held.downloaded {
                 self.downloaded(at, out);
@@ -112,6 +127,7 @@ impl Machine {
     /// The boot that ran before goes on: what was kept was somebody else's.
     pub(crate) fn disbelieve(&mut self, out: &mut Vec<Action>) {
         self.asked = false;
+        self.mend(out);
         if !self.held_packets.is_empty() {
             self.held_packets.clear();
             let text = "a boot request in its name was not its own: the boot that ran before goes on".to_owned();

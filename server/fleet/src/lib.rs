@@ -15,6 +15,7 @@ mod grant;
 mod held;
 mod machine;
 mod report;
+mod silence;
 mod state;
 mod step;
 mod trial;
@@ -35,6 +36,18 @@ pub type Millis = u64;
 pub const LIVE_MS: Millis = 120_000;
 /// From a boot's first sign to *healthy*. A trial that is up, and speaks, for so long without is given up.
 pub const BOOT_DEADLINE_MS: Millis = 15 * 60_000;
+/// A firmware that was answered downloads within so long, and goes on downloading; the default of
+/// [`Limits::firmware_patience`].
+pub const FIRMWARE_PATIENCE_MS: Millis = 60_000;
+/// From the whole boot program to the agent's first report, in [`Limits::firmware_patience`]: kernel, drivers, network. So
+/// long, too, a chain of loaders may take from the DISCOVER to the boot program.
+pub const AGENT_PATIENCE: u64 = 3;
+/// Kind of the failure of [`kiln_protocol::Stage::Program`]: DHCP was answered, and nothing is downloaded.
+pub const NO_DOWNLOAD: &str = "no-download";
+/// Kind of the failure of [`kiln_protocol::Stage::Program`]: a download began and goes no further.
+pub const STALLED: &str = "download-stalled";
+/// Kind of the failure of [`kiln_protocol::Stage::Start`]: the boot program was sent whole, and no agent is heard.
+pub const NO_AGENT: &str = "no-agent";
 /// From the grant to *going*: the time that drain hooks have.
 pub const DRAIN_DEADLINE_MS: Millis = 5 * 60_000;
 /// A machine that nobody approved is forgotten after so long without a word: anyone can make one up.

@@ -2,12 +2,12 @@
 
 use crate::boots::Boot;
 use crate::error::Refusal;
+use crate::grant::Limits;
 use crate::held::HeldBoot;
 use crate::state::{State, StateKind};
 use crate::{FORGET_MS, LIVE_MS, Millis};
 use kiln_protocol::{
-    AgentMemory, Health, KeyId, MachineFacts, MachineId, Prefetch, ReleaseId, RunningRelease, Stage, StageRecord,
-    StageState, Via,
+    AgentMemory, Health, KeyId, MachineFacts, MachineId, Prefetch, ReleaseId, RunningRelease, Stage, StageState, Via,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -213,9 +213,9 @@ impl Machine {
     }
 
     /// When a [`crate::Event::Tick`] has something to do, if nothing happens before.
-    pub fn due(&self) -> Option<Millis> {
+    pub fn due(&self, limits: Limits) -> Option<Millis> {
         let held = self.agent_seen.filter(|_| !self.held_packets.is_empty()).map(|heard| heard + LIVE_MS);
-        [self.state.deadline, held, self.given_up_at()].into_iter().flatten().min()
+        [self.state.deadline, held, self.given_up_at(), self.silent_at(limits)].into_iter().flatten().min()
     }
 
     /// The newest step that shows where it is, and since when.
@@ -252,10 +252,10 @@ impl Machine {
     }
 }
 
-/// The words of a stage record, if it says more than its label.
-pub(crate) fn words(record: &StageRecord) -> Option<String> {
-    match &record.state {
-        StageState::Failed(f) => Some(crate::boots::cut(&format!("{}: {}", record.stage.label(), f.message))),
+/// The words of a stage, if it says more than its label.
+pub(crate) fn words(stage: Stage, state: &StageState) -> Option<String> {
+    match state {
+        StageState::Failed(f) => Some(crate::boots::cut(&format!("{}: {}", stage.label(), f.message))),
         StageState::Waiting { reason } => Some(crate::boots::cut(reason)),
         StageState::Started | StageState::Done => None,
     }

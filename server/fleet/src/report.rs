@@ -2,6 +2,7 @@
 
 use crate::boots::Boot;
 use crate::event::{Action, Reported};
+use crate::grant::Limits;
 use crate::machine::{Machine, words};
 use crate::state::StateKind;
 use crate::step::{save, wake};
@@ -29,7 +30,7 @@ enum Which {
 }
 
 impl Machine {
-    pub(crate) fn report(&mut self, reported: &Reported, limit: u32, now: Millis, out: &mut Vec<Action>) {
+    pub(crate) fn report(&mut self, reported: &Reported, limits: Limits, now: Millis, out: &mut Vec<Action>) {
         let report = &reported.report;
         match self.claim(reported) {
             Claim::Accepted => {}
@@ -73,7 +74,7 @@ impl Machine {
             Which::Current => self.disbelieve(out),
             Which::New => {
                 // Its firmware was heard, and is known now to have been its own.
-                self.believe(limit, out);
+                self.believe(limits, out);
                 self.begin_boot(report, now, out);
                 save(out);
             }
@@ -159,10 +160,12 @@ impl Machine {
             && self.assigned.as_ref().is_some_and(|a| a.via == Via::Kexec)
             && !self.boots.back().is_some_and(Boot::is_unclaimed);
         let zero = now.saturating_sub(report.at_ms);
+        self.mend(out);
         if !self.boots.back().is_some_and(Boot::is_unclaimed) {
             self.push_boot(if kexec { Via::Kexec } else { Via::Cold }, zero);
         }
         if let Some(boot) = self.boots.back_mut() {
+            boot.moved = None;
             boot.boot_id = report.boot_id.chars().take(64).collect();
             boot.release = Some(ReleaseId { image: report.embedded.image.clone(), release: report.embedded.release });
             let half = boot.stages.last().is_some_and(|s| s.stage == Stage::Program && s.state != StageState::Done);
@@ -214,7 +217,7 @@ impl Machine {
             }
         }
         for record in &report.stages {
-            if let Some(text) = words(record) {
+            if let Some(text) = words(record.stage, &record.state) {
                 self.last_words = text;
             }
         }

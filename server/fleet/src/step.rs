@@ -2,15 +2,16 @@
 
 use crate::boots::{BOOTS_KEPT, Boot};
 use crate::event::{Action, Event};
+use crate::grant::Limits;
 use crate::machine::{Assigned, Machine};
 use crate::state::{State, StateKind};
 use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
 use kiln_protocol::{ReleaseId, Stage, StageState, Via};
 
 impl Machine {
-    /// One step. `limit` is the number of boots a trial has ([`crate::Limits::trial_attempts`]).
+    /// One step.
     #[must_use]
-    pub fn event(mut self, event: Event, limit: u32, now: Millis) -> (Self, Vec<Action>) {
+    pub fn event(mut self, event: Event, limits: Limits, now: Millis) -> (Self, Vec<Action>) {
         let mut out = Vec::new();
         let before = (self.state.kind, self.is_available());
         match &event {
@@ -20,33 +21,39 @@ impl Machine {
             Event::ServerStarted => self.agent_seen = self.agent_seen.map(|_| now),
             Event::Asked
             | Event::Downloads(_)
+            | Event::TakesBytes
             | Event::Downloaded
             | Event::Approve { .. }
             | Event::Assign { .. }
             | Event::Granted
             | Event::Clear
             | Event::Retire
-            | Event::Tick => self.lapse(limit, now, &mut out),
+            | Event::Tick => self.lapse(limits, now, &mut out),
         }
         let speaks = self.agent_seen.is_some();
         match event {
             Event::Asked if speaks => self.hold_asked(now, &mut out),
             Event::Downloads(release) if speaks => self.hold_downloads(&release, now, &mut out),
+            Event::TakesBytes if speaks => self.hold_bytes(now),
             Event::Downloaded if speaks => self.hold_downloaded(now),
-            Event::Asked => self.asked_for_boot(limit, now, &mut out),
+            Event::Asked => self.asked_for_boot(limits, now, &mut out),
             Event::Downloads(release) => self.downloads(&release, now, &mut out),
+            Event::TakesBytes => self.takes_bytes(now, &mut out),
             Event::Downloaded => self.downloaded(now, &mut out),
-            Event::Report(reported) => self.report(&reported, limit, now, &mut out),
+            Event::Report(reported) => self.report(&reported, limits, now, &mut out),
             Event::Approve { name, role, release } => self.approve(name, role, release, now, &mut out),
             Event::Assign { release, via } => self.assign(release, via, now, &mut out),
             Event::Granted => self.grant_given(now, &mut out),
             Event::Clear => self.clear(now, &mut out),
             Event::Retire => self.retire(now, &mut out),
-            Event::Tick => self.tick(now, &mut out),
+            Event::Tick => self.tick(limits, now, &mut out),
             Event::ServerStarted => {
                 // The server was deaf: nobody is late before a full deadline has passed again.
                 for deadline in [&mut self.state.deadline, &mut self.healthy_by].into_iter().flatten() {
                     *deadline = (*deadline).max(now + LIVE_MS);
+                }
+                if let Some(boot) = self.boots.back_mut().filter(|b| b.is_unclaimed()) {
+                    boot.moved = Some(now);
                 }
             }
         }
@@ -97,40 +104,47 @@ impl Machine {
         }
     }
 
-    pub(crate) fn asked_for_boot(&mut self, limit: u32, now: Millis, out: &mut Vec<Action>) {
+    pub(crate) fn asked_for_boot(&mut self, limits: Limits, now: Millis, out: &mut Vec<Action>) {
         self.last_seen = self.last_seen.max(now);
         // A firmware repeats itself until it is answered, and iPXE asks again: one boot until its program moves.
-        match self.boots.back_mut() {
+        match self.boots.back() {
             Some(boot) if boot.is_unclaimed() => {
-                if boot.has(Stage::Program) {
-                    boot.stages.clear();
-                    boot.started = now;
+                if boot.downloads() {
+                    self.boots.pop_back();
+                    self.push_boot(Via::Cold, now);
                 }
             }
             Some(_) | None => self.push_boot(Via::Cold, now),
         }
-        if let Some(boot) = self.boots.back_mut()
-            && !boot.has(Stage::Dhcp)
-        {
-            out.push(boot.see(Stage::Dhcp, StageState::Done, now));
+        if let Some(boot) = self.boots.back_mut() {
+            if boot.has(Stage::Dhcp) {
+                // After a loader's bytes it is the loader that asks: the chain goes on.
+                boot.moved = boot.moved.map(|moved| if moved > boot.started { now } else { moved });
+            } else {
+                boot.moved = Some(now);
+                out.push(boot.see(Stage::Dhcp, StageState::Done, now));
+            }
         }
         save(out);
         self.asked = true;
         // Not well again before it says so itself, whatever is ordered meanwhile.
         self.health = None;
-        if self.is_trial() && self.attempts >= limit {
-            self.fall_back(&format!("was not healthy in {limit} boots"), now, out);
+        if self.is_trial() && self.attempts >= limits.trial_attempts {
+            self.fall_back(&format!("was not healthy in {} boots", limits.trial_attempts), now, out);
         }
         let deadline = Some(now + BOOT_DEADLINE_MS);
+        let suspicion = self.suspects();
         match self.state.kind {
             StateKind::Approved | StateKind::Booting | StateKind::Unreachable | StateKind::Degraded => {
-                self.enter(StateKind::Booting, "its firmware asked for a boot program", deadline, now);
+                let reason = suspicion.unwrap_or_else(|| "its firmware asked for a boot program".to_owned());
+                self.enter(StateKind::Booting, reason, deadline, now);
             }
             StateKind::Healthy => {
                 self.enter(StateKind::Booting, "it restarted: its firmware asked for a boot program", deadline, now);
             }
             StateKind::Draining | StateKind::Reimaging => {
-                self.enter(StateKind::Reimaging, self.heading("restarts into"), deadline, now);
+                let reason = suspicion.unwrap_or_else(|| self.heading("restarts into"));
+                self.enter(StateKind::Reimaging, reason, deadline, now);
             }
             StateKind::FellBack => self.state.deadline = deadline,
             StateKind::Discovered | StateKind::Quarantined | StateKind::Retired => {}
@@ -146,12 +160,15 @@ impl Machine {
 
     pub(crate) fn downloads(&mut self, release: &ReleaseId, now: Millis, out: &mut Vec<Action>) {
         self.last_seen = self.last_seen.max(now);
+        self.mend(out);
         if let Some(boot) = self.boots.back_mut()
             && boot.is_unclaimed()
-            && !boot.has(Stage::Program)
         {
-            out.push(boot.see(Stage::Program, StageState::Started, now));
-            save(out);
+            boot.moved = Some(now);
+            if !boot.has(Stage::Program) {
+                out.push(boot.see(Stage::Program, StageState::Started, now));
+                save(out);
+            }
         }
         let counts = self.asked && self.is_trial() && self.assigned.as_ref().is_some_and(|a| a.release == *release);
         self.asked = false;
@@ -181,10 +198,10 @@ impl Machine {
     }
 
     pub(crate) fn downloaded(&mut self, now: Millis, out: &mut Vec<Action>) {
-        if let Some(boot) = self.boots.back_mut()
-            && boot.is_unclaimed()
-            && boot.stages.last().is_some_and(|s| s.stage == Stage::Program && s.state != StageState::Done)
-        {
+        self.mend(out);
+        let Some(boot) = self.boots.back_mut().filter(|b| b.is_unclaimed()) else { return };
+        boot.moved = Some(now);
+        if boot.stages.last().is_some_and(|s| s.stage == Stage::Program && s.state != StageState::Done) {
             out.push(boot.see(Stage::Program, StageState::Done, now));
             save(out);
         }
@@ -310,7 +327,8 @@ impl Machine {
         save(out);
     }
 
-    fn tick(&mut self, now: Millis, out: &mut Vec<Action>) {
+    fn tick(&mut self, limits: Limits, now: Millis, out: &mut Vec<Action>) {
+        self.notice_silence(limits, now, out);
         if self.given_up_at().is_some_and(|at| now >= at) {
             let minutes = BOOT_DEADLINE_MS / 60_000;
             self.fall_back(&format!("came up and was not healthy within {minutes} min"), now, out);

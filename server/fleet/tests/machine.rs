@@ -217,7 +217,7 @@ fn rack(n: u8) -> BTreeMap<MachineId, Machine> {
                     },
                 ),
             ] {
-                m = m.event(e, LIMIT, 1000).0;
+                m = m.event(e, LIMITS, 1000).0;
             }
             (id(k), m)
         })
@@ -230,13 +230,13 @@ fn machines_leave_one_at_a_time() {
     let limits = Limits::default();
     assert_eq!(grant(&id(1), &machines, limits), Grant::Go);
     let m = machines.remove(&id(1)).unwrap();
-    machines.insert(id(1), m.event(Event::Granted, LIMIT, 2000).0);
+    machines.insert(id(1), m.event(Event::Granted, LIMITS, 2000).0);
     assert_eq!(grant(&id(1), &machines, limits), Grant::Go, "the same answer again");
     let Grant::Hold { reason, .. } = grant(&id(2), &machines, limits) else { panic!("must hold") };
     assert_eq!(reason, "1 of at most 1 machines are unavailable: rack-1 is draining");
     assert_eq!(grant(&id(2), &machines, Limits { max_unavailable: 2, ..limits }), Grant::Go);
     let m = machines.remove(&id(1)).unwrap();
-    let (m, out) = m.event(by(1, healthy(1, "b", 1, 2)), LIMIT, 3000);
+    let (m, out) = m.event(by(1, healthy(1, "b", 1, 2)), LIMITS, 3000);
     assert!(out.contains(&Action::Wake), "those who wait are told");
     machines.insert(id(1), m);
     assert_eq!(grant(&id(2), &machines, limits), Grant::Go);
@@ -246,10 +246,10 @@ fn machines_leave_one_at_a_time() {
 fn a_dead_machine_holds_the_others() {
     let mut machines = rack(2);
     let m = machines.remove(&id(2)).unwrap();
-    machines.insert(id(2), m.event(Event::Tick, LIMIT, 10 * LIVE_MS).0);
+    machines.insert(id(2), m.event(Event::Tick, LIMITS, 10 * LIVE_MS).0);
     assert!(matches!(grant(&id(1), &machines, Limits::default()), Grant::Hold { .. }));
     let m = machines.remove(&id(2)).unwrap();
-    machines.insert(id(2), m.event(Event::Retire, LIMIT, 10 * LIVE_MS).0);
+    machines.insert(id(2), m.event(Event::Retire, LIMITS, 10 * LIVE_MS).0);
     assert_eq!(grant(&id(1), &machines, Limits::default()), Grant::Go, "excused by a person");
 }
 
@@ -293,6 +293,7 @@ fn any_event() -> impl Strategy<Value = Event> {
         4 => Just(Event::Asked),
         4 => release.clone().prop_map(|r| Event::Downloads(rel(r))),
         1 => Just(Event::Downloaded),
+        1 => Just(Event::TakesBytes),
         8 => reports,
         2 => release.clone().prop_map(|r| Event::Approve { name: "n".into(), role: "r".into(), release: rel(r) }),
         3 => release.prop_map(|r| Event::Assign { release: rel(r), via: Via::Kexec }),
@@ -316,7 +317,7 @@ proptest! {
             now += pause;
             let before = m.clone();
             let forced = matches!(event, Event::Assign { .. } | Event::Approve { .. });
-            let (after, out) = m.event(event.clone(), LIMIT, now);
+            let (after, out) = m.event(event.clone(), LIMITS, now);
             kinds.insert(after.state.kind);
             prop_assert!(!after.state.reason.is_empty());
             prop_assert!(!after.state.reason.contains('\n') && !after.last_words.contains('\n'));
@@ -350,10 +351,10 @@ proptest! {
             }
             prop_assert!(after.state.kind != StateKind::Healthy || after.running.is_some() || before == after
                 || before.state.kind == StateKind::Healthy);
-            prop_assert!(!matches!(event, Event::Tick) || after.due().is_none_or(|due| due > now), "a tick for ever");
+            prop_assert!(!matches!(event, Event::Tick) || after.due(LIMITS).is_none_or(|due| due > now), "a tick for ever");
             // A step repeated at the same time by a lost reply says nothing new.
             if let Event::Report(_) = &event {
-                let (again, out) = after.clone().event(event, LIMIT, now);
+                let (again, out) = after.clone().event(event, LIMITS, now);
                 prop_assert_eq!(&again, &after);
                 prop_assert!(out.is_empty(), "{:?}", out);
             }
@@ -396,14 +397,14 @@ proptest! {
                 4 => Event::Asked,
                 _ => by(n, healthy(n, &current, seq, runs)),
             };
-            machines.insert(id(n), m.event(event, LIMIT, now).0);
+            machines.insert(id(n), m.event(event, LIMITS, now).0);
         }
     }
 }
 
 #[test]
 fn a_prefetch_that_goes_on_is_known_at_once_and_stored_in_tenths() {
-    let mut machine = Machine::discovered(id(1), 0).event(by(1, healthy(1, "a", 1, 1)), LIMIT, 1000).0;
+    let mut machine = Machine::discovered(id(1), 0).event(by(1, healthy(1, "a", 1, 1)), LIMITS, 1000).0;
     let (mut saved, total_bytes) = (0, 1_000_000);
     for seq in 2..=1001 {
         let progress = Some(Progress { received_bytes: (seq - 1) * 1000, total_bytes });
@@ -411,7 +412,7 @@ fn a_prefetch_that_goes_on_is_known_at_once_and_stored_in_tenths() {
         let prefetch = Some(Prefetch { image, release: 2, sequence: 1, ready: false, progress });
         let agent_memory = Some(AgentMemory { rss_bytes: seq, peak_bytes: seq });
         let said = Report { prefetch: prefetch.clone(), agent_memory, ..healthy(1, "a", seq, 1) };
-        let (next, actions) = machine.event(by(1, said), LIMIT, 1000 + seq);
+        let (next, actions) = machine.event(by(1, said), LIMITS, 1000 + seq);
         saved += usize::from(actions.contains(&Action::Save));
         assert_eq!((&next.prefetch, next.agent_memory), (&prefetch, agent_memory));
         machine = next;

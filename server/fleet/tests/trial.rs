@@ -45,7 +45,7 @@ fn it_falls_back_by_itself_and_leaves_under_the_limit() {
     assert_eq!(reason, "it fetches minimal/1 first");
     s.then(by(1, ready(100))).is(StateKind::FellBack);
     machines.insert(id(1), s.m.clone());
-    machines.insert(id(2), other.clone().event(Event::Granted, LIMIT, s.now).0);
+    machines.insert(id(2), other.clone().event(Event::Granted, LIMITS, s.now).0);
     assert!(matches!(grant(&id(1), &machines, limits), Grant::Hold { .. }), "one is away already");
     machines.insert(id(2), other.clone());
     assert_eq!(grant(&id(1), &machines, limits), Grant::Go);

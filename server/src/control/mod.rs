@@ -121,7 +121,7 @@ impl Control {
             seen: BTreeMap::new(),
         };
         for (id, stored) in store.load().await? {
-            let (machine, _) = stored.machine.event(Event::ServerStarted, config.limits.trial_attempts, now);
+            let (machine, _) = stored.machine.event(Event::ServerStarted, config.limits, now);
             inner.index(&machine);
             inner.machines.insert(id.clone(), machine);
             if let Some(envelope) = stored.envelope {
@@ -221,7 +221,7 @@ impl Control {
             let due: Vec<MachineId> = inner
                 .machines
                 .values()
-                .filter(|m| m.due().is_some_and(|due| due <= now))
+                .filter(|m| m.due(self.config.limits).is_some_and(|due| due <= now))
                 .map(|m| m.id.clone())
                 .collect();
             let mut pending = Pending::default();
@@ -270,7 +270,7 @@ impl Control {
             let taken = inner.machines.values().any(|m| m.name == name);
             Machine { name: name.filter(|_| !taken), ..Machine::discovered(id.clone(), now) }
         });
-        let (machine, actions) = machine.event(event, self.config.limits.trial_attempts, now);
+        let (machine, actions) = machine.event(event, self.config.limits, now);
         let title = machine.title().to_owned();
         inner.index(&machine);
         inner.machines.insert(id.clone(), machine);

@@ -98,6 +98,26 @@ impl Control {
         self.finish(pending).await
     }
 
+    /// Bytes of a boot program, kernel or initramfs were taken by this machine; without a hash, of a loader before it.
+    pub async fn takes_bytes(
+        &self,
+        mac: Option<Mac>,
+        id: Option<&MachineId>,
+        sha256: Option<&str>,
+    ) -> Result<(), ControlError> {
+        if sha256.is_some_and(|sha256| self.catalog().booted_by(sha256).is_none()) {
+            return Ok(());
+        }
+        let pending = {
+            let mut inner = self.lock();
+            let Some(id) = inner.find(&[id], mac) else { return Ok(()) };
+            let mut pending = Pending::default();
+            self.step(&mut inner, &id, Event::TakesBytes, now_ms(), &mut pending)?;
+            pending
+        };
+        self.finish(pending).await
+    }
+
     /// The machine that has this id or Ethernet address.
     pub fn find(&self, id: Option<&MachineId>, mac: Option<Mac>) -> Option<MachineId> {
         self.lock().find(&[id], mac)

@@ -5,6 +5,7 @@
 //! one request are answered whole, which the RFC allows.
 
 use super::{App, Peer, text};
+use crate::net::PROGRESS;
 use axum::body::Body;
 use axum::extract::{Extension, State};
 use axum::http::{HeaderMap, Method, Response, StatusCode, Uri, header};
@@ -16,6 +17,7 @@ use std::io;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Instant;
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt, SeekFrom};
 
@@ -163,17 +165,13 @@ async fn answer(
         file.seek(SeekFrom::Start(first)).await?;
     }
     let watch = served.hash.clone().filter(|_| served.path.starts_with("a") || served.path.starts_with("b"));
-    let (begun, ended) = match watch {
-        Some(hash) => {
-            let tell = Tell { app: app.clone(), peer, hash };
-            (Some(tell.clone()), (first + count == length).then_some(tell))
-        }
-        None => (None, None),
-    };
-    if let Some(tell) = begun.filter(|_| first == 0) {
-        tell.say(false);
+    let moves = watch.map(|hash| Tell { app: app.clone(), peer, hash });
+    let ended = moves.clone().filter(|_| first + count == length);
+    if let Some(tell) = moves.as_ref().filter(|_| first == 0) {
+        tell.say(Download::Begins);
     }
-    build(response, Body::new(FileBody { state: Reading::Idle(file), left: count, ended }))
+    let moves = moves.map(|tell| (tell, Instant::now()));
+    build(response, Body::new(FileBody { state: Reading::Idle(file), left: count, moves, ended }))
 }
 
 /// Tells the fleet that a machine downloads its boot program.
@@ -184,14 +182,26 @@ struct Tell {
     hash: String,
 }
 
+#[derive(Clone, Copy)]
+enum Download {
+    Begins,
+    Moves,
+    Ends,
+}
+
 impl Tell {
-    fn say(&self, whole: bool) {
+    fn say(&self, what: Download) {
         let Peer::Tcp { from, .. } = self.peer else { return };
         let std::net::IpAddr::V4(address) = from.ip().to_canonical() else { return };
         let Some((mac, id)) = self.app.net.as_ref().and_then(|n| n.machine_at(address)) else { return };
         let (control, hash) = (self.app.control.clone(), self.hash.clone());
         tokio::spawn(async move {
-            if let Err(error) = control.downloads(Some(mac), id.as_ref(), &hash, whole).await {
+            let recorded = match what {
+                Download::Begins => control.downloads(Some(mac), id.as_ref(), &hash, false).await,
+                Download::Moves => control.takes_bytes(Some(mac), id.as_ref(), Some(&hash)).await,
+                Download::Ends => control.downloads(Some(mac), id.as_ref(), &hash, true).await,
+            };
+            if let Err(error) = recorded {
                 tracing::warn!(%error, "a download was not recorded");
             }
         });
@@ -210,6 +220,8 @@ enum Reading {
 struct FileBody {
     state: Reading,
     left: u64,
+    /// Whom to tell that it goes on, and when that was told last.
+    moves: Option<(Tell, Instant)>,
     ended: Option<Tell>,
 }
 
@@ -250,7 +262,12 @@ impl hyper::body::Body for FileBody {
                         if self.left == 0
                             && let Some(tell) = self.ended.take()
                         {
-                            tell.say(true);
+                            tell.say(Download::Ends);
+                        } else if let Some((tell, told)) = &mut self.moves
+                            && told.elapsed() >= PROGRESS
+                        {
+                            *told = Instant::now();
+                            tell.say(Download::Moves);
                         }
                         return Poll::Ready(Some(Ok(Frame::data(bytes))));
                     }

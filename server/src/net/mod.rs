@@ -19,12 +19,15 @@ use kiln_protocol::MachineId;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
 
 /// The caller's boot decision. It is asked at a DISCOVER and again at the REQUEST, so asking must change nothing. An answer
 /// later than [`dhcp::DECISION_TIMEOUT`] is not used: the client asks again.
 pub type Decide = Arc<dyn Fn(BootQuery) -> Pin<Box<dyn Future<Output = BootAnswer> + Send>> + Send + Sync>;
+
+/// A download that goes on is told so often.
+pub const PROGRESS: Duration = Duration::from_secs(2);
 
 /// Something a person or the stage log wants to know.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,6 +54,11 @@ pub enum NetEvent {
     Lease(Lease),
     /// A client downloads a file (a mere question for its size is not told).
     TftpStart {
+        /// Who and what.
+        download: Download,
+    },
+    /// It has acknowledged more of it; told every [`PROGRESS`] at most.
+    TftpMoves {
         /// Who and what.
         download: Download,
     },

@@ -4,7 +4,7 @@
 
 use super::files::{BootFiles, Cache};
 use super::packet_socket::PacketSocket;
-use super::{BootNet, Download, NetError, NetEvent, tell, unix_ms};
+use super::{BootNet, Download, NetError, NetEvent, PROGRESS, tell, unix_ms};
 use bytes::Bytes;
 use kiln_netboot::TftpError;
 use kiln_netboot::tftp::{Action, BootFile, Ending, Limits, Request, Transfer, error_packet};
@@ -153,11 +153,16 @@ impl Shared {
         let size = bytes.len() as u64;
         let (mut transfer, mut actions) = Transfer::start(request, download.peer, size, self.limits, begun.elapsed());
         let mut told = false;
+        let mut moved = (0, begun);
         let mut buffer = [0; 600];
         loop {
             if !told && actions.iter().any(|a| matches!(a, Action::Block { .. })) {
                 told = true;
                 tell(&self.events, NetEvent::TftpStart { download: download.clone() });
+            }
+            if transfer.acknowledged() > moved.0 && moved.1.elapsed() >= PROGRESS {
+                moved = (transfer.acknowledged(), Instant::now());
+                tell(&self.events, NetEvent::TftpMoves { download: download.clone() });
             }
             for action in actions {
                 match action {

@@ -270,6 +270,15 @@ impl Server {
     }
 }
 
+/// Waits until the server's status is so.
+pub async fn until(server: &Server, done: impl Fn(&Value) -> bool) {
+    let begun = Instant::now();
+    while !done(&server.http("GET", "/api/v1/status", &[]).await.json()) {
+        assert!(begun.elapsed() < PATIENCE);
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 /// A machine's agent, as far as the server can tell.
 #[derive(Clone)]
 pub struct Agent {

@@ -6,6 +6,8 @@ use kiln_protocol::*;
 use proptest::prelude::*;
 
 pub const LIMIT: u32 = 3;
+pub const LIMITS: Limits =
+    Limits { max_unavailable: 1, trial_attempts: LIMIT, firmware_patience: FIRMWARE_PATIENCE_MS };
 
 pub fn id(n: u8) -> MachineId {
     format!("00000000-0000-0000-0000-0000000000{n:02x}").parse().unwrap()
@@ -96,7 +98,7 @@ impl Story {
     }
     pub fn then(&mut self, event: Event) -> &mut Self {
         self.now += 1_000;
-        let (m, out) = self.m.clone().event(event, LIMIT, self.now);
+        let (m, out) = self.m.clone().event(event, LIMITS, self.now);
         (self.m, self.last) = (m, out);
         self
     }
@@ -128,7 +130,7 @@ impl Story {
             let seq = self.m.boots.back().map_or(1, |b| b.seq + 1);
             self.then(by(1, report(seq)));
             let next = (self.now + 29_000).min(end);
-            while let Some(due) = self.m.due().filter(|due| *due <= next) {
+            while let Some(due) = self.m.due(LIMITS).filter(|due| *due <= next) {
                 self.now = due - 1_000;
                 self.then(Event::Tick);
             }

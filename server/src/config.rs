@@ -3,6 +3,8 @@
 //! Unknown keys are refused with line and column, so that a misspelt limit is not a missing one.
 
 use crate::error::ConfigError;
+use crate::http;
+use crate::net::tftp;
 use kiln_fleet::Limits;
 use kiln_protocol::{ImageName, MachineId};
 use serde::Deserialize;
@@ -15,12 +17,20 @@ use std::path::{Path, PathBuf};
 pub struct Config {
     /// Where artifacts, the read-only API and the web page are served.
     pub http: SocketAddr,
+    /// What its clients may take.
+    pub http_limits: http::Limits,
     /// Where agents report.
     pub agent_api: SocketAddr,
+    /// What its clients may take.
+    pub agent_limits: http::Limits,
     /// DHCP.
     pub dhcp: Dhcp,
     /// Where TFTP is served.
     pub tftp: SocketAddr,
+    /// Downloads by TFTP at once.
+    pub tftp_transfers: usize,
+    /// Downloads by TFTP at once of one address.
+    pub tftp_per_address: usize,
     /// How machines boot.
     pub boot: Boot,
     /// The fleet's limits.
@@ -130,7 +140,7 @@ struct Raw {
     http: RawListen,
     agent_api: RawListen,
     dhcp: RawDhcp,
-    tftp: RawListen,
+    tftp: RawTftp,
     boot: RawBoot,
     fleet: RawFleet,
     role: Vec<RawRole>,
@@ -141,6 +151,17 @@ struct Raw {
 #[serde(deny_unknown_fields, default)]
 struct RawListen {
     listen: Option<SocketAddr>,
+    max_connections: Option<usize>,
+    max_per_address: Option<usize>,
+    min_rate: Option<u32>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawTftp {
+    listen: Option<SocketAddr>,
+    max_transfers: Option<usize>,
+    max_per_address: Option<usize>,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -227,6 +248,34 @@ fn patience(text: &str) -> Result<u64, String> {
         .ok_or_else(|| format!("{text:?}: from 5s to 5m"))
 }
 
+impl RawListen {
+    fn limits(&self, table: &str) -> Result<http::Limits, ConfigError> {
+        let usual = http::Limits::default();
+        let max_connections = self.max_connections.unwrap_or(usual.max_connections);
+        let max_per_address = self.max_per_address.unwrap_or(usual.max_per_address.min(max_connections));
+        shares(table, ("max_connections", max_connections), max_per_address)?;
+        Ok(http::Limits {
+            max_connections,
+            max_per_address,
+            min_rate: self.min_rate.unwrap_or(usual.min_rate),
+            ..usual
+        })
+    }
+}
+
+/// A number in all, and how many of them one address may have.
+fn shares(table: &str, (key, all): (&str, usize), each: usize) -> Result<(), ConfigError> {
+    if all == 0 || each == 0 {
+        let key = if all == 0 { key } else { "max_per_address" };
+        return Err(bad(&format!("{table}.{key}"), "with 0 nobody could ever be served"));
+    }
+    if each > all {
+        let reason = format!("{each} for one address are more than the {all} of {key} for all");
+        return Err(bad(&format!("{table}.max_per_address"), reason));
+    }
+    Ok(())
+}
+
 impl TryFrom<RawFull> for FullDhcp {
     type Error = ConfigError;
     fn try_from(raw: RawFull) -> Result<Self, ConfigError> {
@@ -308,7 +357,15 @@ impl TryFrom<Raw> for Config {
                 return Err(bad("machine.id", format!("{:?} is there twice", machine.id)));
             }
         }
+        let usual = tftp::Settings::default();
+        let tftp_transfers = raw.tftp.max_transfers.unwrap_or(usual.max_transfers);
+        let tftp_per_address = raw.tftp.max_per_address.unwrap_or(usual.max_per_address.min(tftp_transfers));
+        shares("tftp", ("max_transfers", tftp_transfers), tftp_per_address)?;
         Ok(Self {
+            http_limits: raw.http.limits("http")?,
+            agent_limits: raw.agent_api.limits("agent_api")?,
+            tftp_transfers,
+            tftp_per_address,
             http: raw.http.listen.unwrap_or_else(|| any(8080)),
             agent_api: raw.agent_api.listen.unwrap_or_else(|| any(8443)),
             dhcp: Dhcp { mode, interface: raw.dhcp.interface },
@@ -334,8 +391,12 @@ mod tests {
     const ALL: &str = r#"
 [http]
 listen = "127.0.0.1:18080"
+max_connections = 100
+max_per_address = 10
+min_rate = 0
 [agent_api]
 listen = "127.0.0.1:18443"
+max_per_address = 8000
 [dhcp]
 mode = "full"
 interface = "br0"
@@ -346,6 +407,8 @@ dns = ["10.0.0.1"]
 lease_s = 600
 [tftp]
 listen = "0.0.0.0:69"
+max_transfers = 50
+max_per_address = 5
 [boot]
 address = "10.77.0.1"
 undionly = "/u"
@@ -369,6 +432,11 @@ role = "lab"
     fn every_key_is_read() {
         let c = Config::parse(ALL).unwrap();
         assert_eq!(c.http.port(), 18080);
+        let usual = http::Limits::default();
+        let expected = http::Limits { max_connections: 100, max_per_address: 10, min_rate: 0, ..usual };
+        assert_eq!(c.http_limits, expected);
+        assert_eq!(c.agent_limits, http::Limits { max_per_address: 8000, ..usual });
+        assert_eq!((c.tftp_transfers, c.tftp_per_address), (50, 5));
         assert!(
             matches!(&c.dhcp.mode, DhcpMode::Full(f) if f.lease_s == 600 && f.last == Ipv4Addr::new(10, 0, 0, 200))
         );
@@ -397,6 +465,10 @@ role = "lab"
         assert!(role.contains("line 4, column 1"), "{role}");
         for (text, expected) in [
             ("[fleet]\nmax_unavailable = 0", "fleet.max_unavailable"),
+            ("[http]\nmax_connections = 0", "http.max_connections"),
+            ("[agent_api]\nmax_per_address = 0", "agent_api.max_per_address"),
+            ("[agent_api]\nmax_per_address = 8001", "agent_api.max_per_address: 8001 for one address"),
+            ("[tftp]\nmax_transfers = 3\nmax_per_address = 4", "tftp.max_per_address"),
             ("[fleet]\ntrial_attempts = 0", "fleet.trial_attempts"),
             ("[fleet]\nfirmware_patience = \"soon\"", "fleet.firmware_patience: \"soon\": expected a time"),
             ("[fleet]\nfirmware_patience = \"60\"", "as \"60s\" or \"2m\""),

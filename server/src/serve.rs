@@ -124,8 +124,19 @@ async fn run(
 
     let stopped = stop.subscribe();
     let mut servers = JoinSet::new();
-    servers.spawn(http::serve_tcp(http_listener, http::public_router(app.clone()), stopped.clone()));
-    servers.spawn(http::serve_tls(agent_listener, acceptor, http::agent_router(app.clone()), stopped.clone()));
+    servers.spawn(http::serve_tcp(
+        http_listener,
+        http::public_router(app.clone()),
+        config.http_limits,
+        stopped.clone(),
+    ));
+    servers.spawn(http::serve_tls(
+        agent_listener,
+        acceptor,
+        http::agent_router(app.clone()),
+        config.agent_limits,
+        stopped.clone(),
+    ));
     servers.spawn(http::serve_unix(socket_listener, http::socket_router(app), stopped.clone()));
 
     let mut helpers = JoinSet::new();
@@ -321,7 +332,12 @@ fn start_net(control: &Arc<Control>, boot_net: BootNet, events: mpsc::Sender<Net
     };
     match config.tftp {
         SocketAddr::V4(listen) => {
-            let settings = net::tftp::Settings { listen, ..net::tftp::Settings::default() };
+            let settings = net::tftp::Settings {
+                listen,
+                max_transfers: config.tftp_transfers,
+                max_per_address: config.tftp_per_address,
+                ..net::tftp::Settings::default()
+            };
             parts.spawn(async move {
                 net::tftp::run(boot_net, settings, Arc::new(files), events).await.map_err(|e| ("TFTP", e))
             });

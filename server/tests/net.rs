@@ -16,7 +16,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
@@ -195,6 +195,69 @@ async fn tftp_bounds_downloads_and_tells_strangers() {
     work.await.unwrap();
     let done = event(&mut events, |e| matches!(e, NetEvent::TftpDone { .. })).await;
     assert!(matches!(done, NetEvent::TftpDone { bytes: 1024, .. }));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_greedy_address_does_not_keep_others_from_tftp() {
+    if !inside("one_greedy_address_does_not_keep_others_from_tftp") {
+        return;
+    }
+    sh("ip link set lo up");
+    let limits = tftp::Settings::default().limits;
+    let stall = Duration::from_secs(2);
+    let settings = tftp::Settings {
+        max_transfers: 8,
+        max_per_address: 4,
+        limits: kiln_netboot::tftp::Limits { stall, ..limits },
+        ..tftp::Settings::default()
+    };
+    let (_, mut events) = serve_tftp(settings).await;
+    let socket = |address: &str| {
+        let socket = UdpSocket::bind((address, 0)).unwrap();
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket
+    };
+    let greedy: Vec<UdpSocket> = (0..20).map(|_| socket("127.0.0.2")).collect();
+    let request = format!("\0\x01b/{}/kiln.efi\0octet\0timeout\x00255\0blksize\x001468\0", sha());
+    let mut buffer = [0; 2000];
+    let mut answers = Vec::new();
+    for socket in &greedy {
+        socket.send_to(request.as_bytes(), "127.0.0.1:69").unwrap();
+        let (length, _) = socket.recv_from(&mut buffer).unwrap();
+        assert!(!buffer[..length].windows(7).any(|w| w == b"timeout"), "a wait of 255 s is not granted");
+        answers.push(buffer[1]);
+    }
+    let (oacks, errors) = (6, 5);
+    assert_eq!(answers, [[oacks; 4].as_slice(), &[errors; 16]].concat(), "four transfers, and busy to all others");
+    // Meanwhile another address has all of the file.
+    let other = socket("127.0.0.3");
+    let work = tokio::task::spawn_blocking(move || {
+        let (mut buffer, mut whole) = ([0; 600], Vec::new());
+        other.send_to(b"\0\x01undionly.kpxe\0octet\0", "127.0.0.1:69").unwrap();
+        loop {
+            let (length, port) = other.recv_from(&mut buffer).unwrap();
+            assert_eq!(buffer[1], 3);
+            whole.extend_from_slice(&buffer[4..length]);
+            other.send_to(&[0, 4, buffer[2], buffer[3]], port).unwrap();
+            if length < 516 {
+                return whole;
+            }
+        }
+    });
+    assert_eq!(work.await.unwrap().len(), 1024);
+    // And the greedy one's silence costs it its transfers: it is let in again when they are given up.
+    for _ in 0..4 {
+        let failed = event(&mut events, |e| matches!(e, NetEvent::TftpFailed { .. })).await;
+        assert!(matches!(failed, NetEvent::TftpFailed { reason, .. } if reason.contains("stopped answering for 2 s")));
+    }
+    for socket in &greedy {
+        socket.set_nonblocking(true).unwrap();
+        while socket.recv_from(&mut buffer).is_ok() {}
+        socket.set_nonblocking(false).unwrap();
+    }
+    greedy[19].send_to(request.as_bytes(), "127.0.0.1:69").unwrap();
+    greedy[19].recv_from(&mut buffer).unwrap();
+    assert_eq!(buffer[1], oacks);
 }
 
 #[tokio::test(flavor = "multi_thread")]

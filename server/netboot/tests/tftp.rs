@@ -304,3 +304,26 @@ fn the_clients_timeout_is_kept_to() {
     assert_eq!(transfer.tick(5000 * MS).len(), 1, "the OACK again");
     assert_eq!(transfer.deadline(), Some(10_000 * MS));
 }
+
+/// RFC 2349: a server may leave the option out of its OACK. Whatever is asked for, silence ends the transfer in 30 s.
+#[test]
+fn no_timeout_of_a_client_holds_a_transfer_longer() {
+    for seconds in 1..=255u8 {
+        let asked = seconds.to_string();
+        let (mut transfer, actions) = start(&[("timeout", &asked), ("tsize", "0")], 50_000);
+        let [Action::Send(oack)] = &actions[..] else { panic!("{actions:?}") };
+        let granted = oack.windows(8).any(|w| w == b"timeout\0");
+        assert_eq!(granted, seconds <= 10, "{seconds}");
+        let mut sends = 1;
+        let ended = loop {
+            let at = transfer.deadline().unwrap();
+            match &transfer.tick(at)[..] {
+                [Action::Send(_)] => sends += 1,
+                [Action::Send(_), Action::End(Ending::Stalled { acknowledged: 0 })] => break at,
+                other => panic!("{seconds}: {other:?}"),
+            }
+        };
+        assert_eq!(ended, 30_000 * MS, "{seconds}");
+        assert!((3..=30).contains(&sends), "{seconds}: {sends} sends");
+    }
+}

@@ -1,7 +1,10 @@
-//! Accepting connections: TCP, TLS, Unix. Bounded in number, with deadlines, and ended gracefully.
+//! Accepting connections: TCP, TLS, Unix. Bounded in number and time, for all and for each address, and ended gracefully.
 
+use super::limits::{Gate, Limits, Ticket};
+use super::pace::{Exchanges, Paced, Watched};
 use axum::Router;
 use axum::extract::Extension;
+use hyper::server::conn::http1::Builder;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
@@ -10,17 +13,10 @@ use kiln_release::certificate::certificate_key_id;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
-/// Connections at once, each of TCP and TLS.
-const MAX_CONNECTIONS: usize = 8_000;
-/// A client that sends no request for so long is let go.
-const IDLE: Duration = Duration::from_secs(75);
-/// A TLS handshake takes at most so long.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 /// Bytes that nobody acknowledges for so long end the connection: a machine that lost its power.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(60);
 /// What runs gets so long to end.
@@ -62,24 +58,40 @@ pub struct Listening {
 }
 
 /// Serves plain HTTP for ever, until told to stop.
-pub async fn serve_tcp(listener: TcpListener, router: Router, stop: watch::Receiver<bool>) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+pub async fn serve_tcp(listener: TcpListener, router: Router, limits: Limits, stop: watch::Receiver<bool>) {
+    let gate = Gate::new("http", limits);
     let graceful = GracefulShutdown::new();
-    while let Some((stream, from, slot)) = accept(&listener, &slots, &stop).await {
+    while let Some((stream, from, ticket)) = accept(&listener, &gate, &stop).await {
         let Ok(to) = stream.local_addr() else { continue };
-        spawn(stream, router.clone(), Peer::Tcp { from, to }, &graceful, Some(slot));
+        let exchanges = Arc::new(Exchanges::default());
+        let mut stream = Paced::new(stream, limits, exchanges.clone());
+        stream.await_request();
+        let service = Watched::new(router.clone().layer(Extension(Peer::Tcp { from, to })), exchanges);
+        let connection = graceful.watch(builder(&limits).serve_connection(TokioIo::new(stream), service));
+        tokio::spawn(async move {
+            ended(from, connection.await);
+            drop(ticket);
+        });
     }
     end(graceful).await;
 }
 
 /// Serves the agent API for ever.
-pub async fn serve_tls(listener: TcpListener, acceptor: TlsAcceptor, router: Router, stop: watch::Receiver<bool>) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+pub async fn serve_tls(
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    router: Router,
+    limits: Limits,
+    stop: watch::Receiver<bool>,
+) {
+    let gate = Gate::new("agent_api", limits);
     let graceful = Arc::new(GracefulShutdown::new());
-    while let Some((stream, from, slot)) = accept(&listener, &slots, &stop).await {
+    while let Some((stream, from, ticket)) = accept(&listener, &gate, &stop).await {
         let (acceptor, router, watcher) = (acceptor.clone(), router.clone(), graceful.watcher());
         tokio::spawn(async move {
-            let Ok(Ok(stream)) = tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await else {
+            let exchanges = Arc::new(Exchanges::default());
+            let handshake = acceptor.accept(Paced::new(stream, limits, exchanges.clone()));
+            let Ok(Ok(mut stream)) = tokio::time::timeout(limits.handshake, handshake).await else {
                 tracing::debug!(%from, "TLS handshake failed");
                 return;
             };
@@ -87,10 +99,11 @@ pub async fn serve_tls(listener: TcpListener, acceptor: TlsAcceptor, router: Rou
             let key = certificate.and_then(|c| certificate_key_id(c).ok()).and_then(|k| k.parse::<KeyId>().ok());
             // The verifier let nobody in without a certificate that has a key id.
             let Some(key) = key else { return };
-            let service = TowerToHyperService::new(router.layer(Extension(Peer::Machine { from, key })));
-            let connection = builder().serve_connection(TokioIo::new(stream), service);
-            let _ = watcher.watch(connection).await;
-            drop(slot);
+            stream.get_mut().0.await_request();
+            let service = Watched::new(router.layer(Extension(Peer::Machine { from, key })), exchanges);
+            let connection = builder(&limits).serve_connection(TokioIo::new(stream), service);
+            ended(from, watcher.watch(connection).await);
+            drop(ticket);
         });
     }
     if let Ok(graceful) = Arc::try_unwrap(graceful) {
@@ -107,7 +120,11 @@ pub async fn serve_unix(listener: UnixListener, router: Router, mut stop: watch:
             _ = stop.wait_for(|s| *s) => break,
         };
         match stream.and_then(|(stream, _)| stream.peer_cred().map(|cred| (stream, cred.uid()))) {
-            Ok((stream, uid)) => spawn(stream, router.clone(), Peer::Unix { uid }, &graceful, None),
+            Ok((stream, uid)) => {
+                let service = TowerToHyperService::new(router.clone().layer(Extension(Peer::Unix { uid })));
+                let connection = builder(&Limits::default()).serve_connection(TokioIo::new(stream), service);
+                tokio::spawn(graceful.watch(connection));
+            }
             Err(error) => pause(&error).await,
         }
     }
@@ -116,24 +133,28 @@ pub async fn serve_unix(listener: UnixListener, router: Router, mut stop: watch:
 
 async fn accept(
     listener: &TcpListener,
-    slots: &Arc<Semaphore>,
+    gate: &Gate,
     stop: &watch::Receiver<bool>,
-) -> Option<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
+) -> Option<(TcpStream, SocketAddr, Ticket)> {
     let mut stop = stop.clone();
     loop {
         // Beyond the limit new clients wait in the kernel's queue.
-        let slot = slots.clone().acquire_owned().await.ok()?;
+        let next = async {
+            let slot = gate.room().await;
+            listener.accept().await.map(|(stream, from)| (stream, from, slot))
+        };
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            accepted = next => accepted,
             _ = stop.wait_for(|s| *s) => return None,
         };
         match accepted {
-            Ok((stream, from)) => {
+            Ok((stream, from, slot)) => {
+                let Some(ticket) = gate.admit(from.ip(), slot) else { continue };
                 let _ = stream.set_nodelay(true);
                 let socket = socket2::SockRef::from(&stream);
                 let _ = socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED));
                 let _ = socket.set_keepalive(true);
-                return Some((stream, from, slot));
+                return Some((stream, from, ticket));
             }
             Err(error) => pause(&error).await,
         }
@@ -146,22 +167,17 @@ async fn pause(error: &std::io::Error) {
     tokio::time::sleep(Duration::from_millis(50)).await;
 }
 
-fn builder() -> hyper::server::conn::http1::Builder {
-    let mut builder = hyper::server::conn::http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(IDLE).max_headers(64);
+fn builder(limits: &Limits) -> Builder {
+    let mut builder = Builder::new();
+    // Counted from the end of one answer to the end of the next request's header, so that it bounds both.
+    builder.timer(TokioTimer::new()).header_read_timeout(limits.idle).max_headers(64);
     builder
 }
 
-fn spawn<S>(stream: S, router: Router, peer: Peer, graceful: &GracefulShutdown, slot: Option<OwnedSemaphorePermit>)
-where
-    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let service = TowerToHyperService::new(router.layer(Extension(peer)));
-    let connection = graceful.watch(builder().serve_connection(TokioIo::new(stream), service));
-    tokio::spawn(async move {
-        let _ = connection.await;
-        drop(slot);
-    });
+fn ended(from: SocketAddr, result: hyper::Result<()>) {
+    if let Err(error) = result {
+        tracing::debug!(%from, "a connection ended: {}", kiln_release::with_causes(&error));
+    }
 }
 
 async fn end(graceful: GracefulShutdown) {

@@ -4,12 +4,15 @@
 mod agent;
 mod api;
 mod files;
+mod limits;
 mod listen;
+mod pace;
 mod script;
 pub mod tls;
 
 pub use agent::router as agent_router;
 pub use api::{order_router, read_router};
+pub use limits::Limits;
 pub use listen::{Listening, Peer, serve_tcp, serve_tls, serve_unix};
 
 use crate::control::Control;

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use kiln_netboot::TftpError;
 use kiln_netboot::tftp::{Action, BootFile, Ending, Limits, Request, Transfer, error_packet};
 use nix::sys::socket::{MsgFlags, SockaddrStorage, sendmsg};
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::AsRawFd;
@@ -54,7 +54,7 @@ struct Shared {
     limits: Limits,
     events: mpsc::Sender<NetEvent>,
     /// Clients with a download: a repeated request of one is dropped (its answer is on the way).
-    active: Mutex<HashSet<SocketAddrV4>>,
+    active: Mutex<BTreeSet<SocketAddrV4>>,
 }
 
 /// Serves TFTP for ever.
@@ -73,7 +73,7 @@ pub async fn run(
         cache: Cache::new(files, settings.cache_bytes),
         limits: settings.limits,
         events,
-        active: Mutex::new(HashSet::new()),
+        active: Mutex::new(BTreeSet::new()),
     });
     let mut downloads = JoinSet::new();
     let mut buffer = vec![0; 1024];
@@ -113,7 +113,8 @@ impl Shared {
         if active.contains(&peer) {
             return Ok(None);
         }
-        let same_address = active.iter().filter(|p| p.ip() == peer.ip()).count();
+        let port = |port| SocketAddrV4::new(*peer.ip(), port);
+        let same_address = active.range(port(0)..=port(u16::MAX)).count();
         if active.len() >= settings.max_transfers || same_address >= settings.max_per_address {
             return Err(TftpError::Busy);
         }

@@ -21,7 +21,8 @@ pub struct Limits {
     pub first_wait: Duration,
     /// Longest wait before a resend.
     pub longest_wait: Duration,
-    /// Without a new acknowledgement for so long, the client is gone.
+    /// Without a new acknowledgement for so long, the client is gone, whatever it asked for. A wait of more than a third of
+    /// it (RFC 2349's `timeout`) is not acknowledged: it would leave no time for a resend.
     pub stall: Duration,
     /// The whole transfer may take this and the time that `min_rate` gives its size.
     pub grace: Duration,
@@ -150,15 +151,16 @@ impl Transfer {
         if request.tsize {
             options.push(("tsize", size));
         }
-        if let Some(seconds) = request.timeout {
+        // RFC 2349: a server that does not want the value leaves the option out, and the client goes on without it.
+        let timeout = request.timeout.filter(|seconds| Duration::from_secs(u64::from(*seconds)) * 3 <= limits.stall);
+        if let Some(seconds) = timeout {
             options.push(("timeout", u64::from(seconds)));
         }
         if request.windowsize.is_some() {
             options.push(("windowsize", u64::from(window)));
         }
         let block = u64::from(block);
-        let fixed_wait = request.timeout.map(|s| Duration::from_secs(u64::from(s)));
-        let stall = limits.stall.max(fixed_wait.unwrap_or_default() * 3);
+        let fixed_wait = timeout.map(|s| Duration::from_secs(u64::from(s)));
         let mut transfer = Self {
             peer,
             size,
@@ -176,9 +178,9 @@ impl Transfer {
             wait: fixed_wait.unwrap_or(limits.first_wait),
             fixed_wait,
             resend_at: now,
-            stalled_at: now + stall,
+            stalled_at: now + limits.stall,
             over_at: now + limits.grace + Duration::from_secs(size / u64::from(limits.min_rate.max(1))),
-            limits: Limits { stall, ..limits },
+            limits,
         };
         let actions = transfer.send_from(0, now);
         (transfer, actions)

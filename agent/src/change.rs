@@ -1,6 +1,6 @@
 //! Going to another release: its metadata, UKI and root are verified here, before this one is left.
 
-use crate::error::{AgentError, FailureClass, Result};
+use crate::error::{self, AgentError, FailureClass, Result};
 use crate::fetch::{Download, Expected, Scratch};
 use crate::flow::Flow;
 use crate::plan::{self, Leave};
@@ -143,7 +143,7 @@ impl Prefetch {
             let [path, _] = files(&self.to);
             let uki = match &mut self.uki {
                 Some(uki) => uki,
-                none => none.insert(Download::new(expected("UKI", &manifest.uki), Some(&path), &self.meter.uki)?),
+                none => none.insert(Download::new(expected(error::UKI, &manifest.uki), Some(&path), &self.meter.uki)?),
             };
             uki.run(base).await?;
             let signed = manifest.clone();
@@ -169,7 +169,7 @@ impl Prefetch {
                         None
                     }
                 };
-                let root = expected("root artifact", &manifest.root);
+                let root = expected(error::ROOT, &manifest.root);
                 none.insert((leave, Download::new(root, path.as_deref(), &self.meter.root)?))
             }
         };

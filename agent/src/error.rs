@@ -4,6 +4,11 @@
 use kiln_protocol::{AssignmentError, FreshnessError};
 use std::path::PathBuf;
 
+/// What is said of the root artifact in an error.
+pub const ROOT: &str = "root artifact";
+/// What is said of a UKI.
+pub const UKI: &str = "UKI";
+
 /// What a failure means for the way on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FailureClass {
@@ -111,85 +116,143 @@ impl AgentError {
         let what = what.into();
         move |source| Self::System { what, source: source.into() }
     }
-
-    /// The stable kebab-case word of `Failure::kind`.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::File { .. } => "machine-file",
-            Self::Format { .. } => "machine-format",
-            Self::System { .. } => "machine-system-call",
-            Self::NoInterface => "network-no-interface",
-            Self::NoOffer { .. } => "network-no-offer",
-            Self::BadLease { .. } => "network-bad-lease",
-            Self::NoServer => "server-not-found",
-            Self::Unreachable { .. } => "server-unreachable",
-            Self::HttpStatus { .. } => "server-bad-status",
-            Self::TooLong { .. } => "transfer-too-long",
-            Self::TooSlow { .. } => "transfer-too-slow",
-            Self::Stalled { .. } => "transfer-stalled",
-            Self::NoProgress { .. } => "transfer-no-progress",
-            Self::HashMismatch { what, .. } => match *what {
-                "root artifact" => "root-hash-mismatch",
-                "UKI" => "uki-hash-mismatch",
-                _ => "artifact-hash-mismatch",
-            },
-            Self::LengthMismatch { what, .. } => match *what {
-                "root artifact" => "root-length-mismatch",
-                "UKI" => "uki-length-mismatch",
-                _ => "artifact-length-mismatch",
-            },
-            Self::Metadata(e) => e.kind(),
-            Self::Document(e) => e.kind(),
-            Self::Director(e) => e.kind(),
-            Self::Assignment(e) => e.kind(),
-            Self::Freshness(e) => e.kind(),
-            Self::ManifestMismatch { .. } => "assignment-manifest-mismatch",
-            Self::AssignmentExpired { .. } => "assignment-expired",
-            Self::StaleMetadata { .. } => "metadata-stale",
-            Self::BelowFloor { .. } => "release-below-floor",
-            Self::Uki(_) => "uki-malformed",
-            Self::RunningRoot { .. } => "running-root-mismatch",
-            Self::Superseded => "assignment-superseded",
-            Self::AgentApiCa => "agent-api-ca-mismatch",
-            Self::Class { .. } => "release-wrong-class",
-            Self::CommandLine { .. } => "command-line-mismatch",
-            Self::Usage(_) => "usage",
-        }
-    }
-
-    /// Retry, restart or neither.
-    pub fn class(&self) -> FailureClass {
-        match self {
-            Self::NoOffer { .. }
-            | Self::BadLease { .. }
-            | Self::NoServer
-            | Self::Unreachable { .. }
-            | Self::HttpStatus { .. }
-            | Self::TooSlow { .. }
-            | Self::Stalled { .. }
-            | Self::NoProgress { .. }
-            | Self::Superseded => FailureClass::Unreachable,
-            Self::TooLong { .. }
-            | Self::HashMismatch { .. }
-            | Self::LengthMismatch { .. }
-            | Self::Metadata(_)
-            | Self::Document(_)
-            | Self::Director(_)
-            | Self::Assignment(_)
-            | Self::Freshness(_)
-            | Self::ManifestMismatch { .. }
-            | Self::AssignmentExpired { .. }
-            | Self::StaleMetadata { .. }
-            | Self::BelowFloor { .. }
-            | Self::Uki(_)
-            | Self::RunningRoot { .. }
-            | Self::AgentApiCa
-            | Self::Class { .. }
-            | Self::CommandLine { .. } => FailureClass::Verification,
-            Self::File { .. } | Self::Format { .. } | Self::System { .. } | Self::NoInterface => FailureClass::Machine,
-            Self::Usage(_) => FailureClass::Usage,
-        }
-    }
 }
 
+/// The one list of kinds: what each variant is called, and its class. `kind()`, `class()` and the list that the documents
+/// are compared with are made of it.
+macro_rules! kinds {
+    ({ $($pattern:pat => $kind:literal, $class:ident;)+ } of { $($variant:ident($error:ty), $of_class:ident;)+ }) => {
+        impl AgentError {
+            /// The stable kebab-case word of `Failure::kind`.
+            pub fn kind(&self) -> &'static str {
+                match self {
+                    $($pattern => $kind,)+
+                    $(Self::$variant(error) => error.kind(),)+
+                }
+            }
+
+            /// Retry, restart or neither.
+            pub fn class(&self) -> FailureClass {
+                match self {
+                    $($pattern => FailureClass::$class,)+
+                    $(Self::$variant(_) => FailureClass::$of_class,)+
+                }
+            }
+
+            /// Every kind there is.
+            #[cfg(test)]
+            fn kinds() -> Vec<(&'static str, FailureClass)> {
+                let own = [$(($kind, FailureClass::$class)),+];
+                let of_others = [$((<$error>::KINDS, FailureClass::$of_class)),+];
+                let of_others = of_others.iter().flat_map(|(kinds, class)| kinds.iter().map(|kind| (*kind, *class)));
+                own.into_iter().chain(of_others).collect()
+            }
+        }
+    };
+}
+
+kinds!({
+    Self::File { .. } => "machine-file", Machine;
+    Self::Format { .. } => "machine-format", Machine;
+    Self::System { .. } => "machine-system-call", Machine;
+    Self::NoInterface => "network-no-interface", Machine;
+    Self::NoOffer { .. } => "network-no-offer", Unreachable;
+    Self::BadLease { .. } => "network-bad-lease", Unreachable;
+    Self::NoServer => "server-not-found", Unreachable;
+    Self::Unreachable { .. } => "server-unreachable", Unreachable;
+    Self::HttpStatus { .. } => "server-bad-status", Unreachable;
+    Self::TooSlow { .. } => "transfer-too-slow", Unreachable;
+    Self::Stalled { .. } => "transfer-stalled", Unreachable;
+    Self::NoProgress { .. } => "transfer-no-progress", Unreachable;
+    Self::Superseded => "assignment-superseded", Unreachable;
+    Self::TooLong { .. } => "transfer-too-long", Verification;
+    Self::HashMismatch { what: ROOT, .. } => "root-hash-mismatch", Verification;
+    Self::HashMismatch { what: UKI, .. } => "uki-hash-mismatch", Verification;
+    Self::HashMismatch { .. } => "artifact-hash-mismatch", Verification;
+    Self::LengthMismatch { what: ROOT, .. } => "root-length-mismatch", Verification;
+    Self::LengthMismatch { .. } => "uki-length-mismatch", Verification;
+    Self::ManifestMismatch { .. } => "assignment-manifest-mismatch", Verification;
+    Self::AssignmentExpired { .. } => "assignment-expired", Verification;
+    Self::StaleMetadata { .. } => "metadata-stale", Verification;
+    Self::BelowFloor { .. } => "release-below-floor", Verification;
+    Self::Uki(_) => "uki-malformed", Verification;
+    Self::RunningRoot { .. } => "running-root-mismatch", Verification;
+    Self::AgentApiCa => "agent-api-ca-mismatch", Verification;
+    Self::Class { .. } => "release-wrong-class", Verification;
+    Self::CommandLine { .. } => "command-line-mismatch", Verification;
+    Self::Usage(_) => "usage", Usage;
+} of {
+    Metadata(kiln_release::TufError), Verification;
+    Document(kiln_release::FormatError), Verification;
+    Director(kiln_release::DirectorError), Verification;
+    Assignment(AssignmentError), Verification;
+    Freshness(FreshnessError), Verification;
+});
+
 pub type Result<T> = std::result::Result<T, AgentError>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    /// The words of the first column under each class's heading.
+    fn documented() -> Vec<(String, FailureClass)> {
+        let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operations.md")).unwrap();
+        let section = page.split("\n## ").find(|s| s.starts_with("Every reason an agent gives\n")).unwrap();
+        let mut class = None;
+        let mut found = Vec::new();
+        for line in section.lines() {
+            let headings = [
+                ("**Unreachable.**", FailureClass::Unreachable),
+                ("**Verification.**", FailureClass::Verification),
+                ("**Machine.**", FailureClass::Machine),
+                ("**Usage.**", FailureClass::Usage),
+            ];
+            class = headings.into_iter().find(|(text, _)| line.starts_with(text)).map(|(_, class)| class).or(class);
+            if let Some(row) = line.strip_prefix("| `") {
+                let cells: Vec<&str> = row.split('|').map(str::trim).collect();
+                assert!(cells.len() == 4 && !cells[1].is_empty() && !cells[2].is_empty(), "{line}");
+                let kinds = cells[0].split('`').filter(|text| !matches!(text.trim(), "" | ","));
+                found.extend(kinds.map(|kind| (kind.to_owned(), class.expect("a heading comes first"))));
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn operators_find_every_reason_in_the_documents_and_no_other() {
+        let found = documented();
+        let once: BTreeMap<&str, FailureClass> = found.iter().map(|(kind, class)| (kind.as_str(), *class)).collect();
+        assert_eq!(once.len(), found.len(), "a reason is explained twice");
+        let known = AgentError::kinds();
+        let expected: BTreeMap<&str, FailureClass> = known.iter().copied().collect();
+        assert_eq!(expected.len(), known.len(), "two failures share a word");
+        for (kind, class) in &expected {
+            assert_eq!(once.get(kind), Some(class), "docs/operations.md is to explain `{kind}` under {class:?}");
+        }
+        for kind in once.keys() {
+            assert!(expected.contains_key(kind), "docs/operations.md explains `{kind}`, which no agent says");
+        }
+    }
+
+    #[test]
+    fn the_list_is_what_errors_say_of_themselves() {
+        let hash = |what| AgentError::HashMismatch { what, expected: String::new(), got: String::new() };
+        let length = |what| AgentError::LengthMismatch { what, expected: 1, got: 2 };
+        let tuf = kiln_release::TufError::Missing { file: String::new() };
+        for (error, kind) in [
+            (hash(ROOT), "root-hash-mismatch"),
+            (hash(UKI), "uki-hash-mismatch"),
+            (hash("UKI's kernel"), "artifact-hash-mismatch"),
+            (length(ROOT), "root-length-mismatch"),
+            (length(UKI), "uki-length-mismatch"),
+            (tuf.into(), "metadata-missing"),
+        ] {
+            assert_eq!((error.kind(), error.class()), (kind, FailureClass::Verification));
+            assert!(AgentError::kinds().contains(&(kind, FailureClass::Verification)));
+        }
+        let kebab = |kind: &str| kind.bytes().all(|b| b == b'-' || b.is_ascii_lowercase());
+        assert!(AgentError::kinds().iter().all(|(kind, _)| kebab(kind)));
+    }
+}

@@ -224,7 +224,7 @@ mod tests {
             let (mut flow, ..) = asked(&site, &[poor, good], &director, &dir.path().join("state")).await;
             let manifest = &site.manifests[&1];
             let (sha256, length) = (manifest.root.sha256.clone(), manifest.root.length);
-            let expected = Expected { what: "root artifact", sha256, length };
+            let expected = Expected { what: crate::error::ROOT, sha256, length };
             let path = dir.path().join("root");
             let before = director.heard().len();
             let opened = tokio::task::spawn_blocking(move || {

@@ -2,7 +2,7 @@
 //! never gives a shell, and ends in one of two ways: the verified root, or a restart with a reason.
 
 use crate::coldplug::Drivers;
-use crate::error::{AgentError, Result};
+use crate::error::{AgentError, ROOT, Result};
 use crate::fetch::Expected;
 use crate::flow::{Flow, RESTART_PAUSE, TELL_EVERY};
 use crate::handoff::Handoff;
@@ -225,11 +225,8 @@ async fn start(flow: &mut Flow, verified: Verified, lease: Lease) -> Result<Infa
     flow.journal.started(Stage::Root);
     flow.report().await;
     let root = Path::new(ROOT_FILE);
-    let expected = Expected {
-        what: "root artifact",
-        sha256: verified.manifest.root.sha256.clone(),
-        length: verified.manifest.root.length,
-    };
+    let expected =
+        Expected { what: ROOT, sha256: verified.manifest.root.sha256.clone(), length: verified.manifest.root.length };
     match take_prefetched(root, &expected) {
         Some(Ok(())) => {}
         Some(Err(error)) => {

@@ -1,7 +1,7 @@
 //! `kiln-agent stage`: the plan, fetches and checks of PID 1 as a command, stopping before any mount. What it accepts
 //! lies in the output directory; its exit status says which class of check refused.
 
-use crate::error::{AgentError, Result};
+use crate::error::{AgentError, ROOT, Result};
 use crate::facts;
 use crate::fetch::Expected;
 use crate::flow::{Flow, TELL_EVERY};
@@ -126,7 +126,7 @@ async fn verify(flow: &mut Flow, here: &kiln_protocol::ReleaseId, out: &Path) ->
         Plan::Stay => {
             flow.journal.started(Stage::Root);
             let root = &verified.manifest.root;
-            let expected = Expected { what: "root artifact", sha256: root.sha256.clone(), length: root.length };
+            let expected = Expected { what: ROOT, sha256: root.sha256.clone(), length: root.length };
             flow.fetch_to(Stage::Root, expected, &out.join("root")).await?;
             flow.journal.done(Stage::Root);
         }

@@ -160,3 +160,33 @@ pub fn rss_kib(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     status.lines().find_map(|l| l.strip_prefix("VmRSS:")?.trim().strip_suffix("kB")?.trim().parse().ok())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_agents_memory_is_in_report_and_table() {
+        let view = |memory: &str| -> MachineView {
+            serde_json::from_str(&format!(r#"{{"id":"a","state":"healthy"{memory},"boots":[]}}"#)).unwrap()
+        };
+        let figures = |memory| BootFigures::of(&view(memory), "rack-1", "UEFI PXE", 1, "power-on", 0);
+        let known = figures(r#","agent_memory":{"rss_bytes":4194304,"peak_bytes":5767168}"#);
+        assert_eq!((known.agent_rss_bytes, known.agent_peak_bytes), (Some(4 << 20), Some(11 << 19)));
+        let mut report = Report {
+            complete: true,
+            failures: Vec::new(),
+            accelerator: "tcg".into(),
+            boots: vec![figures(""), known],
+            server_rss_kib: None,
+            sizes: Sizes::default(),
+        };
+        assert!(
+            report.table().ends_with("agent in the running system: at most 5.5 MiB resident\n"),
+            "{}",
+            report.table()
+        );
+        report.boots.pop();
+        assert!(!report.table().contains("resident"), "an older agent says nothing of it");
+    }
+}

@@ -7,6 +7,24 @@ use crate::ids::{Architecture, ImageName, KeyId, MachineId, Nonce, ReleaseId, Sh
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+/// Gives an error its stable words: `kind()`, and `KINDS`, which is all that it can give. One table makes both, so that
+/// what the documents explain can be compared with what there is.
+macro_rules! kinds {
+    ($error:ident { $($pattern:pat => $kind:literal,)+ }) => {
+        impl $error {
+            /// Every word that [`Self::kind`] can give.
+            pub const KINDS: &'static [&'static str] = &[$($kind),+];
+
+            /// The stable kebab-case word of [`crate::Failure::kind`].
+            pub fn kind(&self) -> &'static str {
+                match self {
+                    $($pattern => $kind,)+
+                }
+            }
+        }
+    };
+}
+
 /// `_type` of an assignment.
 pub const ASSIGNMENT_TYPE: &str = "kiln-assignment";
 /// `_type` of a freshness reply.
@@ -107,20 +125,15 @@ pub enum AssignmentError {
     BelowFloor { image: ImageName, floor: u64, got: u64 },
 }
 
-impl AssignmentError {
-    /// The stable kebab-case word of [`crate::Failure::kind`].
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::WrongType { .. } => "assignment-wrong-type",
-            Self::WrongSpecVersion { .. } => "assignment-wrong-spec-version",
-            Self::WrongMachine { .. } => "assignment-wrong-machine",
-            Self::WrongArchitecture { .. } => "assignment-wrong-architecture",
-            Self::WrongImage { .. } => "assignment-wrong-image",
-            Self::OldSequence { .. } => "assignment-old-sequence",
-            Self::BelowFloor { .. } => "assignment-below-floor",
-        }
-    }
-}
+kinds!(AssignmentError {
+    Self::WrongType { .. } => "assignment-wrong-type",
+    Self::WrongSpecVersion { .. } => "assignment-wrong-spec-version",
+    Self::WrongMachine { .. } => "assignment-wrong-machine",
+    Self::WrongArchitecture { .. } => "assignment-wrong-architecture",
+    Self::WrongImage { .. } => "assignment-wrong-image",
+    Self::OldSequence { .. } => "assignment-old-sequence",
+    Self::BelowFloor { .. } => "assignment-below-floor",
+});
 
 /// Checks what a signature cannot: that the assignment is for this machine and not an old one.
 ///
@@ -163,16 +176,11 @@ pub enum FreshnessError {
     WrongAssignment { expected: Sha256Hex, got: Sha256Hex },
 }
 
-impl FreshnessError {
-    /// The stable kebab-case word of [`crate::Failure::kind`].
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::WrongType { .. } => "freshness-wrong-type",
-            Self::WrongNonce => "freshness-wrong-nonce",
-            Self::WrongAssignment { .. } => "freshness-wrong-assignment",
-        }
-    }
-}
+kinds!(FreshnessError {
+    Self::WrongType { .. } => "freshness-wrong-type",
+    Self::WrongNonce => "freshness-wrong-nonce",
+    Self::WrongAssignment { .. } => "freshness-wrong-assignment",
+});
 
 /// Checks that a freshness reply answers this request and speaks of this assignment.
 pub fn check_freshness(f: &Freshness, nonce: &Nonce, assignment: &Sha256Hex) -> Result<(), FreshnessError> {

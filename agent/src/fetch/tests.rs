@@ -25,7 +25,7 @@ fn runtime() -> Runtime {
 
 fn content(length: usize) -> (Vec<u8>, Expected) {
     let bytes: Vec<u8> = (0..length).map(|n| u8::try_from(n % 251).unwrap()).collect();
-    let expected = Expected { what: "root artifact", sha256: hex::sha256(&bytes), length: length as u64 };
+    let expected = Expected { what: crate::error::ROOT, sha256: hex::sha256(&bytes), length: length as u64 };
     (bytes, expected)
 }
 

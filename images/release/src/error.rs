@@ -3,6 +3,24 @@
 
 use jiff::Timestamp;
 
+/// Gives an error its stable words: `kind()`, and `KINDS`, which is all that it can give. One table makes both, so that
+/// what the documents explain can be compared with what there is.
+macro_rules! kinds {
+    ($error:ident { $($pattern:pat => $kind:literal,)+ }) => {
+        impl $error {
+            /// Every word that [`Self::kind`] can give.
+            pub const KINDS: &'static [&'static str] = &[$($kind),+];
+
+            /// A stable kebab-case word.
+            pub fn kind(&self) -> &'static str {
+                match self {
+                    $($pattern => $kind,)+
+                }
+            }
+        }
+    };
+}
+
 /// Why a value has no canonical form, or a text is not strict JSON.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
@@ -52,17 +70,12 @@ pub enum EnvelopeError {
 #[error("statement of the director refused: {0}")]
 pub struct DirectorError(#[from] pub EnvelopeError);
 
-impl DirectorError {
-    /// A stable kebab-case word.
-    pub fn kind(&self) -> &'static str {
-        match self.0 {
-            EnvelopeError::TooLong { .. } => "director-too-long",
-            EnvelopeError::Malformed { .. } => "director-malformed",
-            EnvelopeError::BadSignature { .. } => "director-bad-signature",
-            EnvelopeError::WrongType { .. } => "director-wrong-type",
-        }
-    }
-}
+kinds!(DirectorError {
+    Self(EnvelopeError::TooLong { .. }) => "director-too-long",
+    Self(EnvelopeError::Malformed { .. }) => "director-malformed",
+    Self(EnvelopeError::BadSignature { .. }) => "director-bad-signature",
+    Self(EnvelopeError::WrongType { .. }) => "director-wrong-type",
+});
 
 /// Why the client refuses what the repository served. `file` is the path under the repository's base URL, and
 /// `trusted root` for the root the client started from.
@@ -113,33 +126,30 @@ pub enum TufError {
     Unfinished { file: String },
 }
 
-impl TufError {
-    /// A stable kebab-case word.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::BadSignature { .. } => "metadata-bad-signature",
-            Self::Malformed { .. } => "metadata-malformed",
-            Self::WrongType { .. } => "metadata-wrong-type",
-            Self::UnsupportedSpecVersion { .. } => "metadata-unsupported-spec-version",
-            Self::TooLong { .. } => "metadata-too-long",
-            Self::Rollback { .. } => "metadata-rollback",
-            Self::RoleRemoved { .. } => "metadata-role-removed",
-            Self::VersionMismatch { .. } => "metadata-version-mismatch",
-            Self::Expired { .. } => "metadata-expired",
-            Self::HashMismatch { .. } => "metadata-hash-mismatch",
-            Self::LengthMismatch { .. } => "metadata-length-mismatch",
-            Self::NoKnownHash { .. } => "metadata-no-known-hash",
-            Self::Missing { .. } => "metadata-missing",
-            Self::EndlessRootChain { .. } => "metadata-endless-root-chain",
-            Self::RoleNotListed { .. } => "metadata-role-not-listed",
-            Self::TooManyRoles { .. } => "metadata-too-many-roles",
-            Self::TargetNotListed { .. } => "target-not-listed",
-            Self::BadTargetPath { .. } => "target-bad-path",
-            Self::NotAsked => "client-not-asked",
-            Self::Unfinished { .. } => "client-unfinished",
-        }
-    }
+kinds!(TufError {
+    Self::BadSignature { .. } => "metadata-bad-signature",
+    Self::Malformed { .. } => "metadata-malformed",
+    Self::WrongType { .. } => "metadata-wrong-type",
+    Self::UnsupportedSpecVersion { .. } => "metadata-unsupported-spec-version",
+    Self::TooLong { .. } => "metadata-too-long",
+    Self::Rollback { .. } => "metadata-rollback",
+    Self::RoleRemoved { .. } => "metadata-role-removed",
+    Self::VersionMismatch { .. } => "metadata-version-mismatch",
+    Self::Expired { .. } => "metadata-expired",
+    Self::HashMismatch { .. } => "metadata-hash-mismatch",
+    Self::LengthMismatch { .. } => "metadata-length-mismatch",
+    Self::NoKnownHash { .. } => "metadata-no-known-hash",
+    Self::Missing { .. } => "metadata-missing",
+    Self::EndlessRootChain { .. } => "metadata-endless-root-chain",
+    Self::RoleNotListed { .. } => "metadata-role-not-listed",
+    Self::TooManyRoles { .. } => "metadata-too-many-roles",
+    Self::TargetNotListed { .. } => "target-not-listed",
+    Self::BadTargetPath { .. } => "target-bad-path",
+    Self::NotAsked => "client-not-asked",
+    Self::Unfinished { .. } => "client-unfinished",
+});
 
+impl TufError {
     pub(crate) fn of_envelope(file: &str, error: EnvelopeError) -> Self {
         let file = file.to_owned();
         match error {
@@ -171,19 +181,14 @@ pub enum FormatError {
     ForeignBoot { field: &'static str, expected: String, got: String },
 }
 
-impl FormatError {
-    /// A stable kebab-case word.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::Malformed { .. } => "format-malformed",
-            Self::WrongType { .. } => "format-wrong-type",
-            Self::WrongSpecVersion { .. } => "format-wrong-spec-version",
-            Self::BadField { .. } => "format-bad-field",
-            Self::WrongRelease { .. } => "manifest-wrong-release",
-            Self::ForeignBoot { .. } => "manifest-not-of-this-boot",
-        }
-    }
-}
+kinds!(FormatError {
+    Self::Malformed { .. } => "format-malformed",
+    Self::WrongType { .. } => "format-wrong-type",
+    Self::WrongSpecVersion { .. } => "format-wrong-spec-version",
+    Self::BadField { .. } => "format-bad-field",
+    Self::WrongRelease { .. } => "manifest-wrong-release",
+    Self::ForeignBoot { .. } => "manifest-not-of-this-boot",
+});
 
 /// Why a verity tree or superblock is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -203,19 +208,14 @@ pub enum VerityError {
     TreeMismatch { offset: u64 },
 }
 
-impl VerityError {
-    /// A stable kebab-case word.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::NoData => "verity-no-data",
-            Self::SaltTooLong { .. } => "verity-salt-too-long",
-            Self::BadParameter { .. } => "verity-bad-parameter",
-            Self::Superblock { .. } => "verity-superblock",
-            Self::RootMismatch { .. } => "verity-root-mismatch",
-            Self::TreeMismatch { .. } => "verity-tree-mismatch",
-        }
-    }
-}
+kinds!(VerityError {
+    Self::NoData => "verity-no-data",
+    Self::SaltTooLong { .. } => "verity-salt-too-long",
+    Self::BadParameter { .. } => "verity-bad-parameter",
+    Self::Superblock { .. } => "verity-superblock",
+    Self::RootMismatch { .. } => "verity-root-mismatch",
+    Self::TreeMismatch { .. } => "verity-tree-mismatch",
+});
 
 /// An error's text with those of its causes: of many an HTTP error the outermost says little.
 pub fn with_causes(error: &dyn std::error::Error) -> String {

@@ -4,27 +4,8 @@
 mod common;
 
 use common::*;
-use kiln_images::{Memory, SiteDir};
 use kiln_netboot::{BootAnswer, BootKind, BootQuery};
 use kiln_protocol::*;
-use kiln_server::catalog::Catalog;
-use kiln_server::config::Config;
-use kiln_server::control::Control;
-use kiln_server::store::Store;
-use std::sync::Arc;
-
-/// The fleet's control without sockets, on the site's real store and repository.
-async fn control(test: &TestSite) -> (Arc<Control>, tokio::sync::watch::Sender<bool>) {
-    let site = SiteDir::open(test.path()).unwrap();
-    let (config, _) = Config::load(test.path(), None).unwrap();
-    let _ = site.lock_state().unwrap();
-    let (store, _writer) = Store::open(&site.database()).await.unwrap();
-    let key = site.timestamp_key().unwrap();
-    let catalog = Catalog::adopt(&site, &key, &Memory::default(), jiff::Timestamp::now()).unwrap();
-    let director = site.director_key(&catalog.site).unwrap();
-    let (stop, stopped) = tokio::sync::watch::channel(false);
-    (Control::load(store, site, config, director, catalog, stopped).await.unwrap(), stop)
-}
 
 fn query(n: u8, kind: BootKind) -> BootQuery {
     BootQuery {

@@ -64,7 +64,7 @@ impl Control {
             expires: whole(now + LIFE),
         };
         let envelope = Envelope {
-            text: sign_envelope(&assignment, &[&self.director])?,
+            text: self.sign(&assignment)?,
             key: key.to_string(),
             role,
             sequence: assigned.sequence,
@@ -84,6 +84,11 @@ impl Control {
                 .expect("hex::sha256 writes 64 lower-case hex digits"),
             now: whole(now),
         };
-        Ok(sign_envelope(&freshness, &[&self.director])?)
+        self.sign(&freshness)
+    }
+
+    fn sign(&self, statement: &impl serde::Serialize) -> Result<String, ControlError> {
+        self.counts.signed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        Ok(sign_envelope(statement, &[&self.director])?)
     }
 }

@@ -22,7 +22,7 @@ use kiln_images::SiteDir;
 use kiln_protocol::{MachineId, StageState};
 use kiln_release::Signer;
 use std::collections::BTreeMap;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::Duration;
 use tokio::sync::{broadcast, watch};
@@ -53,6 +53,15 @@ pub(crate) struct Inner {
     seen: BTreeMap<MachineId, Millis>,
 }
 
+/// What reports cost, since the start.
+#[derive(Debug, Default)]
+pub struct Counts {
+    /// Times that it was worked out what is wanted of a machine: at each report, and for each held one at each change.
+    pub looked: AtomicU64,
+    /// Statements that the director signed.
+    pub signed: AtomicU64,
+}
+
 /// Longest that an order waits for the repository to be looked at.
 const LOOK_DEADLINE: Duration = Duration::from_secs(5);
 
@@ -74,6 +83,8 @@ pub struct Control {
     looked: watch::Sender<u64>,
     /// Held reports.
     pub held: AtomicUsize,
+    /// What was done for reports.
+    pub counts: Counts,
     /// When this server started.
     pub started: Millis,
     stop: watch::Receiver<bool>,
@@ -140,6 +151,7 @@ impl Control {
             look_wanted: watch::channel(0).0,
             looked: watch::channel(0).0,
             held: AtomicUsize::new(0),
+            counts: Counts::default(),
             started: now,
             stop,
         }))

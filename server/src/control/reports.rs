@@ -3,9 +3,10 @@
 use super::{Control, Inner, MAX_DISCOVERED, Pending, now_ms};
 use crate::catalog::Catalog;
 use crate::error::ControlError;
+use crate::store::Envelope;
 use jiff::Timestamp;
 use kiln_fleet::{Desire, Event, Machine, Reported, StateKind, desire, grant};
-use kiln_protocol::{Decision, Desired, Grant, KeyId, MachineId, Reply, Report, Sha256Hex};
+use kiln_protocol::{Decision, Desired, Grant, KeyId, MachineId, Nonce, Reply, Report, Sha256Hex, Via};
 use kiln_release::hex;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -29,6 +30,13 @@ mod again {
 /// One held report counts until it is dropped, also when its connection breaks.
 struct Held<'a>(&'a Control);
 
+impl<'a> Held<'a> {
+    fn new(control: &'a Control) -> Self {
+        control.held.fetch_add(1, Ordering::Relaxed);
+        Self(control)
+    }
+}
+
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         self.0.held.fetch_sub(1, Ordering::Relaxed);
@@ -47,32 +55,30 @@ impl Control {
 
         let deadline = Instant::now() + Duration::from_secs(u64::from(wait_s));
         let mut held = None;
+        let mut changes = self.changes();
         loop {
-            let mut changes = self.changes();
+            // Before the look: what changes from here on ends the wait below.
             changes.mark_unchanged();
-            let (desired, busy, pending) = self.desired(&id, &key, &nonce)?;
+            let (wanted, pending) = self.wanted(&id, &key)?;
             self.finish(pending).await?;
             let may_wait = self.held.load(Ordering::Relaxed) < MAX_HELD;
-            let again_ms = match (wait_s > 0 && may_wait, busy) {
+            let again_ms = match (wait_s > 0 && may_wait, wanted.busy) {
                 (true, _) => again::HELD,
                 (false, true) => again::BUSY,
                 (false, false) => again::CALM,
             };
-            let reply = Reply { desired, again_ms, may_wait };
-            if wait_s == 0 || reply.desired.etag != etag || Instant::now() >= deadline {
-                return Ok(reply);
+            let over = wait_s == 0 || wanted.etag != etag || Instant::now() >= deadline;
+            if over || (held.is_none() && !may_wait) {
+                return self.reply(wanted, &nonce, again_ms, may_wait);
             }
-            if held.is_none() {
-                if !may_wait {
-                    return Ok(reply);
-                }
-                self.held.fetch_add(1, Ordering::Relaxed);
-                held = Some(Held(self));
-            }
-            tokio::select! {
-                changed = changes.changed() => if changed.is_err() { return Ok(reply) },
-                () = tokio::time::sleep_until(deadline) => {}
-                () = self.stopped() => return Ok(reply),
+            held.get_or_insert_with(|| Held::new(self));
+            let ends = tokio::select! {
+                changed = changes.changed() => changed.is_err(),
+                () = tokio::time::sleep_until(deadline) => false,
+                () = self.stopped() => true,
+            };
+            if ends {
+                return self.reply(wanted, &nonce, again_ms, may_wait);
             }
         }
     }
@@ -147,34 +153,23 @@ impl Control {
         Ok(())
     }
 
-    /// What is wanted of the machine now, and whether it is on its way somewhere.
-    fn desired(
-        &self,
-        id: &MachineId,
-        key: &KeyId,
-        nonce: &kiln_protocol::Nonce,
-    ) -> Result<(Desired, bool, Pending), ControlError> {
+    /// What is wanted of the machine now. Signs nothing but a new assignment: a held report is looked at again at every
+    /// change of the fleet, and nearly all of them are not its own.
+    fn wanted(&self, id: &MachineId, key: &KeyId) -> Result<(Wanted, Pending), ControlError> {
+        self.counts.looked.fetch_add(1, Ordering::Relaxed);
         let catalog = self.catalog();
         let mut inner = self.lock();
         let mut pending = Pending::default();
-        let wait = |reason: String| {
-            let etag = hex::sha256(reason.as_bytes())[..16].to_owned();
-            Desired { etag, decision: Decision::Wait { reason } }
-        };
         let Some(machine) = inner.machines.get(id) else {
-            return Ok((
-                wait("this machine was forgotten; its next report makes it known again".into()),
-                true,
-                pending,
-            ));
+            let reason = "this machine was forgotten; its next report makes it known again".into();
+            return Ok((Wanted::wait(reason, true), pending));
         };
         let assigned = match desire(machine, key) {
-            Desire::Wait(reason) => return Ok((wait(reason), false, pending)),
+            Desire::Wait(reason) => return Ok((Wanted::wait(reason, false), pending)),
             Desire::Run(assigned) => assigned,
         };
-        let now = Timestamp::now();
-        let envelope = match self.envelope(&mut inner, id, &catalog, now)? {
-            Err(reason) => return Ok((wait(reason), false, pending)),
+        let envelope = match self.envelope(&mut inner, id, &catalog, Timestamp::now())? {
+            Err(reason) => return Ok((Wanted::wait(reason, false), pending)),
             Ok((envelope, is_new)) => {
                 if is_new {
                     self.save(&inner, id, &mut pending)?;
@@ -188,16 +183,49 @@ impl Control {
             self.step(&mut inner, id, Event::Granted, now_ms(), &mut pending)?;
         }
         let busy = inner.machines.get(id).is_some_and(|m| !m.is_available() || !m.runs_assigned());
-        let freshness = self.freshness(nonce, &envelope, now)?;
-        let identity = serde_json::to_vec(&(&envelope.text, assigned.via, &granted))
-            .expect("strings and words always become JSON");
-        let etag = hex::sha256(&identity)[..16].to_owned();
-        let decision = Decision::Assigned { assignment: envelope.text, freshness, via: assigned.via, grant: granted };
-        Ok((Desired { etag, decision }, busy, pending))
+        drop(inner);
+        Ok((Wanted::run(envelope, assigned.via, granted, busy), pending))
+    }
+
+    /// Makes the answer that goes out: only now its freshness is signed, and the lock is not held.
+    fn reply(&self, wanted: Wanted, nonce: &Nonce, again_ms: u64, may_wait: bool) -> Result<Reply, ControlError> {
+        let decision = match wanted.what {
+            What::Wait(reason) => Decision::Wait { reason },
+            What::Run { envelope, via, grant } => {
+                let freshness = self.freshness(nonce, &envelope, Timestamp::now())?;
+                Decision::Assigned { assignment: envelope.text, freshness, via, grant }
+            }
+        };
+        Ok(Reply { desired: Desired { etag: wanted.etag, decision }, again_ms, may_wait })
     }
 }
 
-/// Cuts what an agent can make long.
+/// What is wanted of a machine, before anything is signed for one reply.
+struct Wanted {
+    /// Changes exactly when the rest does.
+    etag: String,
+    /// It is on its way somewhere.
+    busy: bool,
+    what: What,
+}
+
+enum What {
+    Wait(String),
+    Run { envelope: Envelope, via: Via, grant: Grant },
+}
+
+impl Wanted {
+    fn wait(reason: String, busy: bool) -> Self {
+        Self { etag: hex::sha256(reason.as_bytes())[..16].to_owned(), busy, what: What::Wait(reason) }
+    }
+
+    fn run(envelope: Envelope, via: Via, grant: Grant, busy: bool) -> Self {
+        let identity =
+            serde_json::to_vec(&(&envelope.text, via, &grant)).expect("strings and words always become JSON");
+        Self { etag: hex::sha256(&identity)[..16].to_owned(), busy, what: What::Run { envelope, via, grant } }
+    }
+}
+
 /// `52:54:00:00:00:01`, in lower case.
 fn is_mac(text: &str) -> bool {
     text.len() == 17
@@ -207,6 +235,7 @@ fn is_mac(text: &str) -> bool {
         })
 }
 
+/// Cuts what an agent can make long.
 fn tame(report: &mut Report) {
     fn cut(text: &mut String, max: usize) {
         if text.chars().any(char::is_control) || text.len() > max {

@@ -6,11 +6,15 @@ use hyper::body::Bytes;
 use hyper::{HeaderMap, Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
-use kiln_images::{SiteDir, init_lab};
+use kiln_images::{Memory, SiteDir, init_lab};
 use kiln_protocol::*;
 use kiln_release::certificate::self_signed_certificate;
 use kiln_release::verity::{BLOCK, TreeBuilder};
 use kiln_release::{Artifact, FilePolicy, HealthCheck, HealthKind, MANIFEST_TYPE, Manifest, Signer, VerityParams, hex};
+use kiln_server::catalog::Catalog;
+use kiln_server::config::Config;
+use kiln_server::control::Control;
+use kiln_server::store::Store;
 use kiln_server::view::MachineView;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject};
 use rustls::{ClientConfig, RootCertStore};
@@ -382,4 +386,17 @@ pub fn waits(reply: &Reply) -> &str {
         Decision::Wait { reason } => reason,
         Decision::Assigned { .. } => panic!("must wait"),
     }
+}
+
+/// The fleet's control without sockets, on the site's real store and repository.
+pub async fn control(test: &TestSite) -> (Arc<Control>, tokio::sync::watch::Sender<bool>) {
+    let site = SiteDir::open(test.path()).unwrap();
+    let (config, _) = Config::load(test.path(), None).unwrap();
+    let _ = site.lock_state().unwrap();
+    let (store, _writer) = Store::open(&site.database()).await.unwrap();
+    let key = site.timestamp_key().unwrap();
+    let catalog = Catalog::adopt(&site, &key, &Memory::default(), Timestamp::now()).unwrap();
+    let director = site.director_key(&catalog.site).unwrap();
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    (Control::load(store, site, config, director, catalog, stopped).await.unwrap(), stop)
 }

@@ -6,6 +6,7 @@ mod common;
 use common::*;
 use kiln_protocol::*;
 use kiln_server::control::Control;
+use std::fmt::Write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -41,7 +42,7 @@ async fn a_change_that_is_none_of_its_business_signs_nothing_for_a_held_report()
     site.publish(2);
     let mut config = std::fs::read_to_string(site.path().join("kiln.toml")).unwrap();
     for n in 10..10 + HELD {
-        config += &format!("[[machine]]\nid = \"{}\"\nname = \"rack-{n}\"\nrole = \"lab\"\n", machine_id(n));
+        writeln!(config, "[[machine]]\nid = \"{}\"\nname = \"rack-{n}\"\nrole = \"lab\"", machine_id(n)).unwrap();
     }
     std::fs::write(site.path().join("kiln.toml"), config).unwrap();
     let (control, stop) = control(&site).await;

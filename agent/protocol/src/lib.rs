@@ -8,6 +8,9 @@
 
 mod assignment;
 mod ids;
+mod inventory;
+mod lldp;
+mod smbios;
 mod stage;
 mod wire;
 
@@ -16,6 +19,12 @@ pub use assignment::{
     check_assignment, check_freshness,
 };
 pub use ids::{Architecture, Class, IdError, ImageName, KeyId, MachineId, Nonce, ReleaseId, Sha256Hex};
+pub use inventory::{
+    Bmc, Cpu, Dimm, Disk, DiskHealth, FirmwareVersion, INVENTORY_LIMIT, INVENTORY_PATH, INVENTORY_VERSION, Inventory,
+    InventoryReport, Neighbour, Nic, PciDevice, System, Tpm, Unread, binary_size, decimal_size, speed,
+};
+pub use lldp::{LLDP_ADDRESSES, LLDP_ETHERTYPE, Lldp, LldpError, parse_lldp};
+pub use smbios::{SMBIOS_LIMIT, Smbios, is_placeholder, parse_smbios};
 pub use stage::{Failure, Stage, StageRecord, StageState};
 pub use wire::{
     AgentMemory, Decision, Desired, Firmware, Grant, Health, KeyStorage, MachineFacts, Prefetch, Progress,

@@ -36,14 +36,14 @@ test: setup ## Every test of the fast tier: pure, processes in network namespace
 	@$(CARGO) fmt --all --check
 	@$(MAKE) --no-print-directory -j2 agent tests
 	@$(TEST)
-	@$(LAB) prepare --probe
+	@$(LAB) prepare --image probe
 	@$(TEST) --test rack -- --test-threads 32
 
 test-slow: setup ## Every test of the rack, also those that take minutes, and cargo-deny's rules
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	@$(CARGO) deny check bans licenses sources
 	@$(MAKE) --no-print-directory -j2 agent tests
-	@$(LAB) prepare --probe
+	@$(LAB) prepare --image probe --image servers
 	@$(TEST) --test rack -- --test-threads 32 --include-ignored
 
 bench: setup build ## The lab's figures: target/lab/report.json

@@ -32,6 +32,8 @@ pub struct MachineView {
     #[serde(default)]
     pub root_hash: Option<String>,
     #[serde(default)]
+    pub macs: Vec<String>,
+    #[serde(default)]
     pub key_storage: Option<String>,
     #[serde(default)]
     pub rollback_memory: Option<String>,

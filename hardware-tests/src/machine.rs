@@ -37,12 +37,43 @@ pub struct MachineSpec {
     pub firmware: Firmware,
     /// Its memory.
     pub memory_mib: u32,
+    /// QEMU's names of its network cards. It boots from the first; all are on the bridge.
+    pub cards: Vec<&'static str>,
+    /// Its disks, empty when it is installed; they keep what is written over power cuts.
+    pub disks: Vec<Disk>,
 }
+
+/// How a disk of [`DISK_BYTES`] is attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Disk {
+    /// virtio-blk.
+    VirtioBlk,
+    /// virtio-scsi.
+    VirtioScsi,
+    /// NVMe.
+    Nvme,
+    /// The chipset's AHCI.
+    Ahci,
+    /// LSI MegaRAID SAS.
+    Megasas,
+    /// USB mass storage at an xHCI port.
+    Usb,
+}
+
+/// Size of a disk; its file holds only what was written.
+pub const DISK_BYTES: u64 = 4 << 30;
 
 impl MachineSpec {
     /// Machine `rack-NUMBER` with 2 GiB.
     pub fn new(number: u8, firmware: Firmware) -> Self {
-        Self { name: format!("rack-{number}"), number, firmware, memory_mib: 2048 }
+        Self {
+            name: format!("rack-{number}"),
+            number,
+            firmware,
+            memory_mib: 2048,
+            cards: vec!["virtio-net-pci"],
+            disks: Vec::new(),
+        }
     }
 
     /// SMBIOS UUID.
@@ -50,14 +81,19 @@ impl MachineSpec {
         format!("6b696c6e-0000-4000-8000-0000000000{:02x}", self.number)
     }
 
-    /// MAC address.
+    /// MAC address of the card it boots from.
     pub fn mac(&self) -> [u8; 6] {
-        [0x52, 0x54, 0x00, 0x4b, 0x49, self.number]
+        self.mac_of(0)
+    }
+
+    /// MAC address of a card.
+    pub fn mac_of(&self, card: u8) -> [u8; 6] {
+        [0x52, 0x54, 0x00, 0x4b, 0x49 + card, self.number]
     }
 
     /// MAC address as text.
     pub fn mac_text(&self) -> String {
-        self.mac().map(|b| format!("{b:02x}")).join(":")
+        text(self.mac())
     }
 
     /// What its firmware is called in tables.
@@ -70,8 +106,21 @@ impl MachineSpec {
     }
 
     fn tap(&self) -> String {
-        format!("tap{}", self.number)
+        self.tap_of(0)
     }
+
+    fn tap_of(&self, card: u8) -> String {
+        if card == 0 { format!("tap{}", self.number) } else { format!("tap{}-{card}", self.number) }
+    }
+
+    fn numbered_cards(&self) -> impl Iterator<Item = (u8, &'static str)> {
+        (0..).zip(self.cards.iter().copied())
+    }
+}
+
+/// `52:54:00:4b:49:01`
+pub fn text(mac: [u8; 6]) -> String {
+    mac.map(|b| format!("{b:02x}")).join(":")
 }
 
 /// A machine in the rack, on or off.
@@ -93,6 +142,27 @@ struct Power {
     console: Arc<Console>,
 }
 
+impl Disk {
+    /// QEMU's controller, if it needs one of its own, and the disk at it.
+    fn devices(self, number: usize) -> (Option<String>, String) {
+        let at = |controller: &str, disk: &str| {
+            (Some(format!("{controller},id=controller{number}")), format!("{disk},bus=controller{number}.0"))
+        };
+        match self {
+            Self::VirtioBlk => (None, "virtio-blk-pci".into()),
+            Self::VirtioScsi => at("virtio-scsi-pci", "scsi-hd"),
+            Self::Nvme => (None, "nvme".into()),
+            Self::Ahci => (None, format!("ide-hd,bus=ide.{number}")),
+            Self::Megasas => at("megasas", "scsi-hd"),
+            Self::Usb => at("qemu-xhci", "usb-storage"),
+        }
+    }
+}
+
+fn disk_path(dir: &Path, number: usize) -> PathBuf {
+    dir.join(format!("disk{number}.img"))
+}
+
 impl Machine {
     /// Puts it into the rack: its cable, its variable store. `scratch` and `consoles` exist.
     pub fn install(
@@ -103,7 +173,13 @@ impl Machine {
     ) -> Result<Self, LabError> {
         let dir = scratch.join(&spec.name);
         std::fs::create_dir_all(&dir).at(&dir)?;
-        net::make_tap(&spec.tap())?;
+        for (card, _) in spec.numbered_cards() {
+            net::make_tap(&spec.tap_of(card))?;
+        }
+        for number in 0..spec.disks.len() {
+            let path = disk_path(&dir, number);
+            std::fs::File::create(&path).and_then(|file| file.set_len(DISK_BYTES)).at(&path)?;
+        }
         if let Firmware::Uefi(way) = spec.firmware {
             let store = dir.join("variables.fd");
             std::fs::copy(OVMF_VARS, &store).at(OVMF_VARS)?;
@@ -127,17 +203,29 @@ impl Machine {
         arg(&["-smbios", &format!("type=1,manufacturer=Kiln,product=Virtual rack machine,serial={}", spec.name)]);
         arg(&["-chardev", "stdio,id=serial,signal=off", "-serial", "chardev:serial"]);
         arg(&["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);
-        arg(&["-netdev", &format!("tap,id=cable,ifname={},script=no,downscript=no", spec.tap())]);
-        let card = format!("virtio-net-pci,netdev=cable,mac={},addr={CARD_SLOT:#x}", spec.mac_text());
-        match spec.firmware {
-            // QEMU's option ROM is iPXE; without it the firmware's own network boot runs.
-            Firmware::Uefi(_) => {
-                arg(&["-device", &format!("{card},romfile=")]);
-                arg(&["-drive", &format!("if=pflash,format=raw,readonly=on,file={OVMF_CODE}")]);
-                let store = self.dir.join("variables.fd");
-                arg(&["-drive", &format!("if=pflash,format=raw,file={}", store.display())]);
+        for (card, model) in spec.numbered_cards() {
+            arg(&["-netdev", &format!("tap,id=cable{card},ifname={},script=no,downscript=no", spec.tap_of(card))]);
+            let slot = if card == 0 { format!(",addr={CARD_SLOT:#x}") } else { String::new() };
+            // QEMU's option ROMs are iPXE; without one the firmware's own network boot runs.
+            let rom = match (spec.firmware, card) {
+                (Firmware::Bios, 0) => "bootindex=1",
+                (Firmware::Bios | Firmware::Uefi(_), _) => "romfile=",
+            };
+            arg(&["-device", &format!("{model},netdev=cable{card},mac={}{slot},{rom}", text(spec.mac_of(card)))]);
+        }
+        for (number, disk) in spec.disks.iter().enumerate() {
+            let path = disk_path(&self.dir, number);
+            arg(&["-drive", &format!("if=none,id=disk{number},format=raw,discard=unmap,file={}", path.display())]);
+            let (controller, device) = disk.devices(number);
+            if let Some(controller) = controller {
+                arg(&["-device", &controller]);
             }
-            Firmware::Bios => arg(&["-device", &format!("{card},bootindex=1")]),
+            arg(&["-device", &format!("{device},drive=disk{number},serial={}-disk{number}", spec.name)]);
+        }
+        if let Firmware::Uefi(_) = spec.firmware {
+            arg(&["-drive", &format!("if=pflash,format=raw,readonly=on,file={OVMF_CODE}")]);
+            let store = self.dir.join("variables.fd");
+            arg(&["-drive", &format!("if=pflash,format=raw,file={}", store.display())]);
         }
         arg(&["-device", "virtio-rng-pci"]);
         qemu
@@ -228,6 +316,11 @@ impl Machine {
     /// Limits what reaches the machine.
     pub fn set_slow(&self, kbit_s: u32) -> Result<(), LabError> {
         net::set_slow(&self.spec.tap(), kbit_s)
+    }
+
+    /// The file behind a disk, to be looked at or damaged while it is off.
+    pub fn disk_file(&self, number: usize) -> PathBuf {
+        disk_path(&self.dir, number)
     }
 
     /// PID of its QEMU.

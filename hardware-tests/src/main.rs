@@ -35,9 +35,9 @@ enum What {
     },
     /// Make the site and the two releases that racks boot, if they are not current
     Prepare {
-        /// Also build the image that only tests boot
+        /// Also build this image (repeatable): probe and servers are for tests
         #[arg(long)]
-        probe: bool,
+        image: Vec<String>,
     },
     /// Run a program inside fresh lab namespaces; nothing of it outlives this process
     Inside {
@@ -75,7 +75,7 @@ fn run(what: What) -> anyhow::Result<u8> {
                 return inside(&paths, machines, boot_only);
             }
             checks::host()?;
-            site::prepare(&paths, false)?;
+            site::prepare(&paths, &[])?;
             // The web page's port is opened here, in the host's network, and handed inside.
             let listener =
                 TcpListener::bind(("127.0.0.1", port)).map_err(|source| LabError::WebPort { port, source })?;
@@ -85,9 +85,9 @@ fn run(what: What) -> anyhow::Result<u8> {
             let status = enclosure::run(&paths.program, &argv, Some(listener), &paths.scratch)?;
             Ok(enclosure::exit_code(status))
         }
-        What::Prepare { probe } => {
+        What::Prepare { image } => {
             checks::host()?;
-            site::prepare(&Paths::find()?, probe)?;
+            site::prepare(&Paths::find()?, &image)?;
             Ok(0)
         }
         What::Inside { argv } => {

@@ -20,14 +20,19 @@ pub fn template(paths: &Paths) -> PathBuf {
 
 /// The image that says on the console what it refuses; only tests boot it.
 pub const PROBE: &str = "probe";
+/// The image with drivers for real hardware.
+pub const SERVERS: &str = "servers";
 
-/// Makes the template, or finds it current; `probe` adds the tests' own image. The builder's output goes to the terminal.
-pub fn prepare(paths: &Paths, probe: bool) -> Result<(), LabError> {
+/// Makes the template, or finds it current, and release 1 of each further image in it. The builder's output goes to the
+/// terminal.
+pub fn prepare(paths: &Paths, further: &[String]) -> Result<(), LabError> {
     prepare_lab(paths)?;
     let site = template(paths);
-    if probe && !site.join(format!("build/{PROBE}/1/manifest.json")).exists() {
-        println!("lab: building {PROBE}, the image of the tests");
-        build(paths, &site, PROBE, "1")?;
+    for image in further {
+        if !site.join(format!("build/{image}/1/manifest.json")).exists() {
+            println!("lab: building {image}");
+            build(paths, &site, image, "1")?;
+        }
     }
     Ok(())
 }

@@ -5,5 +5,6 @@
 mod attacks;
 mod boots;
 mod cleanup;
+mod hardware;
 mod silence;
 mod support;

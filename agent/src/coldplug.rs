@@ -33,9 +33,11 @@ impl Drivers {
         Ok(Self { dir, index, loaded: HashSet::new() })
     }
 
-    /// Loads what is always needed.
-    pub fn load_always(&mut self) -> Result<()> {
-        ALWAYS.iter().try_for_each(|module| self.load(module))
+    /// Loads what is always needed. A driver that fails is told; the stage that needs it fails with its own reason.
+    pub fn load_always(&mut self) {
+        for module in ALWAYS {
+            self.load(module);
+        }
     }
 
     /// Loads what the devices present ask for, until nothing new is asked for. A driver that will not load is told and
@@ -48,9 +50,7 @@ impl Drivers {
             let wanted: HashSet<String> =
                 aliases.iter().flat_map(|alias| self.index.matching(alias)).map(str::to_owned).collect();
             for module in wanted {
-                if let Err(error) = self.load(&module) {
-                    println!("kiln-agent: driver {module}: {error}");
-                }
+                self.load(&module);
             }
             if self.loaded.len() == before {
                 return;
@@ -58,22 +58,29 @@ impl Drivers {
         }
     }
 
-    fn load(&mut self, module: &str) -> Result<()> {
-        for (name, relative) in self.index.load_order(module, &self.loaded) {
+    /// Loads a module and what it needs. What it only would like to have, or another stands in for, may fail: the kernel
+    /// decides when it comes to the module itself.
+    fn load(&mut self, module: &str) {
+        let order = self.index.load_order(module, &self.loaded);
+        let mut failed = Vec::new();
+        let mut itself = Ok(());
+        for (name, relative) in order {
             let path = self.dir.join(relative);
-            let file = File::open(&path).map_err(AgentError::file(&path))?;
-            let compressed = path.extension().is_some_and(|e| e != "ko");
-            match sys::load_module(&file, compressed) {
-                Err(e) if e.raw_os_error() != Some(libc::EEXIST) => {
-                    self.loaded.insert(name);
-                    return Err(AgentError::file(path)(e));
-                }
-                Ok(()) | Err(_) => {
-                    self.loaded.insert(name);
-                }
+            itself = File::open(&path).and_then(|file| {
+                let compressed = path.extension().is_some_and(|e| e != "ko");
+                sys::load_module(&file, compressed)
+            });
+            if itself.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EEXIST)) {
+                itself = Ok(());
             }
+            if let Err(error) = &itself {
+                failed.push(format!("{name}: {error}"));
+            }
+            self.loaded.insert(name);
         }
-        Ok(())
+        if itself.is_err() {
+            println!("kiln-agent: driver {module} does not load ({})", failed.join("; "));
+        }
     }
 }
 

@@ -62,7 +62,7 @@ fn boot() -> Result<Infallible> {
 
     journal.record(Stage::Modules, kiln_protocol::StageState::Started);
     let mut drivers = Drivers::open()?;
-    drivers.load_always()?;
+    drivers.load_always();
     drivers.coldplug();
     // The variables' file system may have been a module.
     mount_efivars();

@@ -70,7 +70,14 @@ impl ModuleIndex {
             return;
         }
         for soft in self.soft.get(module).into_iter().flatten() {
-            self.visit(soft, seen, order);
+            if self.dep.contains_key(soft) {
+                self.visit(soft, seen, order);
+            } else {
+                // Or an alias that several modules serve (`crc32c`): the kernel takes whichever of them works here.
+                for behind in self.matching(soft).map(str::to_owned).collect::<Vec<_>>() {
+                    self.visit(&behind, seen, order);
+                }
+            }
         }
         // modules.dep lists the nearest dependency first: the farthest must be loaded first.
         for need in needs.iter().rev() {
@@ -154,6 +161,16 @@ mod tests {
         assert_eq!(names("virtio-net", &["virtio"]), ["crc", "failover", "virtio_net"]);
         assert_eq!(names("dm-verity", &[]), ["dm_mod", "dm_verity"]);
         assert!(names("not_there", &[]).is_empty());
+    }
+
+    #[test]
+    fn a_soft_dependency_may_be_an_alias_of_several_modules() {
+        let dep =
+            "kernel/lib/libcrc32c.ko.xz:\nkernel/crypto/crc32c-intel.ko.xz:\nkernel/crypto/crc32c_generic.ko.xz:\n";
+        let alias = "alias crypto-crc32c crc32c_intel\nalias crc32c crc32c_intel\nalias crc32c crc32c_generic\n";
+        let index = ModuleIndex::parse(dep, alias, "softdep libcrc32c pre: crc32c\n");
+        let order: Vec<String> = index.load_order("libcrc32c", &HashSet::new()).into_iter().map(|(n, _)| n).collect();
+        assert_eq!(order, ["crc32c_intel", "crc32c_generic", "libcrc32c"]);
     }
 
     #[test]

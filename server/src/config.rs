@@ -6,7 +6,7 @@ use crate::error::ConfigError;
 use crate::http;
 use crate::net::tftp;
 use kiln_fleet::Limits;
-use kiln_protocol::{ImageName, MachineId};
+use kiln_protocol::{ImageName, KeyId, MachineId};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -98,6 +98,8 @@ pub struct Listed {
     pub name: String,
     /// Its role.
     pub role: String,
+    /// The only identity key that may report under its id; none: the first that does.
+    pub key: Option<KeyId>,
 }
 
 impl Config {
@@ -117,6 +119,11 @@ impl Config {
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
         let raw: Raw = toml::from_str(text).map_err(|e| ConfigError::Toml(e.to_string().trim_end().to_owned()))?;
         Self::try_from(raw)
+    }
+
+    /// The only key that may report under this id, if the list names one.
+    pub fn key_of(&self, id: &MachineId) -> Option<&KeyId> {
+        self.machines.get(id)?.key.as_ref()
     }
 
     /// A role's image.
@@ -222,6 +229,7 @@ struct RawMachine {
     id: String,
     name: String,
     role: String,
+    key: Option<String>,
 }
 
 fn bad(key: &str, reason: impl std::fmt::Display) -> ConfigError {
@@ -353,7 +361,18 @@ impl TryFrom<Raw> for Config {
             if machines.values().any(|m| m.name == machine.name) {
                 return Err(bad("machine.name", format!("{:?} is there twice", machine.name)));
             }
-            if machines.insert(id, Listed { name: machine.name, role: machine.role }).is_some() {
+            let key = match &machine.key {
+                Some(text) => Some(text.to_ascii_lowercase().parse().map_err(|e| bad("machine.key", e))?),
+                None => None,
+            };
+            if let Some(other) = machines.values().find(|m| key.is_some() && m.key == key) {
+                let name = &machine.name;
+                return Err(bad(
+                    "machine.key",
+                    format!("{} and {name} have the same: a key is one machine's", other.name),
+                ));
+            }
+            if machines.insert(id, Listed { name: machine.name, role: machine.role, key }).is_some() {
                 return Err(bad("machine.id", format!("{:?} is there twice", machine.id)));
             }
         }
@@ -426,6 +445,7 @@ image = "minimal"
 id = "00000000-0000-0000-0000-00000000000A"
 name = "rack-1"
 role = "lab"
+key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
 "#;
 
     #[test]
@@ -442,7 +462,8 @@ role = "lab"
         );
         assert_eq!(c.limits, Limits { max_unavailable: 2, trial_attempts: 4, firmware_patience: 90_000 });
         let id = "00000000-0000-0000-0000-00000000000a".parse().unwrap();
-        assert_eq!(c.machines[&id], Listed { name: "rack-1".into(), role: "lab".into() });
+        let key = Some("ab".repeat(32).parse().unwrap());
+        assert_eq!(c.machines[&id], Listed { name: "rack-1".into(), role: "lab".into(), key });
         assert!(!c.boot.http_boot);
     }
 
@@ -484,6 +505,10 @@ role = "lab"
             ("[[role]]\nname = \"a b\"\nimage = \"x\"", "role.name"),
             ("[[machine]]\nid = \"x\"\nname = \"n\"\nrole = \"default\"", "machine.id"),
             (
+                "[[machine]]\nid = \"00000000-0000-0000-0000-000000000001\"\nname = \"n\"\nrole = \"default\"\nkey = \"ab\"",
+                "machine.key: key id: expected 64 lower-case hex digits, got \"ab\"",
+            ),
+            (
                 "[[machine]]\nid = \"00000000-0000-0000-0000-000000000001\"\nname = \"n\"\nrole = \"db\"",
                 "known are: default",
             ),
@@ -491,5 +516,9 @@ role = "lab"
             let got = message(text);
             assert!(got.contains(expected), "{text}: {got}");
         }
+        let twice = ALL.replace("ABAB", "abab").replace("00A\"", "00B\"").replace("rack-1", "rack-2");
+        let second = &twice[twice.find("[[machine]]").unwrap()..];
+        let got = message(&format!("{ALL}{second}"));
+        assert!(got.contains("machine.key: rack-1 and rack-2 have the same"), "{got}");
     }
 }

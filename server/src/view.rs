@@ -2,7 +2,8 @@
 //! Times are on the server's clock, unix milliseconds.
 
 use kiln_protocol::{
-    AgentMemory, Firmware, KeyStorage, MachineId, Prefetch, ProtectionClass, ReleaseId, RollbackMemory, Stage, Via,
+    AgentMemory, Firmware, KeyId, KeyStorage, MachineId, Prefetch, ProtectionClass, ReleaseId, RollbackMemory, Stage,
+    Via,
 };
 use serde::{Deserialize, Serialize};
 
@@ -43,6 +44,12 @@ pub struct MachineView {
     pub last_good: Option<ReleaseId>,
     /// How it boots.
     pub firmware: Option<Firmware>,
+    /// Its identity key: SHA-256 of the public key's SPKI, as `key` in kiln.toml takes it.
+    #[serde(default)]
+    pub key: Option<KeyId>,
+    /// The last other key that reported under its id.
+    #[serde(default)]
+    pub other_key: Option<KeyId>,
     /// How strong its name is.
     pub key_storage: Option<KeyStorage>,
     /// Where it remembers versions.

@@ -213,3 +213,43 @@ async fn another_key_under_one_id_gets_nothing_until_a_person_looks() {
     let report = agent.healthy();
     assert!(waits(&agent.send(&server, &report).await).contains("kiln machine clear rack-1"));
 }
+
+#[tokio::test]
+async fn a_key_in_the_list_keeps_everybody_else_out_from_the_first_report_on() {
+    let site = TestSite::new();
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let mut other = Agent { signer: std::sync::Arc::new(kiln_release::Signer::from_seed(&[77; 32])), ..agent.clone() };
+    // Without a key in the list the first that comes has the id.
+    let server = Server::start(&site).await;
+    let report = other.healthy();
+    assigned(&other.send(&server, &report).await);
+    let shown = |what: &str| {
+        let kiln = std::process::Command::new(env!("CARGO_BIN_EXE_kiln"))
+            .args(["machine", "show", "rack-1", "--site"])
+            .arg(site.path())
+            .output()
+            .unwrap();
+        let text = String::from_utf8(kiln.stdout).unwrap();
+        let line = text.lines().find_map(|l| l.strip_prefix(what)).map(|rest| rest.trim().to_owned());
+        line.unwrap_or_else(|| panic!("no {what} in {text}"))
+    };
+    assert_eq!(shown("key "), other.key_id().as_str());
+    drop(server);
+
+    let file = site.path().join("kiln.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let line = "name = \"rack-1\"\n";
+    let text = text.replace(line, &format!("{line}key = \"{}\"\n", agent.key_id()));
+    std::fs::write(&file, text).unwrap();
+    let server = Server::start(&site).await;
+    let report = other.healthy();
+    assert!(waits(&other.send(&server, &report).await).contains("kiln.toml names the identity key of rack-1"));
+    assert_eq!((shown("key "), shown("other key ")), ("-".into(), other.key_id().to_string()));
+    assert_eq!(server.order("POST", "machines/rack-1/clear", json!({})).await.status, StatusCode::OK);
+    let report = other.healthy();
+    waits(&other.send(&server, &report).await);
+    let report = agent.healthy();
+    let reply = agent.send(&server, &report).await;
+    let (assignment, _) = site.signed_site().verify_director::<Assignment>(assigned(&reply).0.as_bytes()).unwrap();
+    assert_eq!((assignment.machine.key, shown("key ")), (agent.key_id(), agent.key_id().to_string()));
+}

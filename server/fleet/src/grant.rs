@@ -34,6 +34,9 @@ pub enum Desire {
 
 /// What is wanted of the machine that proved this key.
 pub fn desire(machine: &Machine, key: &KeyId) -> Desire {
+    if machine.pinned.as_ref().is_some_and(|pinned| pinned != key) {
+        return Desire::Wait(machine.not_the_pinned_one(key));
+    }
     match machine.state.kind {
         StateKind::Discovered | StateKind::Quarantined | StateKind::Retired => {
             return Desire::Wait(machine.state.reason.clone());

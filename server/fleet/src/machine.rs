@@ -45,6 +45,9 @@ pub struct Machine {
     pub state: State,
     /// Its identity key, from its first report on.
     pub key: Option<KeyId>,
+    /// The only key that may speak for it, where the configuration names one; not stored.
+    #[serde(skip)]
+    pub pinned: Option<KeyId>,
     /// The key of the boot before, of a machine that makes a new one at each boot.
     pub previous_key: Option<KeyId>,
     /// The last key that reported under this id and is not the machine's: [`crate::Event::Clear`] makes it so.
@@ -107,6 +110,7 @@ impl Machine {
             role: None,
             state: State { kind: StateKind::Discovered, reason, since: now, deadline: Some(now + FORGET_MS) },
             key: None,
+            pinned: None,
             previous_key: None,
             stranger: None,
             facts: None,
@@ -129,6 +133,28 @@ impl Machine {
             held_packets: Vec::new(),
             boots: VecDeque::new(),
         }
+    }
+
+    /// The configuration names the only key that may speak for it, or none. A key that came first and is another is
+    /// let go: it was a stranger's.
+    pub fn pin(&mut self, key: Option<&KeyId>) {
+        self.pinned = key.cloned();
+        if key.is_some() && self.key.as_ref() != key {
+            self.stranger = self.key.take().or(self.stranger.take());
+            self.previous_key = None;
+            self.agent_seen = None;
+        }
+    }
+
+    /// What is said of a key that the configuration does not name.
+    pub(crate) fn not_the_pinned_one(&self, key: &KeyId) -> String {
+        let title = self.title();
+        format!(
+            "kiln.toml names the identity key of {title}; another ({}…) that reports under its id gets nothing: it is \
+             another machine's, or the firmware settings were erased; if so, put the new key there (`kiln machine \
+             show {title}` prints it)",
+            &key.as_str()[..12]
+        )
     }
 
     /// Its name before people.

@@ -113,6 +113,9 @@ impl Machine {
     }
 
     fn claim(&self, reported: &Reported) -> Claim {
+        if self.pinned.as_ref().is_some_and(|pinned| *pinned != reported.key) {
+            return Claim::Stranger(self.not_the_pinned_one(&reported.key));
+        }
         let Some(key) = &self.key else { return Claim::NewKey };
         if *key == reported.key {
             return Claim::Accepted;

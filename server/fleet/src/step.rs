@@ -285,7 +285,8 @@ impl Machine {
     fn clear(&mut self, now: Millis, out: &mut Vec<Action>) {
         self.refused.clear();
         self.fell_back = None;
-        if let Some(stranger) = self.stranger.take() {
+        let stranger = self.stranger.take();
+        if let Some(stranger) = stranger.filter(|_| self.pinned.is_none()) {
             // A person says that the other key is the machine's now.
             self.key = Some(stranger);
             self.previous_key = None;

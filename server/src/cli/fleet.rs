@@ -178,6 +178,8 @@ fn show(m: &MachineView, now_ms: i64) -> String {
         ("last good", m.last_good.as_ref().map_or_else(dash, ToString::to_string)),
         ("protection", m.protection.map_or_else(dash, |p| p.to_string())),
         ("identity", identity),
+        ("key", m.key.as_ref().map_or_else(dash, ToString::to_string)),
+        ("other key", m.other_key.as_ref().map_or_else(dash, ToString::to_string)),
         ("rollback", memory),
         ("firmware", m.firmware.map_or_else(dash, |f| f.to_string())),
         ("hardware", format!("{}, serial {}", m.product, if m.serial.is_empty() { "-" } else { &m.serial })),
@@ -306,6 +308,8 @@ mod tests {
             agent_memory: Some(kiln_protocol::AgentMemory { rss_bytes: 5 << 20, peak_bytes: 13 << 19 }),
             last_good: None,
             firmware: Some(kiln_protocol::Firmware::Bios),
+            key: Some("ab".repeat(32).parse().unwrap()),
+            other_key: None,
             key_storage: Some(kiln_protocol::KeyStorage::Ephemeral),
             rollback_memory: Some(kiln_protocol::RollbackMemory::None),
             protection: None,
@@ -319,6 +323,7 @@ mod tests {
         };
         let text = show(&machine, 0);
         assert!(text.contains("name only") && text.contains("no rollback memory"), "{text}");
+        assert!(text.contains(&format!("\nkey          {}\n", "ab".repeat(32))), "{text}");
         assert!(text.contains("\nprefetch     minimal/2: 12.0 of 33.0 MiB\n"), "{text}");
         assert!(text.contains("\nagent        5.0 MiB of memory, 6.5 MiB at most\n"), "{text}");
         let rows: Vec<&str> = text.lines().filter(|l| l.trim_end().ends_with(" done")).collect();

@@ -131,7 +131,8 @@ impl Control {
             macs: BTreeMap::new(),
             seen: BTreeMap::new(),
         };
-        for (id, stored) in store.load().await? {
+        for (id, mut stored) in store.load().await? {
+            stored.machine.pin(config.key_of(&id));
             let (machine, _) = stored.machine.event(Event::ServerStarted, config.limits, now);
             inner.index(&machine);
             inner.machines.insert(id.clone(), machine);
@@ -280,7 +281,9 @@ impl Control {
             // A listed machine has its name from the first packet on, so that the log reads as one story.
             let name = self.config.machines.get(id).map(|listed| listed.name.clone());
             let taken = inner.machines.values().any(|m| m.name == name);
-            Machine { name: name.filter(|_| !taken), ..Machine::discovered(id.clone(), now) }
+            let mut machine = Machine { name: name.filter(|_| !taken), ..Machine::discovered(id.clone(), now) };
+            machine.pin(self.config.key_of(id));
+            machine
         });
         let (machine, actions) = machine.event(event, self.config.limits, now);
         let title = machine.title().to_owned();

@@ -107,7 +107,10 @@ impl Control {
             &mut pending,
         )?;
         self.approve_listed(&mut inner, id, &catalog, &mut pending)?;
-        inner.note_seen(id, now);
+        // Not for a stranger: it is the machine that is seen.
+        if inner.machines.get(id).is_some_and(|m| m.last_seen == now) {
+            inner.note_seen(id, now);
+        }
         Ok(pending)
     }
 
@@ -120,6 +123,7 @@ impl Control {
                 && let Some(mut machine) = inner.machines.remove(&ghost)
             {
                 machine.id = id.clone();
+                machine.pin(self.config.key_of(id));
                 machine.state = Machine::discovered(id.clone(), machine.state.since).state;
                 inner.machines.insert(id.clone(), machine);
                 inner.macs.insert(mac.clone(), id.clone());

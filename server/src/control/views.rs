@@ -39,6 +39,8 @@ impl MachineView {
             agent_memory: m.agent_memory,
             last_good: m.last_good().cloned(),
             firmware: facts.map(|f| f.firmware),
+            key: m.key.clone(),
+            other_key: m.stranger.clone(),
             key_storage: facts.map(|f| f.key_storage),
             rollback_memory: facts.map(|f| f.rollback_memory),
             protection: facts.map(|f| f.protection),

@@ -165,3 +165,46 @@ pub fn any_stage() -> impl Strategy<Value = StageRecord> {
         at_ms,
     })
 }
+
+pub fn any_event() -> impl Strategy<Value = Event> {
+    let release = 1..4_u64;
+    let reports = (
+        1..3_u8,
+        0..6_u8,
+        0..9_u64,
+        release.clone(),
+        any::<bool>(),
+        any::<Option<bool>>(),
+        any::<bool>(),
+        proptest::collection::vec(any_stage(), 0..5),
+        0..9_u64,
+    )
+        .prop_map(|(k, boot, seq, release, up, health, ephemeral, stages, sequence)| {
+            let mut r = report(1, &format!("boot{boot}"), seq, release);
+            r.stages = stages;
+            r.health = health.map(|healthy| Health { healthy, detail: "says so".into() });
+            if up {
+                r.running = Some(r.embedded.clone());
+            }
+            if ephemeral {
+                r.machine.key_storage = KeyStorage::Ephemeral;
+            }
+            let image = r.embedded.image.clone();
+            r.prefetch = Some(Prefetch { image, release, sequence, ready: true, progress: None });
+            by(k, r)
+        });
+    prop_oneof![
+        4 => Just(Event::Asked),
+        4 => release.clone().prop_map(|r| Event::Downloads(rel(r))),
+        1 => Just(Event::Downloaded),
+        1 => Just(Event::TakesBytes),
+        8 => reports,
+        2 => release.clone().prop_map(|r| Event::Approve { name: "n".into(), role: "r".into(), release: rel(r) }),
+        3 => release.prop_map(|r| Event::Assign { release: rel(r), via: Via::Kexec }),
+        1 => Just(Event::Granted),
+        1 => Just(Event::Clear),
+        1 => Just(Event::Retire),
+        2 => Just(Event::Tick),
+        1 => Just(Event::ServerStarted),
+    ]
+}

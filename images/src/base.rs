@@ -81,15 +81,13 @@ impl Base {
         // The mirror may move on between the reading of its date and mmdebstrap's own reading.
         for _ in 0..2 {
             let temp = tempfile::Builder::new().prefix(".new-").tempdir_in(parent);
-            let temp = temp.map_err(|source| BuildError::Write { path: parent.into(), source })?;
+            let temp = temp.map_err(BuildError::write(parent))?;
             let making = Making { recipe, cache, rights, mirror: &mirror, folder: temp.path() };
             if let Some(info) = making.run(steps)? {
                 write(&temp.path().join("base.json"), &json(&info))?;
-                let temp = temp.keep();
-                std::fs::remove_dir_all(&folder)
-                    .or_else(absent_is_fine)
-                    .map_err(|source| BuildError::Write { path: folder.clone(), source })?;
-                std::fs::rename(&temp, &folder).map_err(|source| BuildError::Write { path: folder.clone(), source })?;
+                std::fs::remove_dir_all(&folder).or_else(absent_is_fine).map_err(BuildError::write(&folder))?;
+                std::fs::rename(temp.path(), &folder).map_err(BuildError::write(&folder))?;
+                let _ = temp.keep();
                 return Ok(Self { folder, info });
             }
         }
@@ -129,7 +127,7 @@ impl Making<'_> {
         self.gather(&kernel_release)?;
         for rest in ["out", "unpacked", "lists"] {
             let path = self.folder.join(rest);
-            std::fs::remove_dir_all(&path).map_err(|source| BuildError::Write { path, source })?;
+            std::fs::remove_dir_all(&path).map_err(BuildError::write(&path))?;
         }
         let root = read(&self.folder.join("root.tar"))?;
         Ok(Some(BaseInfo {
@@ -240,7 +238,7 @@ impl Making<'_> {
         // depmod of Debian 12 looks only in /lib/modules.
         let link = unpacked.join("lib");
         if !link.exists() {
-            std::os::unix::fs::symlink("usr/lib", &link).map_err(|source| BuildError::Write { path: link, source })?;
+            std::os::unix::fs::symlink("usr/lib", &link).map_err(BuildError::write(&link))?;
         }
         let mut command = Command::new("depmod");
         command.arg("--basedir").arg(&unpacked).arg(release);
@@ -301,7 +299,7 @@ fn read_files(folder: &Path, end: &str) -> Result<Vec<Vec<u8>>, BuildError> {
 }
 
 pub(crate) fn make_folder(path: &Path) -> Result<(), BuildError> {
-    std::fs::create_dir_all(path).map_err(|source| BuildError::Write { path: path.into(), source })
+    std::fs::create_dir_all(path).map_err(BuildError::write(path))
 }
 
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>, BuildError> {
@@ -309,7 +307,12 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, BuildError> {
 }
 
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), BuildError> {
-    std::fs::write(path, bytes).map_err(|source| BuildError::Write { path: path.into(), source })
+    write_as(path, path, bytes)
+}
+
+/// Writes `place` under another name for now.
+pub(crate) fn write_as(path: &Path, place: &Path, bytes: &[u8]) -> Result<(), BuildError> {
+    std::fs::write(path, bytes).map_err(BuildError::write(place))
 }
 
 /// JSON for people, with a line end.

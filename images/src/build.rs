@@ -2,7 +2,7 @@
 //!
 //! A finished release's folder is replaced whole, by renaming. Two builds on one cache wait for each other.
 
-use crate::base::{Base, json, make_folder, read, write};
+use crate::base::{Base, json, make_folder, read, write_as};
 use crate::error::BuildError;
 use crate::progress::{Progress, Steps};
 use crate::recipe::Recipe;
@@ -252,22 +252,25 @@ impl Parts {
     fn write(&self, folder: &Path, input: String) -> Result<(), BuildError> {
         let parent = folder.parent().expect("the folder's path was joined from three parts");
         make_folder(parent)?;
-        let fail = |source| BuildError::Write { path: folder.into(), source };
-        let temp = tempfile::Builder::new().prefix(".new-").tempdir_in(parent).map_err(fail)?;
+        let fail = || BuildError::write(folder);
+        let temp = tempfile::Builder::new().prefix(".new-").tempdir_in(parent).map_err(fail())?;
         let manifest = json(&self.manifest);
         let mut files = BTreeMap::new();
         for (name, bytes) in self.files.iter().map(|(name, bytes)| (*name, bytes)).chain([("manifest.json", &manifest)])
         {
-            write(&temp.path().join(name), bytes)?;
+            write_as(&temp.path().join(name), &folder.join(name), bytes)?;
             files.insert(name.to_owned(), named(bytes));
         }
-        write(&temp.path().join(STAMP), &json(&Stamp { input, files }))?;
+        write_as(&temp.path().join(STAMP), &folder.join(STAMP), &json(&Stamp { input, files }))?;
         // tempfile makes folders for their owner only; a release is no secret.
-        std::fs::set_permissions(temp.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).map_err(fail)?;
+        std::fs::set_permissions(temp.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).map_err(fail())?;
         if folder.exists() {
-            std::fs::remove_dir_all(folder).map_err(fail)?;
+            std::fs::remove_dir_all(folder).map_err(fail())?;
         }
-        std::fs::rename(temp.keep(), folder).map_err(fail)
+        std::fs::rename(temp.path(), folder).map_err(fail())?;
+        // Under that name it is no longer there to be removed.
+        let _ = temp.keep();
+        Ok(())
     }
 }
 
@@ -301,7 +304,7 @@ fn lock(cache: &Path) -> Result<File, BuildError> {
     let path = cache.join("lock");
     let file = File::options().create(true).append(true).open(&path);
     let file = file.and_then(|file| file.lock().map(|()| file));
-    file.map_err(|source| BuildError::Write { path, source })
+    file.map_err(BuildError::write(&path))
 }
 
 fn read_agent(path: &Path) -> Result<Vec<u8>, BuildError> {

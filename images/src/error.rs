@@ -1,6 +1,7 @@
 //! Everything that can stop a build, each with what to do about it.
 
-use std::path::PathBuf;
+use crate::site_error::is_full;
+use std::path::{Path, PathBuf};
 
 /// Why an image was not built.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +24,26 @@ pub enum BuildError {
         path: PathBuf,
         /// The system's word.
         source: std::io::Error,
+    },
+    /// The disk is full.
+    #[error(
+        "no space is left for {path}: no release was made or changed. Free some on its file system, where old folders of \
+         DIR/build and DIR/cache are the first to go, and build again"
+    )]
+    DiskFull {
+        /// Which file.
+        path: PathBuf,
+    },
+    /// A program found the disk full.
+    #[error(
+        "no space was left while {doing}: {line}. No release was made or changed. Free some there (work is done in the cache, \
+         which --cache names, and where TMPDIR says), and build again"
+    )]
+    DiskFullInTool {
+        /// What for.
+        doing: &'static str,
+        /// Its own words, which name the file.
+        line: String,
     },
     /// The site directory cannot be used.
     #[error(transparent)]
@@ -150,6 +171,16 @@ pub enum BuildError {
     /// The root file system cannot be protected.
     #[error("cannot make the verity tree: {0}")]
     Verity(String),
+}
+
+impl BuildError {
+    /// For `map_err` on what changes a file.
+    pub(crate) fn write(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| {
+            let path = path.to_owned();
+            if is_full(&source) { Self::DiskFull { path } } else { Self::Write { path, source } }
+        }
+    }
 }
 
 /// Why a recipe is refused.

@@ -39,16 +39,16 @@ impl Pending {
             .create_new(true)
             .mode(mode)
             .open(&temporary)
-            .map_err(SiteError::io("create", &temporary))?;
+            .map_err(SiteError::io("create", target))?;
         Ok(Self { file, temporary, target: target.to_owned(), committed: false })
     }
 
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), SiteError> {
-        self.file.write_all(bytes).map_err(SiteError::io("write", &self.temporary))
+        self.file.write_all(bytes).map_err(SiteError::io("write", &self.target))
     }
 
     fn commit(mut self) -> Result<(), SiteError> {
-        self.file.sync_all().map_err(SiteError::io("sync", &self.temporary))?;
+        self.file.sync_all().map_err(SiteError::io("sync", &self.target))?;
         fs::rename(&self.temporary, &self.target).map_err(SiteError::io("rename into place", &self.target))?;
         self.committed = true;
         sync_folder(&self.target)

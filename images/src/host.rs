@@ -11,6 +11,9 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// How much of a failed program's standard error is shown.
 const LAST_LINES: usize = 15;
 
+/// ENOSPC in the C locale.
+const NO_SPACE: &str = "No space left on device";
+
 /// Programs a build runs, and the Debian packages that hold them.
 const PROGRAMS: [(&str, &str); 6] = [
     ("apt-get", "apt"),
@@ -165,7 +168,7 @@ pub(crate) fn run(
         .spawn()
         .map_err(io)?;
     let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-    let mut last = Vec::new();
+    let (mut last, mut full) = (Vec::new(), None);
     std::thread::scope(|scope| {
         // A program that stops reading early says why on standard error; the broken pipe itself is of no interest.
         scope.spawn(move || stdin.map(|mut stdin| stdin.write_all(input)));
@@ -176,6 +179,9 @@ pub(crate) fn run(
         for line in stderr.into_iter().flat_map(|stderr| BufReader::new(stderr).lines()).map_while(Result::ok) {
             listen(&line);
             tracing::trace!(program = name, "{line}");
+            if full.is_none() && line.contains(NO_SPACE) {
+                full = Some(line.clone());
+            }
             if last.len() == LAST_LINES {
                 last.remove(0);
             }
@@ -187,6 +193,9 @@ pub(crate) fn run(
     let status = child.wait().map_err(io)?;
     if status.success() {
         return Ok(());
+    }
+    if let Some(line) = full {
+        return Err(BuildError::DiskFullInTool { doing, line });
     }
     Err(BuildError::Tool { program: name, doing, status: status.to_string(), last_words: last.join("\n") })
 }

@@ -17,6 +17,12 @@ pub enum SiteError {
     BadName { got: String },
     #[error("cannot {action} {}: {source}", path.display())]
     Io { action: &'static str, path: PathBuf, source: io::Error },
+    #[error(
+        "no space is left for {}: what machines are served has not changed. Free some on its file system, where old folders \
+         of DIR/build and DIR/cache are the first to go, and do the same again",
+        path.display()
+    )]
+    DiskFull { path: PathBuf },
     #[error("the operating system gives no random bytes")]
     NoRandomness,
     #[error("cannot make the agent API's certificates: {reason}")]
@@ -93,6 +99,14 @@ impl SiteError {
 
     /// For `map_err` on an I/O result.
     pub(crate) fn io<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Self + 'a {
-        move |source| Self::Io { action, path: path.to_owned(), source }
+        move |source| {
+            let path = path.to_owned();
+            if is_full(&source) { Self::DiskFull { path } } else { Self::Io { action, path, source } }
+        }
     }
+}
+
+/// Whether a write failed for want of space, by the disk's or the user's limit.
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }

@@ -163,52 +163,130 @@ pub(crate) fn sweep(cache: &Path) {
     }
 }
 
+/// What an image says of its files, for tests.
+#[cfg(test)]
+#[path = "../tests/tree/mod.rs"]
+mod tree;
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::tarball::{Added, Content};
+    use std::collections::BTreeMap;
+
+    /// One entry of an archive, its header edited.
+    fn entry(path: &str, mode: u32, content: &[u8], edit: impl Fn(&mut [u8])) -> Vec<u8> {
+        let file = Added { path: path.into(), mode, content: Content::File(content.to_vec()) };
+        let mut entry = tarball::layer(&[0; 1024], |_| false, &[file]).unwrap();
+        entry.truncate(entry.len() - 1024);
+        edit(&mut entry[..512]);
+        entry[148..156].fill(b' ');
+        let sum: u32 = entry[..512].iter().map(|byte| u32::from(*byte)).sum();
+        entry[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        entry
+    }
+
+    fn put(header: &mut [u8], at: usize, text: &str) {
+        header[at..at + text.len()].copy_from_slice(text.as_bytes());
+    }
 
     /// A pax header that gives the next entry an extended attribute.
-    fn with_xattr(name: &str, value: &[u8], mut entry: Vec<u8>) -> Vec<u8> {
+    fn xattr(name: &str, value: &[u8]) -> Vec<u8> {
         let mut record = format!("SCHILY.xattr.{name}=").into_bytes();
         record.extend_from_slice(value);
         record.push(b'\n');
-        let length = (record.len() + 4).to_string();
-        assert_eq!(length.len(), 2, "two digits, a space and the line end are counted");
         let mut content = format!("{} ", record.len() + 3).into_bytes();
         content.append(&mut record);
-        let file = Added { path: "/x".into(), mode: 0o644, content: Content::File(content) };
-        let mut pax = tarball::layer(&[0; 1024], |_| false, &[file]).unwrap();
-        pax.truncate(pax.len() - 1024);
-        pax[156] = b'x';
-        let sum: u32 = pax[..512]
-            .iter()
-            .enumerate()
-            .map(|(at, byte)| if (148..156).contains(&at) { 32 } else { u32::from(*byte) })
-            .sum();
-        pax[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-        pax.append(&mut entry);
-        pax
+        assert!((13..100).contains(&content.len()), "two digits, a space and the line end are counted");
+        entry("/x", 0o644, &content, |header| header[156] = b'x')
+    }
+
+    /// Whether this process may make device nodes, as root in a container may not.
+    fn makes_devices(rights: Rights) -> bool {
+        let temp = tempfile::tempdir().unwrap();
+        let made = || Command::new("mknod").arg(temp.path().join("null")).args(["c", "1", "3"]).output();
+        rights == Rights::Root && made().is_ok_and(|output| output.status.success())
     }
 
     #[test]
-    fn capabilities_survive() {
+    fn what_a_tar_says_of_files_the_image_says() {
         let rights = match host::check() {
             Ok(rights) => rights,
             Err(missing) => return eprintln!("skipped: {missing}"),
         };
         // VFS_CAP_REVISION_2 with the effective bit, CAP_NET_RAW permitted.
         let capability = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
-        let ping = Added { path: "/ping".into(), mode: 0o4755, content: Content::File(b"#!".to_vec()) };
-        let entry = tarball::layer(&[0; 1024], |_| false, &[ping]).unwrap();
-        let tar = with_xattr("security.capability", &capability, entry);
-        assert_eq!(tarball::entries(&tar).unwrap()[0].xattrs["security.capability"], capability);
+        let owner = |header: &mut [u8]| {
+            put(header, 108, "0000007");
+            put(header, 116, "0001750"); // 1000
+        };
+        let linked = |flag: u8, target: &'static str| {
+            move |header: &mut [u8]| {
+                header[156] = flag;
+                put(header, 157, target);
+            }
+        };
+        let device = |flag: u8, major: u32, minor: u32| {
+            move |header: &mut [u8]| {
+                header[156] = flag;
+                put(header, 329, &format!("{major:07o}"));
+                put(header, 337, &format!("{minor:07o}"));
+            }
+        };
+        let mut tar = [
+            xattr("security.capability", &capability),
+            entry("/ping", 0o4755, b"#!", |_| ()),
+            entry("/owned", 0o2640, b"x", owner),
+            entry("/linked", 0o777, b"", linked(b'1', "./owned")),
+            entry("/pointer", 0o777, b"", linked(b'2', "no/where")),
+            entry("/fifo", 0o622, b"", |header| header[156] = b'6'),
+        ]
+        .concat();
+        if makes_devices(rights) {
+            tar.extend(entry("/null", 0o666, b"", device(b'3', 1, 3)));
+            tar.extend(entry("/disk", 0o660, b"", device(b'4', 259, 70_000)));
+        } else {
+            eprintln!("device nodes are left out: only root outside a container may make them");
+        }
+        tar.extend([0; 1024]);
         let temp = tempfile::tempdir().unwrap();
         let root = artifact(&tar, "test/1", 0, rights, temp.path()).unwrap();
-        // security.capability is index 6 of erofs's name prefixes; then the name, then the value.
-        let stored = [b"capability".as_slice(), &capability].concat();
-        assert!(root.bytes.windows(stored.len()).any(|window| window == stored), "the attribute is in the image");
         assert_eq!(std::fs::read_dir(temp.path()).unwrap().count(), 0, "nothing is left behind");
+
+        let found = tree::erofs::read(&root.bytes);
+        let plain = |kind, mode| tree::Found {
+            kind,
+            mode,
+            uid: 0,
+            gid: 0,
+            xattrs: BTreeMap::new(),
+            link: None,
+            device: None,
+            first_name: String::new(),
+        };
+        let xattrs = BTreeMap::from([("security.capability".to_owned(), capability.to_vec())]);
+        let owned = tree::Found { uid: 7, gid: 1000, ..plain(0o100_000, 0o2640) };
+        let all = [
+            ("/ping", "/ping", tree::Found { xattrs, ..plain(0o100_000, 0o4755) }),
+            ("/owned", "/linked", owned.clone()),
+            ("/linked", "/linked", owned),
+            ("/pointer", "/pointer", tree::Found { link: Some("no/where".into()), ..plain(0o120_000, 0o777) }),
+            ("/fifo", "/fifo", plain(0o010_000, 0o622)),
+            ("/null", "/null", tree::Found { device: Some((1, 3)), ..plain(0o020_000, 0o666) }),
+            ("/disk", "/disk", tree::Found { device: Some((259, 70_000)), ..plain(0o060_000, 0o660) }),
+        ];
+        let listed = tarball::entries(&tar).unwrap();
+        let expected = all.into_iter().filter(|(path, _, _)| listed.iter().any(|entry| entry.path == *path));
+        let named = |(path, first, found): (&str, &str, tree::Found)| {
+            (path.to_owned(), tree::Found { first_name: first.to_owned(), ..found })
+        };
+        let mut expected: tree::Tree = expected.map(named).collect();
+        expected.insert("/".into(), found["/"].clone());
+        assert_eq!(found, expected);
+        assert_eq!(
+            listed.iter().find(|entry| entry.path == "/ping").unwrap().xattrs["security.capability"],
+            capability
+        );
     }
 
     #[test]

@@ -21,8 +21,14 @@ pub enum Kind {
     Symlink(String),
     /// A hard link and the path of the file it is another name of.
     Hardlink(String),
-    /// A device node, FIFO or the like, with its type flag.
-    Special(u8),
+    /// A character device and its major and minor number.
+    CharDevice(u32, u32),
+    /// A block device and its major and minor number.
+    BlockDevice(u32, u32),
+    /// A FIFO.
+    Fifo,
+    /// Something of this reader's future, with its type flag.
+    Other(u8),
 }
 
 /// One entry.
@@ -146,12 +152,16 @@ fn entry(header: &[u8], extended: Extended, data: Range<usize>, raw: Range<usize
         if prefix.is_empty() { name } else { format!("{prefix}/{name}") }
     };
     let link = || extended.link.clone().or_else(|| text(&header[157..257]));
+    let device = |at: usize| u32::try_from(number(&header[at..at + 8])?).ok();
     let kind = match header[156] {
         b'5' => Kind::Directory,
         b'0' | 0 | b'7' => Kind::File,
         b'2' => Kind::Symlink(link()?),
         b'1' => Kind::Hardlink(absolute(&link()?)),
-        other => Kind::Special(other),
+        b'3' => Kind::CharDevice(device(329)?, device(337)?),
+        b'4' => Kind::BlockDevice(device(329)?, device(337)?),
+        b'6' => Kind::Fifo,
+        other => Kind::Other(other),
     };
     Some(Entry {
         path: absolute(&path),
@@ -260,7 +270,15 @@ pub fn layer(base: &[u8], drop: impl Fn(&Entry) -> bool, added: &[Added]) -> Res
             let parent = &added.path[..end];
             match kept.get(parent) {
                 Some(Kind::Directory) => {}
-                Some(Kind::File | Kind::Symlink(_) | Kind::Hardlink(_) | Kind::Special(_)) => {
+                Some(
+                    Kind::File
+                    | Kind::Symlink(_)
+                    | Kind::Hardlink(_)
+                    | Kind::CharDevice(..)
+                    | Kind::BlockDevice(..)
+                    | Kind::Fifo
+                    | Kind::Other(_),
+                ) => {
                     return Err(LayerError::NotADirectory { path: parent.into() });
                 }
                 None => {

@@ -3,20 +3,23 @@
 #![allow(clippy::unwrap_used)]
 
 mod common;
+mod namespace;
 mod tree;
 
 use kiln_images::recipe::Recipe;
 use kiln_images::tarball::{self, Kind};
-use kiln_images::{BuildOptions, Built, Progress, build, publish};
+use kiln_images::{BuildError, BuildOptions, Built, Progress, build, publish};
 use kiln_release::pe::Uki;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::SystemTime;
-use tree::{Found, Mounted, walk};
+use tree::{Found, Mounted, Tree, walk};
 
 /// Set for the child that builds again where no program can be found.
 const CHILD: &str = "KILN_TEST_REBUILD";
+/// Set for the child that builds where there is no room.
+const NO_ROOM: &str = "KILN_TEST_NO_ROOM";
 
 fn recipe() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("recipes/minimal.toml")
@@ -68,6 +71,9 @@ fn the_minimal_image_is_what_other_tools_expect() {
     if let Ok(folder) = std::env::var(CHILD) {
         return rebuild_in_child(Path::new(&folder));
     }
+    if let Ok(folder) = std::env::var(NO_ROOM) {
+        return build_without_room(Path::new(&folder));
+    }
     let (temp, site) = common::new_site(jiff::Timestamp::now());
     let agent = temp.path().join("agent");
     std::fs::write(&agent, tiny_program()).unwrap();
@@ -82,10 +88,11 @@ fn the_minimal_image_is_what_other_tools_expect() {
     uki(&built);
     initramfs(&built, temp.path());
     list_of_packages(&built);
-    owners_and_modes(&built, temp.path());
+    files_are_the_packages(&built, temp.path());
 
     nothing_changed(&built, temp.path(), &site.path);
     the_same_inputs_give_the_same_bytes(&options, &built);
+    a_full_disk_stops_a_build(temp.path());
     publish(&site.path, "minimal", 1, jiff::Timestamp::now()).unwrap();
     let second = build(&options).unwrap();
     assert_eq!(second.manifest.release, 2, "one above the published");
@@ -175,70 +182,116 @@ fn list_of_packages(built: &Built) {
     assert!(!names.iter().any(|name| name.contains("initramfs-tools") || name.contains("networkd")));
 }
 
-/// Every file of the mounted image is as mmdebstrap's tar has it, but for those that make it a Kiln image.
-fn owners_and_modes(built: &Built, temp: &Path) {
-    let mounted = match Mounted::new(&built.folder.join("root"), temp) {
-        Ok(mounted) => mounted,
-        Err(reason) => return eprintln!("skipped: comparing the mounted image with the tar needs {reason}"),
-    };
+/// Every file of the image is as mmdebstrap's tar has it, but for those that make it a Kiln image: read from the image's
+/// bytes, which needs no rights, and by the kernel where it can be mounted.
+fn files_are_the_packages(built: &Built, temp: &Path) {
+    let image = built.folder.join("root");
+    let bytes = std::fs::read(&image).unwrap();
+    let found = tree::erofs::read(&bytes);
+    match Mounted::new(&image, temp) {
+        Ok(mounted) => assert_same(&walk(&mounted.path), &found),
+        Err(reason) => eprintln!("not mounted, so that only its bytes were read: {reason}"),
+    }
+    let out = temp.join("extracted");
+    run("fsck.erofs", &[&format!("--extract={}", text(&out)), "--no-preserve", text(&image)]);
+
     let recipe = Recipe::load(&recipe()).unwrap();
     let tar = std::fs::read(&built.packages_tar).unwrap();
     let entries = tarball::entries(&tar).unwrap();
-    let by_path: BTreeMap<_, _> = entries.iter().map(|entry| (entry.path.as_str(), entry)).collect();
-    let found: BTreeMap<String, Found> = walk(&mounted.path);
-    assert!(found.len() > 1000);
-
+    let emptied = ["/dev/", "/proc/", "/sys/", "/run/", "/tmp/", "/boot/"];
+    let left_out = |path: &str| {
+        emptied.iter().any(|start| path.starts_with(start))
+            || recipe.exclude.iter().any(|place| match place.strip_suffix('*') {
+                Some(start) => path.starts_with(start),
+                None => format!("{path}/").starts_with(&format!("{place}/")),
+            })
+    };
     let ours = |path: &str| {
         path.starts_with("/etc/systemd/system/")
             || path.starts_with("/usr/lib/kiln")
             || recipe.files.iter().any(|file| file.path.starts_with(path))
-            || [
-                "/etc/machine-id",
-                "/etc/fstab",
-                "/etc/hostname",
-                "/etc/resolv.conf",
-                "/usr/lib/os-release",
-                "/usr/lib/systemd/system/kiln-agent.service",
-                "/usr/lib/systemd/system/emergency.service",
-            ]
-            .contains(&path)
+            || OURS.contains(&path)
     };
-    for (path, found) in &found {
-        let Some(entry) = by_path.get(path.as_str()).filter(|_| !ours(path)) else {
-            assert!(ours(path), "{path} is in the image and in nobody's list");
-            assert_eq!((found.uid, found.gid, found.xattrs.len()), (0, 0, 0), "{path}");
-            continue;
+    let packages: Vec<_> = entries.into_iter().filter(|e| !left_out(&e.path) && !ours(&e.path)).collect();
+    let (ours, theirs): (Tree, Tree) = found.into_iter().partition(|(path, _)| ours(path));
+    assert!(theirs.len() > 1000);
+    assert_same(&theirs, &as_tree(&packages));
+    for (path, found) in &ours {
+        let (owner, xattrs) = ((found.uid, found.gid), found.xattrs.len());
+        assert_eq!((owner, xattrs, &found.first_name), ((0, 0), 0, path), "{path}");
+    }
+    for entry in packages.iter().filter(|entry| entry.kind == Kind::File) {
+        let content = std::fs::read(out.join(&entry.path[1..])).unwrap();
+        assert!(content == tar[entry.data.clone()], "content of {}", entry.path);
+    }
+    let some = |what: &str, holds: &dyn Fn(&Found) -> bool| assert!(theirs.values().any(holds), "{what} was compared");
+    some("a set-user-id bit", &|found| found.mode & 0o4000 != 0);
+    some("a group other than root", &|found| found.gid != 0);
+    some("an extended attribute", &|found| !found.xattrs.is_empty());
+    some("a symlink", &|found| found.link.is_some());
+}
+
+/// Beside what the recipe adds.
+const OURS: [&str; 7] = [
+    "/etc/machine-id",
+    "/etc/fstab",
+    "/etc/hostname",
+    "/etc/resolv.conf",
+    "/usr/lib/os-release",
+    "/usr/lib/systemd/system/kiln-agent.service",
+    "/usr/lib/systemd/system/emergency.service",
+];
+
+/// File by file, so that a difference is one line.
+fn assert_same(found: &Tree, expected: &Tree) {
+    for (path, found) in found {
+        assert_eq!(Some(found), expected.get(path), "{path}");
+    }
+    let missing: Vec<_> = expected.keys().filter(|path| !found.contains_key(*path)).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+}
+
+/// What a tar says of its files.
+fn as_tree(entries: &[tarball::Entry]) -> Tree {
+    let by_path: BTreeMap<_, _> = entries.iter().map(|entry| (entry.path.as_str(), entry)).collect();
+    let mut names: BTreeMap<&str, &str> = BTreeMap::new();
+    let target_of = |entry: &tarball::Entry| match &entry.kind {
+        Kind::Hardlink(target) => by_path[target.as_str()],
+        Kind::Directory
+        | Kind::File
+        | Kind::Symlink(_)
+        | Kind::CharDevice(..)
+        | Kind::BlockDevice(..)
+        | Kind::Fifo
+        | Kind::Other(_) => by_path[entry.path.as_str()],
+    };
+    for (path, entry) in &by_path {
+        names.entry(&target_of(entry).path).or_insert(path);
+    }
+    let found = |entry: &tarball::Entry| {
+        // Another name of a file has that file's owner, mode and attributes.
+        let file = target_of(entry);
+        let (kind, link, device) = match &file.kind {
+            Kind::Directory => (0o040_000, None, None),
+            Kind::File => (0o100_000, None, None),
+            Kind::Symlink(target) => (0o120_000, Some(target.clone()), None),
+            Kind::CharDevice(major, minor) => (0o020_000, None, Some((*major, *minor))),
+            Kind::BlockDevice(major, minor) => (0o060_000, None, Some((*major, *minor))),
+            Kind::Fifo => (0o010_000, None, None),
+            Kind::Hardlink(_) | Kind::Other(_) => panic!("{} is {:?}", file.path, file.kind),
         };
-        // Another name of a file has that file's owner and mode.
-        let entry = match &entry.kind {
-            Kind::Hardlink(target) => by_path[target.as_str()],
-            Kind::Directory | Kind::File | Kind::Symlink(_) | Kind::Special(_) => entry,
-        };
-        assert_eq!((found.uid, found.gid), (entry.uid, entry.gid), "owner of {path}");
-        assert_eq!(found.xattrs, entry.xattrs, "extended attributes of {path}");
-        match &entry.kind {
-            Kind::Symlink(target) => assert_eq!(found.link.as_ref(), Some(target), "{path}"),
-            Kind::File => {
-                assert_eq!(found.mode, entry.mode, "mode of {path}");
-                assert!(found.content.as_deref() == Some(&tar[entry.data.clone()]), "content of {path}");
-            }
-            Kind::Directory | Kind::Hardlink(_) | Kind::Special(_) => {
-                assert_eq!(found.mode, entry.mode, "mode of {path}");
-            }
+        Found {
+            kind,
+            mode: if kind == 0o120_000 { 0o777 } else { file.mode },
+            uid: file.uid,
+            gid: file.gid,
+            xattrs: file.xattrs.clone(),
+            link,
+            device,
+            first_name: names[file.path.as_str()].to_owned(),
         }
-    }
-    for entry in &entries {
-        let emptied = ["/dev/", "/proc/", "/sys/", "/run/", "/tmp/", "/boot/"];
-        let left_out = recipe.exclude.iter().any(|place| match place.strip_suffix('*') {
-            Some(start) => entry.path.starts_with(start),
-            None => format!("{}/", entry.path).starts_with(&format!("{place}/")),
-        });
-        let expected = !left_out && !emptied.iter().any(|start| entry.path.starts_with(start));
-        assert_eq!(found.contains_key(&entry.path), expected, "{}", entry.path);
-    }
-    assert!(found.values().any(|found| found.mode & 0o4000 != 0), "a set-user-id bit was compared");
-    assert!(found.values().any(|found| found.gid != 0), "a group other than root was compared");
-    assert!(found.values().any(|found| !found.xattrs.is_empty()), "an extended attribute was compared");
+    };
+    entries.iter().map(|entry| (entry.path.clone(), found(entry))).collect()
 }
 
 fn nothing_changed(built: &Built, temp: &Path, site: &Path) {
@@ -264,6 +317,59 @@ fn rebuild_in_child(temp: &Path) {
         ..BuildOptions::new(recipe(), site, temp.join("agent"))
     };
     assert!(!build(&options).unwrap().changed);
+}
+
+fn a_full_disk_stops_a_build(temp: &Path) {
+    let mut command = match namespace::as_root(&std::env::current_exe().unwrap()) {
+        Ok(command) => command,
+        Err(reason) => return eprintln!("skipped: a full disk needs a mount namespace: {reason}"),
+    };
+    let test = ["--exact", "the_minimal_image_is_what_other_tools_expect", "--nocapture"];
+    let output = command.args(test).env(NO_ROOM, temp).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// In a mount namespace, so that what is mounted ends with the process.
+fn build_without_room(temp: &Path) {
+    let site = std::fs::read_to_string(temp.join("site")).unwrap();
+    let small = temp.join("small");
+    std::fs::create_dir(&small).unwrap();
+    // Less than the root artifact, more than all that comes before it.
+    namespace::tmpfs(&small, "size=30m");
+    let names = |folder: &Path| -> Vec<String> {
+        let entries = std::fs::read_dir(folder).into_iter().flatten();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
+    };
+    let options = |site: PathBuf, cache: PathBuf| BuildOptions {
+        cache,
+        release: Some(77),
+        progress: Progress::Silent,
+        ..BuildOptions::new(recipe(), site, temp.join("agent"))
+    };
+
+    // The site's disk.
+    let full = small.join("site");
+    for house in ["online", "repo"] {
+        std::fs::create_dir_all(&full).unwrap();
+        run("cp", &["-a", text(&Path::new(&site).join(house)), text(&full)]);
+    }
+    let error = build(&options(full.clone(), cache())).unwrap_err();
+    let BuildError::DiskFull { path } = &error else { panic!("{error}") };
+    assert_eq!(path.parent().unwrap(), full.join("build/minimal/77"), "{error}");
+    assert_eq!(names(&full.join("build/minimal")), [""; 0], "nothing is left behind");
+
+    // The cache's disk, where the root is put together.
+    std::fs::remove_dir_all(&full).unwrap();
+    let cache_dir = small.join("cache");
+    std::fs::create_dir(&cache_dir).unwrap();
+    std::os::unix::fs::symlink(cache().join("base"), cache_dir.join("base")).unwrap();
+    let error = build(&options(site.clone().into(), cache_dir.clone())).unwrap_err();
+    let BuildError::DiskFullInTool { line, .. } = &error else { panic!("{error}") };
+    assert!(line.contains("No space left on device") && error.to_string().contains("--cache"), "{error}");
+    let mut left = names(&cache_dir);
+    left.sort();
+    assert_eq!(left, ["base", "lock"]);
+    assert_eq!(names(&Path::new(&site).join("build/minimal")), ["1"]);
 }
 
 fn the_same_inputs_give_the_same_bytes(options: &BuildOptions, built: &Built) {

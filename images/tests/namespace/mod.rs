@@ -1,11 +1,29 @@
 //! A mount namespace of the test's own, so that a small file system can be mounted without changing the host.
 #![allow(dead_code)]
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// Set inside.
 const INSIDE: &str = "KILN_TEST_NAMESPACE";
+
+/// A command in a mount namespace of its own, as root there; none with the reason where that is not allowed.
+pub fn as_root(program: &Path) -> Result<Command, String> {
+    let root = std::fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0);
+    // All subordinate ids, so that files may have many owners.
+    let how: &[&str] = if root { &["-m"] } else { &["-m", "--map-root-user", "--map-auto"] };
+    let usable = Command::new("unshare").args(how).arg("true").output();
+    match usable {
+        Ok(output) if output.status.success() => {
+            let mut command = Command::new("unshare");
+            command.args(how).arg(program);
+            Ok(command)
+        }
+        Ok(output) => Err(format!("`unshare {}`: {}", how.join(" "), String::from_utf8_lossy(&output.stderr).trim())),
+        Err(error) => Err(format!("unshare: {error}")),
+    }
+}
 
 /// Runs the test of this name again in new user and mount namespaces; true there, where the test itself then runs.
 pub fn inside(test: &str) -> bool {

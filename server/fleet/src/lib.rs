@@ -39,8 +39,8 @@ pub const BOOT_DEADLINE_MS: Millis = 15 * 60_000;
 /// A firmware that was answered downloads within so long, and goes on downloading; the default of
 /// [`Limits::firmware_patience`].
 pub const FIRMWARE_PATIENCE_MS: Millis = 60_000;
-/// From the whole boot program to the agent's first report, in [`Limits::firmware_patience`]: kernel, drivers, network. So
-/// long, too, a chain of loaders may take from the DISCOVER to the boot program.
+/// From the whole boot program to the agent's first report, in [`Limits::firmware_patience`]: kernel, drivers, network.
+/// So long, too, a chain of loaders may take from the DISCOVER to the boot program.
 pub const AGENT_PATIENCE: u64 = 3;
 /// Kind of the failure of [`kiln_protocol::Stage::Program`]: DHCP was answered, and nothing is downloaded.
 pub const NO_DOWNLOAD: &str = "no-download";

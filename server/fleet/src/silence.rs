@@ -1,7 +1,7 @@
 //! A firmware that says nothing more: what the server can tell of it by its own clock, as typed failures of its stages.
 //!
-//! They are the server's suspicion, not the machine's word: the state stays what it is, and whatever is heard next takes
-//! them back.
+//! They are the server's suspicion, not the machine's word: the state stays what it is, and whatever is heard next
+//! takes them back.
 
 use crate::boots::{Boot, StageAt};
 use crate::event::Action;

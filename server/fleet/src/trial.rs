@@ -8,8 +8,8 @@ use crate::{BOOT_DEADLINE_MS, Millis};
 use kiln_protocol::Via;
 
 impl Machine {
-    /// The trial is over; `failed` says why, behind its name. With a release to go back to, that one is assigned and the
-    /// pair quarantined.
+    /// The trial is over; `failed` says why, behind its name. With a release to go back to, that one is assigned and
+    /// the pair quarantined.
     pub(crate) fn fall_back(&mut self, failed: &str, now: Millis, out: &mut Vec<Action>) {
         let Some(trial) = self.assigned.clone() else { return };
         let Some(back) = self.last_good().cloned() else {

@@ -157,8 +157,8 @@ fn packets_that_are_not_confirmed_are_not_judged() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// Whatever a firmware does and whenever: no silence of more than the patience goes unsaid, none is said early, each
-    /// once, and the machine stays on its way.
+    /// Whatever a firmware does and whenever: no silence of more than the patience goes unsaid, none is said early,
+    /// each once, and the machine stays on its way.
     #[test]
     fn every_silence_is_said_once_and_in_time(
         steps in proptest::collection::vec((0..4_u8, 0..3 * PATIENCE), 1..60),
@@ -173,8 +173,8 @@ proptest! {
             while let Some(due) = s.m.due(limits).filter(|due| *due <= end) {
                 let (m, out) = s.m.clone().event(Event::Tick, limits, due.max(s.now));
                 s.now = due.max(s.now);
-                let failed = out.iter().filter(|a| matches!(a, Action::Stage(r) if matches!(r.state, StageState::Failed(_))));
-                for _ in failed {
+                let failed = |a: &&Action| matches!(a, Action::Stage(StageAt { state: StageState::Failed(_), .. }));
+                for _ in out.iter().filter(failed) {
                     said += 1;
                     let circles = s.now >= m.boots[0].started + AGENT_PATIENCE * firmware_patience;
                     prop_assert!(circles || s.now >= moved + firmware_patience, "{} after {moved}", s.now);

@@ -3,6 +3,7 @@
 //! One lock holds all machines. A step is taken under it and its rows are handed to the store in the same order; then
 //! the lock is given up, the commit awaited, and only after that anybody is answered or told.
 
+mod crowd;
 mod director;
 mod leases;
 mod netboot;
@@ -10,6 +11,7 @@ mod orders;
 mod reports;
 mod views;
 
+pub use crowd::MAX_DISCOVERED;
 pub use leases::{lease_from, lease_to};
 
 use crate::catalog::Catalog;
@@ -26,9 +28,6 @@ use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::Duration;
 use tokio::sync::{broadcast, watch};
-
-/// Machines that nobody approved: anyone can make them up, so they are few.
-pub const MAX_DISCOVERED: usize = 4096;
 
 /// The clock of everything here.
 pub fn now_ms() -> Millis {
@@ -51,6 +50,8 @@ pub(crate) struct Inner {
     pub(crate) macs: BTreeMap<String, MachineId>,
     /// Last-seen times that are not stored yet.
     seen: BTreeMap<MachineId, Millis>,
+    /// What unknown machines may still change.
+    crowd: crowd::Crowd,
 }
 
 /// What reports cost, since the start.
@@ -130,6 +131,7 @@ impl Control {
             envelopes: BTreeMap::new(),
             macs: BTreeMap::new(),
             seen: BTreeMap::new(),
+            crowd: crowd::Crowd::new(now),
         };
         for (id, mut stored) in store.load().await? {
             stored.machine.pin(config.key_of(&id));
@@ -311,11 +313,7 @@ impl Control {
                     pending.lines.push(Line { warn, machine: title.clone(), stage: "", text });
                 }
                 Action::Forget => {
-                    inner.machines.remove(id);
-                    inner.envelopes.remove(id);
-                    inner.macs.retain(|_, owner| owner != id);
-                    pending.commits.push(self.store.forget(id));
-                    pending.gone.push(id.clone());
+                    self.forget(inner, id, pending);
                     return Ok(());
                 }
             }
@@ -394,10 +392,6 @@ impl Inner {
 
     pub(crate) fn note_seen(&mut self, id: &MachineId, now: Millis) {
         self.seen.insert(id.clone(), now);
-    }
-
-    pub(crate) fn discovered(&self) -> usize {
-        self.machines.values().filter(|m| m.state.kind == StateKind::Discovered).count()
     }
 
     pub(crate) fn resolve(&self, name: &str) -> Result<MachineId, ControlError> {

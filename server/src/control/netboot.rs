@@ -60,13 +60,14 @@ impl Control {
             let listed =
                 || [&query.id_plain, &query.id].into_iter().flatten().find(|id| self.config.machines.contains_key(*id));
             let Some(id) = known.or_else(|| listed().cloned()).or_else(|| query.id.clone()) else { return Ok(()) };
-            if !inner.machines.contains_key(&id) && inner.discovered() >= MAX_DISCOVERED {
-                return Err(ControlError::TooManyUnknown);
+            let (mac, now) = (query.mac.to_string(), now_ms());
+            if !self.admit_packet(&mut inner, &id, &mac, now, &mut pending) {
+                return Ok(());
             }
-            if inner.macs.len() < 4 * MAX_DISCOVERED {
-                inner.macs.entry(query.mac.to_string()).or_insert_with(|| id.clone());
+            if inner.macs.len() < 4 * MAX_DISCOVERED + 8 * inner.machines.len() {
+                inner.macs.entry(mac).or_insert_with(|| id.clone());
             }
-            self.step(&mut inner, &id, Event::Asked, now_ms(), &mut pending)?;
+            self.step(&mut inner, &id, Event::Asked, now, &mut pending)?;
             pending
         };
         self.finish(pending).await

@@ -1,6 +1,6 @@
 //! A report and its answer.
 
-use super::{Control, Inner, MAX_DISCOVERED, Pending, now_ms};
+use super::{Control, Inner, Pending, now_ms};
 use crate::catalog::Catalog;
 use crate::error::ControlError;
 use crate::store::Envelope;
@@ -89,11 +89,8 @@ impl Control {
         let mut inner = self.lock();
         let mut pending = Pending::default();
         if !inner.machines.contains_key(id) {
-            // A flood of invented ids must not keep a listed machine out.
-            if !self.config.machines.contains_key(id) && inner.discovered() >= MAX_DISCOVERED {
-                return Err(ControlError::TooManyUnknown);
-            }
             self.drop_ghosts(&mut inner, id, &report, &mut pending);
+            self.admit_report(&mut inner, id, now, &mut pending)?;
         }
         let published_root = report.running.as_ref().and_then(|r| {
             let id = kiln_protocol::ReleaseId { image: r.image.clone(), release: r.release };

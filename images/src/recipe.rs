@@ -11,6 +11,8 @@ use toml::Spanned;
 
 /// How many recipes may extend each other.
 const EXTENDS_LIMIT: usize = 4;
+/// Most bytes of noise in one file.
+const MAX_NOISE: u64 = 1 << 20;
 
 /// A file that a recipe puts into the root.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,6 +107,7 @@ struct RawFile {
     mode: Option<Spanned<String>>,
     content: Option<Spanned<String>>,
     source: Option<Spanned<String>>,
+    noise: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -263,7 +266,7 @@ impl Partial {
                 Ok(_) | Err(_) => return Err(source.invalid(mode.span(), "a mode is octal, like \"0644\"")),
             },
         };
-        let content = match (file.content, file.source) {
+        let mut content = match (file.content, file.source) {
             (Some(content), None) => content.into_inner().into_bytes(),
             (None, Some(from)) => {
                 let from = folder.join(from.get_ref());
@@ -275,6 +278,12 @@ impl Partial {
                 return Err(source.invalid(span, "a file has either `content` or `source`"));
             }
         };
+        if let Some(size) = file.noise {
+            let bytes = bytes_of(size.get_ref()).filter(|bytes| *bytes <= MAX_NOISE);
+            let bytes =
+                bytes.ok_or_else(|| source.invalid(size.span(), "noise is a number with K, or M, up to \"1M\""))?;
+            content.extend(noise(&path, usize::try_from(bytes).expect("it is at most 1 MiB")));
+        }
         self.files.push(RecipeFile { path, mode, content });
         Ok(())
     }
@@ -350,6 +359,12 @@ fn is_root_path(text: &str) -> bool {
 
 fn is_command_line(text: &str) -> bool {
     text.len() < 2048 && text.trim() == text && text.chars().all(|c| c == ' ' || c.is_ascii_graphic())
+}
+
+/// Bytes that no compression makes smaller, the same for the same path: what they are appended to stays where it is.
+fn noise(path: &str, length: usize) -> Vec<u8> {
+    let hash = |index: u64| ring::digest::digest(&ring::digest::SHA256, format!("noise {index} {path}").as_bytes());
+    (0..).flat_map(|index| hash(index).as_ref().to_vec()).take(length).collect()
 }
 
 fn bytes_of(size: &str) -> Option<u64> {

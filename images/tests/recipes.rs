@@ -78,6 +78,11 @@ fn writable_places_and_files_are_checked() {
     assert!(refusal(&mount("/var/log", "2")).contains("a size is a number with K, M or G"));
     assert!(refusal(&format!("{GOOD}[[file]]\npath = \"/etc/x\"\n")).contains("either `content` or `source`"));
     assert!(refusal(&format!("{GOOD}[[file]]\npath = \"/etc/x\"\nmode = \"9\"\ncontent = \"\"\n")).contains("octal"));
+    let noisy = |size: &str| format!("{GOOD}[[file]]\npath = \"/x\"\ncontent = \"a\"\nnoise = \"{size}\"\n");
+    assert_eq!(load(&noisy("1M")).unwrap().files[0].content.len(), 1 + (1 << 20));
+    for size in ["2M", "7", "0K", "K"] {
+        assert!(refusal(&noisy(size)).contains("up to \"1M\""), "{size}");
+    }
 }
 
 #[test]
@@ -107,7 +112,12 @@ fn extending_adds_lists_and_ends_in_rings() {
 fn the_probes_marker_is_in_its_data_and_nowhere_else() {
     let probe = Recipe::load(&shipped("probe.toml")).unwrap();
     let data = probe.files.iter().find(|file| file.path == "/usr/share/kiln/probe-data").unwrap();
-    let marker = std::str::from_utf8(&data.content).unwrap().lines().next().unwrap().rsplit(' ').next().unwrap();
+    let (line, noise) = data.content.split_at(data.content.iter().position(|byte| *byte == b'\n').unwrap());
+    let marker = std::str::from_utf8(line).unwrap().rsplit(' ').next().unwrap();
+    assert_eq!(noise.len(), 1 + (52 << 10));
+    let packed = zstd::encode_all(noise, 19).unwrap();
+    assert!(packed.len() >= noise.len(), "{} of {} bytes are left: it could be moved", packed.len(), noise.len());
+    assert_eq!(Recipe::load(&shipped("probe.toml")).unwrap().files, probe.files, "the same at every build");
     assert!(marker.starts_with("KILN-PROBE-MARKER-"), "{marker}");
     let holds = |content: &[u8]| content.windows(marker.len()).filter(|window| *window == marker.as_bytes()).count();
     for file in &probe.files {

@@ -1,5 +1,5 @@
-//! A writer of newc cpio archives, the kernel's initramfs format. Deterministic: entries are sorted, inodes are counted,
-//! every time stamp is the same.
+//! A writer of newc cpio archives, the kernel's initramfs format. Deterministic: entries are sorted, inodes are
+//! counted, every time stamp is the same.
 //!
 //! It writes only what an initramfs needs: directories, files, symlinks and device nodes, all owned by root. No hard
 //! links, no CRC variant.

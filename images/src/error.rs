@@ -27,8 +27,8 @@ pub enum BuildError {
     },
     /// The disk is full.
     #[error(
-        "no space is left for {path}: no release was made or changed. Free some on its file system, where old folders of \
-         DIR/build and DIR/cache are the first to go, and build again"
+        "no space is left for {path}: no release was made or changed. Free some on its file system, where old folders \
+         of DIR/build and DIR/cache are the first to go, and build again"
     )]
     DiskFull {
         /// Which file.
@@ -36,8 +36,8 @@ pub enum BuildError {
     },
     /// A program found the disk full.
     #[error(
-        "no space was left while {doing}: {line}. No release was made or changed. Free some there (work is done in the cache, \
-         which --cache names, and where TMPDIR says), and build again"
+        "no space was left while {doing}: {line}. No release was made or changed. Free some there (work is done in the \
+         cache, which --cache names, and where TMPDIR says), and build again"
     )]
     DiskFullInTool {
         /// What for.

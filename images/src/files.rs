@@ -63,8 +63,8 @@ impl Drop for Pending {
     }
 }
 
-/// New files and folders that belong together. Dropped before [`Batch::keep`], they are gone again: what fails half way,
-/// on a full disk say, leaves nothing. What was there before and was replaced stays.
+/// New files and folders that belong together. Dropped before [`Batch::keep`], they are gone again: what fails half
+/// way, on a full disk say, leaves nothing. What was there before and was replaced stays.
 #[derive(Default)]
 pub(crate) struct Batch {
     new: Vec<PathBuf>,

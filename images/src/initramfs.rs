@@ -21,7 +21,8 @@ pub(crate) fn make(
     let archive = contents(recipe, base, boot, agent)?;
     let cpio = archive.into_bytes(u32::try_from(epoch).unwrap_or(0));
     let mut bytes = zstd::bulk::compress(&cpio, LEVEL).map_err(BuildError::Compress)?;
-    // A further cpio may be put behind it (a prefetched root, after kexec): the kernel looks for that at multiples of 4.
+    // A further cpio may be put behind it (a prefetched root, after kexec): the kernel looks for that at multiples of
+    // 4.
     bytes.resize(bytes.len().next_multiple_of(4), 0);
     Ok(bytes)
 }

@@ -12,7 +12,7 @@ pub mod cpio;
 pub mod error;
 mod host;
 mod initramfs;
-pub mod modules;
+mod modules;
 mod progress;
 pub mod recipe;
 mod root;

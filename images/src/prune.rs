@@ -1,7 +1,8 @@
 //! `kiln release prune`: old releases are taken out of an image's list, and later their artifacts out of `repo/`.
 //!
 //! First it is noted what goes, then the list is signed anew, then machines are served it; only after that anything is
-//! deleted, and only what no state that a machine may still read names. Killed anywhere, nothing is missing that is named.
+//! deleted, and only what no state that a machine may still read names. Killed anywhere, nothing is missing that is
+//! named.
 
 use crate::files::{Batch, PUBLIC, read_capped, write_atomic};
 use crate::repository::{newest_state, release_of, served_state};

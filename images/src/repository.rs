@@ -2,7 +2,8 @@
 //! builder, the publisher and the boot server all read it here.
 //!
 //! The anchor is the first root in `repo/metadata`, or the newest that a reader remembers: whoever can change that file
-//! owns the site directory anyhow. Artifacts are not read: their hashes are the manifests', and whoever boots them checks.
+//! owns the site directory anyhow. Artifacts are not read: their hashes are the manifests', and whoever boots them
+//! checks.
 
 use crate::files::{PUBLIC, read_capped, write_atomic};
 use crate::site::{SiteDir, TIMESTAMP_LIFETIME, after, sign};
@@ -245,8 +246,8 @@ pub(crate) fn served_state(site: &SiteDir, now: Timestamp) -> Result<Outcome, Si
     run(site, Client::new(&anchor, Seen::default(), now, limits, policy, Wanted::All), |_, _| Ok(None))
 }
 
-/// The newest snapshot in `repo/metadata` that verifies with all it lists. One that does not is passed over: a publisher
-/// may be writing it.
+/// The newest snapshot in `repo/metadata` that verifies with all it lists. One that does not is passed over: a
+/// publisher may be writing it.
 pub(crate) fn newest_state(site: &SiteDir, now: Timestamp) -> Result<Outcome, SiteError> {
     let mut refused = None;
     for version in snapshot_versions(site)? {

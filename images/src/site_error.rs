@@ -18,8 +18,8 @@ pub enum SiteError {
     #[error("cannot {action} {}: {source}", path.display())]
     Io { action: &'static str, path: PathBuf, source: io::Error },
     #[error(
-        "no space is left for {}: what machines are served has not changed. Free some on its file system, where old folders \
-         of DIR/build and DIR/cache are the first to go, and do the same again",
+        "no space is left for {}: what machines are served has not changed. Free some on its file system, where old \
+         folders of DIR/build and DIR/cache are the first to go, and do the same again",
         path.display()
     )]
     DiskFull { path: PathBuf },
@@ -52,23 +52,27 @@ pub enum SiteError {
     )]
     PublishedDiffers { release: String, published: String, built: String },
     #[error(
-        "the list of releases of {image} would have {bytes} bytes, and machines read at most {limit}: take old releases out \
-         with `kiln release prune {image} --keep N`"
+        "the list of releases of {image} would have {bytes} bytes, and machines read at most {limit}: take old \
+         releases out with `kiln release prune {image} --keep N`"
     )]
     ListFull { image: String, bytes: u64, limit: u64 },
     #[error(
-        "{image}/{release} is not above {image}/{highest}, which was pruned: a release number is never used again, build \
-         it with a higher one"
+        "{image}/{release} is not above {image}/{highest}, which was pruned: a release number is never used again, \
+         build it with a higher one"
     )]
     NumberUsed { image: String, release: u64, highest: u64 },
     #[error("no release of {image:?} is published: `kiln release list` shows what is")]
     NoSuchImage { image: String },
-    #[error("{}: {reason}: it was written by prunes before; restore it from a backup, or remove it and what it lists stays", path.display())]
+    #[error(
+        "{}: {reason}: it was written by prunes before; restore it from a backup, or remove it and what it lists stays",
+        path.display()
+    )]
     PruneRecord { path: PathBuf, reason: String },
     #[error("another `kiln serve` runs on {} (it holds {}): stop it first", dir.display(), lock.display())]
     Served { dir: PathBuf, lock: PathBuf },
     #[error(
-        "the director's key {} ({keyid}) is not one that site.json names: its assignments would be refused by every machine",
+        "the director's key {} ({keyid}) is not one that site.json names: its assignments would be refused by every \
+         machine",
         path.display()
     )]
     NotTheDirector { path: PathBuf, keyid: String },

@@ -182,8 +182,8 @@ fn list_of_packages(built: &Built) {
     assert!(!names.iter().any(|name| name.contains("initramfs-tools") || name.contains("networkd")));
 }
 
-/// Every file of the image is as mmdebstrap's tar has it, but for those that make it a Kiln image: read from the image's
-/// bytes, which needs no rights, and by the kernel where it can be mounted.
+/// Every file of the image is as mmdebstrap's tar has it, but for those that make it a Kiln image: read from the
+/// image's bytes, which needs no rights, and by the kernel where it can be mounted.
 fn files_are_the_packages(built: &Built, temp: &Path) {
     let image = built.folder.join("root");
     let bytes = std::fs::read(&image).unwrap();

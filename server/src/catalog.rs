@@ -1,5 +1,5 @@
-//! What is published, as the boot server asks for it. Read and verified by `kiln-images`, which the builder and the publisher
-//! use as well.
+//! What is published, as the boot server asks for it. Read and verified by `kiln-images`, which the builder and the
+//! publisher use as well.
 
 use crate::error::CatalogError;
 use jiff::Timestamp;

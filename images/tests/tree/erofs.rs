@@ -1,8 +1,8 @@
-//! What an erofs image says of its files, read without a mount and without rights: everything but their contents, which are
-//! compressed (`fsck.erofs --extract` gives those).
+//! What an erofs image says of its files, read without a mount and without rights: everything but their contents, which
+//! are compressed (`fsck.erofs --extract` gives those).
 //!
-//! Format: Linux Documentation/filesystems/erofs.rst and fs/erofs/erofs_fs.h. A reader of its own, so that what mkfs.erofs
-//! wrote is not judged by itself; where the kernel can mount the image, the two are compared.
+//! Format: Linux Documentation/filesystems/erofs.rst and fs/erofs/erofs_fs.h. A reader of its own, so that what
+//! mkfs.erofs wrote is not judged by itself; where the kernel can mount the image, the two are compared.
 
 use super::{Found, Tree, name_links};
 use std::collections::BTreeMap;

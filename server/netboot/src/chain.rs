@@ -1,9 +1,11 @@
-//! What is remembered of boot clients between packets: who was given undionly.kpxe and fetched it, and who has which address.
+//! What is remembered of boot clients between packets: who was given undionly.kpxe and fetched it, and who has which
+//! address.
 //!
-//! Deviation, forced by firmware: an iPXE in ROM and undionly.kpxe of the same build send equal options (measured with Debian's
-//! ipxe-qemu and undionly.kpxe: 60, 77, 93, 94, 97, 175 are the same bytes). Two things tell the second from the first: it sets
-//! the broadcast flag, because it starts with the address of the cached ACK that the ROM left it; and it was given
-//! undionly.kpxe and fetched it within the last minute. The memory is bounded; losing an entry costs one more chain.
+//! Deviation, forced by firmware: an iPXE in ROM and undionly.kpxe of the same build send equal options (measured with
+//! Debian's ipxe-qemu and undionly.kpxe: 60, 77, 93, 94, 97, 175 are the same bytes). Two things tell the second from
+//! the first: it sets the broadcast flag, because it starts with the address of the cached ACK that the ROM left it;
+//! and it was given undionly.kpxe and fetched it within the last minute. The memory is bounded; losing an entry costs
+//! one more chain.
 
 use crate::Mac;
 use kiln_protocol::MachineId;

@@ -96,11 +96,13 @@ pub struct Client {
     pub vendor: VendorClass,
     /// Option 93's whole list, or the one architecture that option 60 names; empty if neither is there.
     pub archs: Vec<ClientArch>,
-    /// The SMBIOS UUID of option 97, its first three fields little-endian as in the SMBIOS table: so EDK2 and iPXE send it.
+    /// The SMBIOS UUID of option 97, its first three fields little-endian as in the SMBIOS table: so EDK2 and iPXE send
+    /// it.
     pub id: Option<MachineId>,
     /// The same bytes read in plain order, for firmware that sends RFC 9562's.
     pub id_plain: Option<MachineId>,
-    /// It wants its answers broadcast. An iPXE does exactly when it has an address already: it was chained with a cached ACK.
+    /// It wants its answers broadcast. An iPXE does exactly when it has an address already: it was chained with a
+    /// cached ACK.
     pub broadcast: bool,
     /// It is iPXE (option 77).
     pub is_ipxe: bool,

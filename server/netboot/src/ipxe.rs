@@ -1,8 +1,8 @@
 //! iPXE: what a client says it can do, and the script that boots Linux by HTTP.
 //!
 //! Option 175 is iPXE's own (`src/include/ipxe/features.h`, `dhcp.h` there): sub-options of one byte per feature.
-//! Script syntax: a line per command, words split at blanks, `${…}` expanded. No quoting exists in it, so what cannot be
-//! written safely is refused instead.
+//! Script syntax: a line per command, words split at blanks, `${…}` expanded. No quoting exists in it, so what cannot
+//! be written safely is refused instead.
 
 use crate::Mac;
 use crate::options::Options;
@@ -72,8 +72,8 @@ pub fn boot_script(
     command_line: &str,
 ) -> Result<String, ScriptError> {
     check("the server's URL", http, |c| c.is_ascii_graphic() && c != '$')?;
-    // iPXE splits at blanks and hands the kernel the words joined again, so blanks are safe; `${` would expand, `#` begins a
-    // comment only at a line's start, `||` and `&&` alone between blanks are operators.
+    // iPXE splits at blanks and hands the kernel the words joined again, so blanks are safe; `${` would expand, `#`
+    // begins a comment only at a line's start, `||` and `&&` alone between blanks are operators.
     check("the command line", command_line, |c| (c.is_ascii_graphic() || c == ' ') && !matches!(c, '$' | '|' | '&'))?;
     Ok(format!(
         "#!ipxe\n\

@@ -1,7 +1,7 @@
 //! The address leases of a full DHCP server, as a table in memory (RFC 2131 §3.1, §4.3).
 //!
-//! Off-spec: a lease belongs to the Ethernet address, never to option 61. Firmware, iPXE, the agent and the booted system
-//! each make up another client identifier; by address the machine keeps one IP address through the whole chain.
+//! Off-spec: a lease belongs to the Ethernet address, never to option 61. Firmware, iPXE, the agent and the booted
+//! system each make up another client identifier; by address the machine keeps one IP address through the whole chain.
 //! Not here: probing an address before it is offered (a client's DECLINE does that), and more than one range.
 
 use crate::{Mac, RangeError};

@@ -8,8 +8,8 @@
 //! - [`tftp`]: requests, and one [`tftp::Transfer`] per download.
 //! - [`ipxe`]: what an iPXE client says it can do, and the script it gets.
 //!
-//! Sources: RFC 2131, 2132, 3046, 3396, 4578, the PXE 2.1 specification, the UEFI specification §24.7 (HTTP Boot), and RFC
-//! 1350, 2347, 2348, 2349, 7440 for TFTP. Where firmware forces a deviation, the code says which. IPv6 is not here.
+//! Sources: RFC 2131, 2132, 3046, 3396, 4578, the PXE 2.1 specification, the UEFI specification §24.7 (HTTP Boot), and
+//! RFC 1350, 2347, 2348, 2349, 7440 for TFTP. Where firmware forces a deviation, the code says which. IPv6 is not here.
 #![forbid(unsafe_code)]
 #![deny(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]

@@ -1,7 +1,8 @@
 //! DHCP's options as raw bytes, read by Kiln itself before dhcproto sees anything.
 //!
-//! Needed because dhcproto keeps only the first entry of option 93, re-encodes option 82 in its own order, takes a packet cut
-//! inside its options for a shorter one, and asserts lengths only in debug builds. RFC 2131 §3, §4.1; RFC 2132; RFC 3396.
+//! Needed because dhcproto keeps only the first entry of option 93, re-encodes option 82 in its own order, takes a
+//! packet cut inside its options for a shorter one, and asserts lengths only in debug builds. RFC 2131 §3, §4.1; RFC
+//! 2132; RFC 3396.
 
 use crate::PacketError;
 use std::collections::BTreeMap;

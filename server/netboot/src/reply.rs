@@ -141,7 +141,8 @@ fn put_class(out: &mut Writer, client: &Client, place: &Place) {
     match client.vendor {
         VendorClass::Pxe => {
             out.put(code::VENDOR_CLASS, b"PXEClient");
-            // PXE 2.1 table 2-1: PXE_DISCOVERY_CONTROL bit 3, take the file of this reply without looking for boot servers.
+            // PXE 2.1 table 2-1: PXE_DISCOVERY_CONTROL bit 3, take the file of this reply without looking for boot
+            // servers.
             let mut options = vec![6, 1, 8];
             if let Some(item) = client.boot_item {
                 options.extend([PXE_BOOT_ITEM, 4]);

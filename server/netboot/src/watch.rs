@@ -1,7 +1,8 @@
 //! Notices that nobody gives out addresses while Kiln runs as a proxy.
 //!
 //! A proxy rarely sees another server's OFFER: it goes to the client's own Ethernet address unless the client asked for
-//! broadcasts. But the client's REQUEST is a broadcast that names the server it took (RFC 2131 §3.1 step 3), so that is the sign.
+//! broadcasts. But the client's REQUEST is a broadcast that names the server it took (RFC 2131 §3.1 step 3), so that is
+//! the sign.
 
 use std::net::Ipv4Addr;
 

@@ -1,4 +1,5 @@
-//! Proxy mode, with packets captured from real firmware: OVMF's PXE, QEMU's iPXE ROM, Debian's undionly.kpxe and snponly.efi.
+//! Proxy mode, with packets captured from real firmware: OVMF's PXE, QEMU's iPXE ROM, Debian's undionly.kpxe and
+//! snponly.efi.
 #![allow(clippy::unwrap_used)]
 
 mod common;

@@ -1,4 +1,5 @@
-//! Transfers over a simulated network that loses, duplicates and delays: the client has exactly the bytes, or a clear failure.
+//! Transfers over a simulated network that loses, duplicates and delays: the client has exactly the bytes, or a clear
+//! failure.
 #![allow(clippy::unwrap_used)]
 
 use kiln_netboot::tftp::{Action, Ending, Limits, Request, Transfer};
@@ -185,7 +186,8 @@ proptest! {
                 prop_assert!(run.client.file == data);
             }
             Ending::Stalled { .. } | Ending::TooSlow { .. } => {
-                // Given up: what the client has is a prefix, and it can tell (no short block, or the last ACK was lost).
+                // Given up: what the client has is a prefix, and it can tell (no short block, or the last ACK was
+                // lost).
                 prop_assert!(data.starts_with(&run.client.file));
                 prop_assert!(!run.client.complete || run.client.file == data);
                 prop_assert!(run.took >= Duration::from_secs(30));
@@ -194,7 +196,8 @@ proptest! {
         }
     }
 
-    /// Every packet doubled: a server that answers each ACK would double its traffic with each round (RFC 1123 §4.2.3.1).
+    /// Every packet doubled: a server that answers each ACK would double its traffic with each round (RFC 1123
+    /// §4.2.3.1).
     #[test]
     fn doubled_packets_do_not_breed(window in 1u16..17, delay_ms in 0u64..3) {
         let data = data(200_000);

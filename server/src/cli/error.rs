@@ -15,8 +15,9 @@ pub(super) enum CliError {
     #[error("{} is not there: is `kiln serve` running on this site?", .0.display())]
     NoSocket(PathBuf),
     #[error(
-        "no `kiln serve` runs on {}, so nobody says which releases machines need: start it, name another with --server, or \
-         say --without-server to keep the newest releases and nothing else", .0.display()
+        "no `kiln serve` runs on {}, so nobody says which releases machines need: start it, name another with \
+         --server, or say --without-server to keep the newest releases and nothing else",
+        .0.display()
     )]
     NobodyToAsk(PathBuf),
     #[error("changes are made on the boot server only: use --site DIR there instead of --server")]

@@ -127,7 +127,8 @@ struct Prune {
     /// The site directory, with offline/
     #[arg(long, env = "KILN_SITE")]
     site: PathBuf,
-    /// Ask this boot server which releases machines need, as http://10.0.0.1:8080 [default: the one that runs on the site]
+    /// Ask this boot server which releases machines need, as http://10.0.0.1:8080 [default: the one that runs on the
+    /// site]
     #[arg(long, conflicts_with = "without_server")]
     server: Option<String>,
     /// Ask nobody: a machine that needs a release which is taken out cannot boot again

@@ -49,7 +49,8 @@ pub(super) fn publish(release: &ReleaseId, site: &Path) -> Result<(), CliError> 
     }
     if let Some(crowded) = done.crowded {
         eprintln!(
-            "warning: the list of releases of {} has {} of at most {} KiB; `kiln release prune {} --keep N` takes old ones out",
+            "warning: the list of releases of {} has {} of at most {} KiB; `kiln release prune {} --keep N` takes \
+             old ones out",
             release.image,
             crowded.bytes >> 10,
             crowded.limit >> 10,

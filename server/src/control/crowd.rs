@@ -1,5 +1,5 @@
-//! Machines that nobody knows. Whoever can send on the machines' network can make them up, so there is room for a number of
-//! them, they come in at a bounded rate, and whose agent was never heard gives way.
+//! Machines that nobody knows. Whoever can send on the machines' network can make them up, so there is room for a
+//! number of them, they come in at a bounded rate, and whose agent was never heard gives way.
 
 use super::{Control, Inner, Pending};
 use crate::error::ControlError;
@@ -73,8 +73,8 @@ impl Control {
                 inner.crowd.said = Some(now);
                 let packets = std::mem::take(&mut inner.crowd.passed_over);
                 tracing::warn!(
-                    "more unknown machines ask than are kept ({MAX_DISCOVERED}, then {RATE} a second): {packets} packets passed \
-                     over. Who sends them? A real machine is shown as soon as its agent reports"
+                    "more unknown machines ask than are kept ({MAX_DISCOVERED}, then {RATE} a second): {packets} \
+                     packets passed over. Who sends them? A real machine is shown as soon as its agent reports"
                 );
             }
         }
@@ -105,8 +105,8 @@ impl Control {
         machine.state.kind == StateKind::Discovered && !self.is_listed(&machine.id)
     }
 
-    /// Room for one more: the unknown machine that is silent for longest goes, of those whose agent was never heard; for
-    /// one that reports (at this time) also of those whose agent fell silent.
+    /// Room for one more: the unknown machine that is silent for longest goes, of those whose agent was never heard;
+    /// for one that reports (at this time) also of those whose agent fell silent.
     fn room(&self, inner: &mut Inner, reports: Option<Millis>, pending: &mut Pending) -> bool {
         let strangers = || inner.machines.values().filter(|machine| self.is_stranger(machine));
         if strangers().take(MAX_DISCOVERED).count() < MAX_DISCOVERED {

@@ -1,8 +1,8 @@
-//! The repository's files by HTTP/1.1: GET and HEAD, one range (RFC 9110 §14), ETag, immutable caching of what is named by its
-//! hash. Always with Content-Length, never chunked, never redirected: EDK2's HTTP boot needs that.
+//! The repository's files by HTTP/1.1: GET and HEAD, one range (RFC 9110 §14), ETag, immutable caching of what is named
+//! by its hash. Always with Content-Length, never chunked, never redirected: EDK2's HTTP boot needs that.
 //!
-//! Paths are not cleaned but matched: what does not have the exact form of a served file is not found. Several ranges in
-//! one request are answered whole, which the RFC allows.
+//! Paths are not cleaned but matched: what does not have the exact form of a served file is not found. Several ranges
+//! in one request are answered whole, which the RFC allows.
 
 use super::{App, Peer, text};
 use crate::net::PROGRESS;

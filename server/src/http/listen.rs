@@ -1,4 +1,5 @@
-//! Accepting connections: TCP, TLS, Unix. Bounded in number and time, for all and for each address, and ended gracefully.
+//! Accepting connections: TCP, TLS, Unix. Bounded in number and time, for all and for each address, and ended
+//! gracefully.
 
 use super::limits::{Gate, Limits, Ticket};
 use super::pace::{Exchanges, Paced, Watched};

@@ -1,6 +1,7 @@
 //! One TCP connection that its client may not hold for nothing: a request must arrive, and an answer be taken, in time.
 //!
-//! Lies beneath TLS and HTTP. A client that waits for the server, as one whose report is held, has nothing to hurry with.
+//! Lies beneath TLS and HTTP. A client that waits for the server, as one whose report is held, has nothing to hurry
+//! with.
 
 use super::limits::Limits;
 use axum::Router;
@@ -155,8 +156,8 @@ impl Paced {
         Ok(bytes)
     }
 
-    /// Nothing goes. The kernel calls when a third of its buffer is free, which at the lowest rate takes far longer than
-    /// the window; so now and then sending is simply tried.
+    /// Nothing goes. The kernel calls when a third of its buffer is free, which at the lowest rate takes far longer
+    /// than the window; so now and then sending is simply tried.
     fn blocked(
         &mut self,
         cx: &mut Context<'_>,

@@ -18,7 +18,8 @@ use tokio::time::{sleep, timeout};
 pub const DECISION_TIMEOUT: Duration = Duration::from_secs(2);
 /// So many decisions may be open; beyond, requests are dropped and the clients ask again.
 const MAX_DECISIONS: usize = 4096;
-/// Longest datagram looked at: one byte more than the longest that is read, so that a longer one is seen to be too long.
+/// Longest datagram looked at: one byte more than the longest that is read, so that a longer one is seen to be too
+/// long.
 const BUFFER: usize = 4097;
 
 /// What the loop needs to know beside the protocol's own settings.

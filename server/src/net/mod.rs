@@ -22,8 +22,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
 use tokio::sync::mpsc;
 
-/// The caller's boot decision. It is asked at a DISCOVER and again at the REQUEST, so asking must change nothing. An answer
-/// later than [`dhcp::DECISION_TIMEOUT`] is not used: the client asks again.
+/// The caller's boot decision. It is asked at a DISCOVER and again at the REQUEST, so asking must change nothing. An
+/// answer later than [`dhcp::DECISION_TIMEOUT`] is not used: the client asks again.
 pub type Decide = Arc<dyn Fn(BootQuery) -> Pin<Box<dyn Future<Output = BootAnswer> + Send>> + Send + Sync>;
 
 /// A download that goes on is told so often.

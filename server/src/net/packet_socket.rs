@@ -1,7 +1,7 @@
 //! UDP sockets that know through which interface, and to which address, a datagram came, and can answer the same way.
 //!
-//! `IP_PKTINFO` (ip(7)) both ways. A reply to 255.255.255.255 needs the interface, and a client takes an answer only from
-//! the address it asked, which the routing table alone does not choose right on a server with several.
+//! `IP_PKTINFO` (ip(7)) both ways. A reply to 255.255.255.255 needs the interface, and a client takes an answer only
+//! from the address it asked, which the routing table alone does not choose right on a server with several.
 
 use super::NetError;
 use nix::libc;

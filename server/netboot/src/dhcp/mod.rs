@@ -1,7 +1,7 @@
 //! One site's DHCP side: proxy beside another server, full server, or off.
 //!
-//! `receive` → (perhaps a boot decision by the caller) → `answered`. Requests are read on ports 67 and 4011; replies say to
-//! where, from which address and through which interface they go. RFC 2131; PXE 2.1 §2.2 for the proxy.
+//! `receive` → (perhaps a boot decision by the caller) → `answered`. Requests are read on ports 67 and 4011; replies
+//! say to where, from which address and through which interface they go. RFC 2131; PXE 2.1 §2.2 for the proxy.
 
 mod answer;
 mod types;
@@ -135,8 +135,8 @@ impl Dhcp {
         }
     }
 
-    /// Whether a packet that names server `id` speaks to this one. A proxy offers no address, so whoever asks for one means
-    /// another server, even one at the same address: a DHCP server on the same host.
+    /// Whether a packet that names server `id` speaks to this one. A proxy offers no address, so whoever asks for one
+    /// means another server, even one at the same address: a DHCP server on the same host.
     fn is_ours(&self, id: Ipv4Addr, arrival: &Arrival, client: &Client) -> bool {
         let same = id == arrival.local || Some(id) == self.config.address;
         same && (self.leases.is_some() || client.requested.is_none())
@@ -169,8 +169,8 @@ impl Dhcp {
         }
     }
 
-    /// A client that has what it needs from this proxy now takes an address from somebody. (One that got no boot program may
-    /// not ask for an address at all: EDK2 does not.)
+    /// A client that has what it needs from this proxy now takes an address from somebody. (One that got no boot
+    /// program may not ask for an address at all: EDK2 does not.)
     fn expect_other_server(&mut self, now_ms: u64, arrival: &Arrival) {
         if self.config.mode == Mode::Proxy && arrival.port == SERVER_PORT {
             self.watch.offered(now_ms);

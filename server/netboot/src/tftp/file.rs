@@ -24,7 +24,8 @@ impl BootFile {
         }
     }
 
-    /// Reads a request's name. Leading slashes and Windows' backslashes are firmware's habits; all else must match exactly.
+    /// Reads a request's name. Leading slashes and Windows' backslashes are firmware's habits; all else must match
+    /// exactly.
     pub fn parse(name: &str) -> Result<Self, TftpError> {
         let name = name.replace('\\', "/");
         match name.trim_start_matches('/') {

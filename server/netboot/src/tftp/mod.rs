@@ -1,7 +1,8 @@
-//! TFTP as a server of read requests: RFC 1350 with options (2347), blksize (2348), timeout and tsize (2349) and windowsize (7440).
+//! TFTP as a server of read requests: RFC 1350 with options (2347), blksize (2348), timeout and tsize (2349) and
+//! windowsize (7440).
 //!
-//! [`Request::parse`] reads the first packet, [`BootFile`] is the closed list of names served, [`Transfer`] is one download.
-//! Not here: writing, netascii, multicast (RFC 2090), which no firmware uses.
+//! [`Request::parse`] reads the first packet, [`BootFile`] is the closed list of names served, [`Transfer`] is one
+//! download. Not here: writing, netascii, multicast (RFC 2090), which no firmware uses.
 
 mod file;
 mod packet;

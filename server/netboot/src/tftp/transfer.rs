@@ -1,9 +1,9 @@
 //! One download, as a function of packets and time.
 //!
-//! The bytes stay with the caller: a [`Action::Block`] names a range of the file, so a thousand transfers of one file need
-//! one copy of it. Window and retransmission as RFC 7440 §4; with a window of one the duplicate-ACK guard of RFC 1123
-//! §4.2.3.1 ("Sorcerer's Apprentice"); with a larger one blocks are sent again early at most once, as in NewReno (RFC 6582),
-//! so that no network can make one packet breed more than two.
+//! The bytes stay with the caller: a [`Action::Block`] names a range of the file, so a thousand transfers of one file
+//! need one copy of it. Window and retransmission as RFC 7440 §4; with a window of one the duplicate-ACK guard of RFC
+//! 1123 §4.2.3.1 ("Sorcerer's Apprentice"); with a larger one blocks are sent again early at most once, as in NewReno
+//! (RFC 6582), so that no network can make one packet breed more than two.
 
 use super::Request;
 use super::packet::{OP_ACK, OP_ERROR, error_bytes, number, oack, opcode};
@@ -21,8 +21,8 @@ pub struct Limits {
     pub first_wait: Duration,
     /// Longest wait before a resend.
     pub longest_wait: Duration,
-    /// Without a new acknowledgement for so long, the client is gone, whatever it asked for. A wait of more than a third of
-    /// it (RFC 2349's `timeout`) is not acknowledged: it would leave no time for a resend.
+    /// Without a new acknowledgement for so long, the client is gone, whatever it asked for. A wait of more than a
+    /// third of it (RFC 2349's `timeout`) is not acknowledged: it would leave no time for a resend.
     pub stall: Duration,
     /// The whole transfer may take this and the time that `min_rate` gives its size.
     pub grace: Duration,
@@ -125,7 +125,8 @@ pub struct Transfer {
     base: u64,
     /// Highest block sent.
     sent: u64,
-    /// Highest block sent when blocks were last sent again: until it is acknowledged, only the timer sends them once more.
+    /// Highest block sent when blocks were last sent again: until it is acknowledged, only the timer sends them once
+    /// more.
     recover: u64,
     /// What is out was sent more than once: its acknowledgement tells no round trip (Karn).
     resent: bool,

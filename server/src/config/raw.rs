@@ -1,149 +1,19 @@
-//! `kiln.toml`: raw tables as written, checked into [`Config`]. Everything has a default; no file is needed.
-//!
-//! Unknown keys are refused with line and column, so that a misspelt limit is not a missing one.
+//! `kiln.toml` as it is written, and how it becomes a checked [`Config`].
 
+use super::{Boot, Config, Dhcp, DhcpMode, FullDhcp, Listed, is_name};
 use crate::error::ConfigError;
 use crate::http;
 use crate::net::tftp;
 use kiln_fleet::Limits;
-use kiln_protocol::{ImageName, KeyId, MachineId};
+use kiln_protocol::{ImageName, MachineId};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::path::{Path, PathBuf};
-
-/// The checked configuration.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Config {
-    /// Where artifacts, the read-only API and the web page are served.
-    pub http: SocketAddr,
-    /// What its clients may take.
-    pub http_limits: http::Limits,
-    /// Where agents report.
-    pub agent_api: SocketAddr,
-    /// What its clients may take.
-    pub agent_limits: http::Limits,
-    /// DHCP.
-    pub dhcp: Dhcp,
-    /// Where TFTP is served.
-    pub tftp: SocketAddr,
-    /// Downloads by TFTP at once.
-    pub tftp_transfers: usize,
-    /// Downloads by TFTP at once of one address.
-    pub tftp_per_address: usize,
-    /// How machines boot.
-    pub boot: Boot,
-    /// The fleet's limits.
-    pub limits: Limits,
-    /// Image by role name.
-    pub roles: BTreeMap<String, ImageName>,
-    /// The pre-loaded list.
-    pub machines: BTreeMap<MachineId, Listed>,
-}
-
-/// DHCP settings.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Dhcp {
-    /// What is answered.
-    pub mode: DhcpMode,
-    /// Only on this interface; none: on every one with an address.
-    pub interface: Option<String>,
-}
-
-/// What the DHCP side answers.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum DhcpMode {
-    /// Boot programs, beside the site's own server.
-    Proxy,
-    /// Addresses too.
-    Full(FullDhcp),
-    /// Nothing.
-    Off,
-}
-
-/// A full DHCP server's settings.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FullDhcp {
-    /// First address given out.
-    pub first: Ipv4Addr,
-    /// Last one.
-    pub last: Ipv4Addr,
-    /// Default gateway.
-    pub router: Option<Ipv4Addr>,
-    /// Name servers.
-    pub dns: Vec<Ipv4Addr>,
-    /// How long a lease lasts, in seconds.
-    pub lease_s: u32,
-}
-
-/// How machines boot.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Boot {
-    /// This server's address in boot programs' URLs; none: the one a request came in on.
-    pub address: Option<Ipv4Addr>,
-    /// iPXE for BIOS machines.
-    pub undionly: PathBuf,
-    /// iPXE for UEFI machines.
-    pub snponly: PathBuf,
-    /// What an unknown machine is given, so that its agent can introduce itself.
-    pub default_image: ImageName,
-    /// Answer UEFI HTTP Boot.
-    pub http_boot: bool,
-}
-
-/// One line of the pre-loaded list.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listed {
-    /// The name it gets.
-    pub name: String,
-    /// Its role.
-    pub role: String,
-    /// The only identity key that may report under its id; none: the first that does.
-    pub key: Option<KeyId>,
-}
-
-impl Config {
-    /// Reads a file. `None`: the site's own `kiln.toml` if there is one, else all defaults.
-    pub fn load(site: &Path, file: Option<&Path>) -> Result<(Self, Option<PathBuf>), ConfigError> {
-        let path = file.map_or_else(|| site.join("kiln.toml"), Path::to_owned);
-        match std::fs::read_to_string(&path) {
-            Ok(text) => Self::parse(&text)
-                .map_err(|e| ConfigError::Invalid { path: path.clone(), reason: Box::new(e) })
-                .map(|config| (config, Some(path))),
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound && file.is_none() => Ok((Self::default(), None)),
-            Err(source) => Err(ConfigError::Read { path, source }),
-        }
-    }
-
-    /// Reads the text of a file.
-    pub fn parse(text: &str) -> Result<Self, ConfigError> {
-        let raw: Raw = toml::from_str(text).map_err(|e| ConfigError::Toml(e.to_string().trim_end().to_owned()))?;
-        Self::try_from(raw)
-    }
-
-    /// The only key that may report under this id, if the list names one.
-    pub fn key_of(&self, id: &MachineId) -> Option<&KeyId> {
-        self.machines.get(id)?.key.as_ref()
-    }
-
-    /// A role's image.
-    pub fn image_of(&self, role: &str) -> Result<&ImageName, ConfigError> {
-        self.roles.get(role).ok_or_else(|| ConfigError::UnknownRole {
-            role: role.to_owned(),
-            known: self.roles.keys().cloned().collect::<Vec<_>>().join(", "),
-        })
-    }
-}
-
-impl Default for Config {
-    fn default() -> Self {
-        Self::try_from(Raw::default()).expect("the defaults are valid; a test reads them")
-    }
-}
+use std::path::PathBuf;
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct Raw {
+pub(super) struct Raw {
     http: RawListen,
     agent_api: RawListen,
     dhcp: RawDhcp,
@@ -234,13 +104,6 @@ struct RawMachine {
 
 fn bad(key: &str, reason: impl std::fmt::Display) -> ConfigError {
     ConfigError::Value { key: key.to_owned(), reason: reason.to_string() }
-}
-
-/// A name a person types: no spaces, nothing a shell or a path would take apart.
-pub fn is_name(name: &str) -> bool {
-    (1..=63).contains(&name.len())
-        && name.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'))
 }
 
 const NAME: &str = "1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit";
@@ -400,125 +263,5 @@ impl TryFrom<Raw> for Config {
             roles,
             machines,
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const ALL: &str = r#"
-[http]
-listen = "127.0.0.1:18080"
-max_connections = 100
-max_per_address = 10
-min_rate = 0
-[agent_api]
-listen = "127.0.0.1:18443"
-max_per_address = 8000
-[dhcp]
-mode = "full"
-interface = "br0"
-[dhcp.full]
-range = "10.0.0.100-10.0.0.200"
-router = "10.0.0.1"
-dns = ["10.0.0.1"]
-lease_s = 600
-[tftp]
-listen = "0.0.0.0:69"
-max_transfers = 50
-max_per_address = 5
-[boot]
-address = "10.77.0.1"
-undionly = "/u"
-snponly = "/s"
-default_image = "minimal"
-http_boot = false
-[fleet]
-max_unavailable = 2
-trial_attempts = 4
-firmware_patience = "90s"
-[[role]]
-name = "lab"
-image = "minimal"
-[[machine]]
-id = "00000000-0000-0000-0000-00000000000A"
-name = "rack-1"
-role = "lab"
-key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
-"#;
-
-    #[test]
-    fn every_key_is_read() {
-        let c = Config::parse(ALL).unwrap();
-        assert_eq!(c.http.port(), 18080);
-        let usual = http::Limits::default();
-        let expected = http::Limits { max_connections: 100, max_per_address: 10, min_rate: 0, ..usual };
-        assert_eq!(c.http_limits, expected);
-        assert_eq!(c.agent_limits, http::Limits { max_per_address: 8000, ..usual });
-        assert_eq!((c.tftp_transfers, c.tftp_per_address), (50, 5));
-        assert!(
-            matches!(&c.dhcp.mode, DhcpMode::Full(f) if f.lease_s == 600 && f.last == Ipv4Addr::new(10, 0, 0, 200))
-        );
-        assert_eq!(c.limits, Limits { max_unavailable: 2, trial_attempts: 4, firmware_patience: 90_000 });
-        let id = "00000000-0000-0000-0000-00000000000a".parse().unwrap();
-        let key = Some("ab".repeat(32).parse().unwrap());
-        assert_eq!(c.machines[&id], Listed { name: "rack-1".into(), role: "lab".into(), key });
-        assert!(!c.boot.http_boot);
-    }
-
-    #[test]
-    fn no_file_is_a_file_of_defaults() {
-        let c = Config::default();
-        assert_eq!((c.http.port(), c.agent_api.port(), c.tftp.port()), (8080, 8443, 69));
-        assert_eq!((c.dhcp.mode, c.limits), (DhcpMode::Proxy, Limits::default()));
-        assert_eq!(c.roles.keys().collect::<Vec<_>>(), ["default"]);
-    }
-
-    #[test]
-    fn mistakes_are_named() {
-        let message = |text: &str| Config::parse(text).unwrap_err().to_string();
-        let unknown = message("[http]\nlisten = \"0.0.0.0:1\"\nlisen = \"x\"\n");
-        assert!(unknown.contains("line 3, column 1") && unknown.contains("lisen"), "{unknown}");
-        let top = message("\n[htpp]\n");
-        assert!(top.contains("line 2, column 2") && top.contains("htpp"), "{top}");
-        let role = message("[[role]]\nname = \"a\"\nimage = \"minimal\"\nimgae = 1\n");
-        assert!(role.contains("line 4, column 1"), "{role}");
-        for (text, expected) in [
-            ("[fleet]\nmax_unavailable = 0", "fleet.max_unavailable"),
-            ("[http]\nmax_connections = 0", "http.max_connections"),
-            ("[agent_api]\nmax_per_address = 0", "agent_api.max_per_address"),
-            ("[agent_api]\nmax_per_address = 8001", "agent_api.max_per_address: 8001 for one address"),
-            ("[tftp]\nmax_transfers = 3\nmax_per_address = 4", "tftp.max_per_address"),
-            ("[fleet]\ntrial_attempts = 0", "fleet.trial_attempts"),
-            ("[fleet]\nfirmware_patience = \"soon\"", "fleet.firmware_patience: \"soon\": expected a time"),
-            ("[fleet]\nfirmware_patience = \"60\"", "as \"60s\" or \"2m\""),
-            ("[fleet]\nfirmware_patience = \"4s\"", "from 5s to 5m"),
-            ("[fleet]\nfirmware_patience = \"-60s\"", "from 5s to 5m"),
-            ("[fleet]\nfirmware_patience = \"301s\"", "from 5s to 5m"),
-            ("[fleet]\nfirmware_patience = 60", "line 2"),
-            ("[dhcp]\nmode = \"full\"", "[dhcp.full]"),
-            ("[dhcp.full]\nrange = \"10.0.0.1-10.0.0.2\"", "mode = \"full\""),
-            ("[dhcp]\nmode = \"full\"\n[dhcp.full]\nrange = \"10.0.0.9-10.0.0.2\"", "below the first"),
-            ("[dhcp]\nmode = \"half\"", "line 2"),
-            ("[[role]]\nname = \"a\"\nimage = \"../x\"", "role a: image"),
-            ("[[role]]\nname = \"a b\"\nimage = \"x\"", "role.name"),
-            ("[[machine]]\nid = \"x\"\nname = \"n\"\nrole = \"default\"", "machine.id"),
-            (
-                "[[machine]]\nid = \"00000000-0000-0000-0000-000000000001\"\nname = \"n\"\nrole = \"default\"\nkey = \"ab\"",
-                "machine.key: key id: expected 64 lower-case hex digits, got \"ab\"",
-            ),
-            (
-                "[[machine]]\nid = \"00000000-0000-0000-0000-000000000001\"\nname = \"n\"\nrole = \"db\"",
-                "known are: default",
-            ),
-        ] {
-            let got = message(text);
-            assert!(got.contains(expected), "{text}: {got}");
-        }
-        let twice = ALL.replace("ABAB", "abab").replace("00A\"", "00B\"").replace("rack-1", "rack-2");
-        let second = &twice[twice.find("[[machine]]").unwrap()..];
-        let got = message(&format!("{ALL}{second}"));
-        assert!(got.contains("machine.key: rack-1 and rack-2 have the same"), "{got}");
     }
 }

@@ -4,6 +4,7 @@ use crate::error::{AgentError, Result};
 use crate::modules::ModuleIndex;
 use crate::sys;
 use std::collections::HashSet;
+use std::ffi::CStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -68,7 +69,7 @@ impl Drivers {
             let path = self.dir.join(relative);
             itself = File::open(&path).and_then(|file| {
                 let compressed = path.extension().is_some_and(|e| e != "ko");
-                sys::load_module(&file, compressed)
+                sys::load_module(&file, compressed, parameters(&name))
             });
             if itself.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EEXIST)) {
                 itself = Ok(());
@@ -82,6 +83,12 @@ impl Drivers {
             println!("kiln-agent: driver {module} does not load ({})", failed.join("; "));
         }
     }
+}
+
+/// A watchdog that runs goes on through a restart and a kexec: the next kernel is watched from its first instruction
+/// (watchdog-parameters.rst).
+fn parameters(module: &str) -> &'static CStr {
+    if module == "watchdog" { c"stop_on_reboot=0" } else { c"" }
 }
 
 fn collect_aliases(dir: &Path, depth: usize, aliases: &mut HashSet<String>) {

@@ -11,6 +11,7 @@ use crate::memory::Place;
 use crate::net::{self, Lease};
 use crate::plan::{self, Plan};
 use crate::verifier::{Answer, Servers, Verified, Verifier};
+use crate::watchdog::Watchdog;
 use crate::{change, facts, kexec, verity};
 use kiln_protocol::{Assignment, ReleaseId, RunningRelease, Stage, Via};
 use kiln_release::{BOOT_PATH, BootInfo, hex};
@@ -72,7 +73,13 @@ fn boot() -> Result<Infallible> {
         .enable_all()
         .build()
         .map_err(AgentError::system("starting the runtime"))?;
-    runtime.block_on(go(boot, journal, drivers))
+    let watchdog = Watchdog::arm();
+    runtime.block_on(async {
+        if let Some(watchdog) = watchdog {
+            tokio::spawn(watchdog.keep());
+        }
+        go(boot, journal, drivers).await
+    })
 }
 
 async fn go(boot: BootInfo, journal: JournalState, mut drivers: Drivers) -> Result<Infallible> {

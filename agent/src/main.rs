@@ -26,6 +26,7 @@ mod sys;
 mod testing;
 mod verifier;
 mod verity;
+mod watchdog;
 
 use error::{AgentError, Result};
 use std::process::ExitCode;

@@ -7,12 +7,12 @@ use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{AsRawFd, RawFd};
 
-/// `finit_module(2)` of a `.ko` or of one compressed as the kernel itself can read.
-pub fn load_module(file: &File, compressed: bool) -> Result<()> {
+/// `finit_module(2)` of a `.ko` or of one compressed as the kernel itself can read, with its parameters.
+pub fn load_module(file: &File, compressed: bool, parameters: &CStr) -> Result<()> {
     const MODULE_INIT_COMPRESSED_FILE: libc::c_int = 4;
     let flags = if compressed { MODULE_INIT_COMPRESSED_FILE } else { 0 };
-    // SAFETY: the descriptor is open for the call, the parameter string is a static NUL-terminated one.
-    let rc = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), flags) };
+    // SAFETY: the descriptor is open for the call, the parameters are NUL-terminated.
+    let rc = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), parameters.as_ptr(), flags) };
     if rc == 0 { Ok(()) } else { Err(Error::last_os_error()) }
 }
 
@@ -231,6 +231,16 @@ pub fn clear_immutable(file: &File) -> Result<()> {
         fs_set_flags(file.as_raw_fd(), &raw const flags)?;
     }
     Ok(())
+}
+
+nix::ioctl_readwrite!(wdioc_settimeout, b'W', 6, libc::c_int);
+
+/// Sets an open watchdog's time-out (watchdog-api.rst, WDIOC_SETTIMEOUT); gives what the hardware made of it. Seconds.
+pub fn watchdog_timeout(watchdog: &File, seconds: libc::c_int) -> Result<libc::c_int> {
+    let mut seconds = seconds;
+    // SAFETY: `seconds` is the int that the call reads and writes.
+    unsafe { wdioc_settimeout(watchdog.as_raw_fd(), &raw mut seconds) }?;
+    Ok(seconds)
 }
 
 /// A file in memory, gone with its last descriptor.

@@ -228,6 +228,7 @@ impl Machine {
             arg(&["-drive", &format!("if=pflash,format=raw,file={}", store.display())]);
         }
         arg(&["-device", "virtio-rng-pci"]);
+        arg(&["-device", "i6300esb", "-action", "watchdog=reset"]);
         qemu
     }
 

@@ -14,6 +14,7 @@ use crate::journal::{Journal, monotonic_ms};
 use crate::memory::{Place, random};
 use crate::plan::{self, Plan};
 use crate::verifier::{Answer, Verifier};
+use crate::watchdog::Watchdog;
 use crate::{facts, init, net, verity};
 use duty::{Action, Duty, Event, Target, Trouble, Wanted};
 use kiln_protocol::{Assignment, Decision, Grant, Health, Nonce, ReleaseId, Reply, RunningRelease, Stage, Via};
@@ -49,6 +50,9 @@ pub fn run() -> Result<()> {
 
 async fn serve() -> Result<()> {
     let handoff = Handoff::read()?;
+    if let Some(watchdog) = Watchdog::arm() {
+        tokio::spawn(watchdog.keep());
+    }
     tokio::spawn(net::keep(handoff.lease.clone(), facts_id()?));
     forget_an_earlier_start();
     let probe = Probe::new(verity::running_root_hash, "systemctl");

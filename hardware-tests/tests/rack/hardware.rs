@@ -1,9 +1,10 @@
 //! Other hardware than virtio: what the agent finds by modalias with the generic kernel (image `servers`).
 
 use kiln_lab::machine::{Disk, Firmware, MachineSpec, text};
-use kiln_lab::rack::{Rack, RackOptions};
+use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{command, console::Mark, site, testing};
+use kiln_protocol::Stage;
 
 const NAME: &str = "rack-1";
 
@@ -71,5 +72,50 @@ fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
         assert!(given.last().unwrap().contains(&macs[0]), "{given:#?}");
         let console = rack.machine(NAME).console().unwrap();
         assert!(!console.since(Mark::default()).contains("kiln-agent: driver "), "a driver did not load");
+    });
+}
+
+/// The next release's kernel never comes to its init, and says nothing more. It was started by kexec: no firmware and no
+/// boot loader is there to notice. The watchdog that the release before armed restarts the machine, the boot server takes
+/// that for what it is, and the machine comes back on the release that ran before.
+#[test]
+#[ignore = "slow: waits for a watchdog; make test-slow"]
+fn a_kernel_that_hangs_after_kexec_is_ended_by_the_watchdog() {
+    testing::rack(|paths| {
+        let mut options =
+            RackOptions::scenario(paths, "watchdog", MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)));
+        options.config = "[fleet]\ntrial_attempts = 1\n".into();
+        let mut rack = Rack::start(paths, &options).unwrap();
+        let minimal = paths.repository.join("images/recipes/minimal.toml");
+        let recipe = paths.scratch.join("hangs.toml");
+        let line = "console=tty0 console=ttyS0,115200 panic=0 rdinit=/nowhere";
+        std::fs::write(&recipe, format!("extends = \"{}\"\ncommand_line = \"{line}\"\n", minimal.display())).unwrap();
+        let (recipe, agent, cache) = (recipe.display(), paths.agent.display(), paths.lab.join("cache"));
+        rack.kiln(&[
+            "image",
+            "build",
+            &recipe.to_string(),
+            "--release",
+            "3",
+            "--agent",
+            &agent.to_string(),
+            "--cache",
+            &cache.display().to_string(),
+        ])
+        .unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        rack.wait_healthy(NAME, 1).unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        assert!(console.since(Mark::default()).contains("hardware watchdog: a hang of 180 s"), "it was not armed");
+        rack.kiln(&["release", "publish", "minimal/3"]).unwrap();
+        let resets = rack.machine(NAME).resets();
+        rack.kiln(&["assign", NAME, "minimal/3", "--via", "kexec"]).unwrap();
+        console.wait_for("end Kernel panic", Mark::default(), IDLE).unwrap();
+        assert_eq!(rack.machine(NAME).resets(), resets, "it hangs");
+        // Nobody touches it.
+        rack.machine(NAME).wait_reset(resets, 2 * IDLE).unwrap();
+        let view = rack.wait(NAME, "back on release 1", |v| v.state == "fell-back" && v.release == Some(1)).unwrap();
+        assert!(view.reason.as_deref().is_some_and(|r| r.contains("minimal/3")), "{view:#?}");
+        rack.wait(NAME, "healthy", |v| v.boot().is_some_and(|b| b.at(Stage::Healthy, "done").is_some())).unwrap();
     });
 }

@@ -104,8 +104,25 @@ impl Machine {
         }
     }
 
+    /// The last that was heard of it: it goes by kexec.
+    fn jumped(&self) -> bool {
+        let going = |state: fn(&StageState) -> bool| {
+            let stages = self.boots.back().filter(|b| !b.is_unclaimed()).map(|b| &b.stages);
+            stages.is_some_and(|s| s.iter().any(|s| s.stage == Stage::Going && state(&s.state)))
+        };
+        // A kernel that could not be loaded is reached through the firmware.
+        self.state.kind == StateKind::Reimaging
+            && self.assigned.as_ref().is_some_and(|a| a.via == Via::Kexec)
+            && going(|s| matches!(s, StageState::Started | StageState::Done))
+            && !going(|s| matches!(s, StageState::Failed(_)))
+    }
+
     pub(crate) fn asked_for_boot(&mut self, limits: Limits, now: Millis, out: &mut Vec<Action>) {
         self.last_seen = self.last_seen.max(now);
+        if self.is_trial() && self.jumped() {
+            // It left by kexec and is back at its firmware without a word from the trial: the trial was started, and failed.
+            self.attempts += 1;
+        }
         // A firmware repeats itself until it is answered, and iPXE asks again: one boot until its program moves.
         match self.boots.back() {
             Some(boot) if boot.is_unclaimed() => {

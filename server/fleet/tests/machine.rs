@@ -48,6 +48,23 @@ fn reimage_by_kexec() {
 }
 
 #[test]
+fn a_trial_that_hangs_after_a_kexec_has_had_a_boot() {
+    let mut s = Story::good_on_1();
+    s.assign(2, Via::Kexec).then(Event::Granted).then(by(1, going(1, "a", 4, 1))).is(StateKind::Reimaging);
+    s.then(Event::Asked).then(Event::Asked).is(StateKind::Reimaging);
+    assert_eq!(s.m.attempts, 1, "the kexec was one, however often its firmware repeats itself");
+    s.then(Event::Downloads(rel(2)));
+    assert_eq!(s.m.attempts, 2);
+
+    let mut s = Story::good_on_1();
+    let mut r = going(1, "a", 4, 1);
+    let failure = Failure { kind: "kexec-load".into(), message: "refused".into(), attempt: 1, retry_in_ms: None };
+    r.stages.insert(0, StageRecord { stage: Stage::Going, state: StageState::Failed(failure), at_ms: r.at_ms });
+    s.assign(2, Via::Kexec).then(Event::Granted).then(by(1, r)).is(StateKind::Reimaging).then(Event::Asked);
+    assert_eq!(s.m.attempts, 0, "it could not be loaded, so it goes through its firmware");
+}
+
+#[test]
 fn a_failed_start_of_the_other_release_gives_the_grant_back() {
     let mut s = Story::good_on_1();
     s.assign(2, Via::Kexec).then(Event::Granted);

@@ -99,12 +99,13 @@ impl Leases {
         Ok(Self { config, by_address: BTreeMap::new(), by_mac: BTreeMap::new(), next })
     }
 
-    /// Takes up what an earlier run persisted; leases outside the range are dropped.
+    /// Takes up what an earlier run persisted; leases outside the range are dropped. Of a machine that moved, its former
+    /// address may be among them: the lease that ends last is the one it has.
     pub(crate) fn restore(&mut self, leases: impl IntoIterator<Item = Lease>) {
+        let mut leases: Vec<Lease> = leases.into_iter().filter(|lease| self.in_range(lease.address)).collect();
+        leases.sort_by_key(|lease| lease.until_ms);
         for lease in leases {
-            if self.in_range(lease.address) {
-                self.put(lease);
-            }
+            self.put(lease);
         }
     }
 

@@ -160,6 +160,36 @@ fn leases_survive_a_restart() {
 }
 
 #[test]
+fn a_machine_that_moved_gives_up_its_former_address_also_over_a_restart() {
+    let mut dhcp = full(100, 101);
+    let select = |dhcp: &mut Dhcp, now_ms: u64, mac: u8, address: u8| {
+        let wanted = at(address).octets();
+        let answer = reply(dhcp, now_ms, &ordinary(3, mac, &[(54, &SERVER.octets()), (50, &wanted)])).unwrap();
+        (answer.kind(), answer.0.yiaddr())
+    };
+    // What is persisted, in the order it was first written: both addresses are there, whichever it has now.
+    let mut stored: Vec<Lease> = Vec::new();
+    let mut persist = |dhcp: &Dhcp| {
+        for lease in dhcp.leases() {
+            match stored.iter_mut().find(|known| known.address == lease.address) {
+                Some(known) => *known = lease,
+                None => stored.push(lease),
+            }
+        }
+        stored.clone()
+    };
+    for (minute, address) in [(0, 100), (1, 101), (2, 100)] {
+        assert_eq!(select(&mut dhcp, minute * 60_000, 0, address), (MessageType::Ack, at(address)));
+        persist(&dhcp);
+    }
+    let mut again = Dhcp::new(config(Mode::Full(lease_config(100, 101))), persist(&dhcp)).unwrap();
+    for server in [&mut dhcp, &mut again] {
+        assert_eq!(select(server, 180_000, 1, 100).0, MessageType::Nak, "it is the first machine's");
+        assert_eq!(select(server, 180_000, 1, 101), (MessageType::Ack, at(101)), "which has no other");
+    }
+}
+
+#[test]
 fn settings_that_cannot_be_are_refused() {
     let refused = |c: LeaseConfig| Dhcp::new(config(Mode::Full(c)), []).unwrap_err();
     assert!(matches!(refused(lease_config(110, 100)), RangeError::Backwards { .. }));
@@ -205,6 +235,8 @@ proptest! {
             if let Some((other, until)) = held.get(&given).filter(|(m, _)| *m != mac) {
                 prop_assert!(*until <= now_ms, "{given} is {other}'s until {until}, given to {mac} at {now_ms}");
             }
+            // One address for each machine: with the new one it gives the former up.
+            held.retain(|_, (holder, _)| *holder != mac);
             held.insert(given, (mac, now_ms + 3_600_000));
         }
     }

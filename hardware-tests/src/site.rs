@@ -20,6 +20,8 @@ pub fn template(paths: &Paths) -> PathBuf {
 
 /// The image that says on the console what it refuses; only tests boot it.
 pub const PROBE: &str = "probe";
+/// Release 3 of [`IMAGE`], whose kernel hangs.
+pub const HANGS: &str = "hangs";
 /// The image with drivers for real hardware.
 pub const SERVERS: &str = "servers";
 
@@ -28,17 +30,19 @@ pub const SERVERS: &str = "servers";
 pub fn prepare(paths: &Paths, further: &[String]) -> Result<(), LabError> {
     prepare_lab(paths)?;
     let site = template(paths);
-    for image in further {
-        if !site.join(format!("build/{image}/1/manifest.json")).exists() {
-            println!("lab: building {image}");
-            build(paths, &site, image, "1")?;
+    for recipe in further {
+        // A recipe without a name of its own is a further release of the image it extends.
+        let (image, release) = if recipe == HANGS { (IMAGE, "3") } else { (recipe.as_str(), "1") };
+        if !site.join(format!("build/{image}/{release}/manifest.json")).exists() {
+            println!("lab: building {recipe}");
+            build(paths, &site, recipe, release)?;
         }
     }
     Ok(())
 }
 
-fn build(paths: &Paths, site: &Path, image: &str, release: &str) -> Result<(), LabError> {
-    let recipe = text(&paths.repository.join(format!("images/recipes/{image}.toml")));
+fn build(paths: &Paths, site: &Path, recipe: &str, release: &str) -> Result<(), LabError> {
+    let recipe = text(&paths.repository.join(format!("images/recipes/{recipe}.toml")));
     let (site, agent, cache) = (text(site), text(&paths.agent), text(&paths.lab.join("cache")));
     let args = ["image", "build", &recipe, "--site", &site, "--release", release, "--agent", &agent, "--cache", &cache];
     kiln(paths, &args)

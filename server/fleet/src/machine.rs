@@ -193,7 +193,8 @@ impl Machine {
             | StateKind::FellBack
             | StateKind::Quarantined => {
                 let assigned = self.assigned.as_ref().map(|a| &a.release);
-                let spent = self.is_trial() && self.attempts_if_believed() >= limit;
+                let attempts = self.attempts_if_believed() + u32::from(self.jumped());
+                let spent = self.is_trial() && attempts >= limit;
                 if spent { self.last_good().or(assigned) } else { assigned }
             }
         }

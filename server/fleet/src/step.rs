@@ -105,7 +105,7 @@ impl Machine {
     }
 
     /// The last that was heard of it: it goes by kexec.
-    fn jumped(&self) -> bool {
+    pub(crate) fn jumped(&self) -> bool {
         let going = |state: fn(&StageState) -> bool| {
             let stages = self.boots.back().filter(|b| !b.is_unclaimed()).map(|b| &b.stages);
             stages.is_some_and(|s| s.iter().any(|s| s.stage == Stage::Going && state(&s.state)))

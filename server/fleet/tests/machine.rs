@@ -51,6 +51,11 @@ fn reimage_by_kexec() {
 fn a_trial_that_hangs_after_a_kexec_has_had_a_boot() {
     let mut s = Story::good_on_1();
     s.assign(2, Via::Kexec).then(Event::Granted).then(by(1, going(1, "a", 4, 1))).is(StateKind::Reimaging);
+    assert_eq!(
+        (s.m.boot_release(1), s.m.boot_release(2)),
+        (Some(&rel(1)), Some(&rel(2))),
+        "answered before it is recorded"
+    );
     s.then(Event::Asked).then(Event::Asked).is(StateKind::Reimaging);
     assert_eq!(s.m.attempts, 1, "the kexec was one, however often its firmware repeats itself");
     s.then(Event::Downloads(rel(2)));

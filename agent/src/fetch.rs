@@ -71,7 +71,7 @@ pub async fn document(base: &str, path: &str, limit: u64) -> Result<Option<Vec<u
 async fn document_with(patience: &Patience, base: &str, path: &str, limit: u64) -> Result<Option<Vec<u8>>> {
     let url = join(base, path);
     let mut body = Vec::new();
-    let found = in_time(patience, &url, limit, async {
+    let found = in_time(patience, &url, limit, Instant::now(), async {
         let (response, _open) = get(patience, &url, 0).await?;
         if response.status() == StatusCode::NOT_FOUND {
             return Ok(false);
@@ -201,8 +201,7 @@ impl Download {
     async fn fetch_rest(&mut self, base: &str) -> Result<()> {
         let Expected { what, length, .. } = self.expected;
         if self.received < length {
-            let (url, patience) = (self.url(base), self.patience);
-            in_time(&patience, &url, length - self.received, self.transfer(&url)).await?;
+            self.transfer(&self.url(base)).await?;
         }
         if self.received < length {
             return Err(AgentError::LengthMismatch { what, expected: length, got: self.received });
@@ -216,7 +215,7 @@ impl Download {
     }
 
     async fn transfer(&mut self, url: &str) -> Result<()> {
-        let patience = self.patience;
+        let (patience, begun) = (self.patience, Instant::now());
         let (response, _open) = get(&patience, url, self.received).await?;
         let mut wanted = if self.received == 0 { StatusCode::OK } else { StatusCode::PARTIAL_CONTENT };
         if self.received > 0 && response.status() == StatusCode::OK {
@@ -242,7 +241,9 @@ impl Download {
             meter.store(*received, Ordering::Relaxed);
             Ok(())
         };
-        match copy(&patience, url, response, left, wanted, &mut take).await {
+        // Of what is left now: a server without ranges gets the time that the whole takes.
+        let copied = copy(&patience, url, response, left, wanted, &mut take);
+        match in_time(&patience, url, left, begun, copied).await {
             Err(AgentError::TooLong { .. }) => {
                 Err(AgentError::LengthMismatch { what, expected: length, got: length + 1 })
             }
@@ -299,15 +300,18 @@ impl Drop for Open {
     }
 }
 
-/// The transfer's deadline, of which its gaps and windows are the finer part.
+/// The deadline of a transfer that began then, of which its gaps and windows are the finer part.
 async fn in_time<T>(
     patience: &Patience,
     url: &str,
     length: u64,
+    begun: Instant,
     transfer: impl Future<Output = Result<T>>,
 ) -> Result<T> {
     let deadline = patience.deadline(length);
-    timeout(deadline, transfer).await.unwrap_or_else(|_| Err(too_slow(patience, url, deadline)))
+    timeout(deadline.saturating_sub(begun.elapsed()), transfer)
+        .await
+        .unwrap_or_else(|_| Err(too_slow(patience, url, deadline)))
 }
 
 fn too_slow(patience: &Patience, url: &str, over: Duration) -> AgentError {

@@ -124,6 +124,33 @@ fn attackers() -> Vec<(&'static str, String, &'static [&'static str])> {
 }
 
 #[test]
+fn a_server_without_ranges_has_the_time_that_the_whole_takes() {
+    let (bytes, expected) = content(400_000);
+    let (all, first) = (bytes.clone(), bytes);
+    let (breaks, _hear) = web::serve(move |_, _, stream| {
+        let _ = head(stream, "Content-Length: 400000\r\n").and_then(|()| stream.write_all(&first[..390_000]));
+    });
+    // 80 KB/s, ten times the least; what was left is due after 3 s, the whole after 50.
+    let (slow, _hear) = web::serve(move |_, _, stream| {
+        let _ = head(stream, "Content-Length: 400000\r\n");
+        for piece in all.chunks(8_000) {
+            std::thread::sleep(Duration::from_millis(100)); // the slow link itself
+            if stream.write_all(piece).is_err() {
+                return;
+            }
+        }
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("root");
+    let mut download = download(&expected, Some(&path));
+    runtime().block_on(async {
+        assert_eq!(download.run(&breaks).await.unwrap_err().kind(), "server-unreachable");
+        download.run(&slow).await.unwrap();
+    });
+    assert_eq!(hex::sha256(&std::fs::read(&path).unwrap()), expected.sha256);
+}
+
+#[test]
 fn every_attack_ends_in_time_with_a_typed_reason() {
     let servers = attackers();
     let (_, expected) = content(400_000);
@@ -154,7 +181,8 @@ fn every_attack_ends_in_time_with_a_typed_reason() {
 #[test]
 fn a_transfer_has_an_end_of_its_own() {
     let begun = Instant::now();
-    let error = runtime().block_on(in_time(&QUICK, "u", 8 * 1024, std::future::pending::<Result<()>>())).unwrap_err();
+    let never = std::future::pending::<Result<()>>();
+    let error = runtime().block_on(in_time(&QUICK, "u", 8 * 1024, begun, never)).unwrap_err();
     assert_eq!(error.kind(), "transfer-too-slow");
     let expected = 2 * QUICK.answer + QUICK.window + Duration::from_secs(1);
     assert!((expected..expected + SLACK).contains(&begun.elapsed()), "{:?}", begun.elapsed());

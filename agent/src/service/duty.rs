@@ -220,6 +220,10 @@ impl Duty {
             }
             Event::Unanswered(words) => {
                 self.unanswered += 1;
+                if let Way::Ready { grant, .. } = &mut self.way {
+                    // It may be taken back by now, and nobody could tell.
+                    *grant = None;
+                }
                 if words != self.said {
                     out.push(Action::Say(words.clone()));
                     self.said = words;

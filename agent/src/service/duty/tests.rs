@@ -157,6 +157,17 @@ fn an_unhealthy_machine_follows_an_assignment_and_its_checks_may_hang() {
 }
 
 #[test]
+fn a_go_does_not_outlive_the_servers_silence() {
+    let way = Way::Ready { target: target(2, 5), grant: Some(Grant::Go), failed: 1, until: NOW + 60_000 };
+    let (duty, _) = at(way).event(Event::Unanswered("no route".into()), NOW, MID);
+    // The server may have taken it back meanwhile, and ordered something else.
+    let (duty, actions) = duty.event(Event::Time, NOW + 600_000, MID);
+    assert!(!actions.iter().any(|a| matches!(a, Action::AskWhetherToGo(_))), "{actions:?}");
+    let (_, actions) = duty.event(answer(Some((target(2, 5), Grant::Go))), NOW + 601_000, MID);
+    assert!(actions.contains(&Action::AskWhetherToGo(target(2, 5))), "{actions:?}");
+}
+
+#[test]
 fn tries_rest_longer_and_a_release_that_does_not_verify_is_given_up_for_a_minute() {
     let rest = |failed, class, moved| {
         let way = Way::Fetches { target: target(2, 5), failed };

@@ -91,9 +91,13 @@ pub fn prune<E: From<SiteError>>(
     let after = newest_state(site, now)?;
     // Without a timestamp that verifies nobody knows what machines read: then all of it stays.
     if let Ok(served) = served_state(site, now) {
-        let due = |at: usize, retired: &Retired| match grace {
-            None => at < earlier,
-            Some(grace) => retired.at.saturating_add(*grace).is_ok_and(|end| end <= now),
+        let due = |at: usize, retired: &Retired| {
+            let time = match grace {
+                None => at < earlier,
+                Some(grace) => retired.at.saturating_add(*grace).is_ok_and(|end| end <= now),
+            };
+            // What is still served stays, and stays noted: it goes with a later prune.
+            time && !served.targets.contains_key(&retired.manifest())
         };
         let retired = std::mem::take(&mut record.retired).into_iter().enumerate();
         let (due, waiting): (Vec<_>, Vec<_>) = retired.partition(|(at, retired)| due(*at, retired));

@@ -153,7 +153,7 @@ fn nothing_goes_that_machines_are_still_served() {
     let key = fs::read(site.online("timestamp.key")).unwrap();
     fs::remove_file(site.online("timestamp.key")).unwrap();
     let done = prune_at(&site, &at_once(1), now(), &[]).unwrap();
-    assert_eq!((done.removed, done.served), (vec![1], false));
+    assert_eq!((done.removed, done.served, done.waiting), (vec![1], false, 1));
     assert_eq!(listed(&site, now()), ["minimal/1", "minimal/2"], "the server has not adopted it");
     assert!(is_there(&site, &manifests[0]));
     fs::write(site.online("timestamp.key"), key).unwrap();
@@ -167,6 +167,7 @@ fn nothing_goes_that_machines_are_still_served() {
     fs::write(site.metadata("timestamp.json"), timestamp).unwrap();
     assert!(prune_at(&site, &at_once(1), now(), &[]).unwrap().served);
     assert_eq!((listed(&site, now()), is_there(&site, &manifests[1])), (vec!["minimal/2".to_owned()], true));
+    assert!(!is_there(&site, &manifests[0]), "what could not go before goes now");
 }
 
 #[test]

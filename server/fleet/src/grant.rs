@@ -84,7 +84,14 @@ pub fn grant(id: &MachineId, machines: &BTreeMap<MachineId, Machine>, limits: Li
     if !ready {
         return hold(format!("it fetches {} first", assigned.release));
     }
-    let missing: Vec<&Machine> = machines.values().filter(|m| m.id != *id && m.counts() && !m.is_available()).collect();
+    // One that does not do its work has its unit already, and so have others like it: if they held each other, a rack that
+    // is unwell all over would never get back by itself. For it only those count that are away.
+    let unwell = !machine.is_available();
+    let missing: Vec<&Machine> = machines
+        .values()
+        .filter(|m| m.id != *id && m.counts() && !m.is_available())
+        .filter(|m| !(unwell && m.is_up_unwell()))
+        .collect();
     if missing.len() < limits.max_unavailable {
         return Grant::Go;
     }

@@ -222,6 +222,23 @@ impl Machine {
         !matches!(self.state.kind, StateKind::Discovered | StateKind::Retired)
     }
 
+    /// It speaks, does not do its work, and is not let go: it stays where it is.
+    pub(crate) fn is_up_unwell(&self) -> bool {
+        let may_go = self.assigned.as_ref().is_some_and(|a| self.granted == Some(a.sequence));
+        match self.state.kind {
+            StateKind::Degraded | StateKind::FellBack => !may_go && !self.is_available(),
+            StateKind::Discovered
+            | StateKind::Approved
+            | StateKind::Booting
+            | StateKind::Healthy
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::Reimaging
+            | StateKind::Quarantined
+            | StateKind::Retired => false,
+        }
+    }
+
     pub(crate) fn says_healthy(&self) -> bool {
         self.running.is_some() && self.health.as_ref().is_some_and(|h| h.healthy)
     }

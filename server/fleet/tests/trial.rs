@@ -63,6 +63,36 @@ fn it_falls_back_by_itself_and_leaves_under_the_limit() {
     assert_eq!(s.m.state.reason, why, "it works, and says why it is not where it was sent");
 }
 
+/// Power came back in a rack that was on its way to a bad release: all of it is up on it and unwell.
+#[test]
+fn machines_that_are_all_unwell_do_not_hold_each_other() {
+    let mut machines: BTreeMap<MachineId, Machine> = (1..=3)
+        .map(|n| {
+            let mut s = on_trial();
+            s.reports_for(BOOT_DEADLINE_MS + 30_000, |seq| unwell(1, "t", seq, 2)).is(StateKind::FellBack);
+            s.then(by(1, ready(100))).is(StateKind::FellBack);
+            s.m.id = id(n);
+            (id(n), s.m)
+        })
+        .collect();
+    let limits = Limits::default();
+    assert_eq!(grant(&id(1), &machines, limits), Grant::Go, "nobody works less for it");
+    let first = machines.remove(&id(1)).unwrap().event(Event::Granted, LIMITS, 10 * BOOT_DEADLINE_MS).0;
+    machines.insert(id(1), first);
+    let Grant::Hold { reason, .. } = grant(&id(2), &machines, limits) else { panic!("one after the other") };
+    assert_eq!(reason, "1 of at most 1 machines are unavailable: rack-1 is draining");
+
+    // One that works is held by all of them.
+    let mut works = Story::good_on_1();
+    works.assign(2, Via::Kexec);
+    let prefetch = Prefetch { image: "minimal".parse().unwrap(), release: 2, sequence: 2, ready: true, progress: None };
+    works.then(by(1, Report { prefetch: Some(prefetch), ..healthy(1, "a", 3, 1) })).is(StateKind::Healthy);
+    works.m.id = id(4);
+    machines.insert(id(4), works.m);
+    let Grant::Hold { reason, .. } = grant(&id(4), &machines, limits) else { panic!("it would be one more") };
+    assert!(reason.starts_with("3 of at most 1"), "{reason}");
+}
+
 #[test]
 fn without_an_earlier_good_release_it_stays_and_says_what_to_do() {
     let mut s = Story::new();

@@ -5,7 +5,7 @@ mod common;
 
 use common::*;
 use kiln_protocol::*;
-use kiln_server::control::Control;
+use kiln_server::control::{Control, Told};
 use std::fmt::Write;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -98,4 +98,45 @@ async fn a_change_that_is_none_of_its_business_signs_nothing_for_a_held_report()
         assert_eq!(fresh.nonce, nonce);
     }
     assert_eq!(signed(&control) - before, u64::from(HELD) - 1);
+}
+
+#[tokio::test]
+async fn whoever_reports_and_goes_before_the_answer_still_wakes_those_who_wait() {
+    let site = TestSite::new();
+    let one = site.manifest(1);
+    site.publish(2);
+    let (control, _stop) = control(&site).await;
+    let (mut first, mut second) = (Agent::new(1, &one), Agent::new(2, &one));
+    for agent in [&mut first, &mut second] {
+        let report = agent.healthy();
+        assigned(&reported(&control, agent, report).await);
+    }
+    let unwell = Some(Health { healthy: false, detail: "says so".into() });
+    let report = Report { health: unwell, ..first.healthy() };
+    reported(&control, &first, report).await;
+    control.assign("rack-2", &"minimal/2".parse().unwrap(), Via::Cold, "test").await.unwrap();
+    let sequence = control.view("rack-2").unwrap().assigned.unwrap().sequence;
+    let report = second.ready(2, sequence);
+    let reply = reported(&control, &second, report).await;
+    assert!(matches!(assigned(&reply).2, Grant::Hold { .. }), "the first is away");
+    let mut watch = control.watch();
+    let report = Report { wait_s: 50, desired_etag: reply.desired.etag, ..second.ready(2, sequence) };
+    let held = tokio::spawn({
+        let control = control.clone();
+        async move { reported(&control, &second, report).await }
+    });
+    until("it is held", || control.held.load(Ordering::SeqCst) == 1).await;
+
+    // The first is well again, and its connection breaks while that is being stored.
+    let mut report = Box::pin(control.report(first.key_id(), first.healthy()));
+    let once = tokio::time::timeout(std::time::Duration::ZERO, report.as_mut()).await;
+    assert!(once.is_err(), "nothing is answered before it is stored");
+    drop(report);
+    let reply = tokio::time::timeout(PATIENCE, held).await.expect("woken at once, not when its hold ends").unwrap();
+    assert_eq!(*assigned(&reply).2, Grant::Go);
+    let mut told = Vec::new();
+    while let Ok(Told::Machine(view)) = watch.try_recv() {
+        told.push((view.name.clone(), view.state.clone()));
+    }
+    assert!(told.contains(&("rack-1".to_owned(), "healthy".to_owned())), "those who watch are told: {told:?}");
 }

@@ -348,9 +348,17 @@ impl Control {
 
     /// Waits for the commits, then tells everybody.
     pub(crate) async fn finish(&self, pending: Pending) -> Result<(), ControlError> {
-        for commit in pending.commits {
-            commit.wait().await?;
+        let mut untold = Untold { control: self, pending };
+        for commit in std::mem::take(&mut untold.pending.commits) {
+            if let Err(error) = commit.wait().await {
+                untold.pending = Pending::default(); // it is not stored: nobody hears of it
+                return Err(error.into());
+            }
         }
+        Ok(())
+    }
+
+    fn tell(&self, pending: Pending) {
         for line in pending.lines {
             if line.warn {
                 tracing::warn!(machine = line.machine, stage = line.stage, "{}", line.text);
@@ -372,7 +380,19 @@ impl Control {
         if pending.wake {
             self.wake();
         }
-        Ok(())
+    }
+}
+
+/// What others are to hear once it is stored. They hear it too when whoever waits for that goes, because its connection
+/// breaks: the step is taken, and the store keeps the order, so that no answer overtakes it.
+struct Untold<'a> {
+    control: &'a Control,
+    pending: Pending,
+}
+
+impl Drop for Untold<'_> {
+    fn drop(&mut self) {
+        self.control.tell(std::mem::take(&mut self.pending));
     }
 }
 

@@ -84,8 +84,8 @@ pub fn grant(id: &MachineId, machines: &BTreeMap<MachineId, Machine>, limits: Li
     if !ready {
         return hold(format!("it fetches {} first", assigned.release));
     }
-    // One that does not do its work has its unit already, and so have others like it: if they held each other, a rack that
-    // is unwell all over would never get back by itself. For it only those count that are away.
+    // One that does not do its work has its unit already, and so have others like it: if they held each other, a rack
+    // that is unwell all over would never get back by itself. For it only those count that are away.
     let unwell = !machine.is_available();
     let missing: Vec<&Machine> = machines
         .values()

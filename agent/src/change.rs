@@ -1,13 +1,18 @@
 //! Going to another release: its metadata, UKI and root are verified here, before this one is left.
 
+use crate::disk::DiskError;
+use crate::disk::machine::{self, SharedDisk, on_disk};
+use crate::disk::record::Record;
 use crate::error::{self, AgentError, FailureClass, Result};
 use crate::fetch::{Download, Expected, Scratch};
 use crate::flow::Flow;
 use crate::plan::{self, Leave};
 use crate::verifier::Verifier;
 use crate::{facts, kexec};
+use kiln_protocol::slot::{Action, Event, Go, Refusal, SlotId};
 use kiln_protocol::{Assignment, Progress, ReleaseId, Stage, Via};
 use kiln_release::{Artifact, Manifest};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -28,10 +33,25 @@ pub fn files(next: &Path) -> [PathBuf; 2] {
 #[derive(Debug)]
 pub struct Ready {
     manifest: Manifest,
-    /// For a kexec; a cold boot fetches anew.
+    /// For a kexec of a machine in RAM mode; a cold boot fetches anew.
     kexec: Option<Files>,
+    /// In disk mode: it lies in a slot, and the loader is about to be told.
+    installed: Option<Installed>,
     /// Why it is a cold boot although a kexec was asked for.
     pub note: Option<String>,
+}
+
+/// A release in a slot, allowed and not yet preferred.
+struct Installed {
+    disk: SharedDisk,
+    uki: Scratch,
+    via: Via,
+}
+
+impl std::fmt::Debug for Installed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Installed").field("uki", &self.uki).field("via", &self.via).finish_non_exhaustive()
+    }
 }
 
 #[derive(Debug)]
@@ -43,7 +63,11 @@ struct Files {
 impl Ready {
     /// How it will be gone to.
     pub fn via(&self) -> Via {
-        if self.kexec.is_some() { Via::Kexec } else { Via::Cold }
+        match (&self.kexec, &self.installed) {
+            (Some(_), _) => Via::Kexec,
+            (None, Some(installed)) => installed.via,
+            (None, None) => Via::Cold,
+        }
     }
 
     /// Leaves the files where they are.
@@ -85,6 +109,17 @@ pub struct Prefetch {
     uki_verified: bool,
     root: Option<(Leave, Download)>,
     note: Option<String>,
+    /// In disk mode: where it goes.
+    disk: Option<SharedDisk>,
+    sequence: u64,
+    /// The repository's files that it was verified with.
+    files: BTreeMap<String, String>,
+    /// The slot that is written to or read back, until the release is allowed.
+    slot: Option<SlotId>,
+    /// How it will be gone to, once it is allowed.
+    allowed: Option<Via>,
+    /// Nothing is installed: what runs must cold-boot first.
+    prove_first: bool,
     /// Which artifact server is asked: another after each that failed.
     turn: usize,
 }
@@ -103,8 +138,19 @@ impl Prefetch {
             uki_verified: false,
             root: None,
             note: None,
+            disk: None,
+            sequence: assignment.sequence,
+            files: BTreeMap::new(),
+            slot: None,
+            allowed: None,
+            prove_first: false,
             turn: 0,
         }
+    }
+
+    /// Into a slot of this disk.
+    pub fn onto(self, disk: Option<SharedDisk>) -> Self {
+        Self { disk, ..self }
     }
 
     /// After a failed try: whether it is the first since the release came on. It is then not one more in a row.
@@ -125,6 +171,7 @@ impl Prefetch {
             // What is wrong may be any part of it, also the metadata that names the parts.
             Err(FailureClass::Verification | FailureClass::Machine | FailureClass::Usage) => {
                 (self.manifest, self.uki, self.root, self.uki_verified) = (None, None, None, false);
+                (self.slot, self.allowed) = (None, None);
                 self.meter.uki.store(0, Ordering::Relaxed);
                 self.meter.root.store(0, Ordering::Relaxed);
             }
@@ -149,6 +196,10 @@ impl Prefetch {
             let signed = manifest.clone();
             blocking(move || kexec::verify(&File::open(&path).map_err(AgentError::file(&path))?, &signed)).await?;
             self.uki_verified = true;
+        }
+        if let Some(disk) = self.disk.clone() {
+            let base = base.clone();
+            return self.install(verifier, &disk, manifest, &base).await;
         }
         let (_, root) = match &mut self.root {
             Some(root) => root,
@@ -176,12 +227,78 @@ impl Prefetch {
         root.run(base).await
     }
 
+    /// Into the idle slot: written, flushed, read back, recomputed, labelled; the UKI and its entry onto the EFI system
+    /// partition; and the signed metadata kept. The loader does not see it yet.
+    async fn install(
+        &mut self,
+        verifier: &mut Verifier,
+        disk: &SharedDisk,
+        manifest: Manifest,
+        base: &str,
+    ) -> Result<()> {
+        if self.slot.is_none() {
+            let assign = Event::Assign(machine::content(&manifest)?, self.sequence, Go::Leave(self.via));
+            let floor = verifier.memory.floor(&manifest.image);
+            let begun = on_disk(disk, move |disk| {
+                disk.event(Event::Floor(floor), None)?;
+                if disk.slots().install.is_some() {
+                    disk.event(Event::CalledOff, None)?;
+                }
+                disk.event(assign, None)
+            });
+            match begun.await {
+                Ok(actions) => self.begin(disk, &manifest, verifier, &actions).await?,
+                Err(AgentError::Disk(DiskError::Refused(refusal @ Refusal::ProveFirst))) => {
+                    self.note = Some(format!("{refusal}; then the release is fetched"));
+                    (self.prove_first, self.uki) = (true, None);
+                    return Ok(());
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        if let Some((_, root)) = &mut self.root {
+            root.run(base).await?;
+        }
+        let (slot, [uki, _]) = (self.slot.ok_or(AgentError::Superseded)?, files(&self.to));
+        let record = Record {
+            files: self.files.clone(),
+            assignment: verifier.accepted.clone().unwrap_or_default(),
+            servers: verifier.servers.clone(),
+        };
+        let allowed = on_disk(disk, move |disk| disk.finish_install(slot, &manifest, &record, &uki)).await?;
+        self.allowed = Some(allowed);
+        Ok(())
+    }
+
+    async fn begin(
+        &mut self,
+        disk: &SharedDisk,
+        manifest: &Manifest,
+        verifier: &Verifier,
+        actions: &[Action],
+    ) -> Result<()> {
+        for action in actions {
+            if let Action::Fetch(slot, _) | Action::Verify(slot, _) = action {
+                self.slot = Some(*slot);
+            }
+            if let Action::Fetch(slot, _) = action {
+                let (slot, length) = (*slot, manifest.root.length);
+                let place = on_disk(disk, move |disk| disk.place(slot, length)).await?;
+                let cap = verifier.boot.site.disk.as_ref().and_then(|disk| disk.prefetch_rate);
+                let root = expected(error::ROOT, &manifest.root);
+                self.root = Some((Leave::Cold, Download::onto(root, place, cap, &self.meter.root)));
+            }
+        }
+        Ok(())
+    }
+
     async fn verify(&mut self, verifier: &mut Verifier) -> Result<Manifest> {
         let verified = verifier.verify_metadata(&self.release).await?;
         if verified.manifest_sha256 != self.manifest_sha256 {
             let (expected, got) = (verified.manifest_sha256, self.manifest_sha256.clone());
             return Err(AgentError::ManifestMismatch { expected, got });
         }
+        self.files = verified.files;
         let manifest = verified.manifest;
         if manifest.uki.length > UKI_LIMIT {
             return Err(AgentError::Uki(format!("{} bytes; at most {UKI_LIMIT} are read", manifest.uki.length)));
@@ -193,12 +310,20 @@ impl Prefetch {
 
     /// What [`Self::run`] made, once it has succeeded.
     pub fn into_ready(self) -> Option<Ready> {
+        if let Some(disk) = self.disk {
+            let manifest = self.manifest?;
+            let installed = match (self.prove_first, self.allowed) {
+                (true, _) => None,
+                (false, via) => Some(Installed { disk, uki: self.uki?.into_file()?, via: via? }),
+            };
+            return Some(Ready { manifest, kexec: None, installed, note: self.note });
+        }
         let (leave, root) = self.root?;
         let kexec = match leave {
             Leave::Kexec => Some(Files { uki: self.uki?.into_file()?, root: root.into_file()? }),
             Leave::Cold => None,
         };
-        Some(Ready { manifest: self.manifest?, kexec, note: self.note })
+        Some(Ready { manifest: self.manifest?, kexec, installed: None, note: self.note })
     }
 }
 
@@ -211,8 +336,23 @@ fn how_to_leave(manifest: &Manifest, via: Via, free: u64) -> Leave {
     }
 }
 
-/// Loads the kernel for a kexec; a cold boot needs nothing.
+/// Loads the kernel for a kexec; a cold boot needs nothing. In disk mode the loader is told first: power that is cut
+/// from here on starts the same release through the firmware.
 pub fn load(ready: &Ready) -> Result<()> {
+    if let Some(Installed { disk, uki, via }) = &ready.installed {
+        let rest = machine::lock(disk).event(Event::Granted, None)?;
+        return match via {
+            Via::Cold => Ok(()),
+            // What was good when it was fetched may not be by now: then it is a cold boot.
+            Via::Kexec if !rest.contains(&Action::Leave(Via::Kexec)) => {
+                Err(DiskError::Refused(Refusal::ProveFirst).into())
+            }
+            Via::Kexec => {
+                let uki = File::open(uki.path()).map_err(AgentError::file(uki.path()))?;
+                kexec::load(&uki, &ready.manifest, None)
+            }
+        };
+    }
     let Some(Files { uki, root }) = &ready.kexec else { return Ok(()) };
     let uki = File::open(uki.path()).map_err(AgentError::file(uki.path()))?;
     kexec::load(&uki, &ready.manifest, Some((root.path(), ready.manifest.root.sha256.as_str())))

@@ -100,6 +100,10 @@ pub enum AgentError {
         "the kernel runs with the command line {got:?}, signed is {expected:?}, and the release's policy refuses others"
     )]
     CommandLine { expected: String, got: String },
+    #[error("{release} failed on this machine under assignment {sequence}; it came back on the release before")]
+    FellBack { release: String, sequence: u64 },
+    #[error("{0}")]
+    Disk(#[from] crate::disk::DiskError),
     #[error("{0}")]
     Usage(String),
 }
@@ -180,6 +184,7 @@ kinds!({
     Self::AgentApiCa => "agent-api-ca-mismatch", Verification;
     Self::Class { .. } => "release-wrong-class", Verification;
     Self::CommandLine { .. } => "command-line-mismatch", Verification;
+    Self::FellBack { .. } => "trial-fell-back", Machine;
     Self::Usage(_) => "usage", Usage;
 } of {
     Metadata(kiln_release::TufError), Verification;
@@ -187,6 +192,7 @@ kinds!({
     Director(kiln_release::DirectorError), Verification;
     Assignment(AssignmentError), Verification;
     Freshness(FreshnessError), Verification;
+    Disk(crate::disk::DiskError), Machine;
 });
 
 pub type Result<T> = std::result::Result<T, AgentError>;

@@ -14,6 +14,7 @@ use kiln_release::{hex, with_causes};
 use ring::digest::{Context, SHA256};
 use std::fs::File;
 use std::io::{Seek, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -35,6 +36,8 @@ pub struct Patience {
     pub window: Duration,
     /// So many tries of one download must together bring what one window must; else they count as none.
     pub tries: u32,
+    /// Most bytes per second that are taken; none: all that come.
+    pub cap: Option<u64>,
 }
 
 /// The agent's.
@@ -44,6 +47,7 @@ pub const PATIENCE: Patience = Patience {
     rate: 8 * 1024,
     window: Duration::from_secs(30),
     tries: 8,
+    cap: None,
 };
 
 /// The longest head of an answer, and the largest piece of a body held in memory.
@@ -123,12 +127,24 @@ impl Drop for Scratch {
     }
 }
 
+/// Where a download goes.
+enum Out {
+    /// Nowhere: it is only read.
+    Nowhere,
+    File(File, Scratch),
+    /// A place on a disk.
+    Place {
+        disk: File,
+        start: u64,
+    },
+}
+
 /// One download that can be resumed: the state over several tries. It may be dropped between two pieces and gone on
 /// with, as each piece is hashed and stored before the next is waited for.
 pub struct Download {
     expected: Expected,
     patience: Patience,
-    out: Option<(File, Scratch)>,
+    out: Out,
     hash: Context,
     received: u64,
     /// [`Self::received`] for others to read while it runs.
@@ -142,15 +158,24 @@ impl Download {
     /// To a file, or only to know that it can be had and is what was signed.
     pub fn new(expected: Expected, to: Option<&Path>, meter: &Arc<AtomicU64>) -> Result<Self> {
         let out = match to {
-            None => None,
+            None => Out::Nowhere,
             Some(path) => {
                 let file = File::create(path).map_err(AgentError::file(path))?;
-                Some((file, Scratch { path: path.to_owned(), kept: false }))
+                Out::File(file, Scratch { path: path.to_owned(), kept: false })
             }
         };
+        Ok(Self::to(expected, out, PATIENCE, meter))
+    }
+
+    /// To a disk, from `start` on, with at most `cap` bytes per second. It is not flushed.
+    pub fn onto(expected: Expected, (disk, start): (File, u64), cap: Option<u64>, meter: &Arc<AtomicU64>) -> Self {
+        Self::to(expected, Out::Place { disk, start }, Patience { cap, ..PATIENCE }, meter)
+    }
+
+    fn to(expected: Expected, out: Out, patience: Patience, meter: &Arc<AtomicU64>) -> Self {
         let (hash, meter) = (Context::new(&SHA256), Arc::clone(meter));
         meter.store(0, Ordering::Relaxed);
-        Ok(Self { expected, patience: PATIENCE, out, hash, received: 0, meter, mark: 0, tries: 0 })
+        Self { expected, patience, out, hash, received: 0, meter, mark: 0, tries: 0 }
     }
 
     /// Failed tries since the last that brought the download on. A try that moved a few bytes is none of those.
@@ -160,7 +185,10 @@ impl Download {
 
     /// The file, when [`Self::run`] has succeeded.
     pub fn into_file(self) -> Option<Scratch> {
-        self.out.map(|(_, scratch)| scratch)
+        match self.out {
+            Out::File(_, scratch) => Some(scratch),
+            Out::Nowhere | Out::Place { .. } => None,
+        }
     }
 
     /// Fetches what is missing and checks the whole. After a network error the next call, perhaps to another server, goes
@@ -192,7 +220,7 @@ impl Download {
     fn begin_anew(&mut self) -> Result<()> {
         (self.hash, self.received) = (Context::new(&SHA256), 0);
         self.meter.store(0, Ordering::Relaxed);
-        if let Some((file, scratch)) = &mut self.out {
+        if let Out::File(file, scratch) = &mut self.out {
             file.set_len(0).and_then(|()| file.rewind()).map_err(AgentError::file(scratch.path()))?;
         }
         Ok(())
@@ -233,9 +261,12 @@ impl Download {
         let left = length - self.received;
         let (hash, received, meter, out) = (&mut self.hash, &mut self.received, &self.meter, &mut self.out);
         let mut take = |piece: &[u8]| {
-            if let Some((file, _)) = out {
-                file.write_all(piece).map_err(AgentError::system(format!("storing the {what}")))?;
-            }
+            let stored = match out {
+                Out::Nowhere => Ok(()),
+                Out::File(file, _) => file.write_all(piece),
+                Out::Place { disk, start } => disk.write_all_at(piece, *start + *received),
+            };
+            stored.map_err(AgentError::system(format!("storing the {what}")))?;
             hash.update(piece);
             *received += piece.len() as u64;
             meter.store(*received, Ordering::Relaxed);
@@ -354,7 +385,8 @@ async fn copy(
     }
     let mut body = response.into_body();
     let mut total = 0_u64;
-    let (mut window_start, mut window_bytes) = (Instant::now(), 0_u64);
+    let begun = Instant::now();
+    let (mut window_start, mut window_bytes) = (begun, 0_u64);
     loop {
         let frame = match timeout(patience.gap, body.frame()).await {
             Err(_) => return Err(AgentError::Stalled { url: url_text(), seconds: patience.gap.as_secs() }),
@@ -370,6 +402,10 @@ async fn copy(
             return Err(AgentError::TooLong { url: url_text(), limit });
         }
         sink(&piece)?;
+        if let Some(cap) = patience.cap {
+            let due = Duration::from_millis(total.saturating_mul(1000) / cap.max(1));
+            tokio::time::sleep(due.saturating_sub(begun.elapsed())).await;
+        }
         let elapsed = window_start.elapsed();
         if elapsed >= patience.window {
             if window_bytes < patience.least() {

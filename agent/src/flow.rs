@@ -112,7 +112,15 @@ impl Flow {
     /// Fetches an artifact to a file, going on after network errors from the next server; what does not verify is
     /// removed. `stage` names the wait.
     pub async fn fetch_to(&mut self, stage: Stage, expected: Expected, path: &Path) -> Result<()> {
-        let mut download = Download::new(expected, Some(path), &Arc::default())?;
+        let download = Download::new(expected, Some(path), &Arc::default())?;
+        if let Some(file) = self.run_download(stage, download).await?.into_file() {
+            file.keep();
+        }
+        Ok(())
+    }
+
+    /// The same with any download.
+    pub async fn run_download(&mut self, stage: Stage, mut download: Download) -> Result<Download> {
         let servers = self.verifier.servers.http.clone();
         for turn in 0.. {
             let base = servers.get(turn % servers.len().max(1)).ok_or(AgentError::NoServer)?;
@@ -125,10 +133,7 @@ impl Flow {
                 Err(error) => self.after_failure(stage, error, download.tries()).await?,
             }
         }
-        if let Some(file) = download.into_file() {
-            file.keep();
-        }
-        Ok(())
+        Ok(download)
     }
 
     /// Fetches and verifies the assigned release, for a kexec into the directory `to`. Ends with

@@ -6,9 +6,18 @@ use crate::journal::JournalState;
 use crate::net::Lease;
 use crate::verifier::Servers;
 use jiff::Timestamp;
+use kiln_protocol::Via;
 use kiln_release::{BootInfo, HANDOFF_PATH, Manifest};
 use serde::{Deserialize, Serialize};
 use std::os::unix::fs::OpenOptionsExt;
+
+/// Which disk, and how what runs from it was started.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct OnDisk {
+    /// `vda`, `nvme0n1`.
+    pub name: String,
+    pub via: Via,
+}
 
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Handoff {
@@ -17,7 +26,10 @@ pub struct Handoff {
     pub manifest: Manifest,
     pub servers: Servers,
     pub journal: JournalState,
-    pub lease: Lease,
+    /// None: the network did not come up, and the service goes on trying.
+    pub lease: Option<Lease>,
+    /// In disk mode, the disk that the root lies on.
+    pub disk: Option<OnDisk>,
     /// The newest time believed.
     pub now: Timestamp,
 }

@@ -2,17 +2,19 @@
 //! never gives a shell, and ends in one of two ways: the verified root, or a restart with a reason.
 
 use crate::coldplug::Drivers;
+use crate::disk::machine::{self, SharedDisk, on_disk};
 use crate::error::{AgentError, ROOT, Result};
 use crate::fetch::Expected;
 use crate::flow::{Flow, RESTART_PAUSE, TELL_EVERY};
-use crate::handoff::Handoff;
+use crate::handoff::{Handoff, OnDisk};
 use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
 use crate::memory::Place;
 use crate::net::{self, Lease};
 use crate::plan::{self, Plan};
 use crate::verifier::{Answer, Servers, Verified, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{change, facts, kexec, verity};
+use crate::{change, facts, kexec, local, verity};
+use kiln_protocol::slot::{Event, SlotId};
 use kiln_protocol::{Assignment, ReleaseId, RunningRelease, Stage, Via};
 use kiln_release::{BOOT_PATH, BootInfo, hex};
 use nix::mount::{MsFlags, mount};
@@ -78,7 +80,7 @@ fn boot() -> Result<Infallible> {
         if let Some(watchdog) = watchdog {
             tokio::spawn(watchdog.keep());
         }
-        go(boot, journal, drivers).await
+        Box::pin(go(boot, journal, drivers)).await
     })
 }
 
@@ -109,6 +111,22 @@ async fn go(boot: BootInfo, journal: JournalState, mut drivers: Drivers) -> Resu
 
 /// From the network to the image's init.
 async fn travel(flow: &mut Flow, drivers: &mut Drivers) -> Result<Infallible> {
+    let disk = local::open_disk(flow);
+    let root_hash = flow.journal.embedded.root_hash.clone();
+    if let Some(disk) = disk.clone().filter(|disk| machine::lock(disk).boots(&root_hash)) {
+        // It starts from its slot whatever the network says, or does not say.
+        local::tell_fallback(flow, &machine::lock(&disk));
+        let mut lease = None;
+        let asked = tokio::time::timeout(local::PATIENCE, local::ask(flow, drivers, &mut lease)).await;
+        let error = match asked {
+            Ok(Ok(verified)) => return start(flow, verified, lease, Some(disk)).await,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no word of it within {} s", local::PATIENCE.as_secs()),
+        };
+        println!("kiln-agent: the boot server does not decide this boot ({error}); the release in the slot starts");
+        let verified = local::recorded(flow, &disk)?;
+        return start(flow, verified, lease, Some(disk)).await;
+    }
     let lease = bring_up_network(flow, drivers).await?;
     flow.find_server().await?;
     let here = flow.verifier.here()?;
@@ -122,7 +140,7 @@ async fn travel(flow: &mut Flow, drivers: &mut Drivers) -> Result<Infallible> {
     loop {
         let (assignment, via) = wait_for_assignment(flow, &verified).await?;
         match plan::decide(&here, &assignment, &flow.verifier.memory, &flow.verifier.currency(&verified))? {
-            Plan::Stay => return start(flow, verified, lease).await,
+            Plan::Stay => return start(flow, verified, Some(lease), disk).await,
             Plan::Change(release) => {
                 println!("kiln-agent: {release} is assigned, this is {here}: going there");
                 match change::now(flow, &assignment, via).await {
@@ -138,7 +156,7 @@ async fn travel(flow: &mut Flow, drivers: &mut Drivers) -> Result<Infallible> {
     }
 }
 
-async fn bring_up_network(flow: &mut Flow, drivers: &mut Drivers) -> Result<Lease> {
+pub async fn bring_up_network(flow: &mut Flow, drivers: &mut Drivers) -> Result<Lease> {
     flow.journal.started(Stage::Network);
     let servers = &flow.verifier.servers;
     let need_location = servers.agent.is_empty() || servers.http.is_empty();
@@ -178,7 +196,7 @@ async fn bring_up_network(flow: &mut Flow, drivers: &mut Drivers) -> Result<Leas
 }
 
 /// Verifies metadata, with retries; `stage` is Metadata at boot.
-async fn metadata(flow: &mut Flow, release: &ReleaseId, stage: Stage) -> Result<Verified> {
+pub async fn metadata(flow: &mut Flow, release: &ReleaseId, stage: Stage) -> Result<Verified> {
     flow.journal.started(stage);
     let mut attempt = 0;
     loop {
@@ -197,7 +215,7 @@ async fn metadata(flow: &mut Flow, release: &ReleaseId, stage: Stage) -> Result<
 }
 
 /// Asks until something is assigned; a machine that waits for a person waits for ever, and says so.
-async fn wait_for_assignment(flow: &mut Flow, verified: &Verified) -> Result<(Assignment, Via)> {
+pub async fn wait_for_assignment(flow: &mut Flow, verified: &Verified) -> Result<(Assignment, Via)> {
     flow.journal.started(Stage::Assignment);
     let mut attempt = 0;
     let mut told = String::new();
@@ -228,9 +246,24 @@ async fn wait_for_assignment(flow: &mut Flow, verified: &Verified) -> Result<(As
 }
 
 /// Fetches, verifies, mounts and starts the release that this UKI embeds.
-async fn start(flow: &mut Flow, verified: Verified, lease: Lease) -> Result<Infallible> {
+async fn start(
+    flow: &mut Flow,
+    verified: Verified,
+    lease: Option<Lease>,
+    disk: Option<SharedDisk>,
+) -> Result<Infallible> {
     flow.journal.started(Stage::Root);
     flow.report().await;
+    if let Some(disk) = disk {
+        match local::install_here(flow, &verified, &disk).await {
+            Ok(slot) => {
+                flow.journal.done(Stage::Root);
+                return start_slot(flow, verified, lease, &disk, slot).await;
+            }
+            // A disk that fails costs the slots, not the boot.
+            Err(error) => flow.journal.failed(Stage::Root, &error, 1, Some(Duration::ZERO)),
+        }
+    }
     let root = Path::new(ROOT_FILE);
     let expected =
         Expected { what: ROOT, sha256: verified.manifest.root.sha256.clone(), length: verified.manifest.root.length };
@@ -246,8 +279,43 @@ async fn start(flow: &mut Flow, verified: Verified, lease: Lease) -> Result<Infa
 
     flow.journal.started(Stage::Verity);
     let device = verity::open(root, &verified.manifest.verity, &flow.verifier.boot.root_hash)?;
+    mount_and_leave(flow, verified, lease, &device, None).await
+}
+
+/// The same from a slot. A root that cannot be mounted is told to the slots: the next boot is another's.
+async fn start_slot(
+    flow: &mut Flow,
+    verified: Verified,
+    lease: Option<Lease>,
+    disk: &SharedDisk,
+    slot: SlotId,
+) -> Result<Infallible> {
+    flow.journal.started(Stage::Verity);
+    let (name, device) = on_disk(disk, move |disk| Ok((disk.name().to_owned(), disk.device(slot)?))).await?;
+    let params = verified.manifest.verity.clone();
+    let device = verity::open_device(&device.display().to_string(), &params, &flow.verifier.boot.root_hash)?;
+    let on = OnDisk { name, via: kexec::started_this() };
+    let error = match mount_and_leave(flow, verified, lease, &device, Some(on)).await {
+        Ok(never) => match never {},
+        Err(error) => error,
+    };
+    if let AgentError::System { source, .. } = &error
+        && [libc::EIO, libc::EINVAL, libc::EUCLEAN, libc::EBADMSG].map(Some).contains(&source.raw_os_error())
+    {
+        on_disk(disk, move |disk| disk.event(Event::Spoilt(slot), None)).await?;
+    }
+    Err(error)
+}
+
+async fn mount_and_leave(
+    flow: &mut Flow,
+    verified: Verified,
+    lease: Option<Lease>,
+    device: &str,
+    disk: Option<OnDisk>,
+) -> Result<Infallible> {
     std::fs::create_dir_all(NEW_ROOT).map_err(AgentError::file(NEW_ROOT))?;
-    mount(Some(device.as_str()), NEW_ROOT, Some("erofs"), MsFlags::MS_RDONLY, None::<&str>)
+    mount(Some(device), NEW_ROOT, Some("erofs"), MsFlags::MS_RDONLY, None::<&str>)
         .map_err(AgentError::system(format!("mounting {device}")))?;
     let running = verity::running_root_hash()?;
     if running != flow.verifier.boot.root_hash {
@@ -262,6 +330,7 @@ async fn start(flow: &mut Flow, verified: Verified, lease: Lease) -> Result<Infa
         servers: flow.verifier.servers.clone(),
         journal: flow.journal.state.clone(),
         lease,
+        disk,
         now: flow.verifier.now,
     };
     handoff.write()?;
@@ -375,7 +444,7 @@ fn tell_command_line_drift(boot: &BootInfo) {
     }
 }
 
-fn running_command_line() -> String {
+pub fn running_command_line() -> String {
     std::fs::read_to_string("/proc/cmdline").unwrap_or_default().trim().to_owned()
 }
 

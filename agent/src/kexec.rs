@@ -4,6 +4,7 @@
 
 use crate::error::{AgentError, Result};
 use crate::sys;
+use kiln_protocol::Via;
 use kiln_release::newc::{Header, TRAILER, padding};
 use kiln_release::{Artifact, Manifest, hex, pe};
 use ring::digest::{Context, SHA256};
@@ -81,7 +82,13 @@ fn copy(uki: &File, place: Range<usize>, what: &'static str, signed: &Artifact, 
     }
 }
 
-/// Loads the UKI's kernel and initramfs, with `root` (path, SHA-256) as a further segment, and closes the door behind it.
+/// Whether a kexec started this kernel: only then is there a segment behind the UKI's own initramfs.
+pub fn started_this() -> Via {
+    if Path::new(PREFETCHED).exists() { Via::Kexec } else { Via::Cold }
+}
+
+/// Loads the UKI's kernel and initramfs, with `root` (path, SHA-256) as a further segment, and closes the door behind
+/// it. A release that lies in a slot has an empty segment instead, by which the next kernel knows how it was started.
 pub fn load(uki: &File, manifest: &Manifest, root: Option<(&Path, &str)>) -> Result<()> {
     let failed = |what: &'static str| AgentError::system(what);
     let parts = parts(uki)?;
@@ -90,11 +97,15 @@ pub fn load(uki: &File, manifest: &Manifest, root: Option<(&Path, &str)>) -> Res
     copy(uki, parts.kernel, "UKI's kernel", &manifest.kernel, &mut kernel)?;
     let mut initrd = sys::memory_file(c"kiln-initrd").map_err(failed("making a memory file"))?;
     copy(uki, parts.initramfs.clone(), "UKI's initramfs", &manifest.initramfs, &mut initrd)?;
+    let gap = padding(parts.initramfs.len() as u64);
+    initrd.write_all(gap).map_err(failed("writing the initramfs to memory"))?;
+    if root.is_none() {
+        write_segment(&mut initrd, &mut std::io::empty(), 0, "none")
+            .map_err(failed("writing the segment of a kexec to memory"))?;
+    }
     if let Some((path, sha256)) = root {
         let file = File::open(path).map_err(AgentError::file(path))?;
         let length = file.metadata().map_err(AgentError::file(path))?.len();
-        let gap = padding(parts.initramfs.len() as u64);
-        initrd.write_all(gap).map_err(failed("writing the initramfs to memory"))?;
         write_segment(&mut initrd, &mut BufReader::new(file), length, sha256)
             .map_err(failed("writing the root artifact to memory"))?;
     }

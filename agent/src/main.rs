@@ -5,6 +5,7 @@
 mod api;
 mod change;
 mod coldplug;
+mod disk;
 mod error;
 mod facts;
 mod fetch;
@@ -14,6 +15,7 @@ mod health;
 mod init;
 mod journal;
 mod kexec;
+mod local;
 mod memory;
 mod modules;
 mod net;

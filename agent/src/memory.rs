@@ -164,7 +164,7 @@ impl Place {
 }
 
 /// One write(2) of attributes and data, as efivarfs demands.
-fn write_variable(path: &Path, data: &[u8]) -> std::io::Result<()> {
+pub fn write_variable(path: &Path, data: &[u8]) -> std::io::Result<()> {
     if let Ok(file) = File::open(path) {
         sys::clear_immutable(&file)?;
     }

@@ -60,6 +60,15 @@ struct LoopConfig {
 nix::ioctl_none_bad!(loop_ctl_get_free, 0x4C82);
 nix::ioctl_write_ptr_bad!(loop_configure, 0x4C0A, LoopConfig);
 
+nix::ioctl_none!(blk_reread_partitions, 0x12, 95);
+
+/// `BLKRRPART`: the kernel's partitions become those of the disk's table. Refused while one of them is in use.
+pub fn reread_partitions(disk: &File) -> Result<()> {
+    // SAFETY: an ioctl without an argument on an open descriptor.
+    unsafe { blk_reread_partitions(disk.as_raw_fd()) }?;
+    Ok(())
+}
+
 /// A free loop device's number, from an open /dev/loop-control.
 pub fn loop_get_free(control: &File) -> Result<u32> {
     // SAFETY: an ioctl without an argument on an open descriptor.

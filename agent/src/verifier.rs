@@ -2,6 +2,7 @@
 //! that metadata. PID 1, the running system's service and `kiln-agent stage` have this one way; none goes around it.
 
 use crate::api::Clock;
+use crate::disk::record::Record;
 use crate::error::{AgentError, FailureClass, Result};
 use crate::fetch;
 use crate::memory::{Memory, Place};
@@ -13,10 +14,11 @@ use kiln_protocol::{
 };
 use kiln_release::certificate::{spki_der, spki_key_id};
 use kiln_release::tuf::{self, ExpiryPolicy, Fetched, Limits, Outcome, Request, TargetPath};
-use kiln_release::{BootInfo, Manifest, Signer, Site, hex};
+use kiln_release::{BootInfo, Manifest, Mode, Signer, Site, hex};
+use std::collections::BTreeMap;
 
 /// Where to look for the boot server.
-#[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Servers {
     /// Base URLs of artifacts.
     pub http: Vec<String>,
@@ -30,6 +32,8 @@ pub struct Verified {
     pub manifest: Manifest,
     /// SHA-256 of the manifest's bytes.
     pub manifest_sha256: String,
+    /// The repository's files that it was verified with, by path; kept in disk mode alone.
+    pub files: BTreeMap<String, String>,
     outcome: Outcome,
 }
 
@@ -60,12 +64,14 @@ pub struct Verifier {
     pub now: Timestamp,
     /// The same for TLS.
     pub clock: Clock,
+    /// The assignment that was accepted last, as it came.
+    pub accepted: Option<String>,
 }
 
 impl Verifier {
     pub fn new(boot: BootInfo, place: Place, key: Signer, memory: Memory, servers: Servers, now: Timestamp) -> Self {
         let clock = Clock::at(now);
-        Self { boot, place, key, memory, servers, now, clock }
+        Self { boot, place, key, memory, servers, now, clock, accepted: None }
     }
 
     /// The release that this UKI embeds.
@@ -97,17 +103,72 @@ impl Verifier {
             self.now,
             Limits::default(),
             ExpiryPolicy::ReportStale,
-            vec![site_path.clone(), manifest_path.clone()],
+            vec![site_path, manifest_path],
         )?;
         // Also of an update that fails or is called off: what was verified up to there cannot be taken back.
         let role = format!("image-{}", release.image);
-        let fetched = fetch_all(base, &mut client, &mut |client| {
+        let (mut files, keep) = (BTreeMap::new(), self.boot.site.mode == Mode::Disk);
+        let fetched = fetch_all(base, &mut client, &mut |client, path, text| {
             self.memory.seen = client.seen().clone().narrowed(&["targets", &role]);
+            if let Some(text) = text.filter(|_| keep) {
+                files.insert(path.to_owned(), text);
+            }
         })
         .await;
         self.place.remember(&self.memory)?;
         fetched?;
-        let outcome = client.finish()?;
+        self.take(client.finish()?, release, files)
+    }
+
+    /// Verifies a release and its assignment by what was kept of them, without a boot server: the same checks, against
+    /// the trust root in this boot image, but for those that only a server can answer (freshness) and those that look
+    /// forward: versions may be lower than the highest seen, because the machine returns to what it was assigned. The
+    /// floor binds.
+    pub fn verify_record(&mut self, release: &ReleaseId, record: &Record) -> Result<(Verified, Assignment)> {
+        let site_path = TargetPath::site();
+        let manifest_path = TargetPath::manifest(release.image.as_str(), release.release)?;
+        let mut client = tuf::Client::new(
+            self.boot.trust_root.as_bytes(),
+            tuf::Seen::default(),
+            self.now,
+            Limits::default(),
+            ExpiryPolicy::ReportStale,
+            vec![site_path, manifest_path],
+        )?;
+        while let Request::Fetch { path, max_bytes, may_be_absent } = client.next() {
+            let kept = record.files.get(&path);
+            client.feed(match kept {
+                Some(text) if text.len() as u64 <= max_bytes => Fetched::Bytes(text.clone().into_bytes()),
+                Some(_) => Fetched::TooLong,
+                None if may_be_absent => Fetched::Absent,
+                None => {
+                    let reason = "it was not kept".to_owned();
+                    return Err(AgentError::Format { path: path.into(), reason });
+                }
+            })?;
+        }
+        let verified = self.take(client.finish()?, release, record.files.clone())?;
+        let (assigned, _) = verified.site.verify_director::<Assignment>(record.assignment.as_bytes())?;
+        let key: KeyId = spki_key_id(&spki_der(&self.key)).parse().expect("a SHA-256 in hex is a key id");
+        let me = Running {
+            key: &key,
+            arch: crate::facts::architecture(),
+            image: &release.image,
+            highest_sequence: 0,
+            floor: self.memory.floor(&self.boot.image),
+        };
+        check_assignment(&assigned, &me)?;
+        if assigned.release_id() != *release || assigned.manifest_sha256.as_str() != verified.manifest_sha256 {
+            let (expected, got) = (verified.manifest_sha256, assigned.manifest_sha256.to_string());
+            return Err(AgentError::ManifestMismatch { expected, got });
+        }
+        Ok((verified, assigned))
+    }
+
+    /// What a finished update says of the site and the release.
+    fn take(&mut self, outcome: Outcome, release: &ReleaseId, files: BTreeMap<String, String>) -> Result<Verified> {
+        let site_path = TargetPath::site();
+        let manifest_path = TargetPath::manifest(release.image.as_str(), release.release)?;
         let site = Site::read(target(&outcome, &site_path)?)?;
         if site.agent_api.ca_pem.trim() != self.boot.site.agent_api_ca_pem.trim() {
             return Err(AgentError::AgentApiCa);
@@ -125,7 +186,7 @@ impl Verifier {
         }
         self.place.remember(&self.memory)?;
         let manifest_sha256 = hex::sha256(manifest_bytes);
-        Ok(Verified { site, manifest, manifest_sha256, outcome })
+        Ok(Verified { site, manifest, manifest_sha256, files, outcome })
     }
 
     /// Verifies a reply to a report that carried `nonce`.
@@ -155,6 +216,7 @@ impl Verifier {
         let (fresh, _) = verified.site.verify_director::<Freshness>(freshness.as_bytes())?;
         check_freshness(&fresh, nonce, &sha256.parse().expect("a SHA-256 in hex"))?;
         self.memory.accept(&assigned);
+        self.accepted = Some(assignment);
         self.move_clock(fresh.now.min(verified.outcome.offline_expires_newest));
         self.place.remember(&self.memory)?;
         Ok(Answer::Assigned { assignment: assigned, via, grant })
@@ -179,12 +241,20 @@ impl Verifier {
     }
 }
 
-/// Feeds the client until it has all it wants; `seen` is told after each file.
-async fn fetch_all(base: &str, client: &mut tuf::Client, seen: &mut dyn FnMut(&tuf::Client)) -> Result<()> {
+/// Feeds the client until it has all it wants; `seen` is told after each file, and given it as text.
+async fn fetch_all(
+    base: &str,
+    client: &mut tuf::Client,
+    seen: &mut dyn FnMut(&tuf::Client, &str, Option<String>),
+) -> Result<()> {
     loop {
         let Request::Fetch { path, max_bytes, may_be_absent } = client.next() else { return Ok(()) };
+        let mut text = None;
         let fetched = match fetch::document(base, &path, max_bytes).await {
-            Ok(Some(bytes)) => Fetched::Bytes(bytes),
+            Ok(Some(bytes)) => {
+                text = String::from_utf8(bytes.clone()).ok();
+                Fetched::Bytes(bytes)
+            }
             Ok(None) if may_be_absent => Fetched::Absent,
             // A file that is listed but not there: a repository half copied, or one that hides it. Like no answer.
             Ok(None) => return Err(AgentError::HttpStatus { url: format!("{base}/{path}"), status: 404 }),
@@ -192,7 +262,7 @@ async fn fetch_all(base: &str, client: &mut tuf::Client, seen: &mut dyn FnMut(&t
             Err(error) => return Err(error),
         };
         let fed = client.feed(fetched);
-        seen(client);
+        seen(client, &path, text);
         fed?;
     }
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 /// Name of the root's device.
 pub const DEVICE: &str = "kiln-root";
 
-/// Sets up `root` read-only under dm-verity with exactly `root_hash`; gives the device's path.
+/// Sets up the file `root` read-only under dm-verity with exactly `root_hash`; gives the device's path.
 pub fn open(root: &Path, params: &VerityParams, root_hash: &str) -> Result<String> {
     let control_path = "/dev/loop-control";
     let control = File::open(control_path).map_err(AgentError::file(control_path))?;
@@ -21,11 +21,16 @@ pub fn open(root: &Path, params: &VerityParams, root_hash: &str) -> Result<Strin
     sys::loop_bind(&device, &backing)
         .map_err(AgentError::system(format!("binding {} to {loop_path}", root.display())))?;
 
+    open_device(&loop_path, params, root_hash)
+}
+
+/// The same on a block device that holds the artifact from its first byte on: a slot.
+pub fn open_device(device: &str, params: &VerityParams, root_hash: &str) -> Result<String> {
     let control = mapper()?;
     let sectors = params.data_blocks * 8;
     let first_hash_block = params.hash_offset / 4096 + 1;
     let table = format!(
-        "1 {loop_path} {loop_path} 4096 4096 {} {first_hash_block} sha256 {root_hash} {}",
+        "1 {device} {device} 4096 4096 {} {first_hash_block} sha256 {root_hash} {}",
         params.data_blocks, params.salt
     );
     let ask = |command, table: Option<(u64, &str, &str)>, what: &str| {

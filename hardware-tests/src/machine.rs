@@ -232,6 +232,11 @@ impl Machine {
         qemu
     }
 
+    /// The file behind one of its disks.
+    pub fn disk(&self, number: usize) -> PathBuf {
+        disk_path(&self.dir, number)
+    }
+
     /// Presses the power button of a machine that is off.
     pub fn power_on(&mut self) -> Result<(), LabError> {
         self.power_off();

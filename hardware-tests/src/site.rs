@@ -24,6 +24,8 @@ pub const PROBE: &str = "probe";
 pub const HANGS: &str = "hangs";
 /// The image with drivers for real hardware.
 pub const SERVERS: &str = "servers";
+/// The image of machines that live on their disk.
+pub const DISK: &str = "disk";
 
 /// Makes the template, or finds it current, and release 1 of each further image in it. The builder's output goes to the
 /// terminal.
@@ -37,6 +39,11 @@ pub fn prepare(paths: &Paths, further: &[String]) -> Result<(), LabError> {
             println!("lab: building {recipe}");
             build(paths, &site, recipe, release)?;
         }
+    }
+    // The test of disk mode goes from one release to another.
+    if further.iter().any(|image| image == DISK) && !site.join(format!("build/{DISK}/2/manifest.json")).exists() {
+        println!("lab: building {DISK}/2");
+        build(paths, &site, DISK, "2")?;
     }
     Ok(())
 }

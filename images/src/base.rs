@@ -14,10 +14,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// Grows when a base would be made in another way.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// Package of the UKI stub, and the stub in it.
 const STUB_PACKAGE: &str = "systemd-boot-efi";
 const STUB_PATH: &str = "usr/lib/systemd/boot/efi/linuxx64.efi.stub";
+/// The loader of machines in disk mode, of the same package.
+const LOADER_PATH: &str = "usr/lib/systemd/boot/efi/systemd-bootx64.efi";
 
 /// What a base is: `base.json` in its folder.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,6 +58,9 @@ impl Base {
     }
     pub(crate) fn stub(&self) -> PathBuf {
         self.folder.join("linux.efi.stub")
+    }
+    pub(crate) fn loader(&self) -> PathBuf {
+        self.folder.join("systemd-boot.efi")
     }
     /// `/lib/modules/VERSION`.
     pub(crate) fn modules(&self) -> PathBuf {
@@ -235,6 +240,7 @@ impl Making<'_> {
         };
         take(format!("boot/vmlinuz-{release}"), "vmlinuz", &self.recipe.kernel)?;
         take(STUB_PATH.into(), "linux.efi.stub", STUB_PACKAGE)?;
+        take(LOADER_PATH.into(), "systemd-boot.efi", STUB_PACKAGE)?;
         // depmod of Debian 12 looks only in /lib/modules.
         let link = unpacked.join("lib");
         if !link.exists() {

@@ -11,7 +11,7 @@ use crate::site::SiteDir;
 use crate::{host, initramfs, root, sbom, tarball, uki};
 use jiff::Timestamp;
 use kiln_release::hex::sha256;
-use kiln_release::{Artifact, BootInfo, MANIFEST_TYPE, Manifest, Mode, SiteSettings};
+use kiln_release::{Artifact, BootInfo, DiskSettings, MANIFEST_TYPE, Manifest, Mode, SiteSettings};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -199,7 +199,8 @@ impl Inputs<'_> {
                 http_urls: self.urls.http.clone(),
                 agent_urls: self.urls.agent.clone(),
                 agent_api_ca_pem: self.site.agent_api_ca_pem.clone(),
-                mode: Mode::Ram,
+                mode: if self.recipe.disk.is_some() { Mode::Disk } else { Mode::Ram },
+                disk: self.recipe.disk.clone(),
             },
             trust_root: self.site.trust_root.clone(),
         };
@@ -218,6 +219,10 @@ impl Inputs<'_> {
                 initrd: &initramfs,
             },
         )?;
+
+        if let Some(disk) = &self.recipe.disk {
+            fits(disk, uki.len() as u64, root.bytes.len() as u64)?;
+        }
 
         steps.next("Write the manifest");
         let manifest = Manifest {
@@ -291,6 +296,17 @@ fn unchanged(folder: &Path, input: &str) -> Option<Manifest> {
 
 fn named(bytes: &[u8]) -> Artifact {
     Artifact { sha256: sha256(bytes), length: bytes.len() as u64 }
+}
+
+/// Two UKIs, the loader and its files fit on the EFI system partition, and the root into a slot.
+fn fits(disk: &DiskSettings, uki: u64, root: u64) -> Result<(), BuildError> {
+    let esp = 2 * uki + (8 << 20);
+    for (key, needed, has) in [("esp", esp, disk.esp), ("slot", root, disk.slot)] {
+        if needed > has {
+            return Err(BuildError::DiskTooSmall { key, needed, has });
+        }
+    }
+    Ok(())
 }
 
 fn dpkg_status(tar: &[u8]) -> String {

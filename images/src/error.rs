@@ -45,6 +45,16 @@ pub enum BuildError {
         /// Its own words, which name the file.
         line: String,
     },
+    /// What is built does not fit the disk's partitions.
+    #[error("[disk] {key} = {has} bytes is too small: this release needs {needed}")]
+    DiskTooSmall {
+        /// Which setting.
+        key: &'static str,
+        /// Bytes needed.
+        needed: u64,
+        /// Bytes set.
+        has: u64,
+    },
     /// The site directory cannot be used.
     #[error(transparent)]
     Site(#[from] crate::site_error::SiteError),

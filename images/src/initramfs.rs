@@ -39,6 +39,11 @@ fn contents(recipe: &Recipe, base: &Base, boot: &BootInfo, agent: &[u8]) -> Resu
     let boot = serde_json::to_vec(boot).expect("plain structs have a JSON form");
     add("kiln/boot.json", 0o444, Node::File(boot))?;
 
+    if recipe.disk.is_some() {
+        // The UKI's signature covers it; the agent puts it on the disk.
+        add("kiln/systemd-boot.efi", 0o444, Node::File(read(&base.loader())?))?;
+    }
+
     let text = |name: &str| read(&base.modules().join(name)).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
     let index = Index {
         dep: text("modules.dep")?,

@@ -3,7 +3,7 @@
 //! A recipe may extend another (`extends = "minimal.toml"`): single values replace the other's, lists are added to it.
 
 use crate::error::RecipeError;
-use kiln_release::{FilePolicy, HealthCheck, WritableMount};
+use kiln_release::{DiskSettings, FilePolicy, HealthCheck, WipePolicy, WritableMount};
 use serde::Deserialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -60,6 +60,8 @@ pub struct Recipe {
     pub files: Vec<RecipeFile>,
     /// What the release declares and a role may parameterise.
     pub policy: FilePolicy,
+    /// How the disk is used, in disk mode; none: the root lives in memory.
+    pub disk: Option<DiskSettings>,
     /// Every file that was read for it, with its bytes: the build's input.
     pub sources: Vec<(PathBuf, Vec<u8>)>,
 }
@@ -84,6 +86,18 @@ struct Raw {
     writable: Vec<RawWritable>,
     file: Vec<RawFile>,
     policy: Option<RawPolicy>,
+    mode: Option<Spanned<String>>,
+    disk: Option<Spanned<RawDisk>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDisk {
+    esp: Option<Spanned<String>>,
+    slot: Option<Spanned<String>>,
+    state: Option<Spanned<String>>,
+    wipe: Option<Spanned<String>>,
+    prefetch_rate: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -144,6 +158,8 @@ struct Partial {
     writable: Vec<WritableMount>,
     files: Vec<RecipeFile>,
     policy: Option<FilePolicy>,
+    disk_mode: Option<bool>,
+    disk: Option<DiskSettings>,
     sources: Vec<(PathBuf, Vec<u8>)>,
 }
 
@@ -253,6 +269,17 @@ impl Partial {
         if let Some(policy) = raw.policy {
             self.policy = Some(FilePolicy { refuse_foreign_command_line: policy.refuse_foreign_command_line });
         }
+        if let Some(mode) = raw.mode {
+            let mode = source.check(mode, |mode| matches!(mode, "ram" | "disk"), "a mode: ram or disk")?;
+            self.disk_mode = Some(mode == "disk");
+        }
+        if let Some(disk) = raw.disk {
+            let span = disk.span();
+            if self.disk_mode != Some(true) {
+                return Err(source.invalid(span, "[disk] is for mode = \"disk\", which this recipe does not say"));
+            }
+            self.disk = Some(disk_settings(disk.into_inner(), source)?);
+        }
         Ok(())
     }
 
@@ -315,9 +342,37 @@ impl Partial {
             writable: self.writable,
             files: self.files,
             policy: self.policy.unwrap_or_default(),
+            disk: self.disk_mode.unwrap_or(false).then(|| self.disk.unwrap_or_default()),
             sources: self.sources,
         })
     }
+}
+
+fn disk_settings(raw: RawDisk, source: &Source<'_>) -> Result<DiskSettings, RecipeError> {
+    let size = |value: Option<Spanned<String>>, default: u64, least: u64| match value {
+        None => Ok(default),
+        Some(text) => bytes_of(text.get_ref()).filter(|bytes| *bytes >= least).ok_or_else(|| {
+            let unit = if least >= 1 << 20 { (least >> 20, "M") } else { (least >> 10, "K") };
+            source.invalid(text.span(), format!("a number with K, M or G, at least \"{}{}\"", unit.0, unit.1))
+        }),
+    };
+    let default = DiskSettings::default();
+    let wipe = match raw.wipe {
+        None => WipePolicy::Never,
+        Some(word) => match word.get_ref().as_str() {
+            "never" => WipePolicy::Never,
+            "foreign" => WipePolicy::Foreign,
+            _ => return Err(source.invalid(word.span(), "a wipe policy is: never, foreign")),
+        },
+    };
+    let rate = raw.prefetch_rate.map(|rate| size(Some(rate), 0, DiskSettings::LEAST_RATE)).transpose()?;
+    Ok(DiskSettings {
+        esp: size(raw.esp, default.esp, DiskSettings::LEAST_ESP)?,
+        slot: size(raw.slot, default.slot, DiskSettings::LEAST_SLOT)?,
+        state: size(raw.state, default.state, DiskSettings::LEAST_STATE)?,
+        wipe,
+        prefetch_rate: rate,
+    })
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, RecipeError> {

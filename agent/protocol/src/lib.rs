@@ -10,6 +10,7 @@ mod assignment;
 mod ids;
 mod inventory;
 mod lldp;
+pub mod slot;
 mod smbios;
 mod stage;
 mod wire;

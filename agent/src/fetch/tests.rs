@@ -15,6 +15,7 @@ const QUICK: Patience = Patience {
     rate: 8 * 1024,
     window: Duration::from_secs(1),
     tries: 4,
+    cap: None,
 };
 /// What a loaded host may take longer.
 const SLACK: Duration = Duration::from_secs(3);

@@ -7,16 +7,19 @@ mod tests;
 
 use crate::api::Api;
 use crate::change::{self, Meter, Prefetch, Ready, blocking};
+use crate::disk::machine::{MachineDisk, SharedDisk, on_disk};
 use crate::error::{AgentError, Result};
-use crate::handoff::Handoff;
+use crate::handoff::{Handoff, OnDisk};
 use crate::health::{Checks, Probe};
 use crate::journal::{Journal, monotonic_ms};
 use crate::memory::{Place, random};
+use crate::net::Lease;
 use crate::plan::{self, Plan};
 use crate::verifier::{Answer, Verifier};
 use crate::watchdog::Watchdog;
 use crate::{facts, init, net, verity};
 use duty::{Action, Duty, Event, Target, Trouble, Wanted};
+use kiln_protocol::slot;
 use kiln_protocol::{Assignment, Decision, Grant, Health, Nonce, ReleaseId, Reply, RunningRelease, Stage, Via};
 use nix::sys::reboot::{RebootMode, reboot};
 use std::future::pending;
@@ -25,7 +28,7 @@ use std::pin::Pin;
 use std::process::{Command, Stdio};
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 use tokio::time::{sleep, timeout};
 
@@ -35,6 +38,11 @@ const CHECK_EVERY: Duration = Duration::from_secs(1);
 const WATCH_EVERY: Duration = Duration::from_secs(5);
 /// The image's init has so long to stop its services before the agent leaves without it.
 const STOP_DEADLINE: Duration = Duration::from_secs(60);
+
+/// A trial that is not healthy so long after the service's start leaves; the server's own limit is the same.
+const TRIAL: Duration = Duration::from_secs(15 * 60);
+/// Longest wait for a disk's commit.
+const DISK_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Runs until the machine leaves for another release.
 pub fn run() -> Result<()> {
@@ -53,15 +61,48 @@ async fn serve() -> Result<()> {
     if let Some(watchdog) = Watchdog::arm() {
         tokio::spawn(watchdog.keep());
     }
-    tokio::spawn(net::keep(handoff.lease.clone(), facts_id()?));
+    tokio::spawn(stay_connected(handoff.lease.clone(), facts_id()?));
     forget_an_earlier_start();
     let probe = Probe::new(verity::running_root_hash, "systemctl");
     let checks = Checks::new(handoff.manifest.health.clone(), handoff.manifest.verity.root_hash.clone(), probe);
+    let disk = slots(&handoff);
     let (verifier, mut journal) = resume(handoff)?;
     journal.done(Stage::Handover);
     journal.done(Stage::Service);
     let door = Door { systemctl: "systemctl".into(), reboot: restart };
-    Err(Service::new(verifier, journal, change::NEXT, door)?.run(checks).await)
+    let mut service = Service::new(verifier, journal, change::NEXT, door)?;
+    service.disk = disk;
+    Err(service.run(checks).await)
+}
+
+/// Keeps the lease, or goes on asking for one: in disk mode a machine comes up without a network.
+async fn stay_connected(lease: Option<Lease>, machine: kiln_protocol::MachineId) {
+    let lease = match lease {
+        Some(lease) => lease,
+        None => loop {
+            match net::bring_up(&machine, false).await {
+                Ok(lease) => break lease,
+                Err(error) => {
+                    eprintln!("kiln-agent: {error}");
+                    sleep(Duration::from_secs(30)).await;
+                }
+            }
+        },
+    };
+    net::keep(lease, machine).await;
+}
+
+/// The disk that this system runs from. One that cannot be opened any more costs the slots: the release goes on.
+fn slots(handoff: &Handoff) -> Option<SharedDisk> {
+    let OnDisk { name, via } = handoff.disk.clone()?;
+    let open = || {
+        let floor = Place::of_this_machine().memory()?.floor(&handoff.boot.image);
+        let mut disk = MachineDisk::reopen(&name, &handoff.boot, floor)?;
+        let root_hash = init::embedded(&handoff.boot)?.root_hash;
+        disk.event(slot::Event::Started(root_hash, via), None)?;
+        Ok::<_, AgentError>(Arc::new(std::sync::Mutex::new(disk)))
+    };
+    open().inspect_err(|error| eprintln!("kiln-agent: disk {name}: {error} ({})", error.kind())).ok()
 }
 
 fn facts_id() -> Result<kiln_protocol::MachineId> {
@@ -160,6 +201,17 @@ struct Service {
     prefetch: Option<Prefetch>,
     meter: Arc<Meter>,
     ready: Option<Arc<Ready>>,
+    /// In disk mode.
+    disk: Option<SharedDisk>,
+    /// The release that runs is good, or on trial since then.
+    proven: Proof,
+}
+
+/// What the slots know of the release that runs.
+#[derive(Debug, Clone, Copy)]
+enum Proof {
+    Good,
+    Trial(Instant),
 }
 
 impl Service {
@@ -179,7 +231,37 @@ impl Service {
             prefetch: None,
             meter: Arc::default(),
             ready: None,
+            disk: None,
+            proven: Proof::Trial(Instant::now()),
         })
+    }
+
+    /// Tells the slots that the release that runs is healthy, or that it is late. Whether it must leave.
+    async fn prove(&mut self, healthy: bool) -> bool {
+        let (Some(disk), Proof::Trial(since)) = (&self.disk, self.proven) else { return false };
+        let event = match healthy {
+            true => slot::Event::Healthy,
+            false if since.elapsed() >= TRIAL => slot::Event::Late,
+            false => return false,
+        };
+        let done = timeout(DISK_DEADLINE, on_disk(disk, move |disk| disk.event(event, None))).await;
+        match done {
+            Ok(Ok(actions)) => {
+                if healthy {
+                    self.proven = Proof::Good;
+                    eprintln!("kiln-agent: {} is healthy: {}", self.here, crate::disk::machine::lock(disk).describe());
+                }
+                actions.iter().any(|action| matches!(action, slot::Action::Leave(_)))
+            }
+            Ok(Err(error)) => {
+                eprintln!("kiln-agent: the boot loader cannot be told that this release is good: {error}");
+                false
+            }
+            Err(_) => {
+                eprintln!("kiln-agent: the disk gives no answer");
+                false
+            }
+        }
     }
 
     /// Waits for whatever comes first, decides, does. Ends when the machine cannot even be left.
@@ -206,6 +288,12 @@ impl Service {
                 }
                 () = until(self.duty.wakes()) => Event::Time,
             };
+            if let Event::Checked(health) = &event
+                && self.prove(health.healthy).await
+            {
+                drop((round, post, job));
+                return self.leave(true).await;
+            }
             let jitter = random().map_or(0, |bytes| bytes[0]);
             let (duty, actions) = self.duty.event(event, monotonic_ms(), jitter);
             self.duty = duty;
@@ -218,7 +306,10 @@ impl Service {
                     Action::Fetch(target) => job = Some(self.fetch(target)),
                     Action::AskWhetherToGo(target) => job = Some(self.ask_whether_to_go(target)),
                     Action::CallOff => job = None,
-                    Action::Discard => (self.prefetch, self.ready, self.meter) = (None, None, Arc::default()),
+                    Action::Discard => {
+                        (self.prefetch, self.ready, self.meter) = (None, None, Arc::default());
+                        self.call_off();
+                    }
                     Action::Load => job = Some(self.load()),
                     Action::Leave { cold } => {
                         drop((round, post, job));
@@ -226,6 +317,18 @@ impl Service {
                     }
                 }
             }
+        }
+    }
+
+    /// The loader shall not hear of what was installed and is no longer wanted. In a thread of its own: nothing waits
+    /// for it, and the next install calls off what is left.
+    fn call_off(&self) {
+        if let Some(disk) = self.disk.clone() {
+            tokio::spawn(async move {
+                if let Err(error) = on_disk(&disk, |disk| disk.event(slot::Event::CalledOff, None)).await {
+                    eprintln!("kiln-agent: {error}");
+                }
+            });
         }
     }
 
@@ -255,12 +358,13 @@ impl Service {
     fn fetch(&mut self, target: Target) -> Job {
         let (verifier, prefetch, newest) = (Rc::clone(&self.verifier), self.prefetch.take(), self.newest.clone());
         let (here, next, meter) = (self.here.clone(), self.next.clone(), Arc::clone(&self.meter));
+        let disk = self.disk.clone();
         Box::pin(async move {
             let verifier = &mut *verifier.lock().await;
             let mut prefetch = match prefetch {
                 Some(prefetch) => prefetch,
                 None => match believe(verifier, &here, &target, newest).await {
-                    Ok((assignment, via, _)) => Prefetch::new(&assignment, via, &next, meter),
+                    Ok((assignment, via, _)) => Prefetch::new(&assignment, via, &next, meter).onto(disk),
                     Err((stage, error)) => return Event::Failed(trouble(stage, &error, false)).into(),
                 },
             };

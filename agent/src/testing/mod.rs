@@ -176,6 +176,7 @@ impl TestSite {
                 agent_urls: agent.to_vec(),
                 agent_api_ca_pem: self.tls[0].clone(),
                 mode: Mode::Ram,
+                disk: None,
             },
             trust_root: self.trust_root.clone(),
         };

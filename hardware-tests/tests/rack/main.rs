@@ -5,6 +5,7 @@
 mod attacks;
 mod boots;
 mod cleanup;
+mod disk;
 mod hardware;
 mod silence;
 mod support;

@@ -155,6 +155,54 @@ pub enum Mode {
     /// Into memory.
     #[default]
     Ram,
+    /// Into one of a disk's two slots, and the boot loader on it.
+    Disk,
+}
+
+/// What becomes of a disk that holds something that is not Kiln's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum WipePolicy {
+    /// It is not touched.
+    #[default]
+    Never,
+    /// It is partitioned anew, where no disk is blank or Kiln's already. What it held is lost.
+    Foreign,
+}
+
+/// How a machine in disk mode uses its disk. Sizes are in bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskSettings {
+    /// EFI system partition: the loader and two UKIs.
+    pub esp: u64,
+    /// Each of the two slots: one root artifact.
+    pub slot: u64,
+    /// State partition: what the agent keeps of each slot's signed metadata.
+    pub state: u64,
+    /// Whether a disk with somebody else's data may be taken.
+    #[serde(default)]
+    pub wipe: WipePolicy,
+    /// Most bytes per second of a prefetch into the idle slot; none: as fast as it comes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefetch_rate: Option<u64>,
+}
+
+impl DiskSettings {
+    /// Smallest EFI system partition: FAT32 begins at 33 MiB.
+    pub const LEAST_ESP: u64 = 64 << 20;
+    /// Smallest slot.
+    pub const LEAST_SLOT: u64 = 16 << 20;
+    /// Smallest state partition: FAT32 begins at 33 MiB.
+    pub const LEAST_STATE: u64 = 36 << 20;
+    /// Slowest prefetch, bytes per second: below eight times the slowest that a server may be.
+    pub const LEAST_RATE: u64 = 64 << 10;
+}
+
+impl Default for DiskSettings {
+    /// For UKIs of up to 120 MiB and roots of up to 4 GiB.
+    fn default() -> Self {
+        Self { esp: 256 << 20, slot: 4 << 30, state: 64 << 20, wipe: WipePolicy::Never, prefetch_rate: None }
+    }
 }
 
 /// Site settings inside the initramfs. They say where to look; trust is in [`BootInfo::trust_root`].
@@ -171,6 +219,9 @@ pub struct SiteSettings {
     /// Where the root goes.
     #[serde(default)]
     pub mode: Mode,
+    /// How the disk is used, in disk mode; none there: the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskSettings>,
 }
 
 /// What this UKI is: [`BOOT_PATH`] in its initramfs.

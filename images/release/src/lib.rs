@@ -25,7 +25,7 @@ pub use error::{
     CanonicalError, DirectorError, EnvelopeError, FormatError, KeyError, TufError, VerityError, with_causes,
 };
 pub use formats::{
-    AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, FilePolicy, HANDOFF_PATH, HealthCheck, HealthKind,
-    MANIFEST_TYPE, Manifest, Mode, SITE_TYPE, Site, SiteSettings, VerityParams, WritableMount,
+    AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, DiskSettings, FilePolicy, HANDOFF_PATH, HealthCheck,
+    HealthKind, MANIFEST_TYPE, Manifest, Mode, SITE_TYPE, Site, SiteSettings, VerityParams, WipePolicy, WritableMount,
 };
 pub use key::{PublicKey, Signer};

@@ -56,6 +56,7 @@ fn boot() -> BootInfo {
             agent_urls: vec!["https://[fd00::1]:8443".into()],
             agent_api_ca_pem: String::new(),
             mode: Mode::Ram,
+            disk: None,
         },
         trust_root: "{}".into(),
     }

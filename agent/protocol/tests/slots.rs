@@ -1,0 +1,414 @@
+//! Every event in every state that a machine's disk can reach, with a power cut before, after and in the middle of
+//! every commit, and systemd-boot's part played by its rules (UAPI.1, docs/AUTOMATIC_BOOT_ASSESSMENT.md): a machine
+//! that ever had a good release always comes up on a good one again, by itself and without a network.
+
+#![allow(clippy::unwrap_used, clippy::needless_pass_by_value)] // a test; its steps read better as values
+
+use kiln_protocol::Via;
+use kiln_protocol::slot::{
+    Action, Content, Disk, EntryKind, EntryName, Event, Go, Label, Refusal, SlotId, SlotState, Slots, TRIES, Tries,
+};
+use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::panic::AssertUnwindSafe;
+use std::rc::Rc;
+
+fn content(release: u64) -> Content {
+    Content {
+        release: format!("minimal/{release}").parse().unwrap(),
+        root_hash: format!("{release:064x}").replacen('0', &format!("{release:x}"), 16).parse().unwrap(),
+        uki: format!("{:064x}", 0xa0 + release).parse().unwrap(),
+    }
+}
+
+/// 1 and 2 are fine, 3 never gets healthy, 4 runs well after a kexec and no firmware starts it.
+const RELEASES: [u64; 4] = [1, 2, 3, 4];
+
+fn starts_cold(release: u64) -> bool {
+    release != 4
+}
+
+fn gets_healthy(release: u64) -> bool {
+    release != 3
+}
+
+fn release_of(label: Label) -> u64 {
+    RELEASES.into_iter().find(|r| Label::of(&content(*r).root_hash) == label).unwrap()
+}
+
+/// A machine, on or off.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+struct World {
+    disk: Disk,
+    /// What really lies in the slots; none: half-written, or rotten.
+    data: [Option<u64>; 2],
+    /// The agent's state while it is on.
+    on: Option<Slots>,
+    /// Where no EFI variable could be lost: survives everything.
+    floor: u64,
+    /// It was healthy once after a cold boot.
+    had_good: bool,
+    /// What it may be assigned.
+    releases: [u64; 3],
+    /// The last assignment there is.
+    assignments: u64,
+}
+
+impl World {
+    fn off(&self) -> Self {
+        let mut off = Self { on: None, ..self.clone() };
+        // What lies in a slot without a label is never looked at.
+        for slot in SlotId::BOTH {
+            off.data[slot.index()] = off.data[slot.index()].filter(|_| off.disk.labels[slot.index()].is_some());
+        }
+        off
+    }
+
+    /// The data of a slot's label is there, whole.
+    fn holds(&self, release: u64) -> bool {
+        let slot = self.disk.slot_of(&content(release).root_hash);
+        slot.is_some_and(|slot| self.data[slot.index()] == Some(release))
+    }
+
+    /// What systemd-boot may start next, and the disk after it has counted. More than one where its order leaves it
+    /// open.
+    fn loader(&self) -> Vec<(u64, Self)> {
+        let candidates = self.disk.entries.iter().filter(|e| {
+            // An entry whose EFI file does not exist is not listed.
+            matches!(e.name.kind, EntryKind::Good | EntryKind::Trial(_)) && self.disk.ukis.contains(&e.content.uki)
+        });
+        // No tries left: behind all others. Then the highest version.
+        let key = |name: EntryName| (!matches!(name.kind, EntryKind::Trial(Tries { left: 0, .. })), name.sequence);
+        let Some(best) = candidates.clone().map(|e| key(e.name)).max() else { return Vec::new() };
+        let started = candidates.filter(|e| key(e.name) == best).map(|entry| {
+            let mut after = self.off();
+            if let EntryKind::Trial(Tries { left, done }) = entry.name.kind
+                && left > 0
+            {
+                let kind = EntryKind::Trial(Tries { left: left - 1, done: done + 1 });
+                let to = EntryName { kind, ..entry.name };
+                after.disk.apply(&Action::RenameEntry { from: entry.name, to });
+            }
+            (entry.content.release.release, after)
+        });
+        started.collect()
+    }
+
+    /// Power on, again and again, with the network dead: it must come up on a fine release at or above the floor.
+    fn comes_back(&self) -> bool {
+        let mut worlds = vec![self.off()];
+        for _ in 0..4 * TRIES {
+            let mut next = Vec::new();
+            for world in &worlds {
+                let choices = world.loader();
+                if choices.is_empty() {
+                    return false;
+                }
+                for (release, after) in choices {
+                    let up = starts_cold(release) && gets_healthy(release) && world.holds(release);
+                    if !up || release < self.floor {
+                        next.push(after);
+                    }
+                }
+            }
+            if next.is_empty() {
+                return true;
+            }
+            next.sort();
+            next.dedup();
+            worlds = next;
+        }
+        false
+    }
+
+    /// Does actions; `cuts` gets the machine as a power cut at any moment leaves it.
+    fn perform(&self, slots: Slots, actions: &[Action], cuts: &mut Vec<Self>) -> Self {
+        let mut world = Self { on: Some(slots.clone()), ..self.clone() };
+        for action in actions {
+            cuts.push(world.off());
+            if let Action::Fetch(slot, content) = action {
+                // The rule that protects the last release known to start: whatever is overwritten, another is good.
+                let other_good = world.disk.is_good(slot.other());
+                assert!(!world.had_good || other_good, "the only good slot is overwritten");
+                assert_eq!(world.disk.labels[slot.index()], None, "written to under its label");
+                world.data[slot.index()] = None;
+                cuts.push(world.off());
+                world.data[slot.index()] = Some(content.release.release);
+            }
+            if let Action::Leave(Via::Kexec) = action {
+                let from = self.on.as_ref().and_then(|on| on.running.as_ref()).expect("it left what runs");
+                assert!(world.disk.is_good(from.slot), "two kernels in a row that no firmware started");
+            }
+            world.disk.apply(action);
+        }
+        cuts.push(world.off());
+        assert_eq!(world.disk, slots.disk, "the state and the disk say the same after {actions:#?}");
+        world
+    }
+
+    /// All that can happen next.
+    fn next(&self) -> Vec<Self> {
+        let mut out = Vec::new();
+        match &self.on {
+            None => self.power_on(&mut out),
+            Some(slots) => self.happens(slots, &mut out),
+        }
+        out
+    }
+
+    fn power_on(&self, out: &mut Vec<Self>) {
+        for (release, after) in self.loader() {
+            out.push(after.clone());
+            if starts_cold(release) && self.holds(release) && release >= self.floor {
+                after.start(release, Via::Cold, out);
+            }
+        }
+        // Through the network: what holds its root is used, else it is installed.
+        for release in self.releases.into_iter().filter(|r| starts_cold(*r) && *r >= self.floor) {
+            let content = content(release);
+            let known = self.disk.entries.iter().any(|e| {
+                e.content.root_hash == content.root_hash && matches!(e.name.kind, EntryKind::Good | EntryKind::Trial(_))
+            });
+            let slots = Slots::new(self.disk.clone(), self.floor);
+            if known && self.holds(release) {
+                self.start(release, Via::Cold, out);
+            } else if let Some(sequence) = self.next_sequence() {
+                self.step(slots, Event::Assign(content, sequence, Go::Here(Via::Cold)), out);
+            }
+        }
+    }
+
+    fn next_sequence(&self) -> Option<u64> {
+        let next = self.disk.highest_sequence() + 1;
+        (next <= self.assignments).then_some(next)
+    }
+
+    fn start(&self, release: u64, via: Via, out: &mut Vec<Self>) {
+        let slots = Slots::new(self.disk.clone(), self.floor);
+        self.step(slots, Event::Started(content(release).root_hash, via), out);
+    }
+
+    fn step(&self, slots: Slots, event: Event, out: &mut Vec<Self>) {
+        let before = slots.clone();
+        let (after, actions) = slots.event(event.clone());
+        let mut world = self.perform(after, &actions, out);
+        if event == Event::Healthy
+            && let Some(running) = before.running.as_ref().filter(|running| running.via == Via::Cold)
+            && release_of(before.disk.labels[running.slot.index()].unwrap()) >= self.floor
+        {
+            world.had_good = true;
+            assert!(world.disk.is_good(running.slot), "healthy after a cold boot is good");
+        }
+        match actions.last() {
+            Some(Action::Leave(Via::Cold)) => out.push(world.off()),
+            Some(Action::Leave(Via::Kexec)) => {
+                let install = before.install.expect("only what was installed is gone to");
+                world.start(install.content.release.release, Via::Kexec, out);
+            }
+            _ => out.push(world),
+        }
+    }
+
+    fn happens(&self, slots: &Slots, out: &mut Vec<Self>) {
+        out.push(self.off());
+        let mut events = vec![Event::CalledOff, Event::Granted, Event::Late];
+        if let Some(sequence) = self.next_sequence() {
+            for release in self.releases {
+                for via in [Via::Kexec, Via::Cold] {
+                    events.push(Event::Assign(content(release), sequence, Go::Leave(via)));
+                }
+                // An assignment that was there before comes again.
+                events.push(Event::Assign(content(release), sequence - 1, Go::Leave(Via::Cold)));
+            }
+        }
+        if let Some(install) = &slots.install
+            && !install.ready
+        {
+            if self.data[install.slot.index()] == Some(install.content.release.release) {
+                events.push(Event::Fetched);
+            }
+            // A read error; of the only good root there is no other copy, and the network is asked for it.
+            if !self.disk.is_good(install.slot) || self.disk.is_good(install.slot.other()) {
+                events.push(Event::Spoilt(install.slot));
+            }
+        }
+        if let Some(running) = &slots.running {
+            let release = release_of(self.disk.labels[running.slot.index()].unwrap());
+            if gets_healthy(release) {
+                events.push(Event::Healthy);
+            }
+            // A disk that rots under what is not good yet.
+            let other = running.slot.other();
+            if self.disk.state(other) != SlotState::Good && !self.disk.is_good(other) {
+                let mut rotten = self.clone();
+                rotten.data[other.index()] = None;
+                rotten.step(slots.clone(), Event::Spoilt(other), out);
+                out.push(rotten.off());
+            }
+        }
+        // The floor never rises above the last-known-good release: `kiln` refuses it.
+        let newest =
+            self.disk.entries.iter().filter(|e| e.name.kind == EntryKind::Good).max_by_key(|e| e.name.sequence);
+        if self.floor == 1 && newest.is_some_and(|e| e.content.release.release >= 2) {
+            let raised = Self { floor: 2, ..self.clone() };
+            raised.step(slots.clone(), Event::Floor(2), out);
+        }
+        for event in events {
+            self.step(slots.clone(), event, out);
+        }
+    }
+}
+
+fn key(world: &World) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    world.hash(&mut hasher);
+    hasher.finish()
+}
+
+fn line(world: &World) -> String {
+    let entries: Vec<String> =
+        world.disk.entries.iter().map(|e| format!("{}={}", e.name, e.content.release.release)).collect();
+    let labels = world.disk.labels.map(|label| label.map(release_of));
+    let on = world.on.as_ref().map(|on| (&on.running, on.install.as_ref().map(|i| (i.slot, i.go, i.ready))));
+    let World { data, floor, had_good, .. } = world;
+    format!("floor {floor} labels {labels:?} data {data:?} {entries:?} on {on:?} good {had_good}")
+}
+
+/// Everything that can come of a machine: the slot states that were seen.
+fn explore(new: World) -> BTreeSet<SlotState> {
+    let releases = new.releases;
+    let mut seen = HashSet::from([key(&new)]);
+    let mut queue = VecDeque::from([(new.clone(), Rc::new(new))]);
+    let mut states = BTreeSet::new();
+    let mut good_and_off = 0_u32;
+    while let Some((world, before)) = queue.pop_front() {
+        states.extend(SlotId::BOTH.map(|slot| world.disk.state(slot)));
+        if world.had_good && world.on.is_none() {
+            good_and_off += 1;
+            assert!(world.comes_back(), "nothing good boots:\n{}\n{}", line(&before), line(&world));
+        }
+        let world = Rc::new(world);
+        let next = std::panic::catch_unwind(AssertUnwindSafe(|| world.next()));
+        for next in next.unwrap_or_else(|_| panic!("see above:\n{}\n{}", line(&before), line(&world))) {
+            if seen.insert(key(&next)) {
+                queue.push_back((next, Rc::clone(&world)));
+            }
+        }
+    }
+    println!("{releases:?}: {} situations, {good_and_off} of them switched off with a good release", seen.len());
+    assert!(good_and_off > 1_000, "{good_and_off}");
+    states
+}
+
+fn blank(releases: [u64; 3], assignments: u64) -> World {
+    World { disk: Disk::default(), data: [None; 2], on: None, floor: 1, had_good: false, releases, assignments }
+}
+
+/// Release 1, good under the first assignment: two more take it through kexec, proof and overwriting.
+fn with_a_good_release(releases: [u64; 3], assignments: u64) -> World {
+    let disk = good_machine(1).disk;
+    World { disk, data: [Some(1), None], had_good: true, ..blank(releases, assignments) }
+}
+
+#[test]
+fn whatever_is_cut_a_machine_that_had_a_good_release_boots_a_good_one() {
+    let mut states = explore(blank([1, 2, 3], 2));
+    states.extend(explore(with_a_good_release([1, 2, 3], 3)));
+    assert_eq!(states.len(), 7, "every state is reached: {states:?}");
+}
+
+#[test]
+fn neither_does_a_release_that_only_a_kexec_starts_leave_a_machine_stranded() {
+    explore(blank([1, 2, 4], 2));
+    explore(with_a_good_release([1, 2, 4], 3));
+}
+
+/// A machine with release 1 good in A; the events after that, and the entries on its disk after each.
+fn good_machine(sequence: u64) -> Slots {
+    let mut slots = Slots::new(Disk::default(), 1);
+    for event in
+        [Event::Assign(content(1), sequence, Go::Here(Via::Cold)), Event::Fetched, Event::Granted, Event::Healthy]
+    {
+        slots = slots.event(event).0;
+    }
+    slots
+}
+
+fn names(slots: &Slots) -> Vec<String> {
+    let mut names: Vec<String> = slots.disk.entries.iter().map(|e| e.name.to_string()).collect();
+    names.sort();
+    names
+}
+
+fn steps(mut slots: Slots, events: impl IntoIterator<Item = Event>) -> (Slots, Vec<Action>) {
+    let mut last = Vec::new();
+    for event in events {
+        (slots, last) = slots.event(event);
+    }
+    (slots, last)
+}
+
+#[test]
+fn each_state_has_its_file_names_and_the_good_ones_never_changes() {
+    let slots = good_machine(4);
+    assert_eq!(names(&slots), ["kiln-4.conf"]);
+    let (slots, actions) = slots.event(Event::Assign(content(2), 5, Go::Leave(Via::Cold)));
+    assert_eq!(actions, [Action::Fetch(SlotId::B, content(2))]);
+    assert_eq!(slots.disk.state(SlotId::B), SlotState::Empty);
+    let (slots, actions) = slots.event(Event::Fetched);
+    assert!(matches!(actions[..], [Action::Label(..), Action::PutUki(_), Action::PutEntry(..)]), "{actions:?}");
+    assert_eq!(
+        (names(&slots).join(" "), slots.disk.state(SlotId::B)),
+        ("kiln-4.conf kiln-5+3.next".into(), SlotState::Allowed)
+    );
+    let (slots, actions) = slots.event(Event::Granted);
+    assert_eq!(
+        (names(&slots).join(" "), slots.disk.state(SlotId::B)),
+        ("kiln-4.conf kiln-5+3.conf".into(), SlotState::Preferred)
+    );
+    assert_eq!(actions.last(), Some(&Action::Leave(Via::Cold)));
+    let (slots, _) = steps(slots, [Event::Started(content(2).root_hash, Via::Cold), Event::Healthy]);
+    assert_eq!(names(&slots), ["kiln-4.conf", "kiln-5.conf"]);
+}
+
+#[test]
+fn a_kexec_is_proven_by_a_cold_boot_before_anything_is_stacked_on_it() {
+    let slots = good_machine(4);
+    let go = Go::Leave(Via::Kexec);
+    let (slots, left) = steps(slots, [Event::Assign(content(2), 5, go), Event::Fetched, Event::Granted]);
+    assert_eq!(left.last(), Some(&Action::Leave(Via::Kexec)));
+    let (slots, said) = steps(slots, [Event::Started(content(2).root_hash, Via::Kexec), Event::Healthy]);
+    assert_eq!((names(&slots).join(" "), said.len()), ("kiln-4.conf kiln-5+3.conf".into(), 0), "it keeps its counter");
+    let (slots, said) = slots.event(Event::Assign(content(3), 6, go));
+    assert_eq!(said, [Action::Refuse(Refusal::ProveFirst)]);
+    // Back to what is good is always allowed, and by a cold boot.
+    let (_, left) = steps(slots, [Event::Assign(content(1), 6, go), Event::Fetched, Event::Granted]);
+    assert_eq!(left.last(), Some(&Action::Leave(Via::Cold)));
+}
+
+#[test]
+fn a_trial_that_used_up_its_tries_is_told_and_not_installed_again() {
+    let (mut slots, _) =
+        steps(good_machine(4), [Event::Assign(content(3), 5, Go::Leave(Via::Cold)), Event::Fetched, Event::Granted]);
+    let from = "kiln-5+3.conf".parse().unwrap();
+    slots.disk.apply(&Action::RenameEntry { from, to: "kiln-5+0-3.conf".parse().unwrap() });
+    let (slots, said) = Slots::new(slots.disk, 1).event(Event::Started(content(1).root_hash, Via::Cold));
+    let Some(Action::Tell(fallback)) = said.last() else { panic!("{said:?}") };
+    assert_eq!((fallback.release.release, fallback.reason.as_str()), (3, "trial-tries-used-up"));
+    assert_eq!(names(&slots), ["kiln-4.conf", "kiln-5.failed"]);
+    let again = |sequence| Event::Assign(content(3), sequence, Go::Leave(Via::Cold));
+    let (slots, said) = slots.event(again(5));
+    assert!(matches!(said[..], [Action::Refuse(Refusal::Quarantined { sequence: 5, .. })]), "{said:?}");
+    let (_, said) = slots.event(again(6));
+    assert!(!matches!(said[..], [Action::Refuse(_)]), "a person's new assignment clears it: {said:?}");
+}
+
+#[test]
+fn a_power_blip_on_a_good_slot_costs_nothing() {
+    let slots = good_machine(4);
+    let before = slots.disk.clone();
+    for _ in 0..10 {
+        let (after, actions) = Slots::new(before.clone(), 1).event(Event::Started(content(1).root_hash, Via::Cold));
+        assert_eq!((after.disk, actions), (before.clone(), vec![]));
+    }
+}

@@ -1,0 +1,83 @@
+//! The disk in the firmware's boot order (UEFI 2.10 §3.1, §3.3): a boot option of Kiln's own that names the loader on
+//! this very partition, first. What else the firmware boots stays in the order behind it: an ESP that cannot be read
+//! falls through to the network. Without the option the loader is still found at `EFI/BOOT`, where firmware looks last.
+
+use super::gpt::Guid;
+use crate::error::{AgentError, Result};
+use crate::memory::write_variable;
+use std::path::{Path, PathBuf};
+
+const EFIVARS: &str = "/sys/firmware/efi/efivars";
+const GLOBAL: &str = "8be4df61-93ca-11d2-aa0d-00e098032b8c";
+/// `K` and the slot's tens: a number that firmware, which counts from 0, does not reach.
+const NUMBER: u16 = 0x4b10;
+const LOADER: &str = "\\EFI\\systemd\\systemd-bootx64.efi";
+
+fn variable(name: &str) -> PathBuf {
+    Path::new(EFIVARS).join(format!("{name}-{GLOBAL}"))
+}
+
+/// `EFI_LOAD_OPTION`: the file on the partition with this number, first sector, length and GUID.
+fn load_option((number, start, sectors, id): (u32, u64, u64, Guid)) -> Vec<u8> {
+    let mut path = Vec::new();
+    let mut node = |kind: u8, sub: u8, data: &[u8]| {
+        path.extend([kind, sub]);
+        path.extend(u16::try_from(data.len() + 4).expect("a few dozen bytes").to_le_bytes());
+        path.extend(data);
+    };
+    let utf16 = |text: &str| -> Vec<u8> { text.encode_utf16().chain([0]).flat_map(u16::to_le_bytes).collect() };
+    let place = [&number.to_le_bytes()[..], &start.to_le_bytes(), &sectors.to_le_bytes(), &id, &[2, 2]].concat();
+    node(0x04, 0x01, &place);
+    node(0x04, 0x04, &utf16(LOADER));
+    node(0x7f, 0xff, &[]);
+    let length = u16::try_from(path.len()).expect("a few dozen bytes");
+    // LOAD_OPTION_ACTIVE
+    [&1_u32.to_le_bytes()[..], &length.to_le_bytes(), &utf16("Kiln"), &path].concat()
+}
+
+/// The order with the disk first; none if it is so already.
+fn with_first(order: &[u8], number: u16) -> Option<Vec<u8>> {
+    let known: Vec<[u8; 2]> = order.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect();
+    let number = number.to_le_bytes();
+    (known.first() != Some(&number))
+        .then(|| [number].into_iter().chain(known.into_iter().filter(|n| *n != number)).flatten().collect())
+}
+
+/// Puts the disk first, if it is not. Writes nothing that is so already: variables wear.
+pub fn put_first(esp: (u32, u64, u64, Guid)) -> Result<()> {
+    let read = |path: &Path| std::fs::read(path).ok().and_then(|bytes| bytes.get(4..).map(<[u8]>::to_vec));
+    let option = load_option(esp);
+    let path = variable(&format!("Boot{NUMBER:04X}"));
+    if read(&path).as_ref() != Some(&option) {
+        write_variable(&path, &option).map_err(AgentError::file(&path))?;
+    }
+    let path = variable("BootOrder");
+    match with_first(&read(&path).unwrap_or_default(), NUMBER) {
+        Some(order) => write_variable(&path, &order).map_err(AgentError::file(&path)),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_disk_comes_first_and_nothing_is_lost() {
+        assert_eq!(with_first(&[0, 0, 1, 0], 0x4b10), Some(vec![0x10, 0x4b, 0, 0, 1, 0]));
+        assert_eq!(with_first(&[1, 0, 0x10, 0x4b], 0x4b10), Some(vec![0x10, 0x4b, 1, 0]));
+        assert_eq!(with_first(&[0x10, 0x4b, 1, 0], 0x4b10), None);
+        assert_eq!(with_first(&[], 0x4b10), Some(vec![0x10, 0x4b]));
+    }
+
+    /// As `efibootmgr -v` shows one: HD(1,GPT,…,0x800,0x80000)/File(\EFI\systemd\systemd-bootx64.efi).
+    #[test]
+    fn the_option_names_partition_and_file() {
+        let option = load_option((1, 0x800, 0x80000, [7; 16]));
+        let path = usize::from(u16::from_le_bytes([option[4], option[5]]));
+        assert_eq!(option.len(), 6 + 10 + path);
+        assert_eq!(option[16..20], [4, 1, 42, 0], "a hard-drive node of 42 bytes");
+        assert_eq!(option[16 + 40..16 + 42], [2, 2], "GPT, and its GUID");
+        assert_eq!(option[option.len() - 4..], [0x7f, 0xff, 4, 0]);
+    }
+}

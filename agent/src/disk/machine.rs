@@ -1,0 +1,257 @@
+//! This machine's disks: which there are, which is Kiln's, and the slot state machine on it.
+
+use super::block::{Block, Device};
+use super::layout::{Candidate, Choice, Found, Layout, choose, look};
+use super::record::Record;
+use super::store::Store;
+use super::{DiskError, boot_order};
+use crate::change::blocking;
+use crate::error::{AgentError, Result};
+use crate::sys;
+use kiln_protocol::slot::{Action, Content, EntryKind, Event, Go, Label, SlotId, Slots};
+use kiln_protocol::{ReleaseId, Sha256Hex, Via};
+use kiln_release::{BootInfo, DiskSettings, Manifest};
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+const BLOCKS: &str = "/sys/class/block";
+/// The loader in the initramfs: the UKI's signature covers it.
+const LOADER: &str = "/kiln/systemd-boot.efi";
+/// No disks: memory, tapes, floppies, and what is made of other devices.
+const NO_DISKS: [&str; 8] = ["loop", "ram", "zram", "dm-", "md", "sr", "fd", "nbd"];
+
+/// The disk, for whoever works on it beside the runtime.
+pub type SharedDisk = Arc<Mutex<MachineDisk>>;
+
+/// Works on it in a thread: a disk may be slow, or hang.
+pub async fn on_disk<T: Send + 'static>(
+    disk: &SharedDisk,
+    work: impl FnOnce(&mut MachineDisk) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let disk = Arc::clone(disk);
+    blocking(move || work(&mut lock(&disk))).await
+}
+
+/// For a moment; a thread that panicked leaves what is on the disk, which is read again when a commit fails.
+pub fn lock(disk: &SharedDisk) -> MutexGuard<'_, MachineDisk> {
+    disk.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The disk that is used, open.
+pub struct MachineDisk {
+    store: Store<Device>,
+    slots: Slots,
+}
+
+/// A disk's attribute in sysfs, as a number.
+fn attribute(name: &str, what: &str) -> Option<u64> {
+    std::fs::read_to_string(Path::new(BLOCKS).join(name).join(what)).ok()?.trim().parse().ok()
+}
+
+fn candidates(site: &str) -> Vec<Candidate> {
+    let entries = std::fs::read_dir(BLOCKS).into_iter().flatten().flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let disks = names.filter(|name| {
+        let is = |what: &str| attribute(name, what).is_some_and(|value| value != 0);
+        !NO_DISKS.iter().any(|prefix| name.starts_with(prefix))
+            && !Path::new(BLOCKS).join(name).join("partition").exists()
+            && is("size")
+            && !is("removable")
+            && !is("ro")
+    });
+    disks.map(|name| candidate(name, site)).collect()
+}
+
+fn candidate(name: String, site: &str) -> Candidate {
+    let sector = attribute(&name, "queue/logical_block_size").and_then(|bytes| u32::try_from(bytes).ok());
+    let looked = || {
+        if let Some(bytes) = sector.filter(|bytes| *bytes != 512) {
+            return Err(DiskError::SectorSize { disk: name.clone(), bytes });
+        }
+        let failed = |reason: String| DiskError::Io { disk: name.clone(), what: "looking at it", reason };
+        let device = Device::open(&Path::new("/dev").join(&name)).map_err(|e| failed(e.to_string()))?;
+        look(&device, site).map_err(|e| failed(e.to_string()))
+    };
+    let found = looked();
+    Candidate { size: attribute(&name, "size").unwrap_or(0).saturating_mul(512), found, name }
+}
+
+fn settings(boot: &BootInfo) -> DiskSettings {
+    boot.site.disk.clone().unwrap_or_default()
+}
+
+/// The release that this boot image embeds, as a slot holds it.
+pub fn content(manifest: &Manifest) -> Result<Content> {
+    let bad = |e: kiln_protocol::IdError| AgentError::Format { path: "manifest.json".into(), reason: e.to_string() };
+    Ok(Content {
+        release: ReleaseId { image: manifest.image.parse().map_err(bad)?, release: manifest.release },
+        root_hash: manifest.verity.root_hash.parse().map_err(bad)?,
+        uki: manifest.uki.sha256.parse().map_err(bad)?,
+    })
+}
+
+impl MachineDisk {
+    /// Finds the machine's disk, partitions it where that is allowed, and reads it.
+    pub fn find(boot: &BootInfo, floor: u64) -> Result<Self> {
+        let wanted: Option<Sha256Hex> = boot.root_hash.parse().ok();
+        let site = &boot.site.name;
+        match choose(candidates(site), &settings(boot), site, wanted.as_ref().map(Label::of))? {
+            Choice::Use(name, layout) => Self::open(&name, layout, false, floor),
+            Choice::Format(name, layout) => {
+                println!("kiln-agent: {name} is partitioned: loader, two slots, state");
+                Self::open(&name, layout, true, floor)
+            }
+        }
+    }
+
+    /// Opens the disk that the initramfs chose.
+    pub fn reopen(name: &str, boot: &BootInfo, floor: u64) -> Result<Self> {
+        let device = Device::open(&Path::new("/dev").join(name))?;
+        match look(&device, &boot.site.name).map_err(AgentError::file(device.path()))? {
+            Found::Ours(layout) => Self::open(name, layout, false, floor),
+            Found::Blank | Found::Foreign(_) => {
+                Err(DiskError::Foreign { disk: name.to_owned(), what: "another table than at boot" }.into())
+            }
+        }
+    }
+
+    fn open(name: &str, layout: Layout, format: bool, floor: u64) -> Result<Self> {
+        let device = Device::open(&Path::new("/dev").join(name))?;
+        let mut store = Store::open(device, layout, format, name)?;
+        if format {
+            sys::reread_partitions(store.disk().file())
+                .map_err(AgentError::system(format!("making the kernel read {name}'s table")))?;
+        }
+        let disk = store.read()?;
+        Ok(Self { store, slots: Slots::new(disk, floor) })
+    }
+
+    /// `vda`, `nvme0n1`.
+    pub fn name(&self) -> &str {
+        self.store.name()
+    }
+
+    pub fn slots(&self) -> &Slots {
+        &self.slots
+    }
+
+    /// Whether the loader can start the release with this root hash from here: it lies in a slot, and an entry names
+    /// it.
+    pub fn boots(&self, root_hash: &Sha256Hex) -> bool {
+        let disk = &self.slots.disk;
+        disk.slot_of(root_hash).is_some_and(|slot| {
+            disk.entries_of(slot).any(|entry| matches!(entry.name.kind, EntryKind::Trial(_) | EntryKind::Good))
+        })
+    }
+
+    /// Performs what an event asks for; `uki` is the file of the UKI that is put in place. Gives back what is no
+    /// commit. When a commit fails, the disk is read anew: what is there counts, not what was meant.
+    pub fn event(&mut self, event: Event, uki: Option<&Path>) -> Result<Vec<Action>> {
+        let (slots, actions) = self.slots.clone().event(event);
+        for action in &actions {
+            if let Err(error) = self.commit(action, uki) {
+                let disk = self.store.read()?;
+                self.slots = Slots { disk, install: None, ..self.slots.clone() };
+                return Err(error);
+            }
+        }
+        self.slots = slots;
+        let mut rest = Vec::new();
+        for action in actions {
+            match action {
+                Action::Refuse(refusal) => return Err(DiskError::Refused(refusal).into()),
+                Action::Fetch(..) | Action::Verify(..) | Action::Leave(_) | Action::Tell(_) => rest.push(action),
+                Action::PutUki(_)
+                | Action::RemoveUki(_)
+                | Action::PutEntry(..)
+                | Action::RenameEntry { .. }
+                | Action::RemoveEntry(_)
+                | Action::Unlabel(_)
+                | Action::Label(..) => {}
+            }
+        }
+        Ok(rest)
+    }
+
+    fn commit(&mut self, action: &Action, uki: Option<&Path>) -> Result<()> {
+        let mut source = None;
+        if let (Action::PutUki(_), Some(path)) = (action, uki) {
+            let file = File::open(path).map_err(AgentError::file(path))?;
+            source = Some((file.metadata().map_err(AgentError::file(path))?.len(), file));
+        }
+        let uki = source.as_mut().map(|(length, file)| (*length, file as &mut dyn Read));
+        Ok(self.store.perform(action, uki)?)
+    }
+
+    /// Where a root artifact of this length goes: the disk, open, and the slot's first byte on it.
+    pub fn place(&self, slot: SlotId, length: u64) -> Result<(File, u64)> {
+        self.store.fits(slot, length)?;
+        let path = self.store.disk().path();
+        let file = self.store.disk().file().try_clone().map_err(AgentError::file(path))?;
+        Ok((file, self.store.layout.slot(slot).start))
+    }
+
+    /// Reads a slot back from the disk itself, and recomputes its root.
+    pub fn verify(&mut self, slot: SlotId, manifest: &Manifest) -> Result<()> {
+        let uncached = self.store.disk().uncached()?;
+        let mut read = |at: u64, bytes: &mut [u8]| uncached.read_exact_at(bytes, at);
+        // What was written through the page cache is flushed first; then it is read past it.
+        self.store.disk().forget();
+        Ok(self.store.verify_slot(slot, &manifest.verity, manifest.root.length, &mut read)?)
+    }
+
+    /// The kernel's device of a slot, found by where it begins.
+    pub fn device(&self, slot: SlotId) -> Result<PathBuf> {
+        let start = self.store.layout.slot(slot).start / 512;
+        let folder = Path::new(BLOCKS).join(self.name());
+        let entries = std::fs::read_dir(&folder).map_err(AgentError::file(&folder))?;
+        for entry in entries.flatten() {
+            let text = std::fs::read_to_string(entry.path().join("start")).unwrap_or_default();
+            if text.trim().parse() == Ok(start) {
+                return Ok(Path::new("/dev").join(entry.file_name()));
+            }
+        }
+        let reason = format!("the kernel shows no partition that begins at sector {start}");
+        Err(AgentError::Format { path: folder, reason })
+    }
+
+    /// The loader onto the disk, and the disk into the firmware's boot order. Firmware that takes no boot option still
+    /// finds the loader where it looks last.
+    pub fn install_loader(&mut self) -> Result<()> {
+        let loader = std::fs::read(LOADER).map_err(AgentError::file(LOADER))?;
+        self.store.install_loader(&loader)?;
+        if let Err(error) = boot_order::put_first(self.store.layout.esp_address()) {
+            println!("kiln-agent: the disk cannot be put first in the firmware's boot order: {error}");
+        }
+        Ok(())
+    }
+
+    /// After a slot was written, or found to hold the release: reads it back, keeps the signed metadata, puts UKI and
+    /// entry in place. Says how the release will be gone to.
+    pub fn finish_install(&mut self, slot: SlotId, manifest: &Manifest, record: &Record, uki: &Path) -> Result<Via> {
+        if let Err(error) = self.verify(slot, manifest) {
+            self.event(Event::Spoilt(slot), None)?;
+            return Err(error);
+        }
+        self.event(Event::Fetched, Some(uki))?;
+        self.keep_record(&content(manifest)?.root_hash, record)?;
+        Ok(match self.slots.install.as_ref().map(|install| install.go) {
+            Some(Go::Leave(via) | Go::Here(via)) => via,
+            None => Via::Cold,
+        })
+    }
+
+    pub fn record(&mut self, root_hash: &Sha256Hex) -> Result<Record> {
+        let bad = |reason: String| AgentError::Format { path: "the state partition".into(), reason };
+        let bytes = self.store.record(root_hash)?.ok_or_else(|| bad(format!("nothing is kept of {root_hash}")))?;
+        serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))
+    }
+
+    pub fn keep_record(&mut self, root_hash: &Sha256Hex, record: &Record) -> Result<()> {
+        let bytes = serde_json::to_vec(record).expect("a map of strings always becomes JSON");
+        Ok(self.store.keep_record(root_hash, &bytes)?)
+    }
+}

@@ -1,0 +1,72 @@
+//! Disk mode: a disk with an EFI system partition, two slots and a state partition. What goes where is decided by
+//! `kiln_protocol::slot`; here it is written, each commit durable before the next. No file system is mounted: see
+//! [`fat`].
+//!
+//! A disk that cannot be used costs a machine its slots, never its boot: [`DiskError`] says which, and it runs in
+//! memory.
+
+pub mod block;
+pub mod boot_order;
+pub mod fat;
+pub mod gpt;
+pub mod layout;
+pub mod machine;
+pub mod record;
+pub mod store;
+#[cfg(test)]
+mod tests;
+
+/// Why there is no disk to use.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DiskError {
+    #[error("no disk was found; the release runs in memory")]
+    NoDisk,
+    #[error("the disk has {size} bytes, the layout that the release signs needs {needed}")]
+    TooSmall { size: u64, needed: u64 },
+    #[error("{disk} holds {what}: it is not touched; wipe = \"foreign\" in the recipe's [disk] allows it")]
+    Foreign { disk: String, what: &'static str },
+    #[error("{disk} has logical sectors of {bytes} bytes; 512 are supported")]
+    SectorSize { disk: String, bytes: u32 },
+    #[error("{disk}: {what}: {reason}")]
+    Io { disk: String, what: &'static str, reason: String },
+    #[error("slot on {disk} has {size} bytes, the root artifact {length}")]
+    SlotTooSmall { disk: String, size: u64, length: u64 },
+    #[error("what was read back from {disk} is not what was written: {reason}")]
+    ReadBack { disk: String, reason: String },
+    #[error("{0}")]
+    Refused(#[from] kiln_protocol::slot::Refusal),
+}
+
+impl DiskError {
+    /// Every word that [`Self::kind`] gives.
+    #[cfg(test)]
+    pub const KINDS: &'static [&'static str] = &[
+        "disk-none",
+        "disk-too-small",
+        "disk-foreign",
+        "disk-sector-size",
+        "disk-io-error",
+        "disk-slot-too-small",
+        "disk-read-back",
+        "slot-refused",
+    ];
+
+    /// The stable word of `Failure::kind`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::NoDisk => "disk-none",
+            Self::TooSmall { .. } => "disk-too-small",
+            Self::Foreign { .. } => "disk-foreign",
+            Self::SectorSize { .. } => "disk-sector-size",
+            Self::Io { .. } => "disk-io-error",
+            Self::SlotTooSmall { .. } => "disk-slot-too-small",
+            Self::ReadBack { .. } => "disk-read-back",
+            Self::Refused(_) => "slot-refused",
+        }
+    }
+
+    /// This one, unless none was found so far but "no disk".
+    fn or(self, other: Self) -> Self {
+        if self == Self::NoDisk { other } else { self }
+    }
+}

@@ -1,0 +1,255 @@
+//! A disk of Kiln's, open: what it holds is read, and the slot state machine's commits are performed.
+
+use super::DiskError;
+use super::block::{Block, Part, SECTOR};
+use super::fat::{self, Fat};
+use super::layout::Layout;
+use kiln_protocol::Sha256Hex;
+use kiln_protocol::slot::{Action, Content, Disk, Entry, Label, SlotId};
+use kiln_release::{VerityParams, hex, verity::Checker};
+use ring::digest::{Context, SHA256};
+use std::io::{self, Read};
+
+const ENTRIES: &str = "loader/entries";
+const UKIS: &str = "EFI/kiln";
+/// The loader, where firmware looks on a disk it knows nothing of (UEFI 2.10 §3.5.1.1), and where its own boot option
+/// points.
+pub const LOADERS: [&str; 2] = ["EFI/BOOT/BOOTX64.EFI", "EFI/systemd/systemd-bootx64.efi"];
+/// No menu, no editor, and nothing but Kiln's own entries.
+const LOADER_CONF: &str = "timeout 0\neditor no\nauto-entries no\nauto-firmware no\n";
+const TEXT_LIMIT: u32 = 4096;
+const LOADER_LIMIT: u32 = 4 << 20;
+const RECORD_LIMIT: u32 = 4 << 20;
+
+/// An open disk.
+pub struct Store<B: Block> {
+    disk: B,
+    pub layout: Layout,
+    name: String,
+}
+
+impl<B: Block> Store<B> {
+    /// Opens a disk; partitions of it that were never finished, or are no file system any more, are made anew. With
+    /// `format` its table is written first.
+    pub fn open(disk: B, layout: Layout, format: bool, name: &str) -> Result<Self, DiskError> {
+        let mut store = Self { disk, layout, name: name.to_owned() };
+        if format {
+            let created = store.layout.table.create(&mut store.disk);
+            created.map_err(|e| store.io("writing the partition table", &e))?;
+        }
+        for (range, label, serial) in
+            [(store.layout.esp(), "KILN ESP", 0x6b69_6c6e), (store.layout.state(), "KILN STATE", 0x6b69_6c6f)]
+        {
+            let made = match Fat::open(Part::new(&mut store.disk, &range)) {
+                Err(e) if e.kind() == io::ErrorKind::InvalidData => {
+                    fat::format(&mut Part::new(&mut store.disk, &range), serial, label)
+                }
+                other => other.map(|_| ()),
+            };
+            made.map_err(|e| store.io("making a file system", &e))?;
+        }
+        Ok(store)
+    }
+
+    fn io(&self, what: &'static str, error: &io::Error) -> DiskError {
+        DiskError::Io { disk: self.name.clone(), what, reason: error.to_string() }
+    }
+
+    fn esp(&mut self) -> Result<Fat<Part<'_, B>>, DiskError> {
+        let range = self.layout.esp();
+        let name = self.name.clone();
+        Fat::open(Part::new(&mut self.disk, &range)).map_err(|e| DiskError::Io {
+            disk: name,
+            what: "opening the EFI system partition",
+            reason: e.to_string(),
+        })
+    }
+
+    fn state(&mut self) -> Result<Fat<Part<'_, B>>, DiskError> {
+        let range = self.layout.state();
+        let name = self.name.clone();
+        Fat::open(Part::new(&mut self.disk, &range)).map_err(|e| DiskError::Io {
+            disk: name,
+            what: "opening the state partition",
+            reason: e.to_string(),
+        })
+    }
+
+    /// What the disk holds, as far as it decides what boots.
+    pub fn read(&mut self) -> Result<Disk, DiskError> {
+        let labels = SlotId::BOTH.map(|slot| self.layout.label(slot));
+        let esp = self.esp()?;
+        let read = || -> io::Result<(Vec<Entry>, Vec<Sha256Hex>)> {
+            let mut entries = Vec::new();
+            for node in esp.list(ENTRIES)?.unwrap_or_default() {
+                let Ok(name) = node.name.parse() else { continue };
+                let text = esp.read(&format!("{ENTRIES}/{}", node.name), TEXT_LIMIT)?.unwrap_or_default();
+                if let Some(content) = Content::of_entry_text(&String::from_utf8_lossy(&text)) {
+                    entries.push(Entry { name, content });
+                }
+            }
+            let files = esp.list(UKIS)?.unwrap_or_default();
+            let ukis = files.iter().filter_map(|node| node.name.to_lowercase().strip_suffix(".efi")?.parse().ok());
+            Ok((entries, ukis.collect()))
+        };
+        let (mut entries, mut ukis) = read().map_err(|e| self.io("reading the EFI system partition", &e))?;
+        entries.sort();
+        ukis.sort();
+        Ok(Disk { labels, entries, ukis })
+    }
+
+    /// Performs one commit; `uki` gives the bytes of the UKI that [`Action::PutUki`] names, and how many they are.
+    pub fn perform(&mut self, action: &Action, uki: Option<(u64, &mut dyn Read)>) -> Result<(), DiskError> {
+        let named = |name: &dyn std::fmt::Display| format!("{ENTRIES}/{name}");
+        match action {
+            Action::PutUki(content) => self.put_uki(content, uki),
+            Action::RemoveUki(uki) => {
+                let removed = self.esp()?.remove(&format!("{UKIS}/{uki}.efi"));
+                removed.map_err(|e| self.io("removing a UKI", &e))
+            }
+            Action::PutEntry(name, content) => {
+                let text = content.entry_text(name.sequence);
+                let put = self.esp()?.write(&named(name), text.len() as u64, &mut text.as_bytes());
+                put.map_err(|e| self.io("writing a boot entry", &e))
+            }
+            Action::RenameEntry { from, to } => {
+                let renamed = self.esp()?.rename(ENTRIES, &from.to_string(), &to.to_string());
+                renamed.map_err(|e| self.io("renaming a boot entry", &e))
+            }
+            Action::RemoveEntry(name) => {
+                let removed = self.esp()?.remove(&named(name));
+                removed.map_err(|e| self.io("removing a boot entry", &e))
+            }
+            Action::Unlabel(slot) => self.set_label(*slot, None),
+            Action::Label(slot, content) => self.set_label(*slot, Some(Label::of(&content.root_hash))),
+            Action::Fetch(..) | Action::Verify(..) | Action::Leave(_) | Action::Tell(_) | Action::Refuse(_) => Ok(()),
+        }
+    }
+
+    fn set_label(&mut self, slot: SlotId, label: Option<Label>) -> Result<(), DiskError> {
+        let set = self.layout.set_label(&mut self.disk, slot, label);
+        set.map_err(|e| self.io("writing the partition table", &e))
+    }
+
+    fn put_uki(&mut self, content: &Content, uki: Option<(u64, &mut dyn Read)>) -> Result<(), DiskError> {
+        let path = format!("{UKIS}/{}", content.uki_name());
+        let missing = io::Error::other("its bytes are not at hand");
+        let (length, from) = uki.ok_or_else(|| self.io("writing a UKI", &missing))?;
+        let written = self.esp()?.write(&path, length, from);
+        written.map_err(|e| self.io("writing a UKI", &e))?;
+        self.disk.forget();
+        let mut hash = Context::new(&SHA256);
+        let read = self.esp()?.read_with(&path, u32::MAX, &mut |piece| {
+            hash.update(piece);
+            Ok(())
+        });
+        read.map_err(|e| self.io("reading a UKI back", &e))?;
+        let got = hex::encode(hash.finish().as_ref());
+        if got == content.uki.as_str() {
+            return Ok(());
+        }
+        let removed = self.esp()?.remove(&path);
+        removed.map_err(|e| self.io("removing a UKI", &e))?;
+        Err(DiskError::ReadBack { disk: self.name.clone(), reason: format!("UKI {got} instead of {}", content.uki) })
+    }
+
+    /// Puts the boot loader where firmware looks for it, if it is not there yet.
+    pub fn install_loader(&mut self, loader: &[u8]) -> Result<(), DiskError> {
+        let install = |esp: &mut Fat<Part<'_, B>>| -> io::Result<()> {
+            let files = LOADERS.map(|path| (path, loader));
+            let texts = [("loader/loader.conf", LOADER_CONF), ("loader/entries.srel", "type1\n")];
+            for (path, bytes) in files.into_iter().chain(texts.map(|(path, text)| (path, text.as_bytes()))) {
+                let there = esp.read(path, LOADER_LIMIT).ok().flatten();
+                if there.as_deref() != Some(bytes) {
+                    let mut from = bytes;
+                    esp.write(path, bytes.len() as u64, &mut from)?;
+                }
+            }
+            Ok(())
+        };
+        let installed = install(&mut self.esp()?);
+        installed.map_err(|e| self.io("installing the boot loader", &e))
+    }
+
+    /// What was kept for the release with this root hash.
+    pub fn record(&mut self, root_hash: &Sha256Hex) -> Result<Option<Vec<u8>>, DiskError> {
+        let read = self.state()?.read(&record_name(root_hash), RECORD_LIMIT);
+        read.map_err(|e| self.io("reading the state partition", &e))
+    }
+
+    /// Keeps it, and forgets what belongs to neither a slot nor an entry nor this release.
+    pub fn keep_record(&mut self, root_hash: &Sha256Hex, bytes: &[u8]) -> Result<(), DiskError> {
+        let disk = self.read()?;
+        let mut wanted: Vec<Label> = disk.labels.into_iter().flatten().collect();
+        wanted.push(Label::of(root_hash));
+        let wanted: Vec<String> = wanted.iter().map(|label| format!("{}.json", hex::encode(&label.0))).collect();
+        let keep = |state: &mut Fat<Part<'_, B>>| -> io::Result<()> {
+            for node in state.list("")?.unwrap_or_default() {
+                if !node.directory && !wanted.iter().any(|name| name.eq_ignore_ascii_case(&node.name)) {
+                    state.remove(&node.name)?;
+                }
+            }
+            let name = record_name(root_hash);
+            if state.read(&name, RECORD_LIMIT).ok().flatten().as_deref() == Some(bytes) {
+                return Ok(());
+            }
+            let mut from = bytes;
+            state.write(&name, bytes.len() as u64, &mut from)
+        };
+        let kept = keep(&mut self.state()?);
+        kept.map_err(|e| self.io("writing the state partition", &e))
+    }
+
+    /// Flushes a slot, reads it back from `from`, which holds nothing in a cache, and recomputes its root.
+    pub fn verify_slot(
+        &mut self,
+        slot: SlotId,
+        params: &VerityParams,
+        length: u64,
+        read: &mut dyn FnMut(u64, &mut [u8]) -> io::Result<()>,
+    ) -> Result<(), DiskError> {
+        let flushed = self.disk.flush();
+        flushed.map_err(|e| self.io("flushing a slot", &e))?;
+        let range = self.layout.slot(slot);
+        self.fits(slot, length)?;
+        let bad = |reason: String| DiskError::ReadBack { disk: self.name.clone(), reason };
+        let mut checker = Checker::new(params).map_err(|e| bad(e.to_string()))?;
+        // Aligned for reading past the page cache.
+        let mut memory = vec![0; (256 << 10) + 4096];
+        let skip = memory.as_ptr().align_offset(4096);
+        let buffer = &mut memory[skip..skip + (256 << 10)];
+        let mut at = 0;
+        while at < length {
+            let piece = usize::try_from((length - at).min(buffer.len() as u64)).expect("at most 256 KiB");
+            let whole = piece.next_multiple_of(SECTOR * 8);
+            read(range.start + at, &mut buffer[..whole]).map_err(|e| self.io("reading a slot back", &e))?;
+            checker.push(&buffer[..piece]).map_err(|e| bad(e.to_string()))?;
+            at += piece as u64;
+        }
+        checker.finish().map_err(|e| bad(e.to_string()))
+    }
+
+    /// Whether a root artifact of this length has room.
+    pub fn fits(&self, slot: SlotId, length: u64) -> Result<(), DiskError> {
+        let range = self.layout.slot(slot);
+        let size = range.end - range.start;
+        if length <= size { Ok(()) } else { Err(DiskError::SlotTooSmall { disk: self.name.clone(), size, length }) }
+    }
+
+    pub fn disk(&self) -> &B {
+        &self.disk
+    }
+
+    #[cfg(test)]
+    pub fn disk_mut(&mut self) -> &mut B {
+        &mut self.disk
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+fn record_name(root_hash: &Sha256Hex) -> String {
+    format!("{}.json", hex::encode(&Label::of(root_hash).0))
+}

@@ -1,0 +1,499 @@
+//! The whole of disk mode below the device: on a disk that records every write and barrier, so that power can be cut
+//! anywhere; and on files, judged by the programs that others use (sgdisk, fsck.vfat, mtools).
+
+use super::block::{Block, Device, Part, SECTOR};
+use super::fat::{self, Fat};
+use super::gpt::Gpt;
+use super::layout::{Candidate, Choice, Found, Layout, choose, look};
+use super::store::{LOADERS, Store};
+use super::{DiskError, gpt};
+use kiln_protocol::Via;
+use kiln_protocol::slot::{Action, Content, EntryKind, Event, Go, Label, SlotId, SlotState, Slots};
+use kiln_release::{DiskSettings, VerityParams, WipePolicy, hex, verity};
+use proptest::prelude::*;
+use std::io;
+use std::process::Command;
+
+const SITE: &str = "lab";
+const MIB: u64 = 1 << 20;
+
+fn settings() -> DiskSettings {
+    DiskSettings { esp: 64 * MIB, slot: 16 * MIB, state: 36 * MIB, ..DiskSettings::default() }
+}
+
+const SIZE: u64 = 140 * MIB;
+
+/// What happened to a disk, in order.
+#[derive(Debug, Clone)]
+enum Step {
+    /// One sector.
+    Sector(u64, Box<[u8; SECTOR]>),
+    Flush,
+}
+
+/// A sparse disk in memory that keeps a record.
+#[derive(Debug, Clone, Default)]
+struct Recorded {
+    sectors: std::collections::BTreeMap<u64, [u8; SECTOR]>,
+    steps: Vec<Step>,
+    /// Sectors that cannot be read, or written.
+    failing: Option<std::ops::Range<u64>>,
+}
+
+impl Recorded {
+    /// The disk after a power cut behind `count` steps: everything before the last flush is there; of what came after
+    /// it, what `picks` says, in any order.
+    fn cut(before: &Self, steps: &[Step], picks: &mut dyn FnMut() -> bool) -> Self {
+        let flushed = steps.iter().rposition(|step| matches!(step, Step::Flush)).map_or(0, |at| at + 1);
+        let mut disk = Self { sectors: before.sectors.clone(), ..Self::default() };
+        for (number, step) in steps.iter().enumerate() {
+            if let Step::Sector(at, bytes) = step
+                && (number < flushed || picks())
+            {
+                disk.sectors.insert(*at, **bytes);
+            }
+        }
+        disk
+    }
+
+    fn check(&self, at: u64, length: usize) -> io::Result<()> {
+        let sectors = at / SECTOR as u64..(at + length as u64).div_ceil(SECTOR as u64);
+        let hit = self.failing.as_ref().is_some_and(|f| f.start < sectors.end && sectors.start < f.end);
+        if hit { Err(io::Error::from_raw_os_error(libc::EIO)) } else { Ok(()) }
+    }
+}
+
+impl Block for Recorded {
+    fn size(&self) -> u64 {
+        SIZE
+    }
+
+    fn read_at(&self, at: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.check(at, bytes.len())?;
+        let (mut at, mut rest) = (at, bytes);
+        while !rest.is_empty() {
+            let skip = usize::try_from(at % SECTOR as u64).unwrap();
+            let (piece, later) = rest.split_at_mut(rest.len().min(SECTOR - skip));
+            match self.sectors.get(&(at / SECTOR as u64)) {
+                Some(sector) => piece.copy_from_slice(&sector[skip..skip + piece.len()]),
+                None => piece.fill(0),
+            }
+            at += piece.len() as u64;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    fn write_at(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
+        self.check(at, bytes.len())?;
+        let whole = at.is_multiple_of(SECTOR as u64) && bytes.len().is_multiple_of(SECTOR);
+        let mut padded = Vec::new();
+        let (start, bytes) = if whole {
+            (at, bytes)
+        } else {
+            // A smaller write is the read and the write of its sectors.
+            let start = at / SECTOR as u64 * SECTOR as u64;
+            let end = (at + bytes.len() as u64).next_multiple_of(SECTOR as u64);
+            padded.resize(usize::try_from(end - start).unwrap(), 0);
+            self.read_at(start, &mut padded)?;
+            let skip = usize::try_from(at - start).unwrap();
+            padded[skip..skip + bytes.len()].copy_from_slice(bytes);
+            (start, padded.as_slice())
+        };
+        for (number, sector) in bytes.chunks(SECTOR).enumerate() {
+            let (number, sector) = (start / SECTOR as u64 + number as u64, sector.try_into().unwrap());
+            self.sectors.insert(number, sector);
+            self.steps.push(Step::Sector(number, Box::new(sector)));
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.steps.push(Step::Flush);
+        Ok(())
+    }
+}
+
+/// A release with its root artifact and its UKI.
+struct Release {
+    content: Content,
+    verity: VerityParams,
+    root: Vec<u8>,
+    uki: Vec<u8>,
+}
+
+/// Three blocks of the one byte, and their tree.
+fn artifact(byte: u8) -> (VerityParams, Vec<u8>) {
+    let block = [byte; verity::BLOCK];
+    let mut builder = verity::TreeBuilder::new(&[1; 32], [9; 16]).unwrap();
+    (0..3).for_each(|_| builder.push_block(&block));
+    let tree = builder.finish().unwrap();
+    let params = VerityParams {
+        root_hash: hex::encode(&tree.root_hash),
+        salt: hex::encode(&[1; 32]),
+        data_blocks: 3,
+        hash_offset: 3 * verity::BLOCK as u64,
+    };
+    (params, [block.repeat(3), tree.hash_area].concat())
+}
+
+fn release(number: u64) -> Release {
+    let (verity, root) = artifact(u8::try_from(number).unwrap());
+    let uki = vec![u8::try_from(number).unwrap(); 3000];
+    let content = Content {
+        release: format!("minimal/{number}").parse().unwrap(),
+        root_hash: verity.root_hash.parse().unwrap(),
+        uki: hex::sha256(&uki).parse().unwrap(),
+    };
+    Release { content, verity, root, uki }
+}
+
+fn opened<B: Block>(disk: B) -> (Store<B>, Slots) {
+    let (layout, format) = match look(&disk, SITE).unwrap() {
+        Found::Ours(layout) => (layout, false),
+        Found::Blank => (Layout::new(SIZE, &settings(), SITE).unwrap(), true),
+        Found::Foreign(what) => panic!("{what}"),
+    };
+    let mut store = Store::open(disk, layout, format, "test").unwrap();
+    let disk = store.read().unwrap();
+    (store, Slots::new(disk, 1))
+}
+
+/// Performs actions as the agent does; gives back what the last one was.
+fn perform<B: Block>(store: &mut Store<B>, actions: &[Action], release: &Release) {
+    for action in actions {
+        if let Action::Fetch(slot, _) = action {
+            let range = store.layout.slot(*slot);
+            Part::new(store.disk_mut(), &range).write_at(0, &release.root).unwrap();
+            store.disk_mut().flush().unwrap();
+            let mut bytes = vec![0; release.root.len().next_multiple_of(4096)];
+            store.disk().read_at(range.start, &mut bytes).unwrap();
+            let length = release.root.len() as u64;
+            let mut read = |at: u64, out: &mut [u8]| {
+                let at = usize::try_from(at - range.start).unwrap();
+                out.copy_from_slice(&bytes[at..at + out.len()]);
+                Ok(())
+            };
+            store.verify_slot(*slot, &release.verity, length, &mut read).unwrap();
+        }
+        let mut uki = release.uki.as_slice();
+        store.perform(action, Some((release.uki.len() as u64, &mut uki))).unwrap();
+    }
+}
+
+fn step<B: Block>(store: &mut Store<B>, slots: Slots, event: Event, release: &Release) -> Slots {
+    let (slots, actions) = slots.event(event);
+    perform(store, &actions, release);
+    assert_eq!(store.read().unwrap(), slots.disk, "the disk is what the state machine says");
+    slots
+}
+
+/// From a blank disk to release 1 good in A.
+fn installed() -> Store<Recorded> {
+    let (mut store, mut slots) = opened(Recorded::default());
+    store.install_loader(b"the boot loader").unwrap();
+    let first = release(1);
+    for event in
+        [Event::Assign(first.content.clone(), 4, Go::Here(Via::Cold)), Event::Fetched, Event::Granted, Event::Healthy]
+    {
+        slots = step(&mut store, slots, event, &first);
+    }
+    assert_eq!(slots.disk.state(SlotId::A), SlotState::Good);
+    store
+}
+
+/// What the loader would start: the newest entry with tries left whose UKI is whole, its root whole in a slot.
+fn boots(disk: Recorded) -> Option<u64> {
+    let Ok(Found::Ours(layout)) = look(&disk, SITE) else { return None };
+    let mut store = Store::open(disk, layout, false, "test").ok()?;
+    let state = store.read().ok()?;
+    let mut entries: Vec<_> =
+        state.entries.iter().filter(|e| matches!(e.name.kind, EntryKind::Trial(_) | EntryKind::Good)).collect();
+    entries.sort_by_key(|e| e.name.sequence);
+    let entry = entries.into_iter().rev().find(|e| state.ukis.contains(&e.content.uki))?;
+    let number = entry.content.release.release;
+    let release = release(number);
+    let range = store.layout.esp();
+    let mut disk = store.disk().clone();
+    let esp = Fat::open(Part::new(&mut disk, &range)).unwrap();
+    let uki = esp.read(&format!("EFI/kiln/{}", release.content.uki_name()), 1 << 20).unwrap();
+    assert_eq!(uki.as_deref(), Some(release.uki.as_slice()), "a UKI that is listed is whole");
+    let slot = state.slot_of(&release.content.root_hash).expect("an entry's root lies in a slot");
+    let mut root = vec![0; release.root.len()];
+    store.disk().read_at(store.layout.slot(slot).start, &mut root).unwrap();
+    assert!(root == release.root, "a slot with a label is whole");
+    for path in LOADERS {
+        assert_eq!(esp.read(path, 1 << 20).unwrap().as_deref(), Some(&b"the boot loader"[..]));
+    }
+    Some(number)
+}
+
+/// An install of release 2 beside the good release 1, up to its being good, then of 3 over 1; cut behind every single
+/// sector, with every later one of the same round kept or lost at random: what the loader starts is whole, and never
+/// nothing.
+#[test]
+fn every_cut_of_an_install_leaves_something_whole_that_boots() {
+    let store = installed();
+    let before = store.disk().clone();
+    let recorded = Recorded { steps: Vec::new(), ..before.clone() };
+    let (mut store, slots) = opened(recorded);
+    let (second, third) = (release(2), release(3));
+    let first = release(1).content.root_hash;
+    let mut slots = slots.event(Event::Started(first, Via::Cold)).0;
+    for event in [Event::Assign(second.content.clone(), 5, Go::Leave(Via::Cold)), Event::Fetched, Event::Granted] {
+        slots = step(&mut store, slots, event, &second);
+    }
+    slots = slots.event(Event::Started(second.content.root_hash.clone(), Via::Cold)).0;
+    slots = step(&mut store, slots, Event::Healthy, &second);
+    let at_two = store.disk().steps.len();
+    for event in [Event::Assign(third.content.clone(), 6, Go::Leave(Via::Cold)), Event::Fetched, Event::Granted] {
+        slots = step(&mut store, slots, event, &third);
+    }
+    assert_eq!((slots.disk.state(SlotId::A), slots.disk.state(SlotId::B)), (SlotState::Preferred, SlotState::Good));
+    let steps = &store.disk().steps;
+    let mut seed = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut random = || {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed & 1 == 1
+    };
+    let mut booted = std::collections::BTreeMap::new();
+    for count in 0..=steps.len() {
+        for sample in 0..3 {
+            let mut picks = || match sample {
+                0 => true,
+                1 => false,
+                _ => random(),
+            };
+            let number = boots(Recorded::cut(&before, &steps[..count], &mut picks));
+            let number = number.unwrap_or_else(|| panic!("nothing boots after {count} of {} steps", steps.len()));
+            assert!(number != 3 || count > at_two, "release 3 boots before it was asked for");
+            *booted.entry(number).or_insert(0) += 1;
+        }
+    }
+    println!("{} steps; booted {booted:?}", steps.len());
+    assert!(booted.len() == 3 && steps.len() > 200, "{} steps, {booted:?}", steps.len());
+}
+
+/// A blank disk that is cut while it is partitioned is still nobody's: the next start makes it anew.
+#[test]
+fn every_cut_of_the_first_partitioning_can_be_taken_up_again() {
+    let (mut store, _) = opened(Recorded::default());
+    store.install_loader(b"the boot loader").unwrap();
+    let steps = &store.disk().steps;
+    let table: Vec<usize> = (0..steps.len()).filter(|n| *n < 120 || n % 97 == 0).collect();
+    for count in table {
+        for keep in [true, false] {
+            let disk = Recorded::cut(&Recorded::default(), &steps[..count], &mut || keep);
+            let (mut store, slots) = opened(disk);
+            store.install_loader(b"the boot loader").unwrap();
+            assert_eq!(slots.disk.labels, [None, None]);
+        }
+    }
+}
+
+#[test]
+fn a_record_outlives_everything_but_its_slot() {
+    let mut store = installed();
+    let (first, other) = (release(1).content.root_hash, release(9).content.root_hash);
+    store.keep_record(&other, b"nobody's").unwrap();
+    store.keep_record(&first, b"signed metadata").unwrap();
+    assert_eq!(store.record(&first).unwrap().as_deref(), Some(&b"signed metadata"[..]));
+    assert_eq!(store.record(&other).unwrap(), None, "what belongs to no slot is forgotten");
+}
+
+#[test]
+fn a_root_that_did_not_arrive_whole_gets_no_label() {
+    let mut store = installed();
+    let second = release(2);
+    let mut read = |_: u64, out: &mut [u8]| {
+        out.fill(7);
+        Ok(())
+    };
+    let length = second.root.len() as u64;
+    let error = store.verify_slot(SlotId::B, &second.verity, length, &mut read).unwrap_err();
+    assert_eq!(error.kind(), "disk-read-back");
+    let error = store.verify_slot(SlotId::B, &second.verity, 17 * MIB, &mut read).unwrap_err();
+    assert_eq!(error.kind(), "disk-slot-too-small");
+}
+
+fn candidate(name: &str, disk: &Recorded) -> Candidate {
+    let found = look(disk, SITE);
+    let failed = |e: io::Error| DiskError::Io { disk: name.into(), what: "reading it", reason: e.to_string() };
+    Candidate { name: name.into(), size: SIZE, found: found.map_err(failed) }
+}
+
+#[test]
+fn each_kind_of_disk_has_its_outcome() {
+    let settings = settings();
+    let never = |disks: Vec<Candidate>| choose(disks, &settings, SITE, None).map_err(|e| e.kind());
+    let blank = Recorded::default();
+    let ours = installed().disk().clone();
+    let mut data = Recorded::default();
+    data.write_at(40 * MIB, &vec![0x5a; 256 << 10]).unwrap();
+    let mut begun = Recorded::default();
+    begun.write_at(1024, b"a file system's first blocks").unwrap();
+    let mut failing = Recorded { failing: Some(0..64), ..Recorded::default() };
+    assert!(failing.write_at(0, &[0; 512]).is_err());
+
+    assert_eq!(never(Vec::new()), Err("disk-none"));
+    assert_eq!(never(vec![candidate("vda", &data)]), Err("disk-foreign"));
+    assert_eq!(never(vec![candidate("vda", &begun)]), Err("disk-foreign"));
+    assert_eq!(never(vec![candidate("vda", &failing)]), Err("disk-io-error"));
+    let small = Candidate { size: MIB, ..candidate("vda", &blank) };
+    assert_eq!(never(vec![small]), Err("disk-too-small"));
+    // Two disks: Kiln's own before a blank one, a blank one before a failing or a full one.
+    let both = never(vec![candidate("vda", &blank), candidate("vdb", &ours)]).unwrap();
+    assert!(matches!(both, Choice::Use(name, _) if name == "vdb"));
+    let spare = never(vec![candidate("vda", &failing), candidate("vdb", &data), candidate("vdc", &blank)]).unwrap();
+    assert!(matches!(spare, Choice::Format(name, _) if name == "vdc"));
+    // Only a signed word takes somebody's disk.
+    let wipe = DiskSettings { wipe: WipePolicy::Foreign, ..settings.clone() };
+    let taken = choose(vec![candidate("vda", &data)], &wipe, SITE, None).unwrap();
+    assert!(matches!(taken, Choice::Format(name, _) if name == "vda"));
+    // Another site's Kiln disk is somebody else's.
+    assert_eq!(look(&ours, "another").unwrap(), Found::Foreign("another partition table"));
+    // The disk that holds what is to run, whatever its name.
+    let label = Some(Label::of(&release(1).content.root_hash));
+    let (empty, _) = opened(Recorded::default());
+    let two = vec![candidate("vda", empty.disk()), candidate("vdb", &ours)];
+    assert!(matches!(choose(two, &settings, SITE, label).unwrap(), Choice::Use(name, _) if name == "vdb"));
+}
+
+#[test]
+fn a_table_with_one_copy_gone_is_read_from_the_other_and_mended() {
+    let mut disk = installed().disk().clone();
+    let table = Gpt::read(&disk).unwrap().unwrap();
+    disk.write_at(SECTOR as u64, &[0; SECTOR]).unwrap();
+    assert_eq!(Gpt::read(&disk).unwrap().as_ref(), Some(&table));
+    table.write(&mut disk).unwrap();
+    disk.write_at(SIZE - SECTOR as u64, &[0; SECTOR]).unwrap();
+    assert_eq!(Gpt::read(&disk).unwrap().as_ref(), Some(&table));
+    assert_eq!(gpt::end_usable(SIZE / SECTOR as u64), SIZE / SECTOR as u64 - 33);
+}
+
+/// A tool of somebody else's; none where it is not installed.
+fn judge(program: &str, arguments: &[&str]) -> Option<(bool, String)> {
+    let Ok(out) = Command::new(program).args(arguments).output() else {
+        println!("skipped: {program} is not installed");
+        return None;
+    };
+    let said = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    Some((out.status.success(), said))
+}
+
+/// The same code on a file, and what others say of the result.
+#[test]
+fn others_programs_find_nothing_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("disk");
+    std::fs::File::create(&path).unwrap().set_len(SIZE).unwrap();
+    let (mut store, mut slots) = opened(Device::open(&path).unwrap());
+    let loader = vec![0x5a; 100_000];
+    store.install_loader(&loader).unwrap();
+    let (first, second) = (release(1), release(2));
+    for event in
+        [Event::Assign(first.content.clone(), 4, Go::Here(Via::Cold)), Event::Fetched, Event::Granted, Event::Healthy]
+    {
+        slots = step(&mut store, slots, event, &first);
+    }
+    for event in [Event::Assign(second.content.clone(), 5, Go::Leave(Via::Cold)), Event::Fetched, Event::Granted] {
+        slots = step(&mut store, slots, event, &second);
+    }
+    // Past the page cache, as the agent reads back.
+    let uncached = store.disk().uncached().unwrap();
+    let mut read = |at: u64, out: &mut [u8]| std::os::unix::fs::FileExt::read_exact_at(&uncached, out, at);
+    store.verify_slot(SlotId::B, &second.verity, second.root.len() as u64, &mut read).unwrap();
+    store.keep_record(&first.content.root_hash, b"{}").unwrap();
+    let (esp, state) = (store.layout.esp(), store.layout.state());
+    let disk = path.display().to_string();
+    if let Some((_, said)) = judge("sgdisk", &["-v", &disk]) {
+        assert!(said.contains("No problems found"), "{said}");
+        let (_, said) = judge("sgdisk", &["-i", "2", &disk]).unwrap();
+        let half = &first.content.root_hash.as_str()[..8].to_uppercase();
+        assert!(said.contains(&format!("Partition unique GUID: {half}-")), "{said}");
+    }
+    for (name, range) in [("esp", esp), ("state", state)] {
+        let part = dir.path().join(name);
+        let mut bytes = vec![0; usize::try_from(range.end - range.start).unwrap()];
+        store.disk().read_at(range.start, &mut bytes).unwrap();
+        std::fs::write(&part, bytes).unwrap();
+        if let Some((fine, said)) = judge("fsck.vfat", &["-n", "-v", &part.display().to_string()]) {
+            assert!(fine, "{name}: {said}");
+        }
+    }
+    let image = dir.path().join("esp").display().to_string();
+    if let Some((fine, said)) = judge("mdir", &["-b", "-i", &image, "::/loader/entries"]) {
+        assert!(fine && said.contains("kiln-4.conf") && said.contains("kiln-5+3.conf"), "{said}");
+        let out = dir.path().join("out").display().to_string();
+        judge("mcopy", &["-i", &image, "::/EFI/BOOT/BOOTX64.EFI", &out]).unwrap();
+        assert!(std::fs::read(&out).unwrap() == loader);
+    }
+}
+
+/// What a firmware does to a file's name, by another's hand: mtools renames, the agent reads on.
+#[test]
+fn names_written_by_others_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("fat");
+    std::fs::File::create(&path).unwrap().set_len(40 * MIB).unwrap();
+    fat::format(&mut Device::open(&path).unwrap(), 1, "TEST").unwrap();
+    let mut fat = Fat::open(Device::open(&path).unwrap()).unwrap();
+    for number in 0..40 {
+        fat.write(&format!("loader/entries/kiln-{number}+3.conf"), 3, &mut &b"abc"[..]).unwrap();
+    }
+    drop(fat);
+    let image = path.display().to_string();
+    let Some((fine, said)) =
+        judge("mren", &["-i", &image, "::/loader/entries/kiln-5+3.conf", "::/loader/entries/kiln-5+2-1.conf"])
+    else {
+        return;
+    };
+    assert!(fine, "{said}");
+    let mut fat = Fat::open(Device::open(&path).unwrap()).unwrap();
+    assert_eq!(fat.read("loader/entries/kiln-5+2-1.conf", 9).unwrap().as_deref(), Some(&b"abc"[..]));
+    fat.write("loader/entries/kiln-5.conf", 3, &mut &b"xyz"[..]).unwrap();
+    fat.remove("loader/entries/kiln-5+2-1.conf").unwrap();
+    let names: Vec<String> = fat.list("loader/entries").unwrap().unwrap().into_iter().map(|n| n.name).collect();
+    assert!(names.len() == 40 && names.contains(&"kiln-5.conf".to_owned()), "{names:?}");
+    drop(fat);
+    if let Some((fine, said)) = judge("fsck.vfat", &["-n", &image]) {
+        assert!(fine, "{said}");
+    }
+}
+
+proptest! {
+    /// Bytes that anybody may have written: an error or a reading, never a panic and never without end.
+    #[test]
+    fn a_hostile_partition_is_survived(flips in prop::collection::vec((0_u64..200, 0_usize..SECTOR, any::<u8>()), 1..40)) {
+        let mut disk = ESP.with(Clone::clone);
+        for (sector, at, value) in flips {
+            // Boot sector, table, root and the first directories.
+            let sector = if sector < 100 { sector } else { DATA.with(|data| *data) + sector - 100 };
+            disk.sectors.entry(sector).or_insert([0; SECTOR])[at] = value;
+        }
+        if let Ok(mut fat) = Fat::open(disk) {
+            let _ = fat.list("loader/entries");
+            let _ = fat.read("EFI/BOOT/BOOTX64.EFI", 1 << 20);
+            let _ = fat.write("loader/entries/kiln-7.conf", 3, &mut &b"abc"[..]);
+            let _ = fat.remove("loader/entries/kiln-4.conf");
+        }
+    }
+}
+
+thread_local! {
+    /// An ESP with what an install leaves on it.
+    static ESP: Recorded = {
+        let store = installed();
+        let range = store.layout.esp();
+        let first = range.start / SECTOR as u64;
+        let sectors = store.disk().sectors.range(first..range.end / SECTOR as u64);
+        Recorded { sectors: sectors.map(|(at, bytes)| (at - first, *bytes)).collect(), ..Recorded::default() }
+    };
+    /// Its first sector of data.
+    static DATA: u64 = ESP.with(|esp| {
+        let boot = esp.sectors[&0];
+        32 + 2 * u64::from(u32::from_le_bytes([boot[36], boot[37], boot[38], boot[39]]))
+    });
+}

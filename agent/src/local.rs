@@ -1,0 +1,175 @@
+//! A boot in disk mode: the release in the slot starts, whatever the boot server says or does not say. The server is
+//! asked first, for a while; what it wants else is done by the service of the running system, in its turn.
+
+use crate::change::{NEXT, files};
+use crate::coldplug::Drivers;
+use crate::disk::machine::{self, MachineDisk, SharedDisk, on_disk};
+use crate::disk::record::Record;
+use crate::error::{AgentError, ROOT, Result, UKI};
+use crate::fetch::{Download, Expected};
+use crate::flow::Flow;
+use crate::init;
+use crate::kexec;
+use crate::net::Lease;
+use crate::plan;
+use crate::verifier::Verified;
+use kiln_protocol::slot::{Action, Event, Go, SlotId};
+use kiln_protocol::{ReleaseId, Stage};
+use kiln_release::{Manifest, Mode};
+use std::fs::File;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// So long the boot server has, network and all, before the slot starts without it.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The machine's disk in disk mode; one that cannot be used is told, and the release runs in memory.
+pub fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
+    let boot = &flow.verifier.boot;
+    match boot.site.mode {
+        Mode::Ram => None,
+        Mode::Disk => match MachineDisk::find(boot, flow.verifier.memory.floor(&boot.image)) {
+            Ok(disk) => {
+                println!("kiln-agent: disk {}", disk.describe());
+                Some(Arc::new(Mutex::new(disk)))
+            }
+            Err(error) => {
+                flow.journal.failed(Stage::Modules, &error, 1, Some(Duration::ZERO));
+                None
+            }
+        },
+    }
+}
+
+/// A trial that failed since the release in the slot was assigned: told at every boot until a newer one is good.
+pub fn tell_fallback(flow: &mut Flow, disk: &MachineDisk) {
+    if let Some((release, sequence)) = disk.failed() {
+        let error = AgentError::FellBack { release: release.to_string(), sequence };
+        flow.journal.failed(Stage::Modules, &error, 1, Some(Duration::ZERO));
+    }
+}
+
+/// The boot server's word on this boot: current metadata, and an assignment. Which release it names does not matter
+/// here.
+pub async fn ask(flow: &mut Flow, drivers: &mut Drivers, lease: &mut Option<Lease>) -> Result<Verified> {
+    *lease = Some(init::bring_up_network(flow, drivers).await?);
+    flow.find_server().await?;
+    let here = flow.verifier.here()?;
+    let verified = init::metadata(flow, &here, Stage::Metadata).await?;
+    may_run(flow, &verified)?;
+    let (assignment, _) = init::wait_for_assignment(flow, &verified).await?;
+    plan::decide(&here, &assignment, &flow.verifier.memory, &flow.verifier.currency(&verified))?;
+    Ok(verified)
+}
+
+/// The same by what was kept of it.
+pub fn recorded(flow: &mut Flow, disk: &SharedDisk) -> Result<Verified> {
+    let root_hash = flow.journal.embedded.root_hash.clone();
+    let record = machine::lock(disk).record(&root_hash)?;
+    let here = flow.verifier.here()?;
+    let (verified, _) = flow.verifier.verify_record(&here, &record)?;
+    if let Some((file, expires)) = verified.stale_at(flow.verifier.now) {
+        println!("kiln-agent: metadata is stale: {file} expired at {expires}");
+    }
+    let servers = &mut flow.verifier.servers;
+    // Behind what DHCP says now: without the boot server's own answer that is a guess.
+    for (known, kept) in [(&mut servers.http, record.servers.http), (&mut servers.agent, record.servers.agent)] {
+        let new: Vec<String> = kept.into_iter().filter(|url| !known.contains(url)).collect();
+        known.extend(new);
+    }
+    may_run(flow, &verified)?;
+    Ok(verified)
+}
+
+/// What is checked of this boot image against its release, and of the image against the floor.
+fn may_run(flow: &Flow, verified: &Verified) -> Result<()> {
+    let boot = &flow.verifier.boot;
+    verified.manifest.matches_boot(boot)?;
+    let floor = flow.verifier.memory.floor(&boot.image);
+    if boot.release < floor {
+        return Err(AgentError::BelowFloor { image: boot.image.clone(), release: boot.release, floor });
+    }
+    let running = init::running_command_line();
+    if verified.manifest.policy.refuse_foreign_command_line && !plan::command_line_is(&running, &boot.command_line) {
+        return Err(AgentError::CommandLine { expected: boot.command_line.clone(), got: running });
+    }
+    Ok(())
+}
+
+/// Makes sure that this release lies in a slot and that the loader starts it from there; says in which.
+pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDisk) -> Result<SlotId> {
+    let (manifest, via) = (verified.manifest.clone(), kexec::started_this());
+    let content = machine::content(&manifest)?;
+    let root_hash = content.root_hash.clone();
+    let started = on_disk(disk, move |disk| {
+        let known = disk.boots(&root_hash);
+        let rest = if known { disk.event(Event::Started(root_hash, via), None)? } else { Vec::new() };
+        Ok((disk.slots().running.as_ref().map(|running| running.slot), rest))
+    });
+    if let (Some(slot), rest) = started.await? {
+        for action in rest {
+            if let Action::Tell(fallback) = action {
+                let (release, sequence) = (fallback.release.to_string(), fallback.sequence);
+                flow.journal.failed(Stage::Root, &AgentError::FellBack { release, sequence }, 1, Some(Duration::ZERO));
+            }
+        }
+        return Ok(slot);
+    }
+    let [uki, _] = files(std::path::Path::new(NEXT));
+    let signed = &manifest.uki;
+    let expected = Expected { what: UKI, sha256: signed.sha256.clone(), length: signed.length };
+    flow.fetch_to(Stage::Root, expected, &uki).await?;
+    kexec::verify(&File::open(&uki).map_err(AgentError::file(&uki))?, &manifest)?;
+    let assign = Event::Assign(content, flow.verifier.memory.sequence, Go::Here(via));
+    let mut slot = None;
+    for action in on_disk(disk, move |disk| disk.event(assign, None)).await? {
+        if let Action::Fetch(to, _) | Action::Verify(to, _) = action {
+            slot = Some(to);
+        }
+        if let Action::Fetch(to, _) = action {
+            fetch_root(flow, &manifest, disk, to).await?;
+        }
+    }
+    let slot = slot.ok_or(AgentError::Superseded)?;
+    let record = Record {
+        files: verified.files.clone(),
+        assignment: flow.verifier.accepted.clone().unwrap_or_default(),
+        servers: flow.verifier.servers.clone(),
+    };
+    on_disk(disk, move |disk| {
+        disk.finish_install(slot, &manifest, &record, &uki)?;
+        disk.install_loader()?;
+        disk.event(Event::Granted, None)?;
+        std::fs::remove_file(&uki).map_err(AgentError::file(&uki))
+    })
+    .await?;
+    Ok(slot)
+}
+
+async fn fetch_root(flow: &mut Flow, manifest: &Manifest, disk: &SharedDisk, slot: SlotId) -> Result<()> {
+    let length = manifest.root.length;
+    let place = on_disk(disk, move |disk| disk.place(slot, length)).await?;
+    let expected = Expected { what: ROOT, sha256: manifest.root.sha256.clone(), length };
+    let download = Download::onto(expected, place, None, &Arc::default());
+    flow.run_download(Stage::Root, download).await.map(drop)
+}
+
+impl MachineDisk {
+    /// The newest trial that failed here, if nothing newer is good.
+    pub fn failed(&self) -> Option<(ReleaseId, u64)> {
+        let disk = &self.slots().disk;
+        let sequence = disk.failed_sequence()?;
+        let newest = disk.entries.iter().max_by_key(|entry| entry.name.sequence)?;
+        (newest.name.sequence == sequence).then(|| (newest.content.release.clone(), sequence))
+    }
+
+    /// For the console: the disk and what its slots hold.
+    pub fn describe(&self) -> String {
+        let disk = &self.slots().disk;
+        let slots = SlotId::BOTH.map(|slot| {
+            let release = disk.entries_of(slot).next().map_or("-".to_owned(), |e| e.content.release.to_string());
+            format!("{slot:?} {:?} {release}", disk.state(slot))
+        });
+        format!("{}: {}", self.name(), slots.join(", "))
+    }
+}

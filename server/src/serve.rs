@@ -1,11 +1,12 @@
 //! `kiln serve`: opens the site, starts every part, and ends them in order.
 
-use crate::catalog::{self, Catalog};
+use crate::catalog::Catalog;
 use crate::config::{Config, DhcpMode};
 use crate::control::Control;
-use crate::error::{CatalogError, ServeError};
+use crate::error::ServeError;
 use crate::http::{self, App, Listening};
 pub use crate::log::LogFormat;
+use crate::looks::{look, looks, remember};
 use crate::net::{self, BootNet, Decide, NetEvent, SiteFiles};
 use crate::store::Store;
 use jiff::Timestamp;
@@ -33,11 +34,6 @@ pub struct ServeOptions {
     /// How log lines look; none: text on a terminal, else JSON.
     pub log: Option<LogFormat>,
 }
-
-/// The repository is looked at so often.
-const LOOK: Duration = Duration::from_secs(2);
-/// timestamp.json is looked at anew at least so often: it is signed hourly.
-const RENEW_LOOKS: u32 = 300;
 
 /// Each transfer and held report has a descriptor, and the usual soft limit of 1024 is a rack's worth.
 fn raise_descriptor_limit() {
@@ -192,21 +188,6 @@ async fn recall(store: &Store) -> Result<Memory, ServeError> {
     Ok(Memory { trust_root, seen })
 }
 
-async fn remember(store: &Store, catalog: &Catalog) -> Result<(), ServeError> {
-    let seen = serde_json::to_string(&catalog.seen).map_err(crate::error::StoreError::Json)?;
-    let commits = [store.remember("tuf-root", catalog.root.clone()), store.remember("tuf-seen", seen)];
-    for commit in commits {
-        commit.wait().await?;
-    }
-    Ok(())
-}
-
-async fn look(site: &SiteDir, key: &Arc<Signer>, memory: Memory) -> Result<Catalog, CatalogError> {
-    let (site, key) = (site.clone(), key.clone());
-    let work = move || Catalog::adopt(&site, &key, &memory, Timestamp::now());
-    tokio::task::spawn_blocking(work).await?
-}
-
 fn describe(catalog: &Catalog, config: &Config) {
     match catalog.newest(&config.boot.default_image) {
         Some(release) => tracing::info!(
@@ -234,52 +215,6 @@ async fn ticks(control: Arc<Control>) {
         if let Err(error) = control.tick().await {
             tracing::error!(%error, "the passing of time was not recorded");
         }
-    }
-}
-
-/// Notices new releases, and keeps timestamp.json young.
-async fn looks(control: Arc<Control>, key: Arc<Signer>) {
-    let mut known = catalog::fingerprint(&control.site).unwrap_or_default();
-    let (mut suspect, mut complained) = (String::new(), String::new());
-    let mut since = 0;
-    let mut ticket = 0;
-    loop {
-        control.look_served(ticket);
-        ticket = control.look_ticket(LOOK).await;
-        since += 1;
-        let now = catalog::fingerprint(&control.site).unwrap_or_default();
-        if now == known && since < RENEW_LOOKS {
-            continue;
-        }
-        let before = control.catalog();
-        let memory = Memory { trust_root: Some(before.root.clone()), seen: before.seen.clone() };
-        let result = look(&control.site, &key, memory).await;
-        let refused = match &result {
-            Ok(catalog) => catalog.refused.clone(),
-            Err(error) => Some(error.to_string()),
-        };
-        // A publisher may be half through: it is looked at again, and only what stays wrong is said, once.
-        match &refused {
-            None => (suspect, complained) = (String::new(), String::new()),
-            Some(text) if *text == suspect && *text != complained => {
-                tracing::warn!("the repository's newest state is not adopted, the last good one stays: {text}");
-                complained.clone_from(text);
-            }
-            Some(text) => suspect.clone_from(text),
-        }
-        let Ok(catalog) = result else { continue };
-        since = 0;
-        if refused.is_none() || complained == suspect {
-            known = catalog::fingerprint(&control.site).unwrap_or(now);
-        }
-        for release in catalog.releases.keys().filter(|r| !before.releases.contains_key(*r)) {
-            tracing::info!("{release} is published; `kiln assign MACHINE {release}` gives it to a machine");
-        }
-        if let Err(error) = remember(&control.store, &catalog).await {
-            tracing::error!(%error, "the repository's versions were not stored");
-            continue;
-        }
-        control.adopt(catalog);
     }
 }
 

@@ -44,9 +44,8 @@ impl Control {
 
     /// Assigns a release.
     pub async fn assign(&self, machine: &str, release: &ReleaseId, via: Via, by: &str) -> Result<(), ControlError> {
-        if !self.catalog().releases.contains_key(release) {
-            self.look_again().await;
-        }
+        // Also for a release that is known: it may have been pruned since the last look.
+        self.look_again().await;
         let catalog = self.catalog();
         let published =
             catalog.releases.get(release).ok_or_else(|| ControlError::NoSuchRelease { release: release.clone() })?;

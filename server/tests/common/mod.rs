@@ -247,9 +247,13 @@ impl Server {
     }
 
     pub async fn assign(&self, name: &str, release: u64) {
-        let body = json!({ "image": "minimal", "release": release, "via": "kexec" });
-        let answer = self.order("PUT", &format!("machines/{name}/assignment"), body).await;
+        let answer = self.try_assign(name, release).await;
         assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    }
+
+    pub async fn try_assign(&self, name: &str, release: u64) -> Answer {
+        let body = json!({ "image": "minimal", "release": release, "via": "kexec" });
+        self.order("PUT", &format!("machines/{name}/assignment"), body).await
     }
 
     /// A TLS client as the agent's; with `identity` as its certificate and key.
@@ -388,7 +392,7 @@ pub fn waits(reply: &Reply) -> &str {
     }
 }
 
-/// The fleet's control without sockets, on the site's real store and repository.
+/// The fleet's control without sockets and without a clock, on the site's real store and repository.
 pub async fn control(test: &TestSite) -> (Arc<Control>, tokio::sync::watch::Sender<bool>) {
     let site = SiteDir::open(test.path()).unwrap();
     let (config, _) = Config::load(test.path(), None).unwrap();
@@ -398,5 +402,7 @@ pub async fn control(test: &TestSite) -> (Arc<Control>, tokio::sync::watch::Send
     let catalog = Catalog::adopt(&site, &key, &Memory::default(), Timestamp::now()).unwrap();
     let director = site.director_key(&catalog.site).unwrap();
     let (stop, stopped) = tokio::sync::watch::channel(false);
-    (Control::load(store, site, config, director, catalog, stopped).await.unwrap(), stop)
+    let control = Control::load(store, site, config, director, catalog, stopped).await.unwrap();
+    tokio::spawn(kiln_server::looks::looks(control.clone(), Arc::new(key)));
+    (control, stop)
 }

@@ -55,6 +55,12 @@ async fn what_machines_run_shall_run_or_would_fall_back_to_stays() {
     let (done, text) = prune(&site, &["--keep", "1", "--server", "http://127.0.0.1:1"]);
     assert!(!done && text.contains("http://127.0.0.1:1"), "{text}");
 
+    // What another site's machines need says nothing.
+    let other = TestSite::new();
+    let stranger = Server::start(&other).await;
+    let (done, text) = prune(&site, &["--keep", "1", "--server", &format!("http://{}", stranger.http)]);
+    assert!(!done && text.contains("serves another site"), "{text}");
+
     server.signal("-TERM");
     let mut server = server;
     assert!(server.child.wait().unwrap().success());

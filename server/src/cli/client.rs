@@ -66,6 +66,24 @@ impl Client {
         limit: Option<Duration>,
     ) -> Result<Response, CliError> {
         let url = self.url(path);
+        self.request(method, url, body, limit).await
+    }
+
+    /// The first root metadata of the site that the server serves: what every machine of it trusts.
+    pub(super) async fn trust_root(&self) -> Result<Vec<u8>, CliError> {
+        let url = format!("{}/metadata/1.root.json", self.base);
+        let response = self.request(Method::GET, url.clone(), None::<&()>, Some(ANSWER)).await?;
+        let bytes = response.bytes().await;
+        Ok(bytes.map_err(|e| CliError::Request { url, reason: with_causes(&e) })?.to_vec())
+    }
+
+    async fn request(
+        &self,
+        method: Method,
+        url: String,
+        body: Option<&impl Serialize>,
+        limit: Option<Duration>,
+    ) -> Result<Response, CliError> {
         let mut request = self.http.request(method, &url);
         if let Some(body) = body {
             request = request.json(body);

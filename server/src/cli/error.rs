@@ -20,6 +20,10 @@ pub(super) enum CliError {
         .0.display()
     )]
     NobodyToAsk(PathBuf),
+    #[error("{url} serves another site than {}: what its machines need says nothing about this one", .site.display())]
+    OtherSite { url: String, site: PathBuf },
+    #[error("{}: {source}", .path.display())]
+    Read { path: PathBuf, source: std::io::Error },
     #[error("changes are made on the boot server only: use --site DIR there instead of --server")]
     ReadOnly,
     #[error("{url}: {reason}")]

@@ -84,7 +84,7 @@ pub(super) fn prune(prune: Prune, runtime: &Runtime) -> Result<(), CliError> {
     let options =
         PruneOptions { image: image.to_string(), keep: usize::try_from(keep).unwrap_or(usize::MAX), grace, dry_run };
     let needed = || match &ask {
-        Some(at) => runtime.block_on(needed(at, &image)),
+        Some(at) => runtime.block_on(needed(at, &site, &image)),
         None => Ok(BTreeSet::new()),
     };
     let done = kiln_images::prune::<CliError>(&site, &options, Timestamp::now(), needed)?;
@@ -94,8 +94,17 @@ pub(super) fn prune(prune: Prune, runtime: &Runtime) -> Result<(), CliError> {
     Ok(())
 }
 
-async fn needed(at: &At, image: &ImageName) -> Result<BTreeSet<u64>, CliError> {
-    let releases: Vec<ReleaseView> = Client::new(at)?.get("releases").await?;
+async fn needed(at: &At, site: &SiteDir, image: &ImageName) -> Result<BTreeSet<u64>, CliError> {
+    let client = Client::new(at)?;
+    // The site's own server is asked by its socket; one that was named may be anybody's.
+    if let Some(url) = &at.server {
+        let path = site.repo().join("metadata/1.root.json");
+        let own = std::fs::read(&path).map_err(|source| CliError::Read { path, source })?;
+        if client.trust_root().await? != own {
+            return Err(CliError::OtherSite { url: url.clone(), site: site.path.clone() });
+        }
+    }
+    let releases: Vec<ReleaseView> = client.get("releases").await?;
     let needed = releases.into_iter().filter(|r| r.image == image.as_str() && r.needed_by > 0);
     Ok(needed.map(|r| r.release).collect())
 }

@@ -78,6 +78,8 @@ pub enum ControlError {
     NameTaken(String),
     #[error("{0:?} is no name: 1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit")]
     BadName(String),
+    #[error("a reason is one line of 1 to 200 characters")]
+    BadReason,
     #[error("{0}")]
     Config(#[from] ConfigError),
     #[error("{0}")]

@@ -79,4 +79,3 @@ pub(crate) async fn look(site: &SiteDir, key: &Arc<Signer>, memory: Memory) -> R
     let work = move || Catalog::adopt(&site, &key, &memory, Timestamp::now());
     tokio::task::spawn_blocking(work).await?
 }
-

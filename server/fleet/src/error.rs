@@ -13,6 +13,8 @@ pub enum Refusal {
     Held { machine: String, state: StateKind, reason: String },
     #[error("{machine} is retired: approve it again first (`kiln machine approve {machine} --role ROLE`)")]
     Retired { machine: String },
+    #[error("{machine} does its work: there is nothing to excuse")]
+    Available { machine: String },
     #[error("{release} is quarantined for {machine}: {reason}. Run `kiln machine clear {machine}` to allow it again")]
     PairQuarantined { machine: String, release: ReleaseId, reason: String },
 }

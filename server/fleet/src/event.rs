@@ -50,6 +50,11 @@ pub enum Event {
     Clear,
     /// A person takes it out of service.
     Retire,
+    /// A person knows why it does not do its work: it holds nobody up until it is seen healthy again.
+    Excuse {
+        /// Why, for whoever looks next.
+        reason: String,
+    },
     /// Time passed.
     Tick,
     /// The server started and has heard nobody yet.

@@ -97,8 +97,12 @@ pub fn grant(id: &MachineId, machines: &BTreeMap<MachineId, Machine>, limits: Li
     }
     let names: Vec<String> = missing.iter().take(3).map(|m| format!("{} is {}", m.title(), m.state.kind)).collect();
     let more = if missing.len() > 3 { format!(" and {} more", missing.len() - 3) } else { String::new() };
+    let excuse = match missing.iter().find(|m| m.state.kind == StateKind::Unreachable) {
+        Some(m) => format!("; `kiln machine excuse {} --reason …` lets the others go on", m.title()),
+        None => String::new(),
+    };
     hold(format!(
-        "{} of at most {} machines are unavailable: {}{more}",
+        "{} of at most {} machines are unavailable: {}{more}{excuse}",
         missing.len(),
         limits.max_unavailable,
         names.join(", ")

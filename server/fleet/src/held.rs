@@ -148,9 +148,10 @@ impl Machine {
 
     /// Why it is in its state, and what came in its name and is not confirmed.
     pub fn why(&self) -> String {
-        let reason = &self.state.reason;
+        let excused = self.excused.as_ref().map_or(String::new(), |why| format!("; excused: {why}"));
+        let reason = format!("{}{excused}", self.state.reason);
         match self.held_packets.last() {
-            None => reason.clone(),
+            None => reason,
             Some(held) => {
                 let second = held.asked / 1000 % 86_400;
                 format!(

@@ -83,6 +83,9 @@ pub struct Machine {
     pub granted: Option<u64>,
     /// Why it fell back, until a person clears it or assigns something.
     pub fell_back: Option<String>,
+    /// Why a person excused its absence, until it does its work again.
+    #[serde(default)]
+    pub excused: Option<String>,
     /// The last thing it said that a person would want to read.
     pub last_words: String,
     /// Its last report, or packet.
@@ -127,6 +130,7 @@ impl Machine {
             agent_memory: None,
             granted: None,
             fell_back: None,
+            excused: None,
             last_words: String::new(),
             last_seen: now,
             agent_seen: None,
@@ -219,7 +223,7 @@ impl Machine {
 
     /// It is one of those whose absence counts against the limit.
     pub fn counts(&self) -> bool {
-        !matches!(self.state.kind, StateKind::Discovered | StateKind::Retired)
+        !matches!(self.state.kind, StateKind::Discovered | StateKind::Retired) && self.excused.is_none()
     }
 
     /// It speaks, does not do its work, and is not let go: it stays where it is.
@@ -288,6 +292,30 @@ impl Machine {
         match self.refused.iter().find(|r| r.release == *release) {
             Some(r) => Err(Refusal::PairQuarantined { machine, release: release.clone(), reason: r.reason.clone() }),
             None => Ok(()),
+        }
+    }
+
+    /// May a person excuse it?
+    pub fn check_excuse(&self) -> Result<(), Refusal> {
+        let machine = self.title().to_owned();
+        match self.state.kind {
+            StateKind::Discovered => Err(Refusal::NotApproved { machine }),
+            StateKind::Retired => Err(Refusal::Retired { machine }),
+            StateKind::Approved
+            | StateKind::Booting
+            | StateKind::Healthy
+            | StateKind::Degraded
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::Reimaging
+            | StateKind::FellBack
+            | StateKind::Quarantined => {
+                if self.is_available() {
+                    Err(Refusal::Available { machine })
+                } else {
+                    Ok(())
+                }
+            }
         }
     }
 

@@ -13,7 +13,7 @@ impl Machine {
     #[must_use]
     pub fn event(mut self, event: Event, limits: Limits, now: Millis) -> (Self, Vec<Action>) {
         let mut out = Vec::new();
-        let before = (self.state.kind, self.is_available());
+        let before = (self.state.kind, self.is_available(), self.counts());
         match &event {
             // A report of the boot that ran before says that what was kept is false, however late it comes.
             Event::Report(_) => {}
@@ -28,6 +28,7 @@ impl Machine {
             | Event::Granted
             | Event::Clear
             | Event::Retire
+            | Event::Excuse { .. }
             | Event::Tick => self.lapse(limits, now, &mut out),
         }
         let speaks = self.agent_seen.is_some();
@@ -46,6 +47,7 @@ impl Machine {
             Event::Granted => self.grant_given(now, &mut out),
             Event::Clear => self.clear(now, &mut out),
             Event::Retire => self.retire(now, &mut out),
+            Event::Excuse { reason } => self.excuse(reason, &mut out),
             Event::Tick => self.tick(limits, now, &mut out),
             Event::ServerStarted => {
                 // The server was deaf: nobody is late before a full deadline has passed again.
@@ -56,6 +58,9 @@ impl Machine {
                     boot.moved = Some(now);
                 }
             }
+        }
+        if self.is_available() {
+            self.excused = None;
         }
         if before.0 != self.state.kind {
             let warn = match self.state.kind {
@@ -71,7 +76,7 @@ impl Machine {
             out.push(Action::Say { warn, text: format!("{}: {}", self.state.kind, self.state.reason) });
             save(&mut out);
         }
-        if before.1 != self.is_available() || before.0 != self.state.kind {
+        if before != (self.state.kind, self.is_available(), self.counts()) {
             wake(&mut out); // others may wait for this machine's unit of the limit
         }
         (self, out)
@@ -340,9 +345,21 @@ impl Machine {
 
     fn retire(&mut self, now: Millis, out: &mut Vec<Action>) {
         self.granted = None;
+        self.excused = None;
         self.enter(StateKind::Retired, "a person took it out of service", None, now);
         wake(out);
         save(out);
+    }
+
+    fn excuse(&mut self, reason: String, out: &mut Vec<Action>) {
+        match self.check_excuse() {
+            Ok(()) => {
+                out.push(Action::Say { warn: false, text: format!("excused: {reason}") });
+                self.excused = Some(reason);
+                save(out);
+            }
+            Err(refusal) => out.push(Action::Say { warn: true, text: refusal.to_string() }),
+        }
     }
 
     fn tick(&mut self, limits: Limits, now: Millis, out: &mut Vec<Action>) {

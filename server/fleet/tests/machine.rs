@@ -272,7 +272,33 @@ fn a_dead_machine_holds_the_others() {
     assert!(matches!(grant(&id(1), &machines, Limits::default()), Grant::Hold { .. }));
     let m = machines.remove(&id(2)).unwrap();
     machines.insert(id(2), m.event(Event::Retire, LIMITS, 10 * LIVE_MS).0);
-    assert_eq!(grant(&id(1), &machines, Limits::default()), Grant::Go, "excused by a person");
+    assert_eq!(grant(&id(1), &machines, Limits::default()), Grant::Go, "out of service");
+}
+
+#[test]
+fn a_machine_that_a_person_excused_holds_nobody_until_it_is_healthy_again() {
+    let excuse = || Event::Excuse { reason: "disk ordered".into() };
+    let mut machines = rack(2);
+    let m = machines.remove(&id(2)).unwrap();
+    assert!(matches!(m.check_excuse(), Err(Refusal::Available { .. })));
+    let (m, _) = m.event(excuse(), LIMITS, 2000);
+    assert_eq!(m.excused, None, "it does its work");
+    let (m, _) = m.event(Event::Tick, LIMITS, 10 * LIVE_MS);
+    machines.insert(id(2), m.clone());
+    let Grant::Hold { reason, .. } = grant(&id(1), &machines, LIMITS) else { panic!("must hold") };
+    assert!(reason.contains("kiln machine excuse rack-2"), "{reason}");
+    let (m, out) = m.event(excuse(), LIMITS, 10 * LIVE_MS);
+    assert!(out.contains(&Action::Wake) && out.contains(&Action::Save), "{out:?}");
+    machines.insert(id(2), m.clone());
+    assert_eq!(grant(&id(1), &machines, LIMITS), Grant::Go);
+    // Back, but not well: still excused. Healthy once: it counts like any other.
+    let (m, _) = m.event(by(2, unwell(2, "b", 1, 1)), LIMITS, 11 * LIVE_MS);
+    assert!(!m.counts());
+    let (m, _) = m.event(by(2, healthy(2, "b", 2, 1)), LIMITS, 11 * LIVE_MS + 1000);
+    assert!(m.counts() && m.excused.is_none());
+    let (m, _) = m.event(Event::Tick, LIMITS, 20 * LIVE_MS);
+    machines.insert(id(2), m);
+    assert!(matches!(grant(&id(1), &machines, LIMITS), Grant::Hold { .. }), "one excuse, one absence");
 }
 
 #[test]

@@ -33,6 +33,12 @@ pub(super) async fn machine(command: Machine) -> Result<(), CliError> {
             let retired: MachineView = Client::new(&at)?.change(Method::POST, &path, &json!({})).await?;
             print(&format!("{} is {}: {}\n", retired.name, retired.state, retired.reason))
         }
+        Machine::Excuse { machine, reason, at } => {
+            let path = format!("machines/{}/excuse", segment(&machine));
+            let excused: MachineView =
+                Client::new(&at)?.change(Method::POST, &path, &json!({ "reason": reason })).await?;
+            print(&format!("{} is {}: {}\n", excused.name, excused.state, excused.reason))
+        }
         Machine::Clear { machine, at } => {
             let path = format!("machines/{}/clear", segment(&machine));
             let cleared: MachineView = Client::new(&at)?.change(Method::POST, &path, &json!({})).await?;

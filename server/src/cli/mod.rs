@@ -216,6 +216,16 @@ enum Machine {
         #[command(flatten)]
         at: At,
     },
+    /// Say why a machine is away: it holds no other machine up until it is healthy again
+    Excuse {
+        /// Name or id
+        machine: String,
+        /// Why, for whoever looks next
+        #[arg(long)]
+        reason: String,
+        #[command(flatten)]
+        at: At,
+    },
     /// Lift a machine's quarantine; or make the other key that reports under its id the machine's
     Clear {
         /// Name or id

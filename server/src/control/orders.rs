@@ -91,6 +91,21 @@ impl Control {
         self.order(machine, Event::Retire, by, "retired").await
     }
 
+    /// A person knows why a machine is away: it holds nobody up until it is healthy again.
+    pub async fn excuse(&self, machine: &str, reason: &str, by: &str) -> Result<(), ControlError> {
+        if reason.is_empty() || reason.len() > 200 || reason.chars().any(char::is_control) {
+            return Err(ControlError::BadReason);
+        }
+        {
+            let inner = self.lock();
+            let id = inner.resolve(machine)?;
+            if let Some(m) = inner.machines.get(&id) {
+                m.check_excuse()?;
+            }
+        }
+        self.order(machine, Event::Excuse { reason: reason.to_owned() }, by, &format!("excused: {reason}")).await
+    }
+
     async fn order(&self, machine: &str, event: Event, by: &str, what: &str) -> Result<(), ControlError> {
         let pending = {
             let mut inner = self.lock();

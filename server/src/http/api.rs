@@ -38,6 +38,7 @@ pub fn order_router() -> Router<App> {
         .route("/api/v1/machines/{machine}/assignment", put(assign))
         .route("/api/v1/machines/{machine}/clear", post(clear))
         .route("/api/v1/machines/{machine}/retire", post(retire))
+        .route("/api/v1/machines/{machine}/excuse", post(excuse))
         .route("/api/v1/audit", get(audit))
         .layer(DefaultBodyLimit::max(16 << 10))
 }
@@ -58,6 +59,7 @@ impl From<ControlError> for ApiError {
             ControlError::NoSuchMachine(_) | ControlError::NoSuchRelease { .. } => StatusCode::NOT_FOUND,
             ControlError::Ambiguous(_)
             | ControlError::BadName(_)
+            | ControlError::BadReason
             | ControlError::Config(_)
             | ControlError::WrongClass { .. }
             | ControlError::WrongArchitecture { .. }
@@ -253,6 +255,23 @@ async fn retire(
     Path(machine): Path<String>,
 ) -> Result<Json<MachineView>, ApiError> {
     app.control.retire(&machine, &who(&peer)).await?;
+    Ok(Json(app.control.view(&machine)?))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Excuse {
+    reason: String,
+}
+
+async fn excuse(
+    State(app): State<App>,
+    Extension(peer): Extension<Peer>,
+    Path(machine): Path<String>,
+    body: Result<Json<Excuse>, JsonRejection>,
+) -> Result<Json<MachineView>, ApiError> {
+    let Json(order) = body?;
+    app.control.excuse(&machine, &order.reason, &who(&peer)).await?;
     Ok(Json(app.control.view(&machine)?))
 }
 

@@ -204,6 +204,7 @@ pub fn any_event() -> impl Strategy<Value = Event> {
         1 => Just(Event::Granted),
         1 => Just(Event::Clear),
         1 => Just(Event::Retire),
+        1 => Just(Event::Excuse { reason: "away".into() }),
         2 => Just(Event::Tick),
         1 => Just(Event::ServerStarted),
     ]

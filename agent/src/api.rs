@@ -11,7 +11,7 @@ use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
-use kiln_protocol::{REPORT_PATH, Reply, Report};
+use kiln_protocol::{RECEIPT_PATH, REPORT_PATH, Reply, Report};
 use kiln_release::certificate::self_signed_certificate;
 use kiln_release::{AGENT_API_NAME, Signer, with_causes};
 use rustls::pki_types::pem::PemObject;
@@ -82,11 +82,23 @@ impl Api {
     /// Posts a report. The connection is reused; a stale one is replaced once.
     pub async fn report(&mut self, report: &Report) -> Result<Reply> {
         let body = serde_json::to_vec(report).expect("wire types always become JSON");
-        let deadline = ANSWER + Duration::from_secs(u64::from(report.wait_s));
+        let answer = self.ask(REPORT_PATH, &body, ANSWER + Duration::from_secs(u64::from(report.wait_s))).await?;
+        serde_json::from_slice(&answer).map_err(|e| {
+            let url = self.url().unwrap_or_default().to_owned();
+            AgentError::Unreachable { url, reason: format!("reply is not of version 1: {e}") }
+        })
+    }
+
+    /// Posts the receipt of a wipe.
+    pub async fn receipt(&mut self, text: &str) -> Result<()> {
+        self.ask(RECEIPT_PATH, text.as_bytes(), ANSWER).await.map(drop)
+    }
+
+    async fn ask(&mut self, path: &str, body: &[u8], deadline: Duration) -> Result<Bytes> {
         let attempt = async {
             let reused = self.connection.is_some();
-            match self.post(&body).await {
-                Err(AgentError::Unreachable { .. }) if reused => self.post(&body).await,
+            match self.post(path, body).await {
+                Err(AgentError::Unreachable { .. }) if reused => self.post(path, body).await,
                 other => other,
             }
         };
@@ -105,13 +117,13 @@ impl Api {
         self.urls.front().map(String::as_str).ok_or(AgentError::NoServer)
     }
 
-    async fn post(&mut self, body: &[u8]) -> Result<Reply> {
+    async fn post(&mut self, path: &str, body: &[u8]) -> Result<Bytes> {
         let url = self.url()?.to_owned();
         let unreachable = |reason: String| AgentError::Unreachable { url: url.clone(), reason };
         let (_, host, port) = authority(&url, 443)?;
         let kept = self.connection.take().filter(|(sender, _)| !sender.is_closed());
         let (mut sender, open) = if let Some(kept) = kept { kept } else { self.open(&url, &host, port).await? };
-        let request = Request::post(REPORT_PATH)
+        let request = Request::post(path)
             .header(HOST, AGENT_API_NAME)
             .header(CONTENT_TYPE, "application/json")
             .body(Full::new(Bytes::copy_from_slice(body)))
@@ -121,10 +133,10 @@ impl Api {
         let answer = Limited::new(response.into_body(), REPLY_LIMIT).collect().await;
         let answer = answer.map_err(|e| unreachable(format!("reading the reply: {e}")))?.to_bytes();
         if status != StatusCode::OK {
-            return Err(AgentError::HttpStatus { url: format!("{url}{REPORT_PATH}"), status: status.as_u16() });
+            return Err(AgentError::HttpStatus { url: format!("{url}{path}"), status: status.as_u16() });
         }
         self.connection = Some((sender, open));
-        serde_json::from_slice(&answer).map_err(|e| unreachable(format!("reply is not of version 1: {e}")))
+        Ok(answer)
     }
 
     async fn open(&self, url: &str, host: &str, port: u16) -> Result<(SendRequest<Full<Bytes>>, Open)> {

@@ -300,6 +300,7 @@ impl Prefetch {
         }
         self.files = verified.files;
         let manifest = verified.manifest;
+        verifier.may_run(&manifest)?;
         if manifest.uki.length > UKI_LIMIT {
             return Err(AgentError::Uki(format!("{} bytes; at most {UKI_LIMIT} are read", manifest.uki.length)));
         }

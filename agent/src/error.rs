@@ -1,7 +1,7 @@
 //! Everything that can go wrong, by the step that failed. Each has a stable kebab-case kind for the server, a class
 //! that decides between retry and restart, and a message that names what, where and what to do.
 
-use kiln_protocol::{AssignmentError, FreshnessError};
+use kiln_protocol::{AssignmentError, FreshnessError, OrderError};
 use std::path::PathBuf;
 
 /// What is said of the root artifact in an error.
@@ -78,6 +78,10 @@ pub enum AgentError {
     Assignment(#[from] AssignmentError),
     #[error("{0}")]
     Freshness(#[from] FreshnessError),
+    #[error("{0}")]
+    Operator(#[from] kiln_release::OperatorError),
+    #[error("{0}")]
+    Order(#[from] OrderError),
     #[error("assignment names manifest {got}, signed metadata lists {expected} for that release")]
     ManifestMismatch { expected: String, got: String },
     #[error("assignment for {release} expired at {expires}; a different release is started only by one in force")]
@@ -94,7 +98,7 @@ pub enum AgentError {
     Superseded,
     #[error("the agent API's CA in this boot image is not the one that the site signs now: build a release anew")]
     AgentApiCa,
-    #[error("{release} is of class {class}; this agent goes only to class normal")]
+    #[error("{release} is of class {class}; from a disk only class normal starts")]
     Class { release: String, class: String },
     #[error(
         "the kernel runs with the command line {got:?}, signed is {expected:?}, and the release's policy refuses others"
@@ -192,6 +196,8 @@ kinds!({
     Director(kiln_release::DirectorError), Verification;
     Assignment(AssignmentError), Verification;
     Freshness(FreshnessError), Verification;
+    Operator(kiln_release::OperatorError), Verification;
+    Order(OrderError), Verification;
     Disk(crate::disk::DiskError), Machine;
 });
 

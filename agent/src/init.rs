@@ -13,9 +13,9 @@ use crate::net::{self, Lease};
 use crate::plan::{self, Plan};
 use crate::verifier::{Answer, Servers, Verified, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{change, facts, kexec, local, verity};
+use crate::{change, facts, kexec, local, verity, wipe};
 use kiln_protocol::slot::{Event, SlotId};
-use kiln_protocol::{Assignment, ReleaseId, RunningRelease, Stage, Via};
+use kiln_protocol::{Assignment, Class, ReleaseId, RunningRelease, Stage, Via};
 use kiln_release::{BOOT_PATH, BootInfo, hex};
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};
@@ -101,10 +101,14 @@ async fn go(boot: BootInfo, journal: JournalState, mut drivers: Drivers) -> Resu
     let verifier = Verifier::new(boot, place, key, memory, servers, now);
     let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: TELL_EVERY };
 
-    let error = match travel(&mut flow, &mut drivers).await {
+    let error = match Box::pin(travel(&mut flow, &mut drivers)).await {
         Ok(never) => match never {},
         Err(error) => error,
     };
+    if let Some(order) = flow.verifier.wipe.take() {
+        wipe::obey(&mut flow, &order).await?;
+        restart();
+    }
     flow.give_up(&error).await;
     Err(error)
 }
@@ -120,6 +124,7 @@ async fn travel(flow: &mut Flow, drivers: &mut Drivers) -> Result<Infallible> {
         let asked = tokio::time::timeout(local::PATIENCE, local::ask(flow, drivers, &mut lease)).await;
         let error = match asked {
             Ok(Ok(verified)) => return start(flow, verified, lease, Some(disk)).await,
+            Ok(Err(error)) if flow.verifier.wipe.is_some() => return Err(error),
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("no word of it within {} s", local::PATIENCE.as_secs()),
         };
@@ -226,6 +231,10 @@ pub async fn wait_for_assignment(flow: &mut Flow, verified: &Verified) -> Result
                 flow.journal.done(Stage::Assignment);
                 return Ok((assignment, via));
             }
+            Ok(Answer::Wipe(order)) => {
+                flow.verifier.wipe = Some(order);
+                return Err(AgentError::Superseded);
+            }
             Ok(Answer::Wait(reason)) => {
                 attempt = 0;
                 if reason != told {
@@ -252,6 +261,10 @@ async fn start(
     lease: Option<Lease>,
     disk: Option<SharedDisk>,
 ) -> Result<Infallible> {
+    // The last gate before anything of it starts, whichever way led here.
+    flow.verifier.may_run(&verified.manifest)?;
+    // What an order starts never goes into a slot: the loader would start it again without the order.
+    let disk = disk.filter(|_| verified.manifest.class == Class::Normal.as_str());
     flow.journal.started(Stage::Root);
     flow.report().await;
     if let Some(disk) = disk {

@@ -29,6 +29,7 @@ mod testing;
 mod verifier;
 mod verity;
 mod watchdog;
+mod wipe;
 
 use error::{AgentError, Result};
 use std::process::ExitCode;

@@ -5,7 +5,7 @@
 use crate::error::{AgentError, Result};
 use crate::sys;
 use jiff::Timestamp;
-use kiln_protocol::{Assignment, KeyStorage, RollbackMemory};
+use kiln_protocol::{Assignment, KeyStorage, Order, OrderError, OrderMark, RollbackMemory};
 use kiln_release::tuf::Seen;
 use kiln_release::{Signer, Site, hex};
 use ring::rand::{SecureRandom, SystemRandom};
@@ -20,6 +20,9 @@ const EFIVARS: &str = "/sys/firmware/efi/efivars";
 const GUID: &str = "6b696c6e-0000-4000-8000-6b696c6e0001";
 /// Non-volatile, boot-service and run-time access (UEFI 2.10 §8.2).
 const ATTRIBUTES: u32 = 7;
+
+/// Orders remembered until they expire: what an EFI variable holds.
+const ORDERS: usize = 16;
 
 /// The highest versions seen, and the time floor.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,6 +42,9 @@ pub struct Memory {
     /// Lowest release that may run, by image.
     #[serde(default)]
     pub floors: BTreeMap<String, u64>,
+    /// Operators' orders that were taken and have not expired, by id: none is done twice.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub orders: BTreeMap<String, OrderMark>,
 }
 
 impl Memory {
@@ -57,6 +63,22 @@ impl Memory {
             }
             self.director = director;
         }
+    }
+
+    /// What is remembered of this order.
+    pub fn mark(&self, order: &Order) -> Option<OrderMark> {
+        self.orders.get(order.id.as_str()).copied()
+    }
+
+    /// Remembers that an order was taken under the assignment of this sequence; with 0 that it is done. One that cannot
+    /// be remembered is not taken: it could be replayed.
+    pub fn take_order(&mut self, order: &Order, sequence: u64, now: Timestamp) -> std::result::Result<(), OrderError> {
+        self.orders.retain(|id, mark| mark.expires > now || id == order.id.as_str());
+        if self.orders.len() >= ORDERS && !self.orders.contains_key(order.id.as_str()) {
+            return Err(OrderError::MemoryFull { limit: ORDERS });
+        }
+        self.orders.insert(order.id.to_string(), OrderMark { sequence, expires: order.expires });
+        Ok(())
     }
 
     /// Takes over an accepted assignment's sequence.

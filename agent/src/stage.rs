@@ -115,6 +115,10 @@ async fn verify(flow: &mut Flow, here: &kiln_protocol::ReleaseId, out: &Path) ->
     flow.journal.started(Stage::Assignment);
     let (assignment, via) = match tried!(flow, Stage::Assignment, flow.ask(&verified, 0).await) {
         Answer::Assigned { assignment, via, .. } => (assignment, via),
+        Answer::Wipe(order) => {
+            let reason = format!("order {} is to {}: this command wipes nothing", order.id, order.action);
+            return Err(AgentError::Unreachable { url: "assignment".into(), reason });
+        }
         Answer::Wait(reason) => {
             flow.journal.waiting(Stage::Assignment, &reason);
             return Err(AgentError::Unreachable { url: "assignment".into(), reason });

@@ -252,6 +252,92 @@ pub fn watchdog_timeout(watchdog: &File, seconds: libc::c_int) -> Result<libc::c
     Ok(seconds)
 }
 
+nix::ioctl_write_ptr_bad!(blk_discard, 0x1277, [u64; 2]);
+nix::ioctl_write_ptr_bad!(blk_secdiscard, 0x127d, [u64; 2]);
+nix::ioctl_none_bad!(blk_flsbuf, 0x1261);
+
+/// `BLKDISCARD` or `BLKSECDISCARD` of the first `bytes` of an open disk (linux/fs.h). What is left is the disk's affair.
+pub fn discard(disk: &File, bytes: u64, secure: bool) -> Result<()> {
+    let range = [0, bytes];
+    // SAFETY: `range` is the two u64 (start, length) that both calls read.
+    unsafe {
+        if secure {
+            blk_secdiscard(disk.as_raw_fd(), &raw const range)?;
+        } else {
+            blk_discard(disk.as_raw_fd(), &raw const range)?;
+        }
+    }
+    Ok(())
+}
+
+/// `BLKFLSBUF`: what is cached of a disk is dropped, so that the next read is the disk's own answer. For a file in its
+/// place the same is asked as advice.
+pub fn forget_buffers(disk: &File) -> Result<()> {
+    nix::fcntl::posix_fadvise(disk, 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED)?;
+    // SAFETY: an ioctl without an argument on an open descriptor.
+    match unsafe { blk_flsbuf(disk.as_raw_fd()) } {
+        Ok(_) | Err(nix::errno::Errno::ENOTTY) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// `struct nvme_passthru_cmd` of linux/nvme_ioctl.h.
+#[repr(C)]
+#[derive(Default)]
+struct NvmePassthru {
+    opcode: u8,
+    flags: u8,
+    reserved: u16,
+    nsid: u32,
+    cdw2: u32,
+    cdw3: u32,
+    metadata: u64,
+    addr: u64,
+    metadata_len: u32,
+    data_len: u32,
+    cdw10: u32,
+    cdw11_to_15: [u32; 5],
+    timeout_ms: u32,
+    result: u32,
+}
+
+nix::ioctl_readwrite!(nvme_admin_cmd, b'N', 0x41, NvmePassthru);
+nix::ioctl_none!(nvme_id, b'N', 0x40);
+
+/// An admin command of NVMe that sends no data.
+#[derive(Debug, Clone, Copy)]
+pub struct NvmeCommand {
+    pub opcode: u8,
+    pub nsid: u32,
+    pub cdw10: u32,
+    pub timeout_ms: u32,
+}
+
+/// `NVME_IOCTL_ADMIN_CMD`: sends a command to the controller of an open disk; what it answers goes to `data`.
+pub fn nvme_admin(disk: &File, command: NvmeCommand, data: &mut [u8]) -> Result<()> {
+    let mut passthru = NvmePassthru {
+        opcode: command.opcode,
+        nsid: command.nsid,
+        addr: if data.is_empty() { 0 } else { data.as_mut_ptr() as u64 },
+        data_len: u32::try_from(data.len()).map_err(|_| Error::from(ErrorKind::InvalidInput))?,
+        cdw10: command.cdw10,
+        timeout_ms: command.timeout_ms,
+        ..NvmePassthru::default()
+    };
+    // SAFETY: `passthru` has the kernel's layout; `addr` and `data_len` are a buffer that lives over the call.
+    match unsafe { nvme_admin_cmd(disk.as_raw_fd(), &raw mut passthru) }? {
+        0 => Ok(()),
+        status => Err(Error::other(format!("NVMe command {:#04x} ended with status {status:#x}", command.opcode))),
+    }
+}
+
+/// `NVME_IOCTL_ID`: the name space that an open disk is.
+pub fn nvme_name_space(disk: &File) -> Result<u32> {
+    // SAFETY: an ioctl without an argument on an open descriptor.
+    let number = unsafe { nvme_id(disk.as_raw_fd()) }?;
+    u32::try_from(number).map_err(|_| Error::other("the kernel gave a negative name space"))
+}
+
 /// A file in memory, gone with its last descriptor.
 pub fn memory_file(name: &CStr) -> Result<File> {
     use std::os::fd::FromRawFd;
@@ -272,6 +358,7 @@ mod tests {
         assert_eq!(size_of::<LoopConfig>(), 304);
         assert_eq!(size_of::<DmIoctl>(), 312);
         assert_eq!(size_of::<DmTargetSpec>(), 40);
+        assert_eq!(size_of::<NvmePassthru>(), 72);
         // _IOWR(0xfd, 3, 312 bytes), as strace shows DM_DEV_CREATE.
         assert_eq!(DmCommand::Create.request(), 0xc138_fd03);
     }

@@ -9,8 +9,8 @@ use crate::memory::{Memory, Place};
 use crate::plan::Currency;
 use jiff::Timestamp;
 use kiln_protocol::{
-    Assignment, Class, Decision, Freshness, Grant, ImageName, KeyId, Nonce, ReleaseId, Reply, Running, Via,
-    check_assignment, check_freshness,
+    Assignment, Class, Decision, Freshness, Grant, ImageName, KeyId, KeyStorage, Nonce, ORDER_TYPE, Order, OrderAction,
+    OrderError, OrderGiven, Ordered, ReleaseId, Reply, Running, Via, check_assignment, check_freshness, check_order,
 };
 use kiln_release::certificate::{spki_der, spki_key_id};
 use kiln_release::tuf::{self, ExpiryPolicy, Fetched, Limits, Outcome, Request, TargetPath};
@@ -51,6 +51,8 @@ pub enum Answer {
     Wait(String),
     /// Assigned.
     Assigned { assignment: Assignment, via: Via, grant: Grant },
+    /// An operator orders a wipe, whatever else is wanted.
+    Wipe(Order),
 }
 
 /// One machine's trust: which keys, what was seen, which time is believed.
@@ -66,12 +68,16 @@ pub struct Verifier {
     pub clock: Clock,
     /// The assignment that was accepted last, as it came.
     pub accepted: Option<String>,
+    /// The operator's order that the accepted assignment rests on.
+    pub order: Option<Order>,
+    /// A wipe that was ordered, verified, and is to be done before anything else.
+    pub wipe: Option<Order>,
 }
 
 impl Verifier {
     pub fn new(boot: BootInfo, place: Place, key: Signer, memory: Memory, servers: Servers, now: Timestamp) -> Self {
         let clock = Clock::at(now);
-        Self { boot, place, key, memory, servers, now, clock, accepted: None }
+        Self { boot, place, key, memory, servers, now, clock, accepted: None, order: None, wipe: None }
     }
 
     /// The release that this UKI embeds.
@@ -149,7 +155,7 @@ impl Verifier {
         }
         let verified = self.take(client.finish()?, release, record.files.clone())?;
         let (assigned, _) = verified.site.verify_director::<Assignment>(record.assignment.as_bytes())?;
-        let key: KeyId = spki_key_id(&spki_der(&self.key)).parse().expect("a SHA-256 in hex is a key id");
+        let key = self.key_id();
         let me = Running {
             key: &key,
             arch: crate::facts::architecture(),
@@ -158,6 +164,10 @@ impl Verifier {
             floor: self.memory.floor(&self.boot.image),
         };
         check_assignment(&assigned, &me)?;
+        // An order's release is never put on a disk: only the boot server can hand on the order.
+        if verified.manifest.class != Class::Normal.as_str() {
+            return Err(AgentError::Class { release: release.to_string(), class: verified.manifest.class });
+        }
         if assigned.release_id() != *release || assigned.manifest_sha256.as_str() != verified.manifest_sha256 {
             let (expected, got) = (verified.manifest_sha256, assigned.manifest_sha256.to_string());
             return Err(AgentError::ManifestMismatch { expected, got });
@@ -176,10 +186,6 @@ impl Verifier {
         self.memory.directed_by(&site);
         let manifest_bytes = target(&outcome, &manifest_path)?;
         let manifest = Manifest::read(manifest_bytes, release.image.as_str(), release.release)?;
-        // The other classes need an order signed by an operator, which no agent reads yet.
-        if manifest.class != Class::Normal.as_str() {
-            return Err(AgentError::Class { release: release.to_string(), class: manifest.class });
-        }
         for (image, floor) in &site.floors {
             let known = self.memory.floors.entry(image.clone()).or_insert(1);
             *known = (*known).max(*floor);
@@ -191,35 +197,101 @@ impl Verifier {
 
     /// Verifies a reply to a report that carried `nonce`.
     pub fn check_reply(&mut self, verified: &Verified, reply: Reply, nonce: &Nonce) -> Result<Answer> {
+        self.order = None;
+        let order = match reply.desired.order {
+            Some(given) => Some(self.read_order(verified, &given, nonce)?),
+            None => None,
+        };
+        if let Some(order) = order.as_ref().filter(|order| matches!(order.action, OrderAction::Wipe { .. })) {
+            self.check_order(order, 0)?;
+            return Ok(Answer::Wipe(order.clone()));
+        }
         let (assignment, freshness, via, grant) = match reply.desired.decision {
             Decision::Wait { reason } => return Ok(Answer::Wait(reason)),
             Decision::Assigned { assignment, freshness, via, grant } => (assignment, freshness, via, grant),
         };
         let (assigned, sha256) = verified.site.verify_director::<Assignment>(assignment.as_bytes())?;
-        let key: KeyId = spki_key_id(&spki_der(&self.key)).parse().expect("a SHA-256 in hex is a key id");
-        let image: ImageName = parse_image(&self.boot.image)?;
+        if let Some(order) = &order {
+            self.check_order(order, assigned.sequence)?;
+        }
+        let order = order.filter(|order| order.release().as_ref() == Some(&assigned.release_id()));
+        let key = self.key_id();
+        // An order may name another image, and whoever runs an order's release may be sent home to any ordinary one.
+        let free = order.is_some() || self.boot.class != Class::Normal.as_str();
+        let image = if free { assigned.image.clone() } else { parse_image(&self.boot.image)? };
         let me = Running {
             key: &key,
             arch: crate::facts::architecture(),
             image: &image,
             highest_sequence: self.memory.sequence,
-            floor: self.memory.floor(&self.boot.image),
+            floor: self.memory.floor(image.as_str()),
         };
         check_assignment(&assigned, &me)?;
         let known = &verified.manifest;
-        if assigned.release_id() == release_id(&known.image, known.release)?
-            && assigned.manifest_sha256.as_str() != verified.manifest_sha256
-        {
-            let (expected, got) = (verified.manifest_sha256.clone(), assigned.manifest_sha256.to_string());
-            return Err(AgentError::ManifestMismatch { expected, got });
+        if assigned.release_id() == release_id(&known.image, known.release)? {
+            if assigned.manifest_sha256.as_str() != verified.manifest_sha256 {
+                let (expected, got) = (verified.manifest_sha256.clone(), assigned.manifest_sha256.to_string());
+                return Err(AgentError::ManifestMismatch { expected, got });
+            }
+            may_run(order.as_ref(), known)?;
         }
         let (fresh, _) = verified.site.verify_director::<Freshness>(freshness.as_bytes())?;
         check_freshness(&fresh, nonce, &sha256.parse().expect("a SHA-256 in hex"))?;
+        if let Some(order) = &order {
+            self.memory.take_order(order, assigned.sequence, self.now)?;
+        }
         self.memory.accept(&assigned);
         self.accepted = Some(assignment);
+        self.order = order;
         self.move_clock(fresh.now.min(verified.outcome.offline_expires_newest));
         self.place.remember(&self.memory)?;
         Ok(Answer::Assigned { assignment: assigned, via, grant })
+    }
+
+    /// Key id of this machine's identity key.
+    pub fn key_id(&self) -> KeyId {
+        spki_key_id(&spki_der(&self.key)).parse().expect("a SHA-256 in hex is a key id")
+    }
+
+    /// An order that operators signed and that the director hands on now. The director's clock comes with it.
+    fn read_order(&mut self, verified: &Verified, given: &OrderGiven, nonce: &Nonce) -> Result<Order> {
+        let (order, sha256) = verified.site.verify_operator::<Order>(given.order.as_bytes(), ORDER_TYPE)?;
+        let (fresh, _) = verified.site.verify_director::<Freshness>(given.freshness.as_bytes())?;
+        check_freshness(&fresh, nonce, &sha256.parse().expect("a SHA-256 in hex"))?;
+        self.move_clock(fresh.now.min(verified.outcome.offline_expires_newest));
+        Ok(order)
+    }
+
+    fn check_order(&self, order: &Order, sequence: u64) -> Result<()> {
+        // A machine that keeps a key answers to nothing else.
+        let (storage, memory) = (self.place.key_storage(), self.place.rollback_memory());
+        let name = match storage {
+            KeyStorage::Ephemeral => Some(crate::facts::read(storage, memory)?.id),
+            KeyStorage::EfiVariable | KeyStorage::File => None,
+        };
+        let (key, mark) = (self.key_id(), self.memory.mark(order));
+        let me = Ordered { key: &key, name_only: name.as_ref(), now: self.now, mark, sequence };
+        Ok(check_order(order, &me)?)
+    }
+
+    /// Whether this release may be started here: one that is not of class `normal` only by an operator's order.
+    pub fn may_run(&self, manifest: &Manifest) -> Result<()> {
+        may_run(self.order.as_ref(), manifest)
+    }
+
+    /// What is assigned now must not be put on a disk: the loader would start it again without the order.
+    pub fn in_memory_only(&self) -> bool {
+        let class = |order: &Order| match order.action {
+            OrderAction::Assign { class, .. } => Some(class),
+            OrderAction::Wipe { .. } => None,
+        };
+        self.order.as_ref().and_then(class).is_some_and(|class| class != Class::Normal)
+    }
+
+    /// A wipe is done: never again by this order.
+    pub fn wiped(&mut self, order: &Order) -> Result<()> {
+        self.memory.take_order(order, 0, self.now)?;
+        self.place.remember(&self.memory)
     }
 
     /// Moves the time floor; it is persisted at most once a day, as storage wears.
@@ -239,6 +311,12 @@ impl Verifier {
     pub fn currency(&self, verified: &Verified) -> Currency {
         Currency { now: self.now, stale: verified.stale_at(self.now) }
     }
+}
+
+fn may_run(order: Option<&Order>, manifest: &Manifest) -> Result<()> {
+    let (release, class) = (release_id(&manifest.image, manifest.release)?, manifest.class.clone());
+    let allowed = class == Class::Normal.as_str() || order.is_some_and(|order| order.allows(&release, &class));
+    if allowed { Ok(()) } else { Err(OrderError::Missing { release: release.to_string(), class }.into()) }
 }
 
 /// Feeds the client until it has all it wants; `seen` is told after each file, and given it as text.
@@ -283,3 +361,6 @@ fn parse_image(image: &str) -> Result<ImageName> {
         reason: e.to_string(),
     })
 }
+
+#[cfg(test)]
+mod tests;

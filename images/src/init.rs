@@ -22,6 +22,7 @@ struct LabKeys {
     snapshot: Signer,
     timestamp: Signer,
     director: Signer,
+    operator: Signer,
 }
 
 /// Makes a lab's site: keys, the agent API's certificates, and a repository without releases.
@@ -51,8 +52,11 @@ pub fn init_lab(dir: &Path, name: &str, now: Timestamp) -> Result<SiteDir, SiteE
         snapshot: new_key()?,
         timestamp: new_key()?,
         director: new_key()?,
+        operator: new_key()?,
     };
-    for (role, key) in [("root", &keys.root), ("targets", &keys.targets), ("snapshot", &keys.snapshot)] {
+    for (role, key) in
+        [("root", &keys.root), ("targets", &keys.targets), ("snapshot", &keys.snapshot), ("operator", &keys.operator)]
+    {
         write_key(&site.offline_key(role), key)?;
     }
     write_key(&site.online("timestamp.key"), &keys.timestamp)?;
@@ -126,13 +130,15 @@ fn write_first_metadata(
     };
     let root = sign("root", &Root::new(1, expires, &public, roles), &[&keys.root])?;
 
-    let director = keys.director.public();
+    let (director, operator) = (keys.director.public(), keys.operator.public());
     let document = Site {
         type_: SITE_TYPE.to_owned(),
         spec_version: "1.0".to_owned(),
         name: name.to_owned(),
         directors: BTreeMap::from([(director.id(), director.to_object())]),
         director_threshold: 1,
+        operators: BTreeMap::from([(operator.id(), operator.to_object())]),
+        operator_threshold: 1,
         agent_api: AgentApi { ca_pem },
         floors: BTreeMap::new(),
     };

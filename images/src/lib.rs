@@ -28,6 +28,7 @@ pub use top::AGENT_PATH;
 
 mod files;
 mod init;
+mod operators;
 mod prune;
 mod publish;
 mod repository;
@@ -36,6 +37,7 @@ mod site;
 mod site_error;
 
 pub use init::init_lab;
+pub use operators::name_operators;
 pub use prune::{PruneOptions, Pruned, prune};
 pub use publish::{Crowded, Published, publish};
 pub use repository::{Memory, Release, Repository};

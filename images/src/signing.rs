@@ -6,7 +6,7 @@ use crate::site::{OFFLINE_LIFETIME, SiteDir, after, new_key, read_key, sign, wri
 use crate::site_error::SiteError;
 use jiff::{SignedDuration, Timestamp};
 use kiln_release::Signer;
-use kiln_release::tuf::{Limits, MetaFile, Outcome, Snapshot, TargetFile, Targets};
+use kiln_release::tuf::{Limits, MetaFile, Outcome, Snapshot, TargetFile, TargetPath, Targets};
 use std::collections::BTreeMap;
 
 /// What is signed offline is signed anew when less than this is left of it.
@@ -85,6 +85,29 @@ pub(crate) fn sign_image(
     // Against the versions of the state before: what a machine that saw it would say.
     verify_snapshot(site, &files, meta, state.seen.clone(), now)?;
     Ok(Signed { files, delegation: bytes })
+}
+
+/// Targets with this `site.json`, snapshot: signed, and verified as a machine would.
+pub(crate) fn sign_site(site: &SiteDir, state: &Outcome, now: Timestamp, document: &[u8]) -> Result<Signed, SiteError> {
+    let expires = after(now, OFFLINE_LIFETIME);
+    let old = state.roles.get(Targets::TYPE).ok_or_else(|| SiteError::NotASite { dir: site.path.clone() })?;
+    let mut top = old.clone();
+    top.targets.insert(TargetPath::site().to_string(), TargetFile::of(document));
+    top.version += 1;
+    top.expires = Targets::new(0, expires).expires;
+    let key = read_key(&site.offline_key("targets"), "sign site.json")?;
+    let text = sign(Targets::TYPE, &top, &[&key])?;
+    let mut snapshot = Snapshot::new(state.snapshot.version + 1, expires);
+    snapshot.meta.clone_from(&state.snapshot.meta);
+    snapshot.list(Targets::TYPE, top.version, text.as_bytes());
+    let mut files = vec![(format!("metadata/{}.{}.json", top.version, Targets::TYPE), text.into_bytes())];
+    let version = snapshot.version;
+    let key = read_key(&site.offline_key("snapshot"), "sign the snapshot")?;
+    let text = sign(Snapshot::TYPE, &snapshot, &[&key])?.into_bytes();
+    let meta = MetaFile::of(version, &text);
+    files.push((format!("metadata/{version}.snapshot.json"), text));
+    verify_snapshot(site, &files, meta, state.seen.clone(), now)?;
+    Ok(Signed { files, delegation: 0 })
 }
 
 /// The image's key; made when the image is published for the first time.

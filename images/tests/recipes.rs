@@ -45,6 +45,45 @@ fn shipped_recipes_are_valid() {
 }
 
 #[test]
+fn only_recipes_of_class_rescue_have_a_shell_on_a_console() {
+    let folder = shipped("minimal.toml").parent().unwrap().to_owned();
+    let mut rescues = 0;
+    for entry in folder.read_dir().unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|ext| ext != "toml") {
+            continue;
+        }
+        let recipe = Recipe::load(&path).unwrap();
+        let rescue = recipe.class == "rescue";
+        rescues += usize::from(rescue);
+        // Every unit by which Debian gives a console to somebody is masked, also in a rescue image.
+        for unit in [
+            "autovt@.service",
+            "console-getty.service",
+            "container-getty@.service",
+            "debug-shell.service",
+            "getty@.service",
+            "getty.target",
+            "getty-static.service",
+            "rescue.service",
+            "serial-getty@.service",
+            "systemd-logind.service",
+        ] {
+            assert!(recipe.mask.iter().any(|masked| masked == unit), "{}: {unit} may start", path.display());
+        }
+        let shells = ["getty", "/bin/sh\n", "/bin/bash", "/bin/login", "sulogin", "TTYPath="];
+        let has = recipe.files.iter().any(|file| {
+            let text = String::from_utf8_lossy(&file.content);
+            let unit = file.path.ends_with(".service");
+            unit && text.lines().any(|line| shells.iter().any(|shell| format!("{line}\n").contains(shell)))
+        });
+        assert_eq!(has, rescue, "{}: {}", path.display(), recipe.class);
+        assert!(!recipe.command_line.contains("systemd.debug") && !recipe.command_line.contains("init=/bin"));
+    }
+    assert_eq!(rescues, 1);
+}
+
+#[test]
 fn unknown_keys_are_refused_with_their_place() {
     let refused = refusal(&GOOD.replace("kernel =", "kernal ="));
     assert!(refused.starts_with("4:1 unknown field `kernal`"), "{refused}");

@@ -64,7 +64,10 @@ pub enum ControlError {
     NoSuchRelease { release: ReleaseId },
     #[error("no release of {image} is published yet: build and publish one first")]
     NothingPublished { image: String },
-    #[error("{release} is of class {class}: the director may assign only class normal")]
+    #[error(
+        "{release} is of class {class}: the director may assign only class normal; sign an order for it (`kiln order \
+         sign assign {release} --class {class}`)"
+    )]
     WrongClass { release: ReleaseId, class: String },
     #[error("{release} is for {got}, {machine} is {expected}")]
     WrongArchitecture { machine: String, release: ReleaseId, expected: String, got: String },
@@ -84,6 +87,22 @@ pub enum ControlError {
     Config(#[from] ConfigError),
     #[error("{0}")]
     Refused(#[from] kiln_fleet::Refusal),
+    #[error("{0}")]
+    Operator(#[from] kiln_release::OperatorError),
+    #[error("{0}")]
+    Order(#[from] kiln_protocol::OrderError),
+    #[error("{release} is of class {is}, the order says {ordered}")]
+    OrderClass { release: ReleaseId, ordered: String, is: String },
+    #[error("order {order} was submitted before: `kiln order list` shows what came of it")]
+    OrderKnown { order: kiln_protocol::OrderId },
+    #[error("{limit} orders are in force: wait until some have expired")]
+    TooManyOrders { limit: usize },
+    #[error("receipt: {0}")]
+    Receipt(#[from] crate::receipt::ReceiptError),
+    #[error("the receipt of {machine} comes from a machine with another key")]
+    ReceiptOfAnother { machine: String },
+    #[error("no order {order} to wipe {machine} is known here")]
+    ReceiptWithoutOrder { machine: String, order: kiln_protocol::OrderId },
     #[error("too many unknown machines: approve or retire some")]
     TooManyUnknown,
     #[error("cannot sign: {0}")]

@@ -15,6 +15,7 @@ pub mod http;
 mod log;
 pub mod looks;
 pub mod net;
+pub mod receipt;
 pub mod serve;
 pub mod store;
 pub mod view;

@@ -1,9 +1,10 @@
 //! What the operator API says of machines and releases: the one shape that CLI, web page and lab read.
 //! Times are on the server's clock, unix milliseconds.
 
+use jiff::Timestamp;
 use kiln_protocol::{
-    AgentMemory, Firmware, KeyId, KeyStorage, MachineId, Prefetch, ProtectionClass, ReleaseId, RollbackMemory, Stage,
-    Via,
+    AgentMemory, Firmware, KeyId, KeyStorage, MachineId, OrderId, Prefetch, ProtectionClass, Receipt, ReleaseId,
+    RollbackMemory, Stage, Via,
 };
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +35,9 @@ pub struct MachineView {
     pub root_hash: Option<String>,
     /// What it shall run.
     pub assigned: Option<AssignedView>,
+    /// The newest order that an operator signed for it, and what came of it.
+    #[serde(default)]
+    pub order: Option<String>,
     /// How far the next release is fetched, if another is assigned.
     #[serde(default)]
     pub prefetch: Option<Prefetch>,
@@ -70,6 +74,49 @@ pub struct MachineView {
     pub last_seen_ms: i64,
     /// The last eight boots, oldest first.
     pub boots: Vec<BootView>,
+}
+
+/// An operator's order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OrderView {
+    /// Its id.
+    pub id: OrderId,
+    /// What it is to do.
+    pub action: String,
+    /// When it was submitted.
+    pub submitted_ms: i64,
+    /// By whom.
+    pub by: String,
+    /// When it was signed.
+    pub issued: Timestamp,
+    /// Until when it holds.
+    pub expires: Timestamp,
+    /// For whom, and what came of it.
+    pub machines: Vec<OrderedView>,
+}
+
+/// One machine of an order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OrderedView {
+    /// SMBIOS UUID.
+    pub id: MachineId,
+    /// Its name.
+    pub name: String,
+    /// `open`, `done`, `refused: …`, `failed: …`, `expired`, `superseded`.
+    pub state: String,
+}
+
+/// A wipe's receipt, verified.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReceiptView {
+    /// When it came.
+    pub received_ms: i64,
+    /// At least one disk was wiped, and none failed.
+    pub complete: bool,
+    /// What it says.
+    pub receipt: Receipt,
+    /// The file, byte for byte: `kiln order verify-receipt` reads it anywhere.
+    pub text: String,
 }
 
 /// What a machine shall run.

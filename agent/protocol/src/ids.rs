@@ -78,6 +78,10 @@ string_id! {
     Nonce, "nonce", "64 lower-case hex digits", |t| lower_hex(t, 64)
 }
 string_id! {
+    /// 16 random bytes that tell an operator's orders apart, as 32 lower-case hex digits.
+    OrderId, "order id", "32 lower-case hex digits", |t| lower_hex(t, 32)
+}
+string_id! {
     /// SMBIOS system UUID in RFC 9562 text form, lower case. A name for people and lists; it proves nothing.
     MachineId, "machine id", "a UUID in lower case", |t| {
         t.len() == 36 && t.bytes().enumerate().all(|(i, b)| match i {

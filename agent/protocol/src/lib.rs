@@ -10,6 +10,7 @@ mod assignment;
 mod ids;
 mod inventory;
 mod lldp;
+mod order;
 pub mod slot;
 mod smbios;
 mod stage;
@@ -19,16 +20,20 @@ pub use assignment::{
     ASSIGNMENT_TYPE, Assignment, AssignmentError, BoundMachine, FRESHNESS_TYPE, Freshness, FreshnessError, Running,
     check_assignment, check_freshness,
 };
-pub use ids::{Architecture, Class, IdError, ImageName, KeyId, MachineId, Nonce, ReleaseId, Sha256Hex};
+pub use ids::{Architecture, Class, IdError, ImageName, KeyId, MachineId, Nonce, OrderId, ReleaseId, Sha256Hex};
 pub use inventory::{
     Bmc, Cpu, Dimm, Disk, DiskHealth, FirmwareVersion, INVENTORY_LIMIT, INVENTORY_PATH, INVENTORY_VERSION, Inventory,
     InventoryReport, Neighbour, Nic, PciDevice, System, Tpm, Unread, binary_size, decimal_size, speed,
 };
 pub use lldp::{LLDP_ADDRESSES, LLDP_ETHERTYPE, Lldp, LldpError, parse_lldp};
+pub use order::{
+    ORDER_DISKS, ORDER_MACHINES, ORDER_TYPE, Order, OrderAction, OrderError, OrderMark, Ordered, OrderedMachine,
+    RECEIPT_PATH, RECEIPT_TYPE, Receipt, WipeMethod, WipeOutcome, WipedDisk, check_order,
+};
 pub use smbios::{SMBIOS_LIMIT, Smbios, is_placeholder, parse_smbios};
 pub use stage::{Failure, Stage, StageRecord, StageState};
 pub use wire::{
-    AgentMemory, Decision, Desired, Firmware, Grant, Health, KeyStorage, MachineFacts, Prefetch, Progress,
+    AgentMemory, Decision, Desired, Firmware, Grant, Health, KeyStorage, MachineFacts, OrderGiven, Prefetch, Progress,
     ProtectionClass, REPORT_PATH, Reply, Report, RollbackMemory, RunningRelease, VENDOR_CLASS, VENDOR_OPTION_AGENT_URL,
     VENDOR_OPTION_HTTP_URL, Via,
 };

@@ -45,6 +45,8 @@ word_enum! {
         Grant = "grant",
         /// Leaving for the other release, by kexec or by cold boot.
         Going = "going",
+        /// An operator ordered it: the machine's disks are being wiped.
+        Wipe = "wipe",
     }
 }
 
@@ -69,6 +71,7 @@ impl Stage {
             Self::Prefetch => "Prefetches the next release",
             Self::Grant => "Waits for its turn",
             Self::Going => "Reimages itself",
+            Self::Wipe => "Wipes its disks",
         }
     }
 }

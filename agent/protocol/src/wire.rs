@@ -227,6 +227,18 @@ pub struct Desired {
     /// The decision.
     #[serde(flatten)]
     pub decision: Decision,
+    /// An operator's order that this machine has not done yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order: Option<OrderGiven>,
+}
+
+/// An operator's order, as the server hands it on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OrderGiven {
+    /// Text of the order's envelope.
+    pub order: String,
+    /// Text of a freshness envelope over exactly these bytes: the director's clock, and that it is no old reply.
+    pub freshness: String,
 }
 
 /// The server's decision for this machine.
@@ -282,6 +294,7 @@ mod tests {
                     via: Via::Kexec,
                     grant: Grant::Hold { reason: "1 of 1 machines may be unavailable".into(), until_ms: None },
                 },
+                order: None,
             },
             again_ms: 30_000,
             may_wait: true,
@@ -291,6 +304,11 @@ mod tests {
         assert_eq!(serde_json::from_str::<Reply>(golden).unwrap(), reply);
         let newer = golden.replacen('{', r#"{"added_later":1,"#, 1);
         assert_eq!(serde_json::from_str::<Reply>(&newer).unwrap(), reply, "unknown fields are ignored");
+        let order = Some(OrderGiven { order: "{}".into(), freshness: "{}".into() });
+        let ordered = Reply { desired: Desired { order, ..reply.desired.clone() }, ..reply };
+        let golden = golden.replace(r#"}},"again_ms""#, r#"},"order":{"order":"{}","freshness":"{}"}},"again_ms""#);
+        assert_eq!(serde_json::to_string(&ordered).unwrap(), golden);
+        assert_eq!(serde_json::from_str::<Reply>(&golden).unwrap(), ordered);
     }
 
     #[test]

@@ -41,6 +41,8 @@ const STOP_DEADLINE: Duration = Duration::from_secs(60);
 
 /// A trial that is not healthy so long after the service's start leaves; the server's own limit is the same.
 const TRIAL: Duration = Duration::from_secs(15 * 60);
+/// An order that was refused is looked at again after so long.
+const ORDER_PAUSE: Duration = Duration::from_secs(60);
 /// Longest wait for a disk's commit.
 const DISK_DEADLINE: Duration = Duration::from_secs(20);
 
@@ -178,6 +180,8 @@ impl From<Event> for Done {
 type Job = Pin<Box<dyn Future<Output = Done>>>;
 /// A report on its way.
 type Post = Pin<Box<dyn Future<Output = Result<Reply>>>>;
+/// Whether a claimed order (its text) is one.
+type Check = Pin<Box<dyn Future<Output = (String, Result<()>)>>>;
 /// A round of health checks, and the pause before it.
 type Round = Pin<Box<dyn Future<Output = (Checks, Health)>>>;
 
@@ -205,6 +209,8 @@ struct Service {
     disk: Option<SharedDisk>,
     /// The release that runs is good, or on trial since then.
     proven: Proof,
+    /// An order that was refused, and when.
+    refused: Option<(String, Instant)>,
 }
 
 /// What the slots know of the release that runs.
@@ -233,6 +239,7 @@ impl Service {
             ready: None,
             disk: None,
             proven: Proof::Trial(Instant::now()),
+            refused: None,
         })
     }
 
@@ -270,6 +277,7 @@ impl Service {
         let mut round: Round = Box::pin(check(checks, Duration::ZERO));
         let mut post: Option<Post> = None;
         let mut job: Option<Job> = None;
+        let mut wipe: Option<Check> = None;
         loop {
             let event = tokio::select! {
                 (checks, health) = &mut round => {
@@ -278,7 +286,25 @@ impl Service {
                 }
                 reply = maybe(&mut post) => {
                     post = None;
-                    self.heard(reply)
+                    let event = self.heard(reply);
+                    wipe = wipe.or_else(|| self.check_wipe());
+                    event
+                }
+                (text, checked) = maybe(&mut wipe) => {
+                    wipe = None;
+                    match checked {
+                        Ok(()) => {
+                            // The initramfs does it, where no disk is in use.
+                            self.journal.started(Stage::Going);
+                            drop((round, post, job));
+                            return self.leave(true).await;
+                        }
+                        Err(error) => {
+                            self.journal.failed(Stage::Wipe, &error, 1, Some(ORDER_PAUSE));
+                            self.refused = Some((text, Instant::now()));
+                        }
+                    }
+                    Event::Time
                 }
                 done = maybe(&mut job) => {
                     job = None;
@@ -332,6 +358,31 @@ impl Service {
         }
     }
 
+    /// If the newest reply claims that a wipe is ordered: whether that is true. The same order is not looked at again for
+    /// a while after it was refused.
+    fn check_wipe(&self) -> Option<Check> {
+        let (reply, nonce) = self.newest.clone()?;
+        let text = reply.desired.order.as_ref()?.order.clone();
+        let envelope: serde_json::Value = serde_json::from_str(&text).ok()?;
+        let again = self.refused.as_ref().is_some_and(|(old, at)| *old == text && at.elapsed() < ORDER_PAUSE);
+        if again || envelope.get("signed")?.get("action")?.as_str() != Some("wipe") {
+            return None;
+        }
+        let (verifier, here) = (Rc::clone(&self.verifier), self.here.clone());
+        Some(Box::pin(async move {
+            let verifier = &mut *verifier.lock().await;
+            let checked = match verifier.verify_metadata(&here).await {
+                Ok(verified) => match verifier.check_reply(&verified, reply, &nonce) {
+                    Ok(Answer::Wipe(_)) => Ok(()),
+                    Ok(Answer::Wait(_) | Answer::Assigned { .. }) => Err(AgentError::Superseded),
+                    Err(error) => Err(error),
+                },
+                Err(error) => Err(error),
+            };
+            (text, checked)
+        }))
+    }
+
     /// What a reply says for the next decision, before anything of it is believed.
     fn heard(&mut self, reply: Result<Reply>) -> Event {
         let reply = match reply {
@@ -364,7 +415,13 @@ impl Service {
             let mut prefetch = match prefetch {
                 Some(prefetch) => prefetch,
                 None => match believe(verifier, &here, &target, newest).await {
-                    Ok((assignment, via, _)) => Prefetch::new(&assignment, via, &next, meter).onto(disk),
+                    Ok((assignment, via, _)) => {
+                        let (disk, via) = match disk {
+                            Some(_) if verifier.in_memory_only() => (None, Via::Kexec),
+                            disk => (disk, via),
+                        };
+                        Prefetch::new(&assignment, via, &next, meter).onto(disk)
+                    }
                     Err((stage, error)) => return Event::Failed(trouble(stage, &error, false)).into(),
                 },
             };

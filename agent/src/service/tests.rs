@@ -259,3 +259,39 @@ fn a_release_that_does_not_verify_is_not_gone_to_and_the_machine_stays_healthy()
     assert!(machine.left.try_recv().is_err());
     assert!(machine.next().is_empty());
 }
+
+/// An order for the machine of these tests, signed by this key.
+fn wipe_order(site: &TestSite, n: u8, signer: &kiln_release::Signer) -> String {
+    let machine = kiln_release::Signer::from_seed(&site.machine_key);
+    let key = kiln_release::certificate::spki_key_id(&kiln_release::certificate::spki_der(&machine));
+    let id = "00000000-0000-0000-0000-000000000001".parse().unwrap();
+    let order = kiln_protocol::Order {
+        type_: kiln_protocol::ORDER_TYPE.into(),
+        spec_version: kiln_protocol::SPEC_VERSION.into(),
+        id: format!("{n:02x}").repeat(16).parse().unwrap(),
+        machines: vec![kiln_protocol::OrderedMachine { id, key: Some(key.parse().unwrap()) }],
+        action: kiln_protocol::OrderAction::Wipe { disks: Vec::new(), method: kiln_protocol::WipeMethod::Best },
+        issued: crate::testing::now(),
+        expires: crate::testing::now() + jiff::SignedDuration::from_hours(1),
+    };
+    kiln_release::sign_envelope(&order, &[signer]).unwrap()
+}
+
+#[test]
+fn a_running_machine_goes_to_be_wiped_by_an_operators_word_and_not_by_its_servers() {
+    let site = TestSite::new(1);
+    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+    let director = Director::start(&site, (1, 4, Via::Cold, true));
+    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
+    let begun = Instant::now();
+    director.wait("of health", begun, PATIENCE, healthy);
+
+    director.give(Some(wipe_order(&site, 1, &site.director)));
+    director.wait("of the refusal", begun, PATIENCE, |r| failed(r, Stage::Wipe) == Some("order-bad-signature"));
+    assert!(machine.left.try_recv().is_err(), "it stays");
+
+    director.give(Some(wipe_order(&site, 2, &crate::testing::operator())));
+    let going = |r: &Report| r.stages.iter().any(|s| s.stage == Stage::Going && s.state == StageState::Started);
+    director.wait("of going", begun, PATIENCE, going);
+    assert_eq!(machine.left.recv_timeout(PATIENCE).unwrap(), "reboot", "the initramfs does it");
+}

@@ -3,8 +3,8 @@
 
 use super::{IMAGE, TestSite, now};
 use kiln_protocol::{
-    ASSIGNMENT_TYPE, Assignment, BoundMachine, Decision, Desired, FRESHNESS_TYPE, Freshness, Grant, Reply, Report,
-    SPEC_VERSION, Via,
+    ASSIGNMENT_TYPE, Assignment, BoundMachine, Decision, Desired, FRESHNESS_TYPE, Freshness, Grant, OrderGiven, Reply,
+    Report, SPEC_VERSION, Via,
 };
 use kiln_release::certificate::{spki_der, spki_key_id};
 use kiln_release::{Signer, hex, sign_envelope};
@@ -22,6 +22,8 @@ pub type Order = (u64, u64, Via, bool);
 struct State {
     order: Order,
     heard: Vec<(Instant, Report)>,
+    /// An operator's order that is handed on.
+    given: Option<String>,
 }
 
 /// The running server.
@@ -54,7 +56,7 @@ impl Director {
         let machine = Signer::from_seed(&site.machine_key);
         let manifests = site.manifests.iter();
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { order, heard: Vec::new() }),
+            state: Mutex::new(State { order, heard: Vec::new(), given: None }),
             changed: Condvar::new(),
             signer: Signer::from_seed(&[6; 32]),
             manifests: manifests.map(|(n, m)| (*n, hex::sha256(&serde_json::to_vec(m).unwrap()))).collect(),
@@ -75,6 +77,12 @@ impl Director {
     /// Wants something else from now on: held reports are answered.
     pub fn order(&self, order: Order) {
         self.shared.state.lock().unwrap().order = order;
+        self.shared.changed.notify_all();
+    }
+
+    /// Hands on an operator's order from now on, whatever it is.
+    pub fn give(&self, order: Option<String>) {
+        self.shared.state.lock().unwrap().given = order;
         self.shared.changed.notify_all();
     }
 
@@ -143,7 +151,7 @@ impl Shared {
         self.changed.notify_all();
         let until = Instant::now() + Duration::from_secs(report.wait_s.into());
         loop {
-            let reply = self.reply(report, state.order);
+            let reply = self.reply(report, &state);
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || reply.desired.etag != report.desired_etag {
                 return reply;
@@ -152,7 +160,8 @@ impl Shared {
         }
     }
 
-    fn reply(&self, report: &Report, (release, sequence, via, may_go): Order) -> Reply {
+    fn reply(&self, report: &Report, state: &State) -> Reply {
+        let (release, sequence, via, may_go) = state.order;
         let manifest = &self.manifests.iter().find(|(n, _)| *n == release).unwrap().1;
         let assignment = Assignment {
             type_: ASSIGNMENT_TYPE.into(),
@@ -181,6 +190,18 @@ impl Shared {
             if ready && may_go { Grant::Go } else { Grant::Hold { reason: "the test says so".into(), until_ms: None } };
         let etag = format!("{release}-{sequence}-{via}-{}", grant == Grant::Go);
         let decision = Decision::Assigned { assignment, freshness, via, grant };
-        Reply { desired: Desired { etag, decision }, again_ms: 1000, may_wait: true }
+        let order = state.given.as_ref().map(|order| {
+            let freshness = Freshness {
+                type_: FRESHNESS_TYPE.into(),
+                spec_version: SPEC_VERSION.into(),
+                nonce: report.nonce.clone(),
+                assignment_sha256: hex::sha256(order.as_bytes()).parse().unwrap(),
+                now: now(),
+            };
+            let freshness = sign_envelope(&freshness, &[&self.signer]).unwrap();
+            OrderGiven { order: order.clone(), freshness }
+        });
+        let etag = format!("{etag}-{}", order.as_ref().map_or(String::new(), |o| hex::sha256(o.order.as_bytes())));
+        Reply { desired: Desired { etag, decision, order }, again_ms: 1000, may_wait: true }
     }
 }

@@ -32,11 +32,18 @@ pub struct TestSite {
     /// CA certificate, server certificate, server key, all PEM.
     pub tls: [String; 3],
     trust_root: String,
+    /// The release of class rescue; 0: none.
+    rescue: u64,
 }
 
 /// Whole seconds, as TUF writes them.
 pub fn now() -> Timestamp {
     Timestamp::from_second(Timestamp::now().as_second()).unwrap()
+}
+
+/// The operator, whose key no boot server holds.
+pub fn operator() -> Signer {
+    Signer::from_seed(&[8; 32])
 }
 
 /// The root hash of a release: its number, over and over.
@@ -47,6 +54,11 @@ pub fn root_hash(release: u64) -> String {
 impl TestSite {
     /// With releases 1 to `releases` of [`IMAGE`].
     pub fn new(releases: u64) -> Self {
+        Self::with_rescue(releases, 0)
+    }
+
+    /// The same, and one of them is of class rescue.
+    pub fn with_rescue(releases: u64, rescue: u64) -> Self {
         let key = |n: u8| Signer::from_seed(&[n; 32]);
         let mut site = Self {
             files: BTreeMap::new(),
@@ -55,6 +67,7 @@ impl TestSite {
             machine_key: [7; 32],
             tls: certificates(),
             trust_root: String::new(),
+            rescue,
         };
         let expires = now() + SignedDuration::from_hours(24);
         let keys: Vec<PublicKey> = (1..=4).map(|n| key(n).public()).collect();
@@ -105,9 +118,15 @@ impl TestSite {
             name: "test".into(),
             directors: [(director.id(), director.to_object())].into(),
             director_threshold: 1,
+            operators: [(operator().public().id(), operator().public().to_object())].into(),
+            operator_threshold: 1,
             agent_api: AgentApi { ca_pem: self.tls[0].clone() },
             floors: BTreeMap::new(),
         }
+    }
+
+    fn class(&self, release: u64) -> &'static str {
+        if release == self.rescue { "rescue" } else { "normal" }
     }
 
     fn artifact(&mut self, bytes: Vec<u8>) -> Artifact {
@@ -130,7 +149,7 @@ impl TestSite {
             spec_version: "1.0".into(),
             image: IMAGE.into(),
             release,
-            class: "normal".into(),
+            class: self.class(release).into(),
             architecture: crate::facts::architecture().to_string(),
             product: "generic".into(),
             built: now(),
@@ -165,7 +184,7 @@ impl TestSite {
         let boot = BootInfo {
             image: IMAGE.into(),
             release,
-            class: "normal".into(),
+            class: self.class(release).into(),
             architecture: crate::facts::architecture().to_string(),
             root_hash: root_hash(release),
             command_line: COMMAND_LINE.into(),

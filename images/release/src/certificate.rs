@@ -29,6 +29,11 @@ pub fn spki_der(signer: &Signer) -> Vec<u8> {
     [&SPKI_PREFIX[..], &signer.public_bytes()].concat()
 }
 
+/// The same of a public key alone.
+pub fn public_spki_der(key: &PublicKey) -> Vec<u8> {
+    [&SPKI_PREFIX[..], key.as_bytes()].concat()
+}
+
 /// A machine's key id: SHA-256 of its SPKI DER, lower-case hex.
 pub fn spki_key_id(spki_der: &[u8]) -> String {
     hex::sha256(spki_der)

@@ -5,11 +5,13 @@
 
 use crate::canonical::parse_strict;
 use crate::envelope::{KeySet, Unverified};
-use crate::error::{DirectorError, FormatError};
+use crate::error::{DirectorError, FormatError, OperatorError};
 use crate::formats::{Artifact, BootInfo, MANIFEST_TYPE, Manifest, SITE_TYPE, Site};
 use crate::hex;
 use crate::key::{PublicKey, object_id};
 use serde::de::DeserializeOwned;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// Longest statement of the director that is read: 64 KiB.
 pub const MAX_DIRECTOR_STATEMENT: u64 = 64 << 10;
@@ -58,6 +60,21 @@ impl Check {
     fn command_line(&self, line: &str) -> Result<(), FormatError> {
         let fits = line.len() <= MAX_COMMAND_LINE && line.bytes().all(|b| b == b' ' || b.is_ascii_graphic());
         self.field("command_line", fits, line, "at most 2047 printable ASCII characters")
+    }
+
+    fn keys(
+        &self,
+        (field, threshold_field): (&'static str, &'static str),
+        keys: &BTreeMap<String, Value>,
+        threshold: u32,
+    ) -> Result<(), FormatError> {
+        for (id, object) in keys {
+            self.field(field, object_id(object) == *id, id, "it is not the key id of its key")?;
+        }
+        let usable = keys.values().filter_map(|object| PublicKey::from_object(object).ok()).collect::<BTreeSet<_>>();
+        let number = usize::try_from(threshold).unwrap_or(usize::MAX);
+        let reachable = number >= 1 && number <= usable.len();
+        self.field(threshold_field, reachable, &threshold.to_string(), "from 1 to the number of usable keys")
     }
 
     fn artifact(&self, field: &'static str, artifact: &Artifact) -> Result<(), FormatError> {
@@ -187,14 +204,15 @@ impl Site {
         let name = &self.name;
         let word = !name.is_empty() && name.len() <= 64 && name.bytes().all(|b| b.is_ascii_graphic());
         check.field("name", word, name, "1 to 64 printable ASCII characters without space")?;
-        for (id, object) in &self.directors {
-            check.field("directors", object_id(object) == *id, id, "it is not the key id of its key")?;
+        check.keys(("directors", "director_threshold"), &self.directors, self.director_threshold)?;
+        if !self.operators.is_empty() {
+            check.keys(("operators", "operator_threshold"), &self.operators, self.operator_threshold)?;
+            let usable = |objects: &BTreeMap<String, Value>| -> BTreeSet<PublicKey> {
+                objects.values().filter_map(|object| PublicKey::from_object(object).ok()).collect()
+            };
+            let apart = usable(&self.operators).is_disjoint(&usable(&self.directors));
+            check.field("operators", apart, "a director's key", "an operator's key is kept off the boot server")?;
         }
-        let keys = self.directors.values().filter_map(|object| PublicKey::from_object(object).ok());
-        let usable = keys.collect::<std::collections::BTreeSet<_>>().len();
-        let threshold = usize::try_from(self.director_threshold).unwrap_or(usize::MAX);
-        let reachable = threshold >= 1 && threshold <= usable;
-        check.field("director_threshold", reachable, &threshold.to_string(), "from 1 to the number of usable keys")?;
         for (image, floor) in &self.floors {
             check.field("floors", is_image_name(image), image, "not an image name")?;
             check.field("floors", *floor > 0, image, "floors start at 1")?;
@@ -210,6 +228,27 @@ impl Site {
     /// The director's keys.
     pub fn director_keys(&self) -> KeySet {
         KeySet::of_role(&self.directors, self.directors.keys(), self.director_threshold)
+    }
+
+    /// The operators' keys.
+    pub fn operator_keys(&self) -> KeySet {
+        KeySet::of_role(&self.operators, self.operators.keys(), self.operator_threshold)
+    }
+
+    /// Verifies an order and reads it. With it comes the SHA-256 of the bytes, by which a freshness reply names it. What
+    /// it says is for the caller to check (kiln-protocol).
+    pub fn verify_operator<T: DeserializeOwned>(
+        &self,
+        bytes: &[u8],
+        expected: &'static str,
+    ) -> Result<(T, String), OperatorError> {
+        if self.operators.is_empty() {
+            return Err(OperatorError::NoOperators);
+        }
+        let envelope = Unverified::<T>::parse(bytes, MAX_DIRECTOR_STATEMENT)?;
+        let verified = envelope.verify_type(&self.operator_keys(), expected)?;
+        let sha256 = verified.sha256.clone();
+        Ok((verified.into_inner(), sha256))
     }
 
     /// Verifies an assignment or a freshness reply and reads it. With it comes the SHA-256 of the bytes, by which a

@@ -77,6 +77,24 @@ kinds!(DirectorError {
     Self(EnvelopeError::WrongType { .. }) => "director-wrong-type",
 });
 
+/// Why an operator's order is refused before it could be read.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum OperatorError {
+    #[error("order refused: the site names no operator keys (`kiln trust operators` does)")]
+    NoOperators,
+    #[error("order refused: it is not of this site's operators: {0}")]
+    Envelope(#[from] EnvelopeError),
+}
+
+kinds!(OperatorError {
+    Self::NoOperators => "order-no-operators",
+    Self::Envelope(EnvelopeError::TooLong { .. }) => "order-too-long",
+    Self::Envelope(EnvelopeError::Malformed { .. }) => "order-malformed",
+    Self::Envelope(EnvelopeError::BadSignature { .. }) => "order-bad-signature",
+    Self::Envelope(EnvelopeError::WrongType { .. }) => "order-not-an-order",
+});
+
 /// Why the client refuses what the repository served. `file` is the path under the repository's base URL, and
 /// `trusted root` for the root the client started from.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

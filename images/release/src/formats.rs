@@ -142,10 +142,25 @@ pub struct Site {
     pub directors: BTreeMap<String, serde_json::Value>,
     /// How many distinct director keys must sign an assignment.
     pub director_threshold: u32,
+    /// Operator keys by TUF key id, as TUF key objects; kept off the boot server. Without any, no machine takes an order.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub operators: BTreeMap<String, serde_json::Value>,
+    /// How many distinct operator keys must sign an order.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub operator_threshold: u32,
     /// The agent API.
     pub agent_api: AgentApi,
     /// Lowest release that may run, by image. An image not named has floor 1.
     pub floors: BTreeMap<String, u64>,
+}
+
+fn one() -> u32 {
+    1
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
+fn is_one(threshold: &u32) -> bool {
+    *threshold == 1
 }
 
 /// Where the root goes.

@@ -22,7 +22,8 @@ pub mod verity;
 pub use checks::{MAX_DIRECTOR_STATEMENT, is_image_name};
 pub use envelope::{KeySet, Unverified, Verified, sign_envelope};
 pub use error::{
-    CanonicalError, DirectorError, EnvelopeError, FormatError, KeyError, TufError, VerityError, with_causes,
+    CanonicalError, DirectorError, EnvelopeError, FormatError, KeyError, OperatorError, TufError, VerityError,
+    with_causes,
 };
 pub use formats::{
     AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, DiskSettings, FilePolicy, HANDOFF_PATH, HealthCheck,

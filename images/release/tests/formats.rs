@@ -70,6 +70,8 @@ fn site() -> Site {
         name: "lab".into(),
         directors: BTreeMap::from([(key.id(), key.to_object())]),
         director_threshold: 1,
+        operators: BTreeMap::new(),
+        operator_threshold: 1,
         agent_api: AgentApi { ca_pem: String::new() },
         floors: BTreeMap::from([("minimal".into(), 3)]),
     }
@@ -156,6 +158,28 @@ fn boot_info_is_checked() {
         let error = BootInfo::read(&altered(&boot(), pointer, value)).unwrap_err();
         assert_eq!(error.kind(), "format-bad-field", "{pointer}: {error}");
     }
+}
+
+#[test]
+fn operators_are_others_than_the_directors_and_may_be_none() {
+    let read = |site: &Site| Site::read(&serde_json::to_vec(site).unwrap());
+    let keys = |seeds: &[u8]| -> BTreeMap<String, Value> {
+        seeds.iter().map(|n| Signer::from_seed(&[*n; 32]).public()).map(|key| (key.id(), key.to_object())).collect()
+    };
+    let none = String::from_utf8(serde_json::to_vec(&site()).unwrap()).unwrap();
+    assert!(!none.contains("operator"), "a site without operators is written as ever: {none}");
+    let two = Site { operators: keys(&[2, 3]), operator_threshold: 2, ..site() };
+    assert_eq!(read(&two).unwrap(), two);
+    let refused = |site: &Site| read(site).unwrap_err().to_string();
+    assert!(refused(&Site { operator_threshold: 3, ..two.clone() }).contains("operator_threshold"));
+    assert!(refused(&Site { operator_threshold: 0, ..two.clone() }).contains("operator_threshold"));
+    assert!(refused(&Site { operators: keys(&[1, 2]), ..two.clone() }).contains("off the boot server"));
+    let statement = sign_envelope(&json!({ "_type": "x" }), &[&Signer::from_seed(&[2; 32])]).unwrap();
+    let kind = |site: &Site| site.verify_operator::<Value>(statement.as_bytes(), "x").unwrap_err().kind();
+    assert_eq!((kind(&two), kind(&site())), ("order-bad-signature", "order-no-operators"));
+    let one = Site { operator_threshold: 1, ..two };
+    assert!(one.verify_operator::<Value>(statement.as_bytes(), "x").is_ok());
+    assert_eq!(one.verify_operator::<Value>(statement.as_bytes(), "y").unwrap_err().kind(), "order-not-an-order");
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Why a person's order is refused.
 
 use crate::state::StateKind;
-use kiln_protocol::ReleaseId;
+use kiln_protocol::{Architecture, ReleaseId};
 
 /// An order that the machine's state does not allow.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -13,6 +13,16 @@ pub enum Refusal {
     Held { machine: String, state: StateKind, reason: String },
     #[error("{machine} is retired: approve it again first (`kiln machine approve {machine} --role ROLE`)")]
     Retired { machine: String },
+    #[error("{machine} cannot replace itself")]
+    ItsOwnReplacement { machine: String },
+    #[error("{machine} is in service: run `kiln machine retire {machine}` first, or name another")]
+    InService { machine: String },
+    #[error("{machine} has not reported yet: let it boot, so that its key and its hardware are known")]
+    NeverReported { machine: String },
+    #[error("{machine} is {got}, {old} is {expected}: its release would not run there")]
+    OtherArchitecture { machine: String, old: String, expected: Architecture, got: Architecture },
+    #[error("{machine} has no release to take over: assign one to the new machine by approving it")]
+    NothingToTakeOver { machine: String },
     #[error("{machine} does its work: there is nothing to excuse")]
     Available { machine: String },
     #[error("{release} is quarantined for {machine}: {reason}. Run `kiln machine clear {machine}` to allow it again")]

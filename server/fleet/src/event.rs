@@ -1,7 +1,8 @@
 //! What can happen to a machine, and what follows.
 
 use crate::boots::StageAt;
-use kiln_protocol::{KeyId, ReleaseId, Report, Sha256Hex, Via};
+use crate::orders::MachineOrder;
+use kiln_protocol::{KeyId, MachineId, OrderId, ReleaseId, Report, Sha256Hex, Via};
 
 /// A report that came over mutual TLS.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -44,12 +45,26 @@ pub enum Event {
         /// How to get there.
         via: Via,
     },
+    /// An operator ordered something that the director may not.
+    Ordered(MachineOrder),
+    /// It delivered a wipe's receipt, which was verified; these disks were not wiped.
+    Wiped {
+        /// By which order.
+        order: OrderId,
+        /// Which disks were not.
+        failed: Vec<String>,
+    },
     /// The fleet lets it reimage itself now.
     Granted,
     /// A person dealt with what held it.
     Clear,
     /// A person takes it out of service.
     Retire,
+    /// A person put another in its place.
+    Replaced {
+        /// Which.
+        by: MachineId,
+    },
     /// A person knows why it does not do its work: it holds nobody up until it is seen healthy again.
     Excuse {
         /// Why, for whoever looks next.

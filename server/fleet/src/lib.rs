@@ -14,6 +14,8 @@ mod event;
 mod grant;
 mod held;
 mod machine;
+mod orders;
+mod replace;
 mod report;
 mod silence;
 mod state;
@@ -26,6 +28,8 @@ pub use event::{Action, Event, Reported};
 pub use grant::{Desire, Limits, desire, grant};
 pub use held::{HELD_KEPT, HeldBoot};
 pub use machine::{Assigned, Machine, Refused};
+pub use orders::{Errand, MachineOrder, ORDERS_KEPT, OrderState};
+pub use replace::Replacement;
 pub use state::{State, StateKind};
 
 /// Unix time in milliseconds, on the server's clock.

@@ -4,10 +4,12 @@ use crate::boots::Boot;
 use crate::error::Refusal;
 use crate::grant::Limits;
 use crate::held::HeldBoot;
+use crate::orders::MachineOrder;
 use crate::state::{State, StateKind};
 use crate::{FORGET_MS, LIVE_MS, Millis};
 use kiln_protocol::{
-    AgentMemory, Health, KeyId, MachineFacts, MachineId, Prefetch, ReleaseId, RunningRelease, Stage, StageState, Via,
+    AgentMemory, Health, KeyId, MachineFacts, MachineId, OrderId, Prefetch, ReleaseId, RunningRelease, Stage,
+    StageState, Via,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -21,6 +23,9 @@ pub struct Assigned {
     pub sequence: u64,
     /// How to get there.
     pub via: Via,
+    /// The operator's order that it rests on, for a release that is not of class `normal`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order: Option<OrderId>,
 }
 
 /// A release this machine is not offered again until a person clears it.
@@ -39,6 +44,9 @@ pub struct Machine {
     pub id: MachineId,
     /// The name a person gave it.
     pub name: Option<String>,
+    /// The name it had before it was retired, which is free since then.
+    #[serde(default)]
+    pub former_name: Option<String>,
     /// Its role.
     pub role: Option<String>,
     /// Where it stands.
@@ -96,6 +104,9 @@ pub struct Machine {
     /// Firmware packets that came in its name while its agent spoke; at most [`crate::HELD_KEPT`] boots.
     #[serde(default)]
     pub held_packets: Vec<HeldBoot>,
+    /// Operators' orders that it was given, the newest last; at most [`crate::ORDERS_KEPT`].
+    #[serde(default)]
+    pub orders: VecDeque<MachineOrder>,
     /// Its boots, the newest last. Stored apart.
     #[serde(skip)]
     pub boots: VecDeque<Boot>,
@@ -110,6 +121,7 @@ impl Machine {
         Self {
             id,
             name: None,
+            former_name: None,
             role: None,
             state: State { kind: StateKind::Discovered, reason, since: now, deadline: Some(now + FORGET_MS) },
             key: None,
@@ -135,6 +147,7 @@ impl Machine {
             last_seen: now,
             agent_seen: None,
             held_packets: Vec::new(),
+            orders: VecDeque::new(),
             boots: VecDeque::new(),
         }
     }
@@ -163,7 +176,7 @@ impl Machine {
 
     /// Its name before people.
     pub fn title(&self) -> &str {
-        self.name.as_deref().unwrap_or(self.id.as_str())
+        self.name.as_deref().or(self.former_name.as_deref()).unwrap_or(self.id.as_str())
     }
 
     /// The newest release that became healthy here and is not quarantined.
@@ -263,7 +276,10 @@ impl Machine {
     /// When a [`crate::Event::Tick`] has something to do, if nothing happens before.
     pub fn due(&self, limits: Limits) -> Option<Millis> {
         let held = self.agent_seen.filter(|_| !self.held_packets.is_empty()).map(|heard| heard + LIVE_MS);
-        [self.state.deadline, held, self.given_up_at(), self.silent_at(limits)].into_iter().flatten().min()
+        [self.state.deadline, held, self.given_up_at(), self.silent_at(limits), self.order_due()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// The newest step that shows where it is, and since when.

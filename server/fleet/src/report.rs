@@ -243,6 +243,7 @@ impl Machine {
             new |= !matches!((&self.prefetch, &report.prefetch), (Some(a), Some(b)) if a.says_as_much_as(b));
             self.prefetch.clone_from(&report.prefetch);
         }
+        new |= self.note_order(&report.stages, now, out);
         self.agent_memory = report.agent_memory;
         if self.health != report.health {
             new |= self.health.as_ref().map(|h| h.healthy) != report.health.as_ref().map(|h| h.healthy);
@@ -300,7 +301,7 @@ impl Machine {
     fn settle_healthy(&mut self, live: Option<Millis>, now: Millis) {
         if let Some(r) = &self.running {
             let id = ReleaseId { image: r.image.clone(), release: r.release };
-            if !self.is_refused(&id) && self.good.last() != Some(&id) {
+            if !self.is_refused(&id) && self.good.last() != Some(&id) && !self.runs_by_order() {
                 self.good.retain(|g| *g != id);
                 self.good.push(id);
                 if self.good.len() > GOOD_KEPT {

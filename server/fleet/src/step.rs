@@ -6,7 +6,7 @@ use crate::grant::Limits;
 use crate::machine::{Assigned, Machine};
 use crate::state::{State, StateKind};
 use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
-use kiln_protocol::{ReleaseId, Stage, StageState, Via};
+use kiln_protocol::{OrderId, ReleaseId, Stage, StageState, Via};
 
 impl Machine {
     /// One step.
@@ -25,9 +25,12 @@ impl Machine {
             | Event::Downloaded
             | Event::Approve { .. }
             | Event::Assign { .. }
+            | Event::Ordered(_)
+            | Event::Wiped { .. }
             | Event::Granted
             | Event::Clear
             | Event::Retire
+            | Event::Replaced { .. }
             | Event::Excuse { .. }
             | Event::Tick => self.lapse(limits, now, &mut out),
         }
@@ -43,10 +46,17 @@ impl Machine {
             Event::Downloaded => self.downloaded(now, &mut out),
             Event::Report(reported) => self.report(&reported, limits, now, &mut out),
             Event::Approve { name, role, release } => self.approve(name, role, release, now, &mut out),
-            Event::Assign { release, via } => self.assign(release, via, now, &mut out),
+            Event::Assign { release, via } => {
+                if self.assign_by(release, via, None, now, &mut out) {
+                    self.supersede_orders();
+                }
+            }
+            Event::Ordered(order) => self.ordered(order, now, &mut out),
+            Event::Wiped { order, failed } => self.wiped(&order, &failed, &mut out),
             Event::Granted => self.grant_given(now, &mut out),
             Event::Clear => self.clear(now, &mut out),
-            Event::Retire => self.retire(now, &mut out),
+            Event::Retire => self.retire("a person took it out of service", now, &mut out),
+            Event::Replaced { by } => self.retire(&format!("{by} took its place"), now, &mut out),
             Event::Excuse { reason } => self.excuse(reason, &mut out),
             Event::Tick => self.tick(limits, now, &mut out),
             Event::ServerStarted => {
@@ -231,11 +241,12 @@ impl Machine {
 
     fn approve(&mut self, name: String, role: String, release: ReleaseId, now: Millis, out: &mut Vec<Action>) {
         self.name = Some(name);
+        self.former_name = None;
         self.role = Some(role);
         save(out);
         match self.state.kind {
             StateKind::Discovered | StateKind::Retired => {
-                self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via: Via::Cold });
+                self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via: Via::Cold, order: None });
                 self.attempts = 0;
                 self.held_packets.iter_mut().for_each(|held| held.superseded = true);
                 out.push(Action::Sign);
@@ -255,20 +266,29 @@ impl Machine {
             | StateKind::FellBack
             | StateKind::Quarantined => {
                 if let Some(a) = &mut self.assigned {
-                    a.sequence += 1;
+                    // An order is taken under one sequence only.
+                    a.sequence += u64::from(a.order.is_none());
                     out.push(Action::Sign);
                 }
             }
         }
     }
 
-    fn assign(&mut self, release: ReleaseId, via: Via, now: Millis, out: &mut Vec<Action>) {
+    /// Assigns; whether it may be.
+    pub(crate) fn assign_by(
+        &mut self,
+        release: ReleaseId,
+        via: Via,
+        order: Option<OrderId>,
+        now: Millis,
+        out: &mut Vec<Action>,
+    ) -> bool {
         if let Err(refusal) = self.check_assign(&release) {
             out.push(Action::Say { warn: true, text: refusal.to_string() });
-            return;
+            return false;
         }
         out.push(Action::Say { warn: false, text: format!("assigned {release} via {via}") });
-        self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via });
+        self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via, order });
         self.attempts = 0;
         self.held_packets.iter_mut().for_each(|held| held.superseded = true);
         self.healthy_by = Some(now + BOOT_DEADLINE_MS); // of a release that runs already and is a trial again
@@ -286,6 +306,7 @@ impl Machine {
             self.state.kind = StateKind::Booting;
         }
         self.settle(false, now);
+        true
     }
 
     fn grant_given(&mut self, now: Millis, out: &mut Vec<Action>) {
@@ -343,10 +364,11 @@ impl Machine {
         }
     }
 
-    fn retire(&mut self, now: Millis, out: &mut Vec<Action>) {
+    fn retire(&mut self, reason: &str, now: Millis, out: &mut Vec<Action>) {
+        self.former_name = self.name.take().or(self.former_name.take());
         self.granted = None;
         self.excused = None;
-        self.enter(StateKind::Retired, "a person took it out of service", None, now);
+        self.enter(StateKind::Retired, reason, None, now);
         wake(out);
         save(out);
     }
@@ -364,6 +386,7 @@ impl Machine {
 
     fn tick(&mut self, limits: Limits, now: Millis, out: &mut Vec<Action>) {
         self.notice_silence(limits, now, out);
+        self.expire_orders(now, out);
         if self.given_up_at().is_some_and(|at| now >= at) {
             let minutes = BOOT_DEADLINE_MS / 60_000;
             self.fall_back(&format!("came up and was not healthy within {minutes} min"), now, out);

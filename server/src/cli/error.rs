@@ -32,6 +32,26 @@ pub(super) enum CliError {
     Refused { message: String },
     #[error("no kiln-agent beside this program ({}): build it, or name it with --agent", .0.display())]
     NoAgent(PathBuf),
+    #[error("{}: {source}", path.display())]
+    File { path: PathBuf, source: std::io::Error },
+    #[error("{}: {reason}", path.display())]
+    NotAKey { path: PathBuf, reason: String },
+    #[error("{}: not an order: {reason}", path.display())]
+    NotAnOrder { path: PathBuf, reason: String },
+    #[error("{}: {source}", path.display())]
+    Receipt { path: PathBuf, source: crate::receipt::ReceiptError },
+    #[error("{}: signed by {got}, not by the machine's key {expected}", path.display())]
+    ReceiptKey { path: PathBuf, expected: String, got: String },
+    #[error("{0} has no receipt: it was not wiped, or has not delivered one yet (`kiln order list` says)")]
+    NoReceipt(String),
+    #[error("disks were not wiped: {0}")]
+    NotWiped(String),
+    #[error("signing: {0}")]
+    Sign(#[from] kiln_release::EnvelopeError),
+    #[error("the machine {0} has not proven a key yet: it can be ordered nothing")]
+    NoIdentity(String),
+    #[error("there is no release {0} here: `kiln release list` shows what is published")]
+    NoRelease(kiln_protocol::ReleaseId),
     #[error("writing the answer: {0}")]
     Output(std::io::Error),
     #[error("the answer is not what this kiln reads: {0}")]

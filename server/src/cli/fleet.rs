@@ -3,7 +3,7 @@
 use super::client::Client;
 use super::error::CliError;
 use super::table::{ago, table};
-use super::{Assign, At, Machine};
+use super::{Assign, At, Machine, order};
 use crate::view::{MachineView, ReleaseView};
 use jiff::Timestamp;
 use reqwest::Method;
@@ -39,6 +39,14 @@ pub(super) async fn machine(command: Machine) -> Result<(), CliError> {
                 Client::new(&at)?.change(Method::POST, &path, &json!({ "reason": reason })).await?;
             print(&format!("{} is {}: {}\n", excused.name, excused.state, excused.reason))
         }
+        Machine::Replace { old, new, at } => {
+            let path = format!("machines/{}/replace", segment(&old));
+            let placed: MachineView = Client::new(&at)?.change(Method::POST, &path, &json!({ "with": new })).await?;
+            let release = placed.assigned.as_ref().map_or("-".into(), |a| format!("{}/{}", a.image, a.release));
+            print(&format!("{} is {} now, to run {release}; {old} is retired\n", placed.id, placed.name))
+        }
+        Machine::Wipe(wipe) => order::wipe(wipe).await,
+        Machine::Receipt { machine, out, at } => order::receipt(&at, &machine, out.as_deref()).await,
         Machine::Clear { machine, at } => {
             let path = format!("machines/{}/clear", segment(&machine));
             let cleared: MachineView = Client::new(&at)?.change(Method::POST, &path, &json!({})).await?;
@@ -48,6 +56,9 @@ pub(super) async fn machine(command: Machine) -> Result<(), CliError> {
 }
 
 pub(super) async fn assign(assign: &Assign) -> Result<(), CliError> {
+    if !assign.order_key.is_empty() {
+        return order::assign(assign).await;
+    }
     let path = format!("machines/{}/assignment", segment(&assign.machine));
     let body = json!({ "image": assign.release.image, "release": assign.release.release, "via": assign.via });
     let machine: MachineView = Client::new(&assign.at)?.change(Method::PUT, &path, &body).await?;
@@ -180,6 +191,7 @@ fn show(m: &MachineView, now_ms: i64) -> String {
         ("runs", release(m)),
         ("root hash", m.root_hash.clone().unwrap_or_else(dash)),
         ("assigned", assigned),
+        ("order", m.order.clone().unwrap_or_else(dash)),
         ("prefetch", prefetch),
         ("last good", m.last_good.as_ref().map_or_else(dash, ToString::to_string)),
         ("protection", m.protection.map_or_else(dash, |p| p.to_string())),
@@ -233,16 +245,16 @@ fn clock(ms: i64) -> String {
     format!("{:02}:{:02}:{:02}", second / 3600, second / 60 % 60, second % 60)
 }
 
-fn now_ms() -> i64 {
+pub(super) fn now_ms() -> i64 {
     Timestamp::now().as_millisecond()
 }
 
-fn pretty<T: serde::Serialize>(value: &T) -> Result<String, CliError> {
+pub(super) fn pretty<T: serde::Serialize>(value: &T) -> Result<String, CliError> {
     Ok(format!("{}\n", serde_json::to_string_pretty(value)?))
 }
 
 /// A name or id as one path segment: everything that is not plainly safe is percent-encoded (RFC 3986 §2.1).
-fn segment(text: &str) -> String {
+pub(super) fn segment(text: &str) -> String {
     text.bytes().fold(String::new(), |mut out, b| {
         if b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.') {
             out.push(char::from(b));
@@ -254,7 +266,7 @@ fn segment(text: &str) -> String {
 }
 
 /// To standard output; a reader that has gone away (`| head`) ends the program quietly.
-fn print(text: &str) -> Result<(), CliError> {
+pub(super) fn print(text: &str) -> Result<(), CliError> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
@@ -304,6 +316,7 @@ mod tests {
             release: None,
             root_hash: None,
             assigned: None,
+            order: None,
             prefetch: Some(kiln_protocol::Prefetch {
                 image: "minimal".parse().unwrap(),
                 release: 2,

@@ -4,6 +4,7 @@
 mod client;
 mod error;
 mod fleet;
+mod order;
 mod site;
 mod table;
 
@@ -45,6 +46,9 @@ enum Command {
     Machine(Machine),
     /// Assign a release to a machine: it reimages itself when its turn comes
     Assign(Assign),
+    /// Orders that only an operator's key can give: rescue releases, wipes
+    #[command(subcommand)]
+    Order(order::Order),
 }
 
 #[derive(Debug, Subcommand)]
@@ -59,6 +63,18 @@ enum Trust {
         /// The site's name
         #[arg(long, default_value = "lab")]
         name: String,
+    },
+    /// Name the operators whose keys sign orders: made with `kiln order key`, kept off the boot server
+    Operators {
+        /// Public keys of all operators, as `kiln order key FILE` leaves them in FILE.pub
+        #[arg(required = true)]
+        keys: Vec<PathBuf>,
+        /// So many of them must sign an order
+        #[arg(long, default_value_t = 1)]
+        threshold: u32,
+        /// The site directory, with offline/
+        #[arg(long, env = "KILN_SITE")]
+        site: PathBuf,
     },
 }
 
@@ -226,6 +242,27 @@ enum Machine {
         #[command(flatten)]
         at: At,
     },
+    /// Put new hardware in the place of old: it gets the old one's name, role and release; the old one is retired
+    Replace {
+        /// Name or id of the old machine
+        old: String,
+        /// Id of the new machine, which has reported and is not approved
+        new: String,
+        #[command(flatten)]
+        at: At,
+    },
+    /// Wipe a machine's disks, by an operator's order
+    Wipe(order::Wipe),
+    /// The signed receipt of a machine's last wipe
+    Receipt {
+        /// Name or id
+        machine: String,
+        /// Write the receipt itself to this file: `kiln order verify-receipt FILE` checks it anywhere
+        #[arg(long)]
+        out: Option<PathBuf>,
+        #[command(flatten)]
+        at: At,
+    },
     /// Lift a machine's quarantine; or make the other key that reports under its id the machine's
     Clear {
         /// Name or id
@@ -244,6 +281,13 @@ struct Assign {
     /// How it leaves the running release: kexec or cold
     #[arg(long, default_value = "kexec")]
     via: Via,
+    /// An operator's key, for a release of another class than normal: the order is signed and submitted in one step. May
+    /// be given more than once
+    #[arg(long)]
+    order_key: Vec<PathBuf>,
+    /// How long that order holds, as 4h or 2d
+    #[arg(long, default_value = "24h", value_parser = site::grace, requires = "order_key")]
+    expires: SignedDuration,
     #[command(flatten)]
     at: At,
 }
@@ -265,6 +309,8 @@ fn run(cli: Cli) -> Result<(), CliError> {
     let runtime = || tokio::runtime::Runtime::new().map_err(CliError::Runtime);
     match cli.command {
         Command::Trust(Trust::Init { lab: _, dir, name }) => site::init(&dir, &name),
+        Command::Trust(Trust::Operators { keys, threshold, site }) => order::operators(&keys, threshold, &site),
+        Command::Order(command) => order::run(command, runtime),
         Command::Image(Image::Build(build)) => site::build(build),
         Command::Release(Release::Publish { release, site }) => site::publish(&release, &site),
         Command::Release(Release::Prune(prune)) => site::prune(prune, &runtime()?),

@@ -74,12 +74,12 @@ impl Control {
         Ok(Ok((envelope, true)))
     }
 
-    pub(crate) fn freshness(&self, nonce: &Nonce, envelope: &Envelope, now: Timestamp) -> Result<String, ControlError> {
+    pub(crate) fn freshness(&self, nonce: &Nonce, text: &str, now: Timestamp) -> Result<String, ControlError> {
         let freshness = Freshness {
             type_: FRESHNESS_TYPE.into(),
             spec_version: SPEC_VERSION.into(),
             nonce: nonce.clone(),
-            assignment_sha256: hex::sha256(envelope.text.as_bytes())
+            assignment_sha256: hex::sha256(text.as_bytes())
                 .parse()
                 .expect("hex::sha256 writes 64 lower-case hex digits"),
             now: whole(now),

@@ -9,6 +9,7 @@ mod leases;
 mod netboot;
 mod orders;
 mod reports;
+mod signed;
 mod views;
 
 pub use crowd::MAX_DISCOVERED;
@@ -50,6 +51,8 @@ pub(crate) struct Inner {
     pub(crate) macs: BTreeMap<String, MachineId>,
     /// Last-seen times that are not stored yet.
     seen: BTreeMap<MachineId, Millis>,
+    /// Texts of the operators' orders in force.
+    pub(crate) order_texts: signed::Texts,
     /// What unknown machines may still change.
     crowd: crowd::Crowd,
 }
@@ -131,6 +134,7 @@ impl Control {
             envelopes: BTreeMap::new(),
             macs: BTreeMap::new(),
             seen: BTreeMap::new(),
+            order_texts: Self::load_orders(&store, now).await?,
             crowd: crowd::Crowd::new(now),
         };
         for (id, mut stored) in store.load().await? {
@@ -416,6 +420,11 @@ impl Inner {
 
     pub(crate) fn resolve(&self, name: &str) -> Result<MachineId, ControlError> {
         if let Some(m) = self.machines.values().find(|m| m.name.as_deref() == Some(name)) {
+            return Ok(m.id.clone());
+        }
+        // A name that was freed, and is nobody's now.
+        let mut former = self.machines.values().filter(|m| m.former_name.as_deref() == Some(name));
+        if let (Some(m), None) = (former.next(), former.next()) {
             return Ok(m.id.clone());
         }
         let lower = name.to_ascii_lowercase();

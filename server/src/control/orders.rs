@@ -3,8 +3,8 @@
 use super::{Control, Pending, now_ms};
 use crate::config::is_name;
 use crate::error::ControlError;
-use kiln_fleet::Event;
-use kiln_protocol::{ReleaseId, Via};
+use kiln_fleet::{Event, Replacement};
+use kiln_protocol::{MachineId, ReleaseId, Via};
 
 impl Control {
     /// Says what a machine is for. Without a name it keeps the one it has, or gets one from its id.
@@ -19,7 +19,8 @@ impl Control {
         let pending = {
             let mut inner = self.lock();
             let id = inner.resolve(machine)?;
-            let known = inner.machines.get(&id).and_then(|m| m.name.clone());
+            let free = |name: &String| inner.machines.values().all(|m| m.name.as_ref() != Some(name));
+            let known = inner.machines.get(&id).and_then(|m| m.name.clone().or(m.former_name.clone().filter(free)));
             let listed = self.config.machines.get(&id).map(|l| l.name.clone());
             let made_up = || format!("machine-{}", &id.as_str()[24..]);
             let name = name.map(str::to_owned).or(known).or(listed).unwrap_or_else(made_up);
@@ -65,6 +66,8 @@ impl Control {
                 if let Some(current) = m.current()
                     && current.image != release.image
                     && via == Via::Kexec
+                    // The way home from what an operator ordered needs no firmware.
+                    && m.assigned.as_ref().is_none_or(|a| a.order.is_none())
                 {
                     let (machine, running) = (m.title().to_owned(), current.image.to_string());
                     return Err(ControlError::OtherImage { machine, running });
@@ -89,6 +92,41 @@ impl Control {
     /// Takes a machine out of service.
     pub async fn retire(&self, machine: &str, by: &str) -> Result<(), ControlError> {
         self.order(machine, Event::Retire, by, "retired").await
+    }
+
+    /// Puts another machine in the place of this one, which is retired.
+    pub async fn replace(&self, old: &str, new: &str, by: &str) -> Result<MachineId, ControlError> {
+        self.look_again().await;
+        let (pending, id) = {
+            let mut inner = self.lock();
+            let (old, new) = (inner.resolve(old)?, inner.resolve(new)?);
+            let unknown = |id: &MachineId| ControlError::NoSuchMachine(id.to_string());
+            let was = inner.machines.get(&old).ok_or_else(|| unknown(&old))?;
+            let becomes = inner.machines.get(&new).ok_or_else(|| unknown(&new))?;
+            let Replacement { name, role, release } = was.replaced_by(becomes)?;
+            // A name that was freed may be another's by now.
+            if inner.machines.values().any(|m| m.id != old && m.name.as_ref() == Some(&name)) {
+                return Err(ControlError::NameTaken(name));
+            }
+            self.config.image_of(&role)?;
+            if !self.catalog().releases.contains_key(&release) {
+                return Err(ControlError::NoSuchRelease { release });
+            }
+            self.check_fits(&inner, &new, &release)?;
+            let (now, mut pending) = (now_ms(), Pending::default());
+            let what = format!("takes the place of {old} as {name} with role {role}, to run {release}");
+            self.step(&mut inner, &old, Event::Replaced { by: new.clone() }, now, &mut pending)?;
+            self.step(&mut inner, &new, Event::Approve { name, role, release }, now, &mut pending)?;
+            if let Some(m) = inner.machines.get(&old) {
+                self.audit(&mut pending, m, by, format!("replaced by {new}"));
+            }
+            if let Some(m) = inner.machines.get(&new) {
+                self.audit(&mut pending, m, by, what);
+            }
+            (pending, new)
+        };
+        self.finish(pending).await?;
+        Ok(id)
     }
 
     /// A person knows why a machine is away: it holds nobody up until it is healthy again.
@@ -120,10 +158,10 @@ impl Control {
         self.finish(pending).await
     }
 
-    fn check_fits(
+    pub(super) fn check_fits(
         &self,
         inner: &super::Inner,
-        id: &kiln_protocol::MachineId,
+        id: &MachineId,
         release: &ReleaseId,
     ) -> Result<(), ControlError> {
         let Some(machine) = inner.machines.get(id) else { return Ok(()) };

@@ -6,7 +6,7 @@ use crate::error::ControlError;
 use crate::store::Envelope;
 use jiff::Timestamp;
 use kiln_fleet::{Desire, Event, Machine, Reported, StateKind, desire, grant};
-use kiln_protocol::{Decision, Desired, Grant, KeyId, MachineId, Nonce, Reply, Report, Sha256Hex, Via};
+use kiln_protocol::{Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, Reply, Report, Sha256Hex, Via};
 use kiln_release::hex;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -60,6 +60,7 @@ impl Control {
             // Before the look: what changes from here on ends the wait below.
             changes.mark_unchanged();
             let (wanted, pending) = self.wanted(&id, &key)?;
+            let wanted = wanted.with_order(Self::order_for(&self.lock(), &id, &key));
             self.finish(pending).await?;
             let may_wait = self.held.load(Ordering::Relaxed) < MAX_HELD;
             let again_ms = match (wait_s > 0 && may_wait, wanted.busy) {
@@ -193,11 +194,15 @@ impl Control {
         let decision = match wanted.what {
             What::Wait(reason) => Decision::Wait { reason },
             What::Run { envelope, via, grant } => {
-                let freshness = self.freshness(nonce, &envelope, Timestamp::now())?;
+                let freshness = self.freshness(nonce, &envelope.text, Timestamp::now())?;
                 Decision::Assigned { assignment: envelope.text, freshness, via, grant }
             }
         };
-        Ok(Reply { desired: Desired { etag: wanted.etag, decision }, again_ms, may_wait })
+        let order = match wanted.order {
+            Some(order) => Some(OrderGiven { freshness: self.freshness(nonce, &order, Timestamp::now())?, order }),
+            None => None,
+        };
+        Ok(Reply { desired: Desired { etag: wanted.etag, decision, order }, again_ms, may_wait })
     }
 }
 
@@ -208,6 +213,8 @@ struct Wanted {
     /// It is on its way somewhere.
     busy: bool,
     what: What,
+    /// An operator's order that goes with it.
+    order: Option<String>,
 }
 
 enum What {
@@ -217,13 +224,22 @@ enum What {
 
 impl Wanted {
     fn wait(reason: String, busy: bool) -> Self {
-        Self { etag: hex::sha256(reason.as_bytes())[..16].to_owned(), busy, what: What::Wait(reason) }
+        Self { etag: hex::sha256(reason.as_bytes())[..16].to_owned(), busy, what: What::Wait(reason), order: None }
     }
 
     fn run(envelope: Envelope, via: Via, grant: Grant, busy: bool) -> Self {
         let identity =
             serde_json::to_vec(&(&envelope.text, via, &grant)).expect("strings and words always become JSON");
-        Self { etag: hex::sha256(&identity)[..16].to_owned(), busy, what: What::Run { envelope, via, grant } }
+        let what = What::Run { envelope, via, grant };
+        Self { etag: hex::sha256(&identity)[..16].to_owned(), busy, what, order: None }
+    }
+
+    fn with_order(mut self, order: Option<String>) -> Self {
+        if let Some(order) = &order {
+            let etag = hex::sha256(format!("{} {order}", self.etag).as_bytes());
+            etag[..16].clone_into(&mut self.etag);
+        }
+        Self { order, ..self }
     }
 }
 

@@ -19,10 +19,14 @@ impl MachineView {
         let last_words = if m.last_words.is_empty() { m.why() } else { m.last_words.clone() };
         Self {
             id: m.id.clone(),
-            name: m.title().to_owned(),
+            // A name that was freed may be another's.
+            name: m.name.clone().unwrap_or_else(|| m.id.to_string()),
             role: m.role.clone(),
             state: m.state.kind.to_string(),
-            reason: m.why(),
+            reason: match &m.former_name {
+                Some(name) => format!("{}; it was {name}", m.why()),
+                None => m.why(),
+            },
             stage: stage.map(|(s, _, _)| s),
             stage_label: stage.map_or("", |(s, _, _)| s.label()).to_owned(),
             stage_since_ms: stage.map_or(0, |(_, _, at)| signed(at)),
@@ -35,6 +39,7 @@ impl MachineView {
                 sequence: a.sequence,
                 via: a.via,
             }),
+            order: m.orders.back().map(|order| format!("{}: {}", order.id, order.state)),
             prefetch: m.prefetch.clone(),
             agent_memory: m.agent_memory,
             last_good: m.last_good().cloned(),

@@ -2,13 +2,14 @@
 
 use super::{App, Peer, text};
 use crate::error::ControlError;
+use crate::receipt::MAX_RECEIPT;
 use axum::body::{Body, to_bytes};
 use axum::extract::{Extension, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Json, Router};
-use kiln_protocol::{REPORT_PATH, Report};
+use kiln_protocol::{RECEIPT_PATH, REPORT_PATH, Report};
 use std::time::Duration;
 
 /// Longest report.
@@ -18,7 +19,27 @@ const ARRIVAL: Duration = Duration::from_secs(15);
 
 /// The agent API.
 pub fn router(app: App) -> Router {
-    Router::new().route(REPORT_PATH, post(report)).with_state(app)
+    Router::new().route(REPORT_PATH, post(report)).route(RECEIPT_PATH, post(receipt)).with_state(app)
+}
+
+async fn receipt(State(app): State<App>, Extension(peer): Extension<Peer>, request: Request<Body>) -> Response {
+    let Peer::Machine { from, key } = peer else {
+        return text(StatusCode::FORBIDDEN, "only machines that prove their key bring receipts here\n");
+    };
+    let body = match tokio::time::timeout(ARRIVAL, to_bytes(request.into_body(), MAX_RECEIPT)).await {
+        Ok(Ok(body)) => body,
+        Ok(Err(_)) => return text(StatusCode::PAYLOAD_TOO_LARGE, "a receipt has at most 256 KiB\n"),
+        Err(_) => return text(StatusCode::REQUEST_TIMEOUT, "the receipt did not arrive within 15 s\n"),
+    };
+    match app.control.receive(&key, &String::from_utf8_lossy(&body)).await {
+        Ok(()) => text(StatusCode::OK, "kept\n"),
+        Err(error) => {
+            tracing::warn!(%from, %error, "a receipt was not taken");
+            let lost = matches!(error, ControlError::Store(_));
+            let status = if lost { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::UNPROCESSABLE_ENTITY };
+            text(status, format!("{error}\n"))
+        }
+    }
 }
 
 async fn report(State(app): State<App>, Extension(peer): Extension<Peer>, request: Request<Body>) -> Response {

@@ -4,7 +4,7 @@ use super::{App, Peer};
 use crate::catalog::Release;
 use crate::control::{Told, now_ms};
 use crate::error::{ControlError, StoreError};
-use crate::view::{MachineView, ReleaseView};
+use crate::view::{MachineView, OrderView, ReceiptView, ReleaseView};
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, Extension, Path, State};
 use axum::http::StatusCode;
@@ -26,6 +26,7 @@ pub fn read_router() -> Router<App> {
     Router::new()
         .route("/api/v1/machines", get(machines))
         .route("/api/v1/machines/{machine}", get(machine))
+        .route("/api/v1/machines/{machine}/receipts", get(receipts))
         .route("/api/v1/releases", get(releases))
         .route("/api/v1/status", get(status))
         .route("/api/v1/events", get(events))
@@ -38,9 +39,11 @@ pub fn order_router() -> Router<App> {
         .route("/api/v1/machines/{machine}/assignment", put(assign))
         .route("/api/v1/machines/{machine}/clear", post(clear))
         .route("/api/v1/machines/{machine}/retire", post(retire))
+        .route("/api/v1/machines/{machine}/replace", post(replace))
         .route("/api/v1/machines/{machine}/excuse", post(excuse))
         .route("/api/v1/audit", get(audit))
         .layer(DefaultBodyLimit::max(16 << 10))
+        .route("/api/v1/orders", get(orders).post(submit).layer(DefaultBodyLimit::max(128 << 10)))
 }
 
 /// An error as the API gives it.
@@ -64,11 +67,18 @@ impl From<ControlError> for ApiError {
             | ControlError::WrongClass { .. }
             | ControlError::WrongArchitecture { .. }
             | ControlError::BelowFloor { .. }
+            | ControlError::Operator(_)
+            | ControlError::Order(_)
+            | ControlError::OrderClass { .. }
+            | ControlError::Receipt(_)
+            | ControlError::ReceiptOfAnother { .. }
+            | ControlError::ReceiptWithoutOrder { .. }
             | ControlError::OtherImage { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             ControlError::NothingPublished { .. } | ControlError::NameTaken(_) | ControlError::Refused(_) => {
                 StatusCode::CONFLICT
             }
-            ControlError::TooManyUnknown => StatusCode::TOO_MANY_REQUESTS,
+            ControlError::OrderKnown { .. } => StatusCode::CONFLICT,
+            ControlError::TooManyUnknown | ControlError::TooManyOrders { .. } => StatusCode::TOO_MANY_REQUESTS,
             ControlError::Sign(_) | ControlError::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self(status, e.to_string())
@@ -277,4 +287,47 @@ async fn excuse(
 
 async fn audit(State(app): State<App>) -> Result<Response, ApiError> {
     Ok(Json(app.control.store.audit_tail(200).await?).into_response())
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Submit {
+    /// The envelope, byte for byte.
+    order: String,
+    via: Via,
+}
+
+async fn submit(
+    State(app): State<App>,
+    Extension(peer): Extension<Peer>,
+    body: Result<Json<Submit>, JsonRejection>,
+) -> Result<Json<OrderView>, ApiError> {
+    let Json(Submit { order, via }) = body?;
+    Ok(Json(app.control.submit(&order, via, &who(&peer)).await?))
+}
+
+async fn orders(State(app): State<App>) -> Result<Json<Vec<OrderView>>, ApiError> {
+    Ok(Json(app.control.orders().await?))
+}
+
+async fn receipts(State(app): State<App>, Path(machine): Path<String>) -> Result<Json<Vec<ReceiptView>>, ApiError> {
+    Ok(Json(app.control.receipts(&machine).await?))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Replace {
+    /// Name or id of the new machine.
+    with: String,
+}
+
+async fn replace(
+    State(app): State<App>,
+    Extension(peer): Extension<Peer>,
+    Path(machine): Path<String>,
+    body: Result<Json<Replace>, JsonRejection>,
+) -> Result<Json<MachineView>, ApiError> {
+    let Json(Replace { with }) = body?;
+    let id = app.control.replace(&machine, &with, &who(&peer)).await?;
+    Ok(Json(app.control.view(id.as_str())?))
 }

@@ -271,10 +271,19 @@ impl Server {
     }
 
     pub async fn post(&self, config: ClientConfig, body: Vec<u8>) -> Result<Answer, Box<dyn std::error::Error>> {
+        self.post_to(REPORT_PATH, config, body).await
+    }
+
+    pub async fn post_to(
+        &self,
+        path: &str,
+        config: ClientConfig,
+        body: Vec<u8>,
+    ) -> Result<Answer, Box<dyn std::error::Error>> {
         let stream = TcpStream::connect(self.agent).await?;
         let name = ServerName::try_from(kiln_release::AGENT_API_NAME)?;
         let stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await?;
-        Ok(try_call(stream, "POST", REPORT_PATH, &[], body).await?)
+        Ok(try_call(stream, "POST", path, &[], body).await?)
     }
 }
 

@@ -1,0 +1,264 @@
+//! What a boot server with every online key can do: the replies here are signed with the site's real director key, the
+//! metadata is real and served over HTTP. What it does not have is an operator's key.
+
+use super::*;
+use crate::testing::director::Director;
+use crate::testing::web;
+use crate::testing::{TestSite, journal, now, operator};
+use jiff::SignedDuration;
+use kiln_protocol::{
+    ASSIGNMENT_TYPE, BoundMachine, Desired, FRESHNESS_TYPE, OrderedMachine, SPEC_VERSION, Stage, StageState, WipeMethod,
+};
+use kiln_release::sign_envelope;
+use serde_json::json;
+use std::collections::BTreeMap;
+
+/// The release of class rescue; 1 is the ordinary one.
+const RESCUE: u64 = 2;
+
+fn rescue() -> OrderAction {
+    OrderAction::Assign { image: "minimal".parse().unwrap(), release: RESCUE, class: Class::Rescue }
+}
+
+fn wipe() -> OrderAction {
+    OrderAction::Wipe { disks: Vec::new(), method: WipeMethod::Best }
+}
+
+/// An order for this machine that holds for an hour, before anybody changes or signs it.
+fn order(verifier: &Verifier, n: u8, action: OrderAction) -> Order {
+    let id = "00000000-0000-0000-0000-000000000001".parse().unwrap();
+    Order {
+        type_: ORDER_TYPE.into(),
+        spec_version: SPEC_VERSION.into(),
+        id: format!("{n:02x}").repeat(16).parse().unwrap(),
+        machines: vec![OrderedMachine { id, key: Some(verifier.key_id()) }],
+        action,
+        issued: now(),
+        expires: now() + SignedDuration::from_hours(1),
+    }
+}
+
+#[allow(clippy::unnecessary_wraps)] // as replies carry it
+fn signed(order: &Order) -> Option<String> {
+    Some(sign_envelope(order, &[&operator()]).unwrap())
+}
+
+struct Machine {
+    site: TestSite,
+    verifier: Verifier,
+    /// Of the release that its boot image embeds.
+    verified: Verified,
+    runtime: tokio::runtime::Runtime,
+    nonces: u8,
+    _dir: tempfile::TempDir,
+}
+
+impl Machine {
+    /// One that booted this release.
+    fn of(release: u64) -> Self {
+        let site = TestSite::with_rescue(3, RESCUE);
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+        let mut verifier = site.verifier(release, &[http], &[], dir.path());
+        let here = verifier.here().unwrap();
+        let verified = runtime.block_on(verifier.verify_metadata(&here)).unwrap();
+        Self { site, verifier, verified, runtime, nonces: 0, _dir: dir }
+    }
+
+    /// The server hands on this order and assigns this release; what the machine makes of it.
+    fn hears(
+        &mut self,
+        order: Option<String>,
+        release: u64,
+        sequence: u64,
+    ) -> std::result::Result<Answer, &'static str> {
+        self.hears_by(order, Some((release, sequence)), |freshness| freshness)
+    }
+
+    fn hears_by(
+        &mut self,
+        order: Option<String>,
+        assigned: Option<(u64, u64)>,
+        change: impl Fn(Freshness) -> Freshness,
+    ) -> std::result::Result<Answer, &'static str> {
+        self.nonces += 1;
+        let nonce: Nonce = format!("{:02x}", self.nonces).repeat(32).parse().unwrap();
+        let director = &self.site.director;
+        let fresh = |text: &str| {
+            let freshness = Freshness {
+                type_: FRESHNESS_TYPE.into(),
+                spec_version: SPEC_VERSION.into(),
+                nonce: nonce.clone(),
+                assignment_sha256: hex::sha256(text.as_bytes()).parse().unwrap(),
+                now: now(),
+            };
+            sign_envelope(&change(freshness), &[director]).unwrap()
+        };
+        let decision = match assigned {
+            None => Decision::Wait { reason: "retired".into() },
+            Some((release, sequence)) => {
+                let manifest = serde_json::to_vec(&self.site.manifests[&release]).unwrap();
+                let id = "00000000-0000-0000-0000-000000000001".parse().unwrap();
+                let assignment = Assignment {
+                    type_: ASSIGNMENT_TYPE.into(),
+                    spec_version: SPEC_VERSION.into(),
+                    machine: BoundMachine { id, key: self.verifier.key_id() },
+                    image: "minimal".parse().unwrap(),
+                    release,
+                    manifest_sha256: hex::sha256(&manifest).parse().unwrap(),
+                    role: "lab".into(),
+                    arch: crate::facts::architecture(),
+                    sequence,
+                    issued: now(),
+                    expires: now() + SignedDuration::from_hours(1),
+                };
+                let assignment = sign_envelope(&assignment, &[director]).unwrap();
+                let freshness = fresh(&assignment);
+                Decision::Assigned { assignment, freshness, via: Via::Cold, grant: Grant::Go }
+            }
+        };
+        let order = order.map(|order| OrderGiven { freshness: fresh(&order), order });
+        let desired = Desired { etag: String::new(), decision, order };
+        let reply = Reply { desired, again_ms: 1000, may_wait: false };
+        self.verifier.check_reply(&self.verified, reply, &nonce).map_err(|e| e.kind())
+    }
+
+    /// Whether it would fetch and start this release now.
+    fn may_run(&self, release: u64) -> std::result::Result<(), &'static str> {
+        self.verifier.may_run(&self.site.manifests[&release]).map_err(|e| e.kind())
+    }
+}
+
+#[test]
+fn only_an_operators_order_leads_to_a_rescue_release() {
+    let mut machine = Machine::of(1);
+    assert!(machine.hears(None, RESCUE, 2).is_ok(), "an assignment may claim what it likes");
+    assert_eq!(machine.may_run(RESCUE), Err("order-missing"), "and is not followed");
+    let order = order(&machine.verifier, 1, rescue());
+    assert!(machine.hears(signed(&order), RESCUE, 3).is_ok());
+    assert_eq!((machine.may_run(RESCUE), machine.may_run(1)), (Ok(()), Ok(())));
+    assert!(machine.verifier.in_memory_only());
+    let release = machine.site.manifests[&RESCUE].clone();
+    let other = Manifest { class: "wipe".into(), ..release };
+    assert_eq!(machine.verifier.may_run(&other).unwrap_err().kind(), "order-missing", "the class is part of the order");
+    // Sent home: the order is over, and is not taken a second time.
+    assert!(machine.hears(None, 1, 4).is_ok());
+    assert_eq!(machine.may_run(RESCUE), Err("order-missing"));
+    assert_eq!(machine.hears(signed(&order), RESCUE, 5).err(), Some("order-replayed"));
+    assert_eq!(machine.may_run(RESCUE), Err("order-missing"));
+}
+
+#[test]
+fn a_boot_server_that_serves_the_rescue_program_itself_gets_no_shell() {
+    // Signed by the site and started by the firmware: the first thing that decides is the agent in it.
+    let mut machine = Machine::of(RESCUE);
+    assert_eq!(machine.hears(None, RESCUE, 2).err(), Some("order-missing"));
+    assert_eq!(machine.may_run(RESCUE), Err("order-missing"));
+    let order = order(&machine.verifier, 1, rescue());
+    assert!(machine.hears(signed(&order), RESCUE, 2).is_ok());
+    assert_eq!(machine.may_run(RESCUE), Ok(()));
+    assert!(machine.hears(signed(&order), RESCUE, 2).is_ok(), "a restart under the same assignment");
+    assert!(machine.hears(None, 1, 3).is_ok(), "the way home needs no order");
+}
+
+#[test]
+fn every_false_order_is_refused_by_its_own_reason() {
+    let mut machine = Machine::of(1);
+    let good = order(&machine.verifier, 1, rescue());
+    let foreign = sign_envelope(&good, &[&Signer::from_seed(&[99; 32])]).unwrap();
+    let directors = sign_envelope(&good, &[&machine.site.director]).unwrap();
+    let everybody_online: Vec<Signer> = [2, 6].map(|n| Signer::from_seed(&[n; 32])).into();
+    let online = sign_envelope(&good, &everybody_online.iter().collect::<Vec<_>>()).unwrap();
+    let altered = signed(&good).unwrap().replace("\"release\":2", "\"release\":3");
+    let key = Some("ab".repeat(32).parse().unwrap());
+    let others = Order { machines: vec![OrderedMachine { key, ..good.machines[0].clone() }], ..good.clone() };
+    let by_name = Order { machines: vec![OrderedMachine { key: None, ..good.machines[0].clone() }], ..good.clone() };
+    let late = Order { expires: now() - SignedDuration::from_hours(1), ..good.clone() };
+    let version = Order { spec_version: "7.0".into(), ..good.clone() };
+    let statement = Order { type_: ASSIGNMENT_TYPE.into(), ..good.clone() };
+    let padded = format!("{}{}", signed(&good).unwrap(), " ".repeat(70_000));
+    for (order, expected) in [
+        (Some(foreign), "order-bad-signature"),
+        (Some(directors), "order-bad-signature"),
+        (Some(online), "order-bad-signature"),
+        (Some(altered), "order-bad-signature"),
+        (signed(&others), "order-wrong-machine"),
+        (signed(&by_name), "order-wrong-machine"),
+        (signed(&late), "order-expired"),
+        (signed(&version), "order-wrong-type"),
+        (signed(&statement), "order-not-an-order"),
+        (Some(padded), "order-too-long"),
+        (Some("{}".into()), "order-malformed"),
+    ] {
+        assert_eq!(machine.hears(order, RESCUE, 2).err(), Some(expected));
+        assert_eq!(machine.may_run(RESCUE), Err("order-missing"), "after {expected}");
+    }
+    // An old reply of the server itself, given again by somebody on the network.
+    let replayed = |f: Freshness| Freshness { nonce: "ee".repeat(32).parse().unwrap(), ..f };
+    assert_eq!(machine.hears_by(signed(&good), Some((RESCUE, 2)), replayed).err(), Some("freshness-wrong-nonce"));
+    assert_eq!(machine.may_run(RESCUE), Err("order-missing"));
+}
+
+#[test]
+fn a_wipe_is_obeyed_by_order_alone_and_once() {
+    let mut machine = Machine::of(1);
+    let wanted = order(&machine.verifier, 1, wipe());
+    let by_director = sign_envelope(&wanted, &[&machine.site.director]).unwrap();
+    assert_eq!(machine.hears(Some(by_director), 1, 2).err(), Some("order-bad-signature"));
+    // Also of a machine that nothing is assigned to, and again after a cut: until its receipt is delivered.
+    for assigned in [None, Some((1, 2)), None] {
+        let answer = machine.hears_by(signed(&wanted), assigned, |f| f);
+        assert!(matches!(answer, Ok(Answer::Wipe(order)) if order == wanted));
+    }
+    machine.verifier.wiped(&wanted).unwrap();
+    assert_eq!(machine.hears(signed(&wanted), 1, 2).err(), Some("order-replayed"));
+    let kept = machine.verifier.place.memory().unwrap();
+    assert!(kept.mark(&wanted).is_some_and(|mark| mark.sequence == 0), "it is remembered over a restart");
+    assert_eq!(machine.may_run(RESCUE), Err("order-missing"), "a wipe allows no release");
+}
+
+#[test]
+fn orders_are_remembered_until_they_expire_and_no_more_than_fit() {
+    let mut machine = Machine::of(1);
+    for n in 1..=16 {
+        let order = order(&machine.verifier, n, wipe());
+        machine.verifier.wiped(&order).unwrap();
+    }
+    let one_more = order(&machine.verifier, 17, rescue());
+    assert_eq!(machine.hears(signed(&one_more), RESCUE, 2).err(), Some("order-memory-full"));
+    assert_eq!(machine.may_run(RESCUE), Err("order-missing"));
+    machine.verifier.now += SignedDuration::from_hours(2);
+    let later = Order { expires: now() + SignedDuration::from_hours(9), ..order(&machine.verifier, 17, rescue()) };
+    machine.verifier.memory.take_order(&later, 2, machine.verifier.now).unwrap();
+    assert_eq!(machine.verifier.memory.orders.len(), 1, "those that expired are forgotten");
+}
+
+#[test]
+fn the_stolen_boot_server_is_told_why_its_rescue_release_is_not_fetched() {
+    let machine = Machine::of(1);
+    let director = Director::start(&machine.site, (RESCUE, 5, Via::Cold, true));
+    let (http, _hear) = web::honest(machine.site.files.clone(), BTreeMap::new());
+    let dir = tempfile::tempdir().unwrap();
+    let verifier = machine.site.verifier(1, &[http], std::slice::from_ref(&director.url), dir.path());
+    let journal = crate::journal::Journal { running: None, ..journal(&verifier) };
+    let tell_every = std::time::Duration::from_millis(100);
+    let mut flow = crate::flow::Flow { verifier, journal, api: None, tries: Some(1), tell_every };
+    machine.runtime.block_on(async {
+        flow.find_server().await.unwrap();
+        let here = flow.verifier.here().unwrap();
+        let verified = flow.verifier.verify_metadata(&here).await.unwrap();
+        let Answer::Assigned { assignment, via, .. } = flow.ask(&verified, 0).await.unwrap() else { panic!("waits") };
+        let error = flow.prefetch(&assignment, via, dir.path()).await.unwrap_err();
+        assert_eq!(error.kind(), "order-missing");
+    });
+    let heard = director.heard();
+    let told = heard.iter().flat_map(|report| &report.stages).find_map(|record| match &record.state {
+        StageState::Failed(failure) => Some((record.stage, failure.kind.clone(), failure.message.clone())),
+        StageState::Started | StageState::Done | StageState::Waiting { .. } => None,
+    });
+    let (stage, kind, message) = told.expect("the server hears of it");
+    assert_eq!((stage, kind.as_str()), (Stage::Prefetch, "order-missing"));
+    assert!(message.contains("minimal/2 is of class rescue: it needs an order that an operator signed"), "{message}");
+    assert!(json!(heard).to_string().contains("order-missing"));
+}

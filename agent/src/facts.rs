@@ -6,7 +6,7 @@ use kiln_protocol::{
 };
 use std::path::Path;
 
-/// Reads the facts; the key and the memory are the caller's to say.
+/// Reads the facts; key, memory and protection are the caller's to say.
 pub fn read(key_storage: KeyStorage, rollback_memory: RollbackMemory) -> Result<MachineFacts> {
     let macs = mac_addresses();
     Ok(MachineFacts {

@@ -11,9 +11,10 @@ use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
 use crate::memory::Place;
 use crate::net::{self, Lease};
 use crate::plan::{self, Plan};
+use crate::secureboot::SecureBoot;
 use crate::verifier::{Answer, Servers, Verified, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{change, facts, kexec, local, verity, wipe};
+use crate::{change, facts, kexec, local, mounts, verity, wipe};
 use kiln_protocol::slot::{Event, SlotId};
 use kiln_protocol::{Assignment, Class, ReleaseId, RunningRelease, Stage, Via};
 use kiln_release::{BOOT_PATH, BootInfo, hex};
@@ -55,7 +56,7 @@ fn restart() -> ! {
 }
 
 fn boot() -> Result<Infallible> {
-    mount_pseudo_filesystems()?;
+    mounts::pseudo_filesystems()?;
     let started_ms = monotonic_ms();
     let boot = read_boot_info()?;
     let mut journal = JournalState::begin(boot_id()?, started_ms);
@@ -68,7 +69,7 @@ fn boot() -> Result<Infallible> {
     drivers.load_always();
     drivers.coldplug();
     // The variables' file system may have been a module.
-    mount_efivars();
+    mounts::efivars();
     journal.record(Stage::Modules, kiln_protocol::StageState::Done);
 
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -95,7 +96,8 @@ async fn go(boot: BootInfo, journal: JournalState, mut drivers: Drivers) -> Resu
     }
     let embedded = embedded(&boot)?;
     let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));
-    let machine = facts::read(place.key_storage(), place.rollback_memory())?;
+    let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
+    machine.protection = secure_boot(&boot).class();
     let journal = Journal { state: journal, machine, embedded, running: None, health: None, prefetch: None };
     let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
     let verifier = Verifier::new(boot, place, key, memory, servers, now);
@@ -291,7 +293,8 @@ async fn start(
     flow.journal.done(Stage::Root);
 
     flow.journal.started(Stage::Verity);
-    let device = verity::open(root, &verified.manifest.verity, &flow.verifier.boot.root_hash)?;
+    let device =
+        verity::open(root, &verified.manifest.verity, &flow.verifier.boot.root_hash, secure_boot(&flow.verifier.boot))?;
     mount_and_leave(flow, verified, lease, &device, None).await
 }
 
@@ -306,7 +309,8 @@ async fn start_slot(
     flow.journal.started(Stage::Verity);
     let (name, device) = on_disk(disk, move |disk| Ok((disk.name().to_owned(), disk.device(slot)?))).await?;
     let params = verified.manifest.verity.clone();
-    let device = verity::open_device(&device.display().to_string(), &params, &flow.verifier.boot.root_hash)?;
+    let boot = &flow.verifier.boot;
+    let device = verity::open_device(&device.display().to_string(), &params, &boot.root_hash, secure_boot(boot))?;
     let on = OnDisk { name, via: kexec::started_this() };
     let error = match mount_and_leave(flow, verified, lease, &device, Some(on)).await {
         Ok(never) => match never {},
@@ -328,7 +332,8 @@ async fn mount_and_leave(
     disk: Option<OnDisk>,
 ) -> Result<Infallible> {
     std::fs::create_dir_all(NEW_ROOT).map_err(AgentError::file(NEW_ROOT))?;
-    mount(Some(device), NEW_ROOT, Some("erofs"), MsFlags::MS_RDONLY, None::<&str>)
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
+    mount(Some(device), NEW_ROOT, Some("erofs"), flags, None::<&str>)
         .map_err(AgentError::system(format!("mounting {device}")))?;
     let running = verity::running_root_hash()?;
     if running != flow.verifier.boot.root_hash {
@@ -347,6 +352,7 @@ async fn mount_and_leave(
         now: flow.verifier.now,
     };
     handoff.write()?;
+    secure_boot(&flow.verifier.boot).restrict()?;
     switch_root()
 }
 
@@ -385,45 +391,9 @@ fn copy_verified(from: &Path, to: &Path, expected: &Expected) -> Result<()> {
     }
 }
 
-fn mount_pseudo_filesystems() -> Result<()> {
-    let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    let all = [
-        ("proc", "/proc", "proc", safe, None),
-        ("sysfs", "/sys", "sysfs", safe, None),
-        ("devtmpfs", "/dev", "devtmpfs", MsFlags::MS_NOSUID, Some("mode=0755")),
-        // Not MS_NOEXEC: systemd mounts /run this way too, and checks nothing.
-        ("tmpfs", "/run", "tmpfs", MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some("mode=0755")),
-    ];
-    for (source, target, kind, flags, data) in all {
-        std::fs::create_dir_all(target).map_err(AgentError::file(target))?;
-        mount(Some(source), target, Some(kind), flags, data)
-            .map_err(AgentError::system(format!("mounting {target}")))?;
-    }
-    std::fs::create_dir_all("/run/kiln").map_err(AgentError::file("/run/kiln"))?;
-    // systemd-stub adds files of the ESP here; they are not signed (systemd-stub(7)).
-    if Path::new("/.extra").exists() {
-        std::fs::remove_dir_all("/.extra").map_err(AgentError::file("/.extra"))?;
-    }
-    Ok(())
-}
-
-/// Mounted where the firmware has variables; without them the machine has no lasting identity, and says so.
-fn mount_efivars() {
-    use std::os::unix::fs::PermissionsExt;
-    let target = "/sys/firmware/efi/efivars";
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    if Path::new(target).exists()
-        && !std::fs::read_to_string("/proc/mounts").unwrap_or_default().contains(target)
-        && let Err(error) = mount(Some("efivarfs"), target, Some("efivarfs"), flags, None::<&str>)
-    {
-        println!("kiln-agent: EFI variables cannot be mounted: {error}");
-    }
-    // efivarfs makes its files readable by everybody; the identity key among them is root's alone.
-    if Path::new(target).exists()
-        && let Err(error) = std::fs::set_permissions(target, std::fs::Permissions::from_mode(0o700))
-    {
-        println!("kiln-agent: EFI variables stay readable by all users: {error}");
-    }
+/// What this machine's firmware enforces, seen from this release.
+pub fn secure_boot(boot: &BootInfo) -> SecureBoot {
+    SecureBoot::of_this_machine(boot.site.secure_boot.as_deref())
 }
 
 fn read_boot_info() -> Result<BootInfo> {

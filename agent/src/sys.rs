@@ -348,6 +348,23 @@ pub fn memory_file(name: &CStr) -> Result<File> {
     }
 }
 
+/// `add_key(2)`: a key of type `user` in this thread's process keyring, found there by `request_key`.
+pub fn add_user_key(description: &CStr, payload: &[u8]) -> Result<()> {
+    const KEY_SPEC_PROCESS_KEYRING: libc::c_int = -2;
+    // SAFETY: type and description are NUL-terminated, the payload lives over the call and has the given length.
+    let rc = unsafe {
+        libc::syscall(
+            libc::SYS_add_key,
+            c"user".as_ptr(),
+            description.as_ptr(),
+            payload.as_ptr(),
+            payload.len(),
+            KEY_SPEC_PROCESS_KEYRING,
+        )
+    };
+    if rc < 0 { Err(Error::last_os_error()) } else { Ok(()) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

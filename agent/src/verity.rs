@@ -2,6 +2,7 @@
 //! Source: Linux Documentation/admin-guide/device-mapper/verity.rst.
 
 use crate::error::{AgentError, Result};
+use crate::secureboot::{SIGNATURE_KEY, SecureBoot};
 use crate::sys::{self, DmCommand};
 use kiln_release::VerityParams;
 use std::fs::{File, OpenOptions};
@@ -11,7 +12,7 @@ use std::path::Path;
 pub const DEVICE: &str = "kiln-root";
 
 /// Sets up the file `root` read-only under dm-verity with exactly `root_hash`; gives the device's path.
-pub fn open(root: &Path, params: &VerityParams, root_hash: &str) -> Result<String> {
+pub fn open(root: &Path, params: &VerityParams, root_hash: &str, boot: SecureBoot) -> Result<String> {
     let control_path = "/dev/loop-control";
     let control = File::open(control_path).map_err(AgentError::file(control_path))?;
     let number = sys::loop_get_free(&control).map_err(AgentError::system("finding a free loop device"))?;
@@ -21,16 +22,19 @@ pub fn open(root: &Path, params: &VerityParams, root_hash: &str) -> Result<Strin
     sys::loop_bind(&device, &backing)
         .map_err(AgentError::system(format!("binding {} to {loop_path}", root.display())))?;
 
-    open_device(&loop_path, params, root_hash)
+    open_device(&loop_path, params, root_hash, boot)
 }
 
-/// The same on a block device that holds the artifact from its first byte on: a slot.
-pub fn open_device(device: &str, params: &VerityParams, root_hash: &str) -> Result<String> {
+/// The same on a block device that holds the artifact from its first byte on: a slot. Where firmware vouches for the
+/// site's key, the kernel itself checks the signature of the root hash, and refuses a wrong one.
+pub fn open_device(device: &str, params: &VerityParams, root_hash: &str, boot: SecureBoot) -> Result<String> {
+    let signature =
+        if boot.offer_signature()? { format!(" 2 root_hash_sig_key_desc {SIGNATURE_KEY}") } else { String::new() };
     let control = mapper()?;
     let sectors = params.data_blocks * 8;
     let first_hash_block = params.hash_offset / 4096 + 1;
     let table = format!(
-        "1 {device} {device} 4096 4096 {} {first_hash_block} sha256 {root_hash} {}",
+        "1 {device} {device} 4096 4096 {} {first_hash_block} sha256 {root_hash} {}{signature}",
         params.data_blocks, params.salt
     );
     let ask = |command, table: Option<(u64, &str, &str)>, what: &str| {

@@ -38,6 +38,8 @@ pub struct MachineView {
     #[serde(default)]
     pub rollback_memory: Option<String>,
     #[serde(default)]
+    pub protection: Option<String>,
+    #[serde(default)]
     pub agent_memory: Option<AgentMemory>,
     #[serde(default)]
     pub last_words: Option<Value>,

@@ -3,9 +3,10 @@
 use crate::error::LabError;
 use std::path::{Path, PathBuf};
 
-const FILES: [(&str, &str); 7] = [
+const FILES: [(&str, &str); 8] = [
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/usr/share/OVMF/OVMF_CODE_4M.fd", "ovmf"),
+    ("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd", "ovmf"),
     ("/usr/share/OVMF/OVMF_VARS_4M.fd", "ovmf"),
     ("/usr/share/seabios/bios-256k.bin", "seabios"),
     ("/usr/lib/ipxe/qemu/efi-virtio.rom", "ipxe-qemu"),

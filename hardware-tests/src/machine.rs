@@ -13,7 +13,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 const OVMF_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
-const OVMF_VARS: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
+/// The variable store of a machine that nobody has set up.
+pub const OVMF_VARS: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
+/// The firmware that enforces Secure Boot. It keeps its variables from the operating system, which takes SMM.
+const OVMF_SECURE: &str = "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd";
 /// PCI slot of the network card.
 const CARD_SLOT: u8 = 2;
 
@@ -41,6 +44,8 @@ pub struct MachineSpec {
     pub cards: Vec<&'static str>,
     /// Its disks, empty when it is installed; they keep what is written over power cuts.
     pub disks: Vec<Disk>,
+    /// A variable store with Secure Boot keys in it; none: firmware that checks nothing.
+    pub keys: Option<PathBuf>,
 }
 
 /// How a disk of [`DISK_BYTES`] is attached.
@@ -73,6 +78,7 @@ impl MachineSpec {
             memory_mib: 2048,
             cards: vec!["virtio-net-pci"],
             disks: Vec::new(),
+            keys: None,
         }
     }
 
@@ -180,13 +186,24 @@ impl Machine {
             let path = disk_path(&dir, number);
             std::fs::File::create(&path).and_then(|file| file.set_len(DISK_BYTES)).at(&path)?;
         }
-        if let Firmware::Uefi(way) = spec.firmware {
-            let store = dir.join("variables.fd");
-            std::fs::copy(OVMF_VARS, &store).at(OVMF_VARS)?;
-            variables::set_first_boot(&store, way, CARD_SLOT, spec.mac())?;
-        }
         let console_path = consoles.join(format!("{}.log", spec.name));
-        Ok(Self { spec, dir, console_path, accelerator, power: None, booted_before: false })
+        let machine = Self { spec, dir, console_path, accelerator, power: None, booted_before: false };
+        machine.set_up_firmware()?;
+        Ok(machine)
+    }
+
+    fn set_up_firmware(&self) -> Result<(), LabError> {
+        let Firmware::Uefi(way) = self.spec.firmware else { return Ok(()) };
+        let (from, store) = (self.spec.keys.as_deref().unwrap_or(Path::new(OVMF_VARS)), self.dir.join("variables.fd"));
+        std::fs::copy(from, &store).at(from)?;
+        variables::set_first_boot(&store, way, CARD_SLOT, self.spec.mac())
+    }
+
+    /// Erases its firmware's settings while it is off, and gives it these Secure Boot keys.
+    pub fn set_keys(&mut self, keys: PathBuf) -> Result<(), LabError> {
+        self.power_off();
+        self.spec.keys = Some(keys);
+        self.set_up_firmware()
     }
 
     fn qemu(&self, monitor: &Path) -> Command {
@@ -197,7 +214,8 @@ impl Machine {
         };
         arg(&["-name", &spec.name, "-nodefaults", "-no-user-config", "-display", "none"]);
         // graphics=off makes SeaBIOS speak on the serial line; OVMF does so by itself.
-        arg(&["-machine", "q35,graphics=off,smm=off", "-accel", self.accelerator.name()]);
+        let smm = if spec.keys.is_some() { "on" } else { "off" };
+        arg(&["-machine", &format!("q35,graphics=off,smm={smm}"), "-accel", self.accelerator.name()]);
         arg(&["-cpu", self.accelerator.cpu(), "-smp", "1", "-m", &format!("{}M", spec.memory_mib)]);
         arg(&["-uuid", &spec.uuid()]);
         arg(&["-smbios", &format!("type=1,manufacturer=Kiln,product=Virtual rack machine,serial={}", spec.name)]);
@@ -223,7 +241,14 @@ impl Machine {
             arg(&["-device", &format!("{device},drive=disk{number},serial={}-disk{number}", spec.name)]);
         }
         if let Firmware::Uefi(_) = spec.firmware {
-            arg(&["-drive", &format!("if=pflash,format=raw,readonly=on,file={OVMF_CODE}")]);
+            let code = if spec.keys.is_some() {
+                arg(&["-global", "driver=cfi.pflash01,property=secure,value=on"]);
+                arg(&["-global", "ICH9-LPC.disable_s3=1"]);
+                OVMF_SECURE
+            } else {
+                OVMF_CODE
+            };
+            arg(&["-drive", &format!("if=pflash,format=raw,readonly=on,file={code}")]);
             let store = self.dir.join("variables.fd");
             arg(&["-drive", &format!("if=pflash,format=raw,file={}", store.display())]);
         }

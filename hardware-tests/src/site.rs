@@ -5,6 +5,7 @@
 
 use crate::command;
 use crate::error::{AtPath, LabError};
+use crate::machine::OVMF_VARS;
 use crate::paths::Paths;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -79,6 +80,14 @@ fn prepare_lab(paths: &Paths) -> Result<(), LabError> {
     }
     publish(paths, &site, 1)?;
     std::fs::write(&stamp_file, stamp).at(&stamp_file)
+}
+
+/// A variable store with a site's Secure Boot keys, made by the real command in the new folder `out`.
+pub fn enroll(paths: &Paths, site: &Path, out: &Path) -> Result<PathBuf, LabError> {
+    let (site, folder) = (text(site), text(out));
+    let args = ["trust", "secureboot", "enroll", "--site", &site, "--out", &folder, "--ovmf-vars", OVMF_VARS];
+    kiln_quiet(paths, &args)?;
+    Ok(out.join("OVMF_VARS.fd"))
 }
 
 /// Publishes a release with the real command.

@@ -21,6 +21,58 @@ for path in / /etc /usr/lib/kiln; do
     fi
 done
 
+# Every place that can be written: a program that is copied there does not run. It runs from the root.
+/usr/bin/true && say exec-root ok "/usr/bin/true runs" || say exec-root fail "/usr/bin/true does not run"
+try_copy() {
+    cp /usr/bin/true "$1" && chmod 755 "$1" && "$1"
+}
+while read -r _ place kind options _; do
+    case ,$options, in *,ro,*) continue ;; esac
+    copy=$place/kiln-probe-true
+    if cp /usr/bin/true "$copy" 2>/dev/null && chmod 755 "$copy" 2>/dev/null; then
+        if message=$("$copy" 2>&1); then
+            say exec fail "$place ($kind): a copied program runs"
+        else
+            say exec ok "$place ($kind): ${message##*: }"
+        fi
+    else
+        case ,$options, in
+            *,noexec,*) say exec ok "$place ($kind): noexec, and takes no program" ;;
+            *) say exec fail "$place ($kind): $options" ;;
+        esac
+    fi
+    rm -f "$copy"
+done </proc/mounts
+
+# A program in memory that no file system has: made executable on purpose, and as older programs do it.
+for flags in 16 0; do
+    message=$(python3 -I -S - "$flags" <<'PROGRAM' 2>&1
+import os, sys
+file = os.memfd_create("probe", int(sys.argv[1]))
+os.write(file, open("/usr/bin/true", "rb").read())
+os.execve(file, ["true"], {})
+PROGRAM
+    ) && say memfd fail "a program in memory runs (flags $flags)" || say memfd ok "flags $flags: ${message##*
+}"
+done
+
+# What a user with all rights can do about noexec, and what only IPE refuses.
+mount -o remount,exec /tmp && if message=$(try_copy /tmp/kiln-probe-true 2>&1); then
+    say remount ran "a copied program runs from /tmp after root took noexec away"
+else
+    say remount refused "${message##*: }"
+fi
+mount -o remount,noexec /tmp
+rm -f /tmp/kiln-probe-true
+# Memory that no file backs, as a just-in-time compiler needs it.
+message=$(python3 -I -S -c 'import mmap; mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)' 2>&1) \
+    && say jit ran "anonymous executable memory is given" || say jit refused "${message##*
+}"
+# Not covered anywhere: a script is data of a signed interpreter.
+echo 'exit 7' >/tmp/kiln-probe-script
+sh /tmp/kiln-probe-script
+[ $? = 7 ] && say script ran "sh runs a script from /tmp" || say script refused "sh refuses a script from /tmp"
+
 # start length verity version data-device hash-device data-block hash-block blocks first algorithm root-hash salt …
 hash=$(dmsetup table 2>/dev/null | awk '{ for (i = 1; i < NF; i++) if ($i == "verity") print $(i + 9) }')
 case $hash in

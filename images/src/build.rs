@@ -7,6 +7,7 @@ use crate::error::BuildError;
 use crate::progress::{Progress, Steps};
 use crate::recipe::Recipe;
 use crate::repository::Repository;
+use crate::secure_boot::{self, SigningKey};
 use crate::site::SiteDir;
 use crate::{host, initramfs, root, sbom, tarball, uki};
 use jiff::Timestamp;
@@ -18,7 +19,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// Grows when the same inputs would give other bytes.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
 /// What was built from what, in a release's folder.
 const STAMP: &str = "build.json";
 
@@ -39,6 +40,8 @@ pub struct BuildOptions {
     pub refresh: bool,
     /// Where machines look for the site.
     pub site_urls: SiteUrls,
+    /// Sign nothing for Secure Boot.
+    pub unsigned: bool,
     /// What is shown meanwhile.
     pub progress: Progress,
 }
@@ -55,6 +58,7 @@ impl BuildOptions {
             agent: agent.into(),
             refresh: false,
             site_urls: SiteUrls::default(),
+            unsigned: false,
             progress: Progress::auto(),
         }
     }
@@ -102,7 +106,8 @@ pub fn build(options: &BuildOptions) -> Result<Built, BuildError> {
     let following = || published.highest(&recipe.name).map_or(1, |newest| newest.release.saturating_add(1));
     let release = options.release.unwrap_or_else(following);
     let agent_api_ca_pem = site.read_online("agent-ca.pem")?;
-    let settings = Settings { name: &site.name, agent_api_ca_pem, trust_root: published.trust_root };
+    let key = if options.unsigned { None } else { Some(SigningKey::open(&site, "db")?) };
+    let settings = Settings { name: &site.name, agent_api_ca_pem, trust_root: published.trust_root, key };
     make_folder(&options.cache)?;
     let _lock = lock(&options.cache)?;
 
@@ -139,6 +144,8 @@ struct Settings<'a> {
     name: &'a str,
     agent_api_ca_pem: String,
     trust_root: String,
+    /// Signs for Secure Boot.
+    key: Option<SigningKey>,
 }
 
 /// Everything that a release's bytes depend on, besides the base.
@@ -163,10 +170,11 @@ impl Inputs<'_> {
         lines.push(format!("agent {}", sha256(self.agent)));
         // Contents, in the order they were read; where they lie does not matter.
         lines.extend(self.recipe.sources.iter().map(|(_, bytes)| format!("recipe {}", sha256(bytes))));
-        let Settings { name, agent_api_ca_pem, trust_root } = self.site;
+        let Settings { name, agent_api_ca_pem, trust_root, key } = self.site;
         for text in [name, agent_api_ca_pem.as_str(), trust_root] {
             lines.push(format!("site {}", sha256(text.as_bytes())));
         }
+        lines.push(format!("secure boot {:?}", key.as_ref().map(SigningKey::fingerprint)));
         let SiteUrls { http, agent } = self.urls;
         lines.push(format!("urls {http:?} {agent:?}"));
         sha256(lines.join("\n").as_bytes())
@@ -201,13 +209,15 @@ impl Inputs<'_> {
                 agent_api_ca_pem: self.site.agent_api_ca_pem.clone(),
                 mode: if self.recipe.disk.is_some() { Mode::Disk } else { Mode::Ram },
                 disk: self.recipe.disk.clone(),
+                secure_boot: self.site.key.as_ref().map(SigningKey::fingerprint),
             },
             trust_root: self.site.trust_root.clone(),
         };
-        let initramfs = initramfs::make(self.recipe, base, &boot, self.agent, epoch)?;
+        let signed = initramfs::Signed::make(self.recipe, base, &boot.root_hash, self.site.key.as_ref())?;
+        let initramfs = initramfs::make(self.recipe, base, &boot, self.agent, &signed, epoch)?;
 
         steps.next("Put the UKI together");
-        let kernel = read(&base.kernel())?;
+        let kernel = secure_boot::kernel(&read(&base.kernel())?, self.site.key.as_ref(), &base.kernel())?;
         let uki = uki::assemble(
             &read(&base.stub())?,
             &uki::Parts {
@@ -220,6 +230,10 @@ impl Inputs<'_> {
             },
         )?;
 
+        let uki = match &self.site.key {
+            Some(key) => key.image(&uki, Path::new("kiln.efi"))?,
+            None => uki,
+        };
         if let Some(disk) = &self.recipe.disk {
             fits(disk, uki.len() as u64, root.bytes.len() as u64)?;
         }

@@ -3,6 +3,7 @@
 //! `--lab` means threshold 1 and unencrypted keys in `offline/`, nothing else.
 
 use crate::files::{PUBLIC, SECRET, make_dir, sync_folder, write_atomic};
+use crate::secure_boot::init_secure_boot;
 use crate::site::{OFFLINE_LIFETIME, SiteDir, TIMESTAMP_LIFETIME, after, new_key, sign, write_key};
 use crate::site_error::SiteError;
 use jiff::Timestamp;
@@ -61,6 +62,7 @@ pub fn init_lab(dir: &Path, name: &str, now: Timestamp) -> Result<SiteDir, SiteE
     }
     write_key(&site.online("timestamp.key"), &keys.timestamp)?;
     write_key(&site.online("director.key"), &keys.director)?;
+    init_secure_boot(&site)?;
     let ca_pem = write_agent_api(&site, name)?;
     write_first_metadata(&site, name, &keys, ca_pem, now)?;
     write_atomic(&site.online("site-name"), format!("{name}\n").as_bytes(), PUBLIC)?;

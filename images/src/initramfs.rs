@@ -5,10 +5,51 @@ use crate::cpio::{Archive, Node};
 use crate::error::BuildError;
 use crate::modules::{self, Index};
 use crate::recipe::Recipe;
-use kiln_release::BootInfo;
+use crate::secure_boot::SigningKey;
+use crate::uki;
+use kiln_release::{BootInfo, IPE_POLICY_PATH, ROOT_SIGNATURE_PATH};
 
 /// zstd's best ordinary level: its window of 8 MiB is the largest that every kernel's decompressor takes.
 const LEVEL: i32 = 19;
+
+/// What may be executed where the kernel enforces it (Linux Documentation/admin-guide/LSM/ipe.rst): this initramfs, and
+/// a verity root whose hash the site signed. Memory that no file backs is denied as well.
+const IPE_POLICY: &str = "\
+policy_name=kiln policy_version=0.0.1
+DEFAULT action=ALLOW
+DEFAULT op=EXECUTE action=DENY
+op=EXECUTE boot_verified=TRUE action=ALLOW
+op=EXECUTE dmverity_signature=TRUE action=ALLOW
+";
+
+/// What carries a signature of the site's Secure Boot key besides kernel and UKI.
+#[derive(Debug, Default)]
+pub(crate) struct Signed {
+    /// The boot loader of machines in disk mode; unsigned without a key.
+    loader: Option<Vec<u8>>,
+    root_hash: Option<Vec<u8>>,
+    policy: Option<Vec<u8>>,
+}
+
+impl Signed {
+    pub(crate) fn make(
+        recipe: &Recipe,
+        base: &Base,
+        root_hash: &str,
+        key: Option<&SigningKey>,
+    ) -> Result<Self, BuildError> {
+        let loader = match (&recipe.disk, key) {
+            (None, _) => None,
+            (Some(_), None) => Some(read(&base.loader())?),
+            (Some(_), Some(key)) => Some(key.image(&uki::realigned(&read(&base.loader())?)?, &base.loader())?),
+        };
+        Ok(Self {
+            loader,
+            root_hash: key.map(|key| key.detached(root_hash.as_bytes())),
+            policy: key.map(|key| key.enclosing(IPE_POLICY.as_bytes())),
+        })
+    }
+}
 
 /// Puts it together and compresses it.
 pub(crate) fn make(
@@ -16,9 +57,10 @@ pub(crate) fn make(
     base: &Base,
     boot: &BootInfo,
     agent: &[u8],
+    signed: &Signed,
     epoch: i64,
 ) -> Result<Vec<u8>, BuildError> {
-    let archive = contents(recipe, base, boot, agent)?;
+    let archive = contents(recipe, base, boot, agent, signed)?;
     let cpio = archive.into_bytes(u32::try_from(epoch).unwrap_or(0));
     let mut bytes = zstd::bulk::compress(&cpio, LEVEL).map_err(BuildError::Compress)?;
     // A further cpio may be put behind it (a prefetched root, after kexec): the kernel looks for that at multiples of
@@ -27,7 +69,13 @@ pub(crate) fn make(
     Ok(bytes)
 }
 
-fn contents(recipe: &Recipe, base: &Base, boot: &BootInfo, agent: &[u8]) -> Result<Archive, BuildError> {
+fn contents(
+    recipe: &Recipe,
+    base: &Base,
+    boot: &BootInfo,
+    agent: &[u8],
+    signed: &Signed,
+) -> Result<Archive, BuildError> {
     let mut archive = Archive::default();
     let mut add = |path: &str, mode: u32, node: Node| archive.add(path, mode, node).map_err(BuildError::Initramfs);
     for folder in ["dev", "newroot", "proc", "run", "sys"] {
@@ -39,9 +87,14 @@ fn contents(recipe: &Recipe, base: &Base, boot: &BootInfo, agent: &[u8]) -> Resu
     let boot = serde_json::to_vec(boot).expect("plain structs have a JSON form");
     add("kiln/boot.json", 0o444, Node::File(boot))?;
 
-    if recipe.disk.is_some() {
-        // The UKI's signature covers it; the agent puts it on the disk.
-        add("kiln/systemd-boot.efi", 0o444, Node::File(read(&base.loader())?))?;
+    let Signed { loader, root_hash, policy } = signed;
+    // The UKI's signature covers them; the agent puts the loader on the disk, and hands the others to the kernel.
+    for (path, file) in
+        [("/kiln/systemd-boot.efi", loader), (ROOT_SIGNATURE_PATH, root_hash), (IPE_POLICY_PATH, policy)]
+    {
+        if let Some(bytes) = file {
+            add(&path[1..], 0o444, Node::File(bytes.clone()))?;
+        }
     }
 
     let text = |name: &str| read(&base.modules().join(name)).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());

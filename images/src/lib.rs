@@ -2,8 +2,8 @@
 //! initramfs, root, sbom.json}`.
 //!
 //! Packages come from Debian's mirror by mmdebstrap, the file system from mkfs.erofs; the layers, the initramfs, the
-//! module closure, the verity tree and the UKI are made here. The same inputs give the same bytes. Nothing is signed
-//! here but what `publish` signs.
+//! module closure, the verity tree and the UKI are made here. The same inputs give the same bytes. UKI, kernel,
+//! boot loader, root hash and IPE policy are signed for Secure Boot when they are made; metadata is signed by `publish`.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod base;
@@ -29,9 +29,12 @@ pub use top::AGENT_PATH;
 mod files;
 mod init;
 mod operators;
+mod ovmf;
 mod prune;
 mod publish;
 mod repository;
+mod revoke;
+mod secure_boot;
 mod signing;
 mod site;
 mod site_error;
@@ -41,5 +44,7 @@ pub use operators::name_operators;
 pub use prune::{PruneOptions, Pruned, prune};
 pub use publish::{Crowded, Published, publish};
 pub use repository::{Memory, Release, Repository};
+pub use revoke::revoke;
+pub use secure_boot::{Enrolment, KEYS, SigningKey, enroll, init_secure_boot};
 pub use site::SiteDir;
 pub use site_error::SiteError;

@@ -1,6 +1,7 @@
 //! Errors of the site directory: making it, publishing into it, reading it.
 
 use crate::site::SiteDir;
+use kiln_release::pe::PeError;
 use kiln_release::{EnvelopeError, FormatError, KeyError, TufError, VerityError};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -76,6 +77,26 @@ pub enum SiteError {
         path.display()
     )]
     NotTheDirector { path: PathBuf, keyid: String },
+    #[error("{} is there already: a Secure Boot key is not replaced by another under its name", path.display())]
+    SecureBootKeyExists { path: PathBuf },
+    #[error("cannot run openssl, which makes RSA keys: {source}; install it with `apt-get install openssl`")]
+    NoOpenssl { source: io::Error },
+    #[error("openssl cannot make an RSA key ({status}): {last_words}")]
+    Openssl { status: String, last_words: String },
+    #[error("{}: {reason}", path.display())]
+    RsaKey { path: PathBuf, reason: String },
+    #[error(
+        "{} is not here: it signs boot programs and kernels. `kiln trust secureboot init` makes one for a site that has \
+         none; `kiln image build --unsigned` goes without, for machines without Secure Boot",
+        path.display()
+    )]
+    NoSecureBootKey { path: PathBuf },
+    #[error("{} cannot be signed: {source}", path.display())]
+    Image { path: PathBuf, source: PeError },
+    #[error("{}: {reason}: it must be OVMF's variable store as its package brings it, with 4 MiB firmware: OVMF_VARS_4M.fd", path.display())]
+    VariableStore { path: PathBuf, reason: &'static str },
+    #[error("{}, line {line}: expected a digest and IMAGE/NUMBER", path.display())]
+    Revoked { path: PathBuf, line: usize },
 }
 
 impl SiteError {

@@ -2,9 +2,9 @@
 //! (UAPI.5 Unified Kernel Image). Layout as systemd's ukify does it: sections lie above everything the stub maps,
 //! aligned to SectionAlignment in memory and FileAlignment in the file; the section table must fit into the headers.
 //!
-//! It does not sign, and takes no stub that is signed: a signature would be void.
+//! It does not sign (`kiln_release::authenticode` does), and takes no stub that is signed: a signature would be void.
 
-use kiln_release::pe::{Pe, PeError, SECTION_ENTRY, Section};
+use kiln_release::pe::{CHECKSUM, Pe, PeError, SECTION_ENTRY, Section, checksum};
 
 /// What goes into a UKI.
 #[derive(Debug, Clone, Copy)]
@@ -81,8 +81,17 @@ pub fn assemble(stub: &[u8], parts: &Parts<'_>) -> Result<Vec<u8>, UkiError> {
     file[pe.coff_offset + 2..pe.coff_offset + 4].copy_from_slice(&count.to_le_bytes());
     put(&mut file, pe.optional_offset + 56, pe.size_of_image);
     put(&mut file, pe.optional_offset + 60, pe.size_of_headers);
-    let sum = checksum(&file, pe.optional_offset + 64);
-    put(&mut file, pe.optional_offset + 64, sum);
+    let sum = checksum(&file, pe.optional_offset + CHECKSUM);
+    put(&mut file, pe.optional_offset + CHECKSUM, sum);
+    Ok(file)
+}
+
+/// An image of another program, laid out so that it can be signed: sections one after the other, nothing behind them.
+pub fn realigned(image: &[u8]) -> Result<Vec<u8>, UkiError> {
+    let (mut file, pe) = tidy(image)?;
+    put(&mut file, pe.optional_offset + 60, pe.size_of_headers);
+    let sum = checksum(&file, pe.optional_offset + CHECKSUM);
+    put(&mut file, pe.optional_offset + CHECKSUM, sum);
     Ok(file)
 }
 
@@ -176,21 +185,6 @@ fn append(file: &mut Vec<u8>, pe: &mut Pe, name: &str, content: &[u8], character
     pe.size_of_image = up(virtual_address.checked_add(section.virtual_size).ok_or(UkiError::TooBig)?)?;
     pe.sections.push(section);
     Ok(())
-}
-
-/// The PE checksum: 16-bit words added with end-around carry, the field itself left out, plus the file's length.
-fn checksum(file: &[u8], field: usize) -> u32 {
-    let mut sum: u32 = 0;
-    for (number, pair) in file.chunks(2).enumerate() {
-        let at = number * 2;
-        if at == field || at == field + 2 {
-            continue;
-        }
-        sum += u32::from(u16::from_le_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    let length = u32::try_from(file.len()).expect("every section's offset was checked to fit 32 bits");
-    ((sum & 0xffff) + (sum >> 16)).wrapping_add(length)
 }
 
 fn put(file: &mut [u8], at: usize, value: u32) {

@@ -349,7 +349,7 @@ fn build_without_room(temp: &Path) {
 
     // The site's disk.
     let full = small.join("site");
-    for house in ["online", "repo"] {
+    for house in ["offline", "online", "repo"] {
         std::fs::create_dir_all(&full).unwrap();
         run("cp", &["-a", text(&Path::new(&site).join(house)), text(&full)]);
     }

@@ -3,8 +3,11 @@
 
 use goblin::pe::PE;
 use kiln_images::uki::{Parts, UkiError, assemble};
-use kiln_release::pe::{Pe, SECTION_ENTRY, Uki};
+use kiln_images::{KEYS, SigningKey, SiteDir, SiteError, enroll, init_lab, init_secure_boot};
+use kiln_release::pe::{Pe, PeError, SECTION_ENTRY, Uki};
+use kiln_release::{authenticode, efi};
 use proptest::prelude::*;
+use std::path::Path;
 
 /// What a stub is made of.
 #[derive(Debug, Clone)]
@@ -157,4 +160,122 @@ fn stubs_that_cannot_carry_a_release_are_refused() {
     assert_eq!(try_it(&full), UkiError::NoSbatRoom { room: 512, needed: 538 });
     let empty = assemble(&stub_bytes(&plain()), &parts(b"", b"i")).unwrap_err();
     assert_eq!(empty, UkiError::Empty { name: ".linux" });
+}
+
+/// The site's keys, and a folder for what other tools are to look at.
+fn site_with_keys() -> (tempfile::TempDir, SiteDir) {
+    let dir = tempfile::tempdir().unwrap();
+    let site = init_lab(dir.path(), "lab", "2026-03-01T12:00:00Z".parse().unwrap()).unwrap();
+    (dir, site)
+}
+
+fn tool(program: &str, args: &[&str]) -> Option<std::process::Output> {
+    match std::process::Command::new(program).args(args).output() {
+        Ok(output) => Some(output),
+        Err(error) => {
+            eprintln!("skipped: {program}: {error}");
+            None
+        }
+    }
+}
+
+#[test]
+fn other_tools_verify_what_is_signed_and_its_digest() {
+    let (dir, site) = site_with_keys();
+    let key = SigningKey::open(&site, "db").unwrap();
+    let uki = assemble(&stub_bytes(&plain()), &parts(b"kernel", b"initrd")).unwrap();
+    let signed = key.image(&uki, Path::new("uki")).unwrap();
+    assert_eq!(signed, key.image(&uki, Path::new("uki")).unwrap(), "the same bytes give the same signature");
+    assert_eq!(Uki::split(&signed).unwrap().linux, b"kernel");
+    assert_eq!(authenticode::strip(&signed).unwrap(), uki);
+    assert_eq!(authenticode::digest(&signed), authenticode::digest(&uki), "a signature is no part of it");
+    assert!(matches!(key.image(&signed, Path::new("uki")), Err(SiteError::Image { source: PeError::Signed, .. })));
+    assert_eq!(
+        u64::from(PE::parse(&signed).unwrap().header.optional_header.unwrap().windows_fields.check_sum),
+        checksum(&signed)
+    );
+
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let pem = path("db.pem");
+    let der = site.secure_boot("db.cer").display().to_string();
+    if tool("openssl", &["x509", "-inform", "der", "-in", &der, "-out", &pem]).is_none() {
+        return;
+    }
+    let verdict = |bytes: &[u8]| {
+        std::fs::write(path("image"), bytes).unwrap();
+        tool("sbverify", &["--cert", &pem, &path("image")]).map(|output| output.status.success())
+    };
+    for (bytes, good) in [(&signed, true), (&uki, false)] {
+        assert!(verdict(bytes).is_none_or(|verdict| verdict == good));
+    }
+    for at in [700, uki.len() - 1] {
+        let mut altered = signed.clone();
+        altered[at] ^= 1;
+        assert_ne!(authenticode::digest(&altered), authenticode::digest(&uki));
+        assert!(verdict(&altered).is_none_or(|verdict| !verdict), "byte {at}");
+    }
+}
+
+#[test]
+fn openssl_verifies_root_hash_policy_and_certificates() {
+    let (dir, site) = site_with_keys();
+    let key = SigningKey::open(&site, "db").unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (hash, policy) = ("ab".repeat(32), "policy_name=x policy_version=0.0.1\n");
+    std::fs::write(path("hash"), &hash).unwrap();
+    std::fs::write(path("other"), "cd".repeat(32)).unwrap();
+    std::fs::write(path("detached"), key.detached(hash.as_bytes())).unwrap();
+    std::fs::write(path("enclosing"), key.enclosing(policy.as_bytes())).unwrap();
+    let cer = site.secure_boot("db.cer").display().to_string();
+    let pem = path("db.pem");
+    let Some(made) = tool("openssl", &["x509", "-inform", "der", "-in", &cer, "-out", &pem]) else { return };
+    assert!(made.status.success());
+    let verify = |file: &str, content: Option<&str>| {
+        let mut args = vec!["smime", "-verify", "-binary", "-inform", "der", "-noverify", "-nointern"];
+        let (file, content) = (path(file), content.map(path));
+        args.extend(["-in", &file, "-certfile", &pem]);
+        args.extend(content.iter().flat_map(|content| ["-content", content]));
+        tool("openssl", &args).unwrap()
+    };
+    assert!(verify("detached", Some("hash")).status.success());
+    assert!(!verify("detached", Some("other")).status.success());
+    let enclosed = verify("enclosing", None);
+    assert!(enclosed.status.success());
+    assert_eq!(enclosed.stdout, policy.as_bytes());
+    let text = tool("openssl", &["x509", "-in", &pem, "-noout", "-text"]).unwrap();
+    let text = String::from_utf8_lossy(&text.stdout);
+    assert!(text.contains("CN = Kiln Secure Boot db of lab") && text.contains("Public-Key: (2048 bit)"), "{text}");
+    assert!(text.contains("Signature Algorithm: sha256WithRSAEncryption"), "{text}");
+}
+
+#[test]
+fn keys_are_made_once_and_are_their_owners_and_enrolment_has_every_form() {
+    use std::os::unix::fs::PermissionsExt;
+    let (dir, site) = site_with_keys();
+    assert!(matches!(init_secure_boot(&site), Err(SiteError::SecureBootKeyExists { .. })));
+    let prints: std::collections::BTreeSet<_> =
+        KEYS.iter().map(|name| SigningKey::open(&site, name).unwrap().fingerprint()).collect();
+    assert_eq!(prints.len(), 3, "three keys");
+    for name in KEYS {
+        let mode = std::fs::metadata(site.secure_boot(&format!("{name}.key"))).unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600, "{name}");
+    }
+    let out = dir.path().join("out");
+    let now = "2026-03-01T12:00:00Z".parse().unwrap();
+    let done = enroll(&site, &out, None, now).unwrap();
+    assert_eq!((done.files.len(), done.revoked), (9, 0));
+    for (name, signer) in [("PK", "PK"), ("KEK", "PK"), ("db", "KEK")] {
+        let read = |end: &str| std::fs::read(out.join(format!("{name}.{end}"))).unwrap();
+        let (cer, esl, auth) = (read("cer"), read("esl"), read("auth"));
+        assert_eq!(efi::entries(&esl), Some(vec![efi::Entry::X509(&cer)]));
+        assert!(auth.ends_with(&esl), "{name}: the value follows the signature");
+        let signer = SigningKey::open(&site, signer).unwrap().certificate;
+        assert!(auth.windows(signer.len()).any(|w| w == signer), "{name}: who signed it");
+    }
+    // Without its key nothing is signed, and the message says what to do.
+    std::fs::remove_file(site.secure_boot("db.key")).unwrap();
+    let error = SigningKey::open(&site, "db").unwrap_err().to_string();
+    assert!(error.contains("kiln trust secureboot init") && error.contains("--unsigned"), "{error}");
+    std::fs::write(site.secure_boot("db.key"), "nonsense").unwrap();
+    assert!(matches!(SigningKey::open(&site, "db"), Err(SiteError::RsaKey { .. })));
 }

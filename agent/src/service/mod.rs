@@ -126,7 +126,8 @@ fn forget_an_earlier_start() {
 fn resume(handoff: Handoff) -> Result<(Verifier, Journal)> {
     let place = Place::of_this_machine();
     let key = place.key()?;
-    let machine = facts::read(place.key_storage(), place.rollback_memory())?;
+    let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
+    machine.protection = init::secure_boot(&handoff.boot).class();
     let embedded = init::embedded(&handoff.boot)?;
     let root_hash = verity::running_root_hash()?;
     if root_hash != handoff.manifest.verity.root_hash {

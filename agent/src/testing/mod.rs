@@ -196,6 +196,7 @@ impl TestSite {
                 agent_api_ca_pem: self.tls[0].clone(),
                 mode: Mode::Ram,
                 disk: None,
+                secure_boot: None,
             },
             trust_root: self.trust_root.clone(),
         };

@@ -132,10 +132,18 @@ fn bios_waits_for_approval_and_its_root_refuses_every_change() {
         console.wait_for("KILN-PROBE flip", Mark::default(), IDLE).unwrap();
         let said = console.since(Mark::default());
         let lines: Vec<&str> = said.lines().filter_map(|l| l.split_once("KILN-PROBE ").map(|(_, rest)| rest)).collect();
-        for check in ["system", "read-only", "root-hash", "data", "flip"] {
+        for check in ["system", "read-only", "exec-root", "memfd", "root-hash", "data", "flip"] {
             assert!(lines.iter().any(|l| l.starts_with(&format!("{check} ok"))), "{check}: {lines:#?}");
         }
         assert!(!lines.iter().any(|l| l.contains(" fail ")), "{lines:#?}");
+        for place in ["/dev", "/dev/shm", "/run", "/tmp", "/var/log"] {
+            let ok = format!("exec ok {place} (");
+            assert!(lines.iter().any(|l| l.starts_with(&ok)), "{place}: {lines:#?}");
+        }
+        // What is not promised without Secure Boot: root takes noexec away; and nowhere: scripts of an interpreter.
+        for open in ["remount ran", "jit ran", "script ran"] {
+            assert!(lines.iter().any(|l| l.starts_with(open)), "{open}: {lines:#?}");
+        }
         let hash = root_hash(&rack, site::PROBE, 1).unwrap();
         assert!(lines.contains(&format!("root-hash ok {hash}").as_str()), "{lines:#?}");
         for link in ["undionly.kpxe", "boot.ipxe"] {

@@ -7,5 +7,6 @@ mod boots;
 mod cleanup;
 mod disk;
 mod hardware;
+mod secure_boot;
 mod silence;
 mod support;

@@ -40,15 +40,19 @@ pub fn spki_key_id(spki_der: &[u8]) -> String {
 }
 
 /// One DER element.
-fn der(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
+pub(crate) fn der(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
     let content = parts.concat();
     let mut out = vec![tag];
     match content.len() {
         length @ 0..=0x7f => out.push(u8::try_from(length).expect("at most 127")),
         length @ 0x80..=0xff => out.extend([0x81, u8::try_from(length).expect("at most 255")]),
-        length => {
+        length @ 0x100..=0xffff => {
             out.push(0x82);
-            out.extend(u16::try_from(length).expect("certificates here are under 64 KiB").to_be_bytes());
+            out.extend(u16::try_from(length).expect("at most 65535").to_be_bytes());
+        }
+        length => {
+            out.push(0x84);
+            out.extend(u32::try_from(length).expect("nothing here is longer than a dbx").to_be_bytes());
         }
     }
     out.extend(content);
@@ -95,7 +99,7 @@ pub fn self_signed_certificate(signer: &Signer) -> Vec<u8> {
 }
 
 /// Takes one element with this tag off the front: (the whole element, its content).
-fn take<'a>(input: &mut &'a [u8], tag: u8) -> Option<(&'a [u8], &'a [u8])> {
+pub(crate) fn take<'a>(input: &mut &'a [u8], tag: u8) -> Option<(&'a [u8], &'a [u8])> {
     let whole = *input;
     let (&[got, first], rest) = whole.split_first_chunk::<2>()?;
     let (length, header) = match first {

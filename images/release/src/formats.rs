@@ -237,7 +237,16 @@ pub struct SiteSettings {
     /// How the disk is used, in disk mode; none there: the default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk: Option<DiskSettings>,
+    /// SHA-256 of the certificate (DER) that signs the site's boot programs, as it lies in a machine's db; none: this
+    /// release is not signed for Secure Boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secure_boot: Option<String>,
 }
+
+/// Where the initramfs has the signature of its root hash: PKCS #7, DER, detached, over the hash in hex.
+pub const ROOT_SIGNATURE_PATH: &str = "/kiln/root.p7s";
+/// Where it has the IPE policy: PKCS #7, DER, enclosing the text.
+pub const IPE_POLICY_PATH: &str = "/kiln/ipe.p7b";
 
 /// What this UKI is: [`BOOT_PATH`] in its initramfs.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -93,7 +93,7 @@ pub(crate) fn pem_encode(label: &str, der: &[u8]) -> String {
 }
 
 /// DER of the first PEM block with this label; `None` if there is none or it is not base64.
-pub(crate) fn pem_decode(label: &str, text: &str) -> Option<Vec<u8>> {
+pub fn pem_decode(label: &str, text: &str) -> Option<Vec<u8>> {
     let (_, rest) = text.split_once(&format!("-----BEGIN {label}-----"))?;
     let (body, _) = rest.split_once(&format!("-----END {label}-----"))?;
     base64_decode(body.trim())

@@ -6,9 +6,11 @@
 #![deny(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod authenticode;
 pub mod canonical;
 pub mod certificate;
 mod checks;
+pub mod efi;
 pub mod envelope;
 mod error;
 mod formats;
@@ -16,6 +18,7 @@ pub mod hex;
 pub mod key;
 pub mod newc;
 pub mod pe;
+pub mod pkcs7;
 pub mod tuf;
 pub mod verity;
 
@@ -27,6 +30,7 @@ pub use error::{
 };
 pub use formats::{
     AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, DiskSettings, FilePolicy, HANDOFF_PATH, HealthCheck,
-    HealthKind, MANIFEST_TYPE, Manifest, Mode, SITE_TYPE, Site, SiteSettings, VerityParams, WipePolicy, WritableMount,
+    HealthKind, IPE_POLICY_PATH, MANIFEST_TYPE, Manifest, Mode, ROOT_SIGNATURE_PATH, SITE_TYPE, Site, SiteSettings,
+    VerityParams, WipePolicy, WritableMount,
 };
 pub use key::{PublicKey, Signer};

@@ -64,6 +64,14 @@ pub enum PeError {
     Truncated { name: &'static str, virtual_size: u32, raw_size: u32 },
     #[error("section {name} is not UTF-8 text")]
     NotText { name: &'static str },
+    #[error("its headers have no place for a signature")]
+    NoCertificateDirectory,
+    #[error("its signatures are not at its end")]
+    CertificatesNotLast,
+    #[error("it has {count} sections or parts that overlap or lie before the others' end")]
+    Overlap { count: usize },
+    #[error("it is signed already: strip the signature first")]
+    Signed,
 }
 
 fn bytes<const N: usize>(file: &[u8], offset: usize, what: &'static str) -> Result<[u8; N], PeError> {
@@ -91,6 +99,26 @@ fn index(value: u32) -> usize {
 pub const SECTION_ENTRY: usize = 40;
 /// Data directory of the attribute certificates.
 const SECURITY_DIRECTORY: usize = 4;
+/// Where in the optional header it is named.
+pub const CERTIFICATES: usize = 112 + SECURITY_DIRECTORY * 8;
+/// Where in the optional header the checksum is.
+pub const CHECKSUM: usize = 64;
+
+/// The PE checksum: 16-bit words added with end-around carry, the field itself (at `field`) left out, plus the file's
+/// length.
+pub fn checksum(file: &[u8], field: usize) -> u32 {
+    let mut sum: u32 = 0;
+    for (number, pair) in file.chunks(2).enumerate() {
+        let at = number * 2;
+        if at == field || at == field + 2 {
+            continue;
+        }
+        sum += u32::from(u16::from_le_bytes([pair[0], pair.get(1).copied().unwrap_or(0)]));
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    let length = u32::try_from(file.len()).unwrap_or(u32::MAX);
+    ((sum & 0xffff) + (sum >> 16)).wrapping_add(length)
+}
 
 impl Pe {
     /// Reads the headers. Every section's bytes are known to lie in the file afterwards.
@@ -132,8 +160,8 @@ impl Pe {
         }
         let directories = index(optional(108, "NumberOfRvaAndSizes")?);
         let certificates = if directories > SECURITY_DIRECTORY {
-            let at = 112 + SECURITY_DIRECTORY * 8;
-            (optional(at, "the certificate directory")?, optional(at + 4, "the certificate directory")?)
+            let what = "the certificate directory";
+            (optional(CERTIFICATES, what)?, optional(CERTIFICATES + 4, what)?)
         } else {
             (0, 0)
         };

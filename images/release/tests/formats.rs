@@ -57,6 +57,7 @@ fn boot() -> BootInfo {
             agent_api_ca_pem: String::new(),
             mode: Mode::Ram,
             disk: None,
+            secure_boot: None,
         },
         trust_root: "{}".into(),
     }

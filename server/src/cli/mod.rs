@@ -76,6 +76,39 @@ enum Trust {
         #[arg(long, env = "KILN_SITE")]
         site: PathBuf,
     },
+    /// Keys and files for Secure Boot
+    #[command(subcommand, name = "secureboot")]
+    SecureBoot(SecureBoot),
+    /// Name a built release's boot program in dbx: `kiln trust secureboot enroll` writes the list
+    Revoke {
+        /// IMAGE/NUMBER, as minimal/2
+        release: ReleaseId,
+        /// The site directory, with offline/
+        #[arg(long, env = "KILN_SITE")]
+        site: PathBuf,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum SecureBoot {
+    /// Make the keys of a site that has none; `kiln trust init` makes those of a new one
+    Init {
+        /// The site directory, with offline/
+        #[arg(long, env = "KILN_SITE")]
+        site: PathBuf,
+    },
+    /// Write what firmware takes: PK, KEK, db and dbx as .cer, .esl and .auth
+    Enroll {
+        /// The site directory, with offline/
+        #[arg(long, env = "KILN_SITE")]
+        site: PathBuf,
+        /// Where to write; made if it is not there
+        #[arg(long)]
+        out: PathBuf,
+        /// Also write OVMF_VARS.fd, this variable store with the keys enrolled
+        #[arg(long)]
+        ovmf_vars: Option<PathBuf>,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -103,6 +136,9 @@ struct Build {
     /// Ask the package mirror again, even if there is a layer for these packages
     #[arg(long)]
     refresh: bool,
+    /// Sign nothing for Secure Boot: firmware that enforces it will refuse this release
+    #[arg(long)]
+    unsigned: bool,
     /// Base URL of artifacts, as http://10.0.0.1:8080; may be given more than once [default: ask DHCP]
     #[arg(long)]
     http_url: Vec<String>,
@@ -311,6 +347,11 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Trust(Trust::Init { lab: _, dir, name }) => site::init(&dir, &name),
         Command::Trust(Trust::Operators { keys, threshold, site }) => order::operators(&keys, threshold, &site),
         Command::Order(command) => order::run(command, runtime),
+        Command::Trust(Trust::SecureBoot(SecureBoot::Init { site })) => site::secure_boot_init(&site),
+        Command::Trust(Trust::SecureBoot(SecureBoot::Enroll { site, out, ovmf_vars })) => {
+            site::enroll(&site, &out, ovmf_vars.as_deref())
+        }
+        Command::Trust(Trust::Revoke { release, site }) => site::revoke(&release, &site),
         Command::Image(Image::Build(build)) => site::build(build),
         Command::Release(Release::Publish { release, site }) => site::publish(&release, &site),
         Command::Release(Release::Prune(prune)) => site::prune(prune, &runtime()?),

@@ -21,6 +21,32 @@ pub(super) fn init(dir: &Path, name: &str) -> Result<(), CliError> {
     Ok(())
 }
 
+pub(super) fn secure_boot_init(dir: &Path) -> Result<(), CliError> {
+    let site = SiteDir::open(dir)?;
+    kiln_images::init_secure_boot(&site)?;
+    println!("Secure Boot keys are made in {}; releases built from now on are signed", site.secure_boot("").display());
+    Ok(())
+}
+
+pub(super) fn enroll(dir: &Path, out: &Path, ovmf: Option<&Path>) -> Result<(), CliError> {
+    let done = kiln_images::enroll(&SiteDir::open(dir)?, out, ovmf, Timestamp::now())?;
+    for file in &done.files {
+        println!("{}", file.display());
+    }
+    println!(
+        "dbx names {} releases. In setup mode enroll db, KEK and PK, in this order: with PK the machine is the site's",
+        done.revoked
+    );
+    Ok(())
+}
+
+pub(super) fn revoke(release: &ReleaseId, dir: &Path) -> Result<(), CliError> {
+    let new = kiln_images::revoke(&SiteDir::open(dir)?, release.image.as_str(), release.release)?;
+    let what = if new { "is revoked" } else { "was revoked before" };
+    println!("{release} {what}; machines refuse it once they have the dbx of `kiln trust secureboot enroll`");
+    Ok(())
+}
+
 pub(super) fn build(build: Build) -> Result<(), CliError> {
     let agent = match build.agent {
         Some(agent) => agent,
@@ -32,6 +58,7 @@ pub(super) fn build(build: Build) -> Result<(), CliError> {
         cache: build.cache.unwrap_or_else(|| usual.cache.clone()),
         refresh: build.refresh,
         site_urls: SiteUrls { http: build.http_url, agent: build.agent_url },
+        unsigned: build.unsigned,
         ..usual
     };
     let built = kiln_images::build(&options)?;

@@ -1,0 +1,49 @@
+//! What is mounted before anything else is done. All that can be written is noexec, nosuid and nodev, here and in the
+//! running system, to which these mounts are moved.
+
+use crate::error::{AgentError, Result};
+use nix::mount::{MsFlags, mount};
+use std::path::Path;
+
+/// The kernel's own file systems, and memory.
+pub fn pseudo_filesystems() -> Result<()> {
+    let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let all = [
+        ("proc", "/proc", "proc", safe, None),
+        ("sysfs", "/sys", "sysfs", safe, None),
+        ("devtmpfs", "/dev", "devtmpfs", MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC, Some("mode=0755")),
+        // systemd keeps what is mounted already; its own /run and /dev/shm would let programs run.
+        ("tmpfs", "/dev/shm", "tmpfs", safe, Some("mode=1777")),
+        ("tmpfs", "/run", "tmpfs", safe, Some("mode=0755")),
+    ];
+    for (source, target, kind, flags, data) in all {
+        std::fs::create_dir_all(target).map_err(AgentError::file(target))?;
+        mount(Some(source), target, Some(kind), flags, data)
+            .map_err(AgentError::system(format!("mounting {target}")))?;
+    }
+    std::fs::create_dir_all("/run/kiln").map_err(AgentError::file("/run/kiln"))?;
+    // systemd-stub adds files of the ESP here; they are not signed (systemd-stub(7)).
+    if Path::new("/.extra").exists() {
+        std::fs::remove_dir_all("/.extra").map_err(AgentError::file("/.extra"))?;
+    }
+    Ok(())
+}
+
+/// Mounted where the firmware has variables; without them the machine has no lasting identity, and says so.
+pub fn efivars() {
+    use std::os::unix::fs::PermissionsExt;
+    let target = "/sys/firmware/efi/efivars";
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    if Path::new(target).exists()
+        && !std::fs::read_to_string("/proc/mounts").unwrap_or_default().contains(target)
+        && let Err(error) = mount(Some("efivarfs"), target, Some("efivarfs"), flags, None::<&str>)
+    {
+        println!("kiln-agent: EFI variables cannot be mounted: {error}");
+    }
+    // efivarfs makes its files readable by everybody; the identity key among them is root's alone.
+    if Path::new(target).exists()
+        && let Err(error) = std::fs::set_permissions(target, std::fs::Permissions::from_mode(0o700))
+    {
+        println!("kiln-agent: EFI variables stay readable by all users: {error}");
+    }
+}

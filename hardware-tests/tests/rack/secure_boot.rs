@@ -1,0 +1,192 @@
+//! Secure Boot with real firmware: OVMF with the keys that `kiln trust secureboot enroll` wrote, and nothing else in db.
+
+use kiln_lab::api::MachineView;
+use kiln_lab::console::Mark;
+use kiln_lab::machine::{Disk, Firmware, MachineSpec};
+use kiln_lab::paths::Paths;
+use kiln_lab::rack::{IDLE, Rack, RackOptions};
+use kiln_lab::variables::NetworkBoot;
+use kiln_lab::{site, testing};
+use kiln_protocol::Stage;
+use kiln_release::authenticode;
+use std::path::PathBuf;
+
+const NAME: &str = "rack-1";
+const LOCKED: &str = "Kernel is locked down from EFI Secure Boot";
+const IPE: &str = "IPE enforces";
+
+/// A machine whose db holds the site's certificate alone.
+fn secure(paths: &Paths, way: NetworkBoot) -> MachineSpec {
+    let keys = site::enroll(paths, &site::template(paths), &paths.scratch.join("keys")).unwrap();
+    MachineSpec { keys: Some(keys), ..MachineSpec::new(1, Firmware::Uefi(way)) }
+}
+
+fn is_enforced(view: &MachineView) -> bool {
+    view.protection.as_deref() == Some("enforced")
+}
+
+/// The signed release boots by PXE, its kernel is locked down and IPE enforces; it reimages itself by kexec, which the
+/// kernel allows because the inner kernel carries the site's signature; and the next kernel is locked down as well.
+#[test]
+fn a_signed_release_boots_and_reimages_by_kexec_under_lockdown() {
+    testing::rack(|paths| {
+        let spec = secure(paths, NetworkBoot::Pxe);
+        let mut rack = Rack::start(paths, &RackOptions::scenario(paths, "secure-boot", spec)).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        let view = rack.wait_healthy(NAME, 1).unwrap();
+        assert!(is_enforced(&view), "{view:#?}");
+        let console = rack.machine(NAME).console().unwrap().clone();
+        let said = console.since(Mark::default());
+        assert!(said.contains(LOCKED) && said.contains(IPE), "{}", console.last_words(40));
+
+        rack.kiln(&["release", "publish", "minimal/2"]).unwrap();
+        let (resets, begun) = (rack.machine(NAME).resets(), console.mark());
+        rack.kiln(&["assign", NAME, "minimal/2", "--via", "kexec"]).unwrap();
+        let view = rack.wait_healthy(NAME, 2).unwrap();
+        assert_eq!(rack.machine(NAME).resets(), resets, "a kexec does not go through firmware");
+        assert!(is_enforced(&view), "{view:#?}");
+        let said = console.since(begun);
+        assert!(said.contains(LOCKED) && said.contains(IPE), "{}", console.last_words(40));
+    });
+}
+
+/// The boot program that the server sends for the machine's release.
+fn program(rack: &Rack) -> PathBuf {
+    let manifest = site::manifest(&rack.site, 1).unwrap();
+    rack.site.join("repo/b").join(manifest["uki"]["sha256"].as_str().unwrap()).join("kiln.efi")
+}
+
+/// The firmware must refuse what it is sent, and the server must say so: the program was taken whole, no agent spoke.
+fn refused(rack: &mut Rack, case: &str) {
+    rack.machine(NAME).power_on().unwrap();
+    let console = rack.machine(NAME).console().unwrap().clone();
+    let begun = console.mark();
+    let view = rack.wait(NAME, case, |v| v.failures().contains(&"no-agent")).unwrap();
+    let message = view.boot().unwrap().stages.iter().filter_map(|s| s.message.as_deref()).next_back().unwrap();
+    assert!(message.contains("Secure Boot"), "{case}: {message}");
+    assert!(view.boot().unwrap().at(Stage::Program, "done").is_some(), "{case}: taken whole: {view:#?}");
+    let said = console.since(begun);
+    assert!(said.contains("Access Denied"), "{case}: the firmware says why: {}", console.last_words(20));
+    assert!(!said.contains("Linux version") && !said.contains("kiln-agent"), "{case}: {}", console.last_words(20));
+    rack.machine(NAME).power_off();
+}
+
+/// What is unsigned, altered, revoked or signed by another site is refused by the firmware before its first byte runs.
+#[test]
+#[ignore = "slow: five boots of the firmware; make test-slow"]
+fn what_the_site_did_not_sign_or_has_revoked_is_refused() {
+    testing::rack(|paths| {
+        let spec = secure(paths, NetworkBoot::Pxe);
+        let keys = spec.keys.clone().unwrap();
+        let mut options = RackOptions::scenario(paths, "secure-boot-refused", spec);
+        options.config = "[fleet]\nfirmware_patience = \"5s\"\n".into();
+        let mut rack = Rack::start(paths, &options).unwrap();
+        let program = program(&rack);
+        let good = std::fs::read(&program).unwrap();
+        let replace = |bytes: &[u8]| {
+            let beside = program.with_extension("new");
+            std::fs::write(&beside, bytes).unwrap();
+            std::fs::rename(&beside, &program).unwrap();
+        };
+
+        let bare = authenticode::strip(&good).unwrap();
+        // As long as the signed one: the server sends what it has announced.
+        replace(&[&bare[..], &vec![0; good.len() - bare.len()]].concat());
+        refused(&mut rack, "unsigned");
+
+        let mut altered = good.clone();
+        let at = good.len() / 2;
+        altered[at] ^= 1;
+        replace(&altered);
+        refused(&mut rack, "one bit altered");
+        replace(&good);
+
+        let other = paths.scratch.join("other");
+        rack_kiln(paths, &["trust", "init", "--lab", other.to_str().unwrap(), "--name", "other"]);
+        let foreign = site::enroll(paths, &other, &paths.scratch.join("other-keys")).unwrap();
+        rack.machine(NAME).set_keys(foreign).unwrap();
+        refused(&mut rack, "signed by another site");
+
+        let template = rack.site.clone();
+        rack_kiln(paths, &["trust", "revoke", "minimal/1", "--site", template.to_str().unwrap()]);
+        let revoked = site::enroll(paths, &template, &paths.scratch.join("revoked-keys")).unwrap();
+        rack.machine(NAME).set_keys(revoked).unwrap();
+        refused(&mut rack, "revoked by dbx");
+
+        // The same machine with the keys as before: it was the dbx.
+        rack.machine(NAME).set_keys(keys).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("kiln-agent", Mark::default(), IDLE).unwrap();
+    });
+}
+
+fn rack_kiln(paths: &Paths, args: &[&str]) {
+    site::kiln_quiet(paths, args).unwrap();
+}
+
+/// IPE from inside: what the site's verity root holds runs; a copied program does not, even where root took noexec away,
+/// and memory that no file backs is not executed either. Scripts are data of an interpreter that the site signed.
+#[test]
+#[ignore = "slow: a boot of the probe image; make test-slow"]
+fn only_the_signed_root_is_executed() {
+    testing::rack(|paths| {
+        let mut options = RackOptions::scenario(paths, "secure-boot-ipe", secure(paths, NetworkBoot::Pxe));
+        options.image = site::PROBE.to_owned();
+        let mut rack = Rack::start(paths, &options).unwrap();
+        rack.kiln(&["release", "publish", "probe/1"]).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        assert!(is_enforced(&rack.wait_healthy(NAME, 1).unwrap()));
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("KILN-PROBE script", Mark::default(), IDLE).unwrap();
+        let said = console.since(Mark::default());
+        let lines: Vec<&str> = said.lines().filter_map(|l| l.split_once("KILN-PROBE ").map(|(_, rest)| rest)).collect();
+        for expected in ["system ok", "exec-root ok", "memfd ok", "remount refused", "jit refused", "script ran"] {
+            assert!(lines.iter().any(|l| l.starts_with(expected)), "{expected}: {lines:#?}");
+        }
+        assert!(!lines.iter().any(|l| l.contains(" fail ")), "{lines:#?}");
+    });
+}
+
+/// A machine in disk mode installs itself, and boots from its disk with the boot server gone: the loader on it is signed
+/// by the site, and so is the UKI that it starts.
+#[test]
+#[ignore = "slow: an install and a boot from the disk; make test-slow"]
+fn a_disk_boots_through_the_signed_loader() {
+    testing::rack(|paths| {
+        let spec = MachineSpec { disks: vec![Disk::VirtioBlk], ..secure(paths, NetworkBoot::Pxe) };
+        let mut options = RackOptions::scenario(paths, "secure-boot-disk", spec);
+        options.image = site::DISK.to_owned();
+        let mut rack = Rack::start(paths, &options).unwrap();
+        rack.kiln(&["release", "publish", "disk/1"]).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        assert!(is_enforced(&rack.wait_healthy(NAME, 1).unwrap()));
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("A Good disk/1, B Empty -", Mark::default(), IDLE).unwrap();
+        rack.machine(NAME).power_off();
+        rack.kill_server();
+        rack.machine(NAME).power_on().unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        let begun = console.mark();
+        console.wait_for("disk/1 is healthy: vda: A Good disk/1", begun, IDLE).unwrap();
+        let said = console.since(begun);
+        assert!(said.contains(LOCKED) && said.contains(IPE), "{}", console.last_words(40));
+        assert!(!said.contains("Start PXE"), "the disk comes first in the boot order");
+    });
+}
+
+/// UEFI HTTP Boot checks the same signature.
+#[test]
+#[ignore = "slow: a boot by HTTP; make test-slow"]
+fn a_signed_release_boots_by_http() {
+    testing::rack(|paths| {
+        let spec = secure(paths, NetworkBoot::Http);
+        let mut rack = Rack::start(paths, &RackOptions::scenario(paths, "secure-boot-http", spec)).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        let view = rack.wait_healthy(NAME, 1).unwrap();
+        assert!(is_enforced(&view), "{view:#?}");
+        let console = rack.machine(NAME).console().unwrap();
+        let said = console.since(Mark::default());
+        assert!(said.contains("Start HTTP Boot over IPv4") && said.contains(LOCKED), "{}", console.last_words(40));
+    });
+}

@@ -104,7 +104,11 @@ impl SecureBoot {
         write("new_policy", &policy)?;
         write("policies/kiln/active", b"1")?;
         write("enforce", b"1")?;
-        println!("kiln-agent: IPE enforces that only a root signed by the site is executed");
+        let lockdown = std::fs::read_to_string(Path::new(SECURITYFS).join("lockdown")).unwrap_or_default();
+        println!(
+            "kiln-agent: IPE enforces that only a root signed by the site is executed; lockdown: {}",
+            lockdown.trim()
+        );
         Ok(())
     }
 }

@@ -12,8 +12,8 @@ use kiln_release::authenticode;
 use std::path::PathBuf;
 
 const NAME: &str = "rack-1";
-const LOCKED: &str = "Kernel is locked down from EFI Secure Boot";
-const IPE: &str = "IPE enforces";
+/// What the agent says before it hands over: IPE is on, and the kernel takes no unsigned kernel or module.
+const LOCKED: &str = "IPE enforces that only a root signed by the site is executed; lockdown: none [integrity]";
 
 /// A machine whose db holds the site's certificate alone.
 fn secure(paths: &Paths, way: NetworkBoot) -> MachineSpec {
@@ -37,7 +37,7 @@ fn a_signed_release_boots_and_reimages_by_kexec_under_lockdown() {
         assert!(is_enforced(&view), "{view:#?}");
         let console = rack.machine(NAME).console().unwrap().clone();
         let said = console.since(Mark::default());
-        assert!(said.contains(LOCKED) && said.contains(IPE), "{}", console.last_words(40));
+        assert!(said.contains(LOCKED), "{}", console.last_words(40));
 
         rack.kiln(&["release", "publish", "minimal/2"]).unwrap();
         let (resets, begun) = (rack.machine(NAME).resets(), console.mark());
@@ -46,7 +46,7 @@ fn a_signed_release_boots_and_reimages_by_kexec_under_lockdown() {
         assert_eq!(rack.machine(NAME).resets(), resets, "a kexec does not go through firmware");
         assert!(is_enforced(&view), "{view:#?}");
         let said = console.since(begun);
-        assert!(said.contains(LOCKED) && said.contains(IPE), "{}", console.last_words(40));
+        assert!(said.contains(LOCKED), "{}", console.last_words(40));
     });
 }
 
@@ -170,7 +170,7 @@ fn a_disk_boots_through_the_signed_loader() {
         let begun = console.mark();
         console.wait_for("disk/1 is healthy: vda: A Good disk/1", begun, IDLE).unwrap();
         let said = console.since(begun);
-        assert!(said.contains(LOCKED) && said.contains(IPE), "{}", console.last_words(40));
+        assert!(said.contains(LOCKED), "{}", console.last_words(40));
         assert!(!said.contains("Start PXE"), "the disk comes first in the boot order");
     });
 }

@@ -23,18 +23,18 @@ done
 
 # Every place that can be written: a program that is copied there does not run. It runs from the root.
 /usr/bin/true && say exec-root ok "/usr/bin/true runs" || say exec-root fail "/usr/bin/true does not run"
-try_copy() {
-    cp /usr/bin/true "$1" && chmod 755 "$1" && "$1"
+# What came of running something: only "Permission denied" is a refusal.
+verdict() {
+    case $3 in
+        *"Permission denied"*) say "$1" ok "$2: Permission denied" ;;
+        *) say "$1" fail "$2: $3" ;;
+    esac
 }
 while read -r _ place kind options _; do
     case ,$options, in *,ro,*) continue ;; esac
     copy=$place/kiln-probe-true
     if cp /usr/bin/true "$copy" 2>/dev/null && chmod 755 "$copy" 2>/dev/null; then
-        if message=$("$copy" 2>&1); then
-            say exec fail "$place ($kind): a copied program runs"
-        else
-            say exec ok "$place ($kind): ${message##*: }"
-        fi
+        verdict exec "$place ($kind)" "$("$copy" 2>&1 && echo ran)"
     else
         case ,$options, in
             *,noexec,*) say exec ok "$place ($kind): noexec, and takes no program" ;;
@@ -46,28 +46,35 @@ done </proc/mounts
 
 # A program in memory that no file system has: made executable on purpose, and as older programs do it.
 for flags in 16 0; do
-    message=$(python3 -I -S - "$flags" <<'PROGRAM' 2>&1
+    verdict memfd "flags $flags" "$(python3 -I -S - "$flags" <<'PROGRAM' 2>&1 && echo ran
 import os, sys
 file = os.memfd_create("probe", int(sys.argv[1]))
 os.write(file, open("/usr/bin/true", "rb").read())
 os.execve(file, ["true"], {})
 PROGRAM
-    ) && say memfd fail "a program in memory runs (flags $flags)" || say memfd ok "flags $flags: ${message##*
-}"
+    )"
 done
 
 # What a user with all rights can do about noexec, and what only IPE refuses.
-mount -o remount,exec /tmp && if message=$(try_copy /tmp/kiln-probe-true 2>&1); then
-    say remount ran "a copied program runs from /tmp after root took noexec away"
-else
-    say remount refused "${message##*: }"
-fi
+copy=/tmp/kiln-probe-true
+cp /usr/bin/true "$copy" && chmod 755 "$copy" && mount -o remount,exec /tmp || say remount fail "noexec stays"
+case $("$copy" 2>&1 && echo ran) in
+    ran) say remount ran "a copied program runs from /tmp after root took noexec away" ;;
+    *"Permission denied"*) say remount refused "a copied program does not run although /tmp is no longer noexec" ;;
+    *) say remount fail "$copy neither runs nor is refused" ;;
+esac
 mount -o remount,noexec /tmp
-rm -f /tmp/kiln-probe-true
-# Memory that no file backs, as a just-in-time compiler needs it.
-message=$(python3 -I -S -c 'import mmap; mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)' 2>&1) \
-    && say jit ran "anonymous executable memory is given" || say jit refused "${message##*
-}"
+rm -f "$copy"
+# Memory that no file backs, made executable as a just-in-time compiler does it: Python's trampolines for perf.
+message=$(python3 -I -S -c '
+import sys
+sys.activate_stack_trampoline("perf")
+print(sys.is_stack_trampoline_active())' 2>&1)
+case $message in
+    True) say jit ran "anonymous memory is made executable" ;;
+    *"Permission denied"*) say jit refused "anonymous memory is not made executable" ;;
+    *) say jit fail "$message" ;;
+esac
 # Not covered anywhere: a script is data of a signed interpreter.
 echo 'exit 7' >/tmp/kiln-probe-script
 sh /tmp/kiln-probe-script

@@ -1,5 +1,6 @@
 //! The boots that only real firmware can show. Each scenario checks many things, because a boot costs half a minute.
 //! Consoles: target/lab/console/SCENARIO/.
+use crate::secure_boot::{self, LOCKED, is_enforced};
 use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::server::DhcpMode;
@@ -17,11 +18,12 @@ fn root_hash(rack: &Rack, image: &str, release: u64) -> Option<String> {
     manifest["verity"]["root_hash"].as_str().map(str::to_owned)
 }
 
-/// UEFI PXE over TFTP; the cable is cut before the agent has an address; the boot server dies while the root downloads and comes back; then a reimage by kexec.
+/// UEFI PXE over TFTP with Secure Boot on and the site's key alone in db; the cable is cut before the agent has an address; the boot server dies while the root downloads and comes back; then a reimage by kexec, which the locked-down kernel allows
+/// because the next one carries the site's signature.
 #[test]
 fn pxe_survives_a_dead_server_and_reimages_by_kexec() {
     testing::rack(|paths| {
-        let spec = MachineSpec::new(1, PXE);
+        let spec = secure_boot::secure(paths, NetworkBoot::Pxe);
         let mut rack = Rack::start(paths, &RackOptions::scenario(paths, "pxe-kexec", spec)).unwrap();
         rack.machine(NAME).power_on().unwrap();
         let console = rack.machine(NAME).console().unwrap().clone();
@@ -42,7 +44,10 @@ fn pxe_survives_a_dead_server_and_reimages_by_kexec() {
         assert_eq!(view.root_hash, root_hash(&rack, site::IMAGE, 1), "read from inside the machine");
         assert_eq!(view.key_storage.as_deref(), Some("efi-variable"));
         assert_eq!(view.rollback_memory.as_deref(), Some("efi-variable"));
+        assert!(is_enforced(&view), "{view:#?}");
+        assert!(console.since(Mark::default()).contains(LOCKED), "{}", console.last_words(40));
         rack.machine(NAME).set_slow(1_000_000).unwrap();
+        let begun = console.mark();
 
         rack.kiln(&["release", "publish", "minimal/2"]).unwrap();
         rack.kiln(&["assign", NAME, "minimal/2", "--via", "kexec"]).unwrap();
@@ -50,6 +55,8 @@ fn pxe_survives_a_dead_server_and_reimages_by_kexec() {
         let view = rack.wait_healthy(NAME, 2).unwrap();
         assert_eq!(view.root_hash, root_hash(&rack, site::IMAGE, 2), "read from inside the machine");
         assert_eq!(rack.machine(NAME).resets(), resets, "a kexec does not go through firmware");
+        assert!(is_enforced(&view), "{view:#?}");
+        assert!(console.since(begun).contains(LOCKED), "{}", console.last_words(40));
         let reimage = view.boot().unwrap();
         assert_eq!(reimage.via.as_deref(), Some("kexec"));
         assert!(reimage.at(Stage::Dhcp, "done").is_none(), "no firmware was heard: {reimage:#?}");

@@ -1,4 +1,5 @@
 //! Secure Boot with real firmware: OVMF with the keys that `kiln trust secureboot enroll` wrote, and nothing else in db.
+//! That a signed release boots by PXE and reimages itself by kexec under lockdown is shown in `boots.rs`.
 
 use kiln_lab::api::{MachineView, StageView};
 use kiln_lab::console::Mark;
@@ -13,41 +14,16 @@ use std::path::PathBuf;
 
 const NAME: &str = "rack-1";
 /// What the agent says before it hands over: IPE is on, and the kernel takes no unsigned kernel or module.
-const LOCKED: &str = "IPE enforces that only a root signed by the site is executed; lockdown: none [integrity]";
+pub const LOCKED: &str = "IPE enforces that only a root signed by the site is executed; lockdown: none [integrity]";
 
 /// A machine whose db holds the site's certificate alone.
-fn secure(paths: &Paths, way: NetworkBoot) -> MachineSpec {
+pub fn secure(paths: &Paths, way: NetworkBoot) -> MachineSpec {
     let keys = site::enroll(paths, &site::template(paths), &paths.scratch.join("keys")).unwrap();
     MachineSpec { keys: Some(keys), ..MachineSpec::new(1, Firmware::Uefi(way)) }
 }
 
-fn is_enforced(view: &MachineView) -> bool {
+pub fn is_enforced(view: &MachineView) -> bool {
     view.protection.as_deref() == Some("enforced")
-}
-
-/// The signed release boots by PXE, its kernel is locked down and IPE enforces; it reimages itself by kexec, which the
-/// kernel allows because the inner kernel carries the site's signature; and the next kernel is locked down as well.
-#[test]
-fn a_signed_release_boots_and_reimages_by_kexec_under_lockdown() {
-    testing::rack(|paths| {
-        let spec = secure(paths, NetworkBoot::Pxe);
-        let mut rack = Rack::start(paths, &RackOptions::scenario(paths, "secure-boot", spec)).unwrap();
-        rack.machine(NAME).power_on().unwrap();
-        let view = rack.wait_healthy(NAME, 1).unwrap();
-        assert!(is_enforced(&view), "{view:#?}");
-        let console = rack.machine(NAME).console().unwrap().clone();
-        let said = console.since(Mark::default());
-        assert!(said.contains(LOCKED), "{}", console.last_words(40));
-
-        rack.kiln(&["release", "publish", "minimal/2"]).unwrap();
-        let (resets, begun) = (rack.machine(NAME).resets(), console.mark());
-        rack.kiln(&["assign", NAME, "minimal/2", "--via", "kexec"]).unwrap();
-        let view = rack.wait_healthy(NAME, 2).unwrap();
-        assert_eq!(rack.machine(NAME).resets(), resets, "a kexec does not go through firmware");
-        assert!(is_enforced(&view), "{view:#?}");
-        let said = console.since(begun);
-        assert!(said.contains(LOCKED), "{}", console.last_words(40));
-    });
 }
 
 /// The boot program that the server sends for the machine's release.

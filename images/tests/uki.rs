@@ -1,11 +1,13 @@
 //! What the UKI writer writes, other readers of PE read back: goblin here, and the release crate's own.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use goblin::pe::PE;
 use kiln_images::uki::{Parts, UkiError, assemble};
-use kiln_images::{KEYS, SigningKey, SiteDir, SiteError, enroll, init_lab, init_secure_boot};
+use kiln_images::{KEYS, SigningKey, SiteDir, SiteError, enroll, init_lab, init_secure_boot, revoke};
 use kiln_release::pe::{Pe, PeError, SECTION_ENTRY, Uki};
-use kiln_release::{authenticode, efi};
+use kiln_release::{Artifact, authenticode, efi, hex};
 use proptest::prelude::*;
 use std::path::Path;
 
@@ -278,4 +280,33 @@ fn keys_are_made_once_and_are_their_owners_and_enrolment_has_every_form() {
     assert!(error.contains("kiln trust secureboot init") && error.contains("--unsigned"), "{error}");
     std::fs::write(site.secure_boot("db.key"), "nonsense").unwrap();
     assert!(matches!(SigningKey::open(&site, "db"), Err(SiteError::RsaKey { .. })));
+}
+
+#[test]
+fn a_revoked_release_is_named_in_dbx_once() {
+    let (dir, site) = site_with_keys();
+    let now = "2026-03-01T12:00:00Z".parse().unwrap();
+    let mut manifest = common::build(&site, "minimal", 3, now);
+    let uki = assemble(&stub_bytes(&plain()), &parts(b"kernel", b"initrd")).unwrap();
+    let uki = SigningKey::open(&site, "db").unwrap().image(&uki, Path::new("uki")).unwrap();
+    let path = site.build("minimal", 3).join("kiln.efi");
+    std::fs::write(&path, &uki).unwrap();
+    assert!(matches!(revoke(&site, "minimal", 3), Err(SiteError::ArtifactMismatch { .. })), "another file");
+    manifest.uki = Artifact { sha256: hex::sha256(&uki), length: uki.len() as u64 };
+    common::write_manifest(&site, &manifest);
+    assert!(matches!(revoke(&site, "minimal", 4), Err(SiteError::NotBuilt { .. })));
+    assert!(revoke(&site, "minimal", 3).unwrap());
+    assert!(!revoke(&site, "minimal", 3).unwrap(), "once");
+
+    let out = dir.path().join("out");
+    let done = enroll(&site, &out, None, now).unwrap();
+    assert_eq!((done.files.len(), done.revoked), (11, 1));
+    let esl = std::fs::read(out.join("dbx.esl")).unwrap();
+    let digest = authenticode::digest(&uki).unwrap();
+    assert_eq!(efi::entries(&esl), Some(vec![efi::Entry::Sha256(&digest)]));
+    assert!(std::fs::read(out.join("dbx.auth")).unwrap().ends_with(&esl));
+
+    std::fs::write(site.secure_boot("revoked"), "not a digest minimal/3\n").unwrap();
+    let error = enroll(&site, &out, None, now).unwrap_err();
+    assert!(matches!(error, SiteError::Revoked { line: 1, .. }), "{error}");
 }

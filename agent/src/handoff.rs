@@ -30,6 +30,9 @@ pub struct Handoff {
     pub lease: Option<Lease>,
     /// In disk mode, the disk that the root lies on.
     pub disk: Option<OnDisk>,
+    /// Sequence of the assignment under which the root was fetched and verified.
+    #[serde(default)]
+    pub sequence: u64,
     /// The newest time believed.
     pub now: Timestamp,
 }

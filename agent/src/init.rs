@@ -349,6 +349,7 @@ async fn mount_and_leave(
         journal: flow.journal.state.clone(),
         lease,
         disk,
+        sequence: flow.verifier.memory.sequence,
         now: flow.verifier.now,
     };
     handoff.write()?;

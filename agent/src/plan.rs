@@ -91,6 +91,7 @@ mod tests {
             role: "lab".into(),
             arch: Architecture::X86_64,
             sequence: 1,
+            rebuild: 0,
             issued: "2026-01-01T00:00:00Z".parse().unwrap(),
             expires: "2026-02-01T00:00:00Z".parse().unwrap(),
         }

@@ -72,12 +72,26 @@ pub struct Verifier {
     pub order: Option<Order>,
     /// A wipe that was ordered, verified, and is to be done before anything else.
     pub wipe: Option<Order>,
+    /// Sequence of the assignment under which what runs was fetched and verified.
+    pub put_up: u64,
 }
 
 impl Verifier {
     pub fn new(boot: BootInfo, place: Place, key: Signer, memory: Memory, servers: Servers, now: Timestamp) -> Self {
         let clock = Clock::at(now);
-        Self { boot, place, key, memory, servers, now, clock, accepted: None, order: None, wipe: None }
+        Self {
+            boot,
+            place,
+            key,
+            memory,
+            servers,
+            now,
+            clock,
+            accepted: None,
+            order: None,
+            wipe: None,
+            put_up: u64::MAX,
+        }
     }
 
     /// The release that this UKI embeds.

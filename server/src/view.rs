@@ -35,6 +35,9 @@ pub struct MachineView {
     pub root_hash: Option<String>,
     /// What it shall run.
     pub assigned: Option<AssignedView>,
+    /// When it is put up anew for its age.
+    #[serde(default)]
+    pub rebuild_due_ms: Option<i64>,
     /// The newest order that an operator signed for it, and what came of it.
     #[serde(default)]
     pub order: Option<String>,

@@ -61,10 +61,19 @@ pub struct Assignment {
     pub arch: Architecture,
     /// Only ever grows for one machine; a higher one may name an older release at or above the floor.
     pub sequence: u64,
+    /// Sequence from which on the release has to have been fetched and verified anew: a system that was put up under a lower
+    /// one goes to the same release again. 0: none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub rebuild: u64,
     /// When the director signed it.
     pub issued: Timestamp,
     /// From then on it starts no *different* release; the one running may still be booted.
     pub expires: Timestamp,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 impl Assignment {
@@ -214,6 +223,7 @@ mod tests {
             role: "lab".into(),
             arch: Architecture::X86_64,
             sequence: 7,
+            rebuild: 0,
             issued: "2026-01-01T00:00:00Z".parse().unwrap(),
             expires: "2026-02-01T00:00:00Z".parse().unwrap(),
         }
@@ -242,5 +252,10 @@ mod tests {
     fn golden_bytes() {
         let golden = r#"{"_type":"kiln-assignment","spec_version":"1.0","machine":{"id":"00000000-0000-0000-0000-000000000001","key":"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa"},"image":"minimal","release":2,"manifest_sha256":"bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb","role":"lab","arch":"x86_64","sequence":7,"issued":"2026-01-01T00:00:00Z","expires":"2026-02-01T00:00:00Z"}"#;
         assert_eq!(serde_json::to_string(&assignment()).unwrap(), golden);
+        assert_eq!(serde_json::from_str::<Assignment>(golden).unwrap(), assignment(), "of before there was `rebuild`");
+        let rebuilt = golden.replace(r#""sequence":7,"#, r#""sequence":7,"rebuild":7,"#);
+        let expected = Assignment { rebuild: 7, ..assignment() };
+        assert_eq!(serde_json::to_string(&expected).unwrap(), rebuilt);
+        assert_eq!(serde_json::from_str::<Assignment>(&rebuilt).unwrap(), expected);
     }
 }

@@ -145,7 +145,12 @@ fn resume(handoff: Handoff) -> Result<(Verifier, Journal)> {
     // Likewise reports: their numbers go on above all that an earlier start can have made.
     state.seq = state.seq.max(monotonic_ms());
     let journal = Journal { state, machine, embedded, running: Some(running), health: None, prefetch: None };
-    Ok((Verifier::new(handoff.boot, place, key, memory, handoff.servers, now), journal))
+    let mut verifier = Verifier::new(handoff.boot, place, key, memory, handoff.servers, now);
+    // A system on a disk stays what its slot holds: the disk's blocks are checked at each reading.
+    if handoff.disk.is_none() {
+        verifier.put_up = handoff.sequence;
+    }
+    Ok((verifier, journal))
 }
 
 /// How this system is left. The seam at which a test stays in the room.
@@ -196,6 +201,8 @@ struct Service {
     api: Rc<Mutex<Api>>,
     door: Door,
     here: ReleaseId,
+    /// [`Verifier::put_up`].
+    put_up: u64,
     /// Where the next release's files go.
     next: PathBuf,
     /// The newest reply, and the nonce that its freshness statement must carry.
@@ -229,6 +236,7 @@ impl Service {
             duty: Duty::new(),
             journal,
             here: verifier.here()?,
+            put_up: verifier.put_up,
             verifier: Rc::new(Mutex::new(verifier)),
             api: Rc::new(Mutex::new(api)),
             door,
@@ -391,7 +399,9 @@ impl Service {
             Err(error) => return Event::Unanswered(format!("{error} ({})", error.kind())),
         };
         self.journal.answered(&reply);
-        let wanted = claimed(&reply).filter(|wanted| wanted.target.release != self.here);
+        let wanted = claimed(&reply);
+        let wanted = wanted.filter(|(rebuild, wanted)| wanted.target.release != self.here || *rebuild > self.put_up);
+        let wanted = wanted.map(|(_, wanted)| wanted);
         let answer = duty::Answer { again_ms: reply.again_ms, may_wait: reply.may_wait, wanted };
         self.newest = self.nonce.take().map(|nonce| (reply, nonce));
         Event::Answered(answer)
@@ -508,6 +518,14 @@ async fn believe(
         Plan::Change(release) if release == target.release && assignment.sequence == target.sequence => {
             Ok((assignment, via, grant))
         }
+        // The same release once more, because the machine was put up so long ago.
+        Plan::Stay
+            if *here == target.release
+                && assignment.sequence == target.sequence
+                && assignment.rebuild > verifier.put_up =>
+        {
+            Ok((assignment, via, grant))
+        }
         Plan::Change(_) | Plan::Stay => Err(refused(AgentError::Superseded)),
     }
 }
@@ -517,12 +535,12 @@ fn trouble(stage: Stage, error: &AgentError, moved: bool) -> Trouble {
 }
 
 /// What a reply claims to want, unverified: whether it is worth verifying metadata for.
-fn claimed(reply: &Reply) -> Option<Wanted> {
+fn claimed(reply: &Reply) -> Option<(u64, Wanted)> {
     let Decision::Assigned { assignment, grant, .. } = &reply.desired.decision else { return None };
     let envelope: serde_json::Value = serde_json::from_str(assignment).ok()?;
     let named: Assignment = serde_json::from_value(envelope.get("signed")?.clone()).ok()?;
     let target = Target { release: named.release_id(), sequence: named.sequence };
-    Some(Wanted { target, grant: grant.clone() })
+    Some((named.rebuild, Wanted { target, grant: grant.clone() }))
 }
 
 /// A pause and a round of checks.

@@ -68,6 +68,8 @@ impl Machine {
                 Door { systemctl, reboot: |_| unreachable!("systemctl never fails here, and does not take a minute") };
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let journal = journal(&verifier);
+            let mut verifier = verifier;
+            verifier.put_up = 4;
             // Ends with the test: its thread is not waited for.
             runtime.block_on(Service::new(verifier, journal, next, door).unwrap().run(checks));
         });
@@ -294,4 +296,24 @@ fn a_running_machine_goes_to_be_wiped_by_an_operators_word_and_not_by_its_server
     let going = |r: &Report| r.stages.iter().any(|s| s.stage == Stage::Going && s.state == StageState::Started);
     director.wait("of going", begun, PATIENCE, going);
     assert_eq!(machine.left.recv_timeout(PATIENCE).unwrap(), "reboot", "the initramfs does it");
+}
+
+#[test]
+fn a_machine_that_is_due_goes_to_its_own_release_again() {
+    let site = TestSite::new(1);
+    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+    let director = Director::start(&site, (1, 4, Via::Cold, true));
+    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
+    let begun = Instant::now();
+    director.wait("of health", begun, PATIENCE, healthy);
+    // Another sequence alone is no reason: the role was signed anew.
+    let heard = director.heard().len();
+    director.order((1, 5, Via::Cold, true));
+    director.wait_for(heard + 1, PATIENCE);
+    assert!(director.heard().iter().all(|report| report.prefetch.is_none()) && machine.left.try_recv().is_err());
+
+    director.rebuild((1, 6, Via::Cold, true));
+    let ready = |r: &Report| r.prefetch.as_ref().is_some_and(|p| p.ready && p.release == 1 && p.sequence == 6);
+    director.wait("of what is fetched anew", begun, PATIENCE, ready);
+    assert_eq!(machine.left.recv_timeout(PATIENCE).unwrap(), "reboot");
 }

@@ -24,6 +24,8 @@ struct State {
     heard: Vec<(Instant, Report)>,
     /// An operator's order that is handed on.
     given: Option<String>,
+    /// Sequence from which on the release has to be fetched anew.
+    rebuild: u64,
 }
 
 /// The running server.
@@ -56,7 +58,7 @@ impl Director {
         let machine = Signer::from_seed(&site.machine_key);
         let manifests = site.manifests.iter();
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { order, heard: Vec::new(), given: None }),
+            state: Mutex::new(State { order, heard: Vec::new(), given: None, rebuild: 0 }),
             changed: Condvar::new(),
             signer: Signer::from_seed(&[6; 32]),
             manifests: manifests.map(|(n, m)| (*n, hex::sha256(&serde_json::to_vec(m).unwrap()))).collect(),
@@ -77,6 +79,14 @@ impl Director {
     /// Wants something else from now on: held reports are answered.
     pub fn order(&self, order: Order) {
         self.shared.state.lock().unwrap().order = order;
+        self.shared.changed.notify_all();
+    }
+
+    /// Wants what it wants, and fetched anew from this sequence on.
+    pub fn rebuild(&self, order: Order) {
+        let mut state = self.shared.state.lock().unwrap();
+        (state.rebuild, state.order) = (order.1, order);
+        drop(state);
         self.shared.changed.notify_all();
     }
 
@@ -173,6 +183,7 @@ impl Shared {
             role: "lab".into(),
             arch: report.machine.arch,
             sequence,
+            rebuild: state.rebuild,
             issued: now(),
             expires: now() + jiff::SignedDuration::from_hours(1),
         };

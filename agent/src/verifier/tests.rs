@@ -110,6 +110,7 @@ impl Machine {
                     role: "lab".into(),
                     arch: crate::facts::architecture(),
                     sequence,
+                    rebuild: 0,
                     issued: now(),
                     expires: now() + SignedDuration::from_hours(1),
                 };

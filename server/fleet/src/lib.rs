@@ -8,6 +8,7 @@
 #![deny(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod age;
 mod boots;
 mod error;
 mod event;

@@ -26,6 +26,14 @@ pub struct Assigned {
     /// The operator's order that it rests on, for a release that is not of class `normal`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order: Option<OrderId>,
+    /// Sequence from which on it has to have been put up; 0: none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub rebuild: u64,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// A release this machine is not offered again until a person clears it.
@@ -104,6 +112,12 @@ pub struct Machine {
     /// Firmware packets that came in its name while its agent spoke; at most [`crate::HELD_KEPT`] boots.
     #[serde(default)]
     pub held_packets: Vec<HeldBoot>,
+    /// The boot that ends when it is rebuilt for its age.
+    #[serde(default)]
+    pub rebuilding: Option<String>,
+    /// The age that its role allows, by the configuration; not stored.
+    #[serde(skip)]
+    pub max_age: Option<Millis>,
     /// Operators' orders that it was given, the newest last; at most [`crate::ORDERS_KEPT`].
     #[serde(default)]
     pub orders: VecDeque<MachineOrder>,
@@ -147,6 +161,8 @@ impl Machine {
             last_seen: now,
             agent_seen: None,
             held_packets: Vec::new(),
+            rebuilding: None,
+            max_age: None,
             orders: VecDeque::new(),
             boots: VecDeque::new(),
         }
@@ -265,8 +281,11 @@ impl Machine {
         self.running.as_ref().or(self.embedded.as_ref())
     }
 
-    /// Runs (or boots) exactly what is assigned.
+    /// Runs (or boots) exactly what is assigned, put up as it should be.
     pub fn runs_assigned(&self) -> bool {
+        if self.rebuilding.is_some() {
+            return false;
+        }
         match (self.current(), &self.assigned) {
             (Some(c), Some(a)) => c.image == a.release.image && c.release == a.release.release,
             (None, _) | (_, None) => false,
@@ -276,7 +295,7 @@ impl Machine {
     /// When a [`crate::Event::Tick`] has something to do, if nothing happens before.
     pub fn due(&self, limits: Limits) -> Option<Millis> {
         let held = self.agent_seen.filter(|_| !self.held_packets.is_empty()).map(|heard| heard + LIVE_MS);
-        [self.state.deadline, held, self.given_up_at(), self.silent_at(limits), self.order_due()]
+        [self.state.deadline, held, self.given_up_at(), self.silent_at(limits), self.order_due(), self.rebuild_due()]
             .into_iter()
             .flatten()
             .min()

@@ -177,6 +177,10 @@ impl Machine {
             }
         }
         self.asked = false;
+        // Whatever started it: it was fetched and verified anew.
+        if self.rebuilding.as_ref().is_some_and(|old| *old != report.boot_id) {
+            self.rebuilding = None;
+        }
         self.granted = None;
         self.health = None;
         self.prefetch = None;
@@ -341,6 +345,7 @@ impl Machine {
             let running =
                 release(self.running.as_ref().map(|r| ReleaseId { image: r.image.clone(), release: r.release }));
             let reason = match &self.assigned {
+                Some(_) if self.rebuilding.is_some() => format!("runs {running}; it is put up anew for its age"),
                 Some(a) if !on_target => format!("runs {running}; {} is assigned", a.release),
                 Some(_) | None => format!("runs {running}"),
             };

@@ -246,7 +246,8 @@ impl Machine {
         save(out);
         match self.state.kind {
             StateKind::Discovered | StateKind::Retired => {
-                self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via: Via::Cold, order: None });
+                self.assigned =
+                    Some(Assigned { release, sequence: self.next_sequence(), via: Via::Cold, order: None, rebuild: 0 });
                 self.attempts = 0;
                 self.held_packets.iter_mut().for_each(|held| held.superseded = true);
                 out.push(Action::Sign);
@@ -288,7 +289,8 @@ impl Machine {
             return false;
         }
         out.push(Action::Say { warn: false, text: format!("assigned {release} via {via}") });
-        self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via, order });
+        self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via, order, rebuild: 0 });
+        self.rebuilding = None;
         self.attempts = 0;
         self.held_packets.iter_mut().for_each(|held| held.superseded = true);
         self.healthy_by = Some(now + BOOT_DEADLINE_MS); // of a release that runs already and is a trial again
@@ -387,6 +389,7 @@ impl Machine {
     fn tick(&mut self, limits: Limits, now: Millis, out: &mut Vec<Action>) {
         self.notice_silence(limits, now, out);
         self.expire_orders(now, out);
+        self.rebuild_if_due(now, out);
         if self.given_up_at().is_some_and(|at| now >= at) {
             let minutes = BOOT_DEADLINE_MS / 60_000;
             self.fall_back(&format!("came up and was not healthy within {minutes} min"), now, out);

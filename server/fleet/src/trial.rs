@@ -24,7 +24,9 @@ impl Machine {
         let why = if self.last_words.is_empty() { String::new() } else { format!(" ({})", self.last_words) };
         let reason = format!("{} {failed}{why}: back on {back}", trial.release);
         self.refused.push(Refused { release: trial.release.clone(), reason: reason.clone() });
-        self.assigned = Some(Assigned { release: back, sequence: trial.sequence + 1, via: Via::Cold, order: None });
+        self.assigned =
+            Some(Assigned { release: back, sequence: trial.sequence + 1, via: Via::Cold, order: None, rebuild: 0 });
+        self.rebuilding = None;
         if trial.order.is_some() {
             self.order_failed(&reason);
         }

@@ -2,7 +2,7 @@
 
 use super::client::Client;
 use super::error::CliError;
-use super::table::{ago, table};
+use super::table::{ago, ahead, table};
 use super::{Assign, At, Machine, order};
 use crate::view::{MachineView, ReleaseView};
 use jiff::Timestamp;
@@ -191,6 +191,7 @@ fn show(m: &MachineView, now_ms: i64) -> String {
         ("runs", release(m)),
         ("root hash", m.root_hash.clone().unwrap_or_else(dash)),
         ("assigned", assigned),
+        ("rebuild", m.rebuild_due_ms.map_or_else(dash, |due| format!("due {}", ahead(due, now_ms)))),
         ("order", m.order.clone().unwrap_or_else(dash)),
         ("prefetch", prefetch),
         ("last good", m.last_good.as_ref().map_or_else(dash, ToString::to_string)),
@@ -316,6 +317,7 @@ mod tests {
             release: None,
             root_hash: None,
             assigned: None,
+            rebuild_due_ms: Some(3 * 86_400_000 + 5),
             order: None,
             prefetch: Some(kiln_protocol::Prefetch {
                 image: "minimal".parse().unwrap(),
@@ -344,6 +346,7 @@ mod tests {
         assert!(text.contains("name only") && text.contains("no rollback memory"), "{text}");
         assert!(text.contains(&format!("\nkey          {}\n", "ab".repeat(32))), "{text}");
         assert!(text.contains("\nprefetch     minimal/2: 12.0 of 33.0 MiB\n"), "{text}");
+        assert!(text.contains("\nrebuild      due in 3 d\n"), "{text}");
         assert!(text.contains("\nagent        5.0 MiB of memory, 6.5 MiB at most\n"), "{text}");
         let rows: Vec<&str> = text.lines().filter(|l| l.trim_end().ends_with(" done")).collect();
         let labels: Vec<&str> = kiln_protocol::Stage::ALL.iter().map(|s| s.label()).collect();

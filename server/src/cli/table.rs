@@ -30,6 +30,17 @@ pub(super) fn ago(then_ms: i64, now_ms: i64) -> String {
     }
 }
 
+/// How far ahead, in the largest unit that fits.
+pub(super) fn ahead(then_ms: i64, now_ms: i64) -> String {
+    match (then_ms - now_ms) / 1000 {
+        ..=0 => "now".to_owned(),
+        seconds @ 1..=119 => format!("in {seconds} s"),
+        seconds @ 120..=7199 => format!("in {} min", seconds / 60),
+        seconds @ 7200..=172_799 => format!("in {} h", seconds / 3600),
+        seconds => format!("in {} d", seconds / 86_400),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -43,6 +54,7 @@ mod tests {
     #[test]
     fn ages() {
         assert_eq!((ago(0, 5), ago(1000, 61_000)), ("never".into(), "60 s ago".into()));
+        assert_eq!((ahead(5, 5), ahead(61_000, 1000)), ("now".into(), "in 60 s".into()));
         assert_eq!((ago(1, 7_200_001), ago(1, 120_001)), ("2 h ago".into(), "2 min ago".into()));
     }
 }

@@ -37,6 +37,8 @@ pub struct Config {
     pub limits: Limits,
     /// Image by role name.
     pub roles: BTreeMap<String, ImageName>,
+    /// The age at which a role's machines are put up anew at the latest, in milliseconds.
+    pub max_ages: BTreeMap<String, u64>,
     /// The pre-loaded list.
     pub machines: BTreeMap<MachineId, Listed>,
 }
@@ -126,6 +128,11 @@ impl Config {
         self.machines.get(id)?.key.as_ref()
     }
 
+    /// The age that a machine's role allows.
+    pub fn max_age_of(&self, machine: &kiln_fleet::Machine) -> Option<u64> {
+        self.max_ages.get(machine.role.as_ref()?).copied()
+    }
+
     /// A role's image.
     pub fn image_of(&self, role: &str) -> Result<&ImageName, ConfigError> {
         self.roles.get(role).ok_or_else(|| ConfigError::UnknownRole {
@@ -186,6 +193,7 @@ firmware_patience = "90s"
 [[role]]
 name = "lab"
 image = "minimal"
+max_age = "30d"
 [[machine]]
 id = "00000000-0000-0000-0000-00000000000A"
 name = "rack-1"
@@ -210,6 +218,7 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
         let key = Some("ab".repeat(32).parse().unwrap());
         assert_eq!(c.machines[&id], Listed { name: "rack-1".into(), role: "lab".into(), key });
         assert!(!c.boot.http_boot);
+        assert_eq!(c.max_ages["lab"], 30 * 24 * 3_600_000);
     }
 
     #[test]
@@ -247,6 +256,8 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
             ("[dhcp]\nmode = \"full\"\n[dhcp.full]\nrange = \"10.0.0.9-10.0.0.2\"", "below the first"),
             ("[dhcp]\nmode = \"half\"", "line 2"),
             ("[[role]]\nname = \"a\"\nimage = \"../x\"", "role a: image"),
+            ("[[role]]\nname = \"a\"\nimage = \"x\"\nmax_age = \"1 month\"", "role a: max_age: \"1 month\""),
+            ("[[role]]\nname = \"a\"\nimage = \"x\"\nmax_age = \"5m\"", "from 1h to 3650d"),
             ("[[role]]\nname = \"a b\"\nimage = \"x\"", "role.name"),
             ("[[machine]]\nid = \"x\"\nname = \"n\"\nrole = \"default\"", "machine.id"),
             (

@@ -91,6 +91,7 @@ struct RawFleet {
 struct RawRole {
     name: String,
     image: String,
+    max_age: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -117,6 +118,18 @@ fn patience(text: &str) -> Result<u64, String> {
         .ok()
         .filter(|ms| (5_000..=300_000).contains(ms))
         .ok_or_else(|| format!("{text:?}: from 5s to 5m"))
+}
+
+/// The same of a machine's age; a day is 24 hours.
+fn age(text: &str) -> Result<u64, String> {
+    let hours = |n: u64| n * 3_600_000;
+    let span: Option<jiff::Span> = text.parse().ok();
+    let time = span.and_then(|span| span.to_duration(jiff::SpanRelativeTo::days_are_24_hours()).ok());
+    let time = time.ok_or_else(|| format!("{text:?}: expected a time in days or hours, as \"30d\" or \"12h\""))?;
+    u64::try_from(time.as_millis())
+        .ok()
+        .filter(|ms| (hours(1)..=hours(3650 * 24)).contains(ms))
+        .ok_or_else(|| format!("{text:?}: from 1h to 3650d"))
 }
 
 impl RawListen {
@@ -198,12 +211,16 @@ impl TryFrom<Raw> for Config {
         if limits.trial_attempts == 0 {
             return Err(bad("fleet.trial_attempts", "with 0 no new release could ever boot"));
         }
-        let mut roles = BTreeMap::new();
+        let (mut roles, mut max_ages) = (BTreeMap::new(), BTreeMap::new());
         for role in raw.role {
             if !is_name(&role.name) {
                 return Err(bad("role.name", format!("{:?}: {NAME}", role.name)));
             }
             let image = role.image.parse().map_err(|e| bad(&format!("role {}: image", role.name), e))?;
+            if let Some(text) = &role.max_age {
+                let age = age(text).map_err(|e| bad(&format!("role {}: max_age", role.name), e))?;
+                max_ages.insert(role.name.clone(), age);
+            }
             if roles.insert(role.name.clone(), image).is_some() {
                 return Err(bad("role.name", format!("{:?} is there twice", role.name)));
             }
@@ -261,6 +278,7 @@ impl TryFrom<Raw> for Config {
             },
             limits,
             roles,
+            max_ages,
             machines,
         })
     }

@@ -60,6 +60,7 @@ impl Control {
             role: role.clone(),
             arch,
             sequence: assigned.sequence,
+            rebuild: assigned.rebuild,
             issued: whole(now),
             expires: whole(now + LIFE),
         };

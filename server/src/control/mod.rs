@@ -139,7 +139,8 @@ impl Control {
         };
         for (id, mut stored) in store.load().await? {
             stored.machine.pin(config.key_of(&id));
-            let (machine, _) = stored.machine.event(Event::ServerStarted, config.limits, now);
+            let (mut machine, _) = stored.machine.event(Event::ServerStarted, config.limits, now);
+            machine.max_age = config.max_age_of(&machine);
             inner.index(&machine);
             inner.machines.insert(id.clone(), machine);
             if let Some(envelope) = stored.envelope {
@@ -291,7 +292,8 @@ impl Control {
             machine.pin(self.config.key_of(id));
             machine
         });
-        let (machine, actions) = machine.event(event, self.config.limits, now);
+        let (mut machine, actions) = machine.event(event, self.config.limits, now);
+        machine.max_age = self.config.max_age_of(&machine);
         let title = machine.title().to_owned();
         inner.index(&machine);
         inner.machines.insert(id.clone(), machine);

@@ -39,6 +39,7 @@ impl MachineView {
                 sequence: a.sequence,
                 via: a.via,
             }),
+            rebuild_due_ms: m.rebuild_due().map(signed),
             order: m.orders.back().map(|order| format!("{}: {}", order.id, order.state)),
             prefetch: m.prefetch.clone(),
             agent_memory: m.agent_memory,

@@ -179,6 +179,7 @@ impl Forgery {
                 role: "lab".into(),
                 arch: Architecture::X86_64,
                 sequence: 5,
+                rebuild: 0,
                 issued: now(),
                 expires: now() + jiff::SignedDuration::from_hours(24),
             },

@@ -7,8 +7,9 @@ use crate::error::{AtPath, LabError};
 use crate::net;
 use crate::qmp::Qmp;
 use crate::variables::{self, NetworkBoot};
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -146,6 +147,8 @@ struct Power {
     child: Child,
     qmp: Qmp,
     console: Arc<Console>,
+    /// Its serial console's keyboard.
+    keyboard: ChildStdin,
 }
 
 impl Disk {
@@ -268,8 +271,9 @@ impl Machine {
         let monitor = self.dir.join("monitor");
         let _ = std::fs::remove_file(&monitor);
         let mut qemu = self.qemu(&monitor);
-        qemu.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        qemu.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = qemu.spawn().map_err(|source| LabError::Spawn { command: command::shown(&qemu), source })?;
+        let keyboard = child.stdin.take().expect("asked for above");
         let stdout = child.stdout.take().expect("asked for above");
         let stderr = child.stderr.take().expect("asked for above");
         let console = Console::follow(
@@ -281,7 +285,7 @@ impl Machine {
         self.booted_before = true;
         match Qmp::connect(&self.spec.name, &monitor) {
             Ok(qmp) => {
-                self.power = Some(Power { child, qmp, console });
+                self.power = Some(Power { child, qmp, console, keyboard });
                 Ok(())
             }
             Err(error) => {
@@ -332,6 +336,13 @@ impl Machine {
     /// Its serial console.
     pub fn console(&self) -> Result<&Arc<Console>, LabError> {
         Ok(&self.power()?.console)
+    }
+
+    /// Types a line on its serial console.
+    pub fn type_line(&mut self, line: &str) -> Result<(), LabError> {
+        let Some(power) = &mut self.power else { return self.power().map(drop) };
+        let typed = power.keyboard.write_all(format!("{line}\r").as_bytes()).and_then(|()| power.keyboard.flush());
+        typed.at(&self.console_path)
     }
 
     /// The end of its console now.

@@ -7,6 +7,7 @@ mod boots;
 mod cleanup;
 mod disk;
 mod hardware;
+mod orders;
 mod secure_boot;
 mod silence;
 mod support;

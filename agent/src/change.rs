@@ -111,7 +111,7 @@ pub struct Prefetch {
     note: Option<String>,
     /// In disk mode: where it goes.
     disk: Option<SharedDisk>,
-    sequence: u64,
+    order: u64,
     /// The repository's files that it was verified with.
     files: BTreeMap<String, String>,
     /// The slot that is written to or read back, until the release is allowed.
@@ -139,7 +139,7 @@ impl Prefetch {
             root: None,
             note: None,
             disk: None,
-            sequence: assignment.sequence,
+            order: assignment.sequence,
             files: BTreeMap::new(),
             slot: None,
             allowed: None,
@@ -148,9 +148,9 @@ impl Prefetch {
         }
     }
 
-    /// Into a slot of this disk.
-    pub fn onto(self, disk: Option<SharedDisk>) -> Self {
-        Self { disk, ..self }
+    /// Into a slot of this disk, and to this place in its loader's order.
+    pub fn onto(self, disk: Option<SharedDisk>, order: u64) -> Self {
+        Self { disk, order, ..self }
     }
 
     /// After a failed try: whether it is the first since the release came on. It is then not one more in a row.
@@ -237,7 +237,7 @@ impl Prefetch {
         base: &str,
     ) -> Result<()> {
         if self.slot.is_none() {
-            let assign = Event::Assign(machine::content(&manifest)?, self.sequence, Go::Leave(self.via));
+            let assign = Event::Assign(machine::content(&manifest)?, self.order, Go::Leave(self.via));
             let floor = verifier.memory.floor(&manifest.image);
             let begun = on_disk(disk, move |disk| {
                 disk.event(Event::Floor(floor), None)?;

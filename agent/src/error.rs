@@ -1,6 +1,7 @@
 //! Everything that can go wrong, by the step that failed. Each has a stable kebab-case kind for the server, a class
 //! that decides between retry and restart, and a message that names what, where and what to do.
 
+use kiln_protocol::slot::FallbackReason;
 use kiln_protocol::{AssignmentError, FreshnessError, OrderError};
 use std::path::PathBuf;
 
@@ -104,8 +105,15 @@ pub enum AgentError {
         "the kernel runs with the command line {got:?}, signed is {expected:?}, and the release's policy refuses others"
     )]
     CommandLine { expected: String, got: String },
-    #[error("{release} failed on this machine under assignment {sequence}; it came back on the release before")]
-    FellBack { release: String, sequence: u64 },
+    #[error("{release} failed on this machine ({reason}); it came back on the release before")]
+    FellBack { release: String, reason: FallbackReason },
+    #[error(
+        "{release} was started {starts} times in a row and never became healthy: safe mode, which starts nothing and \
+         reports. A new assignment ends it; without one the release is tried once more every {minutes} min"
+    )]
+    BootLoop { release: String, starts: u32, minutes: u64 },
+    #[error("the next release does not fit into memory beside this one, and in safe mode there is no other way to it")]
+    NoWayOut,
     #[error("{0}")]
     Disk(#[from] crate::disk::DiskError),
     #[error("{0}")]
@@ -189,6 +197,8 @@ kinds!({
     Self::Class { .. } => "release-wrong-class", Verification;
     Self::CommandLine { .. } => "command-line-mismatch", Verification;
     Self::FellBack { .. } => "trial-fell-back", Machine;
+    Self::BootLoop { .. } => "boot-loop", Machine;
+    Self::NoWayOut => "safe-mode-no-memory", Machine;
     Self::Usage(_) => "usage", Usage;
 } of {
     Metadata(kiln_release::TufError), Verification;

@@ -14,7 +14,7 @@ use crate::plan::{self, Plan};
 use crate::secureboot::SecureBoot;
 use crate::verifier::{Answer, Servers, Verified, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{change, facts, kexec, local, mounts, verity, wipe};
+use crate::{change, facts, kexec, local, mounts, safe, verity, wipe};
 use kiln_protocol::slot::{Event, SlotId};
 use kiln_protocol::{Assignment, Class, ReleaseId, RunningRelease, Stage, Via};
 use kiln_release::{BOOT_PATH, BootInfo, hex};
@@ -98,7 +98,8 @@ async fn go(boot: BootInfo, journal: JournalState, mut drivers: Drivers) -> Resu
     let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));
     let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
     machine.protection = secure_boot(&boot).class();
-    let journal = Journal { state: journal, machine, embedded, running: None, health: None, prefetch: None };
+    let journal =
+        Journal { state: journal, machine, embedded, running: None, health: None, prefetch: None, fallback: None };
     let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
     let verifier = Verifier::new(boot, place, key, memory, servers, now);
     let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: TELL_EVERY };
@@ -120,8 +121,17 @@ async fn travel(flow: &mut Flow, drivers: &mut Drivers) -> Result<Infallible> {
     let disk = local::open_disk(flow);
     let root_hash = flow.journal.embedded.root_hash.clone();
     if let Some(disk) = disk.clone().filter(|disk| machine::lock(disk).boots(&root_hash)) {
-        // It starts from its slot whatever the network says, or does not say.
         local::tell_fallback(flow, &machine::lock(&disk));
+        let (root_hash, sequence) = (root_hash.clone(), flow.verifier.memory.sequence);
+        let starts = on_disk(&disk, move |disk| Ok(disk.count_start(&root_hash, sequence))).await?;
+        if starts.count >= machine::STARTS {
+            safe::stay(flow, drivers, &disk, starts).await?;
+            restart();
+        }
+        if starts.count >= machine::SUSPECT {
+            local::read_back(flow, &disk).await?;
+        }
+        // It starts from its slot whatever the network says, or does not say.
         let mut lease = None;
         let asked = tokio::time::timeout(local::PATIENCE, local::ask(flow, drivers, &mut lease)).await;
         let error = match asked {
@@ -148,6 +158,12 @@ async fn travel(flow: &mut Flow, drivers: &mut Drivers) -> Result<Infallible> {
         let (assignment, via) = wait_for_assignment(flow, &verified).await?;
         match plan::decide(&here, &assignment, &flow.verifier.memory, &flow.verifier.currency(&verified))? {
             Plan::Stay => return start(flow, verified, Some(lease), disk).await,
+            // The loader started it, and would again after a cold boot: its root is fetched anew, and the running
+            // system goes on from there.
+            Plan::Change(release) if disk.as_ref().is_some_and(|disk| machine::lock(disk).knows(&root_hash)) => {
+                println!("kiln-agent: {release} is assigned; {here} is mended in its slot first");
+                return start(flow, verified, Some(lease), disk).await;
+            }
             Plan::Change(release) => {
                 println!("kiln-agent: {release} is assigned, this is {here}: going there");
                 match change::now(flow, &assignment, via).await {

@@ -4,6 +4,7 @@ use crate::api::Api;
 use crate::error::{AgentError, Result};
 use crate::facts;
 use crate::memory::random;
+use kiln_protocol::slot::Fallback;
 use kiln_protocol::{
     Decision, Failure, Health, MachineFacts, Nonce, Prefetch, Reply, Report, RunningRelease, Stage, StageRecord,
     StageState,
@@ -35,6 +36,9 @@ pub struct JournalState {
     pub last: Option<(Stage, bool)>,
     /// Sequence that the last reply's assignment claims: not verified, only a hint that something else is wanted.
     pub sequence_hint: Option<u64>,
+    /// [`kiln_protocol::Desired::network_first`] of the last reply.
+    #[serde(default)]
+    pub network_first: Option<bool>,
 }
 
 /// The stages of this boot.
@@ -45,6 +49,8 @@ pub struct Journal {
     pub running: Option<RunningRelease>,
     pub health: Option<Health>,
     pub prefetch: Option<Prefetch>,
+    /// In disk mode.
+    pub fallback: Option<Fallback>,
 }
 
 /// CLOCK_MONOTONIC in milliseconds: it counts over the hand-over, and is new after each kernel start.
@@ -71,6 +77,7 @@ impl JournalState {
             desired_etag: String::new(),
             last: None,
             sequence_hint: None,
+            network_first: None,
         }
     }
 
@@ -143,6 +150,7 @@ impl Journal {
             at_ms: self.state.at_ms(),
             health: self.health.clone(),
             prefetch: self.prefetch.clone(),
+            fallback: self.fallback.clone(),
             agent_memory: facts::own_memory(),
             wait_s,
             desired_etag: self.state.desired_etag.clone(),
@@ -154,6 +162,7 @@ impl Journal {
         self.state.pending.drain(..self.state.sent.min(self.state.pending.len()));
         self.state.sent = 0;
         self.state.desired_etag.clone_from(&reply.desired.etag);
+        self.state.network_first = Some(reply.desired.network_first);
         self.state.sequence_hint = match &reply.desired.decision {
             Decision::Wait { .. } => None,
             Decision::Assigned { assignment, .. } => claimed_sequence(assignment),

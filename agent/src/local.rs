@@ -10,11 +10,12 @@ use crate::fetch::{Download, Expected};
 use crate::flow::Flow;
 use crate::init;
 use crate::kexec;
+use crate::memory::Memory;
 use crate::net::Lease;
 use crate::plan;
 use crate::verifier::Verified;
-use kiln_protocol::slot::{Action, Event, Go, SlotId};
-use kiln_protocol::{ReleaseId, Stage};
+use kiln_protocol::Stage;
+use kiln_protocol::slot::{Action, Event, Fallback, Go, SlotId};
 use kiln_release::{Manifest, Mode};
 use std::fs::File;
 use std::sync::{Arc, Mutex};
@@ -31,6 +32,11 @@ pub fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
         Mode::Disk => match MachineDisk::find(boot, flow.verifier.memory.floor(&boot.image)) {
             Ok(disk) => {
                 println!("kiln-agent: disk {}", disk.describe());
+                let memory = &mut flow.verifier.memory;
+                if (memory.sequence, memory.order_base) == (0, 0) {
+                    // The firmware's variables were erased; what the loader knows was assigned before that.
+                    memory.order_base = disk.slots().disk.highest_sequence();
+                }
                 Some(Arc::new(Mutex::new(disk)))
             }
             Err(error) => {
@@ -41,12 +47,20 @@ pub fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
     }
 }
 
+/// What failed here, as the server knows it: by the sequence of the assignment, not by the loader's order.
+pub fn fallback(memory: &Memory, disk: &MachineDisk) -> Option<Fallback> {
+    let fallback = disk.slots().disk.fallback()?;
+    let sequence = memory.sequence_of(fallback.sequence)?;
+    Some(Fallback { sequence, ..fallback })
+}
+
 /// A trial that failed since the release in the slot was assigned: told at every boot until a newer one is good.
 pub fn tell_fallback(flow: &mut Flow, disk: &MachineDisk) {
-    if let Some((release, sequence)) = disk.failed() {
-        let error = AgentError::FellBack { release: release.to_string(), sequence };
+    if let Some(Fallback { release, reason, .. }) = disk.slots().disk.fallback() {
+        let error = AgentError::FellBack { release: release.to_string(), reason };
         flow.journal.failed(Stage::Modules, &error, 1, Some(Duration::ZERO));
     }
+    flow.journal.fallback = fallback(&flow.verifier.memory, disk);
 }
 
 /// The boot server's word on this boot: current metadata, and an assignment. Which release it names does not matter
@@ -81,6 +95,23 @@ pub fn recorded(flow: &mut Flow, disk: &SharedDisk) -> Result<Verified> {
     Ok(verified)
 }
 
+/// A good release that did not come up is read back whole, if what was kept of it says what it should be. Where its root
+/// is rotten, this boot ends: the next starts another good release, or fetches the root anew.
+pub async fn read_back(flow: &mut Flow, disk: &SharedDisk) -> Result<()> {
+    let Ok(Verified { manifest, .. }) = recorded(flow, disk) else { return Ok(()) };
+    println!("kiln-agent: the release in the slot did not come up: its root is read back");
+    let root_hash = flow.journal.embedded.root_hash.clone();
+    on_disk(disk, move |disk| {
+        let Some(slot) = disk.slots().disk.slot_of(&root_hash) else { return Ok(()) };
+        let read = disk.verify(slot, &manifest);
+        if read.is_err() {
+            disk.event(Event::Spoilt(slot), None)?;
+        }
+        read
+    })
+    .await
+}
+
 /// What is checked of this boot image against its release, and of the image against the floor.
 fn may_run(flow: &Flow, verified: &Verified) -> Result<()> {
     let boot = &flow.verifier.boot;
@@ -108,11 +139,12 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
     });
     if let (Some(slot), rest) = started.await? {
         for action in rest {
-            if let Action::Tell(fallback) = action {
-                let (release, sequence) = (fallback.release.to_string(), fallback.sequence);
-                flow.journal.failed(Stage::Root, &AgentError::FellBack { release, sequence }, 1, Some(Duration::ZERO));
+            if let Action::Tell(Fallback { release, reason, .. }) = action {
+                let error = AgentError::FellBack { release: release.to_string(), reason };
+                flow.journal.failed(Stage::Root, &error, 1, Some(Duration::ZERO));
             }
         }
+        flow.journal.fallback = fallback(&flow.verifier.memory, &machine::lock(disk));
         return Ok(slot);
     }
     let [uki, _] = files(std::path::Path::new(NEXT));
@@ -120,7 +152,11 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
     let expected = Expected { what: UKI, sha256: signed.sha256.clone(), length: signed.length };
     flow.fetch_to(Stage::Root, expected, &uki).await?;
     kexec::verify(&File::open(&uki).map_err(AgentError::file(&uki))?, &manifest)?;
-    let assign = Event::Assign(content, flow.verifier.memory.sequence, Go::Here(via));
+    // A release that the loader knows and whose root is gone comes back under the entry that it has.
+    let known = machine::lock(disk).slots().disk.listed(&content.root_hash).map(|entry| entry.name.sequence);
+    let order = known.unwrap_or(flow.verifier.memory.order(flow.verifier.memory.sequence));
+    let network_first = flow.journal.state.network_first.unwrap_or(false);
+    let assign = Event::Assign(content, order, Go::Here(via));
     let mut slot = None;
     for action in on_disk(disk, move |disk| disk.event(assign, None)).await? {
         if let Action::Fetch(to, _) | Action::Verify(to, _) = action {
@@ -138,7 +174,7 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
     };
     on_disk(disk, move |disk| {
         disk.finish_install(slot, &manifest, &record, &uki)?;
-        disk.install_loader()?;
+        disk.install_loader(network_first)?;
         disk.event(Event::Granted, None)?;
         std::fs::remove_file(&uki).map_err(AgentError::file(&uki))
     })
@@ -155,14 +191,6 @@ async fn fetch_root(flow: &mut Flow, manifest: &Manifest, disk: &SharedDisk, slo
 }
 
 impl MachineDisk {
-    /// The newest trial that failed here, if nothing newer is good.
-    pub fn failed(&self) -> Option<(ReleaseId, u64)> {
-        let disk = &self.slots().disk;
-        let sequence = disk.failed_sequence()?;
-        let newest = disk.entries.iter().max_by_key(|entry| entry.name.sequence)?;
-        (newest.name.sequence == sequence).then(|| (newest.content.release.clone(), sequence))
-    }
-
     /// For the console: the disk and what its slots hold.
     pub fn describe(&self) -> String {
         let disk = &self.slots().disk;

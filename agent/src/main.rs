@@ -22,6 +22,7 @@ mod mounts;
 mod net;
 mod plan;
 mod retry;
+mod safe;
 mod secureboot;
 mod service;
 mod stage;
@@ -37,6 +38,7 @@ use error::{AgentError, Result};
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: kiln-agent stage --settings FILE --state DIR --out DIR [--tries N]
+       kiln-agent disk FILE SITE
        kiln-agent service      (by the image's init)
        kiln-agent --version
 As PID 1 it boots the machine.";
@@ -49,6 +51,10 @@ fn main() -> ExitCode {
     let done: Result<()> = match arguments.next().as_deref() {
         Some("service") => service::run(),
         Some("stage") => stage::Options::parse(arguments).and_then(|options| stage::run(&options)),
+        Some("disk") => match (arguments.next(), arguments.next()) {
+            (Some(file), Some(site)) => disk::show::run(file.as_ref(), &site),
+            _ => Err(AgentError::Usage(USAGE.into())),
+        },
         Some("--version") => {
             println!("kiln-agent {}", env!("CARGO_PKG_VERSION"));
             Ok(())

@@ -39,6 +39,10 @@ pub struct Memory {
     /// it, so that a number driven to its end with a stolen key is forgotten when the key is replaced.
     #[serde(default)]
     pub director: String,
+    /// How far the boot loader's order had come under the directors before this one: what this one assigns stands behind
+    /// all of that, whatever its number is.
+    #[serde(default)]
+    pub order_base: u64,
     /// Lowest release that may run, by image.
     #[serde(default)]
     pub floors: BTreeMap<String, u64>,
@@ -59,6 +63,7 @@ impl Memory {
         let director = hex::sha256(keys.join(",").as_bytes());
         if self.director != director {
             if !self.director.is_empty() {
+                self.order_base = self.order_base.saturating_add(self.sequence);
                 self.sequence = 0;
             }
             self.director = director;
@@ -79,6 +84,16 @@ impl Memory {
         }
         self.orders.insert(order.id.to_string(), OrderMark { sequence, expires: order.expires });
         Ok(())
+    }
+
+    /// Where an assignment of this director stands in the boot loader's order.
+    pub fn order(&self, sequence: u64) -> u64 {
+        self.order_base.saturating_add(sequence)
+    }
+
+    /// The sequence of the assignment that stands there, if this director made it.
+    pub fn sequence_of(&self, order: u64) -> Option<u64> {
+        order.checked_sub(self.order_base).filter(|sequence| *sequence > 0)
     }
 
     /// Takes over an accepted assignment's sequence.
@@ -229,5 +244,26 @@ mod tests {
         assert_eq!(place.memory().unwrap(), memory);
         std::fs::write(place.path("Seen"), "not json").unwrap();
         assert_eq!(place.memory().unwrap_err().kind(), "machine-format", "a broken memory is not an empty one");
+    }
+
+    /// A machine's disk keeps its order over a new director, whose numbers begin anew.
+    #[test]
+    fn a_new_director_begins_behind_all_that_was_assigned_before() {
+        let site = |key: &str| -> Site {
+            serde_json::from_value(serde_json::json!({
+                "_type": "kiln-site", "spec_version": "1.0", "name": "lab", "directors": {key: {}},
+                "director_threshold": 1, "agent_api": {"ca_pem": ""}, "floors": {},
+            }))
+            .unwrap()
+        };
+        let mut memory = Memory::default();
+        memory.directed_by(&site("a"));
+        memory.sequence = 7;
+        assert_eq!((memory.order(7), memory.sequence_of(7)), (7, Some(7)));
+        memory.directed_by(&site("a"));
+        assert_eq!(memory.order(8), 8, "the same director");
+        memory.directed_by(&site("b"));
+        assert_eq!((memory.sequence, memory.order(1)), (0, 8), "lower than 7, and newer");
+        assert_eq!((memory.sequence_of(8), memory.sequence_of(7)), (Some(1), None));
     }
 }

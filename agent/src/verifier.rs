@@ -137,13 +137,16 @@ impl Verifier {
         .await;
         self.place.remember(&self.memory)?;
         fetched?;
-        self.take(client.finish()?, release, files)
+        let verified = self.take(client.finish()?, release, files)?;
+        self.memory.directed_by(&verified.site);
+        self.place.remember(&self.memory)?;
+        Ok(verified)
     }
 
     /// Verifies a release and its assignment by what was kept of them, without a boot server: the same checks, against
     /// the trust root in this boot image, but for those that only a server can answer (freshness) and those that look
-    /// forward: versions may be lower than the highest seen, because the machine returns to what it was assigned. The
-    /// floor binds.
+    /// forward: versions may be lower than the highest seen, because the machine returns to what it was assigned, maybe by
+    /// a director that was replaced since. The floor binds.
     pub fn verify_record(&mut self, release: &ReleaseId, record: &Record) -> Result<(Verified, Assignment)> {
         let site_path = TargetPath::site();
         let manifest_path = TargetPath::manifest(release.image.as_str(), release.release)?;
@@ -197,7 +200,6 @@ impl Verifier {
         if site.agent_api.ca_pem.trim() != self.boot.site.agent_api_ca_pem.trim() {
             return Err(AgentError::AgentApiCa);
         }
-        self.memory.directed_by(&site);
         let manifest_bytes = target(&outcome, &manifest_path)?;
         let manifest = Manifest::read(manifest_bytes, release.image.as_str(), release.release)?;
         for (image, floor) in &site.floors {

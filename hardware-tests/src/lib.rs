@@ -17,6 +17,7 @@ pub mod forward;
 pub mod golden;
 pub mod live;
 pub mod machine;
+pub mod nbd;
 pub mod net;
 pub mod paths;
 pub mod qmp;

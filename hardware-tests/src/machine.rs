@@ -4,9 +4,11 @@ use crate::accel::Accelerator;
 use crate::command;
 use crate::console::{Console, Mark};
 use crate::error::{AtPath, LabError};
+use crate::nbd::Nbd;
 use crate::net;
 use crate::qmp::Qmp;
 use crate::variables::{self, NetworkBoot};
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
@@ -58,6 +60,8 @@ pub enum Disk {
     VirtioScsi,
     /// NVMe.
     Nvme,
+    /// NVMe with sectors of 4096 bytes.
+    Nvme4k,
     /// The chipset's AHCI.
     Ahci,
     /// LSI MegaRAID SAS.
@@ -140,6 +144,8 @@ pub struct Machine {
     accelerator: Accelerator,
     power: Option<Power>,
     booted_before: bool,
+    /// Disks that a test holds in its hand, by number.
+    held: BTreeMap<usize, Arc<Nbd>>,
 }
 
 #[derive(Debug)]
@@ -161,6 +167,7 @@ impl Disk {
             Self::VirtioBlk => (None, "virtio-blk-pci".into()),
             Self::VirtioScsi => at("virtio-scsi-pci", "scsi-hd"),
             Self::Nvme => (None, "nvme".into()),
+            Self::Nvme4k => (None, "nvme,logical_block_size=4096,physical_block_size=4096".into()),
             Self::Ahci => (None, format!("ide-hd,bus=ide.{number}")),
             Self::Megasas => at("megasas", "scsi-hd"),
             Self::Usb => at("qemu-xhci", "usb-storage"),
@@ -190,7 +197,8 @@ impl Machine {
             std::fs::File::create(&path).and_then(|file| file.set_len(DISK_BYTES)).at(&path)?;
         }
         let console_path = consoles.join(format!("{}.log", spec.name));
-        let machine = Self { spec, dir, console_path, accelerator, power: None, booted_before: false };
+        let held = BTreeMap::new();
+        let machine = Self { spec, dir, console_path, accelerator, power: None, booted_before: false, held };
         machine.set_up_firmware()?;
         Ok(machine)
     }
@@ -235,8 +243,9 @@ impl Machine {
             arg(&["-device", &format!("{model},netdev=cable{card},mac={}{slot},{rom}", text(spec.mac_of(card)))]);
         }
         for (number, disk) in spec.disks.iter().enumerate() {
-            let path = disk_path(&self.dir, number);
-            arg(&["-drive", &format!("if=none,id=disk{number},format=raw,discard=unmap,file={}", path.display())]);
+            let place =
+                self.held.get(&number).map_or(disk_path(&self.dir, number).display().to_string(), |nbd| nbd.url());
+            arg(&["-drive", &format!("if=none,id=disk{number},format=raw,discard=unmap,file={place}")]);
             let (controller, device) = disk.devices(number);
             if let Some(controller) = controller {
                 arg(&["-device", &controller]);
@@ -258,6 +267,29 @@ impl Machine {
         arg(&["-device", "virtio-rng-pci"]);
         arg(&["-device", "i6300esb", "-action", "watchdog=reset"]);
         qemu
+    }
+
+    /// From the next time it is switched on, a disk's every block goes through the test's hand.
+    pub fn hold_disk(&mut self, number: usize) -> Result<Arc<Nbd>, LabError> {
+        let nbd = Arc::new(Nbd::serve(&disk_path(&self.dir, number), &self.dir.join(format!("disk{number}.nbd")))?);
+        self.held.insert(number, Arc::clone(&nbd));
+        Ok(nbd)
+    }
+
+    /// Other disks, all of them blank, while it is off.
+    pub fn set_disks(&mut self, disks: Vec<Disk>) -> Result<(), LabError> {
+        self.power_off();
+        for number in 0..disks.len() {
+            let path = disk_path(&self.dir, number);
+            std::fs::File::create(&path).and_then(|file| file.set_len(DISK_BYTES)).at(&path)?;
+            let socket = self.dir.join(format!("disk{number}.nbd"));
+            if socket.exists() {
+                std::fs::remove_file(&socket).at(&socket)?;
+            }
+        }
+        self.held.clear();
+        self.spec.disks = disks;
+        Ok(())
     }
 
     /// The file behind one of its disks.

@@ -25,6 +25,9 @@ pub enum DhcpMode {
     Off,
 }
 
+/// The role whose machines ask the network before their disk.
+pub const NETWORK_FIRST: &str = "network-first";
+
 /// kiln.toml for a rack: who is known, what they run, and where it answers.
 pub fn config(mode: DhcpMode, image: &str, known: &[&MachineSpec], extra: &str) -> String {
     let mut text = String::from("# Made by kiln-lab.\n");
@@ -41,7 +44,10 @@ pub fn config(mode: DhcpMode, image: &str, known: &[&MachineSpec], extra: &str) 
     if mode != DhcpMode::Off {
         let _ = writeln!(text, "address = \"{}\"", net::SERVER);
     }
-    let _ = writeln!(text, "default_image = \"{image}\"\n[[role]]\nname = \"lab\"\nimage = \"{image}\"");
+    let _ = writeln!(text, "default_image = \"{image}\"");
+    for (role, first) in [("lab", "disk"), (NETWORK_FIRST, "network")] {
+        let _ = writeln!(text, "[[role]]\nname = \"{role}\"\nimage = \"{image}\"\nboot_first = \"{first}\"");
+    }
     for spec in known {
         let _ = writeln!(text, "[[machine]]\nid = \"{}\"\nname = \"{}\"\nrole = \"lab\"", spec.uuid(), spec.name);
     }

@@ -130,6 +130,8 @@ pub enum AssignmentError {
     WrongImage { expected: ImageName, got: ImageName },
     #[error("assignment has sequence {got}, but {seen} was seen before: it is old, or the server lost its state")]
     OldSequence { seen: u64, got: u64 },
+    #[error("assignment has sequence {got}; no honest director comes to {MAX_SEQUENCE}")]
+    HighSequence { got: u64 },
     #[error("assignment names {image}/{got}, below the floor {floor} signed for it")]
     BelowFloor { image: ImageName, floor: u64, got: u64 },
 }
@@ -141,8 +143,12 @@ kinds!(AssignmentError {
     Self::WrongArchitecture { .. } => "assignment-wrong-architecture",
     Self::WrongImage { .. } => "assignment-wrong-image",
     Self::OldSequence { .. } => "assignment-old-sequence",
+    Self::HighSequence { .. } => "assignment-high-sequence",
     Self::BelowFloor { .. } => "assignment-below-floor",
 });
+
+/// Sequences end here: a stolen director's key cannot use them up for the director that comes after it.
+pub const MAX_SEQUENCE: u64 = 1 << 48;
 
 /// Checks what a signature cannot: that the assignment is for this machine and not an old one.
 ///
@@ -166,6 +172,9 @@ pub fn check_assignment(a: &Assignment, me: &Running<'_>) -> Result<(), Assignme
     }
     if a.sequence < me.highest_sequence {
         return Err(AssignmentError::OldSequence { seen: me.highest_sequence, got: a.sequence });
+    }
+    if a.sequence >= MAX_SEQUENCE {
+        return Err(AssignmentError::HighSequence { got: a.sequence });
     }
     if a.release < me.floor {
         return Err(AssignmentError::BelowFloor { image: a.image.clone(), floor: me.floor, got: a.release });

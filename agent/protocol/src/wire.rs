@@ -4,6 +4,7 @@
 
 use crate::ids::IdError;
 use crate::ids::{Architecture, ImageName, MachineId, Nonce, Sha256Hex, word_enum};
+use crate::slot::Fallback;
 use crate::stage::StageRecord;
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -197,6 +198,10 @@ pub struct Report {
     /// The prefetch, if one is asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefetch: Option<Prefetch>,
+    /// In disk mode: the newest trial that failed on this machine by its boot loader's count or its disk's fault, until
+    /// a newer one is good.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<Fallback>,
     /// What the agent itself costs: of PID 1 in the initramfs, of the service once the release runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent_memory: Option<AgentMemory>,
@@ -224,6 +229,9 @@ pub struct Reply {
 pub struct Desired {
     /// Changes exactly when the rest (but for freshness) does.
     pub etag: String,
+    /// In disk mode: the firmware asks the network before the disk. Else the disk comes first.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub network_first: bool,
     /// The decision.
     #[serde(flatten)]
     pub decision: Decision,
@@ -288,6 +296,7 @@ mod tests {
         let reply = Reply {
             desired: Desired {
                 etag: "7-hold".into(),
+                network_first: false,
                 decision: Decision::Assigned {
                     assignment: "{}".into(),
                     freshness: "{}".into(),
@@ -309,6 +318,18 @@ mod tests {
         let golden = golden.replace(r#"}},"again_ms""#, r#"},"order":{"order":"{}","freshness":"{}"}},"again_ms""#);
         assert_eq!(serde_json::to_string(&ordered).unwrap(), golden);
         assert_eq!(serde_json::from_str::<Reply>(&golden).unwrap(), ordered);
+    }
+
+    #[test]
+    fn golden_bytes_of_what_disk_mode_added() {
+        let golden = r#"{"release":{"image":"minimal","release":2},"sequence":5,"reason":"trial-tries-used-up"}"#;
+        let fallback: Fallback = serde_json::from_str(golden).unwrap();
+        assert_eq!(fallback.reason, crate::slot::FallbackReason::TriesUsedUp);
+        assert_eq!(serde_json::to_string(&fallback).unwrap(), golden);
+        let golden = r#"{"etag":"7","network_first":true,"decision":"wait","reason":"r"}"#;
+        let desired: Desired = serde_json::from_str(golden).unwrap();
+        assert!(desired.network_first);
+        assert_eq!(serde_json::to_string(&desired).unwrap(), golden);
     }
 
     #[test]

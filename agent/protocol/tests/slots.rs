@@ -172,7 +172,14 @@ impl World {
             let slots = Slots::new(self.disk.clone(), self.floor);
             if known && self.holds(release) {
                 self.start(release, Via::Cold, out);
-            } else if let Some(sequence) = self.next_sequence() {
+                continue;
+            }
+            // The loader knows it, and its root is gone: it comes back under the entry that it has.
+            if let Some(entry) = self.disk.listed(&content.root_hash) {
+                let event = Event::Assign(content.clone(), entry.name.sequence, Go::Here(Via::Cold));
+                self.step(slots.clone(), event, out);
+            }
+            if let Some(sequence) = self.next_sequence() {
                 self.step(slots, Event::Assign(content, sequence, Go::Here(Via::Cold)), out);
             }
         }

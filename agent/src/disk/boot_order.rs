@@ -1,6 +1,6 @@
 //! The disk in the firmware's boot order (UEFI 2.10 §3.1, §3.3): a boot option of Kiln's own that names the loader on
-//! this very partition, first. What else the firmware boots stays in the order behind it: an ESP that cannot be read
-//! falls through to the network. Without the option the loader is still found at `EFI/BOOT`, where firmware looks last.
+//! this very partition, first, or last where the machine's role asks the network first. What else the firmware boots
+//! stays in the order: an ESP that cannot be read falls through to the network, a network without an answer to the disk. Without the option the loader is still found at `EFI/BOOT`, where firmware looks last.
 
 use super::gpt::Guid;
 use crate::error::{AgentError, Result};
@@ -35,16 +35,17 @@ fn load_option((number, start, sectors, id): (u32, u64, u64, Guid)) -> Vec<u8> {
     [&1_u32.to_le_bytes()[..], &length.to_le_bytes(), &utf16("Kiln"), &path].concat()
 }
 
-/// The order with the disk first; none if it is so already.
-fn with_first(order: &[u8], number: u16) -> Option<Vec<u8>> {
+/// The order with the disk first, or last; none if it is so already.
+fn with_disk(order: &[u8], number: u16, network_first: bool) -> Option<Vec<u8>> {
     let known: Vec<[u8; 2]> = order.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect();
     let number = number.to_le_bytes();
-    (known.first() != Some(&number))
-        .then(|| [number].into_iter().chain(known.into_iter().filter(|n| *n != number)).flatten().collect())
+    let mut wanted: Vec<[u8; 2]> = known.iter().copied().filter(|n| *n != number).collect();
+    wanted.insert(if network_first { wanted.len() } else { 0 }, number);
+    (wanted != known).then(|| wanted.concat())
 }
 
-/// Puts the disk first, if it is not. Writes nothing that is so already: variables wear.
-pub fn put_first(esp: (u32, u64, u64, Guid)) -> Result<()> {
+/// Puts the disk in its place, if it is not there; whether it was not. Writes nothing that is so already: variables wear.
+pub fn put(esp: (u32, u64, u64, Guid), network_first: bool) -> Result<bool> {
     let read = |path: &Path| std::fs::read(path).ok().and_then(|bytes| bytes.get(4..).map(<[u8]>::to_vec));
     let option = load_option(esp);
     let path = variable(&format!("Boot{NUMBER:04X}"));
@@ -52,9 +53,9 @@ pub fn put_first(esp: (u32, u64, u64, Guid)) -> Result<()> {
         write_variable(&path, &option).map_err(AgentError::file(&path))?;
     }
     let path = variable("BootOrder");
-    match with_first(&read(&path).unwrap_or_default(), NUMBER) {
-        Some(order) => write_variable(&path, &order).map_err(AgentError::file(&path)),
-        None => Ok(()),
+    match with_disk(&read(&path).unwrap_or_default(), NUMBER, network_first) {
+        Some(order) => write_variable(&path, &order).map(|()| true).map_err(AgentError::file(&path)),
+        None => Ok(false),
     }
 }
 
@@ -63,11 +64,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_disk_comes_first_and_nothing_is_lost() {
-        assert_eq!(with_first(&[0, 0, 1, 0], 0x4b10), Some(vec![0x10, 0x4b, 0, 0, 1, 0]));
-        assert_eq!(with_first(&[1, 0, 0x10, 0x4b], 0x4b10), Some(vec![0x10, 0x4b, 1, 0]));
-        assert_eq!(with_first(&[0x10, 0x4b, 1, 0], 0x4b10), None);
-        assert_eq!(with_first(&[], 0x4b10), Some(vec![0x10, 0x4b]));
+    fn the_disk_comes_first_or_last_and_nothing_is_lost() {
+        let first = |order: &[u8]| with_disk(order, 0x4b10, false);
+        assert_eq!(first(&[0, 0, 1, 0]), Some(vec![0x10, 0x4b, 0, 0, 1, 0]));
+        assert_eq!(first(&[1, 0, 0x10, 0x4b]), Some(vec![0x10, 0x4b, 1, 0]));
+        assert_eq!(first(&[0x10, 0x4b, 1, 0]), None);
+        assert_eq!(first(&[]), Some(vec![0x10, 0x4b]));
+        let last = |order: &[u8]| with_disk(order, 0x4b10, true);
+        assert_eq!(last(&[0x10, 0x4b, 0, 0, 1, 0]), Some(vec![0, 0, 1, 0, 0x10, 0x4b]));
+        assert_eq!(last(&[0, 0, 0x10, 0x4b]), None);
     }
 
     /// As `efibootmgr -v` shows one: HD(1,GPT,…,0x800,0x80000)/File(\EFI\systemd\systemd-bootx64.efi).

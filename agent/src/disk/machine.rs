@@ -3,12 +3,12 @@
 use super::block::{Block, Device};
 use super::layout::{Candidate, Choice, Found, Layout, choose, look};
 use super::record::Record;
-use super::store::Store;
+use super::store::{Starts, Store};
 use super::{DiskError, boot_order};
 use crate::change::blocking;
 use crate::error::{AgentError, Result};
 use crate::sys;
-use kiln_protocol::slot::{Action, Content, EntryKind, Event, Go, Label, SlotId, Slots};
+use kiln_protocol::slot::{Action, Content, EntryKind, Event, Go, Label, SlotId, SlotState, Slots};
 use kiln_protocol::{ReleaseId, Sha256Hex, Via};
 use kiln_release::{BootInfo, DiskSettings, Manifest};
 use std::fs::File;
@@ -20,6 +20,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 const BLOCKS: &str = "/sys/class/block";
 /// The loader in the initramfs: the UKI's signature covers it.
 const LOADER: &str = "/kiln/systemd-boot.efi";
+/// So many starts of a good release in a row without its being healthy, and the machine is in safe mode.
+pub const STARTS: u32 = 5;
+/// After so many its root is read back before the next.
+pub const SUSPECT: u32 = 2;
 /// No disks: memory, tapes, floppies, and what is made of other devices.
 const NO_DISKS: [&str; 8] = ["loop", "ram", "zram", "dm-", "md", "sr", "fd", "nbd"];
 
@@ -147,6 +151,11 @@ impl MachineDisk {
         })
     }
 
+    /// Whether the loader knows the release with this root hash, be its root whole or not.
+    pub fn knows(&self, root_hash: &Sha256Hex) -> bool {
+        self.slots.disk.listed(root_hash).is_some()
+    }
+
     /// Performs what an event asks for; `uki` is the file of the UKI that is put in place. Gives back what is no
     /// commit. When a commit fails, the disk is read anew: what is there counts, not what was meant.
     pub fn event(&mut self, event: Event, uki: Option<&Path>) -> Result<Vec<Action>> {
@@ -220,13 +229,45 @@ impl MachineDisk {
 
     /// The loader onto the disk, and the disk into the firmware's boot order. Firmware that takes no boot option still
     /// finds the loader where it looks last.
-    pub fn install_loader(&mut self) -> Result<()> {
+    pub fn install_loader(&mut self, network_first: bool) -> Result<()> {
         let loader = std::fs::read(LOADER).map_err(AgentError::file(LOADER))?;
         self.store.install_loader(&loader)?;
-        if let Err(error) = boot_order::put_first(self.store.layout.esp_address()) {
-            println!("kiln-agent: the disk cannot be put first in the firmware's boot order: {error}");
+        if let Err(error) = self.order_boot(network_first) {
+            println!("kiln-agent: the disk cannot be put into its place in the firmware's boot order: {error}");
         }
         Ok(())
+    }
+
+    /// The disk's place in the firmware's boot order.
+    pub fn order_boot(&self, network_first: bool) -> Result<()> {
+        if boot_order::put(self.store.layout.esp_address(), network_first)? {
+            let first = if network_first { "the network comes before the disk" } else { "the disk comes first" };
+            eprintln!("kiln-agent: at the next start {first}");
+        }
+        Ok(())
+    }
+
+    /// One more start of the good release with this root hash, of which none was healthy yet: how many there were before.
+    /// A disk that does not take it starts what it holds all the same.
+    pub fn count_start(&mut self, root_hash: &Sha256Hex, sequence: u64) -> Starts {
+        let disk = &self.slots.disk;
+        let good = disk.slot_of(root_hash).is_some_and(|slot| disk.state(slot) == SlotState::Good);
+        if !good {
+            return Starts::default();
+        }
+        let known = self.store.starts(root_hash).unwrap_or_default();
+        let begun = if known.count == 0 { sequence } else { known.begun };
+        // After a safe mode the release has one start, not all of them.
+        let count = if known.count >= STARTS { STARTS - 1 } else { known.count + 1 };
+        if let Err(error) = self.store.keep_starts(root_hash, Some(Starts { count, begun })) {
+            println!("kiln-agent: the start is not counted: {error}");
+        }
+        known
+    }
+
+    /// It was healthy, or a person wants it tried anew.
+    pub fn forget_starts(&mut self, root_hash: &Sha256Hex) -> Result<()> {
+        Ok(self.store.keep_starts(root_hash, None)?)
     }
 
     /// After a slot was written, or found to hold the release: reads it back, keeps the signed metadata, puts UKI and

@@ -12,6 +12,7 @@ pub mod gpt;
 pub mod layout;
 pub mod machine;
 pub mod record;
+pub mod show;
 pub mod store;
 #[cfg(test)]
 mod tests;
@@ -25,7 +26,10 @@ pub enum DiskError {
     TooSmall { size: u64, needed: u64 },
     #[error("{disk} holds {what}: it is not touched; wipe = \"foreign\" in the recipe's [disk] allows it")]
     Foreign { disk: String, what: &'static str },
-    #[error("{disk} has logical sectors of {bytes} bytes; 512 are supported")]
+    #[error(
+        "{disk} has logical sectors of {bytes} bytes; 512 are supported: reformat it to them (`nvme format --lbaf`, \
+         `sg_format --size=512`) or use another disk"
+    )]
     SectorSize { disk: String, bytes: u32 },
     #[error("{disk}: {what}: {reason}")]
     Io { disk: String, what: &'static str, reason: String },
@@ -44,7 +48,7 @@ impl DiskError {
         "disk-none",
         "disk-too-small",
         "disk-foreign",
-        "disk-sector-size",
+        "disk-unsupported-sector-size",
         "disk-io-error",
         "disk-slot-too-small",
         "disk-read-back",
@@ -57,7 +61,7 @@ impl DiskError {
             Self::NoDisk => "disk-none",
             Self::TooSmall { .. } => "disk-too-small",
             Self::Foreign { .. } => "disk-foreign",
-            Self::SectorSize { .. } => "disk-sector-size",
+            Self::SectorSize { .. } => "disk-unsupported-sector-size",
             Self::Io { .. } => "disk-io-error",
             Self::SlotTooSmall { .. } => "disk-slot-too-small",
             Self::ReadBack { .. } => "disk-read-back",

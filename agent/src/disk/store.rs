@@ -20,6 +20,16 @@ const LOADER_CONF: &str = "timeout 0\neditor no\nauto-entries no\nauto-firmware 
 const TEXT_LIMIT: u32 = 4096;
 const LOADER_LIMIT: u32 = 4 << 20;
 const RECORD_LIMIT: u32 = 4 << 20;
+/// On the state partition: `ROOTHASH COUNT SEQUENCE`.
+const STARTS: &str = "starts";
+
+/// Starts of a good release in a row, none of them healthy.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Starts {
+    pub count: u32,
+    /// Highest sequence of an assignment that was known at the first.
+    pub begun: u64,
+}
 
 /// An open disk.
 pub struct Store<B: Block> {
@@ -185,7 +195,10 @@ impl<B: Block> Store<B> {
         let wanted: Vec<String> = wanted.iter().map(|label| format!("{}.json", hex::encode(&label.0))).collect();
         let keep = |state: &mut Fat<Part<'_, B>>| -> io::Result<()> {
             for node in state.list("")?.unwrap_or_default() {
-                if !node.directory && !wanted.iter().any(|name| name.eq_ignore_ascii_case(&node.name)) {
+                if !node.directory
+                    && node.name != STARTS
+                    && !wanted.iter().any(|name| name.eq_ignore_ascii_case(&node.name))
+                {
                     state.remove(&node.name)?;
                 }
             }
@@ -198,6 +211,31 @@ impl<B: Block> Store<B> {
         };
         let kept = keep(&mut self.state()?);
         kept.map_err(|e| self.io("writing the state partition", &e))
+    }
+
+    /// What was counted of the release with this root hash.
+    pub fn starts(&mut self, root_hash: &Sha256Hex) -> Result<Starts, DiskError> {
+        let read = self.state()?.read(STARTS, TEXT_LIMIT);
+        let text = read.map_err(|e| self.io("reading the state partition", &e))?.unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let mut words = text.split_whitespace();
+        let counted = (words.next() == Some(root_hash.as_str())).then(|| {
+            let count = words.next()?.parse().ok()?;
+            Some(Starts { count, begun: words.next()?.parse().ok()? })
+        });
+        Ok(counted.flatten().unwrap_or_default())
+    }
+
+    /// Keeps it, or forgets it; writes nothing that is so already.
+    pub fn keep_starts(&mut self, root_hash: &Sha256Hex, starts: Option<Starts>) -> Result<(), DiskError> {
+        let done = match starts {
+            Some(Starts { count, begun }) => {
+                let text = format!("{root_hash} {count} {begun}\n");
+                self.state()?.write(STARTS, text.len() as u64, &mut text.as_bytes())
+            }
+            None => self.state()?.remove(STARTS),
+        };
+        done.map_err(|e| self.io("writing the state partition", &e))
     }
 
     /// Flushes a slot, reads it back from `from`, which holds nothing in a cache, and recomputes its root.

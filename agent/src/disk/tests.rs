@@ -5,7 +5,7 @@ use super::block::{Block, Device, Part, SECTOR};
 use super::fat::{self, Fat};
 use super::gpt::Gpt;
 use super::layout::{Candidate, Choice, Found, Layout, choose, look};
-use super::store::{LOADERS, Store};
+use super::store::{LOADERS, Starts, Store};
 use super::{DiskError, gpt};
 use kiln_protocol::Via;
 use kiln_protocol::slot::{Action, Content, EntryKind, Event, Go, Label, SlotId, SlotState, Slots};
@@ -301,6 +301,37 @@ fn a_record_outlives_everything_but_its_slot() {
     store.keep_record(&first, b"signed metadata").unwrap();
     assert_eq!(store.record(&first).unwrap().as_deref(), Some(&b"signed metadata"[..]));
     assert_eq!(store.record(&other).unwrap(), None, "what belongs to no slot is forgotten");
+}
+
+#[test]
+fn starts_are_counted_by_release_and_forgotten() {
+    let mut store = installed();
+    let (first, second) = (release(1).content.root_hash, release(2).content.root_hash);
+    assert_eq!(store.starts(&first).unwrap(), Starts::default());
+    let starts = Starts { count: 3, begun: 7 };
+    store.keep_starts(&first, Some(starts)).unwrap();
+    store.keep_record(&first, b"signed metadata").unwrap();
+    assert_eq!((store.starts(&first).unwrap(), store.starts(&second).unwrap()), (starts, Starts::default()));
+    store.keep_starts(&first, None).unwrap();
+    assert_eq!(store.starts(&first).unwrap(), Starts::default());
+}
+
+/// The only good root is rotten: nothing of the loader's files changes until the same root is whole again.
+#[test]
+fn a_good_release_whose_root_is_gone_comes_back_under_its_own_entry() {
+    let mut store = installed();
+    let (first, slots) = (release(1), Slots::new(store.read().unwrap(), 1));
+    let slots = step(&mut store, slots, Event::Spoilt(SlotId::A), &first);
+    assert_eq!(slots.disk.labels, [None, None]);
+    let known = slots.disk.listed(&first.content.root_hash).unwrap().name;
+    assert_eq!(known.to_string(), "kiln-4.conf");
+    let mut slots = Slots::new(slots.disk, 1);
+    let assign = Event::Assign(first.content.clone(), known.sequence, Go::Here(Via::Cold));
+    for event in [assign, Event::Fetched, Event::Granted, Event::Healthy] {
+        slots = step(&mut store, slots, event, &first);
+    }
+    let names: Vec<String> = slots.disk.entries.iter().map(|e| e.name.to_string()).collect();
+    assert_eq!((names, slots.disk.state(SlotId::A)), (vec!["kiln-4.conf".to_owned()], SlotState::Good));
 }
 
 #[test]

@@ -17,7 +17,7 @@ use crate::net::Lease;
 use crate::plan::{self, Plan};
 use crate::verifier::{Answer, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{facts, init, net, verity};
+use crate::{facts, init, local, net, verity};
 use duty::{Action, Duty, Event, Target, Trouble, Wanted};
 use kiln_protocol::slot;
 use kiln_protocol::{Assignment, Decision, Grant, Health, Nonce, ReleaseId, Reply, RunningRelease, Stage, Via};
@@ -69,6 +69,8 @@ async fn serve() -> Result<()> {
     let checks = Checks::new(handoff.manifest.health.clone(), handoff.manifest.verity.root_hash.clone(), probe);
     let disk = slots(&handoff);
     let (verifier, mut journal) = resume(handoff)?;
+    journal.fallback =
+        disk.as_ref().and_then(|disk| local::fallback(&verifier.memory, &crate::disk::machine::lock(disk)));
     journal.done(Stage::Handover);
     journal.done(Stage::Service);
     let door = Door { systemctl: "systemctl".into(), reboot: restart };
@@ -144,7 +146,8 @@ fn resume(handoff: Handoff) -> Result<(Verifier, Journal)> {
     let mut state = handoff.journal;
     // Likewise reports: their numbers go on above all that an earlier start can have made.
     state.seq = state.seq.max(monotonic_ms());
-    let journal = Journal { state, machine, embedded, running: Some(running), health: None, prefetch: None };
+    let journal =
+        Journal { state, machine, embedded, running: Some(running), health: None, prefetch: None, fallback: None };
     let mut verifier = Verifier::new(handoff.boot, place, key, memory, handoff.servers, now);
     // A system on a disk stays what its slot holds: the disk's blocks are checked at each reading.
     if handoff.disk.is_none() {
@@ -215,6 +218,8 @@ struct Service {
     ready: Option<Arc<Ready>>,
     /// In disk mode.
     disk: Option<SharedDisk>,
+    /// What was last done of [`kiln_protocol::Desired::network_first`].
+    ordered: Option<bool>,
     /// The release that runs is good, or on trial since then.
     proven: Proof,
     /// An order that was refused, and when.
@@ -247,6 +252,7 @@ impl Service {
             meter: Arc::default(),
             ready: None,
             disk: None,
+            ordered: None,
             proven: Proof::Trial(Instant::now()),
             refused: None,
         })
@@ -254,18 +260,19 @@ impl Service {
 
     /// Tells the slots that the release that runs is healthy, or that it is late. Whether it must leave.
     async fn prove(&mut self, healthy: bool) -> bool {
-        let (Some(disk), Proof::Trial(since)) = (&self.disk, self.proven) else { return false };
+        let (Some(disk), Proof::Trial(since)) = (self.disk.clone(), self.proven) else { return false };
         let event = match healthy {
             true => slot::Event::Healthy,
             false if since.elapsed() >= TRIAL => slot::Event::Late,
             false => return false,
         };
-        let done = timeout(DISK_DEADLINE, on_disk(disk, move |disk| disk.event(event, None))).await;
+        let done = timeout(DISK_DEADLINE, on_disk(&disk, move |disk| disk.event(event, None))).await;
         match done {
             Ok(Ok(actions)) => {
                 if healthy {
                     self.proven = Proof::Good;
-                    eprintln!("kiln-agent: {} is healthy: {}", self.here, crate::disk::machine::lock(disk).describe());
+                    self.started_well(&disk).await;
+                    eprintln!("kiln-agent: {} is healthy: {}", self.here, crate::disk::machine::lock(&disk).describe());
                 }
                 actions.iter().any(|action| matches!(action, slot::Action::Leave(_)))
             }
@@ -277,6 +284,31 @@ impl Service {
                 eprintln!("kiln-agent: the disk gives no answer");
                 false
             }
+        }
+    }
+
+    /// What failed here before may be told no more, and the count of starts ends.
+    async fn started_well(&mut self, disk: &SharedDisk) {
+        let root_hash = self.journal.embedded.root_hash.clone();
+        let done = timeout(DISK_DEADLINE, on_disk(disk, move |disk| disk.forget_starts(&root_hash))).await;
+        if let Ok(Err(error)) = done {
+            eprintln!("kiln-agent: the starts of this release stay counted: {error}");
+        }
+        if crate::disk::machine::lock(disk).slots().disk.fallback().is_none() {
+            self.journal.fallback = None;
+        }
+    }
+
+    /// The firmware's boot order is the role's.
+    fn order_boot(&mut self) {
+        let wanted = self.journal.state.network_first;
+        if let (Some(disk), Some(network_first)) = (self.disk.clone(), wanted.filter(|_| wanted != self.ordered)) {
+            self.ordered = wanted;
+            tokio::spawn(async move {
+                if let Err(error) = on_disk(&disk, move |disk| disk.order_boot(network_first)).await {
+                    eprintln!("kiln-agent: the firmware's boot order stays as it is: {error}");
+                }
+            });
         }
     }
 
@@ -399,6 +431,7 @@ impl Service {
             Err(error) => return Event::Unanswered(format!("{error} ({})", error.kind())),
         };
         self.journal.answered(&reply);
+        self.order_boot();
         let wanted = claimed(&reply);
         let wanted = wanted.filter(|(rebuild, wanted)| wanted.target.release != self.here || *rebuild > self.put_up);
         let wanted = wanted.map(|(_, wanted)| wanted);
@@ -431,7 +464,8 @@ impl Service {
                             Some(_) if verifier.in_memory_only() => (None, Via::Kexec),
                             disk => (disk, via),
                         };
-                        Prefetch::new(&assignment, via, &next, meter).onto(disk)
+                        let order = verifier.memory.order(assignment.sequence);
+                        Prefetch::new(&assignment, via, &next, meter).onto(disk, order)
                     }
                     Err((stage, error)) => return Event::Failed(trouble(stage, &error, false)).into(),
                 },

@@ -223,7 +223,7 @@ pub fn journal(verifier: &Verifier) -> Journal {
         memory_bytes: 1 << 30,
     };
     let state = JournalState::begin(boot_id().unwrap(), monotonic_ms());
-    Journal { state, machine, running: Some(embedded.clone()), embedded, health: None, prefetch: None }
+    Journal { state, machine, running: Some(embedded.clone()), embedded, health: None, prefetch: None, fallback: None }
 }
 
 /// A PE32+ file of headers and sections (Microsoft PE Format).

@@ -2,13 +2,20 @@
 //! the agent's own tests (`agent/protocol/tests/slots.rs`, `agent/src/disk/tests.rs`); here is what only firmware can
 //! show.
 
-use kiln_lab::console::Mark;
+use kiln_lab::api::MachineView;
+use kiln_lab::console::{Console, Mark};
 use kiln_lab::machine::{Disk, Firmware, MachineSpec};
+use kiln_lab::nbd::Fault;
+use kiln_lab::paths::Paths;
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
+use kiln_lab::server::NETWORK_FIRST;
 use kiln_lab::variables::NetworkBoot;
-use kiln_lab::{site, testing};
+use kiln_lab::{command, site, testing};
 use kiln_protocol::Stage;
 use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+use std::sync::Arc;
 
 const NAME: &str = "rack-1";
 /// Where slot A begins: 1 MiB, and the 128 MiB that the recipe gives the EFI system partition.
@@ -76,5 +83,206 @@ fn a_machine_lives_on_its_disk() {
         assert!(!said.contains(Stage::Metadata.label()), "no boot server was there to ask");
         rack.start_server().unwrap();
         rack.wait(NAME, "told why", |v| v.failures().contains(&"trial-fell-back")).unwrap();
+        let gave_up = |v: &MachineView| v.reason.as_ref().is_some_and(|r| r.contains("trial-root-spoilt"));
+        let view = rack.wait(NAME, "fell back", |v| v.state == "fell-back" && gave_up(v)).unwrap();
+        assert_eq!(view.release, Some(2), "it works on the release before");
+        let again = rack.kiln(&["assign", NAME, "disk/1"]).unwrap_err().to_string();
+        assert!(again.contains("trial-root-spoilt"), "not offered again, and why: {again}");
+    });
+}
+
+fn spec() -> MachineSpec {
+    MachineSpec { disks: vec![Disk::VirtioBlk], ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) }
+}
+
+/// A rack with one machine, off, and release 1 of the image for disks published.
+fn rack(paths: &Paths, name: &str) -> Rack {
+    let mut options = RackOptions::scenario(paths, name, spec());
+    options.image = site::DISK.to_owned();
+    let rack = Rack::start(paths, &options).unwrap();
+    rack.kiln(&["release", "publish", "disk/1"]).unwrap();
+    rack
+}
+
+/// Switches it on and waits until it runs release 1 from slot A.
+fn installed(rack: &mut Rack) -> Arc<Console> {
+    rack.machine(NAME).power_on().unwrap();
+    rack.wait_healthy(NAME, 1).unwrap();
+    let console = rack.machine(NAME).console().unwrap().clone();
+    console.wait_for("A Good disk/1, B Empty -", Mark::default(), IDLE).unwrap();
+    console
+}
+
+/// Switches it on again, and waits for a line of this start.
+fn starts_and_says(rack: &mut Rack, line: &str) -> String {
+    rack.machine(NAME).power_on().unwrap();
+    let console = rack.machine(NAME).console().unwrap().clone();
+    console.wait_for(line, Mark::default(), IDLE).unwrap();
+    console.since(Mark::default())
+}
+
+/// By kexec into the other slot: no firmware, and the trial keeps its counter. From there another kexec is asked for, and
+/// it is a cold boot: two kernels in a row that no firmware has started are never stacked.
+#[test]
+#[ignore = "slow: an install, a kexec and a cold boot; make test-slow"]
+fn a_kexec_is_proven_before_another() {
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-kexec");
+        let console = installed(&mut rack);
+        rack.kiln(&["release", "publish", "disk/2"]).unwrap();
+        let (resets, begun) = (rack.machine(NAME).resets(), console.mark());
+        rack.kiln(&["assign", NAME, "disk/2", "--via", "kexec"]).unwrap();
+        let view = rack.wait_healthy(NAME, 2).unwrap();
+        assert_eq!(rack.machine(NAME).resets(), resets, "no firmware was there");
+        console.wait_for("disk/2 is healthy: vda: A Good disk/1, B Preferred disk/2", begun, IDLE).unwrap();
+        assert!(!console.since(begun).contains("BdsDxe"), "no firmware was there");
+        // The recipe's cap: a lower bound, and no measure of speed.
+        let fetched = prefetch_ms(&view, &rack);
+        let manifest = site::manifest_of(&rack.site, site::DISK, 2).unwrap();
+        let length = manifest["root"]["length"].as_u64().unwrap();
+        assert!(fetched >= length * 1000 / (8 << 20) * 9 / 10, "{length} bytes in {fetched} ms");
+
+        let begun = console.mark();
+        rack.kiln(&["assign", NAME, "disk/1", "--via", "kexec"]).unwrap();
+        rack.wait_healthy(NAME, 1).unwrap();
+        assert!(rack.machine(NAME).resets() > resets, "it went through firmware");
+        assert!(console.since(begun).contains("BdsDxe"), "it went through firmware");
+    });
+}
+
+/// From the begin of the newest prefetch to its end, by the machine's clock.
+fn prefetch_ms(view: &MachineView, rack: &Rack) -> u64 {
+    let all = rack.get(&format!("/api/v1/machines/{}", view.id)).unwrap();
+    let view: MachineView = serde_json::from_value(all).unwrap();
+    let stages = view.boots.iter().flat_map(|b| &b.stages).filter(|s| s.stage == Stage::Prefetch);
+    let at = |state: &str| stages.clone().filter(|s| s.state == state).filter_map(|s| s.agent_ms).last();
+    at("done").unwrap() - at("started").unwrap()
+}
+
+/// The ESP's boot sector and the root in the only good slot are overwritten: the firmware falls through to the network,
+/// the agent makes both anew, and the next start needs no network. With a role that says so, the network comes first.
+#[test]
+#[ignore = "slow: an install and four boots; make test-slow"]
+fn an_unreadable_esp_and_a_rotten_slot_are_mended_over_the_network() {
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-mends");
+        installed(&mut rack);
+        rack.machine(NAME).power_off();
+        let disk = std::fs::File::options().write(true).open(rack.machine(NAME).disk(0)).unwrap();
+        disk.write_all_at(&[0xa5; 512], 1 << 20).unwrap();
+        let said = starts_and_says(&mut rack, "is healthy: vda: A Good disk/1");
+        assert!(said.contains("Start PXE"), "the firmware fell through to the network");
+
+        // The root alone: its boot program starts, finds that it is rotten, and fetches it.
+        rack.machine(NAME).power_off();
+        disk.write_all_at(&[0x5a; 4 << 20], SLOT_A).unwrap();
+        let said = starts_and_says(&mut rack, "is healthy: vda: A Good disk/1");
+        assert!(!said.contains("Start PXE"), "by its own boot loader");
+
+        rack.machine(NAME).power_off();
+        rack.kill_server();
+        let said = starts_and_says(&mut rack, "is healthy: vda: A Good disk/1");
+        assert!(!said.contains("Start PXE"), "the disk comes first");
+        rack.start_server().unwrap();
+        rack.wait_healthy(NAME, 1).unwrap();
+
+        // Now the network comes first, and the server dies: the disk is behind it.
+        rack.kiln(&["machine", "approve", NAME, "--role", NETWORK_FIRST]).unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("the network comes before the disk", Mark::default(), IDLE).unwrap();
+        let said = starts_and_says(&mut rack, "is healthy: vda: A Good disk/1");
+        assert!(said.contains("Start PXE"), "the network comes first");
+    });
+}
+
+/// Power blips while a good release starts: its files on the ESP stay as they are. So many in a row that never come to
+/// *healthy* are a boot loop: the agent stays where it is, starts nothing and says so, until a person assigns anew.
+#[test]
+#[ignore = "slow: an install and seven boots; make test-slow"]
+fn a_boot_loop_ends_in_a_safe_mode_that_reports() {
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-loop");
+        installed(&mut rack);
+        rack.machine(NAME).power_off();
+        let before = entries(&rack.machine(NAME).disk(0));
+        assert!(before.contains("kiln-1.conf"), "{before}");
+        for _ in 0..5 {
+            starts_and_says(&mut rack, "image disk release 1");
+            let console = rack.machine(NAME).console().unwrap().clone();
+            console.wait_for(Stage::Network.label(), Mark::default(), IDLE).unwrap();
+            rack.machine(NAME).power_off();
+            assert_eq!(entries(&rack.machine(NAME).disk(0)), before, "a blip burns no try");
+        }
+        starts_and_says(&mut rack, "SAFE MODE");
+        rack.wait(NAME, "told", |v| v.failures().contains(&"boot-loop")).unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("safe mode: nothing is started", Mark::default(), IDLE).unwrap();
+        assert!(!console.since(Mark::default()).contains("systemd[1]"), "nothing was started");
+        rack.kiln(&["assign", NAME, "disk/1"]).unwrap();
+        rack.wait_healthy(NAME, 1).unwrap();
+    });
+}
+
+/// Names in `loader/entries`, as mtools reads them.
+fn entries(disk: &Path) -> String {
+    let image = format!("{}@@{}", disk.display(), 1 << 20);
+    command::run_command(Command::new("mdir").args(["-b", "-i", &image, "::/loader/entries"])).unwrap()
+}
+
+/// Each kind of disk that a machine may have has its outcome: it comes up, says why, and nobody's data is touched.
+#[test]
+#[ignore = "slow: six boots; make test-slow"]
+fn each_kind_of_disk_has_its_outcome() {
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-kinds");
+        let data = vec![0x5a; 1 << 20];
+        let full = |rack: &mut Rack, number: usize| {
+            let disk = std::fs::File::options().write(true).open(rack.machine(NAME).disk(number)).unwrap();
+            disk.write_all_at(&data, 40 << 20).unwrap();
+            disk.write_all_at(b"somebody's boot sector", 0).unwrap();
+        };
+        let untouched = |rack: &mut Rack, number: usize| {
+            let disk = std::fs::File::open(rack.machine(NAME).disk(number)).unwrap();
+            let mut got = vec![0; data.len()];
+            disk.read_exact_at(&mut got, 40 << 20).unwrap();
+            assert!(got == data, "somebody's data was touched");
+            assert_eq!(
+                std::os::unix::fs::MetadataExt::blocks(&disk.metadata().unwrap()) / 8,
+                257,
+                "something was written"
+            );
+        };
+        let outcome = |rack: &mut Rack, kind: &str| {
+            let id = |v: &MachineView| v.boot().map(|b| b.boot_id.clone());
+            let before = rack.view(NAME).and_then(|v| id(&v));
+            rack.machine(NAME).power_on().unwrap();
+            let told = |v: &MachineView| v.is_healthy_on(1) && v.failures().contains(&kind);
+            rack.wait(NAME, kind, |v| id(v) != before && told(v)).unwrap();
+            rack.machine(NAME).power_off();
+        };
+        let disks = |rack: &mut Rack, disks: &[Disk]| rack.machine(NAME).set_disks(disks.to_vec()).unwrap();
+
+        disks(&mut rack, &[]);
+        outcome(&mut rack, "disk-none");
+        disks(&mut rack, &[Disk::Nvme4k]);
+        outcome(&mut rack, "disk-unsupported-sector-size");
+        disks(&mut rack, &[Disk::Ahci]);
+        full(&mut rack, 0);
+        outcome(&mut rack, "disk-foreign");
+        untouched(&mut rack, 0);
+        for fault in [Fault::Reads, Fault::Writes] {
+            disks(&mut rack, &[Disk::VirtioBlk]);
+            rack.machine(NAME).hold_disk(0).unwrap().set_fault(fault);
+            outcome(&mut rack, "disk-io-error");
+        }
+        // Two of different kinds: the blank one is taken, the other is let alone.
+        disks(&mut rack, &[Disk::Nvme, Disk::Ahci]);
+        full(&mut rack, 0);
+        rack.machine(NAME).power_on().unwrap();
+        rack.wait_healthy(NAME, 1).unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("is healthy: sda: A Good disk/1", Mark::default(), IDLE).unwrap();
+        rack.machine(NAME).power_off();
+        untouched(&mut rack, 0);
     });
 }

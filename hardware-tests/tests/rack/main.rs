@@ -5,6 +5,7 @@
 mod attacks;
 mod boots;
 mod cleanup;
+mod cuts;
 mod disk;
 mod hardware;
 mod orders;

@@ -82,6 +82,9 @@ impl Machine {
         if self.note(reported, now, out) {
             save(out);
         }
+        if let Some(fallback) = &report.fallback {
+            self.told_fallback(fallback, now, out);
+        }
         let root_wrong = match (&report.running, &reported.published_root) {
             (Some(running), Some(published)) => running.root_hash != *published,
             (Some(_) | None, None) | (None, Some(_)) => false,

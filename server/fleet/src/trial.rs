@@ -3,9 +3,10 @@
 use crate::event::Action;
 use crate::machine::{Assigned, Machine, Refused};
 use crate::state::StateKind;
-use crate::step::save;
+use crate::step::{save, wake};
 use crate::{BOOT_DEADLINE_MS, Millis};
-use kiln_protocol::Via;
+use kiln_protocol::slot::{Fallback, FallbackReason};
+use kiln_protocol::{ReleaseId, Via};
 
 impl Machine {
     /// The trial is over; `failed` says why, behind its name. With a release to go back to, that one is assigned and
@@ -50,6 +51,27 @@ impl Machine {
         }
         out.push(Action::Sign);
         save(out);
+    }
+
+    /// The machine's own boot loader, or its disk, gave the assigned release up, and it came back on another: that one is
+    /// good by its word. What it says of an earlier assignment is known.
+    pub(crate) fn told_fallback(&mut self, fallback: &Fallback, now: Millis, out: &mut Vec<Action>) {
+        let assigned = self.assigned.as_ref();
+        let current = assigned.is_some_and(|a| a.release == fallback.release && a.sequence == fallback.sequence);
+        let Some(here) = self.embedded.as_ref().filter(|_| current && !self.runs_assigned()) else { return };
+        let back = ReleaseId { image: here.image.clone(), release: here.release };
+        if self.is_refused(&back) {
+            return;
+        }
+        self.good.retain(|good| *good != back);
+        self.good.push(back);
+        self.last_words.clear();
+        let failed = match fallback.reason {
+            FallbackReason::TriesUsedUp => "was started as often as it may be and never became healthy",
+            FallbackReason::RootSpoilt => "is not on the disk as it was written",
+        };
+        self.fall_back(&format!("{failed} ({})", fallback.reason), now, out);
+        wake(out);
     }
 
     /// When a trial that is up, and whose agent speaks, has had its time. None without a release to go back to: it then

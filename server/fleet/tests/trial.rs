@@ -149,3 +149,42 @@ fn an_order_and_a_restart_of_the_server_give_it_time_again() {
     s.then(Event::ServerStarted).then(Event::Tick).is(StateKind::Degraded);
     s.reports_for(LIVE_MS + 30_000, |seq| unwell(1, "t", seq, 2)).is(StateKind::FellBack);
 }
+
+/// A machine with a disk is back on 1: its own boot loader gave the trial up.
+#[test]
+fn what_the_machine_itself_gave_up_is_not_offered_again() {
+    let mut s = Story::good_on_1();
+    s.assign(2, Via::Cold).then(Event::Granted).leaves();
+    let fallback = |sequence| {
+        let reason = slot::FallbackReason::TriesUsedUp;
+        Some(slot::Fallback { release: rel(2), sequence, reason })
+    };
+    let back = |seq, sequence| Report { fallback: fallback(sequence), ..healthy(1, "back", seq, 1) };
+    s.then(by(1, Report { fallback: fallback(1), ..report(1, "back", 1, 1) })).is(StateKind::Reimaging);
+    assert_eq!(s.m.assigned.clone().unwrap().release, rel(2), "what failed under another assignment is known");
+    s.then(by(1, Report { fallback: fallback(2), ..report(1, "back", 2, 1) })).is(StateKind::FellBack);
+    let why = "minimal/2 was started as often as it may be and never became healthy (trial-tries-used-up): back on \
+               minimal/1";
+    assert_eq!(s.m.state.reason, why);
+    let a = s.m.assigned.clone().unwrap();
+    assert_eq!((a.release, a.sequence), (rel(1), 3));
+    assert!(s.m.check_assign(&rel(2)).is_err(), "not offered again");
+    s.then(by(1, back(3, 2))).is(StateKind::FellBack);
+    assert!(s.m.is_available() && s.m.runs_assigned() && s.m.assigned.clone().unwrap().sequence == 3);
+    // A person looked, and wants it tried anew: what the disk remembers of the old assignment changes nothing.
+    s.then(Event::Clear).then(by(1, back(4, 2))).is(StateKind::Healthy);
+    s.assign(2, Via::Cold).then(by(1, back(5, 2))).is(StateKind::Healthy);
+    assert_eq!(s.m.assigned.clone().unwrap().release, rel(2));
+}
+
+/// The server lost its memory of the machine, or never had one: the machine's word says what is good.
+#[test]
+fn the_release_that_the_machine_came_back_on_is_good_by_its_word() {
+    let mut s = Story::new();
+    s.then(by(1, report(1, "a", 1, 2))).approve().assign(2, Via::Cold);
+    let sequence = s.m.assigned.clone().unwrap().sequence;
+    let reason = slot::FallbackReason::RootSpoilt;
+    let fallback = Some(slot::Fallback { release: rel(2), sequence, reason });
+    s.then(by(1, Report { fallback, ..report(1, "b", 1, 1) })).is(StateKind::FellBack);
+    assert_eq!(s.m.assigned.clone().unwrap().release, rel(1));
+}

@@ -8,7 +8,7 @@ use crate::error::ConfigError;
 use crate::http;
 use kiln_fleet::Limits;
 use kiln_protocol::{ImageName, KeyId, MachineId};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -39,6 +39,8 @@ pub struct Config {
     pub roles: BTreeMap<String, ImageName>,
     /// The age at which a role's machines are put up anew at the latest, in milliseconds.
     pub max_ages: BTreeMap<String, u64>,
+    /// Roles whose machines in disk mode ask the network before the disk.
+    pub network_first: BTreeSet<String>,
     /// The pre-loaded list.
     pub machines: BTreeMap<MachineId, Listed>,
 }

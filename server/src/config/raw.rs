@@ -92,6 +92,16 @@ struct RawRole {
     name: String,
     image: String,
     max_age: Option<String>,
+    #[serde(default)]
+    boot_first: RawFirst,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawFirst {
+    #[default]
+    Disk,
+    Network,
 }
 
 #[derive(Debug, Deserialize)]
@@ -212,6 +222,8 @@ impl TryFrom<Raw> for Config {
             return Err(bad("fleet.trial_attempts", "with 0 no new release could ever boot"));
         }
         let (mut roles, mut max_ages) = (BTreeMap::new(), BTreeMap::new());
+        let network = |role: &&RawRole| role.boot_first == RawFirst::Network;
+        let network_first = raw.role.iter().filter(network).map(|role| role.name.clone()).collect();
         for role in raw.role {
             if !is_name(&role.name) {
                 return Err(bad("role.name", format!("{:?}: {NAME}", role.name)));
@@ -279,6 +291,7 @@ impl TryFrom<Raw> for Config {
             limits,
             roles,
             max_ages,
+            network_first,
             machines,
         })
     }

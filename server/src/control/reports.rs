@@ -186,7 +186,8 @@ impl Control {
         }
         let busy = inner.machines.get(id).is_some_and(|m| !m.is_available() || !m.runs_assigned());
         drop(inner);
-        Ok((Wanted::run(envelope, assigned.via, granted, busy), pending))
+        let network_first = self.config.network_first.contains(&envelope.role);
+        Ok((Wanted::run(envelope, assigned.via, granted, busy, network_first), pending))
     }
 
     /// Makes the answer that goes out: only now its freshness is signed, and the lock is not held.
@@ -202,7 +203,8 @@ impl Control {
             Some(order) => Some(OrderGiven { freshness: self.freshness(nonce, &order, Timestamp::now())?, order }),
             None => None,
         };
-        Ok(Reply { desired: Desired { etag: wanted.etag, decision, order }, again_ms, may_wait })
+        let network_first = wanted.network_first;
+        Ok(Reply { desired: Desired { etag: wanted.etag, network_first, decision, order }, again_ms, may_wait })
     }
 }
 
@@ -212,6 +214,8 @@ struct Wanted {
     etag: String,
     /// It is on its way somewhere.
     busy: bool,
+    /// Its role's machines ask the network before the disk.
+    network_first: bool,
     what: What,
     /// An operator's order that goes with it.
     order: Option<String>,
@@ -224,14 +228,15 @@ enum What {
 
 impl Wanted {
     fn wait(reason: String, busy: bool) -> Self {
-        Self { etag: hex::sha256(reason.as_bytes())[..16].to_owned(), busy, what: What::Wait(reason), order: None }
+        let etag = hex::sha256(reason.as_bytes())[..16].to_owned();
+        Self { etag, busy, network_first: false, what: What::Wait(reason), order: None }
     }
 
-    fn run(envelope: Envelope, via: Via, grant: Grant, busy: bool) -> Self {
-        let identity =
-            serde_json::to_vec(&(&envelope.text, via, &grant)).expect("strings and words always become JSON");
+    fn run(envelope: Envelope, via: Via, grant: Grant, busy: bool, network_first: bool) -> Self {
+        let identity = serde_json::to_vec(&(&envelope.text, via, &grant, network_first))
+            .expect("strings and words always become JSON");
         let what = What::Run { envelope, via, grant };
-        Self { etag: hex::sha256(&identity)[..16].to_owned(), busy, what, order: None }
+        Self { etag: hex::sha256(&identity)[..16].to_owned(), busy, network_first, what, order: None }
     }
 
     fn with_order(mut self, order: Option<String>) -> Self {

@@ -353,6 +353,7 @@ impl Agent {
             at_ms: self.seq * 10,
             health: None,
             prefetch: None,
+            fallback: None,
             agent_memory: None,
             wait_s: 0,
             desired_etag: String::new(),

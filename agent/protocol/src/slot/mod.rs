@@ -128,8 +128,24 @@ impl Disk {
 
     /// Highest sequence whose trial failed here.
     pub fn failed_sequence(&self) -> Option<u64> {
-        let failed = self.entries.iter().filter(|entry| entry.name.kind == EntryKind::Failed);
-        failed.map(|entry| entry.name.sequence).max()
+        self.entries.iter().filter(|entry| entry.name.has_failed()).map(|entry| entry.name.sequence).max()
+    }
+
+    /// The newest trial that failed here, if nothing newer is known.
+    pub fn fallback(&self) -> Option<Fallback> {
+        let newest = self.entries.iter().max_by_key(|entry| entry.name.sequence)?;
+        match newest.name.kind {
+            EntryKind::Failed(reason) => {
+                Some(Fallback { release: newest.content.release.clone(), sequence: newest.name.sequence, reason })
+            }
+            EntryKind::Next(_) | EntryKind::Trial(_) | EntryKind::Good => None,
+        }
+    }
+
+    /// The newest entry of the release with this root hash that the loader knows: it started it, or would.
+    pub fn listed(&self, root_hash: &Sha256Hex) -> Option<&Entry> {
+        let listed = |e: &&Entry| e.content.root_hash == *root_hash && e.name.is_listed();
+        self.entries.iter().filter(listed).max_by_key(|e| e.name.sequence)
     }
 
     /// A slot's state. One that is good and on trial anew under a later assignment is what its newest entry says.
@@ -140,7 +156,7 @@ impl Disk {
         };
         match newest.name.kind {
             EntryKind::Next(_) => SlotState::Allowed,
-            EntryKind::Trial(Tries { left: 0, .. }) | EntryKind::Failed => SlotState::Failed,
+            EntryKind::Trial(Tries { left: 0, .. }) | EntryKind::Failed(_) => SlotState::Failed,
             EntryKind::Trial(Tries { done: 0, .. }) => SlotState::Preferred,
             EntryKind::Trial(_) => SlotState::Trial,
             EntryKind::Good => SlotState::Good,

@@ -3,6 +3,7 @@
 //! start and `kiln-5+0-3.conf` at its third (systemd's docs/AUTOMATIC_BOOT_ASSESSMENT.md). What does not end in `.conf`
 //! it passes over.
 
+use super::FallbackReason;
 use crate::ids::IdError;
 use crate::{ReleaseId, Sha256Hex};
 use std::fmt;
@@ -26,8 +27,9 @@ pub enum EntryKind {
     Trial(Tries),
     /// `kiln-SEQ.conf`: good, not counted.
     Good,
-    /// `kiln-SEQ.failed`: its tries were used up. For the agent's memory; the loader does not see it.
-    Failed,
+    /// `kiln-SEQ.failed`, `kiln-SEQ.spoilt`: its tries were used up, its root is not what was written. For the agent's
+    /// memory; the loader does not see it.
+    Failed(FallbackReason),
 }
 
 /// Name of a file in `loader/entries`. `SEQ` is the assignment's sequence number, so that a downgrade sorts first too.
@@ -39,6 +41,24 @@ pub struct EntryName {
     pub kind: EntryKind,
 }
 
+impl EntryName {
+    /// It only remembers a failure.
+    pub fn has_failed(self) -> bool {
+        match self.kind {
+            EntryKind::Failed(_) => true,
+            EntryKind::Next(_) | EntryKind::Trial(_) | EntryKind::Good => false,
+        }
+    }
+
+    /// The loader knows it.
+    pub fn is_listed(self) -> bool {
+        match self.kind {
+            EntryKind::Trial(_) | EntryKind::Good => true,
+            EntryKind::Next(_) | EntryKind::Failed(_) => false,
+        }
+    }
+}
+
 impl fmt::Display for EntryName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let sequence = self.sequence;
@@ -47,7 +67,8 @@ impl fmt::Display for EntryName {
             EntryKind::Trial(Tries { left, done: 0 }) => write!(f, "kiln-{sequence}+{left}.conf"),
             EntryKind::Trial(Tries { left, done }) => write!(f, "kiln-{sequence}+{left}-{done}.conf"),
             EntryKind::Good => write!(f, "kiln-{sequence}.conf"),
-            EntryKind::Failed => write!(f, "kiln-{sequence}.failed"),
+            EntryKind::Failed(FallbackReason::TriesUsedUp) => write!(f, "kiln-{sequence}.failed"),
+            EntryKind::Failed(FallbackReason::RootSpoilt) => write!(f, "kiln-{sequence}.spoilt"),
         }
     }
 }
@@ -57,7 +78,7 @@ impl FromStr for EntryName {
     fn from_str(text: &str) -> Result<Self, IdError> {
         parse(text)
             .filter(|name| name.to_string() == text)
-            .ok_or_else(|| IdError::new("boot entry", "kiln-SEQ[+LEFT[-DONE]].conf, .next or .failed", text))
+            .ok_or_else(|| IdError::new("boot entry", "kiln-SEQ[+LEFT[-DONE]].conf, .next, .failed or .spoilt", text))
     }
 }
 
@@ -72,7 +93,8 @@ fn parse(text: &str) -> Option<EntryName> {
         ("conf", Some(left), done) => EntryKind::Trial(Tries { left, done }),
         ("conf", None, _) => EntryKind::Good,
         ("next", Some(left), 0) => EntryKind::Next(left),
-        ("failed", None, _) => EntryKind::Failed,
+        ("failed", None, _) => EntryKind::Failed(FallbackReason::TriesUsedUp),
+        ("spoilt", None, _) => EntryKind::Failed(FallbackReason::RootSpoilt),
         _ => return None,
     };
     Some(EntryName { sequence: sequence.parse().ok()?, kind })
@@ -128,7 +150,8 @@ mod tests {
             ("kiln-5+0-3.conf", EntryKind::Trial(Tries { left: 0, done: 3 })),
             ("kiln-5.conf", EntryKind::Good),
             ("kiln-5+3.next", EntryKind::Next(3)),
-            ("kiln-5.failed", EntryKind::Failed),
+            ("kiln-5.failed", EntryKind::Failed(FallbackReason::TriesUsedUp)),
+            ("kiln-5.spoilt", EntryKind::Failed(FallbackReason::RootSpoilt)),
         ] {
             let name = EntryName { sequence: 5, kind };
             assert_eq!(text.parse(), Ok(name));

@@ -76,11 +76,11 @@ word_enum! {
 }
 
 /// A trial that failed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fallback {
     /// The release that is not tried again under this assignment.
     pub release: ReleaseId,
-    /// The assignment's sequence.
+    /// The assignment's sequence; on the disk, where it stands in the loader's order.
     pub sequence: u64,
     /// Why.
     pub reason: FallbackReason,
@@ -168,9 +168,7 @@ impl Slots {
 
     /// Removes UKIs that no entry names but those that only remember a failure.
     fn sweep(&mut self, out: &mut Vec<Action>) {
-        let named = |uki: &Sha256Hex| {
-            self.disk.entries.iter().any(|e| e.content.uki == *uki && e.name.kind != EntryKind::Failed)
-        };
+        let named = |uki: &Sha256Hex| self.disk.entries.iter().any(|e| e.content.uki == *uki && !e.name.has_failed());
         let gone: Vec<Sha256Hex> = self.disk.ukis.iter().filter(|uki| !named(uki)).cloned().collect();
         for uki in gone {
             self.act(Action::RemoveUki(uki), out);
@@ -197,10 +195,10 @@ impl Slots {
     /// A trial's entry becomes a memory, the only one of its kind, and the server is told.
     fn fail(&mut self, entry: &Entry, reason: FallbackReason, out: &mut Vec<Action>) {
         let sequence = entry.name.sequence;
-        let memory = EntryName { sequence, kind: EntryKind::Failed };
+        let memory = EntryName { sequence, kind: EntryKind::Failed(reason) };
         self.act(Action::PutEntry(memory, entry.content.clone()), out);
         self.act(Action::RemoveEntry(entry.name), out);
-        self.remove_entries(|e| e.name.kind == EntryKind::Failed && e.name.sequence < sequence, out);
+        self.remove_entries(|e| e.name.has_failed() && e.name != memory, out);
         self.sweep(out);
         out.push(Action::Tell(Fallback { release: entry.content.release.clone(), sequence, reason }));
     }
@@ -224,7 +222,7 @@ impl Slots {
             return;
         }
         let label = self.disk.labels[slot.index()];
-        let old = |e: &Entry| label == Some(super::Label::of(&e.content.root_hash)) && e.name.kind != EntryKind::Failed;
+        let old = |e: &Entry| label == Some(super::Label::of(&e.content.root_hash)) && !e.name.has_failed();
         self.remove_entries(old, out);
         self.sweep(out);
         if label.is_some() {
@@ -259,7 +257,15 @@ impl Slots {
             let EntryName { sequence: known, .. } = e.name;
             known > sequence || (known == sequence && e.content != *content)
         };
-        if let Some(entry) = self.disk.entries.iter().filter(newer).max_by_key(|e| e.name.sequence) {
+        // What the loader has started and whose root is gone comes back under the entry that it has.
+        let comes_back = matches!(go, Go::Here(_))
+            && self
+                .disk
+                .listed(&content.root_hash)
+                .is_some_and(|e| e.name.sequence == sequence && e.content == *content);
+        if let Some(entry) =
+            self.disk.entries.iter().filter(newer).filter(|_| !comes_back).max_by_key(|e| e.name.sequence)
+        {
             return Err(Refusal::Stale { sequence, known: entry.name.sequence });
         }
         let holds = self.disk.slot_of(&content.root_hash);
@@ -360,13 +366,12 @@ impl Slots {
         if self.install.as_ref().is_some_and(|install| install.slot == slot) {
             self.install = None;
         }
-        let entries: Vec<Entry> =
-            self.disk.entries_of(slot).filter(|e| e.name.kind != EntryKind::Failed).cloned().collect();
+        let entries: Vec<Entry> = self.disk.entries_of(slot).filter(|e| !e.name.has_failed()).cloned().collect();
         if self.is_good(slot.other()) {
             for entry in entries {
                 match entry.name.kind {
                     EntryKind::Trial(_) => self.fail(&entry, FallbackReason::RootSpoilt, out),
-                    EntryKind::Next(_) | EntryKind::Good | EntryKind::Failed => {
+                    EntryKind::Next(_) | EntryKind::Good | EntryKind::Failed(_) => {
                         self.act(Action::RemoveEntry(entry.name), out);
                     }
                 }

@@ -45,6 +45,7 @@ pub fn report(machine: u8, boot: &str, seq: u64, release: u64) -> Report {
         at_ms: seq * 1000,
         health: None,
         prefetch: None,
+        fallback: None,
         agent_memory: None,
         wait_s: 0,
         desired_etag: String::new(),

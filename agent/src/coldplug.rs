@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 /// What the boot needs whatever the hardware: loaded if the image has it, else it is built in.
 const ALWAYS: [&str; 6] = ["efivarfs", "af_packet", "loop", "dm_verity", "erofs", "virtio_rng"];
+/// Modules that no device names, and whose company they belong to: the character device of a BMC.
+const COMPANIONS: [(&str, &str); 2] = [("ipmi_si", "ipmi_devintf"), ("ipmi_ssif", "ipmi_devintf")];
 /// Rounds of looking: a bus driver makes devices appear that ask for more.
 const ROUNDS: usize = 8;
 
@@ -53,6 +55,11 @@ impl Drivers {
             for module in wanted {
                 self.load(&module);
             }
+            for (module, companion) in COMPANIONS {
+                if self.loaded.contains(module) {
+                    self.load(companion);
+                }
+            }
             if self.loaded.len() == before {
                 return;
             }
@@ -61,25 +68,24 @@ impl Drivers {
 
     /// Loads a module and what it needs. What it only would like to have, or another stands in for, may fail: the kernel
     /// decides when it comes to the module itself.
-    fn load(&mut self, module: &str) {
+    pub fn load(&mut self, module: &str) {
         let order = self.index.load_order(module, &self.loaded);
-        let mut failed = Vec::new();
-        let mut itself = Ok(());
+        let (mut failed, mut itself) = (Vec::new(), true);
         for (name, relative) in order {
             let path = self.dir.join(relative);
-            itself = File::open(&path).and_then(|file| {
+            let loaded = File::open(&path).and_then(|file| {
                 let compressed = path.extension().is_some_and(|e| e != "ko");
                 sys::load_module(&file, compressed, parameters(&name))
             });
-            if itself.as_ref().is_err_and(|e| e.raw_os_error() == Some(libc::EEXIST)) {
-                itself = Ok(());
-            }
-            if let Err(error) = &itself {
+            if let Err(error) = loaded
+                && error.raw_os_error() != Some(libc::EEXIST)
+            {
+                itself &= name != module;
                 failed.push(format!("{name}: {error}"));
             }
             self.loaded.insert(name);
         }
-        if itself.is_err() {
+        if !itself {
             println!("kiln-agent: driver {module} does not load ({})", failed.join("; "));
         }
     }
@@ -88,7 +94,12 @@ impl Drivers {
 /// A watchdog that runs goes on through a restart and a kexec: the next kernel is watched from its first instruction
 /// (watchdog-parameters.rst).
 fn parameters(module: &str) -> &'static CStr {
-    if module == "watchdog" { c"stop_on_reboot=0" } else { c"" }
+    match module {
+        "watchdog" => c"stop_on_reboot=0",
+        // Else it makes a bond0 that nobody asked for.
+        "bonding" => c"max_bonds=0",
+        _ => c"",
+    }
 }
 
 fn collect_aliases(dir: &Path, depth: usize, aliases: &mut HashSet<String>) {

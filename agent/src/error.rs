@@ -49,6 +49,13 @@ pub enum AgentError {
         "no DHCP offer on {interfaces} within {seconds} s: check the cable, the switch port and the site's DHCP server"
     )]
     NoOffer { interfaces: String, seconds: u64 },
+    #[error("link {link} of the network configuration: no card of this machine is {wanted}")]
+    NoCard { link: String, wanted: String },
+    #[error(
+        "network configuration {version} was left again, and the one before is used: {reason}. It is not tried again: \
+         sign one with a higher version"
+    )]
+    NetworkReverted { version: u64, reason: String },
     #[error("the lease on {interface} cannot be used: {reason}")]
     BadLease { interface: String, reason: String },
     #[error("no boot server: the image's settings name none, and none answered the agent's DHCP request")]
@@ -173,6 +180,8 @@ kinds!({
     Self::System { .. } => "machine-system-call", Machine;
     Self::NoInterface => "network-no-interface", Machine;
     Self::NoOffer { .. } => "network-no-offer", Unreachable;
+    Self::NoCard { .. } => "network-no-card", Unreachable;
+    Self::NetworkReverted { .. } => "network-config-reverted", Machine;
     Self::BadLease { .. } => "network-bad-lease", Unreachable;
     Self::NoServer => "server-not-found", Unreachable;
     Self::Unreachable { .. } => "server-unreachable", Unreachable;

@@ -86,7 +86,11 @@ pub fn interfaces() -> Vec<String> {
 pub fn mac_addresses() -> Vec<String> {
     let mut macs: Vec<String> = interfaces()
         .iter()
-        .filter_map(|name| std::fs::read_to_string(format!("/sys/class/net/{name}/address")).ok())
+        .filter_map(|name| {
+            let read = |file: &str| std::fs::read_to_string(format!("/sys/class/net/{name}/{file}")).ok();
+            // A bond lends its members one address.
+            read("bonding_slave/perm_hwaddr").or_else(|| read("address"))
+        })
         .map(|text| text.trim().to_lowercase())
         .collect();
     macs.sort();

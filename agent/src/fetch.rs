@@ -358,7 +358,8 @@ async fn get(patience: &Patience, url: &str, from: u64) -> Result<(Response<Inco
             client().handshake(TokioIo::new(stream)).await.map_err(|e| unreachable(e.to_string()))?;
         let open = Open::drive(connection);
         let path = uri.path_and_query().map_or("/", |p| p.as_str());
-        let mut request = Request::get(path).header(HOST, format!("{host}:{port}"));
+        let name = if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
+        let mut request = Request::get(path).header(HOST, name);
         if from > 0 {
             request = request.header(RANGE, format!("bytes={from}-"));
         }

@@ -86,7 +86,7 @@ impl Flow {
         Ok(())
     }
 
-    async fn try_servers(&mut self) -> Result<()> {
+    pub async fn try_servers(&mut self) -> Result<()> {
         let mut last = AgentError::NoServer;
         for url in &self.verifier.servers.agent {
             let ca = &self.verifier.boot.site.agent_api_ca_pem;

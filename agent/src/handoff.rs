@@ -3,7 +3,7 @@
 
 use crate::error::{AgentError, Result};
 use crate::journal::JournalState;
-use crate::net::Lease;
+use crate::net::Uplink;
 use crate::verifier::Servers;
 use jiff::Timestamp;
 use kiln_protocol::Via;
@@ -27,7 +27,7 @@ pub struct Handoff {
     pub servers: Servers,
     pub journal: JournalState,
     /// None: the network did not come up, and the service goes on trying.
-    pub lease: Option<Lease>,
+    pub uplink: Option<Uplink>,
     /// In disk mode, the disk that the root lies on.
     pub disk: Option<OnDisk>,
     /// Sequence of the assignment under which the root was fetched and verified.

@@ -9,9 +9,10 @@ use crate::flow::{Flow, RESTART_PAUSE, TELL_EVERY};
 use crate::handoff::{Handoff, OnDisk};
 use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
 use crate::memory::Place;
-use crate::net::{self, Lease};
+use crate::net::Uplink;
 use crate::plan::{self, Plan};
 use crate::secureboot::SecureBoot;
+use crate::uplink::Network;
 use crate::verifier::{Answer, Servers, Verified, Verifier};
 use crate::watchdog::Watchdog;
 use crate::{change, facts, kexec, local, mounts, safe, verity, wipe};
@@ -85,7 +86,7 @@ fn boot() -> Result<Infallible> {
     })
 }
 
-async fn go(boot: BootInfo, journal: JournalState, mut drivers: Drivers) -> Result<Infallible> {
+async fn go(boot: BootInfo, journal: JournalState, drivers: Drivers) -> Result<Infallible> {
     let place = Place::of_this_machine();
     let key = place.key()?;
     let memory = place.memory()?;
@@ -104,7 +105,7 @@ async fn go(boot: BootInfo, journal: JournalState, mut drivers: Drivers) -> Resu
     let verifier = Verifier::new(boot, place, key, memory, servers, now);
     let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: TELL_EVERY };
 
-    let error = match Box::pin(travel(&mut flow, &mut drivers)).await {
+    let error = match Box::pin(travel(&mut flow, &mut Some(drivers))).await {
         Ok(never) => match never {},
         Err(error) => error,
     };
@@ -117,35 +118,41 @@ async fn go(boot: BootInfo, journal: JournalState, mut drivers: Drivers) -> Resu
 }
 
 /// From the network to the image's init.
-async fn travel(flow: &mut Flow, drivers: &mut Drivers) -> Result<Infallible> {
+async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infallible> {
     let disk = local::open_disk(flow);
     let root_hash = flow.journal.embedded.root_hash.clone();
+    let mut network = Network::start(flow);
     if let Some(disk) = disk.clone().filter(|disk| machine::lock(disk).boots(&root_hash)) {
         local::tell_fallback(flow, &machine::lock(&disk));
         let (root_hash, sequence) = (root_hash.clone(), flow.verifier.memory.sequence);
         let starts = on_disk(&disk, move |disk| Ok(disk.count_start(&root_hash, sequence))).await?;
         if starts.count >= machine::STARTS {
-            safe::stay(flow, drivers, &disk, starts).await?;
+            safe::stay(flow, drivers, &mut network, &disk, starts).await?;
             restart();
         }
         if starts.count >= machine::SUSPECT {
             local::read_back(flow, &disk).await?;
         }
         // It starts from its slot whatever the network says, or does not say.
-        let mut lease = None;
-        let asked = tokio::time::timeout(local::PATIENCE, local::ask(flow, drivers, &mut lease)).await;
+        let asked = tokio::time::timeout(local::PATIENCE, local::ask(flow, drivers, &mut network)).await;
         let error = match asked {
-            Ok(Ok(verified)) => return start(flow, verified, lease, Some(disk)).await,
+            Ok(Ok((verified, role))) => {
+                let adopted = network.adopt(flow, drivers, &verified, &role);
+                if !tokio::time::timeout(local::ADOPTION, adopted).await.is_ok_and(|adopted| adopted.is_ok()) {
+                    println!("kiln-agent: the boot server is lost again; the release in the slot starts");
+                }
+                return start(flow, verified, network.uplink(), Some(disk)).await;
+            }
             Ok(Err(error)) if flow.verifier.wipe.is_some() => return Err(error),
             Ok(Err(error)) => error.to_string(),
             Err(_) => format!("no word of it within {} s", local::PATIENCE.as_secs()),
         };
         println!("kiln-agent: the boot server does not decide this boot ({error}); the release in the slot starts");
         let verified = local::recorded(flow, &disk)?;
-        return start(flow, verified, lease, Some(disk)).await;
+        return start(flow, verified, network.uplink(), Some(disk)).await;
     }
-    let lease = bring_up_network(flow, drivers).await?;
-    flow.find_server().await?;
+    network.connect(flow, drivers).await?;
+    set_host_name(&network, flow);
     let here = flow.verifier.here()?;
     let verified = metadata(flow, &here, Stage::Metadata).await?;
     let boot = &flow.verifier.boot;
@@ -156,13 +163,14 @@ async fn travel(flow: &mut Flow, drivers: &mut Drivers) -> Result<Infallible> {
     }
     loop {
         let (assignment, via) = wait_for_assignment(flow, &verified).await?;
+        network.adopt(flow, drivers, &verified, &assignment.role).await?;
         match plan::decide(&here, &assignment, &flow.verifier.memory, &flow.verifier.currency(&verified))? {
-            Plan::Stay => return start(flow, verified, Some(lease), disk).await,
+            Plan::Stay => return start(flow, verified, network.uplink(), disk).await,
             // The loader started it, and would again after a cold boot: its root is fetched anew, and the running
             // system goes on from there.
             Plan::Change(release) if disk.as_ref().is_some_and(|disk| machine::lock(disk).knows(&root_hash)) => {
                 println!("kiln-agent: {release} is assigned; {here} is mended in its slot first");
-                return start(flow, verified, Some(lease), disk).await;
+                return start(flow, verified, network.uplink(), disk).await;
             }
             Plan::Change(release) => {
                 println!("kiln-agent: {release} is assigned, this is {here}: going there");
@@ -177,45 +185,6 @@ async fn travel(flow: &mut Flow, drivers: &mut Drivers) -> Result<Infallible> {
             }
         }
     }
-}
-
-pub async fn bring_up_network(flow: &mut Flow, drivers: &mut Drivers) -> Result<Lease> {
-    flow.journal.started(Stage::Network);
-    let servers = &flow.verifier.servers;
-    let need_location = servers.agent.is_empty() || servers.http.is_empty();
-    let mut attempt = 0;
-    let lease = loop {
-        attempt += 1;
-        match net::bring_up(&flow.journal.machine.id, need_location).await {
-            Ok(lease) => break lease,
-            Err(error) => {
-                flow.after_failure(Stage::Network, error, attempt).await?;
-                // A slow bus may have shown its devices by now.
-                drivers.coldplug();
-            }
-        }
-    };
-    flow.journal.machine.macs = facts::mac_addresses();
-    set_host_name(&lease, flow);
-    let servers = &mut flow.verifier.servers;
-    if servers.http.is_empty() {
-        servers.http = lease.http_url.clone().into_iter().collect();
-    }
-    if servers.agent.is_empty() {
-        servers.agent = lease.agent_url.clone().into_iter().collect();
-    }
-    if let Some(host) = lease.next_server.map(|a| a.to_string()).or(lease.domain.as_ref().map(|d| format!("kiln.{d}")))
-    {
-        if servers.http.is_empty() {
-            servers.http.push(format!("http://{host}:8080"));
-        }
-        if servers.agent.is_empty() {
-            servers.agent.push(format!("https://{host}:8443"));
-        }
-    }
-    println!("kiln-agent: {} has {}/{}; boot server {:?}", lease.interface, lease.address, lease.prefix, servers.agent);
-    flow.journal.done(Stage::Network);
-    Ok(lease)
 }
 
 /// Verifies metadata, with retries; `stage` is Metadata at boot.
@@ -276,7 +245,7 @@ pub async fn wait_for_assignment(flow: &mut Flow, verified: &Verified) -> Result
 async fn start(
     flow: &mut Flow,
     verified: Verified,
-    lease: Option<Lease>,
+    uplink: Option<Uplink>,
     disk: Option<SharedDisk>,
 ) -> Result<Infallible> {
     // The last gate before anything of it starts, whichever way led here.
@@ -289,7 +258,7 @@ async fn start(
         match local::install_here(flow, &verified, &disk).await {
             Ok(slot) => {
                 flow.journal.done(Stage::Root);
-                return start_slot(flow, verified, lease, &disk, slot).await;
+                return start_slot(flow, verified, uplink, &disk, slot).await;
             }
             // A disk that fails costs the slots, not the boot.
             Err(error) => flow.journal.failed(Stage::Root, &error, 1, Some(Duration::ZERO)),
@@ -311,14 +280,14 @@ async fn start(
     flow.journal.started(Stage::Verity);
     let device =
         verity::open(root, &verified.manifest.verity, &flow.verifier.boot.root_hash, secure_boot(&flow.verifier.boot))?;
-    mount_and_leave(flow, verified, lease, &device, None).await
+    mount_and_leave(flow, verified, uplink, &device, None).await
 }
 
 /// The same from a slot. A root that cannot be mounted is told to the slots: the next boot is another's.
 async fn start_slot(
     flow: &mut Flow,
     verified: Verified,
-    lease: Option<Lease>,
+    uplink: Option<Uplink>,
     disk: &SharedDisk,
     slot: SlotId,
 ) -> Result<Infallible> {
@@ -328,7 +297,7 @@ async fn start_slot(
     let boot = &flow.verifier.boot;
     let device = verity::open_device(&device.display().to_string(), &params, &boot.root_hash, secure_boot(boot))?;
     let on = OnDisk { name, via: kexec::started_this() };
-    let error = match mount_and_leave(flow, verified, lease, &device, Some(on)).await {
+    let error = match mount_and_leave(flow, verified, uplink, &device, Some(on)).await {
         Ok(never) => match never {},
         Err(error) => error,
     };
@@ -343,7 +312,7 @@ async fn start_slot(
 async fn mount_and_leave(
     flow: &mut Flow,
     verified: Verified,
-    lease: Option<Lease>,
+    uplink: Option<Uplink>,
     device: &str,
     disk: Option<OnDisk>,
 ) -> Result<Infallible> {
@@ -363,7 +332,7 @@ async fn mount_and_leave(
         manifest: verified.manifest,
         servers: flow.verifier.servers.clone(),
         journal: flow.journal.state.clone(),
-        lease,
+        uplink,
         disk,
         sequence: flow.verifier.memory.sequence,
         now: flow.verifier.now,
@@ -449,9 +418,9 @@ pub fn running_command_line() -> String {
 }
 
 /// The first label of what DHCP says, else one of the machine's id. A name is no reason not to boot.
-fn set_host_name(lease: &Lease, flow: &Flow) {
+pub fn set_host_name(network: &Network, flow: &Flow) {
     let short = &flow.journal.machine.id.as_str()[24..];
-    let said = lease.hostname.as_deref().and_then(|n| n.split('.').next()).filter(|n| (1..=63).contains(&n.len()));
+    let said = network.hostname().and_then(|n| n.split('.').next()).filter(|n| (1..=63).contains(&n.len()));
     let name = said.map_or_else(|| format!("kiln-{short}"), str::to_owned);
     if let Err(error) = nix::unistd::sethostname(&name) {
         println!("kiln-agent: the host name {name} cannot be set: {error}");

@@ -11,8 +11,8 @@ use crate::flow::Flow;
 use crate::init;
 use crate::kexec;
 use crate::memory::Memory;
-use crate::net::Lease;
 use crate::plan;
+use crate::uplink::Network;
 use crate::verifier::Verified;
 use kiln_protocol::Stage;
 use kiln_protocol::slot::{Action, Event, Fallback, Go, SlotId};
@@ -23,6 +23,8 @@ use std::time::Duration;
 
 /// So long the boot server has, network and all, before the slot starts without it.
 pub const PATIENCE: Duration = Duration::from_secs(30);
+/// And so long the trial of a newly signed network configuration, with the way back.
+pub const ADOPTION: Duration = Duration::from_secs(90 + 60);
 
 /// The machine's disk in disk mode; one that cannot be used is told, and the release runs in memory.
 pub fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
@@ -64,16 +66,16 @@ pub fn tell_fallback(flow: &mut Flow, disk: &MachineDisk) {
 }
 
 /// The boot server's word on this boot: current metadata, and an assignment. Which release it names does not matter
-/// here.
-pub async fn ask(flow: &mut Flow, drivers: &mut Drivers, lease: &mut Option<Lease>) -> Result<Verified> {
-    *lease = Some(init::bring_up_network(flow, drivers).await?);
-    flow.find_server().await?;
+/// here; its role is given back.
+pub async fn ask(flow: &mut Flow, drivers: &mut Option<Drivers>, network: &mut Network) -> Result<(Verified, String)> {
+    network.connect(flow, drivers).await?;
+    init::set_host_name(network, flow);
     let here = flow.verifier.here()?;
     let verified = init::metadata(flow, &here, Stage::Metadata).await?;
     may_run(flow, &verified)?;
     let (assignment, _) = init::wait_for_assignment(flow, &verified).await?;
     plan::decide(&here, &assignment, &flow.verifier.memory, &flow.verifier.currency(&verified))?;
-    Ok(verified)
+    Ok((verified, assignment.role))
 }
 
 /// The same by what was kept of it.

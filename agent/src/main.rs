@@ -29,6 +29,7 @@ mod stage;
 mod sys;
 #[cfg(test)]
 mod testing;
+mod uplink;
 mod verifier;
 mod verity;
 mod watchdog;

@@ -3,6 +3,7 @@
 //! the power. Source: Linux Documentation/filesystems/efivarfs.rst.
 
 use crate::error::{AgentError, Result};
+use crate::net::trial::Known;
 use crate::sys;
 use jiff::Timestamp;
 use kiln_protocol::{Assignment, KeyStorage, Order, OrderError, OrderMark, RollbackMemory};
@@ -171,6 +172,21 @@ impl Place {
         }
         let bytes = serde_json::to_vec(memory).expect("a map of numbers and strings always becomes JSON");
         self.write("Seen", &bytes)
+    }
+
+    /// What is known of the network. One that cannot be read is an empty one: it protects nothing, and the machine asks
+    /// every card.
+    pub fn network(&self) -> Known {
+        let stored = self.read("Network").ok().flatten();
+        stored.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default()
+    }
+
+    /// Stores it if it differs from what is stored.
+    pub fn remember_network(&self, known: &Known) -> Result<()> {
+        if self.network() == *known {
+            return Ok(());
+        }
+        self.write("Network", &serde_json::to_vec(known).expect("strings and numbers always become JSON"))
     }
 
     fn path(&self, what: &str) -> PathBuf {

@@ -1,5 +1,5 @@
-//! Which kernel modules the hardware asks for: modalias matching and load order (kmod's modules.dep, modules.alias
-//! and modules.softdep formats). Pure; loading is in `coldplug`.
+//! Which kernel modules the hardware asks for: modalias matching and load order (modules.dep(5), and the formats of
+//! modules.alias and modules.softdep as kmod reads them). Pure; loading is in `coldplug`.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -11,7 +11,9 @@ pub struct ModuleIndex {
     /// (glob, module name).
     alias: Vec<(String, String)>,
     /// Module name to modules loaded before it.
-    soft: BTreeMap<String, Vec<String>>,
+    before: BTreeMap<String, Vec<String>>,
+    /// Module name to modules loaded after it.
+    after: BTreeMap<String, Vec<String>>,
 }
 
 /// The name of the module in `path`: its base name, `-` as `_`, up to the first dot.
@@ -22,6 +24,16 @@ fn name_of(path: &str) -> String {
 
 fn canonical(name: &str) -> String {
     name.replace('-', "_")
+}
+
+/// A glob as kmod compares it: `-` is `_`, but for what stands between brackets, where it is a range.
+fn canonical_glob(glob: &str) -> String {
+    let mut within = false;
+    let each = |c| {
+        within = c == '[' || within && c != ']';
+        if c == '-' && !within { '_' } else { c }
+    };
+    glob.chars().map(each).collect()
 }
 
 impl ModuleIndex {
@@ -37,26 +49,36 @@ impl ModuleIndex {
         for line in alias.lines() {
             let mut words = line.split_whitespace();
             if let (Some("alias"), Some(glob), Some(module)) = (words.next(), words.next(), words.next()) {
-                index.alias.push((glob.to_owned(), canonical(module)));
+                index.alias.push((canonical_glob(glob), canonical(module)));
             }
         }
         for line in softdep.lines() {
             let mut words = line.split_whitespace();
-            if let (Some("softdep"), Some(module)) = (words.next(), words.next()) {
-                let pre = words.skip_while(|w| *w != "pre:").skip(1).take_while(|w| *w != "post:").map(canonical);
-                index.soft.entry(canonical(module)).or_default().extend(pre);
+            let (Some("softdep"), Some(module)) = (words.next(), words.next()) else { continue };
+            let mut list = None;
+            for word in words {
+                match (word, list) {
+                    ("pre:", _) => list = Some(true),
+                    ("post:", _) => list = Some(false),
+                    (name, Some(before)) => {
+                        let lists = if before { &mut index.before } else { &mut index.after };
+                        lists.entry(canonical(module)).or_default().push(canonical(name));
+                    }
+                    (_, None) => {}
+                }
             }
         }
         index
     }
 
     /// Names of modules whose alias matches `modalias`.
-    pub fn matching<'a>(&'a self, modalias: &'a str) -> impl Iterator<Item = &'a str> {
-        self.alias.iter().filter(|(glob, _)| glob_match(glob, modalias)).map(|(_, module)| module.as_str())
+    pub fn matching(&self, modalias: &str) -> impl Iterator<Item = &str> {
+        let modalias = canonical(modalias);
+        self.alias.iter().filter(move |(glob, _)| glob_match(glob, &modalias)).map(|(_, module)| module.as_str())
     }
 
-    /// Paths to load for `module`, dependencies first, without those in `loaded`. A module that is not in the index is
-    /// built in or left out of the image: nothing to load.
+    /// Paths to load for `module`, dependencies first and what is to follow it last, without those in `loaded`. A
+    /// module that is not in the index is built in or left out of the image: nothing to load.
     pub fn load_order(&self, module: &str, loaded: &HashSet<String>) -> Vec<(String, String)> {
         let mut order = Vec::new();
         let mut seen = loaded.clone();
@@ -69,7 +91,23 @@ impl ModuleIndex {
         if !seen.insert(module.to_owned()) {
             return;
         }
-        for soft in self.soft.get(module).into_iter().flatten() {
+        self.visit_soft(&self.before, module, seen, order);
+        // modules.dep lists the nearest dependency first: the farthest must be loaded first.
+        for need in needs.iter().rev() {
+            self.visit(need, seen, order);
+        }
+        order.push((module.to_owned(), path.clone()));
+        self.visit_soft(&self.after, module, seen, order);
+    }
+
+    fn visit_soft(
+        &self,
+        lists: &BTreeMap<String, Vec<String>>,
+        module: &str,
+        seen: &mut HashSet<String>,
+        order: &mut Vec<(String, String)>,
+    ) {
+        for soft in lists.get(module).into_iter().flatten() {
             if self.dep.contains_key(soft) {
                 self.visit(soft, seen, order);
             } else {
@@ -79,11 +117,6 @@ impl ModuleIndex {
                 }
             }
         }
-        // modules.dep lists the nearest dependency first: the farthest must be loaded first.
-        for need in needs.iter().rev() {
-            self.visit(need, seen, order);
-        }
-        order.push((module.to_owned(), path.clone()));
     }
 }
 
@@ -120,10 +153,11 @@ fn glob_match(glob: &str, text: &str) -> bool {
     g[gi..].iter().all(|c| *c == b'*')
 }
 
-/// Matches one byte against the class that begins at `g[at]`; gives the index behind it.
+/// Matches one byte against the class that begins at `g[at]`; gives the index behind it. `!` or `^` turns it round.
 fn class_match(g: &[u8], at: usize, byte: u8) -> Option<usize> {
     let end = at + g[at..].iter().position(|c| *c == b']')?;
-    let mut i = at + 1;
+    let not = matches!(g[at + 1], b'!' | b'^');
+    let mut i = at + 1 + usize::from(not);
     let mut hit = false;
     while i < end {
         if i + 2 < end && g[i + 1] == b'-' {
@@ -134,7 +168,7 @@ fn class_match(g: &[u8], at: usize, byte: u8) -> Option<usize> {
             i += 1;
         }
     }
-    hit.then_some(end + 1)
+    (hit != not).then_some(end + 1)
 }
 
 #[cfg(test)]
@@ -174,8 +208,31 @@ mod tests {
     }
 
     #[test]
+    fn what_is_to_follow_a_module_follows_it() {
+        let dep = "kernel/a.ko:\nkernel/b.ko: kernel/c.ko\nkernel/c.ko:\nkernel/d.ko:\n";
+        let soft = "softdep a post: b pre: d post: absent a\nsoftdep d post: a\n";
+        let order: Vec<String> = ModuleIndex::parse(dep, "", soft)
+            .load_order("a", &HashSet::new())
+            .into_iter()
+            .map(|(name, _)| name)
+            .collect();
+        assert_eq!(order, ["d", "a", "c", "b"], "each once, rings or not");
+    }
+
+    #[test]
+    fn dashes_are_underscores_as_in_names_but_not_in_ranges() {
+        let alias = "alias platform:dmi_ipmi_si ipmi_si\nalias acpi*:[A-C]-IPI000[0-3]:* ipmi-x\n";
+        let index = ModuleIndex::parse("", alias, "");
+        assert_eq!(index.matching("platform:dmi-ipmi-si").collect::<Vec<_>>(), ["ipmi_si"]);
+        assert_eq!(index.matching("acpi1:B_IPI0001:x").collect::<Vec<_>>(), ["ipmi_x"]);
+        assert_eq!(index.matching("acpi1:B-IPI0002:").collect::<Vec<_>>(), ["ipmi_x"]);
+        assert_eq!(index.matching("acpi1:--IPI0002:").count(), 0);
+    }
+
+    #[test]
     fn globs() {
         assert!(glob_match("a*c?[0-9A]", "abbbcx7") && glob_match("*", "") && glob_match("a*", "a"));
+        assert!(glob_match("a[!0-9]", "ax") && !glob_match("a[^0-9]", "a7") && glob_match("[a^]", "^"));
         assert!(!glob_match("a[0-9", "a1") && !glob_match("a?", "a") && !glob_match("", "a"));
     }
 

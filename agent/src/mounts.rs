@@ -22,6 +22,10 @@ pub fn pseudo_filesystems() -> Result<()> {
             .map_err(AgentError::system(format!("mounting {target}")))?;
     }
     std::fs::create_dir_all("/run/kiln").map_err(AgentError::file("/run/kiln"))?;
+    // Where the resolver looks (resolv.conf(5)).
+    std::fs::create_dir_all("/etc").map_err(AgentError::file("/etc"))?;
+    std::os::unix::fs::symlink("/run/kiln/resolv.conf", "/etc/resolv.conf")
+        .map_err(AgentError::file("/etc/resolv.conf"))?;
     // systemd-stub adds files of the ESP here; they are not signed (systemd-stub(7)).
     if Path::new("/.extra").exists() {
         std::fs::remove_dir_all("/.extra").map_err(AgentError::file("/.extra"))?;

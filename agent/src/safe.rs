@@ -11,6 +11,7 @@ use crate::error::{AgentError, Result};
 use crate::flow::Flow;
 use crate::init;
 use crate::plan::{self, Plan};
+use crate::uplink::Network;
 use kiln_protocol::{Stage, Via};
 use std::time::Duration;
 use tokio::time::{sleep, timeout};
@@ -21,18 +22,29 @@ const LASTS: Duration = Duration::from_secs(15 * 60);
 const TELL_EVERY: Duration = Duration::from_secs(30);
 
 /// Comes back when the machine must restart: with an error after [`LASTS`], without one after a new assignment.
-pub async fn stay(flow: &mut Flow, drivers: &mut Drivers, disk: &SharedDisk, starts: Starts) -> Result<()> {
+pub async fn stay(
+    flow: &mut Flow,
+    drivers: &mut Option<Drivers>,
+    network: &mut Network,
+    disk: &SharedDisk,
+    starts: Starts,
+) -> Result<()> {
     let release = flow.verifier.here()?.to_string();
     let over =
         || AgentError::BootLoop { release: release.clone(), starts: starts.count, minutes: LASTS.as_secs() / 60 };
     println!("kiln-agent: SAFE MODE: {}", over());
     flow.journal.failed(Stage::Modules, &over(), starts.count, Some(LASTS));
-    timeout(LASTS, wait(flow, drivers, disk, starts)).await.unwrap_or_else(|_| Err(over()))
+    timeout(LASTS, wait(flow, drivers, network, disk, starts)).await.unwrap_or_else(|_| Err(over()))
 }
 
-async fn wait(flow: &mut Flow, drivers: &mut Drivers, disk: &SharedDisk, starts: Starts) -> Result<()> {
-    init::bring_up_network(flow, drivers).await?;
-    flow.find_server().await?;
+async fn wait(
+    flow: &mut Flow,
+    drivers: &mut Option<Drivers>,
+    network: &mut Network,
+    disk: &SharedDisk,
+    starts: Starts,
+) -> Result<()> {
+    network.connect(flow, drivers).await?;
     let here = flow.verifier.here()?;
     loop {
         let verified = init::metadata(flow, &here, Stage::Metadata).await?;

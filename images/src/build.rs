@@ -210,6 +210,7 @@ impl Inputs<'_> {
                 mode: if self.recipe.disk.is_some() { Mode::Disk } else { Mode::Ram },
                 disk: self.recipe.disk.clone(),
                 secure_boot: self.site.key.as_ref().map(SigningKey::fingerprint),
+                network: self.recipe.network.clone(),
             },
             trust_root: self.site.trust_root.clone(),
         };

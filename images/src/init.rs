@@ -143,6 +143,7 @@ fn write_first_metadata(
         operator_threshold: 1,
         agent_api: AgentApi { ca_pem },
         floors: BTreeMap::new(),
+        network: None,
     };
     let mut document = serde_json::to_vec_pretty(&document).expect("a site has string keys only");
     document.push(b'\n');

@@ -28,6 +28,7 @@ pub use top::AGENT_PATH;
 
 mod files;
 mod init;
+mod network;
 mod operators;
 mod ovmf;
 mod prune;
@@ -40,6 +41,7 @@ mod site;
 mod site_error;
 
 pub use init::init_lab;
+pub use network::{NetworkSigned, read_network, sign_network};
 pub use operators::name_operators;
 pub use prune::{PruneOptions, Pruned, prune};
 pub use publish::{Crowded, Published, publish};

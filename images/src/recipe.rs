@@ -3,6 +3,8 @@
 //! A recipe may extend another (`extends = "minimal.toml"`): single values replace the other's, lists are added to it.
 
 use crate::error::RecipeError;
+use crate::network::read_network;
+use kiln_release::network::NetworkConfig;
 use kiln_release::{DiskSettings, FilePolicy, HealthCheck, WipePolicy, WritableMount};
 use serde::Deserialize;
 use std::ops::Range;
@@ -62,6 +64,8 @@ pub struct Recipe {
     pub policy: FilePolicy,
     /// How the disk is used, in disk mode; none: the root lives in memory.
     pub disk: Option<DiskSettings>,
+    /// How machines are connected until the site signs a newer configuration; none: every card is asked.
+    pub network: Option<NetworkConfig>,
     /// Every file that was read for it, with its bytes: the build's input.
     pub sources: Vec<(PathBuf, Vec<u8>)>,
 }
@@ -88,6 +92,7 @@ struct Raw {
     policy: Option<RawPolicy>,
     mode: Option<Spanned<String>>,
     disk: Option<Spanned<RawDisk>>,
+    network: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -160,6 +165,7 @@ struct Partial {
     policy: Option<FilePolicy>,
     disk_mode: Option<bool>,
     disk: Option<DiskSettings>,
+    network: Option<NetworkConfig>,
     sources: Vec<(PathBuf, Vec<u8>)>,
 }
 
@@ -280,6 +286,12 @@ impl Partial {
             }
             self.disk = Some(disk_settings(disk.into_inner(), source)?);
         }
+        if let Some(from) = raw.network {
+            let from = folder.join(from.get_ref());
+            let bytes = read(&from)?;
+            self.network = Some(read_network(&from, &String::from_utf8_lossy(&bytes))?);
+            self.sources.push((from, bytes));
+        }
         Ok(())
     }
 
@@ -342,6 +354,7 @@ impl Partial {
             writable: self.writable,
             files: self.files,
             policy: self.policy.unwrap_or_default(),
+            network: self.network,
             disk: self.disk_mode.unwrap_or(false).then(|| self.disk.unwrap_or_default()),
             sources: self.sources,
         })

@@ -77,14 +77,25 @@ pub(crate) fn sign_image(
         }
     }
 
+    Ok(Signed { delegation: bytes, ..finish(site, state, now, snapshot, files)? })
+}
+
+/// Signs the snapshot, and verifies the whole against the versions of the state before: what a machine that saw it
+/// would say.
+fn finish(
+    site: &SiteDir,
+    state: &Outcome,
+    now: Timestamp,
+    snapshot: Snapshot,
+    mut files: Overlay,
+) -> Result<Signed, SiteError> {
     let version = snapshot.version;
     let key = read_key(&site.offline_key("snapshot"), "sign the snapshot")?;
     let text = sign(Snapshot::TYPE, &snapshot, &[&key])?.into_bytes();
     let meta = MetaFile::of(version, &text);
     files.push((format!("metadata/{version}.snapshot.json"), text));
-    // Against the versions of the state before: what a machine that saw it would say.
     verify_snapshot(site, &files, meta, state.seen.clone(), now)?;
-    Ok(Signed { files, delegation: bytes })
+    Ok(Signed { files, delegation: 0 })
 }
 
 /// Targets with this `site.json`, snapshot: signed, and verified as a machine would.
@@ -100,14 +111,8 @@ pub(crate) fn sign_site(site: &SiteDir, state: &Outcome, now: Timestamp, documen
     let mut snapshot = Snapshot::new(state.snapshot.version + 1, expires);
     snapshot.meta.clone_from(&state.snapshot.meta);
     snapshot.list(Targets::TYPE, top.version, text.as_bytes());
-    let mut files = vec![(format!("metadata/{}.{}.json", top.version, Targets::TYPE), text.into_bytes())];
-    let version = snapshot.version;
-    let key = read_key(&site.offline_key("snapshot"), "sign the snapshot")?;
-    let text = sign(Snapshot::TYPE, &snapshot, &[&key])?.into_bytes();
-    let meta = MetaFile::of(version, &text);
-    files.push((format!("metadata/{version}.snapshot.json"), text));
-    verify_snapshot(site, &files, meta, state.seen.clone(), now)?;
-    Ok(Signed { files, delegation: 0 })
+    let files = vec![(format!("metadata/{}.{}.json", top.version, Targets::TYPE), text.into_bytes())];
+    finish(site, state, now, snapshot, files)
 }
 
 /// The image's key; made when the image is published for the first time.

@@ -40,6 +40,13 @@ pub enum SiteError {
     Format { path: PathBuf, source: Box<FormatError> },
     #[error("cannot sign {what}: {source}")]
     Sign { what: String, source: EnvelopeError },
+    #[error("network configuration {new}: version {old} is signed already, a changed one needs a higher number")]
+    NetworkVersion { old: u64, new: u64 },
+    #[error(
+        "site.json would have {bytes} bytes with this network configuration, and machines read at most {limit}: give \
+         machines their addresses by DHCP rather than one by one"
+    )]
+    NetworkTooLong { bytes: u64, limit: u64 },
     #[error("image name {got:?}: 1 to 32 of a-z, 0-9 and `-`, beginning with a letter")]
     BadImageName { got: String },
     #[error("{} is missing: build the release first, `kiln image build RECIPE --site DIR`", path.display())]

@@ -5,7 +5,8 @@ mod common;
 
 use common::{served, write_manifest};
 use jiff::{SignedDuration, Timestamp};
-use kiln_images::{Memory, Repository, SiteDir, SiteError, init_lab, publish};
+use kiln_images::{Memory, Repository, SiteDir, SiteError, init_lab, publish, read_network, sign_network};
+use kiln_release::network::NetworkConfig;
 use kiln_release::verity::BLOCK;
 use kiln_release::{Manifest, hex};
 use std::collections::BTreeMap;
@@ -307,4 +308,44 @@ fn a_site_has_one_server() {
     assert!(matches!(second, SiteError::Served { .. }), "{second}");
     drop(held);
     assert!(site.lock_state().is_ok());
+}
+
+#[test]
+fn a_network_configuration_is_signed_into_the_site_and_its_version_only_grows() {
+    let (dir, site) = new_site();
+    build(&site, "minimal", 1);
+    publish(dir.path(), "minimal", 1, now()).unwrap();
+    let config = |version: u64, vlan: u16| {
+        let text = format!(
+            "version = {version}\n[[section]]\n[[section.link]]\nname = \"up\"\nkind = \"card\"\ncard = [\"booted\"]\n\
+             [[section.link]]\nname = \"v\"\nkind = \"vlan\"\non = \"up\"\nid = {vlan}\ndhcp4 = true\n"
+        );
+        read_network(Path::new("net.toml"), &text).unwrap()
+    };
+    let known = || Repository::newest(&site, now()).unwrap();
+    assert_eq!(known().site.network, None);
+    let before = files_below(&site.repo());
+    let done = sign_network(dir.path(), config(1, 10), later(1)).unwrap();
+    assert_eq!((done.version, done.already, done.served), (1, false, true));
+    assert_eq!(known().site.network, Some(config(1, 10)));
+    assert_eq!(known().releases.len(), 1, "releases are as they were");
+    assert!(sign_network(dir.path(), config(1, 10), later(2)).unwrap().already);
+
+    let signed = files_below(&site.repo());
+    assert!(signed.len() > before.len());
+    for stale in [config(1, 11), NetworkConfig { version: 0, ..config(1, 10) }] {
+        let error = sign_network(dir.path(), stale, later(3)).unwrap_err();
+        assert!(matches!(error, SiteError::NetworkVersion { old: 1, .. }), "{error}");
+    }
+    assert_eq!(files_below(&site.repo()), signed, "what is refused leaves nothing");
+    sign_network(dir.path(), config(2, 11), later(4)).unwrap();
+    // A release published afterwards leaves it in place, and the machines' own client agrees.
+    build(&site, "minimal", 2);
+    publish(dir.path(), "minimal", 2, later(5)).unwrap();
+    assert_eq!(known().site.network.map(|network| network.version), Some(2));
+    assert!(served(&site, later(5)).targets.contains_key("minimal/2/manifest.json"));
+    // Without the offline key nothing can be signed.
+    fs::remove_file(site.offline_key("targets")).unwrap();
+    let error = sign_network(dir.path(), config(3, 12), later(6)).unwrap_err();
+    assert!(matches!(error, SiteError::NoKey { .. }), "{error}");
 }

@@ -271,6 +271,7 @@ fn start_net(control: &Arc<Control>, boot_net: BootNet, events: mpsc::Sender<Net
                 listen,
                 max_transfers: config.tftp_transfers,
                 max_per_address: config.tftp_per_address,
+                shared: config.tftp_shared,
                 ..net::tftp::Settings::default()
             };
             parts.spawn(async move {

@@ -15,7 +15,7 @@ use tokio::net::UdpSocket;
 use tokio::time::{Instant, timeout_at};
 
 /// Pauses between DISCOVERs.
-const PAUSES: [u64; 3] = [2, 4, 5];
+pub(super) const PAUSES: [u64; 3] = [2, 4, 5];
 /// How long Kiln's own answer is waited for once an address is offered.
 const LOCATION: Duration = Duration::from_secs(2);
 
@@ -142,7 +142,7 @@ fn open(interface: &str) -> Result<UdpSocket> {
     make().map_err(AgentError::system(format!("opening the DHCP port on {interface}")))
 }
 
-fn xid() -> u32 {
+pub(super) fn xid() -> u32 {
     let mut bytes = [0; 4];
     // A predictable transaction id costs nothing that DHCP could promise anyway.
     if SystemRandom::new().fill(&mut bytes).is_err() {
@@ -172,12 +172,17 @@ fn request(kind: MessageType, xid: u32, hardware: &[u8], machine: &MachineId) ->
     message
 }
 
+/// The 16 bytes of the id, as it is written.
+pub(super) fn uuid_of(machine: &MachineId) -> Vec<u8> {
+    let digits: Vec<u8> = machine.as_str().bytes().filter(|b| *b != b'-').collect();
+    let digit = |b: u8| char::from(b).to_digit(16).and_then(|d| u8::try_from(d).ok()).unwrap_or(0);
+    digits.chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect()
+}
+
 /// Option 97 (RFC 4578 §2.3): type 0, then the UUID as firmware sends it, in SMBIOS order: the first three fields are
 /// little-endian (SMBIOS 3.7 §7.2.1).
 fn machine_identifier(machine: &MachineId) -> Vec<u8> {
-    let digits: Vec<u8> = machine.as_str().bytes().filter(|b| *b != b'-').collect();
-    let digit = |b: u8| char::from(b).to_digit(16).and_then(|d| u8::try_from(d).ok()).unwrap_or(0);
-    let mut uuid: Vec<u8> = digits.chunks(2).map(|pair| digit(pair[0]) << 4 | digit(pair[1])).collect();
+    let mut uuid = uuid_of(machine);
     for field in [0..4, 4..6, 6..8] {
         uuid[field].reverse();
     }
@@ -251,7 +256,7 @@ fn lease_of(interface: &str, hardware: &[u8], message: &Message) -> Lease {
 }
 
 /// Letters, digits, dots and dashes: what comes from the network goes into files that others read.
-fn is_host_name(text: &str) -> bool {
+pub(super) fn is_host_name(text: &str) -> bool {
     (1..=253).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b'-')
 }
 

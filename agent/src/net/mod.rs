@@ -1,67 +1,292 @@
-//! The network, owned by the agent for the whole boot: links by netlink, addresses by its own DHCP client.
+//! The network, owned by the agent for the whole boot: links by netlink, addresses by its own DHCP clients and by the
+//! kernel's ear for IPv6 routers. Here one way to be connected is taken; which ways there are is `trial`'s and `uplink`'s.
 
 // Matches over other crates' enums of a hundred variants name only those that are read.
 #![allow(clippy::wildcard_enum_match_arm)]
 
 mod bootcard;
+mod build;
 mod dhcp;
-mod link;
+mod dhcp6;
+mod netlink;
+#[cfg(test)]
+mod tests;
+pub mod trial;
 
 pub use dhcp::Lease;
+pub use dhcp6::Lease6;
 
 use crate::error::{AgentError, Result};
-use crate::facts;
 use kiln_protocol::MachineId;
+use kiln_release::network::{LinkConfig, Section};
+use netlink::{Link, Netlink, Watch};
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 use tokio::task::JoinSet;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout, timeout_at};
 
 /// How long one round of DISCOVERs may take.
 const ROUND: Duration = Duration::from_secs(12);
 /// How long another card's lease waits for that of the card the firmware booted from.
 const FAVOUR: Duration = Duration::from_secs(3);
+/// How long a link may take to find its other end.
+const CARRIER: Duration = Duration::from_secs(5);
+/// How long name servers are asked for where the address is a router's word.
+const NAMES: Duration = Duration::from_secs(3);
+const RESOLVER: &str = "/run/kiln/resolv.conf";
 
-/// Brings every interface up, asks on all of them, and configures the first that gets a lease: that of the card the
-/// firmware booted from, if it gets one soon after another.
-pub async fn bring_up(machine: &MachineId, need_location: bool) -> Result<Lease> {
-    let names = facts::interfaces();
-    if names.is_empty() {
+/// How the machine is connected.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Uplink {
+    /// Its first link with an address.
+    pub interface: String,
+    /// Its addresses that reach beyond a link.
+    pub addresses: Vec<IpAddr>,
+    pub leases: Vec<Lease>,
+    pub leases6: Vec<Lease6>,
+    pub dns: Vec<IpAddr>,
+    pub domain: Option<String>,
+    pub hostname: Option<String>,
+    /// Where Kiln says artifacts are.
+    pub http_url: Option<String>,
+    /// Where Kiln says the agent API is.
+    pub agent_url: Option<String>,
+    /// Where a boot server might be, if Kiln said nothing itself.
+    pub next_server: Option<Ipv4Addr>,
+}
+
+impl Uplink {
+    /// Takes a lease over; its address and route become the kernel's.
+    fn lease(&mut self, netlink: &mut Netlink, lease: Lease) -> Result<()> {
+        let link = netlink.link(&lease.interface)?;
+        // What was leased is the network's word: one that cannot be used is the network's fault, and tried again.
+        let bad = |error: AgentError| AgentError::BadLease { interface: link.name.clone(), reason: error.to_string() };
+        netlink.add_address(&link, &lease.address.into(), lease.prefix).map_err(bad)?;
+        if let Some(router) = lease.router {
+            netlink.default_route(&link, &router.into()).map_err(bad)?;
+        }
+        self.dns.extend(lease.dns.iter().map(|ip| IpAddr::V4(*ip)));
+        for (known, said) in [
+            (&mut self.domain, &lease.domain),
+            (&mut self.hostname, &lease.hostname),
+            (&mut self.http_url, &lease.http_url),
+            (&mut self.agent_url, &lease.agent_url),
+        ] {
+            if known.is_none() {
+                known.clone_from(said);
+            }
+        }
+        self.next_server = self.next_server.or(lease.next_server);
+        self.leases.push(lease);
+        Ok(())
+    }
+
+    fn lease6(&mut self, netlink: &mut Netlink, lease: Lease6) -> Result<()> {
+        if let Some(address) = lease.address {
+            let link = netlink.link(&lease.interface)?;
+            netlink.add_address(&link, &address.into(), 128)?;
+        }
+        self.dns.extend(dhcp6::servers(&lease));
+        if self.domain.is_none() {
+            self.domain.clone_from(&lease.domain);
+        }
+        self.leases6.push(lease);
+        Ok(())
+    }
+
+    /// What is known by now of `links` is written down, and the resolver told.
+    fn finish(mut self, netlink: &mut Netlink, links: &[&Link]) -> Result<Self> {
+        let all = netlink.addresses()?;
+        let of =
+            |link: &&Link| all.iter().filter(|a| a.index == link.index && a.global).map(|a| a.ip).collect::<Vec<_>>();
+        self.addresses = links.iter().flat_map(of).collect();
+        if let Some(first) = links.iter().find(|link| !of(link).is_empty()) {
+            self.interface.clone_from(&first.name);
+        }
+        write_resolver(self.domain.as_deref(), &self.dns)?;
+        Ok(self)
+    }
+
+    /// Renews what is leased for as long as the machine runs.
+    pub fn keep(&self, machine: &MachineId) {
+        for lease in &self.leases {
+            tokio::spawn(keep(lease.clone(), machine.clone()));
+        }
+        for lease in &self.leases6 {
+            tokio::spawn(keep6(lease.clone(), machine.clone()));
+        }
+    }
+}
+
+/// Connects the machine as a section says; one without links: by any card that is given an address, those in `avoid` last.
+/// What was configured before is taken away.
+pub async fn bring_up(
+    machine: &MachineId,
+    need_location: bool,
+    section: &Section,
+    avoid: &mut HashSet<String>,
+) -> Result<Uplink> {
+    if section.link.is_empty() {
+        automatic(machine, need_location, avoid).await
+    } else {
+        configured(machine, need_location, section).await
+    }
+}
+
+/// Asks on every card, and configures the first that gets a lease: that of the card the firmware booted from, if it gets
+/// one soon after another. Without any lease, a card that hears an IPv6 router does.
+async fn automatic(machine: &MachineId, need_location: bool, avoid: &mut HashSet<String>) -> Result<Uplink> {
+    let mut netlink = Netlink::open()?;
+    build::clear(&mut netlink, true)?;
+    let cards: Vec<Link> = netlink.links()?.into_iter().filter(Link::is_card).collect();
+    if cards.is_empty() {
         return Err(AgentError::NoInterface);
     }
-    let links = link::Links::open()?;
+    if cards.iter().all(|card| avoid.contains(&card.name)) {
+        avoid.clear();
+    }
     let booted = bootcard::mac();
-    let mut favourite = None;
+    let favourite = cards.iter().find(|card| booted.is_some_and(|mac| mac[..] == *card.own_mac()));
+    let favourite = favourite.map(|card| card.name.clone()).filter(|name| !avoid.contains(name));
     let mut asking = JoinSet::new();
-    for name in &names {
-        let hardware = match links.up(name).await {
-            Ok(hardware) if hardware.len() == 6 => hardware,
-            // Not Ethernet, or a card that will not come up: the others may.
-            Ok(_) => continue,
-            Err(error) => {
+    for card in &cards {
+        asking.spawn(dhcp::acquire(card.name.clone(), card.mac.clone(), machine.clone(), need_location));
+    }
+    let until = Instant::now() + ROUND;
+    let choice = Choice { favourite: favourite.as_deref(), avoid, other: None, avoided: None, until };
+    let lease = choose(&mut asking, choice).await;
+    asking.abort_all();
+    let mut uplink = Uplink::default();
+    if let Some(lease) = lease {
+        let card = cards.iter().find(|card| card.name == lease.interface);
+        if avoid.contains(&lease.interface) {
+            avoid.clear();
+        }
+        uplink.lease(&mut netlink, lease)?;
+        return uplink.finish(&mut netlink, &card.into_iter().collect::<Vec<_>>());
+    }
+    let addresses = netlink.addresses()?;
+    let routed = |card: &&Link| addresses.iter().any(|a| a.index == card.index && a.global && a.settled);
+    let card = cards.iter().filter(|card| !avoid.contains(&card.name)).find(routed).or(cards.iter().find(routed));
+    let names = || cards.iter().map(|card| card.name.as_str()).collect::<Vec<_>>().join(", ");
+    let card = card.ok_or_else(|| AgentError::NoOffer { interfaces: names(), seconds: ROUND.as_secs() })?;
+    if let Ok(Ok(names)) = timeout(NAMES, dhcp6::acquire(card.name.clone(), machine.clone(), false)).await {
+        uplink.lease6(&mut netlink, names)?;
+    }
+    uplink.finish(&mut netlink, &[card])
+}
+
+/// What came of one question.
+enum Got {
+    Lease(Lease),
+    Lease6(Lease6),
+    Routed,
+}
+
+async fn configured(machine: &MachineId, need_location: bool, section: &Section) -> Result<Uplink> {
+    let (mut netlink, mut watch) = (Netlink::open()?, Watch::open()?);
+    build::clear(&mut netlink, false)?;
+    let made = build::build(&mut netlink, &mut watch, section).await?;
+    let addressed: Vec<&Link> = made.iter().filter(|(config, _)| is_addressed(config)).map(|(_, link)| link).collect();
+    connected(&mut netlink, &mut watch, &addressed).await?;
+    let mut asking: JoinSet<Result<Got>> = JoinSet::new();
+    let until = Instant::now() + ROUND;
+    let mut uplink = Uplink::default();
+    let mut static_one = false;
+    for (config, link) in &made {
+        let (name, machine) = (link.name.clone(), machine.clone());
+        uplink.dns.extend(&config.dns);
+        if uplink.domain.is_none() && !config.domain.is_empty() {
+            uplink.domain = Some(config.domain.clone());
+        }
+        static_one |= !config.address.is_empty();
+        if config.dhcp4 {
+            // A bond has its cards' address only now.
+            let mac = netlink.link(&name)?.mac;
+            let (name, machine) = (name.clone(), machine.clone());
+            asking.spawn(async move { dhcp::acquire(name, mac, machine, need_location).await.map(Got::Lease) });
+        }
+        if config.dhcp6 {
+            let name = name.clone();
+            asking.spawn(async move { dhcp6::acquire(name, machine, true).await.map(Got::Lease6) });
+        }
+        if config.slaac {
+            asking.spawn(routed(link.index, name));
+        }
+    }
+    let (mut got, mut last) = (static_one, None);
+    while let Ok(Some(done)) = timeout_at(until, asking.join_next()).await {
+        match done {
+            Ok(Ok(Got::Lease(lease))) => uplink.lease(&mut netlink, lease)?,
+            Ok(Ok(Got::Lease6(lease))) => uplink.lease6(&mut netlink, lease)?,
+            Ok(Ok(Got::Routed)) => {}
+            Ok(Err(error)) => {
                 println!("kiln-agent: {error}");
+                last = Some(error);
                 continue;
             }
-        };
-        if booted.is_some_and(|mac| mac[..] == hardware[..]) {
-            favourite = Some(name.clone());
+            Err(_) => continue,
         }
-        asking.spawn(dhcp::acquire(name.clone(), hardware, machine.clone(), need_location));
+        got = true;
     }
-    let lease = choose(&mut asking, favourite.as_deref()).await;
     asking.abort_all();
-    let lease = lease.ok_or_else(|| AgentError::NoOffer { interfaces: names.join(", "), seconds: ROUND.as_secs() })?;
-    // What was leased is the network's word: one that cannot be used is the network's fault, and tried again.
-    links
-        .configure(&lease)
-        .await
-        .map_err(|error| AgentError::BadLease { interface: lease.interface.clone(), reason: error.to_string() })?;
-    write_resolver(&lease)?;
-    Ok(lease)
+    if !got {
+        let names = made.iter().map(|(_, link)| link.name.as_str()).collect::<Vec<_>>().join(", ");
+        return Err(last.unwrap_or(AgentError::NoOffer { interfaces: names, seconds: ROUND.as_secs() }));
+    }
+    // A static or leased address of IPv6 is not used before nobody else has it.
+    settled(&mut netlink, &mut watch, &addressed).await?;
+    uplink.finish(&mut netlink, &addressed)
+}
+
+fn is_addressed(config: &LinkConfig) -> bool {
+    config.dhcp4 || config.dhcp6 || config.slaac || !config.address.is_empty()
+}
+
+/// Waits until every one of `links` has a carrier; one that has none in time is left as it is.
+async fn connected(netlink: &mut Netlink, watch: &mut Watch, links: &[&Link]) -> Result<()> {
+    let until = Instant::now() + CARRIER;
+    loop {
+        let now = netlink.links()?;
+        if links.iter().all(|link| now.iter().any(|other| other.index == link.index && other.carrier))
+            || timeout_at(until, watch.changed()).await.is_err()
+        {
+            return Ok(());
+        }
+    }
+}
+
+/// Waits for the end of duplicate address detection.
+async fn settled(netlink: &mut Netlink, watch: &mut Watch, links: &[&Link]) -> Result<()> {
+    let until = Instant::now() + CARRIER;
+    loop {
+        let open = netlink.addresses()?.into_iter().any(|a| !a.settled && links.iter().any(|l| l.index == a.index));
+        if !open || timeout_at(until, watch.changed()).await.is_err() {
+            return Ok(());
+        }
+    }
+}
+
+/// Waits for an address that a router's word made.
+async fn routed(index: u32, name: String) -> Result<Got> {
+    let (mut netlink, mut watch) = (Netlink::open()?, Watch::open()?);
+    let until = Instant::now() + ROUND;
+    loop {
+        let own = |a: &netlink::Address| a.index == index && a.global && a.settled && a.ip.is_ipv6();
+        if netlink.addresses()?.iter().any(own) {
+            return Ok(Got::Routed);
+        }
+        if timeout_at(until, watch.changed()).await.is_err() {
+            let interfaces = format!("{name} (IPv6 router)");
+            return Err(AgentError::NoOffer { interfaces, seconds: ROUND.as_secs() });
+        }
+    }
 }
 
 /// Waits for leases until the choice is made.
-async fn choose(asking: &mut JoinSet<Result<Lease>>, favourite: Option<&str>) -> Option<Lease> {
-    let mut choice = Choice { favourite, other: None, until: Instant::now() + ROUND };
+async fn choose(asking: &mut JoinSet<Result<Lease>>, mut choice: Choice<'_>) -> Option<Lease> {
     loop {
         match timeout_at(choice.until, asking.join_next()).await {
             Ok(Some(Ok(Ok(lease)))) => {
@@ -71,15 +296,18 @@ async fn choose(asking: &mut JoinSet<Result<Lease>>, favourite: Option<&str>) ->
             }
             // Nothing came of this card.
             Ok(Some(Ok(Err(_)) | Err(_))) => {}
-            Ok(None) | Err(_) => return choice.other,
+            Ok(None) | Err(_) => return choice.other.or(choice.avoided),
         }
     }
 }
 
-/// The favourite's lease, else the first that came [`FAVOUR`] ago, else none by the end of the round.
+/// The favourite's lease, else the first that came [`FAVOUR`] ago, else none by the end of the round. A card by which the
+/// server was not reached is taken when there is no other.
 struct Choice<'a> {
     favourite: Option<&'a str>,
+    avoid: &'a HashSet<String>,
     other: Option<Lease>,
+    avoided: Option<Lease>,
     /// Then the choice is made.
     until: Instant,
 }
@@ -87,6 +315,10 @@ struct Choice<'a> {
 impl Choice<'_> {
     /// A card got a lease at `now`; given back if it is the one.
     fn offer(&mut self, lease: Lease, now: Instant) -> Option<Lease> {
+        if self.avoid.contains(&lease.interface) {
+            self.avoided.get_or_insert(lease);
+            return None;
+        }
         if self.favourite.is_none_or(|name| name == lease.interface) {
             return Some(lease);
         }
@@ -98,9 +330,9 @@ impl Choice<'_> {
     }
 }
 
-/// Renews the lease for as long as the machine runs (RFC 2131 §4.4.5). When it cannot, the address is kept: a machine
-/// that answers on an old address is easier to help than one that has gone silent.
-pub async fn keep(mut lease: Lease, machine: MachineId) {
+/// Renews a lease (RFC 2131 §4.4.5). When it cannot, the address is kept: a machine that answers on an old address is
+/// easier to help than one that has gone silent.
+async fn keep(mut lease: Lease, machine: MachineId) {
     loop {
         tokio::time::sleep(lease.renew_after()).await;
         match dhcp::renew(&lease, &machine).await {
@@ -113,61 +345,31 @@ pub async fn keep(mut lease: Lease, machine: MachineId) {
     }
 }
 
-fn write_resolver(lease: &Lease) -> Result<()> {
-    use std::fmt::Write;
-    let mut text = String::new();
-    if let Some(domain) = &lease.domain {
-        writeln!(text, "search {domain}").expect("writing to a String cannot fail");
-    }
-    for server in &lease.dns {
-        writeln!(text, "nameserver {server}").expect("writing to a String cannot fail");
-    }
-    let path = "/run/kiln/resolv.conf";
-    std::fs::write(path, text).map_err(AgentError::file(path))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::net::Ipv4Addr;
-
-    fn lease(interface: &str) -> Lease {
-        Lease {
-            interface: interface.into(),
-            hardware: vec![2, 0, 0, 0, 0, 1],
-            address: Ipv4Addr::LOCALHOST,
-            prefix: 24,
-            router: None,
-            dns: Vec::new(),
-            domain: None,
-            hostname: None,
-            server: Ipv4Addr::LOCALHOST,
-            duration_s: 60,
-            http_url: None,
-            agent_url: None,
-            next_server: None,
+/// The same by DHCPv6 (RFC 9915 §18.2.4). A server that gives another address is asked at the next boot.
+async fn keep6(mut lease: Lease6, machine: MachineId) {
+    loop {
+        tokio::time::sleep(lease.renew_after()).await;
+        match dhcp6::renew(&lease, &machine).await {
+            Ok(renewed) if renewed.address == lease.address => lease = renewed,
+            Ok(_) => eprintln!("kiln-agent: {} is given another address; this one is kept", lease.interface),
+            Err(error) => {
+                eprintln!("kiln-agent: DHCPv6 lease on {} not renewed: {error}", lease.interface);
+                tokio::time::sleep(Duration::from_secs(60)).await;
+            }
         }
     }
+}
 
-    #[test]
-    fn the_card_that_booted_is_favoured_and_not_waited_for_in_vain() {
-        let start = Instant::now();
-        let choice = |favourite| Choice { favourite, other: None, until: start + ROUND };
-        assert_eq!(choice(None).offer(lease("eth0"), start), Some(lease("eth0")), "nobody knows: the first");
-        assert_eq!(choice(Some("eth1")).offer(lease("eth1"), start), Some(lease("eth1")));
-
-        let mut waits = choice(Some("eth1"));
-        assert_eq!(waits.offer(lease("eth0"), start), None);
-        assert_eq!(waits.offer(lease("eth2"), start + Duration::from_secs(1)), None);
-        assert_eq!(
-            (waits.other.clone(), waits.until),
-            (Some(lease("eth0")), start + FAVOUR),
-            "the first of the others"
-        );
-        assert_eq!(waits.offer(lease("eth1"), start + FAVOUR), Some(lease("eth1")));
-
-        let mut late = choice(Some("eth1"));
-        assert_eq!(late.offer(lease("eth0"), start + ROUND), None);
-        assert_eq!(late.until, start + ROUND, "never beyond the round");
+fn write_resolver(domain: Option<&str>, dns: &[IpAddr]) -> Result<()> {
+    use std::fmt::Write;
+    let mut text = String::new();
+    if let Some(domain) = domain {
+        writeln!(text, "search {domain}").expect("writing to a String cannot fail");
     }
+    // resolv.conf(5): three are read.
+    for server in dns.iter().take(3) {
+        writeln!(text, "nameserver {server}").expect("writing to a String cannot fail");
+    }
+    std::fs::create_dir_all("/run/kiln").map_err(AgentError::file("/run/kiln"))?;
+    std::fs::write(RESOLVER, text).map_err(AgentError::file(RESOLVER))
 }

@@ -13,11 +13,11 @@ use crate::handoff::{Handoff, OnDisk};
 use crate::health::{Checks, Probe};
 use crate::journal::{Journal, monotonic_ms};
 use crate::memory::{Place, random};
-use crate::net::Lease;
+use crate::net::Uplink;
 use crate::plan::{self, Plan};
 use crate::verifier::{Answer, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{facts, init, local, net, verity};
+use crate::{facts, init, local, uplink, verity};
 use duty::{Action, Duty, Event, Target, Trouble, Wanted};
 use kiln_protocol::slot;
 use kiln_protocol::{Assignment, Decision, Grant, Health, Nonce, ReleaseId, Reply, RunningRelease, Stage, Via};
@@ -63,7 +63,7 @@ async fn serve() -> Result<()> {
     if let Some(watchdog) = Watchdog::arm() {
         tokio::spawn(watchdog.keep());
     }
-    tokio::spawn(stay_connected(handoff.lease.clone(), facts_id()?));
+    tokio::spawn(stay_connected(handoff.uplink.clone(), handoff.boot.clone(), facts_id()?));
     forget_an_earlier_start();
     let probe = Probe::new(verity::running_root_hash, "systemctl");
     let checks = Checks::new(handoff.manifest.health.clone(), handoff.manifest.verity.root_hash.clone(), probe);
@@ -79,21 +79,13 @@ async fn serve() -> Result<()> {
     Err(service.run(checks).await)
 }
 
-/// Keeps the lease, or goes on asking for one: in disk mode a machine comes up without a network.
-async fn stay_connected(lease: Option<Lease>, machine: kiln_protocol::MachineId) {
-    let lease = match lease {
-        Some(lease) => lease,
-        None => loop {
-            match net::bring_up(&machine, false).await {
-                Ok(lease) => break lease,
-                Err(error) => {
-                    eprintln!("kiln-agent: {error}");
-                    sleep(Duration::from_secs(30)).await;
-                }
-            }
-        },
+/// Keeps what is leased, or goes on asking: in disk mode a machine comes up without a network.
+async fn stay_connected(uplink: Option<Uplink>, boot: kiln_release::BootInfo, machine: kiln_protocol::MachineId) {
+    let uplink = match uplink {
+        Some(uplink) => uplink,
+        None => uplink::connect_later(Place::of_this_machine().network(), boot, machine.clone()).await,
     };
-    net::keep(lease, machine).await;
+    uplink.keep(&machine);
 }
 
 /// The disk that this system runs from. One that cannot be opened any more costs the slots: the release goes on.

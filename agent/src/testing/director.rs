@@ -12,7 +12,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -45,6 +45,11 @@ struct Shared {
 
 impl Director {
     pub fn start(site: &TestSite, order: Order) -> Self {
+        Self::start_on(super::listen(), site, order)
+    }
+
+    /// On a port that is open already.
+    pub fn start_on((listener, address): (TcpListener, SocketAddr), site: &TestSite, order: Order) -> Self {
         let [_, certificate, key] = &site.tls;
         let chain = vec![CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()];
         let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
@@ -64,8 +69,7 @@ impl Director {
             manifests: manifests.map(|(n, m)| (*n, hex::sha256(&serde_json::to_vec(m).unwrap()))).collect(),
             machine: spki_key_id(&spki_der(&machine)),
         });
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("https://{}", listener.local_addr().unwrap());
+        let url = format!("https://{address}");
         let theirs = Arc::clone(&shared);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {

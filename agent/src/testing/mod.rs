@@ -2,6 +2,8 @@
 //! releases, whose UKIs are PE files with parts that no processor would run.
 
 pub mod director;
+#[path = "../../../images/tests/namespace/mod.rs"]
+pub mod namespace;
 pub mod web;
 
 use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
@@ -9,6 +11,7 @@ use crate::memory::Place;
 use crate::verifier::{Servers, Verifier};
 use jiff::{SignedDuration, Timestamp};
 use kiln_protocol::{Firmware, KeyStorage, MachineFacts, ProtectionClass, RollbackMemory};
+use kiln_release::network::NetworkConfig;
 use kiln_release::tuf::{RoleKeys, Root, RootRoles, Snapshot, TargetFile, TargetPath, Targets, TimestampRole};
 use kiln_release::{
     AgentApi, Artifact, BootInfo, FilePolicy, HealthCheck, HealthKind, MANIFEST_TYPE, Manifest, Mode, PublicKey,
@@ -34,6 +37,7 @@ pub struct TestSite {
     trust_root: String,
     /// The release of class rescue; 0: none.
     rescue: u64,
+    network: Option<NetworkConfig>,
 }
 
 /// Whole seconds, as TUF writes them.
@@ -51,14 +55,32 @@ pub fn root_hash(release: u64) -> String {
     format!("{release:02x}").repeat(32)
 }
 
+/// A port of this machine: in a namespace of the test's own at every address, else on loopback.
+pub fn listen() -> (std::net::TcpListener, std::net::SocketAddr) {
+    let own = std::env::var_os(namespace::INSIDE).is_some();
+    let listener = std::net::TcpListener::bind(if own { "[::]:0" } else { "127.0.0.1:0" }).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    (listener, (std::net::Ipv4Addr::LOCALHOST, port).into())
+}
+
 impl TestSite {
     /// With releases 1 to `releases` of [`IMAGE`].
     pub fn new(releases: u64) -> Self {
-        Self::with_rescue(releases, 0)
+        Self::make(releases, 0, None)
     }
 
     /// The same, and one of them is of class rescue.
     pub fn with_rescue(releases: u64, rescue: u64) -> Self {
+        Self::make(releases, rescue, None)
+    }
+
+    /// With a network configuration, whose version is that of all metadata.
+    pub fn with_network(releases: u64, network: NetworkConfig) -> Self {
+        Self::make(releases, 0, Some(network))
+    }
+
+    fn make(releases: u64, rescue: u64, network: Option<NetworkConfig>) -> Self {
+        let version = network.as_ref().map_or(1, |network| network.version);
         let key = |n: u8| Signer::from_seed(&[n; 32]);
         let mut site = Self {
             files: BTreeMap::new(),
@@ -68,6 +90,7 @@ impl TestSite {
             tls: certificates(),
             trust_root: String::new(),
             rescue,
+            network,
         };
         let expires = now() + SignedDuration::from_hours(24);
         let keys: Vec<PublicKey> = (1..=4).map(|n| key(n).public()).collect();
@@ -75,29 +98,29 @@ impl TestSite {
         let roles = RootRoles { root: role(0), timestamp: role(1), snapshot: role(2), targets: role(3) };
         site.trust_root = sign_envelope(&Root::new(1, expires, &keys, roles), &[&key(1)]).unwrap();
 
-        let mut image = Targets::new(1, expires);
+        let mut image = Targets::new(version, expires);
         for release in 1..=releases {
             let manifest = site.release(release);
             let bytes = serde_json::to_vec(&manifest).unwrap();
             image.targets.extend([site.target(&TargetPath::manifest(IMAGE, release).unwrap(), bytes)]);
             site.manifests.insert(release, manifest);
         }
-        let mut top = Targets::new(1, expires);
+        let mut top = Targets::new(version, expires);
         let document = serde_json::to_vec(&site.document()).unwrap();
         top.targets.extend([site.target(&TargetPath::site(), document)]);
         let paths = vec![format!("{IMAGE}/*/manifest.json")];
         top.delegate(&format!("image-{IMAGE}"), &[key(5).public()], 1, paths, true);
 
-        let mut snapshot = Snapshot::new(1, expires);
+        let mut snapshot = Snapshot::new(version, expires);
         for (role, document, signer) in [("targets", top, key(4)), ("image-minimal", image, key(5))] {
             let text = sign_envelope(&document, &[&signer]).unwrap();
-            snapshot.list(role, 1, text.as_bytes());
-            site.files.insert(format!("metadata/1.{role}.json"), text.into_bytes());
+            snapshot.list(role, version, text.as_bytes());
+            site.files.insert(format!("metadata/{version}.{role}.json"), text.into_bytes());
         }
         let snapshot = sign_envelope(&snapshot, &[&key(3)]).unwrap();
-        let timestamp = TimestampRole::new(1, expires, 1, snapshot.as_bytes());
+        let timestamp = TimestampRole::new(version, expires, version, snapshot.as_bytes());
         let timestamp = sign_envelope(&timestamp, &[&key(2)]).unwrap();
-        site.files.insert("metadata/1.snapshot.json".into(), snapshot.into_bytes());
+        site.files.insert(format!("metadata/{version}.snapshot.json"), snapshot.into_bytes());
         site.files.insert("metadata/timestamp.json".into(), timestamp.into_bytes());
         site
     }
@@ -122,6 +145,7 @@ impl TestSite {
             operator_threshold: 1,
             agent_api: AgentApi { ca_pem: self.tls[0].clone() },
             floors: BTreeMap::new(),
+            network: self.network.clone(),
         }
     }
 
@@ -197,6 +221,7 @@ impl TestSite {
                 mode: Mode::Ram,
                 disk: None,
                 secure_boot: None,
+                network: None,
             },
             trust_root: self.trust_root.clone(),
         };

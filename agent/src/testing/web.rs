@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -19,8 +19,15 @@ pub enum Happened {
 
 /// Serves on a loopback port: `speak(path, from, stream)` for each connection, which has one request.
 pub fn serve(speak: impl Fn(&str, u64, &mut TcpStream) + Send + Sync + 'static) -> (String, Receiver<Happened>) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
+    serve_on(super::listen(), speak)
+}
+
+/// The same on a port that is open already.
+fn serve_on(
+    (listener, address): (TcpListener, SocketAddr),
+    speak: impl Fn(&str, u64, &mut TcpStream) + Send + Sync + 'static,
+) -> (String, Receiver<Happened>) {
+    let url = format!("http://{address}");
     let (tell, hear) = channel();
     let speak = Arc::new(speak);
     std::thread::spawn(move || {
@@ -90,7 +97,16 @@ pub type Gates = BTreeMap<String, (usize, Arc<Gate>)>;
 
 /// An honest server of `files`. Of a path that `gates` names, only so many bytes come until its gate is open.
 pub fn honest(files: BTreeMap<String, Vec<u8>>, gates: Gates) -> (String, Receiver<Happened>) {
-    serve(move |path, from, stream| {
+    honest_on(super::listen(), files, gates)
+}
+
+/// The same on a port that is open already.
+pub fn honest_on(
+    at: (TcpListener, SocketAddr),
+    files: BTreeMap<String, Vec<u8>>,
+    gates: Gates,
+) -> (String, Receiver<Happened>) {
+    serve_on(at, move |path, from, stream| {
         let Some(file) = files.get(&path[1..]) else {
             let _ = stream.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n");
             return;

@@ -9,6 +9,7 @@ use crate::error::{DirectorError, FormatError, OperatorError};
 use crate::formats::{Artifact, BootInfo, MANIFEST_TYPE, Manifest, SITE_TYPE, Site};
 use crate::hex;
 use crate::key::{PublicKey, object_id};
+use crate::network::NetworkConfig;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -185,7 +186,7 @@ impl BootInfo {
         if let Some(url) = urls(&self.site.agent_urls, &["https://"]) {
             check.field("site.agent_urls", false, &url, "https://HOST[:PORT][/PATH] without a slash at its end")?;
         }
-        Ok(())
+        self.site.network.as_ref().map_or(Ok(()), NetworkConfig::check)
     }
 }
 
@@ -217,7 +218,7 @@ impl Site {
             check.field("floors", is_image_name(image), image, "not an image name")?;
             check.field("floors", *floor > 0, image, "floors start at 1")?;
         }
-        Ok(())
+        self.network.as_ref().map_or(Ok(()), NetworkConfig::check)
     }
 
     /// Lowest release of an image that may run.

@@ -3,6 +3,7 @@
 //! Hashes are lower-case hex SHA-256. Strings that become paths or TUF role names are checked by the reader
 //! (`Manifest::check`, `BootInfo::check`), which is called only after the signature was verified.
 
+use crate::network::NetworkConfig;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -152,6 +153,9 @@ pub struct Site {
     pub agent_api: AgentApi,
     /// Lowest release that may run, by image. An image not named has floor 1.
     pub floors: BTreeMap<String, u64>,
+    /// How machines are connected; none: as their boot images say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkConfig>,
 }
 
 fn one() -> u32 {
@@ -241,6 +245,9 @@ pub struct SiteSettings {
     /// release is not signed for Secure Boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secure_boot: Option<String>,
+    /// How machines are connected, until the site signs a newer configuration.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub network: Option<NetworkConfig>,
 }
 
 /// Where the initramfs has the signature of its root hash: PKCS #7, DER, detached, over the hash in hex.

@@ -16,6 +16,7 @@ mod error;
 mod formats;
 pub mod hex;
 pub mod key;
+pub mod network;
 pub mod newc;
 pub mod pe;
 pub mod pkcs7;

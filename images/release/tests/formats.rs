@@ -58,6 +58,7 @@ fn boot() -> BootInfo {
             mode: Mode::Ram,
             disk: None,
             secure_boot: None,
+            network: None,
         },
         trust_root: "{}".into(),
     }
@@ -75,6 +76,7 @@ fn site() -> Site {
         operator_threshold: 1,
         agent_api: AgentApi { ca_pem: String::new() },
         floors: BTreeMap::from([("minimal".into(), 3)]),
+        network: None,
     }
 }
 

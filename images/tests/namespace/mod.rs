@@ -1,12 +1,13 @@
-//! A mount namespace of the test's own, so that a small file system can be mounted without changing the host.
-#![allow(dead_code)]
+//! Namespaces of the test's own: file systems are mounted and links made in them without changing the host. The crates
+//! that need it share this file.
+#![allow(dead_code, clippy::unwrap_used)]
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// Set inside.
-const INSIDE: &str = "KILN_TEST_NAMESPACE";
+pub const INSIDE: &str = "KILN_TEST_NAMESPACE";
 
 /// A command in a mount namespace of its own, as root there; none with the reason where that is not allowed.
 pub fn as_root(program: &Path) -> Result<Command, String> {
@@ -25,18 +26,19 @@ pub fn as_root(program: &Path) -> Result<Command, String> {
     }
 }
 
-/// Runs the test of this name again in new user and mount namespaces; true there, where the test itself then runs.
-pub fn inside(test: &str) -> bool {
+/// Runs the test of this name again in new namespaces, by unshare(1)'s options `how`; true there, where the test itself
+/// then runs.
+pub fn enter(test: &str, how: &str) -> bool {
     if std::env::var_os(INSIDE).is_some() {
         return true;
     }
-    let usable = Command::new("unshare").args(["-rm", "true"]).stderr(Stdio::null()).status();
+    let usable = Command::new("unshare").args([how, "true"]).stderr(Stdio::null()).status();
     if !usable.is_ok_and(|status| status.success()) {
-        eprintln!("skipped: `unshare -rm true` fails here, user namespaces are off or util-linux is missing");
+        println!("skipped: `unshare {how} true` fails here, user namespaces are off or util-linux is missing");
         return false;
     }
     let status = Command::new("unshare")
-        .arg("-rm")
+        .arg(how)
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", test, "--nocapture"])
         .env(INSIDE, "1")
@@ -44,6 +46,11 @@ pub fn inside(test: &str) -> bool {
         .unwrap();
     assert!(status.success(), "{test} failed in its namespace: its output is above");
     false
+}
+
+/// The same in new user and mount namespaces.
+pub fn inside(test: &str) -> bool {
+    enter(test, "-rm")
 }
 
 fn mount(arguments: &[&str], options: &str, place: &Path) {

@@ -76,6 +76,14 @@ enum Trust {
         #[arg(long, env = "KILN_SITE")]
         site: PathBuf,
     },
+    /// Sign how machines are connected; each tries it at its next boot, and goes back if it loses the server
+    Network {
+        /// The configuration, TOML: see docs/operations.md
+        file: PathBuf,
+        /// The site directory, with offline/
+        #[arg(long, env = "KILN_SITE")]
+        site: PathBuf,
+    },
     /// Keys and files for Secure Boot
     #[command(subcommand, name = "secureboot")]
     SecureBoot(SecureBoot),
@@ -352,6 +360,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
             site::enroll(&site, &out, ovmf_vars.as_deref())
         }
         Command::Trust(Trust::Revoke { release, site }) => site::revoke(&release, &site),
+        Command::Trust(Trust::Network { file, site }) => site::network(&file, &site),
         Command::Image(Image::Build(build)) => site::build(build),
         Command::Release(Release::Publish { release, site }) => site::publish(&release, &site),
         Command::Release(Release::Prune(prune)) => site::prune(prune, &runtime()?),

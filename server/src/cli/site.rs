@@ -21,6 +21,18 @@ pub(super) fn init(dir: &Path, name: &str) -> Result<(), CliError> {
     Ok(())
 }
 
+pub(super) fn network(file: &Path, site: &Path) -> Result<(), CliError> {
+    let text = std::fs::read_to_string(file).map_err(|source| CliError::Read { path: file.to_owned(), source })?;
+    let config = kiln_images::read_network(file, &text).map_err(|error| CliError::Build(error.into()))?;
+    let done = kiln_images::sign_network(site, config, Timestamp::now())?;
+    let what = if done.already { "was signed before, nothing changed" } else { "is signed" };
+    println!("network configuration {} {what}; each machine tries it at its next boot", done.version);
+    if !done.served {
+        println!("{NOT_SERVED}");
+    }
+    Ok(())
+}
+
 pub(super) fn secure_boot_init(dir: &Path) -> Result<(), CliError> {
     let site = SiteDir::open(dir)?;
     kiln_images::init_secure_boot(&site)?;

@@ -6,6 +6,7 @@ mod raw;
 
 use crate::error::ConfigError;
 use crate::http;
+use crate::net::Shared;
 use kiln_fleet::Limits;
 use kiln_protocol::{ImageName, KeyId, MachineId};
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,6 +32,8 @@ pub struct Config {
     pub tftp_transfers: usize,
     /// Downloads by TFTP at once of one address.
     pub tftp_per_address: usize,
+    /// Addresses that the limit for one does not bind.
+    pub tftp_shared: Shared,
     /// How machines boot.
     pub boot: Boot,
     /// The fleet's limits.
@@ -166,6 +169,8 @@ mod tests {
 listen = "127.0.0.1:18080"
 max_connections = 100
 max_per_address = 10
+shared = ["192.0.2.0/24"]
+ipv6_client = 56
 min_rate = 0
 [agent_api]
 listen = "127.0.0.1:18443"
@@ -182,6 +187,7 @@ lease_s = 600
 listen = "0.0.0.0:69"
 max_transfers = 50
 max_per_address = 5
+shared = ["192.0.2.1"]
 [boot]
 address = "10.77.0.1"
 undionly = "/u"
@@ -208,7 +214,10 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
         let c = Config::parse(ALL).unwrap();
         assert_eq!(c.http.port(), 18080);
         let usual = http::Limits::default();
-        let expected = http::Limits { max_connections: 100, max_per_address: 10, min_rate: 0, ..usual };
+        let shared = Shared::parse(&["192.0.2.0/24".to_owned()]).unwrap();
+        let few = http::Limits { max_connections: 100, max_per_address: 10, ..usual };
+        let expected = http::Limits { shared, ipv6_client: 56, min_rate: 0, ..few };
+        assert!(c.tftp_shared.contains("192.0.2.1".parse().unwrap()));
         assert_eq!(c.http_limits, expected);
         assert_eq!(c.agent_limits, http::Limits { max_per_address: 8000, ..usual });
         assert_eq!((c.tftp_transfers, c.tftp_per_address), (50, 5));
@@ -245,6 +254,9 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
             ("[http]\nmax_connections = 0", "http.max_connections"),
             ("[agent_api]\nmax_per_address = 0", "agent_api.max_per_address"),
             ("[agent_api]\nmax_per_address = 8001", "agent_api.max_per_address: 8001 for one address"),
+            ("[http]\nshared = [\"ten\"]", "http.shared"),
+            ("[tftp]\nshared = [\"10.0.0.0/40\"]", "tftp.shared"),
+            ("[agent_api]\nipv6_client = 0", "agent_api.ipv6_client"),
             ("[tftp]\nmax_transfers = 3\nmax_per_address = 4", "tftp.max_per_address"),
             ("[fleet]\ntrial_attempts = 0", "fleet.trial_attempts"),
             ("[fleet]\nfirmware_patience = \"soon\"", "fleet.firmware_patience: \"soon\": expected a time"),

@@ -3,7 +3,7 @@
 use super::{Boot, Config, Dhcp, DhcpMode, FullDhcp, Listed, is_name};
 use crate::error::ConfigError;
 use crate::http;
-use crate::net::tftp;
+use crate::net::{Shared, tftp};
 use kiln_fleet::Limits;
 use kiln_protocol::{ImageName, MachineId};
 use serde::Deserialize;
@@ -30,6 +30,8 @@ struct RawListen {
     listen: Option<SocketAddr>,
     max_connections: Option<usize>,
     max_per_address: Option<usize>,
+    shared: Vec<String>,
+    ipv6_client: Option<u8>,
     min_rate: Option<u32>,
 }
 
@@ -39,6 +41,7 @@ struct RawTftp {
     listen: Option<SocketAddr>,
     max_transfers: Option<usize>,
     max_per_address: Option<usize>,
+    shared: Vec<String>,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -148,9 +151,16 @@ impl RawListen {
         let max_connections = self.max_connections.unwrap_or(usual.max_connections);
         let max_per_address = self.max_per_address.unwrap_or(usual.max_per_address.min(max_connections));
         shares(table, ("max_connections", max_connections), max_per_address)?;
+        let ipv6_client = self.ipv6_client.unwrap_or(usual.ipv6_client);
+        if !(32..=128).contains(&ipv6_client) {
+            let reason = format!("{ipv6_client}: a prefix from 32 to 128, usually 64");
+            return Err(bad(&format!("{table}.ipv6_client"), reason));
+        }
         Ok(http::Limits {
             max_connections,
             max_per_address,
+            shared: Shared::parse(&self.shared).map_err(|e| bad(&format!("{table}.shared"), e))?,
+            ipv6_client,
             min_rate: self.min_rate.unwrap_or(usual.min_rate),
             ..usual
         })
@@ -277,6 +287,7 @@ impl TryFrom<Raw> for Config {
             agent_limits: raw.agent_api.limits("agent_api")?,
             tftp_transfers,
             tftp_per_address,
+            tftp_shared: Shared::parse(&raw.tftp.shared).map_err(|e| bad("tftp.shared", e))?,
             http: raw.http.listen.unwrap_or_else(|| any(8080)),
             agent_api: raw.agent_api.listen.unwrap_or_else(|| any(8443)),
             dhcp: Dhcp { mode, interface: raw.dhcp.interface },

@@ -21,8 +21,11 @@ use std::time::Instant;
 use tokio::fs::File;
 use tokio::io::{AsyncReadExt, AsyncSeekExt, SeekFrom};
 
-/// Read and sent at a time.
+/// Read at a time.
 const CHUNK: usize = 256 << 10;
+/// Given to the connection at a time: what is asked for next says that the client has taken what came before, also one
+/// that takes a few hundred bytes a second.
+const PIECE: usize = 16 << 10;
 
 /// A file of the repository.
 #[derive(Debug, PartialEq, Eq)]
@@ -213,6 +216,8 @@ type ReadResult = io::Result<(File, Bytes)>;
 enum Reading {
     Idle(File),
     Busy(Pin<Box<dyn Future<Output = ReadResult> + Send>>),
+    /// Read, and not yet given on.
+    Rest(File, Bytes),
     Over,
 }
 
@@ -256,22 +261,24 @@ impl hyper::body::Body for FileBody {
                         return Poll::Pending;
                     }
                     Poll::Ready(Err(e)) => return Poll::Ready(Some(Err(e))),
-                    Poll::Ready(Ok((file, bytes))) => {
-                        self.left -= bytes.len() as u64;
-                        self.state = Reading::Idle(file);
-                        if self.left == 0
-                            && let Some(tell) = self.ended.take()
-                        {
-                            tell.say(Download::Ends);
-                        } else if let Some((tell, told)) = &mut self.moves
-                            && told.elapsed() >= PROGRESS
-                        {
-                            *told = Instant::now();
-                            tell.say(Download::Moves);
-                        }
-                        return Poll::Ready(Some(Ok(Frame::data(bytes))));
-                    }
+                    Poll::Ready(Ok((file, bytes))) => self.state = Reading::Rest(file, bytes),
                 },
+                Reading::Rest(file, mut bytes) => {
+                    let piece = bytes.split_to(bytes.len().min(PIECE));
+                    self.left -= piece.len() as u64;
+                    self.state = if bytes.is_empty() { Reading::Idle(file) } else { Reading::Rest(file, bytes) };
+                    if self.left == 0
+                        && let Some(tell) = self.ended.take()
+                    {
+                        tell.say(Download::Ends);
+                    } else if let Some((tell, told)) = &mut self.moves
+                        && told.elapsed() >= PROGRESS
+                    {
+                        *told = Instant::now();
+                        tell.say(Download::Moves);
+                    }
+                    return Poll::Ready(Some(Ok(Frame::data(piece))));
+                }
             }
         }
     }
@@ -321,6 +328,24 @@ mod tests {
         }
         assert_eq!(served(&format!("/b/{hash}/other.efi")), None);
         assert_eq!(served(&format!("/a/{hash}/x")), None);
+    }
+
+    #[tokio::test]
+    async fn a_file_is_given_on_in_small_pieces_and_whole() {
+        let content: Vec<u8> = (0..600_001_u32).map(|n| n.to_le_bytes()[0] ^ n.to_le_bytes()[1]).collect();
+        let path = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(path.path(), &content).unwrap();
+        let file = File::open(path.path()).await.unwrap();
+        let left = content.len() as u64;
+        let mut body = FileBody { state: Reading::Idle(file), left, moves: None, ended: None };
+        let mut got = Vec::new();
+        while let Some(frame) = std::future::poll_fn(|cx| hyper::body::Body::poll_frame(Pin::new(&mut body), cx)).await
+        {
+            let piece = frame.unwrap().into_data().unwrap();
+            assert!(!piece.is_empty() && piece.len() <= PIECE, "{}", piece.len());
+            got.extend_from_slice(&piece);
+        }
+        assert!(got == content && hyper::body::Body::is_end_stream(&body));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What clients of a TCP port may take: connections in all and from one address, time, and how slow they may be.
 
+use crate::net::Shared;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::{Arc, Mutex};
@@ -11,8 +12,13 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 pub struct Limits {
     /// Connections at once: 8 000. Beyond, new clients wait in the kernel's queue.
     pub max_connections: usize,
-    /// Connections at once from one address (of IPv6: from one /64): 64. Beyond, new ones are closed.
+    /// Connections at once from one address (of IPv6: from one network of [`Self::ipv6_client`]): 256. Beyond, new ones
+    /// are closed.
     pub max_per_address: usize,
+    /// Addresses that the limit for one does not bind.
+    pub shared: Shared,
+    /// Prefix of the IPv6 network that counts as one client: 64. One host has as many addresses of it as it likes.
+    pub ipv6_client: u8,
     /// Bytes per second that a client must take while an answer waits for it: 1 KiB/s, over [`Self::rate_window`].
     /// A report that is held waits for the server: nothing is to be taken meanwhile.
     pub min_rate: u32,
@@ -30,7 +36,9 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             max_connections: 8_000,
-            max_per_address: 64,
+            max_per_address: 256,
+            shared: Shared::default(),
+            ipv6_client: 64,
             min_rate: 1024,
             rate_window: Duration::from_secs(30),
             handshake: Duration::from_secs(10),
@@ -44,11 +52,13 @@ impl Default for Limits {
 const SAY_AGAIN: Duration = Duration::from_secs(60);
 
 /// Who counts as one client.
-fn client(address: IpAddr) -> IpAddr {
+fn client(address: IpAddr, prefix: u8) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(address) => IpAddr::V4(address),
-        // One host has as many addresses of its /64 as it likes.
-        IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64)),
+        IpAddr::V6(address) => {
+            let mask = u128::MAX.checked_shl(128 - u32::from(prefix)).unwrap_or(0);
+            IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() & mask))
+        }
     }
 }
 
@@ -81,10 +91,10 @@ impl Gate {
 
     /// Lets a connection in, or not if its address has all it may have.
     pub(super) fn admit(&self, from: IpAddr, slot: OwnedSemaphorePermit) -> Option<Ticket> {
-        let client = client(from);
+        let client = client(from, self.limits.ipv6_client);
         let mut counted = self.counted.lock().expect("no code that holds this lock panics");
         let connections = counted.connections.entry(client).or_default();
-        if *connections < self.limits.max_per_address {
+        if *connections < self.limits.max_per_address || self.limits.shared.contains(from) {
             *connections += 1;
             return Some(Ticket { client, counted: self.counted.clone(), _slot: slot });
         }
@@ -121,6 +131,22 @@ impl Drop for Ticket {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn what_is_shared_and_how_wide_a_client_is_can_be_said() {
+        let shared = Shared::parse(&["10.1.0.0/16".to_owned()]).unwrap();
+        let limits = Limits { max_connections: 9, max_per_address: 1, shared, ipv6_client: 56, ..Limits::default() };
+        let gate = Gate::new("http", limits);
+        let admit = async |text: &str| gate.admit(text.parse().unwrap(), gate.room().await);
+        let many = [admit("10.1.2.3").await, admit("10.1.2.3").await, admit("10.1.2.3").await];
+        assert!(many.iter().all(Option::is_some), "machines behind one address");
+        let one = [admit("10.2.2.3").await, admit("10.2.2.3").await];
+        assert!(one[0].is_some() && one[1].is_none());
+        let wide = [admit("fd00:0:0:100::1").await, admit("fd00:0:0:1ff::1").await, admit("fd00:0:0:200::1").await];
+        assert!(wide[0].is_some() && wide[1].is_none() && wide[2].is_some(), "a /56 is one client");
+        drop((many, one, wide));
+        assert!(gate.counted.lock().unwrap().connections.is_empty());
+    }
 
     #[tokio::test]
     async fn each_client_is_counted_and_none_is_remembered() {

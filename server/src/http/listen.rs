@@ -18,6 +18,8 @@ use tokio::net::{TcpListener, TcpStream, UnixListener};
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
+/// So much may wait in the kernel for a client that takes its time.
+const UNSENT: u32 = 64 << 10;
 /// Bytes that nobody acknowledges for so long end the connection: a machine that lost its power.
 const UNACKNOWLEDGED: Duration = Duration::from_secs(60);
 /// What runs gets so long to end.
@@ -154,6 +156,8 @@ async fn accept(
                 let _ = stream.set_nodelay(true);
                 let socket = socket2::SockRef::from(&stream);
                 let _ = socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED));
+                // What is written is nearly on its way: a download's progress is the client's, not the kernel's memory's.
+                let _ = socket.set_tcp_notsent_lowat(UNSENT);
                 let _ = socket.set_keepalive(true);
                 return Some((stream, from, ticket));
             }

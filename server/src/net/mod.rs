@@ -8,10 +8,12 @@ mod error;
 mod files;
 mod interfaces;
 mod packet_socket;
+mod shared;
 pub mod tftp;
 
 pub use error::NetError;
 pub use files::{BootFiles, SiteFiles, Stamp};
+pub use shared::Shared;
 
 use kiln_netboot::tftp::BootFile;
 use kiln_netboot::{BootAnswer, BootQuery, Config, Dhcp, Event, Lease, Mac, RangeError};

@@ -4,7 +4,7 @@
 
 use super::files::{BootFiles, Cache};
 use super::packet_socket::PacketSocket;
-use super::{BootNet, Download, NetError, NetEvent, PROGRESS, tell, unix_ms};
+use super::{BootNet, Download, NetError, NetEvent, PROGRESS, Shared as SharedAddresses, tell, unix_ms};
 use bytes::Bytes;
 use kiln_netboot::TftpError;
 use kiln_netboot::tftp::{Action, BootFile, Ending, Limits, Request, Transfer, error_packet};
@@ -32,6 +32,8 @@ pub struct Settings {
     pub max_transfers: usize,
     /// Downloads at once of one address: firmware makes one, a chain perhaps two.
     pub max_per_address: usize,
+    /// Addresses that the limit for one does not bind.
+    pub shared: SharedAddresses,
     /// Bytes of files held in memory.
     pub cache_bytes: u64,
 }
@@ -42,7 +44,8 @@ impl Default for Settings {
             listen: SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, 69),
             limits: Limits::default(),
             max_transfers: 4096,
-            max_per_address: 16,
+            max_per_address: 64,
+            shared: SharedAddresses::default(),
             cache_bytes: 512 << 20,
         }
     }
@@ -115,7 +118,8 @@ impl Shared {
         }
         let port = |port| SocketAddrV4::new(*peer.ip(), port);
         let same_address = active.range(port(0)..=port(u16::MAX)).count();
-        if active.len() >= settings.max_transfers || same_address >= settings.max_per_address {
+        let alone = !settings.shared.contains((*peer.ip()).into());
+        if active.len() >= settings.max_transfers || (alone && same_address >= settings.max_per_address) {
             return Err(TftpError::Busy);
         }
         active.insert(peer);

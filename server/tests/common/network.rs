@@ -1,34 +1,20 @@
 //! A user and network namespace of the test's own, with one cable in it: DHCP and TFTP on their real ports.
 #![allow(dead_code, clippy::unwrap_used)]
 
+#[path = "../../../images/tests/namespace/mod.rs"]
+mod namespace;
+
 use std::net::{Ipv4Addr, SocketAddrV4, UdpSocket};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
-const INSIDE: &str = "KILN_TEST_NAMESPACE";
 pub const PATIENCE: Duration = Duration::from_secs(20);
 /// The server's end of the cable.
 pub const SERVER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 
-/// Runs the test of this name again inside new namespaces; true there, where the test itself then runs.
+/// Runs the test of this name again inside new user and network namespaces; true there.
 pub fn inside(test: &str) -> bool {
-    if std::env::var_os(INSIDE).is_some() {
-        return true;
-    }
-    let usable = Command::new("unshare").args(["-rn", "true"]).stderr(Stdio::null()).status();
-    if !usable.is_ok_and(|s| s.success()) {
-        println!("skipped: `unshare -rn true` fails here, user namespaces are off or util-linux is missing");
-        return false;
-    }
-    let status = Command::new("unshare")
-        .arg("-rn")
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture"])
-        .env(INSIDE, "1")
-        .status()
-        .unwrap();
-    assert!(status.success(), "{test} failed in its namespace: its output is above");
-    false
+    namespace::enter(test, "-rn")
 }
 
 pub fn sh(script: &str) {

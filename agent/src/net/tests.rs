@@ -1,0 +1,246 @@
+//! The network for real: this process is the machine, in a network namespace of its own whose "cards" are ends of virtual
+//! cables; at their other ends, in a second namespace, are dnsmasq's DHCP, DHCPv6 and router advertisements.
+
+use super::*;
+use crate::testing::namespace::enter;
+use kiln_release::network::NetworkConfig;
+use std::collections::HashSet;
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+/// Two cables: a0 and a1 here, b0 and b1 there.
+const CABLES: &str = "mount -t tmpfs tmpfs /run; ip netns add net; ip link set lo up
+    for n in 0 1; do ip link add a$n type veth peer name b$n; ip link set b$n netns net; done
+    ip -n net link set lo up; ip -n net link set b0 up; ip -n net link set b1 up
+    ip -n net addr add 10.9.0.1/24 dev b0; ip -n net addr add 10.9.1.1/24 dev b1
+    ip -n net addr add 2001:db8:0::1/64 dev b0 nodad; ip -n net addr add 2001:db8:1::1/64 dev b1 nodad";
+
+fn sh(script: &str) {
+    assert!(Command::new("sh").args(["-ec", script]).status().unwrap().success(), "{script}");
+}
+
+/// dnsmasq in the other namespace; it ends with the value.
+struct Dnsmasq(Child);
+
+impl Dnsmasq {
+    fn start(arguments: &str) -> Self {
+        let mut command = Command::new("ip");
+        command.args(["netns", "exec", "net", "dnsmasq", "--no-daemon", "--conf-file=/dev/null", "--port=0"]);
+        command.args(["--leasefile-ro", "--log-facility=-", "--bind-dynamic", "--pid-file="]);
+        Self(command.args(arguments.split_whitespace()).stderr(Stdio::null()).spawn().unwrap())
+    }
+}
+
+impl Drop for Dnsmasq {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// Runs in the machine's namespace; false where that cannot be, or where what is needed is not installed.
+fn machine(test: &str) -> bool {
+    if !Path::new("/usr/sbin/dnsmasq").exists() {
+        println!("skipped: dnsmasq is not installed");
+        return false;
+    }
+    if !enter(&format!("net::tests::{test}"), "-rnm") {
+        return false;
+    }
+    sh(CABLES);
+    true
+}
+
+fn id() -> MachineId {
+    "4c4c4544-0042-3510-8052-b4c04f4b3332".parse().unwrap()
+}
+
+fn section(toml_like: serde_json::Value) -> Section {
+    let config = NetworkConfig { version: 1, section: vec![serde_json::from_value(toml_like).unwrap()] };
+    config.check().unwrap();
+    config.section.into_iter().next().unwrap()
+}
+
+fn run<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+}
+
+async fn up(section: &Section, avoid: &mut HashSet<String>) -> Result<Uplink> {
+    bring_up(&id(), false, section, avoid).await
+}
+
+/// Whether a packet comes back from there: nobody listens, and that is said at once.
+fn reaches(address: &str) -> bool {
+    let address: SocketAddr = address.parse().unwrap();
+    match TcpStream::connect_timeout(&address, Duration::from_secs(5)) {
+        Ok(_) => true,
+        Err(error) => error.kind() == std::io::ErrorKind::ConnectionRefused,
+    }
+}
+
+fn has(uplink: &Uplink, start: &str) -> bool {
+    uplink.addresses.iter().any(|ip| ip.to_string().starts_with(start))
+}
+
+#[test]
+fn any_card_that_has_a_lease_will_do_and_the_next_is_tried() {
+    if !machine("any_card_that_has_a_lease_will_do_and_the_next_is_tried") {
+        return;
+    }
+    let automatic = Section::default();
+    run(async {
+        // The first card has a carrier, and nobody there; the second has a server.
+        let second = Dnsmasq::start("--interface=b1 --dhcp-range=10.9.1.50,10.9.1.90,1h --dhcp-option=6,10.9.1.53");
+        let mut avoid = HashSet::new();
+        let uplink = up(&automatic, &mut avoid).await.unwrap();
+        assert_eq!(uplink.interface, "a1");
+        assert!(has(&uplink, "10.9.1.") && reaches("10.9.1.1:9"), "{uplink:?}");
+        assert_eq!(std::fs::read_to_string(RESOLVER).unwrap(), "nameserver 10.9.1.53\n");
+
+        // Both have one. Whichever did not reach the boot server comes last; when both did not, all are new again.
+        let first = Dnsmasq::start("--interface=b0 --dhcp-range=10.9.0.50,10.9.0.90,1h");
+        avoid.insert("a1".into());
+        let uplink = up(&automatic, &mut avoid).await.unwrap();
+        assert_eq!(uplink.interface, "a0");
+        assert!(!uplink.addresses.is_empty() && !reaches_by_a1(), "what was there before is taken away");
+        avoid.insert("a0".into());
+        up(&automatic, &mut avoid).await.unwrap();
+        assert!(avoid.is_empty());
+        // The card that is to be avoided is the only one that is given an address: better than none.
+        drop(first);
+        sh("ip -n net link set b0 down");
+        avoid.insert("a1".into());
+        assert_eq!(up(&automatic, &mut avoid).await.unwrap().interface, "a1");
+        drop(second);
+    });
+}
+
+fn reaches_by_a1() -> bool {
+    Netlink::open().unwrap().addresses().unwrap().iter().any(|a| a.ip.to_string().starts_with("10.9.1."))
+}
+
+#[test]
+fn without_any_word_the_reason_names_the_cards() {
+    if !machine("without_any_word_the_reason_names_the_cards") {
+        return;
+    }
+    run(async {
+        let error = up(&Section::default(), &mut HashSet::new()).await.unwrap_err();
+        assert_eq!(error.kind(), "network-no-offer");
+        assert!(error.to_string().contains("a0, a1"), "{error}");
+        let none = section(serde_json::json!({ "link": [
+            { "name": "up", "kind": "card", "card": ["02:00:00:00:00:77"], "dhcp4": true } ] }));
+        let error = up(&none, &mut HashSet::new()).await.unwrap_err();
+        assert_eq!(error.kind(), "network-no-card");
+    });
+}
+
+#[test]
+fn static_addresses_come_and_go_with_their_section() {
+    if !machine("static_addresses_come_and_go_with_their_section") {
+        return;
+    }
+    let mac = std::fs::read_to_string("/sys/class/net/a1/address");
+    let mac = mac.unwrap_or_else(|_| {
+        let link = Netlink::open().unwrap().link("a1").unwrap();
+        link.mac.iter().map(|b| format!("{b:02x}")).collect::<Vec<_>>().join(":")
+    });
+    let one = section(serde_json::json!({ "link": [ {
+        "name": "up", "kind": "card", "card": [mac.trim()], "mtu": 1400, "dns": ["10.9.1.53"], "domain": "rack.example",
+        "address": ["10.9.1.7/24", "2001:db8:1::7/64"], "gateway": ["10.9.1.1", "2001:db8:1::1"] } ] }));
+    let other = section(serde_json::json!({ "link": [
+        { "name": "x", "kind": "card", "card": ["any"], "address": ["10.9.0.8/24"], "gateway": ["10.9.0.1"] } ] }));
+    run(async {
+        for _ in 0..2 {
+            let uplink = up(&one, &mut HashSet::new()).await.unwrap();
+            assert_eq!((uplink.interface.as_str(), uplink.addresses.len()), ("a1", 2), "{uplink:?}");
+            // Beyond the link, by the routers of both families.
+            assert!(reaches("10.9.0.1:9") && reaches("[2001:db8:0::1]:9"));
+            assert_eq!(std::fs::read_to_string(RESOLVER).unwrap(), "search rack.example\nnameserver 10.9.1.53\n");
+            let uplink = up(&other, &mut HashSet::new()).await.unwrap();
+            assert_eq!(uplink.addresses, ["10.9.0.8".parse::<IpAddr>().unwrap()]);
+            assert!(reaches("10.9.0.1:9") && !reaches_by_a1());
+            let left = Netlink::open().unwrap().addresses().unwrap();
+            assert!(left.iter().all(|a| !a.ip.to_string().starts_with("2001:db8:1::7")), "{left:?}");
+        }
+    });
+}
+
+#[test]
+fn ipv6_by_routers_and_by_dhcp() {
+    if !machine("ipv6_by_routers_and_by_dhcp") {
+        return;
+    }
+    let link = |more: serde_json::Value| {
+        let mut link = serde_json::json!({ "name": "up", "kind": "card", "card": ["any"] });
+        link.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        section(serde_json::json!({ "link": [link] }))
+    };
+    run(async {
+        let names = "--dhcp-option=option6:dns-server,[2001:db8::53] --dhcp-option=option6:domain-search,rack.example";
+        let routers =
+            Dnsmasq::start(&format!("--enable-ra --interface=b0 --dhcp-range=2001:db8::,ra-stateless {names}"));
+        let uplink = up(&link(serde_json::json!({ "slaac": true })), &mut HashSet::new()).await.unwrap();
+        assert!(uplink.interface == "a0" && has(&uplink, "2001:db8:"), "{uplink:?}");
+        assert!(reaches("[2001:db8::1]:9") && reaches("[2001:db8:1::1]:9"), "the router is the default route");
+        // Without a configuration: no DHCPv4 at all, a router that speaks IPv6, and name servers on request.
+        let uplink = up(&Section::default(), &mut HashSet::new()).await.unwrap();
+        assert!(uplink.interface == "a0" && has(&uplink, "2001:db8:"), "{uplink:?}");
+        assert_eq!(uplink.domain.as_deref(), Some("rack.example"));
+        assert_eq!(std::fs::read_to_string(RESOLVER).unwrap(), "search rack.example\nnameserver 2001:db8::53\n");
+        drop(routers);
+
+        let range = "--dhcp-range=2001:db8::100,2001:db8::1ff,64,600";
+        let _stateful = Dnsmasq::start(&format!("--enable-ra --interface=b0 {range} {names}"));
+        let uplink = up(&link(serde_json::json!({ "dhcp6": true })), &mut HashSet::new()).await.unwrap();
+        assert!(has(&uplink, "2001:db8::1") && uplink.addresses.len() == 1, "leased, and none of its own: {uplink:?}");
+        assert!(reaches("[2001:db8::1]:9"));
+        let lease = &uplink.leases6[0];
+        let renewed = dhcp6::renew(lease, &id()).await.unwrap();
+        assert_eq!((renewed.address, &renewed.server), (lease.address, &lease.server));
+    });
+}
+
+fn lease(interface: &str) -> Lease {
+    Lease {
+        interface: interface.into(),
+        hardware: vec![2, 0, 0, 0, 0, 1],
+        address: Ipv4Addr::LOCALHOST,
+        prefix: 24,
+        router: None,
+        dns: Vec::new(),
+        domain: None,
+        hostname: None,
+        server: Ipv4Addr::LOCALHOST,
+        duration_s: 60,
+        http_url: None,
+        agent_url: None,
+        next_server: None,
+    }
+}
+
+#[test]
+fn the_card_that_booted_is_favoured_and_not_waited_for_in_vain() {
+    let start = Instant::now();
+    let nothing = HashSet::new();
+    let choice = |favourite| Choice { favourite, avoid: &nothing, other: None, avoided: None, until: start + ROUND };
+    assert_eq!(choice(None).offer(lease("eth0"), start), Some(lease("eth0")), "nobody knows: the first");
+    assert_eq!(choice(Some("eth1")).offer(lease("eth1"), start), Some(lease("eth1")));
+
+    let mut waits = choice(Some("eth1"));
+    assert_eq!(waits.offer(lease("eth0"), start), None);
+    assert_eq!(waits.offer(lease("eth2"), start + Duration::from_secs(1)), None);
+    assert_eq!((waits.other.clone(), waits.until), (Some(lease("eth0")), start + FAVOUR), "the first of the others");
+    assert_eq!(waits.offer(lease("eth1"), start + FAVOUR), Some(lease("eth1")));
+
+    let mut late = choice(Some("eth1"));
+    assert_eq!(late.offer(lease("eth0"), start + ROUND), None);
+    assert_eq!(late.until, start + ROUND, "never beyond the round");
+
+    let avoid = HashSet::from(["eth0".to_owned()]);
+    let mut avoids = Choice { avoid: &avoid, ..choice(None) };
+    assert_eq!(avoids.offer(lease("eth0"), start), None);
+    assert_eq!((avoids.until, avoids.avoided.is_some()), (start + ROUND, true), "only if nobody else comes");
+    assert_eq!(avoids.offer(lease("eth1"), start), Some(lease("eth1")));
+}

@@ -1,0 +1,318 @@
+//! The way to the boot server: every way to be connected is tried until one reaches it, and a newly signed network
+//! configuration is tried and, if it does not, left again. What is decided here is [`trial`]'s; here it is done.
+
+use crate::coldplug::Drivers;
+use crate::error::{AgentError, Result};
+use crate::facts;
+use crate::flow::Flow;
+use crate::net::trial::{Action, Choice, Event, Known, Refused};
+use crate::net::{self, Uplink};
+use crate::verifier::{Servers, Verified};
+use kiln_protocol::Stage;
+use kiln_release::BootInfo;
+use kiln_release::network::{LinkKind, Section};
+use std::collections::HashSet;
+use std::time::Duration;
+use tokio::time::{Instant, sleep, timeout_at};
+
+/// A new configuration has so long to reach the server: a switch that learns the link, LACP and DHCP are in it.
+const TRIAL: Duration = Duration::from_secs(90);
+/// Between two tries within a trial.
+const AGAIN: Duration = Duration::from_secs(2);
+
+/// How this boot is connected.
+pub struct Network {
+    known: Known,
+    /// Cards that had an address and no way to the server.
+    avoid: HashSet<String>,
+    uplink: Option<Uplink>,
+    trial: Duration,
+}
+
+impl Network {
+    /// What earlier boots learnt. A configuration that was left is told to the server until another works.
+    pub fn start(flow: &mut Flow) -> Self {
+        let known = flow.verifier.place.network();
+        let mut network = Self { known, avoid: HashSet::new(), uplink: None, trial: TRIAL };
+        network.step(flow, Event::Started);
+        network
+    }
+
+    /// What the machine is connected by now.
+    pub fn uplink(&mut self) -> Option<Uplink> {
+        self.uplink.take()
+    }
+
+    /// What a DHCP server calls this machine.
+    pub fn hostname(&self) -> Option<&str> {
+        self.uplink.as_ref()?.hostname.as_deref()
+    }
+
+    /// Decides, remembers, and tells; gives back what is to be done with the links. What cannot be remembered is not
+    /// begun: a cut would not find its way back.
+    fn step(&mut self, flow: &mut Flow, event: Event) -> Option<Action> {
+        let (known, actions) = self.known.clone().event(event);
+        if actions.contains(&Action::Remember)
+            && let Err(error) = flow.verifier.place.remember_network(&known)
+        {
+            println!("kiln-agent: the network configuration cannot be remembered, so it stays as it is: {error}");
+            return None;
+        }
+        self.known = known;
+        let mut left = None;
+        for action in actions {
+            match action {
+                Action::Remember => {}
+                Action::Tell(Refused { version, reason }) => {
+                    let error = AgentError::NetworkReverted { version, reason };
+                    flow.journal.failed(Stage::Network, &error, 1, Some(Duration::ZERO));
+                }
+                action @ (Action::Try(_) | Action::Return) => left = Some(action),
+            }
+        }
+        left
+    }
+
+    /// Tries every way until the server answers.
+    pub async fn connect(&mut self, flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<()> {
+        let machine = &flow.journal.machine;
+        let embedded = flow.verifier.boot.site.network.as_ref();
+        let embedded = embedded.map(|config| Choice::of(config, None, machine.id.as_str(), &machine.macs));
+        let ways = self.known.ways(embedded);
+        let mut attempt = 0;
+        loop {
+            let way = ways[attempt % ways.len()].clone();
+            attempt += 1;
+            // Pauses grow with the rounds, not with the ways of a round.
+            let tries = u32::try_from(attempt.div_ceil(ways.len())).unwrap_or(u32::MAX);
+            flow.journal.started(Stage::Network);
+            if let Err(error) = self.up(flow, drivers, &way).await {
+                flow.after_failure(Stage::Network, error, tries).await?;
+                // A slow bus may have shown its devices by now.
+                drivers.iter_mut().for_each(Drivers::coldplug);
+                continue;
+            }
+            flow.journal.done(Stage::Network);
+            flow.journal.started(Stage::Server);
+            match flow.try_servers().await {
+                Ok(()) => {
+                    flow.journal.done(Stage::Server);
+                    self.step(flow, Event::Held(way));
+                    return Ok(());
+                }
+                Err(error) => {
+                    self.avoid.extend(self.uplink.iter().map(|uplink| uplink.interface.clone()));
+                    flow.after_failure(Stage::Server, error, tries).await?;
+                }
+            }
+        }
+    }
+
+    /// Links and addresses of one way, and where the server is by it.
+    async fn up(&mut self, flow: &mut Flow, drivers: &mut Option<Drivers>, way: &Choice) -> Result<()> {
+        self.uplink = None;
+        if let Some(drivers) = drivers {
+            for link in &way.section.link {
+                match link.kind {
+                    LinkKind::Card => {}
+                    LinkKind::Vlan => drivers.load("8021q"),
+                    LinkKind::ActiveBackup | LinkKind::Lacp => drivers.load("bonding"),
+                }
+            }
+        }
+        let (site, section) = (&flow.verifier.boot.site, &way.section);
+        let need_location = (site.http_urls.is_empty() && section.http_urls.is_empty())
+            || (site.agent_urls.is_empty() && section.agent_urls.is_empty());
+        let uplink = net::bring_up(&flow.journal.machine.id, need_location, section, &mut self.avoid).await?;
+        flow.journal.machine.macs = facts::mac_addresses();
+        flow.verifier.servers = servers(&flow.verifier.boot, section, &uplink);
+        let how = if way.version == 0 { String::new() } else { format!(" (network configuration {})", way.version) };
+        let urls = &flow.verifier.servers.agent;
+        println!("kiln-agent: {} has {:?}{how}; boot server {urls:?}", uplink.interface, uplink.addresses);
+        self.uplink = Some(uplink);
+        Ok(())
+    }
+
+    /// What verified metadata says of the network, for a machine of this role: a newer configuration is tried, and left
+    /// again if the server is not reached by it.
+    pub async fn adopt(
+        &mut self,
+        flow: &mut Flow,
+        drivers: &mut Option<Drivers>,
+        verified: &Verified,
+        role: &str,
+    ) -> Result<()> {
+        let Some(config) = &verified.site.network else { return Ok(()) };
+        let machine = &flow.journal.machine;
+        let choice = Choice::of(config, Some(role), machine.id.as_str(), &machine.macs);
+        let Some(Action::Try(choice)) = self.step(flow, Event::Signed(choice)) else { return Ok(()) };
+        println!("kiln-agent: network configuration {} is tried for {} s", choice.version, self.trial.as_secs());
+        flow.journal.started(Stage::Network);
+        let mut reason = "the server was not reached".to_owned();
+        let until = Instant::now() + self.trial;
+        let reached = timeout_at(until, async {
+            loop {
+                match self.reach(flow, drivers, &choice).await {
+                    Ok(()) => break,
+                    Err(error) => reason = format!("{error} ({})", error.kind()),
+                }
+                sleep(AGAIN).await;
+            }
+        });
+        if reached.await.is_ok() {
+            flow.journal.done(Stage::Network);
+            self.step(flow, Event::Held(choice));
+        } else {
+            println!("kiln-agent: network configuration {} does not reach the server: {reason}", choice.version);
+            self.avoid.clear();
+            self.step(flow, Event::Lost(reason));
+            Box::pin(self.connect(flow, drivers)).await?;
+        }
+        flow.report().await;
+        Ok(())
+    }
+
+    /// Both of the server's faces: the agent API, and the repository.
+    async fn reach(&mut self, flow: &mut Flow, drivers: &mut Option<Drivers>, choice: &Choice) -> Result<()> {
+        self.up(flow, drivers, choice).await?;
+        flow.try_servers().await?;
+        let here = flow.verifier.here()?;
+        flow.verifier.verify_metadata(&here).await.map(drop)
+    }
+}
+
+/// Where the boot server is: as the section says, as the boot image says, else as the network says.
+fn servers(boot: &BootInfo, section: &Section, uplink: &Uplink) -> Servers {
+    let signed = |section: &[String], site: &[String]| [section, site].concat();
+    let mut servers = Servers {
+        http: signed(&section.http_urls, &boot.site.http_urls),
+        agent: signed(&section.agent_urls, &boot.site.agent_urls),
+    };
+    let named = uplink.next_server.map(|ip| ip.to_string()).or(uplink.domain.as_ref().map(|d| format!("kiln.{d}")));
+    for (urls, said, scheme, port) in
+        [(&mut servers.http, &uplink.http_url, "http", 8080), (&mut servers.agent, &uplink.agent_url, "https", 8443)]
+    {
+        if urls.is_empty() {
+            let guess = named.as_ref().map(|host| format!("{scheme}://{host}:{port}"));
+            urls.extend(said.clone().or(guess));
+        }
+    }
+    servers
+}
+
+/// Connects a running system whose boot was not: the ways of the boot, without trials, until there is an address.
+pub async fn connect_later(known: Known, boot: BootInfo, machine: kiln_protocol::MachineId) -> Uplink {
+    let macs = facts::mac_addresses();
+    let embedded = boot.site.network.as_ref().map(|config| Choice::of(config, None, machine.as_str(), &macs));
+    let ways = known.ways(embedded);
+    for way in ways.iter().cycle() {
+        match net::bring_up(&machine, false, &way.section, &mut HashSet::new()).await {
+            Ok(uplink) => return uplink,
+            Err(error) => eprintln!("kiln-agent: {error}"),
+        }
+        sleep(Duration::from_secs(30)).await;
+    }
+    unreachable!("there is always the way of asking every card")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::journal::Journal;
+    use crate::testing::director::Director;
+    use crate::testing::namespace::enter;
+    use crate::testing::{TestSite, journal, listen, web};
+    use crate::verifier::Answer;
+    use kiln_protocol::{StageState, Via};
+    use kiln_release::network::NetworkConfig;
+    use serde_json::{Value, json};
+    use std::collections::BTreeMap;
+    use std::path::Path;
+    use std::process::Command;
+
+    /// By which this machine's one card has `address`, and the server is at `host` of it.
+    fn config(version: u64, address: &str, host: &str, (http, agent): (u16, u16)) -> NetworkConfig {
+        let section: Value = json!({ "link": [
+            { "name": "up", "kind": "card", "card": ["any"], "address": [address] } ],
+            "http_urls": [format!("http://{host}:{http}")], "agent_urls": [format!("https://{host}:{agent}")] });
+        let mut config = NetworkConfig { version, section: vec![serde_json::from_value(section).unwrap()] };
+        if version > 1 {
+            config.section[0].role = vec!["lab".into()];
+        }
+        config.check().unwrap();
+        config
+    }
+
+    /// What a boot came to: what is known, the addresses that are used, and which failures the server heard of.
+    struct Boot {
+        known: Known,
+        addresses: Vec<String>,
+        told: Vec<String>,
+    }
+
+    /// A boot up to the network that its metadata says. The boot image knows one of its own, by which the server is
+    /// reached too.
+    fn boot(state: &Path, signed: (u64, &str, &str)) -> Boot {
+        let (http, agent) = (listen(), listen());
+        let ports = (http.1.port(), agent.1.port());
+        let (version, address, host) = signed;
+        let site = TestSite::with_network(1, config(version, address, host, ports));
+        let director = Director::start_on(agent, &site, (1, 1, Via::Cold, false));
+        let (_url, _hear) = web::honest_on(http, site.files.clone(), BTreeMap::new());
+        let mut verifier = site.verifier(1, &[], &[], state);
+        verifier.boot.site.network = Some(config(1, "10.9.0.6/24", "10.9.0.6", ports));
+        let journal = Journal { running: None, ..journal(&verifier) };
+        let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: Duration::from_secs(9) };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut network = Network::start(&mut flow);
+            network.trial = Duration::from_secs(8);
+            network.connect(&mut flow, &mut None).await.unwrap();
+            let here = flow.verifier.here().unwrap();
+            let verified = flow.verifier.verify_metadata(&here).await.unwrap();
+            let Answer::Assigned { assignment, .. } = flow.ask(&verified, 0).await.unwrap() else { panic!("it waits") };
+            network.adopt(&mut flow, &mut None, &verified, &assignment.role).await.unwrap();
+            let uplink = network.uplink().unwrap();
+            let heard = director.heard();
+            let failures = heard.iter().flat_map(|report| &report.stages).filter_map(|stage| match &stage.state {
+                StageState::Failed(f) if f.kind == "network-config-reverted" => Some(f.message.clone()),
+                _ => None,
+            });
+            let addresses = uplink.addresses.iter().map(ToString::to_string).collect();
+            Boot { known: network.known, addresses, told: failures.collect() }
+        })
+    }
+
+    /// Machine and server are in one namespace: the server is at an address that the machine's card has only under the
+    /// configuration that gives it. IPv4, then IPv6, then a mistake.
+    #[test]
+    fn a_configuration_that_loses_the_server_is_left_and_told_and_not_tried_again() {
+        let test = "uplink::tests::a_configuration_that_loses_the_server_is_left_and_told_and_not_tried_again";
+        if !enter(test, "-rnm") {
+            return;
+        }
+        let script = "mount -t tmpfs tmpfs /run; ip netns add net; ip link set lo up
+            ip link add a0 type veth peer name b0; ip link set b0 netns net; ip -n net link set b0 up";
+        assert!(Command::new("sh").args(["-ec", script]).status().unwrap().success());
+        let dir = tempfile::tempdir().unwrap();
+        let state = dir.path().join("state");
+        let versions =
+            |known: &Known| (known.worked.as_ref().map(|w| w.version), known.refused.as_ref().map(|r| r.version));
+        let one = boot(&state, (2, "10.9.0.7/24", "10.9.0.7"));
+        assert_eq!((one.addresses, versions(&one.known)), (vec!["10.9.0.7".to_owned()], (Some(2), None)));
+        // Artifacts and the agent API at IPv6 literals, and no IPv4 at all.
+        let two = boot(&state, (3, "2001:db8::7/64", "[2001:db8::7]"));
+        assert_eq!((two.addresses, versions(&two.known)), (vec!["2001:db8::7".to_owned()], (Some(3), None)));
+        assert!(one.told.is_empty() && two.told.is_empty());
+        // The server is not where this one says.
+        let wrong = boot(&state, (4, "10.9.0.7/24", "10.9.0.98"));
+        assert_eq!(versions(&wrong.known), (Some(3), Some(4)), "{:?}", wrong.told);
+        assert!(wrong.told[0].contains("network configuration 4 was left"), "{:?}", wrong.told);
+        assert!(wrong.addresses != ["10.9.0.7"]);
+        // The next boot does not try it again, and says so; a newer one is tried.
+        let again = boot(&state, (4, "10.9.0.7/24", "10.9.0.98"));
+        assert_eq!((&again.known, again.told.len()), (&wrong.known, 1));
+        let better = boot(&state, (5, "10.9.0.8/24", "10.9.0.8"));
+        assert_eq!((better.addresses, versions(&better.known)), (vec!["10.9.0.8".to_owned()], (Some(5), None)));
+    }
+}

@@ -144,6 +144,7 @@ impl Journal {
             health: self.health.clone(),
             prefetch: self.prefetch.clone(),
             agent_memory: facts::own_memory(),
+            exec: None,
             wait_s,
             desired_etag: self.state.desired_etag.clone(),
         })

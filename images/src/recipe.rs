@@ -2,7 +2,11 @@
 //!
 //! A recipe may extend another (`extends = "minimal.toml"`): single values replace the other's, lists are added to it.
 
+pub(crate) mod allow;
+
 use crate::error::RecipeError;
+pub use allow::ExecPlace;
+use allow::RawExec;
 use kiln_release::{DiskSettings, FilePolicy, HealthCheck, WipePolicy, WritableMount};
 use serde::Deserialize;
 use std::ops::Range;
@@ -56,6 +60,8 @@ pub struct Recipe {
     pub health: Vec<HealthCheck>,
     /// tmpfs mounts.
     pub writable: Vec<WritableMount>,
+    /// Allow-lists of programs in them.
+    pub exec: Vec<ExecPlace>,
     /// Further files.
     pub files: Vec<RecipeFile>,
     /// What the release declares and a role may parameterise.
@@ -84,6 +90,7 @@ struct Raw {
     enable: Vec<Spanned<String>>,
     health: Vec<RawHealth>,
     writable: Vec<RawWritable>,
+    exec: Vec<RawExec>,
     file: Vec<RawFile>,
     policy: Option<RawPolicy>,
     mode: Option<Spanned<String>>,
@@ -156,6 +163,7 @@ struct Partial {
     enable: Vec<String>,
     health: Vec<HealthCheck>,
     writable: Vec<WritableMount>,
+    exec: Vec<ExecPlace>,
     files: Vec<RecipeFile>,
     policy: Option<FilePolicy>,
     disk_mode: Option<bool>,
@@ -263,6 +271,9 @@ impl Partial {
             }
             self.writable.push(WritableMount { path, size });
         }
+        for exec in raw.exec {
+            self.exec(exec, source, folder)?;
+        }
         for file in raw.file {
             self.file(file, source, folder)?;
         }
@@ -325,6 +336,7 @@ impl Partial {
         if self.health.is_empty() {
             return Err(missing("[[health]]", "without a health check no release would ever be called healthy")());
         }
+        self.check_places(path)?;
         Ok(Recipe {
             name: self.name.ok_or_else(missing("name", "it names the image"))?,
             class: self.class.unwrap_or_else(|| "normal".into()),
@@ -340,6 +352,7 @@ impl Partial {
             enable: sorted(self.enable),
             health: self.health,
             writable: self.writable,
+            exec: self.exec,
             files: self.files,
             policy: self.policy.unwrap_or_default(),
             disk: self.disk_mode.unwrap_or(false).then(|| self.disk.unwrap_or_default()),

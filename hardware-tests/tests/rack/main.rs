@@ -6,6 +6,7 @@ mod attacks;
 mod boots;
 mod cleanup;
 mod disk;
+mod exec;
 mod hardware;
 mod orders;
 mod secure_boot;

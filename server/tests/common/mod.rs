@@ -354,6 +354,7 @@ impl Agent {
             health: None,
             prefetch: None,
             agent_memory: None,
+            exec: None,
             wait_s: 0,
             desired_etag: String::new(),
         }

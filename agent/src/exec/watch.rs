@@ -15,7 +15,7 @@ const IDLE_MS: Millis = 1_000;
 const MISSED: u8 = 2;
 /// A start takes milliseconds; one that takes so long failed.
 const START_MS: Millis = 2_000;
-/// A guard that lived so long is replaced at once; others after a pause that doubles.
+/// A guard is replaced at once if it lived so long, or the one before did; others after a pause that doubles.
 const LIVED_MS: Millis = 1_000;
 const PAUSES_MS: std::ops::RangeInclusive<Millis> = 50..=5_000;
 /// While there is no guard, what is asked is answered by policy so often.
@@ -57,7 +57,7 @@ enum Phase {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Watch {
     phase: Phase,
-    /// Before the next start, if this guard does not live long.
+    /// Before the next start, if this guard does not live long; none yet: 0.
     pause: Millis,
     /// The sign of life asked for, and how often it was missed.
     ping: Option<(u32, u8)>,
@@ -71,7 +71,7 @@ pub struct Watch {
 impl Watch {
     pub fn new() -> Self {
         let phase = Phase::Down { until: 0 };
-        Self { phase, pause: *PAUSES_MS.start(), ping: None, asked_at: 0, looked_at: 0, busy_until: 0, next: 0 }
+        Self { phase, pause: 0, ping: None, asked_at: 0, looked_at: 0, busy_until: 0, next: 0 }
     }
 
     pub fn is_up(&self) -> bool {
@@ -177,13 +177,17 @@ impl Watch {
             Phase::Down { .. } | Phase::Starting { .. } => false,
         };
         if lived {
-            self.pause = *PAUSES_MS.start();
+            self.pause = 0;
+        }
+        if self.pause == 0 {
             out.push(Action::Spawn);
             self.phase = Phase::Starting { since: now };
         } else {
             out.push(Action::Drain);
             self.phase = Phase::Down { until: now + self.pause };
-            self.pause = (self.pause * 2).min(*PAUSES_MS.end());
+        }
+        if !lived {
+            self.pause = (self.pause * 2).clamp(*PAUSES_MS.start(), *PAUSES_MS.end());
         }
     }
 }
@@ -250,7 +254,9 @@ mod tests {
 
     #[test]
     fn a_guard_that_dies_again_and_again_is_started_ever_later_and_meanwhile_policy_answers() {
-        let (mut watch, mut now) = (up(0), 10);
+        let (watch, actions) = up(0).event(Event::Died("signal 9".into()), 10);
+        assert_eq!(actions, [Action::Orphans, Action::Alarm("signal 9".into()), Action::Spawn], "once at once");
+        let (mut watch, mut now) = (watch, 10);
         for pause in [50, 100, 200, 400, 800, 1600, 3200, 5000, 5000] {
             let (next, actions) = watch.event(Event::Died("signal 9".into()), now);
             assert_eq!(actions, [Action::Orphans, Action::Alarm("signal 9".into()), Action::Drain]);
@@ -278,7 +284,8 @@ mod tests {
 
     #[test]
     fn late_words_of_a_guard_that_is_gone_change_nothing() {
-        let (watch, _) = up(0).event(Event::Died(String::new()), 1);
+        let young = Watch { pause: 50, ..up(0) };
+        let (watch, _) = young.event(Event::Died(String::new()), 1);
         for event in [Event::Ready, Event::Pong(1), Event::Died(String::new()), Event::Asked] {
             assert_eq!(watch.clone().event(event, 2), (watch.clone(), Vec::new()));
         }

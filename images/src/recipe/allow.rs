@@ -167,11 +167,11 @@ mod tests {
     #[test]
     fn what_is_not_allowed_is_said() {
         for (text, part) in [
-            ("path = \"srv\"", "16:8 \"srv\" is not an absolute path"),
-            ("path = \"/srv\"\nmode = \"deny\"", "17:8 a mode is: enforce, report"),
-            ("path = \"/srv\"\nfail = \"never\"", "17:8 fail is: open, closed"),
-            ("path = \"/srv\"\nallow = [\"ABCD\"]", "17:10 \"ABCD\" is not a SHA-256"),
-            ("path = \"/srv\"\n[[exec]]\npath = \"/srv\"", "18:8 /srv has two allow-lists"),
+            ("path = \"srv\"", "16:8: \"srv\" is not an absolute path"),
+            ("path = \"/srv\"\nmode = \"deny\"", "17:8: a mode is: enforce, report"),
+            ("path = \"/srv\"\nfail = \"never\"", "17:8: fail is: open, closed"),
+            ("path = \"/srv\"\nallow = [\"ABCD\"]", "17:10: \"ABCD\" is not a SHA-256"),
+            ("path = \"/srv\"\n[[exec]]\npath = \"/srv\"", "18:8: /srv has two allow-lists"),
             ("path = \"/opt\"", "[[writable]] with the path of an [[exec]] is missing"),
             ("path = \"/srv\"\nallow_files = [\"nothing\"]", "cannot read recipe"),
         ] {

@@ -451,8 +451,16 @@ fn what_is_not_covered() {
     }
     // A debugger's way into an allowed program.
     let mut allowed = Command::new(bed.place.join("sleep")).arg("60").spawn().unwrap();
-    let maps = std::fs::read_to_string(format!("/proc/{}/maps", allowed.id())).unwrap();
-    let code = maps.lines().find(|line| line.contains(" r-xp ") && line.ends_with("/sleep")).unwrap();
+    // Its parent goes on before the kernel has mapped it.
+    let begun = Instant::now();
+    let code = loop {
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", allowed.id())).unwrap();
+        if let Some(code) = maps.lines().find(|line| line.contains(" r-xp ") && line.ends_with("/sleep")) {
+            break code.to_owned();
+        }
+        assert!(begun.elapsed() < PATIENCE, "it is never mapped: {maps}");
+        std::thread::yield_now();
+    };
     let at = u64::from_str_radix(code.split('-').next().unwrap(), 16).unwrap();
     let mem = File::options().read(true).write(true).open(format!("/proc/{}/mem", allowed.id())).unwrap();
     mem.write_all_at(&[0xcc; 64], at).unwrap();

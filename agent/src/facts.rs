@@ -39,9 +39,14 @@ pub fn memory(field: &str) -> u64 {
     kibibytes(&text, field).unwrap_or(0)
 }
 
-/// What this process costs; none where the kernel does not say (proc_pid_status(5)).
+/// What this process costs; none where the kernel does not say.
 pub fn own_memory() -> Option<AgentMemory> {
-    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    memory_of("self")
+}
+
+/// What a process costs, by its name in /proc (proc_pid_status(5)).
+pub fn memory_of(process: &str) -> Option<AgentMemory> {
+    let text = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
     Some(AgentMemory { rss_bytes: kibibytes(&text, "VmRSS:")?, peak_bytes: kibibytes(&text, "VmHWM:")? })
 }
 

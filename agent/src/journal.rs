@@ -152,6 +152,7 @@ impl Journal {
             prefetch: self.prefetch.clone(),
             fallback: self.fallback.clone(),
             agent_memory: facts::own_memory(),
+            exec: None,
             wait_s,
             desired_etag: self.state.desired_etag.clone(),
         })

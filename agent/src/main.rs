@@ -7,6 +7,7 @@ mod change;
 mod coldplug;
 mod disk;
 mod error;
+mod exec;
 mod facts;
 mod fetch;
 mod flow;
@@ -36,11 +37,13 @@ mod watchdog;
 mod wipe;
 
 use error::{AgentError, Result};
+use std::path::Path;
 use std::process::ExitCode;
 
 const USAGE: &str = "usage: kiln-agent stage --settings FILE --state DIR --out DIR [--tries N]
        kiln-agent disk FILE SITE
        kiln-agent service      (by the image's init)
+       kiln-agent exec POLICY  (try an allow-list on this machine)
        kiln-agent --version
 As PID 1 it boots the machine.";
 
@@ -51,6 +54,8 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let done: Result<()> = match arguments.next().as_deref() {
         Some("service") => service::run(),
+        Some("exec-guard") => exec::guard::run(Path::new(&arguments.next().unwrap_or_default())),
+        Some("exec") => exec::watch_here(Path::new(&arguments.next().unwrap_or_default())),
         Some("stage") => stage::Options::parse(arguments).and_then(|options| stage::run(&options)),
         Some("disk") => match (arguments.next(), arguments.next()) {
             (Some(file), Some(site)) => disk::show::run(file.as_ref(), &site),

@@ -28,6 +28,9 @@ pub const SERVERS: &str = "servers";
 /// The image of machines that live on their disk.
 pub const DISK: &str = "disk";
 
+/// The image with an allow-list of programs.
+pub const EXEC: &str = "exec";
+
 /// Makes the template, or finds it current, and release 1 of each further image in it. The builder's output goes to the
 /// terminal.
 pub fn prepare(paths: &Paths, further: &[String]) -> Result<(), LabError> {

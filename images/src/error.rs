@@ -45,6 +45,25 @@ pub enum BuildError {
         /// Its own words, which name the file.
         line: String,
     },
+    /// An allow-list names a file that the root does not have.
+    #[error(
+        "image {recipe}: allow_files of [[exec]] names {path}, which is no file of this root; symbolic links are not \
+         followed"
+    )]
+    NoSuchProgram {
+        /// The image.
+        recipe: String,
+        /// Which file.
+        path: String,
+    },
+    /// An allow-list is not one that a machine takes.
+    #[error("image {recipe}: [[exec]]: {detail}")]
+    AllowList {
+        /// The image.
+        recipe: String,
+        /// What is wrong.
+        detail: String,
+    },
     /// What is built does not fit the disk's partitions.
     #[error("[disk] {key} = {has} bytes is too small: this release needs {needed}")]
     DiskTooSmall {

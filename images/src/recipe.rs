@@ -2,8 +2,12 @@
 //!
 //! A recipe may extend another (`extends = "minimal.toml"`): single values replace the other's, lists are added to it.
 
+pub(crate) mod allow;
+
 use crate::error::RecipeError;
 use crate::network::read_network;
+pub use allow::ExecPlace;
+use allow::RawExec;
 use kiln_release::network::NetworkConfig;
 use kiln_release::{DiskSettings, FilePolicy, HealthCheck, WipePolicy, WritableMount};
 use serde::Deserialize;
@@ -58,6 +62,8 @@ pub struct Recipe {
     pub health: Vec<HealthCheck>,
     /// tmpfs mounts.
     pub writable: Vec<WritableMount>,
+    /// Allow-lists of programs in them.
+    pub exec: Vec<ExecPlace>,
     /// Further files.
     pub files: Vec<RecipeFile>,
     /// What the release declares and a role may parameterise.
@@ -88,6 +94,7 @@ struct Raw {
     enable: Vec<Spanned<String>>,
     health: Vec<RawHealth>,
     writable: Vec<RawWritable>,
+    exec: Vec<RawExec>,
     file: Vec<RawFile>,
     policy: Option<RawPolicy>,
     mode: Option<Spanned<String>>,
@@ -161,6 +168,7 @@ struct Partial {
     enable: Vec<String>,
     health: Vec<HealthCheck>,
     writable: Vec<WritableMount>,
+    exec: Vec<ExecPlace>,
     files: Vec<RecipeFile>,
     policy: Option<FilePolicy>,
     disk_mode: Option<bool>,
@@ -269,6 +277,9 @@ impl Partial {
             }
             self.writable.push(WritableMount { path, size });
         }
+        for exec in raw.exec {
+            self.exec(exec, source, folder)?;
+        }
         for file in raw.file {
             self.file(file, source, folder)?;
         }
@@ -337,6 +348,7 @@ impl Partial {
         if self.health.is_empty() {
             return Err(missing("[[health]]", "without a health check no release would ever be called healthy")());
         }
+        self.check_places(path)?;
         Ok(Recipe {
             name: self.name.ok_or_else(missing("name", "it names the image"))?,
             class: self.class.unwrap_or_else(|| "normal".into()),
@@ -352,6 +364,7 @@ impl Partial {
             enable: sorted(self.enable),
             health: self.health,
             writable: self.writable,
+            exec: self.exec,
             files: self.files,
             policy: self.policy.unwrap_or_default(),
             network: self.network,

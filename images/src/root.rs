@@ -6,7 +6,7 @@
 use crate::base::{Base, read};
 use crate::error::BuildError;
 use crate::host::{self, Rights};
-use crate::recipe::Recipe;
+use crate::recipe::{Recipe, allow};
 use crate::tarball::{self, Entry, LayerError};
 use crate::top;
 use kiln_release::VerityParams;
@@ -55,7 +55,8 @@ pub(crate) fn tree(recipe: &Recipe, base: &Base, release: u64, agent: &[u8]) -> 
     let old = entries.iter().find(|entry| entry.path == "/usr/lib/os-release");
     let old = old.map_or("", |entry| std::str::from_utf8(&tar[entry.data.clone()]).unwrap_or(""));
     let os_release = top::os_release(old, &recipe.name, release);
-    let added = top::layer(recipe, &entries, &os_release, agent)?;
+    let exec = allow::document(recipe, &entries, &tar)?;
+    let added = top::layer(recipe, &entries, &os_release, agent, exec.as_deref())?;
     let merged = tarball::layer(&tar, |entry| dropped(recipe, entry), &added).map_err(|error| match error {
         LayerError::Tar(error) => in_tar(error),
         LayerError::NotADirectory { path } => {

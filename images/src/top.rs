@@ -6,7 +6,7 @@
 use crate::error::BuildError;
 use crate::recipe::Recipe;
 use crate::tarball::{Added, Content, Entry, Kind};
-use kiln_release::WritableMount;
+use kiln_release::{EXEC_PATH, WritableMount};
 use std::collections::BTreeMap;
 
 /// The agent in the root.
@@ -32,6 +32,15 @@ SyslogLevel=notice
 WantedBy=multi-user.target
 ";
 
+/// Where an allow-list is: what starts after the agent finds its places guarded, and the fanotify group outlives the
+/// service, so that nothing starts unjudged while it restarts (systemd.service(5), FileDescriptorStoreMax).
+const EXEC_DROP_IN: &str = "\
+[Service]
+Type=notify
+NotifyAccess=main
+FileDescriptorStoreMax=1
+";
+
 /// In place of systemd's own, which starts a shell.
 const EMERGENCY_UNIT: &str = "\
 [Unit]
@@ -55,8 +64,14 @@ pub(crate) fn os_release(base: &str, image: &str, release: u64) -> String {
     text + &format!("IMAGE_ID={image}\nIMAGE_VERSION={release}\n")
 }
 
-/// Every entry of the top layer. `base` is what the packages hold.
-pub(crate) fn layer(recipe: &Recipe, base: &[Entry], os_release: &str, agent: &[u8]) -> Result<Vec<Added>, BuildError> {
+/// Every entry of the top layer. `base` is what the packages hold, `exec` the allow-list.
+pub(crate) fn layer(
+    recipe: &Recipe,
+    base: &[Entry],
+    os_release: &str,
+    agent: &[u8],
+    exec: Option<&[u8]>,
+) -> Result<Vec<Added>, BuildError> {
     let mut top = Top::default();
     top.file("/usr/lib/os-release", 0o644, os_release);
     top.file(AGENT_PATH, 0o755, agent);
@@ -85,6 +100,10 @@ pub(crate) fn layer(recipe: &Recipe, base: &[Entry], os_release: &str, agent: &[
         let unit = unit_name(&mount.path);
         top.file(&format!("/etc/systemd/system/{unit}"), 0o644, mount_unit(mount, mode));
         top.enable("local-fs.target.requires", &unit, "/etc/systemd/system");
+    }
+    if let Some(exec) = exec {
+        top.file(EXEC_PATH, 0o644, exec);
+        top.file("/usr/lib/systemd/system/kiln-agent.service.d/exec.conf", 0o644, EXEC_DROP_IN);
     }
     for file in &recipe.files {
         top.file(&file.path, file.mode, &file.content);

@@ -3,8 +3,8 @@
 
 use jiff::Timestamp;
 use kiln_protocol::{
-    AgentMemory, Firmware, KeyId, KeyStorage, MachineId, OrderId, Prefetch, ProtectionClass, Receipt, ReleaseId,
-    RollbackMemory, Stage, Via,
+    AgentMemory, ExecState, Firmware, KeyId, KeyStorage, MachineId, OrderId, Prefetch, ProtectionClass, Receipt,
+    ReleaseId, RollbackMemory, Stage, Via,
 };
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +47,9 @@ pub struct MachineView {
     /// What its agent costs.
     #[serde(default)]
     pub agent_memory: Option<AgentMemory>,
+    /// What its allow-list of programs says.
+    #[serde(default)]
+    pub exec: Option<ExecState>,
     /// The newest release that was proven good here.
     pub last_good: Option<ReleaseId>,
     /// How it boots.

@@ -7,6 +7,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod assignment;
+mod exec;
 mod ids;
 mod inventory;
 mod lldp;
@@ -20,6 +21,7 @@ pub use assignment::{
     ASSIGNMENT_TYPE, Assignment, AssignmentError, BoundMachine, FRESHNESS_TYPE, Freshness, FreshnessError, Running,
     check_assignment, check_freshness,
 };
+pub use exec::{EXEC_ANCESTORS, EXEC_PATH_LIMIT, EXEC_VIOLATIONS, ExecAncestor, ExecState, ExecVerdict, ExecViolation};
 pub use ids::{Architecture, Class, IdError, ImageName, KeyId, MachineId, Nonce, OrderId, ReleaseId, Sha256Hex};
 pub use inventory::{
     Bmc, Cpu, Dimm, Disk, DiskHealth, FirmwareVersion, INVENTORY_LIMIT, INVENTORY_PATH, INVENTORY_VERSION, Inventory,

@@ -2,6 +2,7 @@
 //!
 //! Both sides ignore fields they do not know, so that either may be newer.
 
+use crate::exec::ExecState;
 use crate::ids::IdError;
 use crate::ids::{Architecture, ImageName, MachineId, Nonce, Sha256Hex, word_enum};
 use crate::slot::Fallback;
@@ -205,6 +206,9 @@ pub struct Report {
     /// What the agent itself costs: of PID 1 in the initramfs, of the service once the release runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent_memory: Option<AgentMemory>,
+    /// Allow-listing of programs, where the release asks for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exec: Option<ExecState>,
     /// Seconds the server may hold this report until the desired state differs from [`Report::desired_etag`]; 0: none.
     #[serde(default)]
     pub wait_s: u32,

@@ -77,6 +77,8 @@ pub enum Event {
     Failed(Trouble),
     /// [`Action::Load`] is done, or could not be.
     Loaded(Option<Trouble>),
+    /// The server should hear something at once that is part of every report.
+    News,
     /// Time passed.
     Time,
 }
@@ -234,6 +236,7 @@ impl Duty {
             Event::MayGo => self.may_go(&mut out),
             Event::Failed(trouble) => self.failed(&trouble, now, jitter, &mut out),
             Event::Loaded(trouble) => self.loaded(trouble, &mut out),
+            Event::News => self.news = true,
             Event::Time => {}
         }
         self.take_up(now, &mut out);

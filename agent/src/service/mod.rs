@@ -17,10 +17,11 @@ use crate::net::Uplink;
 use crate::plan::{self, Plan};
 use crate::verifier::{Answer, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{facts, init, local, uplink, verity};
+use crate::{exec, facts, init, local, uplink, verity};
 use duty::{Action, Duty, Event, Target, Trouble, Wanted};
 use kiln_protocol::slot;
-use kiln_protocol::{Assignment, Decision, Grant, Health, Nonce, ReleaseId, Reply, RunningRelease, Stage, Via};
+use kiln_protocol::{Assignment, Decision, Grant, Health, Nonce, ReleaseId, Reply, Report, RunningRelease, Stage, Via};
+use kiln_release::EXEC_PATH;
 use nix::sys::reboot::{RebootMode, reboot};
 use std::future::pending;
 use std::path::{Path, PathBuf};
@@ -60,6 +61,8 @@ pub fn run() -> Result<()> {
 
 async fn serve() -> Result<()> {
     let handoff = Handoff::read()?;
+    // First of all: what waits for this service to be ready may want to execute.
+    let exec = exec::serve(Path::new(EXEC_PATH), handoff.journal.started_ms);
     if let Some(watchdog) = Watchdog::arm() {
         tokio::spawn(watchdog.keep());
     }
@@ -76,6 +79,7 @@ async fn serve() -> Result<()> {
     let door = Door { systemctl: "systemctl".into(), reboot: restart };
     let mut service = Service::new(verifier, journal, change::NEXT, door)?;
     service.disk = disk;
+    service.exec = exec;
     Err(service.run(checks).await)
 }
 
@@ -212,6 +216,8 @@ struct Service {
     disk: Option<SharedDisk>,
     /// What was last done of [`kiln_protocol::Desired::network_first`].
     ordered: Option<bool>,
+    /// Where the release has an allow-list of programs.
+    exec: Option<exec::Post>,
     /// The release that runs is good, or on trial since then.
     proven: Proof,
     /// An order that was refused, and when.
@@ -245,6 +251,7 @@ impl Service {
             ready: None,
             disk: None,
             ordered: None,
+            exec: None,
             proven: Proof::Trial(Instant::now()),
             refused: None,
         })
@@ -311,6 +318,7 @@ impl Service {
         let mut post: Option<Post> = None;
         let mut job: Option<Job> = None;
         let mut wipe: Option<Check> = None;
+        let exec = self.exec.clone();
         loop {
             let event = tokio::select! {
                 (checks, health) = &mut round => {
@@ -345,6 +353,7 @@ impl Service {
                     self.ready = done.ready.map(Arc::new).or(self.ready.take());
                     done.event
                 }
+                () = exec::news(exec.as_ref()) => Event::News,
                 () = until(self.duty.wakes()) => Event::Time,
             };
             if let Event::Checked(health) = &event
@@ -436,7 +445,14 @@ impl Service {
         self.journal.health = self.duty.health().cloned();
         self.journal.prefetch =
             self.duty.prefetch().map(|p| kiln_protocol::Prefetch { progress: self.meter.read(), ..p });
-        let (report, api) = (self.journal.report(hold_s), Rc::clone(&self.api));
+        let report = self.journal.report(hold_s);
+        let report = match &self.exec {
+            Some(post) => {
+                report.map(|r| Report { agent_memory: post.with_guard(r.agent_memory), exec: Some(post.state()), ..r })
+            }
+            None => report,
+        };
+        let api = Rc::clone(&self.api);
         self.nonce = report.as_ref().ok().map(|report| report.nonce.clone());
         Box::pin(async move { api.lock().await.report(&report?).await })
     }

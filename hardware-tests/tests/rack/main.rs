@@ -7,6 +7,7 @@ mod boots;
 mod cleanup;
 mod cuts;
 mod disk;
+mod exec;
 mod hardware;
 mod orders;
 mod secure_boot;

@@ -13,6 +13,7 @@ mod checks;
 pub mod efi;
 pub mod envelope;
 mod error;
+mod exec;
 mod formats;
 pub mod hex;
 pub mod key;
@@ -29,6 +30,7 @@ pub use error::{
     CanonicalError, DirectorError, EnvelopeError, FormatError, KeyError, OperatorError, TufError, VerityError,
     with_causes,
 };
+pub use exec::{EXEC_PATH, EXEC_TYPE, ExecFail, ExecMode, ExecPolicy, ExecRule, MAX_EXEC_HASHES, MAX_EXEC_RULES};
 pub use formats::{
     AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, DiskSettings, FilePolicy, HANDOFF_PATH, HealthCheck,
     HealthKind, IPE_POLICY_PATH, MANIFEST_TYPE, Manifest, Mode, ROOT_SIGNATURE_PATH, SITE_TYPE, Site, SiteSettings,

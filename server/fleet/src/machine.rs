@@ -8,8 +8,8 @@ use crate::orders::MachineOrder;
 use crate::state::{State, StateKind};
 use crate::{FORGET_MS, LIVE_MS, Millis};
 use kiln_protocol::{
-    AgentMemory, Health, KeyId, MachineFacts, MachineId, OrderId, Prefetch, ReleaseId, RunningRelease, Stage,
-    StageState, Via,
+    AgentMemory, ExecState, Health, KeyId, MachineFacts, MachineId, OrderId, Prefetch, ReleaseId, RunningRelease,
+    Stage, StageState, Via,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -95,6 +95,9 @@ pub struct Machine {
     /// What its agent costs, as it last said in this boot.
     #[serde(default)]
     pub agent_memory: Option<AgentMemory>,
+    /// What its allow-list of programs says, in this boot.
+    #[serde(default)]
+    pub exec: Option<ExecState>,
     /// Sequence of the assignment it may leave for.
     pub granted: Option<u64>,
     /// Why it fell back, until a person clears it or assigns something.
@@ -154,6 +157,7 @@ impl Machine {
             health: None,
             prefetch: None,
             agent_memory: None,
+            exec: None,
             granted: None,
             fell_back: None,
             excused: None,

@@ -188,6 +188,7 @@ impl Machine {
         self.health = None;
         self.prefetch = None;
         self.agent_memory = None;
+        self.exec = None;
         self.running = None;
         self.last_words.clear();
         let deadline = Some(now + BOOT_DEADLINE_MS);
@@ -252,6 +253,13 @@ impl Machine {
         }
         new |= self.note_order(&report.stages, now, out);
         self.agent_memory = report.agent_memory;
+        if self.exec != report.exec {
+            // How often is no commit; what and by whom is.
+            let news = report.exec.as_ref().map_or_else(Vec::new, |exec| exec.news_since(self.exec.as_ref()));
+            new |= !news.is_empty();
+            out.extend(news.into_iter().map(|text| Action::Say { warn: true, text }));
+            self.exec.clone_from(&report.exec);
+        }
         if self.health != report.health {
             new |= self.health.as_ref().map(|h| h.healthy) != report.health.as_ref().map(|h| h.healthy);
             self.health.clone_from(&report.health);

@@ -425,3 +425,38 @@ fn a_prefetch_that_goes_on_is_known_at_once_and_stored_in_tenths() {
     }
     assert_eq!(saved, 11, "the first report of it, and every tenth");
 }
+
+#[test]
+fn what_an_allow_list_denies_is_said_and_stored_once_and_counted_for_nothing() {
+    let denied = |count| ExecState {
+        running: true,
+        denied: count,
+        violations: vec![ExecViolation {
+            path: "/srv/x".into(),
+            sha256: None,
+            verdict: ExecVerdict::Denied,
+            ancestry: Vec::new(),
+            at_ms: count,
+            count,
+        }],
+        ..ExecState::default()
+    };
+    let mut machine = Machine::discovered(id(1), 0).event(by(1, healthy(1, "a", 1, 1)), LIMITS, 1000).0;
+    let (mut saved, mut said) = (0, Vec::new());
+    for seq in 2..=100 {
+        let exec = Some(denied(seq));
+        let report = Report { exec: exec.clone(), ..healthy(1, "a", seq, 1) };
+        let (next, actions) = machine.event(by(1, report), LIMITS, 1000 + seq);
+        saved += usize::from(actions.contains(&Action::Save));
+        for action in actions {
+            if let Action::Say { warn, text } = action {
+                said.push((warn, text));
+            }
+        }
+        assert_eq!(next.exec, exec, "the count is known at once");
+        machine = next;
+    }
+    assert_eq!((saved, said), (1, vec![(true, "allow-list: denied /srv/x (not read whole) by ".to_owned())]));
+    let machine = machine.event(by(1, healthy(1, "b", 1, 1)), LIMITS, 5000).0;
+    assert_eq!(machine.exec, None, "it is of one boot");
+}

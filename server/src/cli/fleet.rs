@@ -210,6 +210,7 @@ fn show(m: &MachineView, now_ms: i64) -> String {
     ] {
         writeln!(text, "{name:<12} {value}").expect("writing to a String cannot fail");
     }
+    text += &exec(m);
     for boot in &m.boots {
         let what = boot.image.as_ref().zip(boot.release).map_or("?".into(), |(i, r)| format!("{i}/{r}"));
         writeln!(text, "\nboot of {what} by {} at {}", boot.via, clock(boot.started_ms))
@@ -227,6 +228,24 @@ fn show(m: &MachineView, now_ms: i64) -> String {
             );
             writeln!(text, "{}", row.trim_end()).expect("writing to a String cannot fail");
         }
+    }
+    text
+}
+
+/// What its allow-list says, if it has one.
+fn exec(m: &MachineView) -> String {
+    let Some(exec) = &m.exec else { return String::new() };
+    let guard = if exec.running { "runs" } else { "does not run" };
+    let mut text = format!(
+        "allow-list   the guard {guard}, replaced {} times; {} starts denied, {} only reported, {} not judged in time\n",
+        exec.restarts, exec.denied, exec.reported, exec.late
+    );
+    if let Some(alarm) = &exec.alarm {
+        writeln!(text, "guard alarm  {alarm}").expect("writing to a String cannot fail");
+    }
+    for violation in &exec.violations {
+        writeln!(text, "  {:>5} times {}", violation.count, violation.describe())
+            .expect("writing to a String cannot fail");
     }
     text
 }
@@ -327,6 +346,7 @@ mod tests {
                 progress: Some(kiln_protocol::Progress { received_bytes: 12 << 20, total_bytes: 33 << 20 }),
             }),
             agent_memory: Some(kiln_protocol::AgentMemory { rss_bytes: 5 << 20, peak_bytes: 13 << 19 }),
+            exec: Some(kiln_protocol::ExecState { running: true, denied: 3, ..Default::default() }),
             last_good: None,
             firmware: Some(kiln_protocol::Firmware::Bios),
             key: Some("ab".repeat(32).parse().unwrap()),
@@ -348,6 +368,9 @@ mod tests {
         assert!(text.contains("\nprefetch     minimal/2: 12.0 of 33.0 MiB\n"), "{text}");
         assert!(text.contains("\nrebuild      due in 3 d\n"), "{text}");
         assert!(text.contains("\nagent        5.0 MiB of memory, 6.5 MiB at most\n"), "{text}");
+        let guard =
+            "\nallow-list   the guard runs, replaced 0 times; 3 starts denied, 0 only reported, 0 not judged in time\n";
+        assert!(text.contains(guard), "{text}");
         let rows: Vec<&str> = text.lines().filter(|l| l.trim_end().ends_with(" done")).collect();
         let labels: Vec<&str> = kiln_protocol::Stage::ALL.iter().map(|s| s.label()).collect();
         assert_eq!(rows.len(), labels.len(), "{text}");

@@ -274,4 +274,5 @@ fn tame(report: &mut Report) {
     if let Some(health) = &mut report.health {
         cut(&mut health.detail, 500);
     }
+    report.exec.iter_mut().for_each(kiln_protocol::ExecState::tame);
 }

@@ -43,6 +43,7 @@ impl MachineView {
             order: m.orders.back().map(|order| format!("{}: {}", order.id, order.state)),
             prefetch: m.prefetch.clone(),
             agent_memory: m.agent_memory,
+            exec: m.exec.clone(),
             last_good: m.last_good().cloned(),
             firmware: facts.map(|f| f.firmware),
             key: m.key.clone(),

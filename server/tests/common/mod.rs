@@ -355,6 +355,7 @@ impl Agent {
             prefetch: None,
             fallback: None,
             agent_memory: None,
+            exec: None,
             wait_s: 0,
             desired_etag: String::new(),
         }

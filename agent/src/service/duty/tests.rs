@@ -76,6 +76,7 @@ fn events() -> Vec<(&'static str, Event)> {
         ("failed: did not verify", Event::Failed(trouble(FailureClass::Verification))),
         ("loaded", Event::Loaded(None)),
         ("not loaded", Event::Loaded(Some(trouble(FailureClass::Machine)))),
+        ("news", Event::News),
         ("time", Event::Time),
     ]
 }
@@ -184,6 +185,20 @@ fn tries_rest_longer_and_a_release_that_does_not_verify_is_given_up_for_a_minute
     assert_eq!(rest(50, FailureClass::Unreachable, true), (1000, false), "it came on");
 }
 
+#[test]
+fn news_breaks_the_hold_five_times_a_second_at_most() {
+    let (mut duty, mut posts) = (at(Way::Stays), 0);
+    for now in (NOW..NOW + 10_000).step_by(10) {
+        let (next, actions) = duty.event(Event::News, now, MID);
+        posts += actions.iter().filter(|a| matches!(a, Action::Report(_))).count();
+        duty = next;
+    }
+    assert!((49..=51).contains(&posts), "{posts}");
+    let (after, actions) = at(Way::Stays).event(Event::News, NOW, MID);
+    assert_eq!(actions, [Action::EndHold, Action::Report(HOLD_S)], "and at once");
+    assert_eq!(after.health().map(|h| h.healthy), Some(true));
+}
+
 /// What the driver would hold, to see that no step asks for what cannot be.
 #[derive(Debug, Default)]
 struct Driver {
@@ -202,7 +217,7 @@ impl Driver {
             Some(Action::Load) => matches!(e, Event::Loaded(_)),
             Some(_) | None => false,
         };
-        let always = |e: &Event| matches!(e, Event::Checked(_) | Event::Time);
+        let always = |e: &Event| matches!(e, Event::Checked(_) | Event::News | Event::Time);
         events().into_iter().map(|(_, e)| e).filter(|e| posted(e) || of_job(e) || always(e)).collect()
     }
 
@@ -210,7 +225,7 @@ impl Driver {
         match event {
             Event::Answered(_) | Event::Unanswered(_) => self.posted = None,
             Event::Fetched(_) | Event::MayGo | Event::Failed(_) | Event::Loaded(_) => self.job = None,
-            Event::Checked(_) | Event::Time => {}
+            Event::Checked(_) | Event::News | Event::Time => {}
         }
     }
 

@@ -47,6 +47,7 @@ pub fn report(machine: u8, boot: &str, seq: u64, release: u64) -> Report {
         prefetch: None,
         fallback: None,
         agent_memory: None,
+        exec: None,
         wait_s: 0,
         desired_etag: String::new(),
     }

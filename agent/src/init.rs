@@ -14,7 +14,7 @@ use crate::plan::{self, Plan};
 use crate::secureboot::SecureBoot;
 use crate::verifier::{Answer, Servers, Verified, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{change, facts, kexec, local, mounts, verity, wipe};
+use crate::{change, console, facts, kexec, local, log, mounts, verity, wipe};
 use kiln_protocol::slot::{Event, SlotId};
 use kiln_protocol::{Assignment, Class, ReleaseId, RunningRelease, Stage, Via};
 use kiln_release::{BOOT_PATH, BootInfo, hex};
@@ -78,6 +78,7 @@ fn boot() -> Result<Infallible> {
         .map_err(AgentError::system("starting the runtime"))?;
     let watchdog = Watchdog::arm();
     runtime.block_on(async {
+        tokio::spawn(log::follow());
         if let Some(watchdog) = watchdog {
             tokio::spawn(watchdog.keep());
         }
@@ -98,6 +99,7 @@ async fn go(boot: BootInfo, journal: JournalState, mut drivers: Drivers) -> Resu
     let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));
     let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
     machine.protection = secure_boot(&boot).class();
+    console::open(machine.id.as_str(), &format!("{}/{}", boot.image, boot.release));
     let journal = Journal { state: journal, machine, embedded, running: None, health: None, prefetch: None };
     let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
     let verifier = Verifier::new(boot, place, key, memory, servers, now);
@@ -136,6 +138,7 @@ async fn travel(flow: &mut Flow, drivers: &mut Drivers) -> Result<Infallible> {
     }
     let lease = bring_up_network(flow, drivers).await?;
     flow.find_server().await?;
+    flow.ship_log()?;
     let here = flow.verifier.here()?;
     let verified = metadata(flow, &here, Stage::Metadata).await?;
     let boot = &flow.verifier.boot;
@@ -151,7 +154,10 @@ async fn travel(flow: &mut Flow, drivers: &mut Drivers) -> Result<Infallible> {
             Plan::Change(release) => {
                 println!("kiln-agent: {release} is assigned, this is {here}: going there");
                 match change::now(flow, &assignment, via).await {
-                    Ok(()) => restart(),
+                    Ok(()) => {
+                        log::sent().await;
+                        restart()
+                    }
                     // The server wants something else by now: it is asked again.
                     Err(AgentError::Superseded) => {
                         flow.journal.waiting(Stage::Prefetch, "another assignment has come");
@@ -198,6 +204,7 @@ pub async fn bring_up_network(flow: &mut Flow, drivers: &mut Drivers) -> Result<
         }
     }
     println!("kiln-agent: {} has {}/{}; boot server {:?}", lease.interface, lease.address, lease.prefix, servers.agent);
+    console::address(&format!("{}/{} on {}", lease.address, lease.prefix, lease.interface));
     flow.journal.done(Stage::Network);
     Ok(lease)
 }
@@ -353,6 +360,7 @@ async fn mount_and_leave(
         now: flow.verifier.now,
     };
     handoff.write()?;
+    log::hand_over()?;
     secure_boot(&flow.verifier.boot).restrict()?;
     switch_root()
 }

@@ -54,6 +54,7 @@ pub fn tell_fallback(flow: &mut Flow, disk: &MachineDisk) {
 pub async fn ask(flow: &mut Flow, drivers: &mut Drivers, lease: &mut Option<Lease>) -> Result<Verified> {
     *lease = Some(init::bring_up_network(flow, drivers).await?);
     flow.find_server().await?;
+    flow.ship_log()?;
     let here = flow.verifier.here()?;
     let verified = init::metadata(flow, &here, Stage::Metadata).await?;
     may_run(flow, &verified)?;

@@ -213,6 +213,6 @@ impl Shared {
             OrderGiven { order: order.clone(), freshness }
         });
         let etag = format!("{etag}-{}", order.as_ref().map_or(String::new(), |o| hex::sha256(o.order.as_bytes())));
-        Reply { desired: Desired { etag, decision, order }, again_ms: 1000, may_wait: true }
+        Reply { desired: Desired { etag, decision, order }, again_ms: 1000, may_wait: true, about: None }
     }
 }

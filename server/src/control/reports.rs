@@ -202,7 +202,7 @@ impl Control {
             Some(order) => Some(OrderGiven { freshness: self.freshness(nonce, &order, Timestamp::now())?, order }),
             None => None,
         };
-        Ok(Reply { desired: Desired { etag: wanted.etag, decision, order }, again_ms, may_wait })
+        Ok(Reply { desired: Desired { etag: wanted.etag, decision, order }, again_ms, may_wait, about: None })
     }
 }
 

@@ -207,7 +207,12 @@ impl Forgery {
             via: self.via,
             grant: Grant::Go,
         };
-        Reply { desired: Desired { etag: "1".into(), decision, order: None }, again_ms: 1000, may_wait: false }
+        Reply {
+            desired: Desired { etag: "1".into(), decision, order: None },
+            again_ms: 1000,
+            may_wait: false,
+            about: None,
+        }
     }
 }
 

@@ -106,7 +106,7 @@ impl Logs {
         index.bytes = (index.bytes + file.bytes).saturating_sub(before.0);
         let next = next.map_err(fail)?;
         if index.bytes > self.total {
-            index.shrink(self.total / 10 * 9, &batch.boot_id);
+            index.shrink(self.total / 10 * 9, (&writer.machine, &batch.boot_id));
         }
         if next != before.1 {
             self.changed.send_modify(|n| *n = n.wrapping_add(1));
@@ -139,7 +139,7 @@ impl Logs {
 impl Index {
     /// Drops whole boots, those first that were silent for longest, until so many bytes are left. The one that is being
     /// written stays.
-    fn shrink(&mut self, bytes: u64, writing: &str) {
+    fn shrink(&mut self, bytes: u64, writing: (&MachineId, &str)) {
         let of = |(id, boots): (&MachineId, &BTreeMap<String, BootFile>)| {
             let id = id.clone();
             boots.iter().map(move |(boot, file)| (file.written, id.clone(), boot.clone())).collect::<Vec<_>>()
@@ -150,7 +150,7 @@ impl Index {
             if self.bytes <= bytes {
                 break;
             }
-            let Some(boots) = self.machines.get_mut(&id).filter(|_| boot != writing) else { continue };
+            let Some(boots) = self.machines.get_mut(&id).filter(|_| (&id, boot.as_str()) != writing) else { continue };
             if let Some(file) = boots.remove(&boot) {
                 if let Err(error) = file.remove() {
                     tracing::warn!("an old log of {id} cannot be removed: {error}");

@@ -11,8 +11,11 @@ use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
-use kiln_protocol::{RECEIPT_PATH, REPORT_PATH, Reply, Report};
-use kiln_release::certificate::self_signed_certificate;
+use kiln_protocol::{
+    INTRODUCTION_PATH, Introduction, IntroductionReply, KeyId, LOG_PATH, LogBatch, LogReply, RECEIPT_PATH, REPORT_PATH,
+    Reply, Report,
+};
+use kiln_release::certificate::{certificate_spki, self_signed_certificate, spki_key_id};
 use kiln_release::{AGENT_API_NAME, Signer, with_causes};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
@@ -58,6 +61,8 @@ pub struct Api {
     urls: VecDeque<String>,
     tls: TlsConnector,
     connection: Option<(SendRequest<Full<Bytes>>, Open)>,
+    /// SHA-256 of the SPKI of the certificate that the newest connection's server showed.
+    pub server_key: Option<KeyId>,
 }
 
 impl Api {
@@ -76,7 +81,12 @@ impl Api {
             .with_protocol_versions(&[&rustls::version::TLS13])
             .and_then(|b| b.with_root_certificates(roots).with_client_auth_cert(chain, private))
             .map_err(|e| bad(e.to_string()))?;
-        Ok(Self { urls: urls.iter().cloned().collect(), tls: TlsConnector::from(Arc::new(config)), connection: None })
+        Ok(Self {
+            urls: urls.iter().cloned().collect(),
+            tls: TlsConnector::from(Arc::new(config)),
+            connection: None,
+            server_key: None,
+        })
     }
 
     /// Posts a report. The connection is reused; a stale one is replaced once.
@@ -92,6 +102,36 @@ impl Api {
     /// Posts the receipt of a wipe.
     pub async fn receipt(&mut self, text: &str) -> Result<()> {
         self.ask(RECEIPT_PATH, text.as_bytes(), ANSWER).await.map(drop)
+    }
+
+    /// Posts a step of the introduction.
+    pub async fn introduce(&mut self, step: &Introduction) -> Result<IntroductionReply> {
+        let body = serde_json::to_vec(step).expect("wire types always become JSON");
+        let answer = self.ask(INTRODUCTION_PATH, &body, ANSWER).await?;
+        serde_json::from_slice(&answer).map_err(|e| AgentError::Unreachable {
+            url: self.server().to_owned(),
+            reason: format!("the answer to an introduction is not of version 1: {e}"),
+        })
+    }
+
+    /// Posts lines of the log.
+    pub async fn log(&mut self, batch: &LogBatch) -> Result<LogReply> {
+        let body = serde_json::to_vec(batch).expect("wire types always become JSON");
+        let answer = self.ask(LOG_PATH, &body, 2 * ANSWER).await?;
+        serde_json::from_slice(&answer).map_err(|e| AgentError::Unreachable {
+            url: self.server().to_owned(),
+            reason: format!("the answer to log lines is not of version 1: {e}"),
+        })
+    }
+
+    /// The server that is asked.
+    pub fn server(&self) -> &str {
+        self.url().unwrap_or_default()
+    }
+
+    /// Lets the connection go; the next call makes another.
+    pub fn hang_up(&mut self) {
+        self.connection = None;
     }
 
     async fn ask(&mut self, path: &str, body: &[u8], deadline: Duration) -> Result<Bytes> {
@@ -139,11 +179,14 @@ impl Api {
         Ok(answer)
     }
 
-    async fn open(&self, url: &str, host: &str, port: u16) -> Result<(SendRequest<Full<Bytes>>, Open)> {
+    async fn open(&mut self, url: &str, host: &str, port: u16) -> Result<(SendRequest<Full<Bytes>>, Open)> {
         let unreachable = |reason: String| AgentError::Unreachable { url: url.to_owned(), reason };
         let tcp = connect(&PATIENCE, url, host, port).await?;
         let name = ServerName::try_from(AGENT_API_NAME).expect("a constant DNS name");
         let tls = self.tls.connect(name, tcp).await.map_err(|e| unreachable(format!("TLS: {e}")))?;
+        let shown = tls.get_ref().1.peer_certificates().and_then(<[_]>::first);
+        let spki = shown.and_then(|certificate| certificate_spki(certificate).ok());
+        self.server_key = spki.and_then(|spki| spki_key_id(spki).parse().ok());
         let (sender, connection) =
             client().handshake(TokioIo::new(tls)).await.map_err(|e| unreachable(with_causes(&e)))?;
         Ok((sender, Open::drive(connection)))

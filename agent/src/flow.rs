@@ -9,6 +9,7 @@ use crate::journal::Journal;
 use crate::memory::random;
 use crate::retry::{self, Next};
 use crate::verifier::{Answer, Verified, Verifier};
+use crate::{console, introduce, log};
 use kiln_protocol::{Assignment, Stage, Via};
 use std::path::Path;
 use std::sync::Arc;
@@ -69,6 +70,15 @@ impl Flow {
             self.journal.failed(stage, error, 1, None);
         }
         self.report().await;
+        log::sent().await;
+    }
+
+    /// Begins to send the log; the server has heard of this boot.
+    pub fn ship_log(&self) -> Result<()> {
+        let Verifier { boot, key, clock, servers, .. } = &self.verifier;
+        let api = Api::new(&servers.agent, &boot.site.agent_api_ca_pem, key, clock)?;
+        log::ship(api, &self.journal.state.boot_id, &self.journal.machine.id);
+        Ok(())
     }
 
     /// Finds a server that answers a report.
@@ -93,6 +103,7 @@ impl Flow {
             let mut api = Api::new(std::slice::from_ref(url), ca, &self.verifier.key, &self.verifier.clock)?;
             match self.journal.send(&mut api, 0).await {
                 Ok(_) => {
+                    console::server(url);
                     self.api = Some(api);
                     return Ok(());
                 }
@@ -106,7 +117,23 @@ impl Flow {
     pub async fn ask(&mut self, verified: &Verified, wait_s: u32) -> Result<Answer> {
         let api = self.api.as_mut().ok_or(AgentError::NoServer)?;
         let (reply, nonce) = self.journal.send(api, wait_s).await?;
+        if reply.about.as_ref().is_some_and(|about| about.introduce) {
+            self.introduce().await;
+        }
         self.verifier.check_reply(verified, reply, &nonce)
+    }
+
+    /// Shows the approval code. Without it the machine waits as well, and is asked again with the next report.
+    async fn introduce(&mut self) {
+        let Some(api) = &mut self.api else { return };
+        let key = self.verifier.key_id();
+        match introduce::introduce(api, &self.journal.machine.id, &key).await {
+            Ok(code) => {
+                println!("kiln-agent: approval code {code}");
+                console::code(&code);
+            }
+            Err(error) => println!("kiln-agent: no approval code: {error}"),
+        }
     }
 
     /// Fetches an artifact to a file, going on after network errors from the next server; what does not verify is

@@ -15,7 +15,7 @@ use crate::secureboot::SecureBoot;
 use crate::uplink::Network;
 use crate::verifier::{Answer, Servers, Verified, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{change, facts, kexec, local, mounts, safe, verity, wipe};
+use crate::{change, console, facts, kexec, local, log, mounts, safe, verity, wipe};
 use kiln_protocol::slot::{Event, SlotId};
 use kiln_protocol::{Assignment, Class, ReleaseId, RunningRelease, Stage, Via};
 use kiln_release::{BOOT_PATH, BootInfo, hex};
@@ -79,6 +79,7 @@ fn boot() -> Result<Infallible> {
         .map_err(AgentError::system("starting the runtime"))?;
     let watchdog = Watchdog::arm();
     runtime.block_on(async {
+        tokio::spawn(log::follow());
         if let Some(watchdog) = watchdog {
             tokio::spawn(watchdog.keep());
         }
@@ -99,6 +100,7 @@ async fn go(boot: BootInfo, journal: JournalState, drivers: Drivers) -> Result<I
     let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));
     let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
     machine.protection = secure_boot(&boot).class();
+    console::open(machine.id.as_str(), &format!("{}/{}", boot.image, boot.release));
     let journal =
         Journal { state: journal, machine, embedded, running: None, health: None, prefetch: None, fallback: None };
     let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
@@ -153,6 +155,7 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
     }
     network.connect(flow, drivers).await?;
     set_host_name(&network, flow);
+    flow.ship_log()?;
     let here = flow.verifier.here()?;
     let verified = metadata(flow, &here, Stage::Metadata).await?;
     let boot = &flow.verifier.boot;
@@ -175,7 +178,10 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
             Plan::Change(release) => {
                 println!("kiln-agent: {release} is assigned, this is {here}: going there");
                 match change::now(flow, &assignment, via).await {
-                    Ok(()) => restart(),
+                    Ok(()) => {
+                        log::sent().await;
+                        restart()
+                    }
                     // The server wants something else by now: it is asked again.
                     Err(AgentError::Superseded) => {
                         flow.journal.waiting(Stage::Prefetch, "another assignment has come");
@@ -338,6 +344,7 @@ async fn mount_and_leave(
         now: flow.verifier.now,
     };
     handoff.write()?;
+    log::hand_over()?;
     secure_boot(&flow.verifier.boot).restrict()?;
     switch_root()
 }

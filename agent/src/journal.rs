@@ -1,6 +1,7 @@
 //! The stages of this boot: each goes to the console at once, and to the server with the next report.
 
 use crate::api::Api;
+use crate::console;
 use crate::error::{AgentError, Result};
 use crate::facts;
 use crate::memory::random;
@@ -96,7 +97,9 @@ impl JournalState {
                 format!("failed ({}, try {}): {}; {then}", f.kind, f.attempt, f.message)
             }
         };
-        println!("kiln-agent [{:>4}.{:03}] {:<28} {words}", at_ms / 1000, at_ms % 1000, stage.label());
+        // Not as a line of the log: it goes to the server as a record.
+        std::println!("kiln-agent [{:>4}.{:03}] {:<28} {words}", at_ms / 1000, at_ms % 1000, stage.label());
+        console::stage(stage, &state);
         let gave_up = matches!(&state, StageState::Failed(f) if f.retry_in_ms.is_none());
         self.last = Some((stage, gave_up));
         if self.pending.len() >= KEEP {
@@ -162,6 +165,9 @@ impl Journal {
     pub fn answered(&mut self, reply: &Reply) {
         self.state.pending.drain(..self.state.sent.min(self.state.pending.len()));
         self.state.sent = 0;
+        if let Some(about) = &reply.about {
+            console::about(about);
+        }
         self.state.desired_etag.clone_from(&reply.desired.etag);
         self.state.network_first = Some(reply.desired.network_first);
         self.state.sequence_hint = match &reply.desired.decision {

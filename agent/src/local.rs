@@ -70,6 +70,7 @@ pub fn tell_fallback(flow: &mut Flow, disk: &MachineDisk) {
 pub async fn ask(flow: &mut Flow, drivers: &mut Option<Drivers>, network: &mut Network) -> Result<(Verified, String)> {
     network.connect(flow, drivers).await?;
     init::set_host_name(network, flow);
+    flow.ship_log()?;
     let here = flow.verifier.here()?;
     let verified = init::metadata(flow, &here, Stage::Metadata).await?;
     may_run(flow, &verified)?;

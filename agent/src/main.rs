@@ -2,9 +2,19 @@
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+/// What the agent says goes to its console, and to the server with the kernel's lines: everywhere in this program.
+macro_rules! println {
+    ($($words:tt)*) => { $crate::log::say(format_args!($($words)*)) };
+}
+/// The same for what should not be.
+macro_rules! eprintln {
+    ($($words:tt)*) => { $crate::log::warn(format_args!($($words)*)) };
+}
+
 mod api;
 mod change;
 mod coldplug;
+mod console;
 mod disk;
 mod error;
 mod exec;
@@ -14,9 +24,11 @@ mod flow;
 mod handoff;
 mod health;
 mod init;
+mod introduce;
 mod journal;
 mod kexec;
 mod local;
+mod log;
 mod memory;
 mod modules;
 mod mounts;
@@ -62,7 +74,7 @@ fn main() -> ExitCode {
             _ => Err(AgentError::Usage(USAGE.into())),
         },
         Some("--version") => {
-            println!("kiln-agent {}", env!("CARGO_PKG_VERSION"));
+            std::println!("kiln-agent {}", env!("CARGO_PKG_VERSION"));
             Ok(())
         }
         other => Err(AgentError::Usage(format!(
@@ -73,7 +85,7 @@ fn main() -> ExitCode {
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("kiln-agent: {error} ({})", error.kind());
+            std::eprintln!("kiln-agent: {error} ({})", error.kind());
             ExitCode::from(error.class().exit_code())
         }
     }

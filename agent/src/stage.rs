@@ -7,6 +7,7 @@ use crate::fetch::Expected;
 use crate::flow::{Flow, TELL_EVERY};
 use crate::init::{embedded, parse_boot_info};
 use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
+use crate::log;
 use crate::memory::Place;
 use crate::plan::{self, Plan};
 use crate::verifier::{Answer, Servers, Verifier};
@@ -65,6 +66,7 @@ async fn stage(options: &Options) -> Result<()> {
     let started_ms = monotonic_ms();
     let bytes = std::fs::read(&options.settings).map_err(AgentError::file(&options.settings))?;
     let boot = parse_boot_info(&bytes, &options.settings)?;
+    println!("kiln-agent {}: image {} release {}", env!("CARGO_PKG_VERSION"), boot.image, boot.release);
     std::fs::create_dir_all(&options.out).map_err(AgentError::file(&options.out))?;
     let place = Place::Directory(options.state.clone());
     let key = place.key()?;
@@ -84,10 +86,14 @@ async fn stage(options: &Options) -> Result<()> {
     let mut flow = Flow { verifier, journal, api: None, tries, tell_every: TELL_EVERY };
     flow.journal.done(Stage::Start);
     flow.find_server().await?;
+    flow.ship_log()?;
     let here = flow.verifier.here()?;
     let result = verify(&mut flow, &here, &options.out).await;
     match &result {
-        Ok(()) => flow.report().await,
+        Ok(()) => {
+            flow.report().await;
+            log::sent().await;
+        }
         Err(error) => flow.give_up(error).await,
     }
     result

@@ -6,6 +6,7 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use tokio::io::unix::AsyncFd;
 
 /// `finit_module(2)` of a `.ko` or of one compressed as the kernel itself can read, with its parameters.
 pub fn load_module(file: &File, compressed: bool, parameters: &CStr) -> Result<()> {
@@ -336,6 +337,12 @@ pub fn nvme_name_space(disk: &File) -> Result<u32> {
     // SAFETY: an ioctl without an argument on an open descriptor.
     let number = unsafe { nvme_id(disk.as_raw_fd()) }?;
     u32::try_from(number).map_err(|_| Error::other("the kernel gave a negative name space"))
+}
+
+/// A descriptor that the runtime waits for, of a file that can be polled.
+pub fn watched(file: File) -> Result<AsyncFd<File>> {
+    // SAFETY: a File's descriptor is its own, stays the same, and is open for as long as the AsyncFd that owns it.
+    Ok(unsafe { AsyncFd::register(file) }?)
 }
 
 /// A file in memory, gone with its last descriptor.

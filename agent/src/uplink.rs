@@ -2,6 +2,7 @@
 //! configuration is tried and, if it does not, left again. What is decided here is [`trial`]'s; here it is done.
 
 use crate::coldplug::Drivers;
+use crate::console;
 use crate::error::{AgentError, Result};
 use crate::facts;
 use crate::flow::Flow;
@@ -128,6 +129,7 @@ impl Network {
         flow.verifier.servers = servers(&flow.verifier.boot, section, &uplink);
         let how = if way.version == 0 { String::new() } else { format!(" (network configuration {})", way.version) };
         let urls = &flow.verifier.servers.agent;
+        console::address(&uplink.describe());
         println!("kiln-agent: {} has {:?}{how}; boot server {urls:?}", uplink.interface, uplink.addresses);
         self.uplink = Some(uplink);
         Ok(())

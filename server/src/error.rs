@@ -52,6 +52,55 @@ pub enum StoreError {
     Json(#[from] serde_json::Error),
 }
 
+/// A machine's log is not kept, or not shown.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum LogError {
+    #[error("a boot's id is 1 to 64 letters, digits or `-`")]
+    BootId,
+    #[error("{got} lines in one batch; at most {} are taken", kiln_protocol::LOG_LINES)]
+    TooMany { got: usize },
+    #[error("this key has not reported this boot: log lines come after the first report")]
+    NotReported,
+    #[error("there is no such boot of {machine}: `kiln machine show` lists them; --boot 0 is the newest")]
+    NoBoot { machine: String },
+    #[error("cannot keep log lines in {}: {source}", path.display())]
+    Write { path: PathBuf, source: io::Error },
+    #[error("cannot read log lines in {}: {source}", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("log lines were not looked at: {0}")]
+    Task(tokio::task::JoinError),
+}
+
+/// No approval code, or not this one.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum CodeError {
+    #[error("this key has not reported this machine: it introduces itself after its first report")]
+    NotReported,
+    #[error("nothing was committed to, or it was used: begin again")]
+    NotCommitted,
+    #[error("introductions come too fast: one in 2 s")]
+    TooOften,
+    #[error(transparent)]
+    Introduction(#[from] kiln_protocol::IntroductionError),
+    #[error("no random numbers on this host")]
+    Random,
+    #[error("online/agent-server.pem: {0}")]
+    ServerKey(String),
+    #[error("{0}")]
+    Form(kiln_protocol::IdError),
+    #[error("{machine} has no approval code now: it shows one while it waits and its agent is new enough")]
+    None { machine: String },
+    #[error(
+        "that is not the code of {machine}: read it again from its screen. If they really differ, somebody stands between \
+         the machine and this server: do not approve it ({left} tries left)"
+    )]
+    Wrong { machine: String, left: u32 },
+    #[error("too many wrong codes for {machine}: try again in {minutes} min")]
+    TooManyWrong { machine: String, minutes: u64 },
+}
+
 /// An order that is refused.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
@@ -103,6 +152,10 @@ pub enum ControlError {
     ReceiptOfAnother { machine: String },
     #[error("no order {order} to wipe {machine} is known here")]
     ReceiptWithoutOrder { machine: String, order: kiln_protocol::OrderId },
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error(transparent)]
+    Code(#[from] CodeError),
     #[error("too many unknown machines: approve or retire some")]
     TooManyUnknown,
     #[error("cannot sign: {0}")]

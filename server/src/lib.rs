@@ -13,6 +13,7 @@ pub mod control;
 pub mod error;
 pub mod http;
 mod log;
+pub mod logs;
 pub mod looks;
 pub mod net;
 pub mod receipt;

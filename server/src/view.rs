@@ -3,8 +3,8 @@
 
 use jiff::Timestamp;
 use kiln_protocol::{
-    AgentMemory, ExecState, Firmware, KeyId, KeyStorage, MachineId, OrderId, Prefetch, ProtectionClass, Receipt,
-    ReleaseId, RollbackMemory, Stage, Via,
+    AgentMemory, ApprovalCode, ExecState, Firmware, KeyId, KeyStorage, MachineId, OrderId, Prefetch, ProtectionClass,
+    Receipt, ReleaseId, RollbackMemory, Stage, Via,
 };
 use serde::{Deserialize, Serialize};
 
@@ -60,6 +60,9 @@ pub struct MachineView {
     /// The last other key that reported under its id.
     #[serde(default)]
     pub other_key: Option<KeyId>,
+    /// While it waits for a person: the code that its screen shows, if nobody stands between.
+    #[serde(default)]
+    pub code: Option<ApprovalCode>,
     /// How strong its name is.
     pub key_storage: Option<KeyStorage>,
     /// Where it remembers versions.
@@ -172,6 +175,30 @@ pub struct StageView {
     /// What it said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub message: Option<String>,
+}
+
+/// One boot's log, or what came after a line of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogView {
+    /// The kernel's boot id.
+    pub boot_id: String,
+    /// Its lines, oldest first; more than 5000 come in several answers.
+    pub entries: Vec<LogEntry>,
+}
+
+/// One line of a log.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LogEntry {
+    /// Counts the lines of a boot from 0.
+    pub number: u64,
+    /// When, on the server's clock, as well as it is known.
+    pub at_ms: i64,
+    /// `kernel`, `system`, `agent`, `earlier`; `missing` where lines are missing.
+    pub source: String,
+    /// syslog's level, 0 to 7.
+    pub level: u8,
+    /// One line, with nothing in it that a terminal would obey.
+    pub text: String,
 }
 
 /// One published release.

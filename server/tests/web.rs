@@ -6,7 +6,7 @@ mod common;
 
 use common::*;
 use fantoccini::{Client, ClientBuilder, Locator};
-use kiln_protocol::{Stage, StageRecord, StageState};
+use kiln_protocol::{LOG_PATH, LogBatch, LogLine, LogSource, Stage, StageRecord, StageState};
 use serde_json::json;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
@@ -114,6 +114,25 @@ async fn the_rack_is_live_in_a_browser() {
     let labels = page.execute("return [...document.querySelectorAll('#stages li')].map((l) => l.textContent)", vec![]);
     let expected: Vec<&str> = Stage::ALL.iter().map(|s| s.label()).collect();
     assert_eq!(labels.await.unwrap(), json!(expected));
+
+    // The page of one machine: its newest boot, the kernel's lines and the stages in order, as text only.
+    let line = |at_us, text: &str| LogLine { source: LogSource::Kernel, level: 6, at_us, text: text.to_owned() };
+    let lines = vec![line(0, "Linux version 6.12"), line(9_000_000, "<b>late</b>")];
+    let (boot_id, machine) = (first.boot_id.clone(), first.machine.id.clone());
+    let batch = LogBatch { boot_id, machine, first: 0, at_us: 9_000_000, lines };
+    let body = serde_json::to_vec(&batch).unwrap();
+    let answer = server.post_to(LOG_PATH, server.tls(Some(agent.identity())), body).await.unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    page.find(Locator::Css("[data-cell=name] a")).await.unwrap().click().await.unwrap();
+    let last = page.wait().at_most(PATIENCE).for_element(Locator::Css("#boots li.kernel")).await;
+    last.unwrap();
+    let text = "return [...document.querySelectorAll('#boots li span')].map((s) => s.textContent).join('\\n')";
+    let text = page.execute(text, vec![]).await.unwrap();
+    let text = text.as_str().unwrap();
+    let at = |words: &str| text.find(words).unwrap_or_else(|| panic!("{words} is not in\n{text}"));
+    assert!(at("Linux version 6.12") < at("<b>late</b>"), "{text}");
+    at(&format!("{} done", Stage::Start.label()));
+    assert_eq!(page.title().await.unwrap(), "rack-1 – Kiln");
 
     // Nothing came from another host, and the browser had nothing to complain of (its policy would).
     let fetched = "return performance.getEntriesByType('resource').map((r) => new URL(r.name).host)";

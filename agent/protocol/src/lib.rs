@@ -9,8 +9,10 @@
 mod assignment;
 mod exec;
 mod ids;
+mod introduction;
 mod inventory;
 mod lldp;
+mod log;
 mod order;
 pub mod slot;
 mod smbios;
@@ -23,11 +25,16 @@ pub use assignment::{
 };
 pub use exec::{EXEC_ANCESTORS, EXEC_PATH_LIMIT, EXEC_VIOLATIONS, ExecAncestor, ExecState, ExecVerdict, ExecViolation};
 pub use ids::{Architecture, Class, IdError, ImageName, KeyId, MachineId, Nonce, OrderId, ReleaseId, Sha256Hex};
+pub use introduction::{
+    ApprovalCode, Committed, INTRODUCTION_LIMIT, INTRODUCTION_PATH, Introduction, IntroductionError, IntroductionReply,
+    approval_code, commitment,
+};
 pub use inventory::{
     Bmc, Cpu, Dimm, Disk, DiskHealth, FirmwareVersion, INVENTORY_LIMIT, INVENTORY_PATH, INVENTORY_VERSION, Inventory,
     InventoryReport, Neighbour, Nic, PciDevice, System, Tpm, Unread, binary_size, decimal_size, speed,
 };
 pub use lldp::{LLDP_ADDRESSES, LLDP_ETHERTYPE, Lldp, LldpError, parse_lldp};
+pub use log::{LOG_LIMIT, LOG_LINES, LOG_PATH, LOG_TEXT, LogBatch, LogLine, LogReply, LogSource, cut_at, printable};
 pub use order::{
     ORDER_DISKS, ORDER_MACHINES, ORDER_TYPE, Order, OrderAction, OrderError, OrderMark, Ordered, OrderedMachine,
     RECEIPT_PATH, RECEIPT_TYPE, Receipt, WipeMethod, WipeOutcome, WipedDisk, check_order,
@@ -35,9 +42,9 @@ pub use order::{
 pub use smbios::{SMBIOS_LIMIT, Smbios, is_placeholder, parse_smbios};
 pub use stage::{Failure, Stage, StageRecord, StageState};
 pub use wire::{
-    AgentMemory, Decision, Desired, Firmware, Grant, Health, KeyStorage, MachineFacts, OrderGiven, Prefetch, Progress,
-    ProtectionClass, REPORT_PATH, Reply, Report, RollbackMemory, RunningRelease, VENDOR_CLASS, VENDOR_OPTION_AGENT_URL,
-    VENDOR_OPTION_HTTP_URL, Via,
+    About, AgentMemory, Decision, Desired, Firmware, Grant, Health, KeyStorage, MachineFacts, OrderGiven, Prefetch,
+    Progress, ProtectionClass, REPORT_PATH, Reply, Report, RollbackMemory, RunningRelease, VENDOR_CLASS,
+    VENDOR_OPTION_AGENT_URL, VENDOR_OPTION_HTTP_URL, Via,
 };
 
 /// `spec_version` of every object whose `_type` begins with `kiln-`.

@@ -226,6 +226,23 @@ pub struct Reply {
     pub again_ms: u64,
     /// Whether the agent may ask to be held ([`Report::wait_s`]).
     pub may_wait: bool,
+    /// What the server says of the machine, for its screen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub about: Option<About>,
+}
+
+/// What a machine shows of itself that only the server knows. Nothing of it is believed in any decision.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct About {
+    /// Its name; the id where nobody gave it one.
+    pub name: String,
+    /// URL of its page.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub page: Option<String>,
+    /// A person, or the pre-loaded list, has let it in.
+    pub approved: bool,
+    /// The server would show its approval code and has none: see [`crate::Introduction`].
+    pub introduce: bool,
 }
 
 /// What the server wants of the machine.
@@ -311,12 +328,20 @@ mod tests {
             },
             again_ms: 30_000,
             may_wait: true,
+            about: None,
         };
         let golden = r#"{"desired":{"etag":"7-hold","decision":"assigned","assignment":"{}","freshness":"{}","via":"kexec","grant":{"grant":"hold","reason":"1 of 1 machines may be unavailable"}},"again_ms":30000,"may_wait":true}"#;
         assert_eq!(serde_json::to_string(&reply).unwrap(), golden);
         assert_eq!(serde_json::from_str::<Reply>(golden).unwrap(), reply);
         let newer = golden.replacen('{', r#"{"added_later":1,"#, 1);
         assert_eq!(serde_json::from_str::<Reply>(&newer).unwrap(), reply, "unknown fields are ignored");
+        let (name, page) = ("rack-7".to_owned(), Some("http://10.0.0.1:8080/m/rack-7".to_owned()));
+        let about = Reply { about: Some(About { name, page, approved: false, introduce: true }), ..reply.clone() };
+        let more =
+            r#","about":{"name":"rack-7","page":"http://10.0.0.1:8080/m/rack-7","approved":false,"introduce":true}}"#;
+        let told = format!("{}{more}", golden.strip_suffix('}').unwrap());
+        assert_eq!(serde_json::to_string(&about).unwrap(), told);
+        assert_eq!(serde_json::from_str::<Reply>(&told).unwrap(), about);
         let order = Some(OrderGiven { order: "{}".into(), freshness: "{}".into() });
         let ordered = Reply { desired: Desired { order, ..reply.desired.clone() }, ..reply };
         let golden = golden.replace(r#"}},"again_ms""#, r#"},"order":{"order":"{}","freshness":"{}"}},"again_ms""#);

@@ -58,6 +58,12 @@ pub struct Uplink {
 }
 
 impl Uplink {
+    /// Its addresses and where they are, for people.
+    pub fn describe(&self) -> String {
+        let addresses: Vec<String> = self.addresses.iter().map(IpAddr::to_string).collect();
+        format!("{} on {}", addresses.join(", "), self.interface)
+    }
+
     /// Takes a lease over; its address and route become the kernel's.
     fn lease(&mut self, netlink: &mut Netlink, lease: Lease) -> Result<()> {
         let link = netlink.link(&lease.interface)?;

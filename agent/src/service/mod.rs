@@ -17,7 +17,7 @@ use crate::net::Uplink;
 use crate::plan::{self, Plan};
 use crate::verifier::{Answer, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{exec, facts, init, local, uplink, verity};
+use crate::{console, exec, facts, init, local, log, uplink, verity};
 use duty::{Action, Duty, Event, Target, Trouble, Wanted};
 use kiln_protocol::slot;
 use kiln_protocol::{Assignment, Decision, Grant, Health, Nonce, ReleaseId, Reply, Report, RunningRelease, Stage, Via};
@@ -71,9 +71,21 @@ async fn serve() -> Result<()> {
     let probe = Probe::new(verity::running_root_hash, "systemctl");
     let checks = Checks::new(handoff.manifest.health.clone(), handoff.manifest.verity.root_hash.clone(), probe);
     let disk = slots(&handoff);
+    console::open(facts_id()?.as_str(), &format!("{}/{}", handoff.boot.image, handoff.boot.release));
+    if let Some(uplink) = &handoff.uplink {
+        console::address(&uplink.describe());
+    }
+    if let Some(url) = handoff.servers.agent.first() {
+        console::server(url);
+    }
+    log::take_over();
+    tokio::spawn(log::follow());
     let (verifier, mut journal) = resume(handoff)?;
     journal.fallback =
         disk.as_ref().and_then(|disk| local::fallback(&verifier.memory, &crate::disk::machine::lock(disk)));
+    let site = &verifier.boot.site;
+    let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, &verifier.key, &verifier.clock)?;
+    log::ship(api, &journal.state.boot_id, &journal.machine.id);
     journal.done(Stage::Handover);
     journal.done(Stage::Service);
     let door = Door { systemctl: "systemctl".into(), reboot: restart };
@@ -525,6 +537,7 @@ impl Service {
         if let Err(error) = self.report(0).await {
             eprintln!("kiln-agent: report not delivered: {error}");
         }
+        log::sent().await;
         let (verb, mode) = match via {
             Via::Kexec => ("kexec", RebootMode::RB_KEXEC),
             Via::Cold => ("reboot", RebootMode::RB_AUTOBOOT),

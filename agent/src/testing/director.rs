@@ -217,6 +217,7 @@ impl Shared {
             OrderGiven { order: order.clone(), freshness }
         });
         let etag = format!("{etag}-{}", order.as_ref().map_or(String::new(), |o| hex::sha256(o.order.as_bytes())));
-        Reply { desired: Desired { etag, network_first: false, decision, order }, again_ms: 1000, may_wait: true }
+        let desired = Desired { etag, network_first: false, decision, order };
+        Reply { desired, again_ms: 1000, may_wait: true, about: None }
     }
 }

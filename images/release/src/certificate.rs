@@ -122,6 +122,19 @@ pub(crate) fn take<'a>(input: &mut &'a [u8], tag: u8) -> Option<(&'a [u8], &'a [
     Some((element, &element[header..]))
 }
 
+/// The SubjectPublicKeyInfo of any X.509 v3 certificate (RFC 5280 §4.1), as it stands there. Nothing is verified.
+pub fn certificate_spki(certificate: &[u8]) -> Result<&[u8], KeyError> {
+    let wrong = |reason| KeyError::Certificate { reason };
+    let mut input = certificate;
+    let (_, mut outer) = take(&mut input, SEQUENCE).ok_or(wrong("no outer sequence"))?;
+    let (_, mut body) = take(&mut outer, SEQUENCE).ok_or(wrong("no TBSCertificate"))?;
+    // version, serialNumber, signature, issuer, validity, subject
+    for tag in [0xa0, INTEGER, SEQUENCE, SEQUENCE, SEQUENCE, SEQUENCE] {
+        take(&mut body, tag).ok_or(wrong("not the fields of version 3"))?;
+    }
+    take(&mut body, SEQUENCE).map(|(spki, _)| spki).ok_or(wrong("no SPKI"))
+}
+
 /// Key id of a well-formed self-signed Ed25519 certificate. The dates are not looked at: a machine's clock and
 /// certificate prove nothing, its key does.
 pub fn certificate_key_id(certificate: &[u8]) -> Result<String, KeyError> {

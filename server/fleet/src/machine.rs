@@ -8,8 +8,8 @@ use crate::orders::MachineOrder;
 use crate::state::{State, StateKind};
 use crate::{FORGET_MS, LIVE_MS, Millis};
 use kiln_protocol::{
-    AgentMemory, ExecState, Health, KeyId, MachineFacts, MachineId, OrderId, Prefetch, ReleaseId, RunningRelease,
-    Stage, StageState, Via,
+    AgentMemory, ApprovalCode, ExecState, Health, KeyId, MachineFacts, MachineId, OrderId, Prefetch, ReleaseId,
+    RunningRelease, Stage, StageState, Via,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -69,6 +69,9 @@ pub struct Machine {
     /// The last key that reported under this id and is not the machine's: [`crate::Event::Clear`] makes it so.
     #[serde(default)]
     pub stranger: Option<KeyId>,
+    /// The approval code of an introduction, and the key that introduced itself; not stored.
+    #[serde(skip)]
+    pub code: Option<(KeyId, ApprovalCode)>,
     /// What it says it is.
     pub facts: Option<MachineFacts>,
     /// What it shall run.
@@ -145,6 +148,7 @@ impl Machine {
             pinned: None,
             previous_key: None,
             stranger: None,
+            code: None,
             facts: None,
             assigned: None,
             good: Vec::new(),

@@ -40,6 +40,12 @@ impl Client {
         self.read(path, response).await
     }
 
+    /// The same for an answer that the server may hold.
+    pub(super) async fn get_slowly<T: DeserializeOwned>(&self, path: &str) -> Result<T, CliError> {
+        let response = self.send(Method::GET, path, None::<&()>, Some(3 * ANSWER)).await?;
+        self.read(path, response).await
+    }
+
     pub(super) async fn change<T: DeserializeOwned>(
         &self,
         method: Method,

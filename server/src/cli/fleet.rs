@@ -21,10 +21,11 @@ pub(super) async fn machine(command: Machine) -> Result<(), CliError> {
             let machine: MachineView = Client::new(&at)?.get(&format!("machines/{}", segment(&machine))).await?;
             print(&if json { pretty(&machine)? } else { show(&machine, now_ms()) })
         }
+        Machine::Log { machine, boot, follow, at, json } => super::log::log(&machine, boot, follow, &at, json).await,
         Machine::Watch { machine, at, json } => watch(&at, machine.as_deref(), json).await,
-        Machine::Approve { machine, role, name, at } => {
+        Machine::Approve { machine, role, name, code, at } => {
             let path = format!("machines/{}/approve", segment(&machine));
-            let body = json!({ "role": role, "name": name });
+            let body = json!({ "role": role, "name": name, "code": code });
             let approved: MachineView = Client::new(&at)?.change(Method::POST, &path, &body).await?;
             print(&format!("{} is approved as {role}: {}\n", approved.name, approved.reason))
         }
@@ -199,6 +200,7 @@ fn show(m: &MachineView, now_ms: i64) -> String {
         ("identity", identity),
         ("key", m.key.as_ref().map_or_else(dash, ToString::to_string)),
         ("other key", m.other_key.as_ref().map_or_else(dash, ToString::to_string)),
+        ("code", m.code.as_ref().map_or_else(dash, ToString::to_string)),
         ("rollback", memory),
         ("firmware", m.firmware.map_or_else(dash, |f| f.to_string())),
         ("hardware", format!("{}, serial {}", m.product, if m.serial.is_empty() { "-" } else { &m.serial })),
@@ -351,6 +353,7 @@ mod tests {
             firmware: Some(kiln_protocol::Firmware::Bios),
             key: Some("ab".repeat(32).parse().unwrap()),
             other_key: None,
+            code: None,
             key_storage: Some(kiln_protocol::KeyStorage::Ephemeral),
             rollback_memory: Some(kiln_protocol::RollbackMemory::None),
             protection: None,

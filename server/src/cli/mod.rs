@@ -4,6 +4,7 @@
 mod client;
 mod error;
 mod fleet;
+mod log;
 mod order;
 mod site;
 mod table;
@@ -246,6 +247,22 @@ enum Machine {
         #[arg(long)]
         json: bool,
     },
+    /// One boot's log, the kernel's first line first, with the boot's stages between
+    Log {
+        /// Name or id
+        machine: String,
+        /// How many boots back: 0 is the newest
+        #[arg(long, default_value_t = 0)]
+        boot: u32,
+        /// Go on with new lines until interrupted
+        #[arg(long, conflicts_with = "json")]
+        follow: bool,
+        #[command(flatten)]
+        at: At,
+        /// JSON instead of text: the lines alone
+        #[arg(long)]
+        json: bool,
+    },
     /// Print a line for each change, until interrupted
     Watch {
         /// Name or id [default: all]
@@ -266,6 +283,9 @@ enum Machine {
         /// Its name from now on
         #[arg(long)]
         name: Option<String>,
+        /// The code on its screen, as ABCD-EFGH: another one is refused
+        #[arg(long)]
+        code: Option<String>,
         #[command(flatten)]
         at: At,
     },

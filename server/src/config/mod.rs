@@ -34,6 +34,10 @@ pub struct Config {
     pub tftp_per_address: usize,
     /// Addresses that the limit for one does not bind.
     pub tftp_shared: Shared,
+    /// Where people reach the web page, without a slash at its end; none: where the machine reached the agent API.
+    pub page_url: Option<String>,
+    /// Bytes that the machines' logs may take.
+    pub logs_total: u64,
     /// How machines boot.
     pub boot: Boot,
     /// The fleet's limits.
@@ -188,6 +192,10 @@ listen = "0.0.0.0:69"
 max_transfers = 50
 max_per_address = 5
 shared = ["192.0.2.1"]
+[logs]
+total_mib = 512
+[console]
+page_url = "https://kiln.example:8000/"
 [boot]
 address = "10.77.0.1"
 undionly = "/u"
@@ -220,6 +228,8 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
         assert!(c.tftp_shared.contains("192.0.2.1".parse().unwrap()));
         assert_eq!(c.http_limits, expected);
         assert_eq!(c.agent_limits, http::Limits { max_per_address: 8000, ..usual });
+        assert_eq!(c.logs_total, 512 << 20);
+        assert_eq!(c.page_url.as_deref(), Some("https://kiln.example:8000"));
         assert_eq!((c.tftp_transfers, c.tftp_per_address), (50, 5));
         assert!(
             matches!(&c.dhcp.mode, DhcpMode::Full(f) if f.lease_s == 600 && f.last == Ipv4Addr::new(10, 0, 0, 200))
@@ -258,6 +268,8 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
             ("[tftp]\nshared = [\"10.0.0.0/40\"]", "tftp.shared"),
             ("[agent_api]\nipv6_client = 0", "agent_api.ipv6_client"),
             ("[tftp]\nmax_transfers = 3\nmax_per_address = 4", "tftp.max_per_address"),
+            ("[console]\npage_url = \"kiln.example\"", "console.page_url: \"kiln.example\""),
+            ("[logs]\ntotal_mib = 3", "logs.total_mib: 3"),
             ("[fleet]\ntrial_attempts = 0", "fleet.trial_attempts"),
             ("[fleet]\nfirmware_patience = \"soon\"", "fleet.firmware_patience: \"soon\": expected a time"),
             ("[fleet]\nfirmware_patience = \"60\"", "as \"60s\" or \"2m\""),

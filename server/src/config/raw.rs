@@ -18,6 +18,8 @@ pub(super) struct Raw {
     agent_api: RawListen,
     dhcp: RawDhcp,
     tftp: RawTftp,
+    logs: RawLogs,
+    console: RawConsole,
     boot: RawBoot,
     fleet: RawFleet,
     role: Vec<RawRole>,
@@ -42,6 +44,18 @@ struct RawTftp {
     max_transfers: Option<usize>,
     max_per_address: Option<usize>,
     shared: Vec<String>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawLogs {
+    total_mib: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawConsole {
+    page_url: Option<String>,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -282,7 +296,24 @@ impl TryFrom<Raw> for Config {
         let tftp_transfers = raw.tftp.max_transfers.unwrap_or(usual.max_transfers);
         let tftp_per_address = raw.tftp.max_per_address.unwrap_or(usual.max_per_address.min(tftp_transfers));
         shares("tftp", ("max_transfers", tftp_transfers), tftp_per_address)?;
+        let total_mib = raw.logs.total_mib.unwrap_or(crate::logs::TOTAL >> 20);
+        if !(64..=1 << 20).contains(&total_mib) {
+            return Err(bad("logs.total_mib", format!("{total_mib}: from 64 to 1048576")));
+        }
+        let page_url = match raw.console.page_url {
+            Some(url) => {
+                let plain = url.bytes().all(|b| b.is_ascii_graphic()) && url.len() <= 60;
+                if !plain || !(url.starts_with("http://") || url.starts_with("https://")) {
+                    let form = "expected http://HOST or https://HOST, at most 60 characters: a QR code shows it";
+                    return Err(bad("console.page_url", format!("{url:?}: {form}")));
+                }
+                Some(url.trim_end_matches('/').to_owned())
+            }
+            None => None,
+        };
         Ok(Self {
+            page_url,
+            logs_total: total_mib << 20,
             http_limits: raw.http.limits("http")?,
             agent_limits: raw.agent_api.limits("agent_api")?,
             tftp_transfers,

@@ -5,7 +5,9 @@
 
 mod crowd;
 mod director;
+mod introductions;
 mod leases;
+mod logs;
 mod netboot;
 mod orders;
 mod reports;
@@ -14,16 +16,21 @@ mod views;
 
 pub use crowd::MAX_DISCOVERED;
 pub use leases::{lease_from, lease_to};
+pub use logs::LogQuery;
 
 use crate::catalog::Catalog;
 use crate::config::Config;
-use crate::error::ControlError;
+use crate::error::{CodeError, ControlError};
+use crate::logs::Logs;
 use crate::store::{AuditLine, Commit, Envelope, Store};
 use crate::view::MachineView;
 use kiln_fleet::{Action, Event, LIVE_MS, Machine, Millis, StateKind};
 use kiln_images::SiteDir;
-use kiln_protocol::{MachineId, StageState};
+use kiln_protocol::{KeyId, MachineId, StageState};
 use kiln_release::Signer;
+use kiln_release::certificate::{certificate_spki, spki_key_id};
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
@@ -55,6 +62,8 @@ pub(crate) struct Inner {
     pub(crate) order_texts: signed::Texts,
     /// What unknown machines may still change.
     crowd: crowd::Crowd,
+    introductions: introductions::Introductions,
+    wrong: introductions::Wrong,
 }
 
 /// What reports cost, since the start.
@@ -78,7 +87,11 @@ pub struct Control {
     pub site: SiteDir,
     /// The configuration.
     pub config: Config,
+    /// The machines' logs.
+    pub logs: Arc<Logs>,
     pub(crate) director: Signer,
+    /// SHA-256 of the SPKI of the agent API's certificate.
+    pub(crate) server_key: KeyId,
     catalog: RwLock<Arc<Catalog>>,
     told: broadcast::Sender<Told>,
     changed: watch::Sender<u64>,
@@ -136,6 +149,8 @@ impl Control {
             seen: BTreeMap::new(),
             order_texts: Self::load_orders(&store, now).await?,
             crowd: crowd::Crowd::new(now),
+            introductions: introductions::Introductions::default(),
+            wrong: introductions::Wrong::default(),
         };
         for (id, mut stored) in store.load().await? {
             stored.machine.pin(config.key_of(&id));
@@ -147,9 +162,13 @@ impl Control {
                 inner.envelopes.insert(id, envelope);
             }
         }
+        let server_key = server_key(&site)?;
+        let logs = Arc::new(Logs::open(&site.path.join("state"), config.logs_total));
         Ok(Arc::new(Self {
             inner: Mutex::new(inner),
             store,
+            logs,
+            server_key,
             site,
             config,
             director,
@@ -365,6 +384,10 @@ impl Control {
     }
 
     fn tell(&self, pending: Pending) {
+        if !pending.gone.is_empty() {
+            let (logs, gone) = (Arc::clone(&self.logs), pending.gone.clone());
+            tokio::task::spawn_blocking(move || gone.iter().for_each(|id| logs.forget(id)));
+        }
         for line in pending.lines {
             if line.warn {
                 tracing::warn!(machine = line.machine, stage = line.stage, "{}", line.text);
@@ -387,6 +410,15 @@ impl Control {
             self.wake();
         }
     }
+}
+
+/// Of the certificate that machines see.
+fn server_key(site: &SiteDir) -> Result<KeyId, ControlError> {
+    let pem = site.read_online("agent-server.pem").map_err(|e| CodeError::ServerKey(e.to_string()))?;
+    let certificate =
+        CertificateDer::from_pem_slice(pem.as_bytes()).map_err(|e| CodeError::ServerKey(e.to_string()))?;
+    let spki = certificate_spki(&certificate).map_err(|e| CodeError::ServerKey(e.to_string()))?;
+    Ok(spki_key_id(spki).parse().expect("a SHA-256 in hex is a key id"))
 }
 
 /// What others are to hear once it is stored. They hear it too when whoever waits for that goes, because its connection

@@ -7,8 +7,16 @@ use kiln_fleet::{Event, Replacement};
 use kiln_protocol::{MachineId, ReleaseId, Via};
 
 impl Control {
-    /// Says what a machine is for. Without a name it keeps the one it has, or gets one from its id.
-    pub async fn approve(&self, machine: &str, name: Option<&str>, role: &str, by: &str) -> Result<(), ControlError> {
+    /// Says what a machine is for. Without a name it keeps the one it has, or gets one from its id. With the code that
+    /// somebody read from its screen, only if that is the code of the key that is approved.
+    pub async fn approve(
+        &self,
+        machine: &str,
+        name: Option<&str>,
+        role: &str,
+        code: Option<&str>,
+        by: &str,
+    ) -> Result<(), ControlError> {
         self.look_again().await;
         let catalog = self.catalog();
         let image = self.config.image_of(role)?;
@@ -31,7 +39,11 @@ impl Control {
                 return Err(ControlError::NameTaken(name));
             }
             self.check_fits(&inner, &id, &release)?;
-            let what = format!("approved as {name} with role {role}, to run {release}");
+            if let Some(code) = code {
+                inner.check_code(&id, code, now_ms())?;
+            }
+            let compared = if code.is_some() { "; its code was compared" } else { "" };
+            let what = format!("approved as {name} with role {role}, to run {release}{compared}");
             let mut pending = Pending::default();
             let event = Event::Approve { name, role: role.to_owned(), release };
             self.step(&mut inner, &id, event, now_ms(), &mut pending)?;

@@ -203,8 +203,8 @@ impl Control {
             Some(order) => Some(OrderGiven { freshness: self.freshness(nonce, &order, Timestamp::now())?, order }),
             None => None,
         };
-        let network_first = wanted.network_first;
-        Ok(Reply { desired: Desired { etag: wanted.etag, network_first, decision, order }, again_ms, may_wait })
+        let desired = Desired { etag: wanted.etag, network_first: wanted.network_first, decision, order };
+        Ok(Reply { desired, again_ms, may_wait, about: None })
     }
 }
 

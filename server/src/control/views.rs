@@ -1,8 +1,8 @@
 //! A machine as the operator API shows it.
 
 use crate::view::{AssignedView, BootView, MachineView, ReleaseView, StageView};
-use kiln_fleet::{Boot, Machine, Millis, StageAt};
-use kiln_protocol::{Sha256Hex, StageState};
+use kiln_fleet::{Boot, Machine, Millis, StageAt, StateKind};
+use kiln_protocol::{ApprovalCode, Sha256Hex, StageState};
 use kiln_release::Manifest;
 
 fn signed(ms: Millis) -> i64 {
@@ -48,6 +48,7 @@ impl MachineView {
             firmware: facts.map(|f| f.firmware),
             key: m.key.clone(),
             other_key: m.stranger.clone(),
+            code: code(m),
             key_storage: facts.map(|f| f.key_storage),
             rollback_memory: facts.map(|f| f.rollback_memory),
             protection: facts.map(|f| f.protection),
@@ -60,6 +61,12 @@ impl MachineView {
             boots: m.boots.iter().map(boot).collect(),
         }
     }
+}
+
+/// Of the key that would be approved, and only while it waits.
+fn code(m: &Machine) -> Option<ApprovalCode> {
+    let (of, code) = m.code.as_ref()?;
+    (m.state.kind == StateKind::Discovered && m.key.as_ref() == Some(of)).then(|| code.clone())
 }
 
 fn boot(b: &Boot) -> BootView {

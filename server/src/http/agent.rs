@@ -1,4 +1,4 @@
-//! The agent API: one call.
+//! The agent API: reports; log lines are beside it.
 
 use super::{App, Peer, text};
 use crate::error::ControlError;
@@ -9,7 +9,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Json, Router};
-use kiln_protocol::{RECEIPT_PATH, REPORT_PATH, Report};
+use kiln_protocol::{INTRODUCTION_PATH, LOG_PATH, RECEIPT_PATH, REPORT_PATH, Report};
 use std::time::Duration;
 
 /// Longest report.
@@ -19,11 +19,16 @@ const ARRIVAL: Duration = Duration::from_secs(15);
 
 /// The agent API.
 pub fn router(app: App) -> Router {
-    Router::new().route(REPORT_PATH, post(report)).route(RECEIPT_PATH, post(receipt)).with_state(app)
+    Router::new()
+        .route(REPORT_PATH, post(report))
+        .route(LOG_PATH, post(super::agent_log::log))
+        .route(INTRODUCTION_PATH, post(super::agent_introduction::introduction))
+        .route(RECEIPT_PATH, post(receipt))
+        .with_state(app)
 }
 
 async fn receipt(State(app): State<App>, Extension(peer): Extension<Peer>, request: Request<Body>) -> Response {
-    let Peer::Machine { from, key } = peer else {
+    let Peer::Machine { from, key, .. } = peer else {
         return text(StatusCode::FORBIDDEN, "only machines that prove their key bring receipts here\n");
     };
     let body = match tokio::time::timeout(ARRIVAL, to_bytes(request.into_body(), MAX_RECEIPT)).await {
@@ -43,7 +48,7 @@ async fn receipt(State(app): State<App>, Extension(peer): Extension<Peer>, reque
 }
 
 async fn report(State(app): State<App>, Extension(peer): Extension<Peer>, request: Request<Body>) -> Response {
-    let Peer::Machine { from, key } = peer else {
+    let Peer::Machine { from, to, key } = peer else {
         return text(StatusCode::FORBIDDEN, "only machines that prove their key report here\n");
     };
     let body = match tokio::time::timeout(ARRIVAL, to_bytes(request.into_body(), MAX_REPORT)).await {
@@ -55,8 +60,12 @@ async fn report(State(app): State<App>, Extension(peer): Extension<Peer>, reques
         Ok(report) => report,
         Err(e) => return text(StatusCode::BAD_REQUEST, format!("not a report: {e}\n")),
     };
-    match app.control.report(key, report).await {
-        Ok(reply) => Json(reply).into_response(),
+    let id = report.machine.id.clone();
+    match app.control.report(key.clone(), report).await {
+        Ok(mut reply) => {
+            reply.about = super::agent_introduction::about(&app, &id, &key, to);
+            Json(reply).into_response()
+        }
         Err(error) => {
             let crowded = matches!(error, ControlError::TooManyUnknown);
             let status = if crowded { StatusCode::TOO_MANY_REQUESTS } else { StatusCode::SERVICE_UNAVAILABLE };

@@ -2,11 +2,11 @@
 
 use super::{App, Peer};
 use crate::catalog::Release;
-use crate::control::{Told, now_ms};
-use crate::error::{ControlError, StoreError};
-use crate::view::{MachineView, OrderView, ReceiptView, ReleaseView};
-use axum::extract::rejection::JsonRejection;
-use axum::extract::{DefaultBodyLimit, Extension, Path, State};
+use crate::control::{LogQuery, Told, now_ms};
+use crate::error::{CodeError, ControlError, LogError, StoreError};
+use crate::view::{LogView, MachineView, OrderView, ReceiptView, ReleaseView};
+use axum::extract::rejection::{JsonRejection, QueryRejection};
+use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
@@ -27,6 +27,7 @@ pub fn read_router() -> Router<App> {
         .route("/api/v1/machines", get(machines))
         .route("/api/v1/machines/{machine}", get(machine))
         .route("/api/v1/machines/{machine}/receipts", get(receipts))
+        .route("/api/v1/machines/{machine}/log", get(log))
         .route("/api/v1/releases", get(releases))
         .route("/api/v1/status", get(status))
         .route("/api/v1/events", get(events))
@@ -77,6 +78,8 @@ impl From<ControlError> for ApiError {
             ControlError::NothingPublished { .. } | ControlError::NameTaken(_) | ControlError::Refused(_) => {
                 StatusCode::CONFLICT
             }
+            ControlError::Log(e) => log_status(e),
+            ControlError::Code(e) => code_status(e),
             ControlError::OrderKnown { .. } => StatusCode::CONFLICT,
             ControlError::TooManyUnknown | ControlError::TooManyOrders { .. } => StatusCode::TOO_MANY_REQUESTS,
             ControlError::Sign(_) | ControlError::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
@@ -85,9 +88,36 @@ impl From<ControlError> for ApiError {
     }
 }
 
+fn log_status(e: &LogError) -> StatusCode {
+    match e {
+        LogError::NoBoot { .. } => StatusCode::NOT_FOUND,
+        LogError::BootId | LogError::TooMany { .. } | LogError::NotReported => StatusCode::UNPROCESSABLE_ENTITY,
+        LogError::Write { .. } | LogError::Read { .. } | LogError::Task(_) => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+fn code_status(e: &CodeError) -> StatusCode {
+    match e {
+        CodeError::TooManyWrong { .. } | CodeError::TooOften => StatusCode::TOO_MANY_REQUESTS,
+        CodeError::Form(_) => StatusCode::UNPROCESSABLE_ENTITY,
+        CodeError::Random | CodeError::ServerKey(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        CodeError::NotReported
+        | CodeError::NotCommitted
+        | CodeError::Introduction(_)
+        | CodeError::None { .. }
+        | CodeError::Wrong { .. } => StatusCode::CONFLICT,
+    }
+}
+
 impl From<StoreError> for ApiError {
     fn from(e: StoreError) -> Self {
         ControlError::from(e).into()
+    }
+}
+
+impl From<QueryRejection> for ApiError {
+    fn from(e: QueryRejection) -> Self {
+        Self(StatusCode::UNPROCESSABLE_ENTITY, e.body_text())
     }
 }
 
@@ -116,6 +146,24 @@ async fn machines(State(app): State<App>) -> Json<Vec<MachineView>> {
 
 async fn machine(State(app): State<App>, Path(machine): Path<String>) -> Result<Json<MachineView>, ApiError> {
     Ok(Json(app.control.view(&machine)?))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Log {
+    boot: Option<String>,
+    after: Option<u64>,
+    #[serde(default)]
+    wait: bool,
+}
+
+async fn log(
+    State(app): State<App>,
+    Path(machine): Path<String>,
+    query: Result<Query<Log>, QueryRejection>,
+) -> Result<Json<LogView>, ApiError> {
+    let Query(Log { boot, after, wait }) = query?;
+    Ok(Json(app.control.show_log(&machine, LogQuery { boot, after, wait }).await?))
 }
 
 async fn releases(State(app): State<App>) -> Json<Vec<ReleaseView>> {
@@ -216,6 +264,7 @@ fn who(peer: &Peer) -> String {
 struct Approve {
     name: Option<String>,
     role: String,
+    code: Option<String>,
 }
 
 async fn approve(
@@ -226,7 +275,7 @@ async fn approve(
 ) -> Result<Json<MachineView>, ApiError> {
     let Json(order) = body?;
     let id = app.control.view(&machine)?.id;
-    app.control.approve(id.as_str(), order.name.as_deref(), &order.role, &who(&peer)).await?;
+    app.control.approve(id.as_str(), order.name.as_deref(), &order.role, order.code.as_deref(), &who(&peer)).await?;
     Ok(Json(app.control.view(id.as_str())?))
 }
 

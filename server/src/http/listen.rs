@@ -39,6 +39,8 @@ pub enum Peer {
     Machine {
         /// Its address.
         from: SocketAddr,
+        /// The address it came to.
+        to: Option<SocketAddr>,
         /// Its key id.
         key: KeyId,
     },
@@ -90,6 +92,7 @@ pub async fn serve_tls(
     let gate = Gate::new("agent_api", limits);
     let graceful = Arc::new(GracefulShutdown::new());
     while let Some((stream, from, ticket)) = accept(&listener, &gate, &stop).await {
+        let to = stream.local_addr().ok();
         let (acceptor, router, watcher) = (acceptor.clone(), router.clone(), graceful.watcher());
         tokio::spawn(async move {
             let exchanges = Arc::new(Exchanges::default());
@@ -103,7 +106,7 @@ pub async fn serve_tls(
             // The verifier let nobody in without a certificate that has a key id.
             let Some(key) = key else { return };
             stream.get_mut().0.await_request();
-            let service = Watched::new(router.layer(Extension(Peer::Machine { from, key })), exchanges);
+            let service = Watched::new(router.layer(Extension(Peer::Machine { from, to, key })), exchanges);
             let connection = builder(&limits).serve_connection(TokioIo::new(stream), service);
             ended(from, watcher.watch(connection).await);
             drop(ticket);

@@ -2,6 +2,8 @@
 //! the Unix socket.
 
 mod agent;
+mod agent_introduction;
+mod agent_log;
 mod api;
 mod files;
 mod limits;
@@ -39,6 +41,7 @@ pub struct App {
 pub fn public_router(app: App) -> Router {
     Router::new()
         .route("/", get(page))
+        .route("/m/{machine}", get(page))
         .route("/app.js", get(page))
         .route("/style.css", get(page))
         .route("/boot.ipxe", get(script::script))

@@ -7,7 +7,11 @@ const table = document.getElementById("machines");
 const empty = document.getElementById("empty");
 const summary = document.getElementById("summary");
 const stages = [...document.querySelectorAll("#stages li")].map((li) => li.dataset.stage);
+const labels = new Map([...document.querySelectorAll("#stages li")].map((li) => [li.dataset.stage, li.textContent]));
 let connected = false;
+// On /m/MACHINE: the one machine, and its boots.
+const only = location.pathname.startsWith("/m/") ? decodeURIComponent(location.pathname.slice(3)) : null;
+const boots = document.getElementById("boots");
 
 function ago(ms) {
   if (!ms) return "never";
@@ -32,7 +36,88 @@ function cell(row, name, text, title) {
   return td;
 }
 
+const clock = (ms) => new Date(ms).toISOString().slice(11, 23);
+const is = (machine) => !only || machine.name === only || machine.id === only;
+// The lines of each boot shown, and how many stages are between them.
+const traces = new Map();
+
+function element(name, text, kind) {
+  const made = document.createElement(name);
+  made.textContent = text;
+  if (kind) made.className = kind;
+  return made;
+}
+
+function arrangeTrace(trace) {
+  const stages = trace.boot.stages.map((s) => ({
+    at_ms: s.at_ms, source: "stage", level: s.state === "failed" ? 3 : 6,
+    text: [labels.get(s.stage), s.state, s.kind && `[${s.kind}]`, s.message].filter(Boolean).join(" "),
+  }));
+  const rows = [...trace.entries, ...stages].sort((a, b) => a.at_ms - b.at_ms);
+  trace.lines.replaceChildren(...rows.map((line) => {
+    const row = element("li", "", `${line.source}${line.level < 5 ? " bad" : ""}`);
+    row.append(element("time", clock(line.at_ms)), element("b", line.source), element("span", line.text));
+    return row;
+  }));
+}
+
+// Reads on until the page goes: the server answers as soon as there is a line.
+async function follow(machine, trace) {
+  for (;;) {
+    const last = trace.entries.at(-1);
+    const query = new URLSearchParams({ boot: trace.boot.boot_id });
+    if (last) query.set("after", last.number);
+    if (trace.read) query.set("wait", true);
+    let more = null;
+    try {
+      const answer = await fetch(`/api/v1/machines/${machine.id}/log?${query}`);
+      if (answer.status === 404) return;
+      if (answer.ok) more = (await answer.json()).entries;
+    } catch { /* the server is away: asked again below */ }
+    if (more) trace.read = more.length === 0 || trace.read;
+    if (more && more.length) {
+      trace.entries.push(...more);
+      arrangeTrace(trace);
+    }
+    const newest = [...traces.keys()].at(-1);
+    if (trace.read && trace.boot.boot_id !== newest) return;
+    if (!more) await new Promise((wake) => setTimeout(wake, 2000));
+  }
+}
+
+function showBoots(machine) {
+  document.title = `${machine.name} – Kiln`;
+  const code = document.getElementById("code");
+  code.hidden = !machine.code;
+  code.lastElementChild.textContent = machine.code || "";
+  boots.hidden = false;
+  for (const boot of machine.boots) {
+    if (!boot.boot_id) continue;
+    let trace = traces.get(boot.boot_id);
+    if (!trace) {
+      trace = { boot, entries: [], read: false, part: document.createElement("details"), lines: document.createElement("ol") };
+      trace.part.append(element("summary", `Boot of ${release(boot)} by ${boot.via} at ${clock(boot.started_ms)}`), trace.lines);
+      trace.part.dataset.boot = boot.boot_id;
+      trace.part.addEventListener("toggle", () => {
+        if (trace.part.open && !trace.follows) {
+          trace.follows = true;
+          follow(machine, trace);
+        }
+      });
+      for (const older of traces.values()) older.part.open = false;
+      traces.set(boot.boot_id, trace);
+      boots.querySelector("h2").after(trace.part);
+    }
+    trace.boot = boot;
+    arrangeTrace(trace);
+  }
+  const newest = [...traces.values()].at(-1);
+  if (newest && !newest.shown) newest.shown = newest.part.open = true;
+}
+
 function show(machine) {
+  if (!is(machine) && !rows.has(machine.id)) return;
+  if (only) showBoots(machine);
   let entry = rows.get(machine.id);
   if (!entry) {
     entry = { row: document.createElement("tr") };
@@ -43,7 +128,13 @@ function show(machine) {
   row.dataset.machine = machine.name;
   row.dataset.state = machine.state;
   row.dataset.stage = machine.stage || "";
-  cell(row, "name", machine.name, machine.id);
+  const name = cell(row, "name", machine.name, machine.id);
+  if (!name.querySelector("a") || name.dataset.linked !== machine.name) {
+    const link = element("a", machine.name);
+    link.href = `/m/${encodeURIComponent(machine.name)}`;
+    name.replaceChildren(link);
+    name.dataset.linked = machine.name;
+  }
   cell(row, "state", machine.state, machine.reason);
   const stage = cell(row, "stage", machine.stage_label || "–");
   const at = stages.indexOf(machine.stage);
@@ -56,8 +147,8 @@ function show(machine) {
   const way = machine.prefetch && !machine.prefetch.ready && machine.prefetch.progress;
   const fetched = way ? `, ${Math.floor((100 * way.received_bytes) / Math.max(1, way.total_bytes))} % fetched` : "";
   cell(row, "assigned", release(machine.assigned) + fetched);
-  const name = machine.key_storage === "ephemeral" ? "name only, " : "";
-  cell(row, "protection", name + (machine.protection || "–"), machine.rollback_memory === "none" ? "no rollback memory" : "");
+  const weak = machine.key_storage === "ephemeral" ? "name only, " : "";
+  cell(row, "protection", weak + (machine.protection || "–"), machine.rollback_memory === "none" ? "no rollback memory" : "");
   cell(row, "words", machine.last_words || machine.reason || "");
   cell(row, "seen", ago(machine.last_seen_ms));
 }

@@ -19,7 +19,9 @@ pub struct Asset {
 /// The file at an absolute path, if it is one of the page's.
 pub fn asset(path: &str) -> Option<Asset> {
     let (content_type, body) = match path {
-        "/" => ("text/html; charset=utf-8", include_str!("index.html").replace("<!--STAGES-->", &stages())),
+        page if page == "/" || page.starts_with("/m/") => {
+            ("text/html; charset=utf-8", include_str!("index.html").replace("<!--STAGES-->", &stages()))
+        }
         "/app.js" => ("text/javascript; charset=utf-8", include_str!("app.js").to_owned()),
         "/style.css" => ("text/css; charset=utf-8", include_str!("style.css").to_owned()),
         _ => return None,

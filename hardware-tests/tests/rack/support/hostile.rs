@@ -211,6 +211,7 @@ impl Forgery {
             desired: Desired { etag: "1".into(), network_first: false, decision, order: None },
             again_ms: 1000,
             may_wait: false,
+            about: None,
         }
     }
 }

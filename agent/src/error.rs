@@ -108,6 +108,8 @@ pub enum AgentError {
     FellBack { release: String, sequence: u64 },
     #[error("{0}")]
     Disk(#[from] crate::disk::DiskError),
+    #[error("hook {hook} holds the machine: {reason}")]
+    DrainHook { hook: String, reason: String },
     #[error("{0}")]
     Usage(String),
 }
@@ -189,6 +191,7 @@ kinds!({
     Self::Class { .. } => "release-wrong-class", Verification;
     Self::CommandLine { .. } => "command-line-mismatch", Verification;
     Self::FellBack { .. } => "trial-fell-back", Machine;
+    Self::DrainHook { .. } => "drain-hook", Machine;
     Self::Usage(_) => "usage", Usage;
 } of {
     Metadata(kiln_release::TufError), Verification;

@@ -98,7 +98,8 @@ async fn go(boot: BootInfo, journal: JournalState, mut drivers: Drivers) -> Resu
     let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));
     let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
     machine.protection = secure_boot(&boot).class();
-    let journal = Journal { state: journal, machine, embedded, running: None, health: None, prefetch: None };
+    let journal =
+        Journal { state: journal, machine, embedded, running: None, health: None, prefetch: None, condition: None };
     let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
     let verifier = Verifier::new(boot, place, key, memory, servers, now);
     let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: TELL_EVERY };

@@ -5,8 +5,8 @@ use crate::error::{AgentError, Result};
 use crate::facts;
 use crate::memory::random;
 use kiln_protocol::{
-    Decision, Failure, Health, MachineFacts, Nonce, Prefetch, Reply, Report, RunningRelease, Stage, StageRecord,
-    StageState,
+    Condition, Decision, Failure, Health, MachineFacts, Nonce, Prefetch, Reply, Report, RunningRelease, Stage,
+    StageRecord, StageState,
 };
 use kiln_release::hex;
 use nix::time::{ClockId, clock_gettime};
@@ -45,6 +45,7 @@ pub struct Journal {
     pub running: Option<RunningRelease>,
     pub health: Option<Health>,
     pub prefetch: Option<Prefetch>,
+    pub condition: Option<Condition>,
 }
 
 /// CLOCK_MONOTONIC in milliseconds: it counts over the hand-over, and is new after each kernel start.
@@ -144,6 +145,7 @@ impl Journal {
             health: self.health.clone(),
             prefetch: self.prefetch.clone(),
             agent_memory: facts::own_memory(),
+            condition: self.condition.clone(),
             wait_s,
             desired_etag: self.state.desired_etag.clone(),
         })

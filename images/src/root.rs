@@ -9,6 +9,7 @@ use crate::host::{self, Rights};
 use crate::recipe::Recipe;
 use crate::tarball::{self, Entry, LayerError};
 use crate::top;
+use crate::{expected, initramfs};
 use kiln_release::VerityParams;
 use kiln_release::hex;
 use kiln_release::verity::{BLOCK, TreeBuilder};
@@ -55,7 +56,10 @@ pub(crate) fn tree(recipe: &Recipe, base: &Base, release: u64, agent: &[u8]) -> 
     let old = entries.iter().find(|entry| entry.path == "/usr/lib/os-release");
     let old = old.map_or("", |entry| std::str::from_utf8(&tar[entry.data.clone()]).unwrap_or(""));
     let os_release = top::os_release(old, &recipe.name, release);
-    let added = top::layer(recipe, &entries, &os_release, agent)?;
+    let mut added = top::layer(recipe, &entries, &os_release, agent)?;
+    let kept: Vec<&Entry> = entries.iter().filter(|entry| !dropped(recipe, entry)).collect();
+    let modules = initramfs::closure(recipe, base)?.files;
+    added.extend(expected::entries(recipe, base, &tar, &kept, &added, &modules)?);
     let merged = tarball::layer(&tar, |entry| dropped(recipe, entry), &added).map_err(|error| match error {
         LayerError::Tar(error) => in_tar(error),
         LayerError::NotADirectory { path } => {

@@ -2,10 +2,12 @@
 //!
 //! Both sides ignore fields they do not know, so that either may be newer.
 
+use crate::condition::Condition;
 use crate::ids::IdError;
 use crate::ids::{Architecture, ImageName, MachineId, Nonce, Sha256Hex, word_enum};
 use crate::stage::StageRecord;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -200,6 +202,9 @@ pub struct Report {
     /// What the agent itself costs: of PID 1 in the initramfs, of the service once the release runs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agent_memory: Option<AgentMemory>,
+    /// Drift, draining and events; of a running system.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub condition: Option<Condition>,
     /// Seconds the server may hold this report until the desired state differs from [`Report::desired_etag`]; 0: none.
     #[serde(default)]
     pub wait_s: u32,
@@ -217,6 +222,10 @@ pub struct Reply {
     pub again_ms: u64,
     /// Whether the agent may ask to be held ([`Report::wait_s`]).
     pub may_wait: bool,
+    /// The role's thresholds for health checks, by the check's name: `10%`, `64M`, `500ms`. Numbers for what the release
+    /// declares, nothing else.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub thresholds: BTreeMap<String, String>,
 }
 
 /// What the server wants of the machine.
@@ -282,6 +291,7 @@ pub enum Grant {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Difference, Draining, DriftKind, Noted, SpoolReport};
 
     #[test]
     fn golden_bytes_of_version_1() {
@@ -298,12 +308,17 @@ mod tests {
             },
             again_ms: 30_000,
             may_wait: true,
+            thresholds: BTreeMap::new(),
         };
         let golden = r#"{"desired":{"etag":"7-hold","decision":"assigned","assignment":"{}","freshness":"{}","via":"kexec","grant":{"grant":"hold","reason":"1 of 1 machines may be unavailable"}},"again_ms":30000,"may_wait":true}"#;
         assert_eq!(serde_json::to_string(&reply).unwrap(), golden);
         assert_eq!(serde_json::from_str::<Reply>(golden).unwrap(), reply);
         let newer = golden.replacen('{', r#"{"added_later":1,"#, 1);
         assert_eq!(serde_json::from_str::<Reply>(&newer).unwrap(), reply, "unknown fields are ignored");
+        let set = Reply { thresholds: [("disk./var".into(), "10%".into())].into(), ..reply.clone() };
+        let with = golden.replace(r#""may_wait":true"#, r#""may_wait":true,"thresholds":{"disk./var":"10%"}"#);
+        assert_eq!(serde_json::to_string(&set).unwrap(), with);
+        assert_eq!(serde_json::from_str::<Reply>(&with).unwrap(), set);
         let order = Some(OrderGiven { order: "{}".into(), freshness: "{}".into() });
         let ordered = Reply { desired: Desired { order, ..reply.desired.clone() }, ..reply };
         let golden = golden.replace(r#"}},"again_ms""#, r#"},"order":{"order":"{}","freshness":"{}"}},"again_ms""#);
@@ -325,6 +340,19 @@ mod tests {
         let new = old.replace(r#""wait_s""#, r#""agent_memory":{"rss_bytes":3,"peak_bytes":4},"wait_s""#);
         assert_eq!(serde_json::to_string(&report).unwrap(), new);
         assert_eq!(serde_json::from_str::<Report>(&new).unwrap(), report);
+
+        let event = Noted { number: 3, age_ms: 9, kind: "drift".into(), alarm: true, text: "x".into() };
+        report.condition = Some(Condition {
+            drift: vec![Difference { kind: DriftKind::CommandLine, what: "w".into(), text: "t".into() }],
+            drift_count: 1,
+            draining: Some(Draining { hook: "h".into(), number: 1, of: 2, since_ms: 40_000, left_ms: 5 }),
+            spool: SpoolReport { id: "i".into(), confirmed: 2, events: vec![event] },
+        });
+        let condition = r#""condition":{"drift":[{"kind":"command-line","what":"w","text":"t"}],"drift_count":1,"draining":{"hook":"h","number":1,"of":2,"since_ms":40000,"left_ms":5},"spool":{"id":"i","confirmed":2,"events":[{"number":3,"age_ms":9,"kind":"drift","alarm":true,"text":"x"}]}},"#;
+        let new = new.replace(r#""wait_s""#, &format!(r#"{condition}"wait_s""#));
+        assert_eq!(serde_json::to_string(&report).unwrap(), new);
+        assert_eq!(serde_json::from_str::<Report>(&new).unwrap(), report);
+        assert_eq!(report.condition.unwrap().draining.unwrap().words(), "draining: 1 of 2, hook h since 40 s");
     }
 
     #[test]

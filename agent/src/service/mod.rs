@@ -4,6 +4,7 @@
 mod duty;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use crate::api::Api;
 use crate::change::{self, Meter, Prefetch, Ready, blocking};
@@ -15,13 +16,15 @@ use crate::journal::{Journal, monotonic_ms};
 use crate::memory::{Place, random};
 use crate::net::Lease;
 use crate::plan::{self, Plan};
+use crate::spool::Keeper;
 use crate::verifier::{Answer, Verifier};
 use crate::watchdog::Watchdog;
 use crate::{facts, init, net, verity};
 use duty::{Action, Duty, Event, Target, Trouble, Wanted};
 use kiln_protocol::slot;
-use kiln_protocol::{Assignment, Decision, Grant, Health, Nonce, ReleaseId, Reply, RunningRelease, Stage, Via};
+use kiln_protocol::{Assignment, Decision, Grant, Health, Nonce, ReleaseId, Reply, RunningRelease, Stage, Turn, Via};
 use nix::sys::reboot::{RebootMode, reboot};
+use std::collections::BTreeMap;
 use std::future::pending;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -31,6 +34,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 use tokio::time::{sleep, timeout};
+use watch::{Hooks, Watch};
 
 /// How often health is checked until the machine is healthy.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
@@ -68,13 +72,14 @@ async fn serve() -> Result<()> {
     let probe = Probe::new(verity::running_root_hash, "systemctl");
     let checks = Checks::new(handoff.manifest.health.clone(), handoff.manifest.verity.root_hash.clone(), probe);
     let disk = slots(&handoff);
+    let watch = Watch::of(&handoff.manifest, disk.clone());
     let (verifier, mut journal) = resume(handoff)?;
     journal.done(Stage::Handover);
     journal.done(Stage::Service);
     let door = Door { systemctl: "systemctl".into(), reboot: restart };
     let mut service = Service::new(verifier, journal, change::NEXT, door)?;
-    service.disk = disk;
-    Err(service.run(checks).await)
+    (service.disk, service.watch) = (disk, watch);
+    Err(Box::pin(service.run(checks)).await)
 }
 
 /// Keeps the lease, or goes on asking for one: in disk mode a machine comes up without a network.
@@ -144,7 +149,8 @@ fn resume(handoff: Handoff) -> Result<(Verifier, Journal)> {
     let mut state = handoff.journal;
     // Likewise reports: their numbers go on above all that an earlier start can have made.
     state.seq = state.seq.max(monotonic_ms());
-    let journal = Journal { state, machine, embedded, running: Some(running), health: None, prefetch: None };
+    let journal =
+        Journal { state, machine, embedded, running: Some(running), health: None, prefetch: None, condition: None };
     Ok((Verifier::new(handoff.boot, place, key, memory, handoff.servers, now), journal))
 }
 
@@ -184,7 +190,7 @@ type Post = Pin<Box<dyn Future<Output = Result<Reply>>>>;
 /// Whether a claimed order (its text) is one.
 type Check = Pin<Box<dyn Future<Output = (String, Result<()>)>>>;
 /// A round of health checks, and the pause before it.
-type Round = Pin<Box<dyn Future<Output = (Checks, Health)>>>;
+type Round = Pin<Box<dyn Future<Output = (Checks, Health, Vec<Turn>)>>>;
 
 /// The service: the state it decides by, and what it does it with.
 struct Service {
@@ -206,6 +212,7 @@ struct Service {
     prefetch: Option<Prefetch>,
     meter: Arc<Meter>,
     ready: Option<Arc<Ready>>,
+    watch: Watch,
     /// In disk mode.
     disk: Option<SharedDisk>,
     /// The release that runs is good, or on trial since then.
@@ -238,6 +245,7 @@ impl Service {
             prefetch: None,
             meter: Arc::default(),
             ready: None,
+            watch: Watch::new(Keeper::open(None, None), BTreeMap::new(), "/"),
             disk: None,
             proven: Proof::Trial(Instant::now()),
             refused: None,
@@ -279,9 +287,13 @@ impl Service {
         let mut post: Option<Post> = None;
         let mut job: Option<Job> = None;
         let mut wipe: Option<Check> = None;
+        let mut hooks: Option<Hooks> = None;
+        let mut look = self.watch.look();
         loop {
             let event = tokio::select! {
-                (checks, health) = &mut round => {
+                (mut checks, health, turns) = &mut round => {
+                    self.watch.turned(turns);
+                    self.watch.refused(checks.set_thresholds(&self.watch.thresholds));
                     round = Box::pin(check(checks, if health.healthy { WATCH_EVERY } else { CHECK_EVERY }));
                     Event::Checked(health)
                 }
@@ -313,6 +325,15 @@ impl Service {
                     self.ready = done.ready.map(Arc::new).or(self.ready.take());
                     done.event
                 }
+                event = maybe(&mut hooks) => {
+                    hooks = None;
+                    event
+                }
+                (eye, seen) = maybe(&mut look) => {
+                    let (next, news) = self.watch.seen(eye, seen);
+                    look = Some(next);
+                    if news { Event::News } else { Event::Time }
+                }
                 () = until(self.duty.wakes()) => Event::Time,
             };
             if let Event::Checked(health) = &event
@@ -337,6 +358,8 @@ impl Service {
                         (self.prefetch, self.ready, self.meter) = (None, None, Arc::default());
                         self.call_off();
                     }
+                    Action::Drain => hooks = Some(self.watch.drain()),
+                    Action::Undrain => hooks = Some(self.watch.undrain()),
                     Action::Load => job = Some(self.load()),
                     Action::Leave { cold } => {
                         drop((round, post, job));
@@ -392,7 +415,8 @@ impl Service {
         };
         self.journal.answered(&reply);
         let wanted = claimed(&reply).filter(|wanted| wanted.target.release != self.here);
-        let answer = duty::Answer { again_ms: reply.again_ms, may_wait: reply.may_wait, wanted };
+        let more = self.watch.heard(&reply);
+        let answer = duty::Answer { again_ms: if more { 0 } else { reply.again_ms }, may_wait: reply.may_wait, wanted };
         self.newest = self.nonce.take().map(|nonce| (reply, nonce));
         Event::Answered(answer)
     }
@@ -401,6 +425,7 @@ impl Service {
         self.journal.health = self.duty.health().cloned();
         self.journal.prefetch =
             self.duty.prefetch().map(|p| kiln_protocol::Prefetch { progress: self.meter.read(), ..p });
+        self.journal.condition = Some(self.watch.condition());
         let (report, api) = (self.journal.report(hold_s), Rc::clone(&self.api));
         self.nonce = report.as_ref().ok().map(|report| report.nonce.clone());
         Box::pin(async move { api.lock().await.report(&report?).await })
@@ -526,10 +551,10 @@ fn claimed(reply: &Reply) -> Option<Wanted> {
 }
 
 /// A pause and a round of checks.
-async fn check(mut checks: Checks, pause: Duration) -> (Checks, Health) {
+async fn check(mut checks: Checks, pause: Duration) -> (Checks, Health, Vec<Turn>) {
     sleep(pause).await;
-    let health = checks.run().await;
-    (checks, health)
+    let (health, turns) = checks.run().await;
+    (checks, health, turns)
 }
 
 /// The future's output, if there is one.

@@ -120,7 +120,7 @@ impl Machine {
         };
         let order = order.map(|order| OrderGiven { freshness: fresh(&order), order });
         let desired = Desired { etag: String::new(), decision, order };
-        let reply = Reply { desired, again_ms: 1000, may_wait: false };
+        let reply = Reply { desired, again_ms: 1000, may_wait: false, thresholds: BTreeMap::new() };
         self.verifier.check_reply(&self.verified, reply, &nonce).map_err(|e| e.kind())
     }
 

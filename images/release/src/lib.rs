@@ -10,6 +10,7 @@ pub mod authenticode;
 pub mod canonical;
 pub mod certificate;
 mod checks;
+pub mod declared;
 pub mod efi;
 pub mod envelope;
 mod error;
@@ -23,14 +24,15 @@ pub mod tuf;
 pub mod verity;
 
 pub use checks::{MAX_DIRECTOR_STATEMENT, is_image_name};
+pub use declared::{Expected, HealthCheck, HealthKind, Hook, HookKind, OnTimeout, Threshold, UnitLimit};
 pub use envelope::{KeySet, Unverified, Verified, sign_envelope};
 pub use error::{
     CanonicalError, DirectorError, EnvelopeError, FormatError, KeyError, OperatorError, TufError, VerityError,
     with_causes,
 };
 pub use formats::{
-    AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, DiskSettings, FilePolicy, HANDOFF_PATH, HealthCheck,
-    HealthKind, IPE_POLICY_PATH, MANIFEST_TYPE, Manifest, Mode, ROOT_SIGNATURE_PATH, SITE_TYPE, Site, SiteSettings,
-    VerityParams, WipePolicy, WritableMount,
+    AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, DiskSettings, FilePolicy, HANDOFF_PATH, IPE_POLICY_PATH,
+    MANIFEST_TYPE, Manifest, Mode, ROOT_SIGNATURE_PATH, SITE_TYPE, Site, SiteSettings, VerityParams, WipePolicy,
+    WritableMount,
 };
 pub use key::{PublicKey, Signer};

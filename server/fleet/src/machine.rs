@@ -1,6 +1,7 @@
 //! Everything the server remembers of one machine.
 
 use crate::boots::Boot;
+use crate::condition::KnownCondition;
 use crate::error::Refusal;
 use crate::grant::Limits;
 use crate::held::HeldBoot;
@@ -87,6 +88,9 @@ pub struct Machine {
     /// What its agent costs, as it last said in this boot.
     #[serde(default)]
     pub agent_memory: Option<AgentMemory>,
+    /// Drift, draining, and what happened on it.
+    #[serde(default)]
+    pub condition: KnownCondition,
     /// Sequence of the assignment it may leave for.
     pub granted: Option<u64>,
     /// Why it fell back, until a person clears it or assigns something.
@@ -140,6 +144,7 @@ impl Machine {
             health: None,
             prefetch: None,
             agent_memory: None,
+            condition: KnownCondition::default(),
             granted: None,
             fell_back: None,
             excused: None,

@@ -87,6 +87,7 @@ impl Machine {
             (Some(_) | None, None) | (None, Some(_)) => false,
         };
         self.settle(root_wrong, now);
+        self.prolong_drain(now);
         self.agent_seen = (!self.says_it_leaves()).then_some(now);
     }
 
@@ -181,6 +182,7 @@ impl Machine {
         self.health = None;
         self.prefetch = None;
         self.agent_memory = None;
+        self.condition.begin();
         self.running = None;
         self.last_words.clear();
         let deadline = Some(now + BOOT_DEADLINE_MS);
@@ -245,6 +247,7 @@ impl Machine {
         }
         new |= self.note_order(&report.stages, now, out);
         self.agent_memory = report.agent_memory;
+        new |= self.note_condition(report.condition.as_ref(), now, out);
         if self.health != report.health {
             new |= self.health.as_ref().map(|h| h.healthy) != report.health.as_ref().map(|h| h.healthy);
             self.health.clone_from(&report.health);

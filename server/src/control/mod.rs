@@ -9,6 +9,7 @@ mod leases;
 mod netboot;
 mod orders;
 mod reports;
+mod roles;
 mod signed;
 mod views;
 

@@ -31,6 +31,7 @@ impl Control {
                 return Err(ControlError::NameTaken(name));
             }
             self.check_fits(&inner, &id, &release)?;
+            self.check_thresholds(role, &release)?;
             let what = format!("approved as {name} with role {role}, to run {release}");
             let mut pending = Pending::default();
             let event = Event::Approve { name, role: role.to_owned(), release };
@@ -74,6 +75,9 @@ impl Control {
                 }
             }
             self.check_fits(&inner, &id, release)?;
+            if let Some(role) = inner.machines.get(&id).and_then(|m| m.role.as_ref()) {
+                self.check_thresholds(role, release)?;
+            }
             let mut pending = Pending::default();
             self.step(&mut inner, &id, Event::Assign { release: release.clone(), via }, now_ms(), &mut pending)?;
             if let Some(m) = inner.machines.get(&id) {

@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use kiln_fleet::{Desire, Event, Machine, Reported, StateKind, desire, grant};
 use kiln_protocol::{Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, Reply, Report, Sha256Hex, Via};
 use kiln_release::hex;
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -185,8 +186,11 @@ impl Control {
             self.step(&mut inner, id, Event::Granted, now_ms(), &mut pending)?;
         }
         let busy = inner.machines.get(id).is_some_and(|m| !m.is_available() || !m.runs_assigned());
+        let thresholds = self.thresholds(inner.machines.get(id).and_then(|m| m.role.as_ref()));
         drop(inner);
-        Ok((Wanted::run(envelope, assigned.via, granted, busy), pending))
+        let mut wanted = Wanted::run(envelope, assigned.via, granted, busy);
+        wanted.thresholds = thresholds;
+        Ok((wanted, pending))
     }
 
     /// Makes the answer that goes out: only now its freshness is signed, and the lock is not held.
@@ -202,7 +206,8 @@ impl Control {
             Some(order) => Some(OrderGiven { freshness: self.freshness(nonce, &order, Timestamp::now())?, order }),
             None => None,
         };
-        Ok(Reply { desired: Desired { etag: wanted.etag, decision, order }, again_ms, may_wait })
+        let desired = Desired { etag: wanted.etag, decision, order };
+        Ok(Reply { desired, again_ms, may_wait, thresholds: wanted.thresholds })
     }
 }
 
@@ -212,6 +217,8 @@ struct Wanted {
     etag: String,
     /// It is on its way somewhere.
     busy: bool,
+    /// The role's.
+    thresholds: BTreeMap<String, String>,
     what: What,
     /// An operator's order that goes with it.
     order: Option<String>,
@@ -224,14 +231,20 @@ enum What {
 
 impl Wanted {
     fn wait(reason: String, busy: bool) -> Self {
-        Self { etag: hex::sha256(reason.as_bytes())[..16].to_owned(), busy, what: What::Wait(reason), order: None }
+        Self {
+            etag: hex::sha256(reason.as_bytes())[..16].to_owned(),
+            busy,
+            thresholds: BTreeMap::new(),
+            what: What::Wait(reason),
+            order: None,
+        }
     }
 
     fn run(envelope: Envelope, via: Via, grant: Grant, busy: bool) -> Self {
         let identity =
             serde_json::to_vec(&(&envelope.text, via, &grant)).expect("strings and words always become JSON");
         let what = What::Run { envelope, via, grant };
-        Self { etag: hex::sha256(&identity)[..16].to_owned(), busy, what, order: None }
+        Self { etag: hex::sha256(&identity)[..16].to_owned(), busy, thresholds: BTreeMap::new(), what, order: None }
     }
 
     fn with_order(mut self, order: Option<String>) -> Self {

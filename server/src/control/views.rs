@@ -1,7 +1,7 @@
 //! A machine as the operator API shows it.
 
-use crate::view::{AssignedView, BootView, MachineView, ReleaseView, StageView};
-use kiln_fleet::{Boot, Machine, Millis, StageAt};
+use crate::view::{AssignedView, BootView, ConditionView, EventView, MachineView, ReleaseView, StageView};
+use kiln_fleet::{Boot, EventAt, KnownCondition, Machine, Millis, StageAt};
 use kiln_protocol::{Sha256Hex, StageState};
 use kiln_release::Manifest;
 
@@ -42,6 +42,7 @@ impl MachineView {
             order: m.orders.back().map(|order| format!("{}: {}", order.id, order.state)),
             prefetch: m.prefetch.clone(),
             agent_memory: m.agent_memory,
+            condition: condition(&m.condition),
             last_good: m.last_good().cloned(),
             firmware: facts.map(|f| f.firmware),
             key: m.key.clone(),
@@ -57,6 +58,17 @@ impl MachineView {
             last_seen_ms: signed(m.last_seen),
             boots: m.boots.iter().map(boot).collect(),
         }
+    }
+}
+
+fn condition(known: &KnownCondition) -> ConditionView {
+    let event =
+        |e: &EventAt| EventView { at_ms: signed(e.at), kind: e.kind.clone(), alarm: e.alarm, text: e.text.clone() };
+    ConditionView {
+        drift: known.drift.clone(),
+        drift_count: known.drift_count,
+        draining: known.draining.clone(),
+        events: known.events.iter().map(event).collect(),
     }
 }
 

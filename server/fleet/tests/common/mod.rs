@@ -46,6 +46,7 @@ pub fn report(machine: u8, boot: &str, seq: u64, release: u64) -> Report {
         health: None,
         prefetch: None,
         agent_memory: None,
+        condition: None,
         wait_s: 0,
         desired_etag: String::new(),
     }

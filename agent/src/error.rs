@@ -123,6 +123,8 @@ pub enum AgentError {
     NoWayOut,
     #[error("{0}")]
     Disk(#[from] crate::disk::DiskError),
+    #[error("hook {hook} holds the machine: {reason}")]
+    DrainHook { hook: String, reason: String },
     #[error("{0}")]
     Usage(String),
 }
@@ -208,6 +210,7 @@ kinds!({
     Self::FellBack { .. } => "trial-fell-back", Machine;
     Self::BootLoop { .. } => "boot-loop", Machine;
     Self::NoWayOut => "safe-mode-no-memory", Machine;
+    Self::DrainHook { .. } => "drain-hook", Machine;
     Self::Usage(_) => "usage", Usage;
 } of {
     Metadata(kiln_release::TufError), Verification;

@@ -1,20 +1,25 @@
-//! The health checks that the release declares, each held for its soak time. A check that hangs fails at its deadline; it
-//! holds up nothing else, and however long it hangs it costs one thread.
+//! The health checks that the release declares: here they are run, [`kiln_protocol::Verdict`] judges. All run side by
+//! side; one that hangs fails at its deadline and holds up nothing, and however long it hangs it costs one thread.
 
 use crate::error::Result;
-use kiln_protocol::Health;
-use kiln_release::{HealthCheck, HealthKind};
+use crate::facts;
+use crate::journal::monotonic_ms;
+use crate::run::{self, Gate, Said, in_time};
+use crate::sys;
+use futures_util::future::join_all;
+use kiln_protocol::{Health, Rule, Turn, Verdict};
+use kiln_release::{HealthCheck, HealthKind, Threshold};
+use nix::sys::statvfs::statvfs;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::process::Stdio;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
 use tokio::process::{Child, Command};
-use tokio::sync::Semaphore;
-use tokio::task::spawn_blocking;
-use tokio::time::timeout;
 
-/// Longest a single check may take.
-const LIMIT: Duration = Duration::from_secs(10);
+/// Longest that the kernel may take to say what it runs.
+const ROOT_DEADLINE: u64 = 10;
+/// Most thresholds of a role that are looked at.
+const MAX_THRESHOLDS: usize = 32;
 
 const FAILED_UNITS: &[&str] = &["list-units", "--state=failed", "--plain", "--no-legend", "--no-pager"];
 
@@ -24,76 +29,126 @@ pub struct Probe {
     pub root_hash: fn() -> Result<String>,
     /// The program that speaks to systemd.
     pub systemctl: PathBuf,
-    /// What may block is called one at a time: one that never comes back is waited for, not added to.
-    pub blocking: Arc<Semaphore>,
+    /// The verified root, of which alone programs are run.
+    pub root: PathBuf,
 }
 
 impl Probe {
     pub fn new(root_hash: fn() -> Result<String>, systemctl: impl Into<PathBuf>) -> Self {
-        Self { root_hash, systemctl: systemctl.into(), blocking: Arc::new(Semaphore::new(1)) }
-    }
-
-    /// Runs what the kernel may hold up beside the runtime.
-    async fn beside<T: Send + 'static>(&self, what: &str, work: impl FnOnce() -> T + Send + 'static) -> Said<T> {
-        let permit = Arc::clone(&self.blocking).try_acquire_owned();
-        let permit = permit.map_err(|_| format!("{what}: an earlier check still hangs in the kernel"))?;
-        let done = spawn_blocking(move || {
-            let done = work();
-            drop(permit);
-            done
-        });
-        done.await.map_err(|e| format!("{what}: {e}"))
+        Self { root_hash, systemctl: systemctl.into(), root: "/".into() }
     }
 }
 
-/// A result, or what is wrong, for people.
-type Said<T> = std::result::Result<T, String>;
-
-/// The checks and since when they all pass.
+/// The checks, and how they stand.
 pub struct Checks {
-    declared: Vec<HealthCheck>,
+    declared: Vec<(HealthCheck, Gate)>,
     /// The manifest's.
     root_hash: String,
     probe: Probe,
-    passing_since: Option<Instant>,
+    gate: Gate,
+    verdict: Option<Verdict>,
+    /// The role's, as they came.
+    thresholds: BTreeMap<String, String>,
+    /// Those of them that are declared.
+    set: BTreeMap<String, Threshold>,
 }
+
+type Running<'a> = Pin<Box<dyn Future<Output = Said<()>> + 'a>>;
 
 impl Checks {
     pub fn new(checks: Vec<HealthCheck>, root_hash: String, probe: Probe) -> Self {
-        Self { declared: checks, root_hash, probe, passing_since: None }
+        let ms = |seconds: u64| seconds.saturating_mul(1000);
+        // Part of health whatever the release declares.
+        let root = Rule { name: "root".into(), soak_ms: 0, fail_after: 1, pass_after: 1 };
+        let rule = |check: &HealthCheck| Rule {
+            name: check.title(),
+            soak_ms: ms(check.soak),
+            fail_after: check.fail_after,
+            pass_after: check.pass_after,
+        };
+        let verdict = Verdict::new(std::iter::once(root).chain(checks.iter().map(rule)).collect());
+        let declared = checks.into_iter().map(|check| (check, Gate::new())).collect();
+        let (thresholds, set) = (BTreeMap::new(), BTreeMap::new());
+        Self { declared, root_hash, probe, gate: Gate::new(), verdict: Some(verdict), thresholds, set }
+    }
+
+    /// Takes the role's thresholds. Gives a sentence for each that is refused, once.
+    pub fn set_thresholds(&mut self, thresholds: &BTreeMap<String, String>) -> Vec<String> {
+        if self.thresholds == *thresholds {
+            return Vec::new();
+        }
+        self.thresholds.clone_from(thresholds);
+        self.set.clear();
+        let mut refused = Vec::new();
+        for (name, text) in thresholds.iter().take(MAX_THRESHOLDS) {
+            let check = self.declared.iter().map(|(check, _)| check).find(|check| check.title() == *name);
+            let threshold = Threshold::parse(text);
+            match (check, threshold) {
+                (Some(check), Some(threshold)) if check.limit.is_some() && threshold.fits(check.kind) => {
+                    self.set.insert(name.clone(), threshold);
+                }
+                (Some(_), _) => refused.push(format!("the role sets {name} to {text:?}, which that check cannot take")),
+                (None, _) => {
+                    let known: Vec<String> =
+                        self.declared.iter().filter(|(c, _)| c.limit.is_some()).map(|(c, _)| c.title()).collect();
+                    let known = if known.is_empty() { "none".into() } else { known.join(", ") };
+                    refused.push(format!("the role sets the threshold {name}; this release declares: {known}"));
+                }
+            }
+        }
+        refused
     }
 
     /// Runs them all once.
-    pub async fn run(&mut self) -> Health {
-        if let Err(detail) = self.all().await {
-            self.passing_since = None;
-            return Health { healthy: false, detail };
+    pub async fn run(&mut self) -> (Health, Vec<Turn>) {
+        let this: &Self = self;
+        let mut running: Vec<Running<'_>> = vec![Box::pin(in_time(ROOT, ROOT_DEADLINE, this.root()))];
+        for (check, gate) in &this.declared {
+            running.push(Box::pin(async move {
+                let what = if check.kind == HealthKind::Systemd { "systemctl".into() } else { check.title() };
+                in_time(&what, check.deadline, this.look(check, gate)).await
+            }));
         }
-        let since = *self.passing_since.get_or_insert_with(Instant::now);
-        let soak = Duration::from_secs(self.declared.iter().map(|c| c.soak).max().unwrap_or(0));
-        match soak.checked_sub(since.elapsed()).filter(|left| !left.is_zero()) {
-            None => Health { healthy: true, detail: "all checks pass".into() },
-            Some(left) => {
-                let detail = format!("all checks pass; {} s of soak left", left.as_secs() + 1);
-                Health { healthy: false, detail }
+        let found = join_all(running).await;
+        let verdict = self.verdict.take().expect("it is put back below");
+        let (verdict, health, turns) = verdict.round(found, monotonic_ms());
+        self.verdict = Some(verdict);
+        (health, turns)
+    }
+
+    async fn look(&self, check: &HealthCheck, gate: &Gate) -> Said<()> {
+        let limit = self.set.get(&check.title()).copied().or(check.limit);
+        let target = check.target.as_str();
+        match check.kind {
+            HealthKind::Systemd => self.systemd(gate).await,
+            HealthKind::Unit => match self.systemctl(gate, &["is-active", target]).await?.as_str() {
+                "active" => Ok(()),
+                other => Err(format!("{target} is {}", cut(other))),
+            },
+            HealthKind::Http => match run::http("GET", target).await? {
+                200..=299 => Ok(()),
+                status => Err(format!("{target}: status {status}")),
+            },
+            HealthKind::Tcp => run::tcp(target).await,
+            HealthKind::Command => run::program(gate, &self.probe.root, target, &check.arguments).await,
+            HealthKind::Memory => {
+                let (free, all) = (facts::memory("MemAvailable:"), facts::memory("MemTotal:"));
+                enough("memory", free, all, limit)
             }
+            HealthKind::Disk => {
+                let path = PathBuf::from(target);
+                let stat = gate.beside(target, move || statvfs(&path)).await?;
+                let stat = stat.map_err(|e| format!("{target}: {e}"))?;
+                let bytes = |blocks: u64| blocks.saturating_mul(stat.fragment_size());
+                enough(target, bytes(stat.blocks_available()), bytes(stat.blocks()), limit)
+            }
+            HealthKind::Time => clock(sys::clock_error().map_err(|e| format!("adjtimex: {e}"))?, limit),
         }
     }
 
-    async fn all(&self) -> Said<()> {
-        in_time("the kernel's table for the root", self.root()).await?;
-        for check in &self.declared {
-            match check.kind {
-                HealthKind::Systemd => in_time("systemctl", self.systemd()).await?,
-            }
-        }
-        Ok(())
-    }
-
-    /// The kernel's table names the manifest's root hash: part of health whatever the release declares.
+    /// The kernel's table names the manifest's root hash.
     async fn root(&self) -> Said<()> {
-        let running = self.probe.beside("the kernel's table for the root", self.probe.root_hash).await?;
-        match running {
+        match self.gate.beside(ROOT, self.probe.root_hash).await? {
             Ok(running) if running == self.root_hash => Ok(()),
             Ok(running) => {
                 Err(format!("the kernel's root has root hash {running}, the manifest names {}", self.root_hash))
@@ -103,31 +158,59 @@ impl Checks {
     }
 
     /// `systemctl is-system-running`: `running` is health; for `degraded` the failed units are named.
-    async fn systemd(&self) -> Said<()> {
-        let state = self.systemctl(&["is-system-running"]).await?;
+    async fn systemd(&self, gate: &Gate) -> Said<()> {
+        let state = self.systemctl(gate, &["is-system-running"]).await?;
         match state.as_str() {
             "running" => Ok(()),
             "degraded" => {
-                let failed = self.systemctl(FAILED_UNITS).await?;
+                let failed = self.systemctl(gate, FAILED_UNITS).await?;
                 let units: Vec<&str> = failed.lines().filter_map(|l| l.split_whitespace().next()).take(8).collect();
                 Err(format!("systemd is degraded; failed: {}", units.join(", ")))
             }
-            other => Err(format!("systemd is {}", other.chars().take(80).collect::<String>())),
+            other => Err(format!("systemd is {}", cut(other))),
         }
     }
 
-    async fn systemctl(&self, arguments: &'static [&'static str]) -> Said<String> {
+    async fn systemctl(&self, gate: &Gate, arguments: &[&str]) -> Said<String> {
         let mut command = Command::new(&self.probe.systemctl);
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true);
         // Starting a program reads it from the root, which can take as long as the root takes.
-        let started: std::io::Result<Child> = self.probe.beside("systemctl", move || command.spawn()).await?;
+        let started: std::io::Result<Child> = gate.beside("systemctl", move || command.spawn()).await?;
         let said = |e| format!("systemctl cannot be run: {e}");
         let output = started.map_err(said)?.wait_with_output().await.map_err(said)?;
         Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     }
 }
 
-async fn in_time(what: &str, check: impl Future<Output = Said<()>>) -> Said<()> {
-    let late = |_| Err(format!("{what} gave no answer in {} s", LIMIT.as_secs()));
-    timeout(LIMIT, check).await.unwrap_or_else(late)
+const ROOT: &str = "the kernel's table for the root";
+
+fn cut(text: &str) -> String {
+    text.chars().take(80).collect()
 }
+
+/// So much of it must be free.
+fn enough(what: &str, free: u64, all: u64, least: Option<Threshold>) -> Said<()> {
+    let Some(least) = least else { return Ok(()) };
+    let wanted = match least {
+        Threshold::Percent(share) => u128::from(all) * u128::from(share) / 100,
+        Threshold::Bytes(bytes) | Threshold::Millis(bytes) => bytes.into(),
+    };
+    if u128::from(free) >= wanted {
+        return Ok(());
+    }
+    Err(format!("{what}: {} of {} MiB are free; {least} is asked for", free >> 20, all >> 20))
+}
+
+/// The kernel's own estimate of its clock's error, in microseconds; none where nothing sets the clock.
+fn clock(error: Option<u64>, most: Option<Threshold>) -> Said<()> {
+    match (error, most) {
+        (None, _) => Err("the clock is not synchronised: nothing that keeps time says so to the kernel".into()),
+        (Some(error), Some(Threshold::Millis(most))) if error > most.saturating_mul(1000) => {
+            Err(format!("the clock may be wrong by {} ms; at most {most} ms are asked for", error / 1000))
+        }
+        (Some(_), _) => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -101,8 +101,16 @@ async fn go(boot: BootInfo, journal: JournalState, drivers: Drivers) -> Result<I
     let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
     machine.protection = secure_boot(&boot).class();
     console::open(machine.id.as_str(), &format!("{}/{}", boot.image, boot.release));
-    let journal =
-        Journal { state: journal, machine, embedded, running: None, health: None, prefetch: None, fallback: None };
+    let journal = Journal {
+        state: journal,
+        machine,
+        embedded,
+        running: None,
+        health: None,
+        prefetch: None,
+        fallback: None,
+        condition: None,
+    };
     let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
     let verifier = Verifier::new(boot, place, key, memory, servers, now);
     let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: TELL_EVERY };

@@ -7,8 +7,8 @@ use crate::facts;
 use crate::memory::random;
 use kiln_protocol::slot::Fallback;
 use kiln_protocol::{
-    Decision, Failure, Health, MachineFacts, Nonce, Prefetch, Reply, Report, RunningRelease, Stage, StageRecord,
-    StageState,
+    Condition, Decision, Failure, Health, MachineFacts, Nonce, Prefetch, Reply, Report, RunningRelease, Stage,
+    StageRecord, StageState,
 };
 use kiln_release::hex;
 use nix::time::{ClockId, clock_gettime};
@@ -52,6 +52,7 @@ pub struct Journal {
     pub prefetch: Option<Prefetch>,
     /// In disk mode.
     pub fallback: Option<Fallback>,
+    pub condition: Option<Condition>,
 }
 
 /// CLOCK_MONOTONIC in milliseconds: it counts over the hand-over, and is new after each kernel start.
@@ -156,6 +157,7 @@ impl Journal {
             fallback: self.fallback.clone(),
             agent_memory: facts::own_memory(),
             exec: None,
+            condition: self.condition.clone(),
             wait_s,
             desired_etag: self.state.desired_etag.clone(),
         })

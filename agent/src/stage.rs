@@ -79,7 +79,16 @@ async fn stage(options: &Options) -> Result<()> {
     let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));
     let state = JournalState::begin(boot_id()?, started_ms);
     let embedded = embedded(&boot)?;
-    let journal = Journal { state, machine, embedded, running: None, health: None, prefetch: None, fallback: None };
+    let journal = Journal {
+        state,
+        machine,
+        embedded,
+        running: None,
+        health: None,
+        prefetch: None,
+        fallback: None,
+        condition: None,
+    };
     let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
     let tries = Some(options.tries);
     let verifier = Verifier::new(boot, place, key, memory, servers, now);

@@ -29,6 +29,18 @@ pub fn kexec_file_load(kernel: &File, initrd: &File, command_line: &str) -> Resu
     if rc == 0 { Ok(()) } else { Err(Error::last_os_error()) }
 }
 
+/// `adjtimex(2)`, reading only: the largest error of the kernel's clock in microseconds; none while nothing sets it.
+pub fn clock_error() -> Result<Option<u64>> {
+    // SAFETY: every field of `timex` is a number, for which zero is valid; `modes` of zero changes nothing.
+    let mut state: libc::timex = unsafe { std::mem::zeroed() };
+    // SAFETY: `state` has the kernel's layout and lives over the call.
+    let rc = unsafe { libc::adjtimex(&raw mut state) };
+    if rc < 0 {
+        return Err(Error::last_os_error());
+    }
+    Ok((state.status & libc::STA_UNSYNC == 0).then(|| u64::try_from(state.maxerror).unwrap_or(u64::MAX)))
+}
+
 const LO_FLAGS_READ_ONLY: u32 = 1;
 
 /// `struct loop_info64` of linux/loop.h.

@@ -257,8 +257,8 @@ impl Inputs<'_> {
             verity: root.verity,
             command_line: self.recipe.command_line.clone(),
             policy: self.recipe.policy.clone(),
-            hooks: BTreeMap::new(),
-            health: self.recipe.health.clone(),
+            hooks: self.recipe.declared.hooks.clone(),
+            health: self.recipe.declared.health.clone(),
             writable: self.recipe.writable.clone(),
             sbom: Some(named(&sbom)),
         };

@@ -173,6 +173,29 @@ pub enum BuildError {
         /// Which path.
         path: String,
     },
+    /// A program named in the recipe is not in the root.
+    #[error(
+        "recipe {recipe}: {key} names the program {path}, and the root has no executable file of that path (it is looked \
+         for as packages ship it: /usr/bin/x, not /bin/x)"
+    )]
+    NoDeclaredProgram {
+        /// Recipe name.
+        recipe: String,
+        /// Which list.
+        key: &'static str,
+        /// Which path.
+        path: String,
+    },
+    /// A unit named in the recipe is not in the root, or is masked.
+    #[error("recipe {recipe}: {key} names {unit}, and the root has no such unit, or it is masked")]
+    NoSuchUnit {
+        /// Recipe name.
+        recipe: String,
+        /// Which list.
+        key: &'static str,
+        /// Which unit.
+        unit: String,
+    },
     /// The recipe leaves out a file of which another name stays.
     #[error(
         "recipe {recipe}: {target} is left out or replaced, and {path} is another name of the same file; exclude both"

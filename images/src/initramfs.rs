@@ -3,7 +3,7 @@
 use crate::base::{Base, read};
 use crate::cpio::{Archive, Node};
 use crate::error::BuildError;
-use crate::modules::{self, Index};
+use crate::modules::{self, Closure, Index};
 use crate::recipe::Recipe;
 use crate::secure_boot::SigningKey;
 use crate::uki;
@@ -69,6 +69,18 @@ pub(crate) fn make(
     Ok(bytes)
 }
 
+/// The kernel modules of a recipe, with all they need.
+pub(crate) fn closure(recipe: &Recipe, base: &Base) -> Result<Closure, BuildError> {
+    let text = |name: &str| read(&base.modules().join(name)).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+    let index = Index {
+        dep: text("modules.dep")?,
+        alias: text("modules.alias")?,
+        softdep: text("modules.softdep")?,
+        builtin: text("modules.builtin")?,
+    };
+    Ok(modules::closure(&index, &recipe.modules, &recipe.kernel)?)
+}
+
 fn contents(
     recipe: &Recipe,
     base: &Base,
@@ -97,14 +109,7 @@ fn contents(
         }
     }
 
-    let text = |name: &str| read(&base.modules().join(name)).map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-    let index = Index {
-        dep: text("modules.dep")?,
-        alias: text("modules.alias")?,
-        softdep: text("modules.softdep")?,
-        builtin: text("modules.builtin")?,
-    };
-    let closure = modules::closure(&index, &recipe.modules, &recipe.kernel)?;
+    let closure = closure(recipe, base)?;
     let folder = format!("lib/modules/{}", base.info.kernel_release);
     for file in &closure.files {
         add(&format!("{folder}/{file}"), 0o644, Node::File(read(&base.modules().join(file))?))?;

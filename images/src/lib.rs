@@ -9,7 +9,9 @@
 mod base;
 mod build;
 pub mod cpio;
+mod declared;
 pub mod error;
+mod expected;
 mod host;
 mod initramfs;
 mod modules;
@@ -22,6 +24,7 @@ mod top;
 pub mod uki;
 
 pub use build::{BuildOptions, Built, SiteUrls, build};
+pub use declared::Declared;
 pub use error::{BuildError, RecipeError};
 pub use progress::Progress;
 pub use top::AGENT_PATH;

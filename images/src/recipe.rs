@@ -4,12 +4,13 @@
 
 pub(crate) mod allow;
 
+use crate::declared::{Declared, RawDrift, RawHealth, RawHook, RawLimit};
 use crate::error::RecipeError;
 use crate::network::read_network;
 pub use allow::ExecPlace;
 use allow::RawExec;
 use kiln_release::network::NetworkConfig;
-use kiln_release::{DiskSettings, FilePolicy, HealthCheck, WipePolicy, WritableMount};
+use kiln_release::{DiskSettings, FilePolicy, WipePolicy, WritableMount};
 use serde::Deserialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -58,8 +59,8 @@ pub struct Recipe {
     pub mask: Vec<String>,
     /// systemd units that multi-user.target starts.
     pub enable: Vec<String>,
-    /// Health checks.
-    pub health: Vec<HealthCheck>,
+    /// Health checks, hooks, limits, and what is no drift.
+    pub declared: Declared,
     /// tmpfs mounts.
     pub writable: Vec<WritableMount>,
     /// Allow-lists of programs in them.
@@ -93,6 +94,9 @@ struct Raw {
     mask: Vec<Spanned<String>>,
     enable: Vec<Spanned<String>>,
     health: Vec<RawHealth>,
+    hook: Vec<RawHook>,
+    limit: Vec<RawLimit>,
+    drift: Option<RawDrift>,
     writable: Vec<RawWritable>,
     exec: Vec<RawExec>,
     file: Vec<RawFile>,
@@ -110,13 +114,6 @@ struct RawDisk {
     state: Option<Spanned<String>>,
     wipe: Option<Spanned<String>>,
     prefetch_rate: Option<Spanned<String>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawHealth {
-    kind: Spanned<String>,
-    soak: Spanned<u64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -166,7 +163,7 @@ struct Partial {
     exclude: Vec<String>,
     mask: Vec<String>,
     enable: Vec<String>,
-    health: Vec<HealthCheck>,
+    declared: Declared,
     writable: Vec<WritableMount>,
     exec: Vec<ExecPlace>,
     files: Vec<RecipeFile>,
@@ -178,13 +175,13 @@ struct Partial {
 }
 
 /// One recipe file, to turn spans into places.
-struct Source<'a> {
+pub(crate) struct Source<'a> {
     path: &'a Path,
     text: &'a str,
 }
 
 impl Source<'_> {
-    fn invalid(&self, span: Range<usize>, message: impl Into<String>) -> RecipeError {
+    pub(crate) fn invalid(&self, span: Range<usize>, message: impl Into<String>) -> RecipeError {
         let before = self.text.get(..span.start).unwrap_or(self.text);
         let line = before.matches('\n').count() + 1;
         let column = before.rsplit('\n').next().unwrap_or("").chars().count() + 1;
@@ -192,14 +189,19 @@ impl Source<'_> {
     }
 
     /// Takes a string if `good`, else says what is allowed.
-    fn check(&self, value: Spanned<String>, good: fn(&str) -> bool, allowed: &str) -> Result<String, RecipeError> {
+    pub(crate) fn check(
+        &self,
+        value: Spanned<String>,
+        good: fn(&str) -> bool,
+        allowed: &str,
+    ) -> Result<String, RecipeError> {
         if good(value.get_ref()) {
             return Ok(value.into_inner());
         }
         Err(self.invalid(value.span(), format!("{:?} is not {allowed}", value.get_ref())))
     }
 
-    fn check_all(
+    pub(crate) fn check_all(
         &self,
         list: Vec<Spanned<String>>,
         good: fn(&str) -> bool,
@@ -255,13 +257,16 @@ impl Partial {
         self.mask.extend(source.check_all(raw.mask, is_unit, "a systemd unit's file name")?);
         self.enable.extend(source.check_all(raw.enable, is_unit, "a systemd unit's file name")?);
         for health in raw.health {
-            let kind = serde_json::from_value(serde_json::Value::String(health.kind.get_ref().clone()))
-                .map_err(|_| source.invalid(health.kind.span(), "a health check's kind is: systemd"))?;
-            let soak = *health.soak.get_ref();
-            if soak > 3600 {
-                return Err(source.invalid(health.soak.span(), "soak is in seconds, at most 3600"));
-            }
-            self.health.push(HealthCheck { kind, soak });
+            self.declared.health(health, source)?;
+        }
+        for hook in raw.hook {
+            self.declared.hook(hook, source)?;
+        }
+        for limit in raw.limit {
+            self.declared.limit(limit, source)?;
+        }
+        if let Some(drift) = raw.drift {
+            self.declared.drift(drift, source)?;
         }
         for mount in raw.writable {
             let size = bytes_of(mount.size.get_ref())
@@ -345,7 +350,7 @@ impl Partial {
             list.dedup();
             list
         };
-        if self.health.is_empty() {
+        if self.declared.health.is_empty() {
             return Err(missing("[[health]]", "without a health check no release would ever be called healthy")());
         }
         self.check_places(path)?;
@@ -362,7 +367,7 @@ impl Partial {
             exclude: sorted(self.exclude),
             mask: sorted(self.mask),
             enable: sorted(self.enable),
-            health: self.health,
+            declared: self.declared,
             writable: self.writable,
             exec: self.exec,
             files: self.files,
@@ -432,7 +437,7 @@ fn is_unit(text: &str) -> bool {
         && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-.@:\\".contains(c))
 }
 
-fn is_root_path(text: &str) -> bool {
+pub(crate) fn is_root_path(text: &str) -> bool {
     let plain =
         |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains(|c: char| c.is_control());
     text.strip_prefix('/').is_some_and(|rest| rest.split('/').all(plain))
@@ -448,7 +453,7 @@ fn noise(path: &str, length: usize) -> Vec<u8> {
     (0..).flat_map(|index| hash(index).as_ref().to_vec()).take(length).collect()
 }
 
-fn bytes_of(size: &str) -> Option<u64> {
+pub(crate) fn bytes_of(size: &str) -> Option<u64> {
     let (number, unit) = size.split_at_checked(size.len().checked_sub(1)?)?;
     let unit = match unit {
         "K" => 1 << 10,

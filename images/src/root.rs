@@ -9,6 +9,7 @@ use crate::host::{self, Rights};
 use crate::recipe::{Recipe, allow};
 use crate::tarball::{self, Entry, LayerError};
 use crate::top;
+use crate::{expected, initramfs};
 use kiln_release::VerityParams;
 use kiln_release::hex;
 use kiln_release::verity::{BLOCK, TreeBuilder};
@@ -56,7 +57,10 @@ pub(crate) fn tree(recipe: &Recipe, base: &Base, release: u64, agent: &[u8]) -> 
     let old = old.map_or("", |entry| std::str::from_utf8(&tar[entry.data.clone()]).unwrap_or(""));
     let os_release = top::os_release(old, &recipe.name, release);
     let exec = allow::document(recipe, &entries, &tar)?;
-    let added = top::layer(recipe, &entries, &os_release, agent, exec.as_deref())?;
+    let mut added = top::layer(recipe, &entries, &os_release, agent, exec.as_deref())?;
+    let kept: Vec<&Entry> = entries.iter().filter(|entry| !dropped(recipe, entry)).collect();
+    let modules = initramfs::closure(recipe, base)?.files;
+    added.extend(expected::entries(recipe, base, &tar, &kept, &added, &modules)?);
     let merged = tarball::layer(&tar, |entry| dropped(recipe, entry), &added).map_err(|error| match error {
         LayerError::Tar(error) => in_tar(error),
         LayerError::NotADirectory { path } => {

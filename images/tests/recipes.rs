@@ -98,7 +98,11 @@ fn wrong_values_are_refused_with_their_place() {
         ("\"trixie\"", "\"sid\"", "2:9 \"sid\" is not a suite this builder knows: trixie"),
         ("[\"systemd\"]", "[\"a b\"]", "6:13 \"a b\" is not a Debian package name"),
         ("[\"erofs\"]", "[\"ok\", \"../x\"]", "7:18 \"../x\" is not a kernel module's name"),
-        ("\"systemd\"\nsoak", "\"ping\"\nsoak", "9:8 a health check's kind is: systemd"),
+        (
+            "\"systemd\"\nsoak",
+            "\"ping\"\nsoak",
+            "9:8 a health check's kind is: systemd, unit, http, tcp, command, memory, disk, time",
+        ),
         ("soak = 5", "soak = 5000", "10:8 soak is in seconds, at most 3600"),
         ("console=ttyS0", "a\\nb", "5:16 \"a\\nb\" is not one line of printable ASCII"),
     ];
@@ -121,6 +125,52 @@ fn writable_places_and_files_are_checked() {
     assert_eq!(load(&noisy("1M")).unwrap().files[0].content.len(), 1 + (1 << 20));
     for size in ["2M", "7", "0K", "K"] {
         assert!(refusal(&noisy(size)).contains("up to \"1M\""), "{size}");
+    }
+}
+
+#[test]
+fn health_checks_hooks_limits_and_drift_are_checked_where_they_stand() {
+    let all = format!(
+        "{GOOD}[[health]]\nkind = \"http\"\nurl = \"http://127.0.0.1:8080/ok\"\n\
+         [[health]]\nkind = \"disk\"\npath = \"/var\"\nleast = \"10%\"\nfail_after = 2\n\
+         [[hook]]\non = \"drain\"\nname = \"lb\"\nurl = \"http://127.0.0.1/drain\"\non_timeout = \"stay\"\n\
+         [[limit]]\nunit = \"web.service\"\nmemory = \"64M\"\ncpu = \"150%\"\n\
+         [drift]\nlisten = [\"tcp/443\"]\nmounts = [\"/data\"]\n"
+    );
+    let declared = load(&all).unwrap().declared;
+    let titles: Vec<String> = declared.health.iter().map(kiln_release::HealthCheck::title).collect();
+    assert_eq!(titles, ["systemd", "http.http://127.0.0.1:8080/ok", "disk./var"]);
+    assert_eq!(declared.health.iter().map(|c| c.fail_after).collect::<Vec<_>>(), [1, 3, 2]);
+    assert_eq!(declared.hooks["drain"][0].deadline, 300);
+    assert_eq!((declared.limits[0].memory, declared.limits[0].cpu), (Some(64 << 20), Some(150)));
+    assert_eq!((declared.listen, declared.mounts), (vec!["tcp/443".to_owned()], vec!["/data".to_owned()]));
+
+    let health = |rest: &str| refusal(&format!("{GOOD}[[health]]\n{rest}\n"));
+    for (text, expected) in [
+        ("kind = \"http\"", "12:8 kind = \"http\" needs `url`"),
+        ("kind = \"http\"\nunit = \"a.service\"", "13:8 `unit` is for kind = \"unit\""),
+        ("kind = \"http\"\nurl = \"http://example.com/\"", "13:7 http.http://example.com/: url: http://IP"),
+        ("kind = \"memory\"\nleast = \"much\"", "13:9 \"much\" is no threshold"),
+        ("kind = \"memory\"", "12:8 memory: say how much must be free"),
+        ("kind = \"time\"\nleast = \"5s\"", "13:9 `least` is for kinds memory and disk"),
+        ("kind = \"systemd\"", "12:8 systemd: two health checks have the same name"),
+        ("kind = \"tcp\"\naddress = \"127.0.0.1:80\"\ndeadline = 61", "13:11 tcp.127.0.0.1:80: deadline is in seconds"),
+    ] {
+        let refused = health(text);
+        assert!(refused.starts_with(expected), "{text}: {refused}");
+    }
+    let more = |rest: &str| refusal(&format!("{GOOD}{rest}\n"));
+    for (text, expected) in [
+        ("[[hook]]\non = \"boot\"\nname = \"x\"", "12:6 a hook runs on: drain, undrain"),
+        ("[[hook]]\non = \"drain\"\nname = \"x\"", "13:8 a hook has either"),
+        ("[[hook]]\non = \"drain\"\nname = \"x\"\nprogram = \"sh\"", "13:8 x: program: the absolute path"),
+        ("[[limit]]\nunit = \"a.service\"", "12:8 a limit says"),
+        ("[[limit]]\nunit = \"a.timer\"\ncpu = \"5%\"", "12:8 \"a.timer\" is not a systemd service's"),
+        ("[[limit]]\nunit = \"a.service\"\ncpu = \"half\"", "13:7 cpu is a share of one processor"),
+        ("[drift]\nlisten = [\"443\"]", "12:11 \"443\" is not a port as \"tcp/443\""),
+    ] {
+        let refused = more(text);
+        assert!(refused.starts_with(expected), "{text}: {refused}");
     }
 }
 

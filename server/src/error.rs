@@ -2,6 +2,7 @@
 
 use kiln_images::SiteError;
 use kiln_protocol::ReleaseId;
+use kiln_release::Threshold;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -120,6 +121,11 @@ pub enum ControlError {
     WrongClass { release: ReleaseId, class: String },
     #[error("{release} is for {got}, {machine} is {expected}")]
     WrongArchitecture { machine: String, release: ReleaseId, expected: String, got: String },
+    #[error(
+        "role {role} sets the threshold {name} = {threshold}, and {release} declares: {known}; take it out of the role's \
+         [role.thresholds] in kiln.toml, or build a release whose recipe declares it"
+    )]
+    Threshold { role: String, name: String, threshold: Threshold, release: ReleaseId, known: String },
     #[error("{release} is below the floor {floor} that the release signers set for its image")]
     BelowFloor { release: ReleaseId, floor: u64 },
     #[error(

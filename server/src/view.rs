@@ -3,8 +3,8 @@
 
 use jiff::Timestamp;
 use kiln_protocol::{
-    AgentMemory, ApprovalCode, ExecState, Firmware, KeyId, KeyStorage, MachineId, OrderId, Prefetch, ProtectionClass,
-    Receipt, ReleaseId, RollbackMemory, Stage, Via,
+    AgentMemory, ApprovalCode, Difference, Draining, ExecState, Firmware, KeyId, KeyStorage, MachineId, OrderId,
+    Prefetch, ProtectionClass, Receipt, ReleaseId, RollbackMemory, Stage, Via,
 };
 use serde::{Deserialize, Serialize};
 
@@ -50,6 +50,9 @@ pub struct MachineView {
     /// What its allow-list of programs says.
     #[serde(default)]
     pub exec: Option<ExecState>,
+    /// Drift, draining and events.
+    #[serde(default)]
+    pub condition: ConditionView,
     /// The newest release that was proven good here.
     pub last_good: Option<ReleaseId>,
     /// How it boots.
@@ -83,6 +86,36 @@ pub struct MachineView {
     pub last_seen_ms: i64,
     /// The last eight boots, oldest first.
     pub boots: Vec<BootView>,
+}
+
+/// What a running machine says besides its health.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConditionView {
+    /// In what it differs from its release; at most 32.
+    #[serde(default)]
+    pub drift: Vec<Difference>,
+    /// How many differences there are.
+    #[serde(default)]
+    pub drift_count: u32,
+    /// Which drain hook runs.
+    #[serde(default)]
+    pub draining: Option<Draining>,
+    /// What happened, oldest first; at most 32.
+    #[serde(default)]
+    pub events: Vec<EventView>,
+}
+
+/// Something that happened on a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EventView {
+    /// When, on the server's clock.
+    pub at_ms: i64,
+    /// `health`, `drift`, `hook`, `limit`, `threshold`, `dropped`.
+    pub kind: String,
+    /// It needs a person's eye.
+    pub alarm: bool,
+    /// In a sentence.
+    pub text: String,
 }
 
 /// An operator's order.

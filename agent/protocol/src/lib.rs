@@ -7,6 +7,8 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod assignment;
+mod condition;
+pub mod drift;
 mod exec;
 mod ids;
 mod introduction;
@@ -16,13 +18,17 @@ mod log;
 mod order;
 pub mod slot;
 mod smbios;
+mod spool;
 mod stage;
+mod verdict;
 mod wire;
 
 pub use assignment::{
     ASSIGNMENT_TYPE, Assignment, AssignmentError, BoundMachine, FRESHNESS_TYPE, Freshness, FreshnessError, Running,
     check_assignment, check_freshness,
 };
+pub use condition::{Condition, DRIFT_LIMIT, Difference, Draining, DriftKind};
+pub use drift::Usage;
 pub use exec::{EXEC_ANCESTORS, EXEC_PATH_LIMIT, EXEC_VIOLATIONS, ExecAncestor, ExecState, ExecVerdict, ExecViolation};
 pub use ids::{Architecture, Class, IdError, ImageName, KeyId, MachineId, Nonce, OrderId, ReleaseId, Sha256Hex};
 pub use introduction::{
@@ -40,7 +46,9 @@ pub use order::{
     RECEIPT_PATH, RECEIPT_TYPE, Receipt, WipeMethod, WipeOutcome, WipedDisk, check_order,
 };
 pub use smbios::{SMBIOS_LIMIT, Smbios, is_placeholder, parse_smbios};
+pub use spool::{Clocks, Intake, Kept, Noted, SPOOL_BATCH, SPOOL_LIMIT, SPOOL_TEXT, Spool, SpoolReport};
 pub use stage::{Failure, Stage, StageRecord, StageState};
+pub use verdict::{Found, Rule, Turn, Verdict};
 pub use wire::{
     About, AgentMemory, Decision, Desired, Firmware, Grant, Health, KeyStorage, MachineFacts, OrderGiven, Prefetch,
     Progress, ProtectionClass, REPORT_PATH, Reply, Report, RollbackMemory, RunningRelease, VENDOR_CLASS,

@@ -43,6 +43,8 @@ word_enum! {
         Prefetch = "prefetch",
         /// Fetched; waiting for the server's grant.
         Grant = "grant",
+        /// It may leave; what the release declares lets running work end first.
+        Drain = "drain",
         /// Leaving for the other release, by kexec or by cold boot.
         Going = "going",
         /// An operator ordered it: the machine's disks are being wiped.
@@ -70,6 +72,7 @@ impl Stage {
             Self::Healthy => "Healthy",
             Self::Prefetch => "Prefetches the next release",
             Self::Grant => "Waits for its turn",
+            Self::Drain => "Lets its work end",
             Self::Going => "Reimages itself",
             Self::Wipe => "Wipes its disks",
         }

@@ -2,12 +2,14 @@
 //!
 //! Both sides ignore fields they do not know, so that either may be newer.
 
+use crate::condition::Condition;
 use crate::exec::ExecState;
 use crate::ids::IdError;
 use crate::ids::{Architecture, ImageName, MachineId, Nonce, Sha256Hex, word_enum};
 use crate::slot::Fallback;
 use crate::stage::StageRecord;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -209,6 +211,9 @@ pub struct Report {
     /// Allow-listing of programs, where the release asks for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exec: Option<ExecState>,
+    /// Drift, draining and events; of a running system.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub condition: Option<Condition>,
     /// Seconds the server may hold this report until the desired state differs from [`Report::desired_etag`]; 0: none.
     #[serde(default)]
     pub wait_s: u32,
@@ -229,6 +234,10 @@ pub struct Reply {
     /// What the server says of the machine, for its screen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub about: Option<About>,
+    /// The role's thresholds for health checks, by the check's name: `10%`, `64M`, `500ms`. Numbers for what the release
+    /// declares, nothing else.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub thresholds: BTreeMap<String, String>,
 }
 
 /// What a machine shows of itself that only the server knows. Nothing of it is believed in any decision.
@@ -311,6 +320,7 @@ pub enum Grant {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Difference, Draining, DriftKind, Noted, SpoolReport};
 
     #[test]
     fn golden_bytes_of_version_1() {
@@ -329,6 +339,7 @@ mod tests {
             again_ms: 30_000,
             may_wait: true,
             about: None,
+            thresholds: BTreeMap::new(),
         };
         let golden = r#"{"desired":{"etag":"7-hold","decision":"assigned","assignment":"{}","freshness":"{}","via":"kexec","grant":{"grant":"hold","reason":"1 of 1 machines may be unavailable"}},"again_ms":30000,"may_wait":true}"#;
         assert_eq!(serde_json::to_string(&reply).unwrap(), golden);
@@ -342,6 +353,10 @@ mod tests {
         let told = format!("{}{more}", golden.strip_suffix('}').unwrap());
         assert_eq!(serde_json::to_string(&about).unwrap(), told);
         assert_eq!(serde_json::from_str::<Reply>(&told).unwrap(), about);
+        let set = Reply { thresholds: [("disk./var".into(), "10%".into())].into(), ..reply.clone() };
+        let with = golden.replace(r#""may_wait":true"#, r#""may_wait":true,"thresholds":{"disk./var":"10%"}"#);
+        assert_eq!(serde_json::to_string(&set).unwrap(), with);
+        assert_eq!(serde_json::from_str::<Reply>(&with).unwrap(), set);
         let order = Some(OrderGiven { order: "{}".into(), freshness: "{}".into() });
         let ordered = Reply { desired: Desired { order, ..reply.desired.clone() }, ..reply };
         let golden = golden.replace(r#"}},"again_ms""#, r#"},"order":{"order":"{}","freshness":"{}"}},"again_ms""#);
@@ -375,6 +390,19 @@ mod tests {
         let new = old.replace(r#""wait_s""#, r#""agent_memory":{"rss_bytes":3,"peak_bytes":4},"wait_s""#);
         assert_eq!(serde_json::to_string(&report).unwrap(), new);
         assert_eq!(serde_json::from_str::<Report>(&new).unwrap(), report);
+
+        let event = Noted { number: 3, age_ms: 9, kind: "drift".into(), alarm: true, text: "x".into() };
+        report.condition = Some(Condition {
+            drift: vec![Difference { kind: DriftKind::CommandLine, what: "w".into(), text: "t".into() }],
+            drift_count: 1,
+            draining: Some(Draining { hook: "h".into(), number: 1, of: 2, since_ms: 40_000, left_ms: 5 }),
+            spool: SpoolReport { id: "i".into(), confirmed: 2, events: vec![event] },
+        });
+        let condition = r#""condition":{"drift":[{"kind":"command-line","what":"w","text":"t"}],"drift_count":1,"draining":{"hook":"h","number":1,"of":2,"since_ms":40000,"left_ms":5},"spool":{"id":"i","confirmed":2,"events":[{"number":3,"age_ms":9,"kind":"drift","alarm":true,"text":"x"}]}},"#;
+        let new = new.replace(r#""wait_s""#, &format!(r#"{condition}"wait_s""#));
+        assert_eq!(serde_json::to_string(&report).unwrap(), new);
+        assert_eq!(serde_json::from_str::<Report>(&new).unwrap(), report);
+        assert_eq!(report.condition.unwrap().draining.unwrap().words(), "draining: 1 of 2, hook h since 40 s");
     }
 
     #[test]

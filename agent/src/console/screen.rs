@@ -69,7 +69,7 @@ impl Status {
                 Some(_) | None => Mood::Booting,
             },
             Some((stage, StageState::Done)) => match stage {
-                Stage::Healthy | Stage::Prefetch | Stage::Grant => Mood::Healthy,
+                Stage::Healthy | Stage::Prefetch | Stage::Grant | Stage::Drain => Mood::Healthy,
                 Stage::Going => Mood::Leaving,
                 Stage::Dhcp
                 | Stage::Program

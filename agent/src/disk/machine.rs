@@ -291,6 +291,15 @@ impl MachineDisk {
         serde_json::from_slice(&bytes).map_err(|e| bad(e.to_string()))
     }
 
+    /// The events that an earlier boot kept.
+    pub fn spool(&mut self) -> Result<Option<Vec<u8>>> {
+        Ok(self.store.spool()?)
+    }
+
+    pub fn keep_spool(&mut self, bytes: &[u8]) -> Result<()> {
+        Ok(self.store.keep_spool(bytes)?)
+    }
+
     pub fn keep_record(&mut self, root_hash: &Sha256Hex, record: &Record) -> Result<()> {
         let bytes = serde_json::to_vec(record).expect("a map of strings always becomes JSON");
         Ok(self.store.keep_record(root_hash, &bytes)?)

@@ -19,6 +19,8 @@ pub const LOADERS: [&str; 2] = ["EFI/BOOT/BOOTX64.EFI", "EFI/systemd/systemd-boo
 const LOADER_CONF: &str = "timeout 0\neditor no\nauto-entries no\nauto-firmware no\n";
 const TEXT_LIMIT: u32 = 4096;
 const LOADER_LIMIT: u32 = 4 << 20;
+/// Events, on the state partition.
+const SPOOL: &str = "spool.json";
 const RECORD_LIMIT: u32 = 4 << 20;
 /// On the state partition: `ROOTHASH COUNT SEQUENCE`.
 const STARTS: &str = "starts";
@@ -195,10 +197,8 @@ impl<B: Block> Store<B> {
         let wanted: Vec<String> = wanted.iter().map(|label| format!("{}.json", hex::encode(&label.0))).collect();
         let keep = |state: &mut Fat<Part<'_, B>>| -> io::Result<()> {
             for node in state.list("")?.unwrap_or_default() {
-                if !node.directory
-                    && node.name != STARTS
-                    && !wanted.iter().any(|name| name.eq_ignore_ascii_case(&node.name))
-                {
+                let kept = [STARTS, SPOOL].iter().any(|name| name.eq_ignore_ascii_case(&node.name));
+                if !node.directory && !kept && !wanted.iter().any(|name| name.eq_ignore_ascii_case(&node.name)) {
                     state.remove(&node.name)?;
                 }
             }
@@ -236,6 +236,18 @@ impl<B: Block> Store<B> {
             None => self.state()?.remove(STARTS),
         };
         done.map_err(|e| self.io("writing the state partition", &e))
+    }
+
+    /// The events that were kept.
+    pub fn spool(&mut self) -> Result<Option<Vec<u8>>, DiskError> {
+        let read = self.state()?.read(SPOOL, RECORD_LIMIT);
+        read.map_err(|e| self.io("reading the state partition", &e))
+    }
+
+    /// Keeps events.
+    pub fn keep_spool(&mut self, mut bytes: &[u8]) -> Result<(), DiskError> {
+        let written = self.state()?.write(SPOOL, bytes.len() as u64, &mut bytes);
+        written.map_err(|e| self.io("writing the state partition", &e))
     }
 
     /// Flushes a slot, reads it back from `from`, which holds nothing in a cache, and recomputes its root.

@@ -75,10 +75,12 @@ pub enum Event {
     MayGo,
     /// Either of the two failed.
     Failed(Trouble),
+    /// [`Action::Drain`] is through, or a hook keeps the machine.
+    Drained(Option<Trouble>),
+    /// Something else that the server should hear at once.
+    News,
     /// [`Action::Load`] is done, or could not be.
     Loaded(Option<Trouble>),
-    /// The server should hear something at once that is part of every report.
-    News,
     /// Time passed.
     Time,
 }
@@ -102,6 +104,10 @@ pub enum Action {
     CallOff,
     /// Drop what was fetched.
     Discard,
+    /// Run the drain hooks, instead of what hooks run.
+    Drain,
+    /// Run the undrain hooks, instead of what hooks run.
+    Undrain,
     /// Load the next kernel, for a kexec. From here there is no way back.
     Load,
     /// Go, by cold boot if the kernel could not be loaded.
@@ -123,6 +129,8 @@ pub enum Way {
     Ready { target: Target, grant: Option<Grant>, failed: u32, until: Millis },
     /// It may go, the server says; that is being verified.
     Asks { target: Target, failed: u32 },
+    /// It may go, that is verified; its work is brought to an end.
+    Drains { target: Target, failed: u32 },
     /// The next kernel is being loaded: no answer changes that any more.
     Leaves { target: Target },
     /// Nothing is decided any more.
@@ -151,6 +159,8 @@ pub struct Duty {
     unanswered: u32,
     /// Something the server should hear at once.
     news: bool,
+    /// It was healthy in this start of the service, and its undrain hooks were run.
+    up: bool,
     /// The last words to the console.
     said: String,
 }
@@ -167,6 +177,7 @@ impl Duty {
             may_wait: false,
             unanswered: 0,
             news: false,
+            up: false,
             said: String::new(),
         }
     }
@@ -180,7 +191,10 @@ impl Duty {
     pub fn prefetch(&self) -> Option<Prefetch> {
         let (target, ready) = match &self.way {
             Way::Fetches { target, .. } | Way::Rests { target, gave_up: false, .. } => (target, false),
-            Way::Ready { target, .. } | Way::Asks { target, .. } | Way::Leaves { target } => (target, true),
+            Way::Ready { target, .. }
+            | Way::Asks { target, .. }
+            | Way::Drains { target, .. }
+            | Way::Leaves { target } => (target, true),
             Way::Stays | Way::Rests { gave_up: true, .. } | Way::Gone => return None,
         };
         let ReleaseId { image, release } = target.release.clone();
@@ -201,6 +215,7 @@ impl Duty {
             | Way::Stays
             | Way::Fetches { .. }
             | Way::Asks { .. }
+            | Way::Drains { .. }
             | Way::Leaves { .. }
             | Way::Gone => None,
         };
@@ -234,9 +249,10 @@ impl Duty {
             }
             Event::Fetched(note) => self.fetched(note.as_deref(), &mut out),
             Event::MayGo => self.may_go(&mut out),
+            Event::Drained(trouble) => self.drained(trouble.as_ref(), now, jitter, &mut out),
+            Event::News => self.news = true,
             Event::Failed(trouble) => self.failed(&trouble, now, jitter, &mut out),
             Event::Loaded(trouble) => self.loaded(trouble, &mut out),
-            Event::News => self.news = true,
             Event::Time => {}
         }
         self.take_up(now, &mut out);
@@ -258,7 +274,16 @@ impl Duty {
             | Way::Rests { .. }
             | Way::Ready { .. }
             | Way::Asks { .. }
+            | Way::Drains { .. }
             | Way::Leaves { .. } => {}
+        }
+        if health.healthy && !std::mem::replace(&mut self.up, true) {
+            match &self.way {
+                Way::Drains { .. } | Way::Leaves { .. } | Way::Gone => {}
+                Way::Stays | Way::Fetches { .. } | Way::Rests { .. } | Way::Ready { .. } | Way::Asks { .. } => {
+                    out.push(Action::Undrain);
+                }
+            }
         }
         match (self.is_healthy(), health.healthy) {
             (false, true) => {
@@ -280,7 +305,11 @@ impl Duty {
         let Some(Wanted { target: new, grant }) = wanted else {
             return match std::mem::take(&mut self.way) {
                 way @ (Way::Stays | Way::Leaves { .. } | Way::Gone) => way,
-                way @ (Way::Fetches { .. } | Way::Rests { .. } | Way::Ready { .. } | Way::Asks { .. }) => {
+                way @ (Way::Fetches { .. }
+                | Way::Rests { .. }
+                | Way::Ready { .. }
+                | Way::Asks { .. }
+                | Way::Drains { .. }) => {
                     drop_what_runs(&way, out);
                     out.push(waiting(Stage::Prefetch, "called off: no other release is assigned any more"));
                     Way::Stays
@@ -289,7 +318,11 @@ impl Duty {
         };
         match std::mem::take(&mut self.way) {
             Way::Stays => self.set_out(new, out),
-            way @ (Way::Fetches { .. } | Way::Rests { .. } | Way::Ready { .. } | Way::Asks { .. })
+            way @ (Way::Fetches { .. }
+            | Way::Rests { .. }
+            | Way::Ready { .. }
+            | Way::Asks { .. }
+            | Way::Drains { .. })
                 if way.target() != Some(&new) =>
             {
                 drop_what_runs(&way, out);
@@ -310,6 +343,16 @@ impl Duty {
                 Grant::Hold { reason, .. } => {
                     out.push(Action::CallOff);
                     out.push(waiting(Stage::Grant, reason));
+                    Way::Ready { target, grant: Some(grant), failed: 0, until: 0 }
+                }
+            },
+            Way::Drains { target, failed } => match &grant {
+                Grant::Go => Way::Drains { target, failed },
+                Grant::Hold { reason, .. } => {
+                    out.push(Action::Undrain);
+                    out.push(waiting(Stage::Drain, "called off: it may not leave any more"));
+                    out.push(waiting(Stage::Grant, reason));
+                    self.news = true;
                     Way::Ready { target, grant: Some(grant), failed: 0, until: 0 }
                 }
             },
@@ -336,6 +379,7 @@ impl Duty {
             | Way::Rests { .. }
             | Way::Ready { .. }
             | Way::Asks { .. }
+            | Way::Drains { .. }
             | Way::Leaves { .. }
             | Way::Gone) => way,
         };
@@ -343,17 +387,49 @@ impl Duty {
 
     fn may_go(&mut self, out: &mut Vec<Action>) {
         self.way = match std::mem::take(&mut self.way) {
-            Way::Asks { target, .. } => {
+            Way::Asks { target, failed } => {
                 out.push(Action::Record(Stage::Grant, StageState::Done));
-                out.push(Action::Load);
-                Way::Leaves { target }
+                out.push(Action::Record(Stage::Drain, StageState::Started));
+                out.push(Action::Drain);
+                self.news = true;
+                Way::Drains { target, failed }
             }
             way @ (Way::Stays
             | Way::Fetches { .. }
             | Way::Rests { .. }
             | Way::Ready { .. }
+            | Way::Drains { .. }
             | Way::Leaves { .. }
             | Way::Gone) => way,
+        };
+    }
+
+    /// Its work is at an end, and it leaves; or a hook keeps it, and it works on until the next try.
+    fn drained(&mut self, trouble: Option<&Trouble>, now: Millis, jitter: u8, out: &mut Vec<Action>) {
+        self.way = match (std::mem::take(&mut self.way), trouble) {
+            (Way::Drains { target, .. }, None) => {
+                out.push(Action::Record(Stage::Drain, StageState::Done));
+                out.push(Action::Load);
+                Way::Leaves { target }
+            }
+            (Way::Drains { target, failed }, Some(trouble)) => {
+                let failed = failed.saturating_add(1);
+                let (pause, _) = pause(trouble.class, failed, jitter);
+                out.push(failure(trouble, failed, Some(pause)));
+                out.push(Action::Undrain);
+                self.news = true;
+                Way::Ready { target, grant: Some(Grant::Go), failed, until: now + millis(pause) }
+            }
+            (
+                way @ (Way::Stays
+                | Way::Fetches { .. }
+                | Way::Rests { .. }
+                | Way::Ready { .. }
+                | Way::Asks { .. }
+                | Way::Leaves { .. }
+                | Way::Gone),
+                None | Some(_),
+            ) => way,
         };
     }
 
@@ -373,7 +449,12 @@ impl Duty {
                 self.news = true;
                 Way::Ready { target, grant: Some(Grant::Go), failed, until: now + millis(pause) }
             }
-            way @ (Way::Stays | Way::Rests { .. } | Way::Ready { .. } | Way::Leaves { .. } | Way::Gone) => way,
+            way @ (Way::Stays
+            | Way::Rests { .. }
+            | Way::Ready { .. }
+            | Way::Drains { .. }
+            | Way::Leaves { .. }
+            | Way::Gone) => way,
         };
     }
 
@@ -393,6 +474,7 @@ impl Duty {
             | Way::Rests { .. }
             | Way::Ready { .. }
             | Way::Asks { .. }
+            | Way::Drains { .. }
             | Way::Gone) => way,
         };
     }
@@ -413,6 +495,7 @@ impl Duty {
             | Way::Rests { .. }
             | Way::Ready { .. }
             | Way::Asks { .. }
+            | Way::Drains { .. }
             | Way::Leaves { .. }
             | Way::Gone) => way,
         };
@@ -445,7 +528,7 @@ impl Duty {
         }
         match self.way {
             Way::Stays | Way::Rests { .. } | Way::Ready { .. } => HOLD_S,
-            Way::Fetches { .. } | Way::Asks { .. } | Way::Leaves { .. } | Way::Gone => PROGRESS_S,
+            Way::Fetches { .. } | Way::Asks { .. } | Way::Drains { .. } | Way::Leaves { .. } | Way::Gone => PROGRESS_S,
         }
     }
 }
@@ -458,6 +541,7 @@ impl Way {
             | Self::Rests { target, .. }
             | Self::Ready { target, .. }
             | Self::Asks { target, .. }
+            | Self::Drains { target, .. }
             | Self::Leaves { target } => Some(target),
         }
     }
@@ -466,6 +550,10 @@ impl Way {
 fn drop_what_runs(way: &Way, out: &mut Vec<Action>) {
     match way {
         Way::Fetches { .. } | Way::Asks { .. } => out.push(Action::CallOff),
+        Way::Drains { .. } => {
+            out.push(Action::Undrain);
+            out.push(waiting(Stage::Drain, "called off"));
+        }
         Way::Stays | Way::Rests { .. } | Way::Ready { .. } | Way::Leaves { .. } | Way::Gone => {}
     }
     out.push(Action::Discard);

@@ -4,6 +4,7 @@
 mod duty;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 use crate::api::Api;
 use crate::change::{self, Meter, Prefetch, Ready, blocking};
@@ -15,14 +16,18 @@ use crate::journal::{Journal, monotonic_ms};
 use crate::memory::{Place, random};
 use crate::net::Uplink;
 use crate::plan::{self, Plan};
+use crate::spool::Keeper;
 use crate::verifier::{Answer, Verifier};
 use crate::watchdog::Watchdog;
 use crate::{console, exec, facts, init, local, log, uplink, verity};
 use duty::{Action, Duty, Event, Target, Trouble, Wanted};
 use kiln_protocol::slot;
-use kiln_protocol::{Assignment, Decision, Grant, Health, Nonce, ReleaseId, Reply, Report, RunningRelease, Stage, Via};
+use kiln_protocol::{
+    Assignment, Decision, Grant, Health, Nonce, ReleaseId, Reply, Report, RunningRelease, Stage, Turn, Via,
+};
 use kiln_release::EXEC_PATH;
 use nix::sys::reboot::{RebootMode, reboot};
+use std::collections::BTreeMap;
 use std::future::pending;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
@@ -32,6 +37,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
 use tokio::time::{sleep, timeout};
+use watch::{Hooks, Watch};
 
 /// How often health is checked until the machine is healthy.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
@@ -80,6 +86,7 @@ async fn serve() -> Result<()> {
     }
     log::take_over();
     tokio::spawn(log::follow());
+    let watch = Watch::of(&handoff.manifest, disk.clone());
     let (verifier, mut journal) = resume(handoff)?;
     journal.fallback =
         disk.as_ref().and_then(|disk| local::fallback(&verifier.memory, &crate::disk::machine::lock(disk)));
@@ -90,9 +97,8 @@ async fn serve() -> Result<()> {
     journal.done(Stage::Service);
     let door = Door { systemctl: "systemctl".into(), reboot: restart };
     let mut service = Service::new(verifier, journal, change::NEXT, door)?;
-    service.disk = disk;
-    service.exec = exec;
-    Err(service.run(checks).await)
+    (service.disk, service.watch, service.exec) = (disk, watch, exec);
+    Err(Box::pin(service.run(checks)).await)
 }
 
 /// Keeps what is leased, or goes on asking: in disk mode a machine comes up without a network.
@@ -154,8 +160,16 @@ fn resume(handoff: Handoff) -> Result<(Verifier, Journal)> {
     let mut state = handoff.journal;
     // Likewise reports: their numbers go on above all that an earlier start can have made.
     state.seq = state.seq.max(monotonic_ms());
-    let journal =
-        Journal { state, machine, embedded, running: Some(running), health: None, prefetch: None, fallback: None };
+    let journal = Journal {
+        state,
+        machine,
+        embedded,
+        running: Some(running),
+        health: None,
+        prefetch: None,
+        fallback: None,
+        condition: None,
+    };
     let mut verifier = Verifier::new(handoff.boot, place, key, memory, handoff.servers, now);
     // A system on a disk stays what its slot holds: the disk's blocks are checked at each reading.
     if handoff.disk.is_none() {
@@ -200,7 +214,7 @@ type Post = Pin<Box<dyn Future<Output = Result<Reply>>>>;
 /// Whether a claimed order (its text) is one.
 type Check = Pin<Box<dyn Future<Output = (String, Result<()>)>>>;
 /// A round of health checks, and the pause before it.
-type Round = Pin<Box<dyn Future<Output = (Checks, Health)>>>;
+type Round = Pin<Box<dyn Future<Output = (Checks, Health, Vec<Turn>)>>>;
 
 /// The service: the state it decides by, and what it does it with.
 struct Service {
@@ -224,6 +238,7 @@ struct Service {
     prefetch: Option<Prefetch>,
     meter: Arc<Meter>,
     ready: Option<Arc<Ready>>,
+    watch: Watch,
     /// In disk mode.
     disk: Option<SharedDisk>,
     /// What was last done of [`kiln_protocol::Desired::network_first`].
@@ -261,6 +276,7 @@ impl Service {
             prefetch: None,
             meter: Arc::default(),
             ready: None,
+            watch: Watch::new(Keeper::open(None, None), BTreeMap::new(), "/"),
             disk: None,
             ordered: None,
             exec: None,
@@ -331,9 +347,13 @@ impl Service {
         let mut job: Option<Job> = None;
         let mut wipe: Option<Check> = None;
         let exec = self.exec.clone();
+        let mut hooks: Option<Hooks> = None;
+        let mut look = self.watch.look();
         loop {
             let event = tokio::select! {
-                (checks, health) = &mut round => {
+                (mut checks, health, turns) = &mut round => {
+                    self.watch.turned(turns);
+                    self.watch.refused(checks.set_thresholds(&self.watch.thresholds));
                     round = Box::pin(check(checks, if health.healthy { WATCH_EVERY } else { CHECK_EVERY }));
                     Event::Checked(health)
                 }
@@ -366,6 +386,15 @@ impl Service {
                     done.event
                 }
                 () = exec::news(exec.as_ref()) => Event::News,
+                event = maybe(&mut hooks) => {
+                    hooks = None;
+                    event
+                }
+                (eye, seen) = maybe(&mut look) => {
+                    let (next, news) = self.watch.seen(eye, seen);
+                    look = Some(next);
+                    if news { Event::News } else { Event::Time }
+                }
                 () = until(self.duty.wakes()) => Event::Time,
             };
             if let Event::Checked(health) = &event
@@ -390,6 +419,8 @@ impl Service {
                         (self.prefetch, self.ready, self.meter) = (None, None, Arc::default());
                         self.call_off();
                     }
+                    Action::Drain => hooks = Some(self.watch.drain()),
+                    Action::Undrain => hooks = Some(self.watch.undrain()),
                     Action::Load => job = Some(self.load()),
                     Action::Leave { cold } => {
                         drop((round, post, job));
@@ -445,10 +476,11 @@ impl Service {
         };
         self.journal.answered(&reply);
         self.order_boot();
+        let more = self.watch.heard(&reply);
         let wanted = claimed(&reply);
         let wanted = wanted.filter(|(rebuild, wanted)| wanted.target.release != self.here || *rebuild > self.put_up);
         let wanted = wanted.map(|(_, wanted)| wanted);
-        let answer = duty::Answer { again_ms: reply.again_ms, may_wait: reply.may_wait, wanted };
+        let answer = duty::Answer { again_ms: if more { 0 } else { reply.again_ms }, may_wait: reply.may_wait, wanted };
         self.newest = self.nonce.take().map(|nonce| (reply, nonce));
         Event::Answered(answer)
     }
@@ -457,6 +489,7 @@ impl Service {
         self.journal.health = self.duty.health().cloned();
         self.journal.prefetch =
             self.duty.prefetch().map(|p| kiln_protocol::Prefetch { progress: self.meter.read(), ..p });
+        self.journal.condition = Some(self.watch.condition());
         let report = self.journal.report(hold_s);
         let report = match &self.exec {
             Some(post) => {
@@ -599,10 +632,10 @@ fn claimed(reply: &Reply) -> Option<(u64, Wanted)> {
 }
 
 /// A pause and a round of checks.
-async fn check(mut checks: Checks, pause: Duration) -> (Checks, Health) {
+async fn check(mut checks: Checks, pause: Duration) -> (Checks, Health, Vec<Turn>) {
     sleep(pause).await;
-    let health = checks.run().await;
-    (checks, health)
+    let (health, turns) = checks.run().await;
+    (checks, health, turns)
 }
 
 /// The future's output, if there is one.

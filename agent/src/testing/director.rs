@@ -11,6 +11,7 @@ use kiln_release::{Signer, hex, sign_envelope};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Condvar, Mutex};
@@ -19,8 +20,19 @@ use std::time::{Duration, Instant};
 /// What is wanted of the machine: release, sequence, how to go there, and whether it may go once it is ready.
 pub type Order = (u64, u64, Via, bool);
 
+/// How the line to it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Line {
+    Whole,
+    /// Reports arrive, replies do not.
+    LosesReplies,
+    /// Nothing arrives.
+    Dead,
+}
+
 struct State {
     order: Order,
+    line: Line,
     heard: Vec<(Instant, Report)>,
     /// An operator's order that is handed on.
     given: Option<String>,
@@ -63,7 +75,7 @@ impl Director {
         let machine = Signer::from_seed(&site.machine_key);
         let manifests = site.manifests.iter();
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { order, heard: Vec::new(), given: None, rebuild: 0 }),
+            state: Mutex::new(State { order, line: Line::Whole, heard: Vec::new(), given: None, rebuild: 0 }),
             changed: Condvar::new(),
             signer: Signer::from_seed(&[6; 32]),
             manifests: manifests.map(|(n, m)| (*n, hex::sha256(&serde_json::to_vec(m).unwrap()))).collect(),
@@ -97,6 +109,12 @@ impl Director {
     /// Hands on an operator's order from now on, whatever it is.
     pub fn give(&self, order: Option<String>) {
         self.shared.state.lock().unwrap().given = order;
+        self.shared.changed.notify_all();
+    }
+
+    /// The line is so from now on; what is held is let go.
+    pub fn line(&self, line: Line) {
+        self.shared.state.lock().unwrap().line = line;
         self.shared.changed.notify_all();
     }
 
@@ -149,7 +167,8 @@ fn connection(stream: TcpStream, config: Arc<ServerConfig>, shared: &Shared) {
             return;
         }
         let report: Report = serde_json::from_slice(&body).expect("the agent sends reports");
-        let body = serde_json::to_string(&shared.answer(&report)).unwrap();
+        let Some(reply) = shared.answer(&report) else { return };
+        let body = serde_json::to_string(&reply).unwrap();
         let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
         let out = stream.get_mut();
         if out.write_all(answer.as_bytes()).and_then(|()| out.flush()).is_err() {
@@ -159,16 +178,22 @@ fn connection(stream: TcpStream, config: Arc<ServerConfig>, shared: &Shared) {
 }
 
 impl Shared {
-    fn answer(&self, report: &Report) -> Reply {
+    fn answer(&self, report: &Report) -> Option<Reply> {
         let mut state = self.state.lock().unwrap();
+        if state.line == Line::Dead {
+            return None;
+        }
         state.heard.push((Instant::now(), report.clone()));
         self.changed.notify_all();
         let until = Instant::now() + Duration::from_secs(report.wait_s.into());
         loop {
+            if state.line != Line::Whole {
+                return None;
+            }
             let reply = self.reply(report, &state);
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() || reply.desired.etag != report.desired_etag {
-                return reply;
+                return Some(reply);
             }
             state = self.changed.wait_timeout(state, left).unwrap().0;
         }
@@ -218,6 +243,6 @@ impl Shared {
         });
         let etag = format!("{etag}-{}", order.as_ref().map_or(String::new(), |o| hex::sha256(o.order.as_bytes())));
         let desired = Desired { etag, network_first: false, decision, order };
-        Reply { desired, again_ms: 1000, may_wait: true, about: None }
+        Reply { desired, again_ms: 1000, may_wait: true, about: None, thresholds: BTreeMap::new() }
     }
 }

@@ -191,7 +191,7 @@ impl TestSite {
             command_line: COMMAND_LINE.into(),
             policy: FilePolicy::default(),
             hooks: BTreeMap::new(),
-            health: vec![HealthCheck { kind: HealthKind::Systemd, soak: 0 }],
+            health: vec![HealthCheck::of(HealthKind::Systemd, 0)],
             writable: Vec::new(),
             sbom: None,
         }
@@ -248,7 +248,16 @@ pub fn journal(verifier: &Verifier) -> Journal {
         memory_bytes: 1 << 30,
     };
     let state = JournalState::begin(boot_id().unwrap(), monotonic_ms());
-    Journal { state, machine, running: Some(embedded.clone()), embedded, health: None, prefetch: None, fallback: None }
+    Journal {
+        state,
+        machine,
+        running: Some(embedded.clone()),
+        embedded,
+        health: None,
+        prefetch: None,
+        fallback: None,
+        condition: None,
+    }
 }
 
 /// A PE32+ file of headers and sections (Microsoft PE Format).

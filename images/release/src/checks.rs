@@ -4,6 +4,7 @@
 //! initramfs the caller runs in. They are strict: floats and keys given twice are refused, unknown fields are not.
 
 use crate::canonical::parse_strict;
+use crate::declared;
 use crate::envelope::{KeySet, Unverified};
 use crate::error::{DirectorError, FormatError, OperatorError};
 use crate::formats::{Artifact, BootInfo, MANIFEST_TYPE, Manifest, SITE_TYPE, Site};
@@ -123,6 +124,10 @@ impl Manifest {
             "nothing",
             "without a check no machine would ever be healthy",
         )?;
+        declared::check_all(&self.health).or_else(|(got, reason)| check.field("health", false, &got, reason))?;
+        for (event, hooks) in &self.hooks {
+            declared::check_hooks(event, hooks).or_else(|(got, reason)| check.field("hooks", false, &got, reason))?;
+        }
         for (i, mount) in self.writable.iter().enumerate() {
             let path = mount.path.as_str();
             let clean = path.len() > 1

@@ -3,6 +3,7 @@
 //! Hashes are lower-case hex SHA-256. Strings that become paths or TUF role names are checked by the reader
 //! (`Manifest::check`, `BootInfo::check`), which is called only after the signature was verified.
 
+use crate::declared::{HealthCheck, Hook};
 use crate::network::NetworkConfig;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -39,24 +40,6 @@ pub struct VerityParams {
     pub data_blocks: u64,
     /// Byte offset of the verity superblock; the tree follows one block later.
     pub hash_offset: u64,
-}
-
-/// Kinds of health checks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum HealthKind {
-    /// `systemctl is-system-running` says `running`.
-    Systemd,
-}
-
-/// One health check.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct HealthCheck {
-    /// What is checked.
-    pub kind: HealthKind,
-    /// Seconds it must hold without a break.
-    pub soak: u64,
 }
 
 /// One tmpfs over the read-only root; always noexec, nosuid, nodev.
@@ -112,8 +95,9 @@ pub struct Manifest {
     pub command_line: String,
     /// Policy.
     pub policy: FilePolicy,
-    /// Hooks by event; declared by the release, never by role data.
-    pub hooks: BTreeMap<String, String>,
+    /// Hooks by event ([`crate::declared::HOOK_EVENTS`]), in the order they run; declared by the release, never by role
+    /// data.
+    pub hooks: BTreeMap<String, Vec<Hook>>,
     /// Health checks; all must hold.
     pub health: Vec<HealthCheck>,
     /// Writable places.

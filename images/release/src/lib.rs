@@ -10,6 +10,7 @@ pub mod authenticode;
 pub mod canonical;
 pub mod certificate;
 mod checks;
+pub mod declared;
 pub mod efi;
 pub mod envelope;
 mod error;
@@ -25,6 +26,7 @@ pub mod tuf;
 pub mod verity;
 
 pub use checks::{MAX_DIRECTOR_STATEMENT, is_image_name};
+pub use declared::{Expected, HealthCheck, HealthKind, Hook, HookKind, OnTimeout, Threshold, UnitLimit};
 pub use envelope::{KeySet, Unverified, Verified, sign_envelope};
 pub use error::{
     CanonicalError, DirectorError, EnvelopeError, FormatError, KeyError, OperatorError, TufError, VerityError,
@@ -32,8 +34,8 @@ pub use error::{
 };
 pub use exec::{EXEC_PATH, EXEC_TYPE, ExecFail, ExecMode, ExecPolicy, ExecRule, MAX_EXEC_HASHES, MAX_EXEC_RULES};
 pub use formats::{
-    AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, DiskSettings, FilePolicy, HANDOFF_PATH, HealthCheck,
-    HealthKind, IPE_POLICY_PATH, MANIFEST_TYPE, Manifest, Mode, ROOT_SIGNATURE_PATH, SITE_TYPE, Site, SiteSettings,
-    VerityParams, WipePolicy, WritableMount,
+    AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, DiskSettings, FilePolicy, HANDOFF_PATH, IPE_POLICY_PATH,
+    MANIFEST_TYPE, Manifest, Mode, ROOT_SIGNATURE_PATH, SITE_TYPE, Site, SiteSettings, VerityParams, WipePolicy,
+    WritableMount,
 };
 pub use key::{PublicKey, Signer};

@@ -34,7 +34,7 @@ fn manifest() -> Manifest {
         command_line: "console=ttyS0 ro".into(),
         policy: FilePolicy::default(),
         hooks: BTreeMap::new(),
-        health: vec![HealthCheck { kind: HealthKind::Systemd, soak: 5 }],
+        health: vec![HealthCheck::of(HealthKind::Systemd, 5)],
         writable: vec![WritableMount { path: "/var/tmp".into(), size: 1 << 20 }],
         sbom: None,
     }

@@ -48,7 +48,7 @@ pub fn build(site: &SiteDir, image: &str, release: u64, built: Timestamp) -> Man
         command_line: "console=ttyS0".into(),
         policy: FilePolicy::default(),
         hooks: BTreeMap::new(),
-        health: vec![HealthCheck { kind: HealthKind::Systemd, soak: 5 }],
+        health: vec![HealthCheck::of(HealthKind::Systemd, 5)],
         writable: vec![],
         sbom: None,
     };

@@ -10,6 +10,7 @@
 
 mod age;
 mod boots;
+mod condition;
 mod error;
 mod event;
 mod grant;
@@ -24,6 +25,7 @@ mod step;
 mod trial;
 
 pub use boots::{BOOTS_KEPT, Boot, RECORDS_KEPT, StageAt};
+pub use condition::{EVENTS_KEPT, EventAt, KnownCondition};
 pub use error::Refusal;
 pub use event::{Action, Event, Reported};
 pub use grant::{Desire, Limits, desire, grant};
@@ -53,7 +55,7 @@ pub const NO_DOWNLOAD: &str = "no-download";
 pub const STALLED: &str = "download-stalled";
 /// Kind of the failure of [`kiln_protocol::Stage::Start`]: the boot program was sent whole, and no agent is heard.
 pub const NO_AGENT: &str = "no-agent";
-/// From the grant to *going*: the time that drain hooks have.
+/// From the grant to *going*; a machine whose drain hooks run has as long as they have.
 pub const DRAIN_DEADLINE_MS: Millis = 5 * 60_000;
 /// A machine that nobody approved is forgotten after so long without a word: anyone can make one up.
 pub const FORGET_MS: Millis = 24 * 3_600_000;

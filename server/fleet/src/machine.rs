@@ -1,6 +1,7 @@
 //! Everything the server remembers of one machine.
 
 use crate::boots::Boot;
+use crate::condition::KnownCondition;
 use crate::error::Refusal;
 use crate::grant::Limits;
 use crate::held::HeldBoot;
@@ -101,6 +102,9 @@ pub struct Machine {
     /// What its allow-list of programs says, in this boot.
     #[serde(default)]
     pub exec: Option<ExecState>,
+    /// Drift, draining, and what happened on it.
+    #[serde(default)]
+    pub condition: KnownCondition,
     /// Sequence of the assignment it may leave for.
     pub granted: Option<u64>,
     /// Why it fell back, until a person clears it or assigns something.
@@ -162,6 +166,7 @@ impl Machine {
             prefetch: None,
             agent_memory: None,
             exec: None,
+            condition: KnownCondition::default(),
             granted: None,
             fell_back: None,
             excused: None,

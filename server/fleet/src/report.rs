@@ -90,6 +90,7 @@ impl Machine {
             (Some(_) | None, None) | (None, Some(_)) => false,
         };
         self.settle(root_wrong, now);
+        self.prolong_drain(now);
         self.agent_seen = (!self.says_it_leaves()).then_some(now);
     }
 
@@ -189,6 +190,7 @@ impl Machine {
         self.prefetch = None;
         self.agent_memory = None;
         self.exec = None;
+        self.condition.begin();
         self.running = None;
         self.last_words.clear();
         let deadline = Some(now + BOOT_DEADLINE_MS);
@@ -260,6 +262,7 @@ impl Machine {
             out.extend(news.into_iter().map(|text| Action::Say { warn: true, text }));
             self.exec.clone_from(&report.exec);
         }
+        new |= self.note_condition(report.condition.as_ref(), now, out);
         if self.health != report.health {
             new |= self.health.as_ref().map(|h| h.healthy) != report.health.as_ref().map(|h| h.healthy);
             self.health.clone_from(&report.health);

@@ -144,7 +144,7 @@ fn list(machines: &[MachineView], now_ms: i64) -> String {
             let assigned = m.assigned.as_ref().map_or("-".into(), |a| format!("{}/{}", a.image, a.release));
             vec![
                 m.name.clone(),
-                m.state.clone(),
+                flagged(m),
                 m.stage_label.clone(),
                 release(m),
                 assigned,
@@ -155,6 +155,33 @@ fn list(machines: &[MachineView], now_ms: i64) -> String {
         })
         .collect();
     table(&["NAME", "STATE", "STAGE", "RELEASE", "ASSIGNED", "PROTECTION", "SEEN", "LAST WORDS"], &rows)
+}
+
+/// Its state, and that it differs from its release.
+fn flagged(m: &MachineView) -> String {
+    match m.condition.drift_count {
+        0 => m.state.clone(),
+        n => format!("{}, drift {n}", m.state),
+    }
+}
+
+/// Drift and events, below a machine's values.
+fn condition(text: &mut String, m: &MachineView) {
+    let drift = &m.condition.drift;
+    let more = u64::from(m.condition.drift_count).saturating_sub(drift.len() as u64);
+    let mut line = |words: String| writeln!(text, "{words}").expect("writing to a String cannot fail");
+    for (number, difference) in drift.iter().enumerate() {
+        let name = if number == 0 { "drift" } else { "" };
+        line(format!("{name:<12} {} [{}]", difference.text, difference.kind));
+    }
+    if more > 0 {
+        line(format!("{:<12} and {more} more", ""));
+    }
+    for (number, event) in m.condition.events.iter().enumerate() {
+        let name = if number == 0 { "events" } else { "" };
+        let alarm = if event.alarm { "!" } else { " " };
+        line(format!("{name:<12} {} {alarm} {}: {}", clock(event.at_ms), event.kind, event.text));
+    }
 }
 
 fn show(m: &MachineView, now_ms: i64) -> String {
@@ -213,6 +240,7 @@ fn show(m: &MachineView, now_ms: i64) -> String {
         writeln!(text, "{name:<12} {value}").expect("writing to a String cannot fail");
     }
     text += &exec(m);
+    condition(&mut text, m);
     for boot in &m.boots {
         let what = boot.image.as_ref().zip(boot.release).map_or("?".into(), |(i, r)| format!("{i}/{r}"));
         writeln!(text, "\nboot of {what} by {} at {}", boot.via, clock(boot.started_ms))
@@ -349,6 +377,21 @@ mod tests {
             }),
             agent_memory: Some(kiln_protocol::AgentMemory { rss_bytes: 5 << 20, peak_bytes: 13 << 19 }),
             exec: Some(kiln_protocol::ExecState { running: true, denied: 3, ..Default::default() }),
+            condition: crate::view::ConditionView {
+                drift: vec![kiln_protocol::Difference {
+                    kind: kiln_protocol::DriftKind::Listener,
+                    what: "tcp/4444".into(),
+                    text: "nc (pid 7) listens on tcp/4444".into(),
+                }],
+                drift_count: 3,
+                draining: None,
+                events: vec![crate::view::EventView {
+                    at_ms: 3_600_000,
+                    kind: "hook".into(),
+                    alarm: true,
+                    text: "late".into(),
+                }],
+            },
             last_good: None,
             firmware: Some(kiln_protocol::Firmware::Bios),
             key: Some("ab".repeat(32).parse().unwrap()),
@@ -374,6 +417,12 @@ mod tests {
         let guard =
             "\nallow-list   the guard runs, replaced 0 times; 3 starts denied, 0 only reported, 0 not judged in time\n";
         assert!(text.contains(guard), "{text}");
+        assert!(
+            text.contains("\ndrift        nc (pid 7) listens on tcp/4444 [listener]\n             and 2 more\n"),
+            "{text}"
+        );
+        assert!(text.contains("\nevents       01:00:00 ! hook: late\n"), "{text}");
+        assert!(list(std::slice::from_ref(&machine), 0).contains("healthy, drift 3"));
         let rows: Vec<&str> = text.lines().filter(|l| l.trim_end().ends_with(" done")).collect();
         let labels: Vec<&str> = kiln_protocol::Stage::ALL.iter().map(|s| s.label()).collect();
         assert_eq!(rows.len(), labels.len(), "{text}");

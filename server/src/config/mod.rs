@@ -9,6 +9,7 @@ use crate::http;
 use crate::net::Shared;
 use kiln_fleet::Limits;
 use kiln_protocol::{ImageName, KeyId, MachineId};
+use kiln_release::Threshold;
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -42,8 +43,8 @@ pub struct Config {
     pub boot: Boot,
     /// The fleet's limits.
     pub limits: Limits,
-    /// Image by role name.
-    pub roles: BTreeMap<String, ImageName>,
+    /// Roles by name.
+    pub roles: BTreeMap<String, Role>,
     /// The age at which a role's machines are put up anew at the latest, in milliseconds.
     pub max_ages: BTreeMap<String, u64>,
     /// Roles whose machines in disk mode ask the network before the disk.
@@ -102,6 +103,22 @@ pub struct Boot {
     pub http_boot: bool,
 }
 
+/// What a role says: data, never code.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Role {
+    /// Its image.
+    pub image: ImageName,
+    /// Numbers for the health checks that the release declares, by the check's name.
+    pub thresholds: BTreeMap<String, Threshold>,
+}
+
+impl Role {
+    /// With nothing but an image.
+    pub fn of(image: ImageName) -> Self {
+        Self { image, thresholds: BTreeMap::new() }
+    }
+}
+
 /// One line of the pre-loaded list.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Listed {
@@ -144,7 +161,7 @@ impl Config {
 
     /// A role's image.
     pub fn image_of(&self, role: &str) -> Result<&ImageName, ConfigError> {
-        self.roles.get(role).ok_or_else(|| ConfigError::UnknownRole {
+        self.roles.get(role).map(|role| &role.image).ok_or_else(|| ConfigError::UnknownRole {
             role: role.to_owned(),
             known: self.roles.keys().cloned().collect::<Vec<_>>().join(", "),
         })
@@ -210,6 +227,8 @@ firmware_patience = "90s"
 name = "lab"
 image = "minimal"
 max_age = "30d"
+[role.thresholds]
+"disk./var" = "10%"
 [[machine]]
 id = "00000000-0000-0000-0000-00000000000A"
 name = "rack-1"
@@ -238,6 +257,7 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
         let id = "00000000-0000-0000-0000-00000000000a".parse().unwrap();
         let key = Some("ab".repeat(32).parse().unwrap());
         assert_eq!(c.machines[&id], Listed { name: "rack-1".into(), role: "lab".into(), key });
+        assert_eq!(c.roles["lab"].thresholds["disk./var"], Threshold::Percent(10));
         assert!(!c.boot.http_boot);
         assert_eq!(c.max_ages["lab"], 30 * 24 * 3_600_000);
     }
@@ -284,6 +304,10 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
             ("[[role]]\nname = \"a\"\nimage = \"../x\"", "role a: image"),
             ("[[role]]\nname = \"a\"\nimage = \"x\"\nmax_age = \"1 month\"", "role a: max_age: \"1 month\""),
             ("[[role]]\nname = \"a\"\nimage = \"x\"\nmax_age = \"5m\"", "from 1h to 3650d"),
+            (
+                "[[role]]\nname = \"a\"\nimage = \"x\"\n[role.thresholds]\nmemory = \"lots\"",
+                "role a: thresholds.memory: \"lots\" is no threshold: expected \"10%\", \"64M\" or \"500ms\"",
+            ),
             ("[[role]]\nname = \"a b\"\nimage = \"x\"", "role.name"),
             ("[[machine]]\nid = \"x\"\nname = \"n\"\nrole = \"default\"", "machine.id"),
             (

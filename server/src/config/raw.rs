@@ -1,11 +1,12 @@
 //! `kiln.toml` as it is written, and how it becomes a checked [`Config`].
 
-use super::{Boot, Config, Dhcp, DhcpMode, FullDhcp, Listed, is_name};
+use super::{Boot, Config, Dhcp, DhcpMode, FullDhcp, Listed, Role, is_name};
 use crate::error::ConfigError;
 use crate::http;
 use crate::net::{Shared, tftp};
 use kiln_fleet::Limits;
 use kiln_protocol::{ImageName, MachineId};
+use kiln_release::Threshold;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -111,6 +112,8 @@ struct RawRole {
     max_age: Option<String>,
     #[serde(default)]
     boot_first: RawFirst,
+    #[serde(default)]
+    thresholds: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -128,6 +131,21 @@ struct RawMachine {
     name: String,
     role: String,
     key: Option<String>,
+}
+
+/// Most thresholds of a role.
+const MAX_THRESHOLDS: usize = 32;
+
+/// Numbers only: which of them the release declares is checked when it is assigned, and by the agent.
+fn thresholds(role: &RawRole) -> Result<BTreeMap<String, Threshold>, ConfigError> {
+    if role.thresholds.len() > MAX_THRESHOLDS {
+        return Err(bad(&format!("role {}: thresholds", role.name), format!("at most {MAX_THRESHOLDS}")));
+    }
+    let read = |(name, text): (&String, &String)| {
+        let key = || format!("role {}: thresholds.{name}", role.name);
+        Threshold::try_from(text.clone()).map(|t| (name.clone(), t)).map_err(|e| bad(&key(), e))
+    };
+    role.thresholds.iter().map(read).collect()
 }
 
 fn bad(key: &str, reason: impl std::fmt::Display) -> ConfigError {
@@ -257,12 +275,13 @@ impl TryFrom<Raw> for Config {
                 let age = age(text).map_err(|e| bad(&format!("role {}: max_age", role.name), e))?;
                 max_ages.insert(role.name.clone(), age);
             }
-            if roles.insert(role.name.clone(), image).is_some() {
+            let thresholds = thresholds(&role)?;
+            if roles.insert(role.name.clone(), Role { image, thresholds }).is_some() {
                 return Err(bad("role.name", format!("{:?} is there twice", role.name)));
             }
         }
         if roles.is_empty() {
-            roles.insert("default".to_owned(), default_image.clone());
+            roles.insert("default".to_owned(), Role::of(default_image.clone()));
         }
         let mut machines: BTreeMap<MachineId, Listed> = BTreeMap::new();
         for machine in raw.machine {

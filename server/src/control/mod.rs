@@ -11,6 +11,7 @@ mod logs;
 mod netboot;
 mod orders;
 mod reports;
+mod roles;
 mod signed;
 mod views;
 

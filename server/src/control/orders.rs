@@ -39,6 +39,7 @@ impl Control {
                 return Err(ControlError::NameTaken(name));
             }
             self.check_fits(&inner, &id, &release)?;
+            self.check_thresholds(role, &release)?;
             if let Some(code) = code {
                 inner.check_code(&id, code, now_ms())?;
             }
@@ -86,6 +87,9 @@ impl Control {
                 }
             }
             self.check_fits(&inner, &id, release)?;
+            if let Some(role) = inner.machines.get(&id).and_then(|m| m.role.as_ref()) {
+                self.check_thresholds(role, release)?;
+            }
             let mut pending = Pending::default();
             self.step(&mut inner, &id, Event::Assign { release: release.clone(), via }, now_ms(), &mut pending)?;
             if let Some(m) = inner.machines.get(&id) {

@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use kiln_fleet::{Desire, Event, Machine, Reported, StateKind, desire, grant};
 use kiln_protocol::{Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, Reply, Report, Sha256Hex, Via};
 use kiln_release::hex;
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -185,9 +186,12 @@ impl Control {
             self.step(&mut inner, id, Event::Granted, now_ms(), &mut pending)?;
         }
         let busy = inner.machines.get(id).is_some_and(|m| !m.is_available() || !m.runs_assigned());
+        let thresholds = self.thresholds(inner.machines.get(id).and_then(|m| m.role.as_ref()));
         drop(inner);
         let network_first = self.config.network_first.contains(&envelope.role);
-        Ok((Wanted::run(envelope, assigned.via, granted, busy, network_first), pending))
+        let mut wanted = Wanted::run(envelope, assigned.via, granted, busy, network_first);
+        wanted.thresholds = thresholds;
+        Ok((wanted, pending))
     }
 
     /// Makes the answer that goes out: only now its freshness is signed, and the lock is not held.
@@ -204,7 +208,7 @@ impl Control {
             None => None,
         };
         let desired = Desired { etag: wanted.etag, network_first: wanted.network_first, decision, order };
-        Ok(Reply { desired, again_ms, may_wait, about: None })
+        Ok(Reply { desired, again_ms, may_wait, about: None, thresholds: wanted.thresholds })
     }
 }
 
@@ -216,6 +220,8 @@ struct Wanted {
     busy: bool,
     /// Its role's machines ask the network before the disk.
     network_first: bool,
+    /// The role's.
+    thresholds: BTreeMap<String, String>,
     what: What,
     /// An operator's order that goes with it.
     order: Option<String>,
@@ -229,14 +235,16 @@ enum What {
 impl Wanted {
     fn wait(reason: String, busy: bool) -> Self {
         let etag = hex::sha256(reason.as_bytes())[..16].to_owned();
-        Self { etag, busy, network_first: false, what: What::Wait(reason), order: None }
+        let thresholds = BTreeMap::new();
+        Self { etag, busy, network_first: false, thresholds, what: What::Wait(reason), order: None }
     }
 
     fn run(envelope: Envelope, via: Via, grant: Grant, busy: bool, network_first: bool) -> Self {
         let identity = serde_json::to_vec(&(&envelope.text, via, &grant, network_first))
             .expect("strings and words always become JSON");
         let what = What::Run { envelope, via, grant };
-        Self { etag: hex::sha256(&identity)[..16].to_owned(), busy, network_first, what, order: None }
+        let etag = hex::sha256(&identity)[..16].to_owned();
+        Self { etag, busy, network_first, thresholds: BTreeMap::new(), what, order: None }
     }
 
     fn with_order(mut self, order: Option<String>) -> Self {

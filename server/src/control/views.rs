@@ -1,7 +1,7 @@
 //! A machine as the operator API shows it.
 
-use crate::view::{AssignedView, BootView, MachineView, ReleaseView, StageView};
-use kiln_fleet::{Boot, Machine, Millis, StageAt, StateKind};
+use crate::view::{AssignedView, BootView, ConditionView, EventView, MachineView, ReleaseView, StageView};
+use kiln_fleet::{Boot, EventAt, KnownCondition, Machine, Millis, StageAt, StateKind};
 use kiln_protocol::{ApprovalCode, Sha256Hex, StageState};
 use kiln_release::Manifest;
 
@@ -44,6 +44,7 @@ impl MachineView {
             prefetch: m.prefetch.clone(),
             agent_memory: m.agent_memory,
             exec: m.exec.clone(),
+            condition: condition(&m.condition),
             last_good: m.last_good().cloned(),
             firmware: facts.map(|f| f.firmware),
             key: m.key.clone(),
@@ -67,6 +68,17 @@ impl MachineView {
 fn code(m: &Machine) -> Option<ApprovalCode> {
     let (of, code) = m.code.as_ref()?;
     (m.state.kind == StateKind::Discovered && m.key.as_ref() == Some(of)).then(|| code.clone())
+}
+
+fn condition(known: &KnownCondition) -> ConditionView {
+    let event =
+        |e: &EventAt| EventView { at_ms: signed(e.at), kind: e.kind.clone(), alarm: e.alarm, text: e.text.clone() };
+    ConditionView {
+        drift: known.drift.clone(),
+        drift_count: known.drift_count,
+        draining: known.draining.clone(),
+        events: known.events.iter().map(event).collect(),
+    }
 }
 
 fn boot(b: &Boot) -> BootView {

@@ -67,6 +67,7 @@ impl From<ControlError> for ApiError {
             | ControlError::Config(_)
             | ControlError::WrongClass { .. }
             | ControlError::WrongArchitecture { .. }
+            | ControlError::Threshold { .. }
             | ControlError::BelowFloor { .. }
             | ControlError::Operator(_)
             | ControlError::Order(_)

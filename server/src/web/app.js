@@ -135,7 +135,11 @@ function show(machine) {
     name.replaceChildren(link);
     name.dataset.linked = machine.name;
   }
-  cell(row, "state", machine.state, machine.reason);
+  const drift = machine.condition ? machine.condition.drift : [];
+  const differs = drift.length ? `, drift ${machine.condition.drift_count}` : "";
+  const why = [machine.reason, ...drift.map((difference) => difference.text)].join("\n");
+  cell(row, "state", machine.state + differs, why);
+  row.dataset.drift = drift.length ? "yes" : "no";
   const stage = cell(row, "stage", machine.stage_label || "–");
   const at = stages.indexOf(machine.stage);
   const bar = document.createElement("progress");

@@ -71,7 +71,7 @@ pub fn build(site: &SiteDir, release: u64) -> Manifest {
         command_line: "console=ttyS0".into(),
         policy: FilePolicy::default(),
         hooks: BTreeMap::new(),
-        health: vec![HealthCheck { kind: HealthKind::Systemd, soak: 5 }],
+        health: vec![HealthCheck::of(HealthKind::Systemd, 5)],
         writable: vec![],
         sbom: None,
     };
@@ -356,6 +356,7 @@ impl Agent {
             fallback: None,
             agent_memory: None,
             exec: None,
+            condition: None,
             wait_s: 0,
             desired_etag: String::new(),
         }

@@ -29,7 +29,7 @@ fn checked(healthy: bool) -> Event {
 /// A healthy machine whose report is held, on that way.
 fn at(way: Way) -> Duty {
     let health = Some(Health { healthy: true, detail: String::new() });
-    Duty { health, way, post: Post::Held, may_wait: true, ..Duty::new() }
+    Duty { health, way, post: Post::Held, may_wait: true, up: true, ..Duty::new() }
 }
 
 /// Every way there is, with its name in the documents; all of release 2, sequence 5.
@@ -41,6 +41,7 @@ fn ways() -> Vec<(&'static str, Way)> {
         Way::Rests { target: target.clone(), failed: 2, until: NOW, gave_up: false },
         Way::Ready { target: target.clone(), grant: None, failed: 0, until: 0 },
         Way::Asks { target: target.clone(), failed: 0 },
+        Way::Drains { target: target.clone(), failed: 0 },
         Way::Leaves { target },
         Way::Gone,
     ];
@@ -56,6 +57,7 @@ fn name(way: &Way) -> &'static str {
         Way::Rests { .. } => "rests",
         Way::Ready { .. } => "ready",
         Way::Asks { .. } => "asks",
+        Way::Drains { .. } => "drains",
         Way::Leaves { .. } => "leaves",
         Way::Gone => "gone",
     }
@@ -72,6 +74,8 @@ fn events() -> Vec<(&'static str, Event)> {
         ("not healthy", checked(false)),
         ("fetched", Event::Fetched(None)),
         ("may go", Event::MayGo),
+        ("drained", Event::Drained(None)),
+        ("a hook keeps it", Event::Drained(Some(trouble(FailureClass::Machine)))),
         ("failed: unreachable", Event::Failed(trouble(FailureClass::Unreachable))),
         ("failed: did not verify", Event::Failed(trouble(FailureClass::Verification))),
         ("loaded", Event::Loaded(None)),
@@ -88,6 +92,8 @@ fn word(action: &Action) -> Option<&'static str> {
         Action::AskWhetherToGo(_) => Some("ask"),
         Action::CallOff => Some("call off"),
         Action::Discard => Some("discard"),
+        Action::Drain => Some("drain"),
+        Action::Undrain => Some("undrain"),
         Action::Load => Some("load"),
         Action::Leave { cold: false } => Some("leave"),
         Action::Leave { cold: true } => Some("leave by cold boot"),
@@ -147,6 +153,7 @@ fn an_unhealthy_machine_follows_an_assignment_and_its_checks_may_hang() {
         Event::Fetched(None),
         answer(Some((target(1, 6), Grant::Go))),
         Event::MayGo,
+        Event::Drained(None),
         Event::Loaded(None),
     ];
     for (n, event) in (0..).zip(steps) {
@@ -154,7 +161,7 @@ fn an_unhealthy_machine_follows_an_assignment_and_its_checks_may_hang() {
         said.extend(actions.iter().filter_map(word));
         duty = next;
     }
-    assert_eq!(said, ["fetch", "ask", "load", "leave"], "no check was ever answered");
+    assert_eq!(said, ["fetch", "ask", "drain", "load", "leave"], "no check was ever answered");
 }
 
 #[test]
@@ -205,6 +212,7 @@ struct Driver {
     posted: Option<u32>,
     last_post: Option<Millis>,
     job: Option<Action>,
+    drains: bool,
 }
 
 impl Driver {
@@ -218,13 +226,15 @@ impl Driver {
             Some(_) | None => false,
         };
         let always = |e: &Event| matches!(e, Event::Checked(_) | Event::News | Event::Time);
-        events().into_iter().map(|(_, e)| e).filter(|e| posted(e) || of_job(e) || always(e)).collect()
+        let hooks = |e: &Event| matches!(e, Event::Drained(_)) && self.drains;
+        events().into_iter().map(|(_, e)| e).filter(|e| posted(e) || of_job(e) || hooks(e) || always(e)).collect()
     }
 
     fn take(&mut self, event: &Event) {
         match event {
             Event::Answered(_) | Event::Unanswered(_) => self.posted = None,
             Event::Fetched(_) | Event::MayGo | Event::Failed(_) | Event::Loaded(_) => self.job = None,
+            Event::Drained(_) => self.drains = false,
             Event::Checked(_) | Event::News | Event::Time => {}
         }
     }
@@ -237,15 +247,21 @@ impl Driver {
                 (self.posted, self.last_post) = (Some(hold), Some(now));
             }
             Action::EndHold => assert!(self.posted.take().is_some_and(|hold| hold > 0), "nothing is held"),
+            Action::Drain => {
+                assert!(self.job.is_none() && !self.drains, "drained beside {:?}", self.job);
+                self.drains = true;
+            }
+            Action::Undrain => self.drains = false,
             Action::Fetch(_) | Action::AskWhetherToGo(_) | Action::Load => {
                 assert_eq!(self.job, None, "one job at a time");
+                assert!(!self.drains, "its work is still being ended");
                 self.job = Some(action);
             }
             Action::CallOff => {
                 let job = self.job.take();
                 assert!(matches!(job, Some(Action::Fetch(_) | Action::AskWhetherToGo(_))), "{job:?} called off");
             }
-            Action::Leave { .. } => assert_eq!(self.job, None),
+            Action::Leave { .. } => assert!(self.job.is_none() && !self.drains),
             Action::Record(..) | Action::Say(_) | Action::Discard => {}
         }
     }
@@ -295,7 +311,7 @@ proptest! {
                     Action::CallOff => asked = false,
                     Action::Load | Action::Leave { .. } => prop_assert!(may, "it leaves without being asked"),
                     Action::Record(..) | Action::Say(_) | Action::Report(_) | Action::EndHold | Action::Fetch(_)
-                    | Action::Discard => {}
+                    | Action::Drain | Action::Undrain | Action::Discard => {}
                 }
             }
             duty = next;

@@ -1,0 +1,102 @@
+//! Where the spool of events lies: a file in /run, so that a service that is started again goes on with it; in disk mode
+//! also on the state partition, so that it outlives a restart. What it means is [`kiln_protocol::Spool`].
+
+use crate::disk::machine::{SharedDisk, on_disk};
+use crate::journal::{boot_id, monotonic_ms};
+use crate::memory::random;
+use jiff::Timestamp;
+use kiln_protocol::{Clocks, Spool, SpoolReport};
+use kiln_release::hex;
+use std::cell::{Cell, RefCell};
+use std::path::{Path, PathBuf};
+
+/// In memory, over starts of the service.
+pub const PLACE: &str = "/run/kiln/spool.json";
+
+/// The spool and its file.
+pub struct Keeper {
+    spool: RefCell<Spool>,
+    boot_id: String,
+    file: Option<PathBuf>,
+    disk: Option<SharedDisk>,
+    /// The disk does not have the newest.
+    behind: Cell<bool>,
+}
+
+impl Keeper {
+    /// What an earlier start, or an earlier boot, kept; else an empty one. Without a file it lives as long as this value.
+    pub fn open(file: Option<&Path>, disk: Option<SharedDisk>) -> Self {
+        let of_file = file.and_then(|path| std::fs::read(path).ok());
+        let of_disk = || {
+            let disk = disk.as_ref()?;
+            crate::disk::machine::lock(disk).spool().ok().flatten()
+        };
+        let read = |bytes: Vec<u8>| serde_json::from_slice::<Spool>(&bytes).ok();
+        let kept = of_file.and_then(read).or_else(|| of_disk().and_then(read));
+        let new = || {
+            let name = random().map_or_else(|_| monotonic_ms().to_string(), |bytes| hex::encode(&bytes[..8]));
+            Spool::new(name)
+        };
+        Self {
+            spool: RefCell::new(kept.unwrap_or_else(new)),
+            boot_id: boot_id().unwrap_or_default(),
+            file: file.map(Path::to_owned),
+            disk,
+            behind: Cell::new(false),
+        }
+    }
+
+    fn clocks(&self) -> Clocks {
+        let unix_ms = u64::try_from(Timestamp::now().as_millisecond()).unwrap_or(0);
+        Clocks { boot_id: self.boot_id.clone(), mono_ms: monotonic_ms(), unix_ms }
+    }
+
+    /// Takes an event in; it is also said on the console.
+    pub fn note(&self, kind: &str, alarm: bool, text: &str) {
+        eprintln!("kiln-agent: {kind}: {text}");
+        self.spool.borrow_mut().note(&self.clocks(), kind, alarm, text);
+        self.save();
+    }
+
+    pub fn report(&self) -> SpoolReport {
+        self.spool.borrow_mut().report(&self.clocks())
+    }
+
+    /// Whether more waits.
+    pub fn answered(&self) -> bool {
+        let confirmed = self.spool.borrow_mut().answered();
+        if confirmed {
+            self.save();
+        }
+        confirmed && !self.spool.borrow().is_empty()
+    }
+
+    /// The disk is behind; written by [`Self::flush`], not at every event: flash wears.
+    fn save(&self) {
+        self.behind.set(true);
+        let Some(file) = &self.file else { return };
+        let new = file.with_extension("new");
+        let written = std::fs::write(&new, self.bytes()).and_then(|()| std::fs::rename(&new, file));
+        if let Err(error) = written {
+            eprintln!("kiln-agent: {}: {error}", file.display());
+        }
+    }
+
+    fn bytes(&self) -> Vec<u8> {
+        serde_json::to_vec(&*self.spool.borrow()).expect("plain structs always become JSON")
+    }
+
+    /// Brings the disk up to date, in a thread of its own.
+    pub fn flush(&self) {
+        if let Some(disk) = self.disk.clone()
+            && self.behind.replace(false)
+        {
+            let bytes = self.bytes();
+            tokio::spawn(async move {
+                if let Err(error) = on_disk(&disk, move |disk| disk.keep_spool(&bytes)).await {
+                    eprintln!("kiln-agent: events cannot be kept on the disk: {error}");
+                }
+            });
+        }
+    }
+}

@@ -11,7 +11,7 @@ use hyper::header::{CONTENT_TYPE, HOST};
 use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
-use kiln_protocol::{RECEIPT_PATH, REPORT_PATH, Reply, Report};
+use kiln_protocol::{INVENTORY_PATH, InventoryReport, RECEIPT_PATH, REPORT_PATH, Reply, Report};
 use kiln_release::certificate::self_signed_certificate;
 use kiln_release::{AGENT_API_NAME, Signer, with_causes};
 use rustls::pki_types::pem::PemObject;
@@ -92,6 +92,12 @@ impl Api {
     /// Posts the receipt of a wipe.
     pub async fn receipt(&mut self, text: &str) -> Result<()> {
         self.ask(RECEIPT_PATH, text.as_bytes(), ANSWER).await.map(drop)
+    }
+
+    /// Posts what the machine is made of.
+    pub async fn inventory(&mut self, report: &InventoryReport) -> Result<()> {
+        let body = serde_json::to_vec(report).expect("wire types always become JSON");
+        self.ask(INVENTORY_PATH, &body, 4 * ANSWER).await.map(drop)
     }
 
     async fn ask(&mut self, path: &str, body: &[u8], deadline: Duration) -> Result<Bytes> {

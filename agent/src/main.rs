@@ -13,6 +13,7 @@ mod flow;
 mod handoff;
 mod health;
 mod init;
+mod inventory;
 mod journal;
 mod kexec;
 mod local;
@@ -38,6 +39,7 @@ use std::process::ExitCode;
 
 const USAGE: &str = "usage: kiln-agent stage --settings FILE --state DIR --out DIR [--tries N]
        kiln-agent service      (by the image's init)
+       kiln-agent inventory [--listen SECONDS]
        kiln-agent --version
 As PID 1 it boots the machine.";
 
@@ -48,6 +50,7 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let done: Result<()> = match arguments.next().as_deref() {
         Some("service") => service::run(),
+        Some("inventory") => inventory::print(arguments),
         Some("stage") => stage::Options::parse(arguments).and_then(|options| stage::run(&options)),
         Some("--version") => {
             println!("kiln-agent {}", env!("CARGO_PKG_VERSION"));

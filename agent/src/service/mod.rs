@@ -17,7 +17,7 @@ use crate::net::Lease;
 use crate::plan::{self, Plan};
 use crate::verifier::{Answer, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{facts, init, net, verity};
+use crate::{facts, init, inventory, net, verity};
 use duty::{Action, Duty, Event, Target, Trouble, Wanted};
 use kiln_protocol::slot;
 use kiln_protocol::{Assignment, Decision, Grant, Health, Nonce, ReleaseId, Reply, RunningRelease, Stage, Via};
@@ -72,6 +72,9 @@ async fn serve() -> Result<()> {
     journal.done(Stage::Handover);
     journal.done(Stage::Service);
     let door = Door { systemctl: "systemctl".into(), reboot: restart };
+    let (boot, servers) = (&verifier.boot, &verifier.servers.agent);
+    let api = Api::new(servers, &boot.site.agent_api_ca_pem, &verifier.key, &verifier.clock)?;
+    tokio::spawn(inventory::keep(api, journal.machine.id.clone(), journal.state.boot_id.clone()));
     let mut service = Service::new(verifier, journal, change::NEXT, door)?;
     service.disk = disk;
     Err(service.run(checks).await)

@@ -1,5 +1,6 @@
-//! The agent API: one call.
+//! The agent API: reports, and what machines are made of.
 
+use super::api::ApiError;
 use super::{App, Peer, text};
 use crate::error::ControlError;
 use crate::receipt::MAX_RECEIPT;
@@ -9,7 +10,9 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Json, Router};
-use kiln_protocol::{RECEIPT_PATH, REPORT_PATH, Report};
+use kiln_protocol::{INVENTORY_LIMIT, INVENTORY_PATH, InventoryReport, KeyId, RECEIPT_PATH, REPORT_PATH, Report};
+use serde::de::DeserializeOwned;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 /// Longest report.
@@ -19,7 +22,11 @@ const ARRIVAL: Duration = Duration::from_secs(15);
 
 /// The agent API.
 pub fn router(app: App) -> Router {
-    Router::new().route(REPORT_PATH, post(report)).route(RECEIPT_PATH, post(receipt)).with_state(app)
+    Router::new()
+        .route(REPORT_PATH, post(report))
+        .route(RECEIPT_PATH, post(receipt))
+        .route(INVENTORY_PATH, post(inventory))
+        .with_state(app)
 }
 
 async fn receipt(State(app): State<App>, Extension(peer): Extension<Peer>, request: Request<Body>) -> Response {
@@ -43,17 +50,9 @@ async fn receipt(State(app): State<App>, Extension(peer): Extension<Peer>, reque
 }
 
 async fn report(State(app): State<App>, Extension(peer): Extension<Peer>, request: Request<Body>) -> Response {
-    let Peer::Machine { from, key } = peer else {
-        return text(StatusCode::FORBIDDEN, "only machines that prove their key report here\n");
-    };
-    let body = match tokio::time::timeout(ARRIVAL, to_bytes(request.into_body(), MAX_REPORT)).await {
-        Ok(Ok(body)) => body,
-        Ok(Err(_)) => return text(StatusCode::PAYLOAD_TOO_LARGE, "a report has at most 256 KiB\n"),
-        Err(_) => return text(StatusCode::REQUEST_TIMEOUT, "the report did not arrive within 15 s\n"),
-    };
-    let report: Report = match serde_json::from_slice(&body) {
-        Ok(report) => report,
-        Err(e) => return text(StatusCode::BAD_REQUEST, format!("not a report: {e}\n")),
+    let (from, key, report) = match read::<Report>(peer, request, MAX_REPORT, "report").await {
+        Ok(read) => read,
+        Err(refused) => return refused,
     };
     match app.control.report(key, report).await {
         Ok(reply) => Json(reply).into_response(),
@@ -66,4 +65,44 @@ async fn report(State(app): State<App>, Extension(peer): Extension<Peer>, reques
             response
         }
     }
+}
+
+async fn inventory(State(app): State<App>, Extension(peer): Extension<Peer>, request: Request<Body>) -> Response {
+    let (from, key, report) = match read::<InventoryReport>(peer, request, INVENTORY_LIMIT, "inventory").await {
+        Ok(read) => read,
+        Err(refused) => return refused,
+    };
+    match app.control.inventory(&key, report).await {
+        Ok(()) => Json(serde_json::json!({})).into_response(),
+        Err(error) => {
+            tracing::warn!(%from, %error, "an inventory was not taken");
+            let words = format!("{error}\n");
+            text(ApiError::from(error).status(), words)
+        }
+    }
+}
+
+/// What a machine posted, where it came from, and the key that it proved.
+async fn read<T: DeserializeOwned>(
+    peer: Peer,
+    request: Request<Body>,
+    limit: usize,
+    what: &str,
+) -> Result<(SocketAddr, KeyId, T), Response> {
+    let Peer::Machine { from, key } = peer else {
+        return Err(text(StatusCode::FORBIDDEN, "only machines that prove their key report here\n"));
+    };
+    let body = match tokio::time::timeout(ARRIVAL, to_bytes(request.into_body(), limit)).await {
+        Ok(Ok(body)) => body,
+        Ok(Err(_)) => {
+            let reason = format!("the {what} has more than {} KiB\n", limit >> 10);
+            return Err(text(StatusCode::PAYLOAD_TOO_LARGE, reason));
+        }
+        Err(_) => {
+            let reason = format!("the {what} did not arrive within {} s\n", ARRIVAL.as_secs());
+            return Err(text(StatusCode::REQUEST_TIMEOUT, reason));
+        }
+    };
+    let read = serde_json::from_slice(&body);
+    read.map(|read| (from, key, read)).map_err(|e| text(StatusCode::BAD_REQUEST, format!("no {what}: {e}\n")))
 }

@@ -4,7 +4,7 @@ use super::{App, Peer};
 use crate::catalog::Release;
 use crate::control::{Told, now_ms};
 use crate::error::{ControlError, StoreError};
-use crate::view::{MachineView, OrderView, ReceiptView, ReleaseView};
+use crate::view::{HardwareView, MachineView, OrderView, ReceiptView, ReleaseView};
 use axum::extract::rejection::JsonRejection;
 use axum::extract::{DefaultBodyLimit, Extension, Path, State};
 use axum::http::StatusCode;
@@ -27,6 +27,7 @@ pub fn read_router() -> Router<App> {
         .route("/api/v1/machines", get(machines))
         .route("/api/v1/machines/{machine}", get(machine))
         .route("/api/v1/machines/{machine}/receipts", get(receipts))
+        .route("/api/v1/machines/{machine}/inventory", get(inventory))
         .route("/api/v1/releases", get(releases))
         .route("/api/v1/status", get(status))
         .route("/api/v1/events", get(events))
@@ -59,7 +60,9 @@ impl IntoResponse for ApiError {
 impl From<ControlError> for ApiError {
     fn from(e: ControlError) -> Self {
         let status = match &e {
-            ControlError::NoSuchMachine(_) | ControlError::NoSuchRelease { .. } => StatusCode::NOT_FOUND,
+            ControlError::NoSuchMachine(_) | ControlError::NoSuchRelease { .. } | ControlError::NoInventory(_) => {
+                StatusCode::NOT_FOUND
+            }
             ControlError::Ambiguous(_)
             | ControlError::BadName(_)
             | ControlError::BadReason
@@ -74,14 +77,24 @@ impl From<ControlError> for ApiError {
             | ControlError::ReceiptOfAnother { .. }
             | ControlError::ReceiptWithoutOrder { .. }
             | ControlError::OtherImage { .. } => StatusCode::UNPROCESSABLE_ENTITY,
-            ControlError::NothingPublished { .. } | ControlError::NameTaken(_) | ControlError::Refused(_) => {
-                StatusCode::CONFLICT
-            }
-            ControlError::OrderKnown { .. } => StatusCode::CONFLICT,
+            ControlError::NothingPublished { .. }
+            | ControlError::NameTaken(_)
+            | ControlError::Refused(_)
+            | ControlError::NoReportYet(_)
+            | ControlError::OrderKnown { .. } => StatusCode::CONFLICT,
+            ControlError::NotItsKey(_) => StatusCode::FORBIDDEN,
+            ControlError::TooLongForAStranger { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ControlError::TooManyUnknown | ControlError::TooManyOrders { .. } => StatusCode::TOO_MANY_REQUESTS,
             ControlError::Sign(_) | ControlError::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self(status, e.to_string())
+    }
+}
+
+impl ApiError {
+    /// What it answers with.
+    pub(super) fn status(&self) -> StatusCode {
+        self.0
     }
 }
 
@@ -116,6 +129,10 @@ async fn machines(State(app): State<App>) -> Json<Vec<MachineView>> {
 
 async fn machine(State(app): State<App>, Path(machine): Path<String>) -> Result<Json<MachineView>, ApiError> {
     Ok(Json(app.control.view(&machine)?))
+}
+
+async fn inventory(State(app): State<App>, Path(machine): Path<String>) -> Result<Json<HardwareView>, ApiError> {
+    Ok(Json(app.control.hardware_of(&machine).await?))
 }
 
 async fn releases(State(app): State<App>) -> Json<Vec<ReleaseView>> {

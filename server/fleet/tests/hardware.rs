@@ -53,8 +53,10 @@ fn server() -> Inventory {
 fn says(change: impl FnOnce(&mut Inventory), expected: &[&str]) {
     let (before, mut now) = (server(), server());
     change(&mut now);
-    let said: Vec<String> =
-        changes(&before, &now).into_iter().map(|(warn, text)| format!("{}{text}", if warn { "! " } else { "" })).collect();
+    let said: Vec<String> = changes(&before, &now)
+        .into_iter()
+        .map(|(warn, text)| format!("{}{text}", if warn { "! " } else { "" }))
+        .collect();
     assert_eq!(said, expected);
 }
 
@@ -102,7 +104,10 @@ fn every_change_has_its_sentence() {
 #[test]
 fn what_could_not_be_looked_at_is_not_gone() {
     let unread = |section: &str| Unread { section: section.into(), reason: "no".into() };
-    says(|i| *i = Inventory { unread: Unread::SECTIONS.map(unread).into(), tpm: i.tpm.clone(), ..Inventory::default() }, &[]);
+    says(
+        |i| *i = Inventory { unread: Unread::SECTIONS.map(unread).into(), tpm: i.tpm.clone(), ..Inventory::default() },
+        &[],
+    );
     says(|i| (i.disks, i.unread) = (vec![], vec![unread("disks")]), &[]);
 }
 

@@ -12,8 +12,8 @@ use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use kiln_protocol::{
-    INTRODUCTION_PATH, Introduction, IntroductionReply, KeyId, LOG_PATH, LogBatch, LogReply, RECEIPT_PATH, REPORT_PATH,
-    Reply, Report,
+    INTRODUCTION_PATH, INVENTORY_PATH, Introduction, IntroductionReply, InventoryReport, KeyId, LOG_PATH, LogBatch,
+    LogReply, RECEIPT_PATH, REPORT_PATH, Reply, Report,
 };
 use kiln_release::certificate::{certificate_spki, self_signed_certificate, spki_key_id};
 use kiln_release::{AGENT_API_NAME, Signer, with_causes};
@@ -132,6 +132,12 @@ impl Api {
     /// Lets the connection go; the next call makes another.
     pub fn hang_up(&mut self) {
         self.connection = None;
+    }
+
+    /// Posts what the machine is made of.
+    pub async fn inventory(&mut self, report: &InventoryReport) -> Result<()> {
+        let body = serde_json::to_vec(report).expect("wire types always become JSON");
+        self.ask(INVENTORY_PATH, &body, 4 * ANSWER).await.map(drop)
     }
 
     async fn ask(&mut self, path: &str, body: &[u8], deadline: Duration) -> Result<Bytes> {

@@ -27,6 +27,7 @@ mod health;
 mod hooks;
 mod init;
 mod introduce;
+mod inventory;
 mod journal;
 mod kexec;
 mod local;
@@ -60,6 +61,7 @@ const USAGE: &str = "usage: kiln-agent stage --settings FILE --state DIR --out D
        kiln-agent disk FILE SITE
        kiln-agent service      (by the image's init)
        kiln-agent exec POLICY  (try an allow-list on this machine)
+       kiln-agent inventory [--listen SECONDS]
        kiln-agent --version
 As PID 1 it boots the machine.";
 
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
         Some("service") => service::run(),
         Some("exec-guard") => exec::guard::run(Path::new(&arguments.next().unwrap_or_default())),
         Some("exec") => exec::watch_here(Path::new(&arguments.next().unwrap_or_default())),
+        Some("inventory") => inventory::print(arguments),
         Some("stage") => stage::Options::parse(arguments).and_then(|options| stage::run(&options)),
         Some("disk") => match (arguments.next(), arguments.next()) {
             (Some(file), Some(site)) => disk::show::run(file.as_ref(), &site),

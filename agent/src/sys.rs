@@ -549,6 +549,181 @@ pub fn open_nothing() -> Result<()> {
     if done { Ok(()) } else { Err(Error::last_os_error()) }
 }
 
+/// `struct sg_io_hdr` of scsi/sg.h.
+#[repr(C)]
+struct SgIoHdr {
+    interface_id: i32,
+    direction: i32,
+    cmd_len: u8,
+    sense_max: u8,
+    iovec_count: u16,
+    data_len: u32,
+    data: *mut u8,
+    cmd: *const u8,
+    sense: *mut u8,
+    timeout_ms: u32,
+    flags: u32,
+    pack_id: i32,
+    user: *mut u8,
+    status: u8,
+    masked_status: u8,
+    msg_status: u8,
+    sense_written: u8,
+    host_status: u16,
+    driver_status: u16,
+    residual: i32,
+    duration: u32,
+    info: u32,
+}
+
+/// How long a disk may take to answer what it is asked of itself.
+pub const DISK_PATIENCE_MS: u32 = 10_000;
+
+/// `SG_IO`: a SCSI command that reads into `data` or, where that is empty, moves nothing. Gives its status and sense.
+pub fn scsi_command(disk: &File, cdb: &[u8], data: &mut [u8]) -> Result<(u8, [u8; 32])> {
+    const SG_IO: libc::c_ulong = 0x2285;
+    let mut sense = [0_u8; 32];
+    let invalid = |_| Error::from(ErrorKind::InvalidInput);
+    let mut header = SgIoHdr {
+        interface_id: i32::from(b'S'),
+        direction: if data.is_empty() { -1 } else { -3 },
+        cmd_len: u8::try_from(cdb.len()).map_err(invalid)?,
+        sense_max: 32,
+        iovec_count: 0,
+        data_len: u32::try_from(data.len()).map_err(invalid)?,
+        data: data.as_mut_ptr(),
+        cmd: cdb.as_ptr(),
+        sense: sense.as_mut_ptr(),
+        timeout_ms: DISK_PATIENCE_MS,
+        flags: 0,
+        pack_id: 0,
+        user: std::ptr::null_mut(),
+        status: 0,
+        masked_status: 0,
+        msg_status: 0,
+        sense_written: 0,
+        host_status: 0,
+        driver_status: 0,
+        residual: 0,
+        duration: 0,
+        info: 0,
+    };
+    // SAFETY: `header` has the kernel's layout; its three pointers go to buffers of the lengths beside them, which live
+    // over the call.
+    let rc = unsafe { raw_ioctl(disk.as_raw_fd(), SG_IO, (&raw mut header).cast()) };
+    match rc {
+        0 if header.host_status == 0 => Ok((header.status, sense)),
+        0 => Err(Error::other("the controller did not pass the command on")),
+        _ => Err(Error::last_os_error()),
+    }
+}
+
+/// `struct ipmi_msg` of linux/ipmi.h.
+#[repr(C)]
+struct IpmiMsg {
+    netfn: u8,
+    cmd: u8,
+    data_len: u16,
+    data: *mut u8,
+}
+
+/// `struct ipmi_req` of linux/ipmi.h.
+#[repr(C)]
+struct IpmiReq {
+    addr: *mut u8,
+    addr_len: u32,
+    msgid: libc::c_long,
+    msg: IpmiMsg,
+}
+
+/// `struct ipmi_recv` of linux/ipmi.h.
+#[repr(C)]
+struct IpmiRecv {
+    recv_type: i32,
+    addr: *mut u8,
+    addr_len: u32,
+    msgid: libc::c_long,
+    msg: IpmiMsg,
+}
+
+/// A command to the management controller of this machine through `/dev/ipmi0`, and its answer, completion code first.
+pub fn ipmi_command(device: &File, netfn: u8, cmd: u8, data: &[u8]) -> Result<Vec<u8>> {
+    // _IOR('i', 13, struct ipmi_req), _IOWR('i', 11, struct ipmi_recv)
+    const SEND: libc::c_ulong = 0x8028_690d;
+    const RECEIVE_TRUNC: libc::c_ulong = 0xc030_690b;
+    const PATIENCE_MS: libc::c_int = 5_000;
+    // struct ipmi_system_interface_addr: type, channel (the controller itself), lun.
+    let mut addr = [0_u8; 32];
+    addr[..4].copy_from_slice(&0x0c_i32.to_ne_bytes());
+    addr[4..6].copy_from_slice(&0x0f_i16.to_ne_bytes());
+    let mut sent = data.to_vec();
+    let data_len = u16::try_from(sent.len()).map_err(|_| Error::from(ErrorKind::InvalidInput))?;
+    let msg = IpmiMsg { netfn, cmd, data_len, data: sent.as_mut_ptr() };
+    let mut request = IpmiReq { addr: addr.as_mut_ptr(), addr_len: 8, msgid: 1, msg };
+    // SAFETY: `request` has the kernel's layout; address and data are of the lengths beside them.
+    if unsafe { raw_ioctl(device.as_raw_fd(), SEND, (&raw mut request).cast()) } < 0 {
+        return Err(Error::last_os_error());
+    }
+    let mut ready = libc::pollfd { fd: device.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one structure, and the count says one.
+    if unsafe { libc::poll(&raw mut ready, 1, PATIENCE_MS) } < 1 {
+        return Err(Error::other(format!("the BMC gives no answer within {} s", PATIENCE_MS / 1000)));
+    }
+    let mut answer = vec![0; 64];
+    let msg = IpmiMsg { netfn: 0, cmd: 0, data_len: 64, data: answer.as_mut_ptr() };
+    let mut received = IpmiRecv { recv_type: 0, addr: addr.as_mut_ptr(), addr_len: 32, msgid: 0, msg };
+    // SAFETY: likewise; the kernel cuts the answer to the 64 bytes there are.
+    if unsafe { raw_ioctl(device.as_raw_fd(), RECEIVE_TRUNC, (&raw mut received).cast()) } < 0 {
+        return Err(Error::last_os_error());
+    }
+    answer.truncate(received.msg.data_len.into());
+    Ok(answer)
+}
+
+/// A socket that gets the payloads of one EtherType that come in on one interface, also those to `groups`
+/// (packet(7)).
+pub fn frames(interface: u32, ethertype: u16, groups: &[[u8; 6]]) -> Result<OwnedFd> {
+    let index = i32::try_from(interface).map_err(|_| Error::from(ErrorKind::InvalidInput))?;
+    let kind = libc::SOCK_DGRAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    // SAFETY: no pointers; a descriptor that is not negative is ours alone.
+    let socket = unsafe {
+        let fd = libc::socket(libc::AF_PACKET, kind, 0);
+        if fd < 0 {
+            return Err(Error::last_os_error());
+        }
+        OwnedFd::from_raw_fd(fd)
+    };
+    let to = libc::sockaddr_ll {
+        sll_family: libc::AF_PACKET as u16,
+        sll_protocol: ethertype.to_be(),
+        sll_ifindex: index,
+        sll_hatype: 0,
+        sll_pkttype: 0,
+        sll_halen: 0,
+        sll_addr: [0; 8],
+    };
+    for group in groups {
+        let mut member = libc::packet_mreq {
+            mr_ifindex: index,
+            mr_type: libc::PACKET_MR_MULTICAST as u16,
+            mr_alen: 6,
+            mr_address: [0; 8],
+        };
+        member.mr_address[..6].copy_from_slice(group);
+        let size = size_of::<libc::packet_mreq>() as libc::socklen_t;
+        let (level, name) = (libc::SOL_PACKET, libc::PACKET_ADD_MEMBERSHIP);
+        // SAFETY: `member` is the structure that the option takes, with its size.
+        let rc = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const member).cast(), size) };
+        if rc < 0 {
+            return Err(Error::last_os_error());
+        }
+    }
+    let size = size_of::<libc::sockaddr_ll>() as libc::socklen_t;
+    // SAFETY: `to` is this family's address, with its size.
+    let rc = unsafe { libc::bind(socket.as_raw_fd(), (&raw const to).cast(), size) };
+    if rc < 0 { Err(Error::last_os_error()) } else { Ok(socket) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -577,6 +752,8 @@ mod tests {
         assert_eq!(size_of::<DmIoctl>(), 312);
         assert_eq!(size_of::<DmTargetSpec>(), 40);
         assert_eq!(size_of::<NvmePassthru>(), 72);
+        assert_eq!(size_of::<SgIoHdr>(), 88);
+        assert_eq!((size_of::<IpmiReq>(), size_of::<IpmiRecv>()), (40, 48));
         // _IOWR(0xfd, 3, 312 bytes), as strace shows DM_DEV_CREATE.
         assert_eq!(DmCommand::Create.request(), 0xc138_fd03);
     }

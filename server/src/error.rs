@@ -164,6 +164,16 @@ pub enum ControlError {
     Code(#[from] CodeError),
     #[error("too many unknown machines: approve or retire some")]
     TooManyUnknown,
+    #[error("{0} has not reported yet: its report comes first")]
+    NoReportYet(kiln_protocol::MachineId),
+    #[error("the key that speaks is not {0}'s")]
+    NotItsKey(String),
+    #[error("{machine} is not approved, and its inventory has {got} bytes of at most {limit}: approve it first")]
+    TooLongForAStranger { machine: kiln_protocol::MachineId, got: usize, limit: usize },
+    #[error(
+        "nothing is known of {0}'s hardware yet: its agent says it when the release runs, if the release is new enough"
+    )]
+    NoInventory(String),
     #[error("cannot sign: {0}")]
     Sign(#[from] kiln_release::EnvelopeError),
     #[error(transparent)]

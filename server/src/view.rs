@@ -3,8 +3,8 @@
 
 use jiff::Timestamp;
 use kiln_protocol::{
-    AgentMemory, ApprovalCode, Difference, Draining, ExecState, Firmware, KeyId, KeyStorage, MachineId, OrderId,
-    Prefetch, ProtectionClass, Receipt, ReleaseId, RollbackMemory, Stage, Via,
+    AgentMemory, ApprovalCode, Difference, Draining, ExecState, Firmware, Inventory, KeyId, KeyStorage, MachineId,
+    OrderId, Prefetch, ProtectionClass, Receipt, ReleaseId, RollbackMemory, Stage, Via,
 };
 use serde::{Deserialize, Serialize};
 
@@ -231,6 +231,36 @@ pub struct LogEntry {
     /// syslog's level, 0 to 7.
     pub level: u8,
     /// One line, with nothing in it that a terminal would obey.
+    pub text: String,
+}
+
+/// What a machine is made of, and what changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HardwareView {
+    /// SMBIOS UUID.
+    pub machine: MachineId,
+    /// The machine's name.
+    pub name: String,
+    /// When it was last said.
+    pub taken_ms: i64,
+    /// The boot that said it.
+    pub boot_id: String,
+    /// In a line.
+    pub summary: String,
+    /// All of it.
+    pub inventory: Inventory,
+    /// What changed, oldest first.
+    pub events: Vec<HardwareEventView>,
+}
+
+/// Something that changed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HardwareEventView {
+    /// When the server heard of it.
+    pub at_ms: i64,
+    /// A person should look.
+    pub warn: bool,
+    /// The sentence.
     pub text: String,
 }
 

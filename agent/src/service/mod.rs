@@ -19,7 +19,7 @@ use crate::plan::{self, Plan};
 use crate::spool::Keeper;
 use crate::verifier::{Answer, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{console, exec, facts, init, local, log, uplink, verity};
+use crate::{console, exec, facts, init, inventory, local, log, uplink, verity};
 use duty::{Action, Duty, Event, Target, Trouble, Wanted};
 use kiln_protocol::slot;
 use kiln_protocol::{
@@ -96,6 +96,9 @@ async fn serve() -> Result<()> {
     journal.done(Stage::Handover);
     journal.done(Stage::Service);
     let door = Door { systemctl: "systemctl".into(), reboot: restart };
+    let (boot, servers) = (&verifier.boot, &verifier.servers.agent);
+    let api = Api::new(servers, &boot.site.agent_api_ca_pem, &verifier.key, &verifier.clock)?;
+    tokio::spawn(inventory::keep(api, journal.machine.id.clone(), journal.state.boot_id.clone()));
     let mut service = Service::new(verifier, journal, change::NEXT, door)?;
     (service.disk, service.watch, service.exec) = (disk, watch, exec);
     Err(Box::pin(service.run(checks)).await)

@@ -1,6 +1,7 @@
 //! What can happen to a machine, and what follows.
 
 use crate::boots::StageAt;
+use crate::hardware::HardwareEvent;
 use crate::orders::MachineOrder;
 use kiln_protocol::{KeyId, MachineId, OrderId, ReleaseId, Report, Sha256Hex, Via};
 
@@ -19,6 +20,8 @@ pub struct Reported {
 /// What can happen to a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
+    /// Its hardware changed.
+    Hardware(Vec<HardwareEvent>),
     /// Its firmware asked for an address and a boot program.
     Asked,
     /// Its firmware began to download the boot program of this release.

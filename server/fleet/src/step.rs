@@ -3,6 +3,7 @@
 use crate::boots::{BOOTS_KEPT, Boot};
 use crate::event::{Action, Event};
 use crate::grant::Limits;
+use crate::hardware::HardwareEvent;
 use crate::machine::{Assigned, Machine};
 use crate::state::{State, StateKind};
 use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
@@ -19,7 +20,8 @@ impl Machine {
             Event::Report(_) => {}
             // The server was deaf: who spoke before may be speaking still.
             Event::ServerStarted => self.agent_seen = self.agent_seen.map(|_| now),
-            Event::Asked
+            Event::Hardware(_)
+            | Event::Asked
             | Event::Downloads(_)
             | Event::TakesBytes
             | Event::Downloaded
@@ -36,6 +38,7 @@ impl Machine {
         }
         let speaks = self.agent_seen.is_some();
         match event {
+            Event::Hardware(events) => self.hardware_changed(events, &mut out),
             Event::Asked if speaks => self.hold_asked(now, &mut out),
             Event::Downloads(release) if speaks => self.hold_downloads(&release, now, &mut out),
             Event::TakesBytes if speaks => self.hold_bytes(now),
@@ -364,6 +367,15 @@ impl Machine {
             | StateKind::Reimaging
             | StateKind::Retired => {}
         }
+    }
+
+    /// The newest change is what a person reads; all of them are in its story.
+    fn hardware_changed(&mut self, events: Vec<HardwareEvent>, out: &mut Vec<Action>) {
+        if let Some(event) = events.iter().rev().find(|event| event.warn) {
+            self.last_words = crate::boots::cut(&event.text);
+        }
+        out.extend(events.into_iter().map(|event| Action::Say { warn: event.warn, text: event.text }));
+        save(out);
     }
 
     fn retire(&mut self, reason: &str, now: Millis, out: &mut Vec<Action>) {

@@ -5,6 +5,7 @@
 
 mod crowd;
 mod director;
+mod hardware;
 mod introductions;
 mod leases;
 mod logs;
@@ -99,6 +100,7 @@ pub struct Control {
     /// Tickets of those who want the repository looked at now, and the newest ticket that was served.
     look_wanted: watch::Sender<u64>,
     looked: watch::Sender<u64>,
+    hardware: hardware::HardwareLocks,
     /// Held reports.
     pub held: AtomicUsize,
     /// What was done for reports.
@@ -178,6 +180,7 @@ impl Control {
             changed: watch::channel(0).0,
             look_wanted: watch::channel(0).0,
             looked: watch::channel(0).0,
+            hardware: hardware::HardwareLocks::default(),
             held: AtomicUsize::new(0),
             counts: Counts::default(),
             started: now,

@@ -4,7 +4,7 @@ use super::{App, Peer};
 use crate::catalog::Release;
 use crate::control::{LogQuery, Told, now_ms};
 use crate::error::{CodeError, ControlError, LogError, StoreError};
-use crate::view::{LogView, MachineView, OrderView, ReceiptView, ReleaseView};
+use crate::view::{HardwareView, LogView, MachineView, OrderView, ReceiptView, ReleaseView};
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
 use axum::http::StatusCode;
@@ -28,6 +28,7 @@ pub fn read_router() -> Router<App> {
         .route("/api/v1/machines/{machine}", get(machine))
         .route("/api/v1/machines/{machine}/receipts", get(receipts))
         .route("/api/v1/machines/{machine}/log", get(log))
+        .route("/api/v1/machines/{machine}/inventory", get(inventory))
         .route("/api/v1/releases", get(releases))
         .route("/api/v1/status", get(status))
         .route("/api/v1/events", get(events))
@@ -60,7 +61,9 @@ impl IntoResponse for ApiError {
 impl From<ControlError> for ApiError {
     fn from(e: ControlError) -> Self {
         let status = match &e {
-            ControlError::NoSuchMachine(_) | ControlError::NoSuchRelease { .. } => StatusCode::NOT_FOUND,
+            ControlError::NoSuchMachine(_) | ControlError::NoSuchRelease { .. } | ControlError::NoInventory(_) => {
+                StatusCode::NOT_FOUND
+            }
             ControlError::Ambiguous(_)
             | ControlError::BadName(_)
             | ControlError::BadReason
@@ -76,12 +79,15 @@ impl From<ControlError> for ApiError {
             | ControlError::ReceiptOfAnother { .. }
             | ControlError::ReceiptWithoutOrder { .. }
             | ControlError::OtherImage { .. } => StatusCode::UNPROCESSABLE_ENTITY,
-            ControlError::NothingPublished { .. } | ControlError::NameTaken(_) | ControlError::Refused(_) => {
-                StatusCode::CONFLICT
-            }
+            ControlError::NothingPublished { .. }
+            | ControlError::NameTaken(_)
+            | ControlError::Refused(_)
+            | ControlError::NoReportYet(_)
+            | ControlError::OrderKnown { .. } => StatusCode::CONFLICT,
             ControlError::Log(e) => log_status(e),
             ControlError::Code(e) => code_status(e),
-            ControlError::OrderKnown { .. } => StatusCode::CONFLICT,
+            ControlError::NotItsKey(_) => StatusCode::FORBIDDEN,
+            ControlError::TooLongForAStranger { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ControlError::TooManyUnknown | ControlError::TooManyOrders { .. } => StatusCode::TOO_MANY_REQUESTS,
             ControlError::Sign(_) | ControlError::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
@@ -107,6 +113,13 @@ fn code_status(e: &CodeError) -> StatusCode {
         | CodeError::Introduction(_)
         | CodeError::None { .. }
         | CodeError::Wrong { .. } => StatusCode::CONFLICT,
+    }
+}
+
+impl ApiError {
+    /// What it answers with.
+    pub(super) fn status(&self) -> StatusCode {
+        self.0
     }
 }
 
@@ -165,6 +178,10 @@ async fn log(
 ) -> Result<Json<LogView>, ApiError> {
     let Query(Log { boot, after, wait }) = query?;
     Ok(Json(app.control.show_log(&machine, LogQuery { boot, after, wait }).await?))
+}
+
+async fn inventory(State(app): State<App>, Path(machine): Path<String>) -> Result<Json<HardwareView>, ApiError> {
+    Ok(Json(app.control.hardware_of(&machine).await?))
 }
 
 async fn releases(State(app): State<App>) -> Json<Vec<ReleaseView>> {

@@ -1,4 +1,4 @@
-//! What survives: machines, their boots and assignment envelopes, the repository versions seen, address leases, and
+//! What survives: machines, their boots, hardware and assignment envelopes, the repository versions seen, address leases, and
 //! the audit log. SQL that SQLite and PostgreSQL both understand, through sqlx's `Any`.
 //!
 //! One task writes. Everyone else sends it intents and waits for the commit of those that matter: whoever got an answer
@@ -8,7 +8,7 @@ mod schema;
 mod writer;
 
 use crate::error::StoreError;
-use kiln_fleet::{Boot, Machine};
+use kiln_fleet::{Boot, Hardware, Machine};
 use kiln_protocol::MachineId;
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
 use sqlx::{AnyPool, Row};
@@ -47,6 +47,7 @@ pub struct Stored {
 pub(crate) enum Intent {
     Machine { id: String, doc: String, envelope: String, boots: Vec<(i64, String)>, oldest_boot: i64 },
     Forget { id: String },
+    Hardware { id: String, doc: String },
     Seen(BTreeMap<MachineId, u64>),
     Note { key: String, value: String },
     Audit(AuditLine),
@@ -111,6 +112,19 @@ impl Store {
             }
         }
         Ok(machines)
+    }
+
+    /// What a machine is made of.
+    pub async fn hardware(&self, id: &MachineId) -> Result<Option<Hardware>, StoreError> {
+        let row = sqlx::query("SELECT doc FROM hardware WHERE machine = $1").bind(id.as_str());
+        let Some(row) = row.fetch_optional(&self.pool).await? else { return Ok(None) };
+        let bad = |e: serde_json::Error| StoreError::Row { id: id.to_string(), reason: e.to_string() };
+        serde_json::from_str(row.try_get("doc")?).map(Some).map_err(bad)
+    }
+
+    /// Keeps what a machine that is stored is made of: [`Hardware`] as JSON.
+    pub(crate) fn save_hardware(&self, id: &MachineId, doc: String) -> Commit {
+        self.send(Intent::Hardware { id: id.to_string(), doc })
     }
 
     /// A remembered value.

@@ -3,13 +3,15 @@
 use crate::error::StoreError;
 use sqlx::{AnyPool, Row};
 
-const VERSIONS: &[&[&str]] = &[&[
+const VERSIONS: &[&[&str]] = &[FIRST, &["CREATE TABLE hardware (machine TEXT PRIMARY KEY, doc TEXT NOT NULL)"]];
+
+const FIRST: &[&str] = &[
     "CREATE TABLE machines (id TEXT PRIMARY KEY, doc TEXT NOT NULL, envelope TEXT NOT NULL, last_seen BIGINT NOT NULL)",
     "CREATE TABLE boots (machine TEXT NOT NULL, number BIGINT NOT NULL, doc TEXT NOT NULL, PRIMARY KEY (machine, number))",
     "CREATE TABLE notes (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "CREATE TABLE audit (number BIGINT PRIMARY KEY, at BIGINT NOT NULL, actor TEXT NOT NULL, machine TEXT NOT NULL, \
      what TEXT NOT NULL, hash TEXT NOT NULL)",
-]];
+];
 
 pub(super) async fn migrate(pool: &AnyPool) -> Result<(), StoreError> {
     sqlx::query("CREATE TABLE IF NOT EXISTS schema_version (version BIGINT NOT NULL)").execute(pool).await?;

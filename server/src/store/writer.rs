@@ -89,6 +89,18 @@ async fn write(db: &mut AnyConnection, intent: &Intent) -> Result<(), StoreError
         Intent::Forget { id } => {
             sqlx::query("DELETE FROM machines WHERE id = $1").bind(id).execute(&mut *db).await?;
             sqlx::query("DELETE FROM boots WHERE machine = $1").bind(id).execute(&mut *db).await?;
+            sqlx::query("DELETE FROM hardware WHERE machine = $1").bind(id).execute(&mut *db).await?;
+        }
+        Intent::Hardware { id, doc } => {
+            // Not of a machine that was forgotten meanwhile.
+            sqlx::query(
+                "INSERT INTO hardware (machine, doc) SELECT id, $2 FROM machines WHERE id = $1 \
+                 ON CONFLICT (machine) DO UPDATE SET doc = excluded.doc",
+            )
+            .bind(id)
+            .bind(doc)
+            .execute(&mut *db)
+            .await?;
         }
         Intent::Seen(seen) => {
             for (id, at) in seen {

@@ -2,7 +2,7 @@
 //!
 //! Three RSA-2048 keys in `offline/secure-boot/`, each with a self-signed certificate: PK (who owns the machine), KEK
 //! (who may change db and dbx), db (what may run). RSA, because that is all that firmware must know; made by openssl,
-//! because ring makes none. Everything else is done here, without a program of others: see docs/adr/0004.
+//! because ring makes none. Everything else is done here, without a program of others: see docs/adr/0005.
 
 use crate::files::{PUBLIC, SECRET, make_dir, read_capped, write_atomic};
 use crate::ovmf;

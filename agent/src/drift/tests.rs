@@ -117,7 +117,7 @@ fn without_a_word_of_the_release_there_is_nothing_to_compare_with_and_that_is_sa
     assert_eq!(clock(Some(-75_000)).unwrap().text, "the clock is 75 s behind the boot server's");
 }
 
-/// What a look costs; the figure is in docs/benchmarks.md.
+/// What a look costs: printed, not judged.
 #[test]
 fn looks_are_counted() {
     let mut looker = looker("");

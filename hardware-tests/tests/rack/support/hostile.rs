@@ -3,7 +3,7 @@
 
 use kiln_protocol::{
     ASSIGNMENT_TYPE, Architecture, Assignment, BoundMachine, Decision, Desired, FRESHNESS_TYPE, Freshness, Grant,
-    Reply, Report, SPEC_VERSION, StageState, Via,
+    REPORT_PATH, Reply, Report, SPEC_VERSION, StageState, Via,
 };
 use kiln_release::certificate::certificate_key_id;
 use kiln_release::{Signer, sign_envelope};
@@ -67,12 +67,13 @@ fn serve(stream: TcpStream, config: Arc<ServerConfig>, heard: &Mutex<Vec<Report>
     let Ok(connection) = ServerConnection::new(config) else { return };
     let mut stream = BufReader::new(StreamOwned::new(connection, stream));
     loop {
-        let mut length = 0;
+        let (mut length, mut to) = (0, None);
         loop {
             let mut line = String::new();
             if !matches!(stream.read_line(&mut line), Ok(1..)) {
                 return;
             }
+            to.get_or_insert_with(|| line.split(' ').nth(1).unwrap_or_default().to_owned());
             if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
                 length = value.trim().parse().unwrap();
             }
@@ -83,6 +84,15 @@ fn serve(stream: TcpStream, config: Arc<ServerConfig>, heard: &Mutex<Vec<Report>
         let mut body = vec![0; length];
         if stream.read_exact(&mut body).is_err() {
             return;
+        }
+        if to.as_deref() != Some(REPORT_PATH) {
+            // Log lines, an introduction: this server knows only reports.
+            let out = stream.get_mut();
+            if out.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n").and_then(|()| out.flush()).is_err()
+            {
+                return;
+            }
+            continue;
         }
         let report: Report = serde_json::from_slice(&body).expect("the agent sends reports");
         let certificates = stream.get_ref().conn.peer_certificates().expect("the client must prove its key");
@@ -212,6 +222,7 @@ impl Forgery {
             again_ms: 1000,
             may_wait: false,
             about: None,
+            thresholds: std::collections::BTreeMap::new(),
         }
     }
 }

@@ -682,6 +682,7 @@ pub fn ipmi_command(device: &File, netfn: u8, cmd: u8, data: &[u8]) -> Result<Ve
 
 /// A socket that gets the payloads of one EtherType that come in on one interface, also those to `groups`
 /// (packet(7)).
+#[allow(clippy::cast_possible_truncation)] // small constants and sizes of small structures, in the types C gives them
 pub fn frames(interface: u32, ethertype: u16, groups: &[[u8; 6]]) -> Result<OwnedFd> {
     let index = i32::try_from(interface).map_err(|_| Error::from(ErrorKind::InvalidInput))?;
     let kind = libc::SOCK_DGRAM | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;

@@ -278,7 +278,7 @@ mod tests {
             let heard = director.heard();
             let failures = heard.iter().flat_map(|report| &report.stages).filter_map(|stage| match &stage.state {
                 StageState::Failed(f) if f.kind == "network-config-reverted" => Some(f.message.clone()),
-                _ => None,
+                StageState::Failed(_) | StageState::Started | StageState::Done | StageState::Waiting { .. } => None,
             });
             let addresses = uplink.addresses.iter().map(ToString::to_string).collect();
             Boot { known: network.known, addresses, told: failures.collect() }

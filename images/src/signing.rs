@@ -77,7 +77,7 @@ pub(crate) fn sign_image(
         }
     }
 
-    Ok(Signed { delegation: bytes, ..finish(site, state, now, snapshot, files)? })
+    Ok(Signed { delegation: bytes, ..finish(site, state, now, &snapshot, files)? })
 }
 
 /// Signs the snapshot, and verifies the whole against the versions of the state before: what a machine that saw it
@@ -86,12 +86,12 @@ fn finish(
     site: &SiteDir,
     state: &Outcome,
     now: Timestamp,
-    snapshot: Snapshot,
+    snapshot: &Snapshot,
     mut files: Overlay,
 ) -> Result<Signed, SiteError> {
     let version = snapshot.version;
     let key = read_key(&site.offline_key("snapshot"), "sign the snapshot")?;
-    let text = sign(Snapshot::TYPE, &snapshot, &[&key])?.into_bytes();
+    let text = sign(Snapshot::TYPE, snapshot, &[&key])?.into_bytes();
     let meta = MetaFile::of(version, &text);
     files.push((format!("metadata/{version}.snapshot.json"), text));
     verify_snapshot(site, &files, meta, state.seen.clone(), now)?;
@@ -112,7 +112,7 @@ pub(crate) fn sign_site(site: &SiteDir, state: &Outcome, now: Timestamp, documen
     snapshot.meta.clone_from(&state.snapshot.meta);
     snapshot.list(Targets::TYPE, top.version, text.as_bytes());
     let files = vec![(format!("metadata/{}.{}.json", top.version, Targets::TYPE), text.into_bytes())];
-    finish(site, state, now, snapshot, files)
+    finish(site, state, now, &snapshot, files)
 }
 
 /// The image's key; made when the image is published for the first time.

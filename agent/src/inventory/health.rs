@@ -6,6 +6,7 @@
 
 use crate::sys::{self, DISK_PATIENCE_MS, NvmeCommand};
 use kiln_protocol::{Disk, DiskHealth};
+use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -71,7 +72,7 @@ fn nvme(log: &[u8; 512]) -> DiskHealth {
         }
     }
     let errors = u64::from_le_bytes(log[160..168].try_into().expect("eight bytes"));
-    detail += &format!("{} % worn, {} % of its spare left, {errors} media errors", log[5], log[3]);
+    let _ = write!(detail, "{} % worn, {} % of its spare left, {errors} media errors", log[5], log[3]);
     DiskHealth { passed: log[0] == 0, detail }
 }
 
@@ -99,7 +100,7 @@ fn ata(sense: &[u8; 32], data: Option<&[u8; 512]>) -> Option<DiskHealth> {
         };
         if raw > 0 {
             let comma = if detail.is_empty() { "" } else { ", " };
-            detail += &format!("{comma}{raw} {what} sectors");
+            let _ = write!(detail, "{comma}{raw} {what} sectors");
         }
     }
     Some(DiskHealth { passed, detail })
@@ -137,7 +138,9 @@ mod tests {
     fn ata_is_read_in_both_formats_of_sense() {
         let sense = |bytes: &[(usize, u8)]| {
             let mut sense = [0; 32];
-            bytes.iter().for_each(|(at, byte)| sense[*at] = *byte);
+            for (at, byte) in bytes {
+                sense[*at] = *byte;
+            }
             sense
         };
         let descriptor = |mid, high| sense(&[(0, 0x72), (8, 0x09), (9, 12), (17, mid), (19, high)]);

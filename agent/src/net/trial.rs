@@ -243,7 +243,7 @@ mod tests {
                         // Two trials that ended in the dark: nobody knows why.
                         true => assert!(cut_twice && known.worked == Some(old.clone()), "{first:?} {second:?}"),
                         false => {
-                            assert_eq!((known.worked, refused), (Some(old.clone()), Some(2)), "{first:?} {second:?}")
+                            assert_eq!((known.worked, refused), (Some(old.clone()), Some(2)), "{first:?} {second:?}");
                         }
                     }
                     assert!(works || told.iter().any(|r| r.version == 2), "the server heard of it");

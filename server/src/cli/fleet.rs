@@ -21,6 +21,7 @@ pub(super) async fn machine(command: Machine) -> Result<(), CliError> {
             let machine: MachineView = Client::new(&at)?.get(&format!("machines/{}", segment(&machine))).await?;
             print(&if json { pretty(&machine)? } else { show(&machine, now_ms()) })
         }
+        Machine::Inventory { machine, at, json } => super::hardware::inventory(&machine, &at, json, now_ms()).await,
         Machine::Log { machine, boot, follow, at, json } => super::log::log(&machine, boot, follow, &at, json).await,
         Machine::Watch { machine, at, json } => watch(&at, machine.as_deref(), json).await,
         Machine::Approve { machine, role, name, code, at } => {

@@ -4,6 +4,7 @@
 mod client;
 mod error;
 mod fleet;
+mod hardware;
 mod log;
 mod order;
 mod site;
@@ -239,6 +240,16 @@ enum Machine {
     },
     /// One machine with its boots and stages
     Show {
+        /// Name or id
+        machine: String,
+        #[command(flatten)]
+        at: At,
+        /// JSON instead of text
+        #[arg(long)]
+        json: bool,
+    },
+    /// What a machine is made of, and what changed
+    Inventory {
         /// Name or id
         machine: String,
         #[command(flatten)]

@@ -1,0 +1,28 @@
+//! The agent's only unsafe code: system calls that no safe wrapper covers. Each function checks its arguments and
+//! returns the error the kernel gave.
+#![allow(unsafe_code)]
+
+mod disk;
+mod guard;
+mod ipmi;
+mod kernel;
+mod mapper;
+mod net;
+
+pub use disk::*;
+pub use guard::*;
+pub use ipmi::*;
+pub use kernel::*;
+pub use mapper::*;
+pub use net::*;
+
+use std::os::fd::RawFd;
+
+/// SAFETY: the caller vouches that `arg` points to what `request` reads and writes.
+unsafe fn raw_ioctl(fd: RawFd, request: libc::c_ulong, arg: *mut libc::c_void) -> libc::c_int {
+    // musl and glibc differ in the type of `request`; its 32 bits are the same.
+    #[allow(clippy::cast_possible_truncation, clippy::cast_possible_wrap, clippy::unnecessary_cast)]
+    unsafe {
+        libc::ioctl(fd, request as _, arg)
+    }
+}

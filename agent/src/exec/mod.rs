@@ -5,16 +5,20 @@
 //! executes nothing, which a seccomp filter holds it to. The *supervisor*, a thread of the service, owns the fanotify
 //! group, starts the guard, asks it for a sign of life, replaces it, reads who wanted to execute what, and tells.
 
+mod ancestry;
 mod cache;
 pub mod guard;
 mod hasher;
 mod ledger;
+mod post;
 mod rules;
 mod supervisor;
+mod systemd;
 mod watch;
 
+pub use post::{Post, news};
+pub use supervisor::serve;
 use supervisor::start;
-pub use supervisor::{Post, news, serve};
 
 use crate::error::{AgentError, Result as AgentResult};
 use kiln_protocol::ExecVerdict;

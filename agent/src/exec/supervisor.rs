@@ -7,14 +7,16 @@
 //!
 //! A place of the policy is mounted `noexec`; the supervisor takes that away when the place is guarded, not before.
 
+use super::ancestry::ancestry;
+use super::post::Post;
 use super::rules::{self, Rule, rule_of};
+use super::systemd::{STORED, notify, stored};
 use super::watch::{Action, Event, Watch};
 use super::{GUARD_FILES, Order, Said, answer, ledger, receive, send, wait};
 use crate::error::{AgentError, Result};
-use crate::facts;
 use crate::journal::monotonic_ms;
 use crate::sys::{self, Mark};
-use kiln_protocol::{AgentMemory, EXEC_ANCESTORS, ExecAncestor, ExecState, ExecVerdict, ExecViolation};
+use kiln_protocol::{ExecVerdict, ExecViolation};
 use nix::mount::{MsFlags, mount};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::fs::File;
@@ -22,27 +24,11 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::Notify;
 
-/// The name under which systemd keeps the group.
-const STORED: &str = "exec-guard";
 /// Between two lines on the console, milliseconds: who tries much shall not fill it.
 const SAY_MS: u64 = 200;
 /// Of the supervisor's thread.
 const STACK: usize = 256 << 10;
-
-/// What is told, and when there is more.
-#[derive(Clone)]
-pub struct Post(Arc<Shared>);
-
-struct Shared {
-    state: Mutex<ExecState>,
-    news: Notify,
-    /// The guard's process, 0 for none.
-    guard: AtomicU32,
-}
 
 /// The service's list, if its release has one. Where it cannot be guarded the agent goes on, the places stay noexec,
 /// and the server is told.
@@ -62,54 +48,6 @@ pub fn serve(policy: &Path, started_ms: u64) -> Option<Post> {
         eprintln!("kiln-agent: systemd cannot be told that the service is ready: {errno}");
     }
     post
-}
-
-/// [`Post::news`], for ever if there is no list.
-pub async fn news(post: Option<&Post>) {
-    match post {
-        Some(post) => post.news().await,
-        None => std::future::pending().await,
-    }
-}
-
-impl Post {
-    fn new() -> Self {
-        Self(Arc::new(Shared { state: Mutex::default(), news: Notify::new(), guard: AtomicU32::new(0) }))
-    }
-
-    /// For the report.
-    pub fn state(&self) -> ExecState {
-        self.lock().clone()
-    }
-
-    /// Ends when something new is to be told.
-    pub async fn news(&self) {
-        self.0.news.notified().await;
-    }
-
-    /// What the service costs, and the guard with it.
-    pub fn with_guard(&self, service: Option<AgentMemory>) -> Option<AgentMemory> {
-        let guard = facts::memory_of(&self.0.guard.load(Ordering::Relaxed).to_string());
-        let Some((service, guard)) = service.zip(guard) else { return service };
-        Some(AgentMemory {
-            rss_bytes: service.rss_bytes + guard.rss_bytes,
-            peak_bytes: service.peak_bytes + guard.peak_bytes,
-        })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, ExecState> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn change(&self, change: impl FnOnce(&mut ExecState)) {
-        change(&mut self.lock());
-        self.0.news.notify_one();
-    }
-
-    fn alarm(&self, words: &str) {
-        eprintln!("kiln-agent: exec guard: {words}");
-        self.change(|state| state.alarm = Some(words.chars().take(300).collect()));
-    }
 }
 
 /// Guards what the policy names, if there is one, and comes back when it is guarded. Times of what is told are counted
@@ -175,30 +113,6 @@ pub fn start(policy: &Path, program: &Path, started_ms: u64) -> Result<Option<Po
     // Without a guard the agent goes on; the places stay noexec until there is one.
     let _ = is_ready.recv_timeout(std::time::Duration::from_secs(5));
     Ok(Some(post))
-}
-
-/// The group that systemd kept over a restart of the service (sd_listen_fds(3)).
-fn stored() -> Option<OwnedFd> {
-    const FIRST: i32 = 3;
-    let own = std::env::var("LISTEN_PID").ok()?.parse() == Ok(std::process::id());
-    let named = std::env::var("LISTEN_FDNAMES").is_ok_and(|names| names == STORED);
-    (own && named).then(|| sys::inherited(FIRST).ok()).flatten()
-}
-
-/// Tells systemd something, and gives it a descriptor to keep (sd_notify(3)). Without systemd, nothing.
-fn notify(words: &str, keep: Option<&OwnedFd>) -> nix::Result<()> {
-    use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg, socket};
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET").map(PathBuf::from) else { return Ok(()) };
-    let address = match path.to_string_lossy().strip_prefix('@') {
-        Some(name) => UnixAddr::new_abstract(name.as_bytes())?,
-        None => UnixAddr::new(&path)?,
-    };
-    let to = socket(AddressFamily::Unix, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
-    let numbers: Vec<i32> = keep.iter().map(|fd| fd.as_raw_fd()).collect();
-    let rights = [ControlMessage::ScmRights(&numbers)];
-    let rights = if numbers.is_empty() { &[][..] } else { &rights[..] };
-    let words = [std::io::IoSlice::new(words.as_bytes())];
-    sendmsg(to.as_raw_fd(), &words, rights, MsgFlags::MSG_NOSIGNAL, Some(&address)).map(drop)
 }
 
 struct Supervisor {
@@ -300,7 +214,7 @@ impl Supervisor {
         command.arg("exec-guard").arg(&self.policy);
         command.stdin(Stdio::from(self.group.try_clone()?)).stdout(Stdio::from(theirs));
         let child = command.spawn()?;
-        self.post.0.guard.store(child.id(), Ordering::Relaxed);
+        self.post.guarded_by(child.id());
         self.guard = Some((child, ours));
         if self.places.is_empty() {
             self.post.change(|state| state.restarts += 1);
@@ -311,7 +225,7 @@ impl Supervisor {
     /// Ends the guard, if it has not ended by itself. How it ended.
     fn end(&mut self) -> String {
         let Some((mut child, _)) = self.guard.take() else { return "it was gone already".into() };
-        self.post.0.guard.store(0, Ordering::Relaxed);
+        self.post.guarded_by(0);
         let _ = child.kill();
         match child.wait() {
             Ok(status) => format!("it ended ({status})"),
@@ -372,47 +286,5 @@ impl Supervisor {
             }
         }
         self.post.change(|state| ledger::note(state, violation));
-    }
-}
-
-/// A process and those that started it (proc_pid_stat(5)).
-fn ancestry(proc: &Path, pid: i32) -> Vec<ExecAncestor> {
-    let mut found = Vec::new();
-    let mut next = u32::try_from(pid).ok().filter(|pid| *pid > 0);
-    while let Some(pid) = next
-        && found.len() < EXEC_ANCESTORS
-    {
-        let of = proc.join(pid.to_string());
-        let Ok(stat) = std::fs::read_to_string(of.join("stat")) else { break };
-        // The name may hold anything, parentheses too.
-        let Some((comm, rest)) = stat.split_once('(').and_then(|(_, rest)| rest.rsplit_once(')')) else { break };
-        let exe = std::fs::read_link(of.join("exe")).map(|exe| exe.to_string_lossy().into_owned());
-        found.push(ExecAncestor { pid, comm: comm.to_owned(), exe: exe.unwrap_or_default() });
-        next = rest.split_whitespace().nth(1).and_then(|parent| parent.parse().ok()).filter(|parent| *parent > 0);
-    }
-    found
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn who_started_whom_is_read_from_proc() {
-        let own = i32::try_from(std::process::id()).unwrap();
-        let found = ancestry(Path::new("/proc"), own);
-        assert_eq!(found[0].pid, std::process::id());
-        assert_eq!(found[0].exe, std::env::current_exe().unwrap().to_str().unwrap());
-        assert_eq!(found[1].pid, std::os::unix::process::parent_id());
-        assert!(found.len() <= EXEC_ANCESTORS);
-        let temp = tempfile::tempdir().unwrap();
-        for (pid, stat) in [(7, "7 (a) (b) S 5 7 7"), (5, "5 (loop) S 7 5 5")] {
-            std::fs::create_dir(temp.path().join(pid.to_string())).unwrap();
-            std::fs::write(temp.path().join(format!("{pid}/stat")), stat).unwrap();
-        }
-        let found = ancestry(temp.path(), 7);
-        assert_eq!(found.len(), EXEC_ANCESTORS, "one that makes itself its own ancestor ends");
-        assert_eq!((found[0].comm.as_str(), found[1].comm.as_str()), ("a) (b", "loop"));
-        assert!(ancestry(temp.path(), 9).is_empty());
     }
 }

@@ -1,7 +1,7 @@
 //! What the service watches besides health and its assignment: drift, limits, hooks, and the spool of what happened.
 
 use super::duty::Event;
-use super::trouble;
+use super::next::trouble;
 use crate::disk::machine::SharedDisk;
 use crate::drift::{self, EVERY, Eye, Looker, Seen};
 use crate::error::AgentError;

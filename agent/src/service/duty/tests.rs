@@ -1,6 +1,10 @@
 //! Every event in every state, and no order of them that asks for the impossible.
 
+use super::post::HOLD_S;
+use super::step::waiting;
 use super::*;
+use crate::error::FailureClass;
+use kiln_protocol::Stage;
 use proptest::prelude::*;
 
 const MID: u8 = 128;

@@ -1,38 +1,30 @@
 //! PID 1 of the initramfs: from an empty machine to the image's own init. It trusts nothing that it did not verify,
 //! never gives a shell, and ends in one of two ways: the verified root, or a restart with a reason.
 
+mod embedded;
+mod start;
+mod switch_root;
+
+pub use embedded::{embedded, parse_boot_info, running_command_line, secure_boot};
+
 use crate::coldplug::Drivers;
-use crate::disk::machine::{self, SharedDisk, on_disk};
-use crate::error::{AgentError, ROOT, Result};
-use crate::fetch::Expected;
+use crate::disk::machine::{self, on_disk};
+use crate::error::{AgentError, Result};
 use crate::flow::{Flow, RESTART_PAUSE, TELL_EVERY};
-use crate::handoff::{Handoff, OnDisk};
 use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
 use crate::memory::Place;
-use crate::net::Uplink;
 use crate::plan::{self, Plan};
-use crate::secureboot::SecureBoot;
 use crate::uplink::Network;
 use crate::verifier::{Answer, Servers, Verified, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{change, console, facts, kexec, local, log, mounts, safe, verity, wipe};
-use kiln_protocol::slot::{Event, SlotId};
-use kiln_protocol::{Assignment, Class, ReleaseId, RunningRelease, Stage, Via};
-use kiln_release::{BOOT_PATH, BootInfo, hex};
-use nix::mount::{MsFlags, mount};
+use crate::{change, console, facts, local, log, mounts, safe, wipe};
+use embedded::{read_boot_info, tell_command_line_drift};
+use kiln_protocol::{Assignment, ReleaseId, Stage, Via};
+use kiln_release::BootInfo;
 use nix::sys::reboot::{RebootMode, reboot};
+use start::start;
 use std::convert::Infallible;
-use std::ffi::CString;
-use std::fs::File;
-use std::path::Path;
 use std::time::Duration;
-
-/// Where the verified root is mounted before the hand-over.
-const NEW_ROOT: &str = "/newroot";
-/// The root artifact, in a tmpfs that moves to the new root's /run.
-const ROOT_FILE: &str = "/run/kiln/root";
-/// The image's own init.
-const NEXT_INIT: &str = "/sbin/init";
 
 /// Runs as PID 1; comes back only when the machine restarts.
 pub fn run() -> ! {
@@ -255,183 +247,6 @@ pub async fn wait_for_assignment(flow: &mut Flow, verified: &Verified) -> Result
     }
 }
 
-/// Fetches, verifies, mounts and starts the release that this UKI embeds.
-async fn start(
-    flow: &mut Flow,
-    verified: Verified,
-    uplink: Option<Uplink>,
-    disk: Option<SharedDisk>,
-) -> Result<Infallible> {
-    // The last gate before anything of it starts, whichever way led here.
-    flow.verifier.may_run(&verified.manifest)?;
-    // What an order starts never goes into a slot: the loader would start it again without the order.
-    let disk = disk.filter(|_| verified.manifest.class == Class::Normal.as_str());
-    flow.journal.started(Stage::Root);
-    flow.report().await;
-    if let Some(disk) = disk {
-        match local::install_here(flow, &verified, &disk).await {
-            Ok(slot) => {
-                flow.journal.done(Stage::Root);
-                return start_slot(flow, verified, uplink, &disk, slot).await;
-            }
-            // A disk that fails costs the slots, not the boot.
-            Err(error) => flow.journal.failed(Stage::Root, &error, 1, Some(Duration::ZERO)),
-        }
-    }
-    let root = Path::new(ROOT_FILE);
-    let expected =
-        Expected { what: ROOT, sha256: verified.manifest.root.sha256.clone(), length: verified.manifest.root.length };
-    match take_prefetched(root, &expected) {
-        Some(Ok(())) => {}
-        Some(Err(error)) => {
-            flow.after_failure(Stage::Root, error, 1).await?;
-            flow.fetch_to(Stage::Root, expected, root).await?;
-        }
-        None => flow.fetch_to(Stage::Root, expected, root).await?,
-    }
-    flow.journal.done(Stage::Root);
-
-    flow.journal.started(Stage::Verity);
-    let device =
-        verity::open(root, &verified.manifest.verity, &flow.verifier.boot.root_hash, secure_boot(&flow.verifier.boot))?;
-    mount_and_leave(flow, verified, uplink, &device, None).await
-}
-
-/// The same from a slot. A root that cannot be mounted is told to the slots: the next boot is another's.
-async fn start_slot(
-    flow: &mut Flow,
-    verified: Verified,
-    uplink: Option<Uplink>,
-    disk: &SharedDisk,
-    slot: SlotId,
-) -> Result<Infallible> {
-    flow.journal.started(Stage::Verity);
-    let (name, device) = on_disk(disk, move |disk| Ok((disk.name().to_owned(), disk.device(slot)?))).await?;
-    let params = verified.manifest.verity.clone();
-    let boot = &flow.verifier.boot;
-    let device = verity::open_device(&device.display().to_string(), &params, &boot.root_hash, secure_boot(boot))?;
-    let on = OnDisk { name, via: kexec::started_this() };
-    let error = match mount_and_leave(flow, verified, uplink, &device, Some(on)).await {
-        Ok(never) => match never {},
-        Err(error) => error,
-    };
-    if let AgentError::System { source, .. } = &error
-        && [libc::EIO, libc::EINVAL, libc::EUCLEAN, libc::EBADMSG].map(Some).contains(&source.raw_os_error())
-    {
-        on_disk(disk, move |disk| disk.event(Event::Spoilt(slot), None)).await?;
-    }
-    Err(error)
-}
-
-async fn mount_and_leave(
-    flow: &mut Flow,
-    verified: Verified,
-    uplink: Option<Uplink>,
-    device: &str,
-    disk: Option<OnDisk>,
-) -> Result<Infallible> {
-    std::fs::create_dir_all(NEW_ROOT).map_err(AgentError::file(NEW_ROOT))?;
-    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
-    mount(Some(device), NEW_ROOT, Some("erofs"), flags, None::<&str>)
-        .map_err(AgentError::system(format!("mounting {device}")))?;
-    let running = verity::running_root_hash()?;
-    if running != flow.verifier.boot.root_hash {
-        return Err(AgentError::RunningRoot { expected: flow.verifier.boot.root_hash.clone(), got: running });
-    }
-    flow.journal.done(Stage::Verity);
-    flow.journal.started(Stage::Handover);
-    flow.report().await;
-    let handoff = Handoff {
-        boot: flow.verifier.boot.clone(),
-        manifest: verified.manifest,
-        servers: flow.verifier.servers.clone(),
-        journal: flow.journal.state.clone(),
-        uplink,
-        disk,
-        sequence: flow.verifier.memory.sequence,
-        now: flow.verifier.now,
-    };
-    handoff.write()?;
-    log::hand_over()?;
-    secure_boot(&flow.verifier.boot).restrict()?;
-    switch_root()
-}
-
-/// The root that crossed a kexec in the initrd: copied out of the initramfs and verified again. One that does not verify
-/// is removed, so that the next try downloads.
-fn take_prefetched(root: &Path, expected: &Expected) -> Option<Result<()>> {
-    let from = Path::new(kexec::PREFETCHED).join(&expected.sha256);
-    if !from.exists() {
-        return None;
-    }
-    let copied = copy_verified(&from, root, expected);
-    // Its memory is wanted, whatever came of it.
-    let removed = std::fs::remove_file(&from).map_err(AgentError::file(&from));
-    Some(copied.and(removed))
-}
-
-fn copy_verified(from: &Path, to: &Path, expected: &Expected) -> Result<()> {
-    use std::io::{Read, Write};
-    let mut source = File::open(from).map_err(AgentError::file(from))?;
-    let mut target = File::create(to).map_err(AgentError::file(to))?;
-    let mut hash = ring::digest::Context::new(&ring::digest::SHA256);
-    let mut buffer = vec![0; 256 * 1024];
-    loop {
-        let n = source.read(&mut buffer).map_err(AgentError::file(from))?;
-        if n == 0 {
-            break;
-        }
-        hash.update(&buffer[..n]);
-        target.write_all(&buffer[..n]).map_err(AgentError::file(to))?;
-    }
-    let got = hex::encode(hash.finish().as_ref());
-    if got == expected.sha256 {
-        Ok(())
-    } else {
-        Err(AgentError::HashMismatch { what: expected.what, expected: expected.sha256.clone(), got })
-    }
-}
-
-/// What this machine's firmware enforces, seen from this release.
-pub fn secure_boot(boot: &BootInfo) -> SecureBoot {
-    SecureBoot::of_this_machine(boot.site.secure_boot.as_deref())
-}
-
-fn read_boot_info() -> Result<BootInfo> {
-    let bytes = std::fs::read(BOOT_PATH).map_err(AgentError::file(BOOT_PATH))?;
-    parse_boot_info(&bytes, Path::new(BOOT_PATH))
-}
-
-/// Reads and checks a `boot.json`.
-pub fn parse_boot_info(bytes: &[u8], path: &Path) -> Result<BootInfo> {
-    let boot: BootInfo =
-        serde_json::from_slice(bytes).map_err(|e| AgentError::Format { path: path.into(), reason: e.to_string() })?;
-    boot.check()?;
-    Ok(boot)
-}
-
-/// What the UKI embeds, as the wire says it.
-pub fn embedded(boot: &BootInfo) -> Result<RunningRelease> {
-    let bad = |e: kiln_protocol::IdError| AgentError::Format { path: BOOT_PATH.into(), reason: e.to_string() };
-    Ok(RunningRelease {
-        image: boot.image.parse().map_err(bad)?,
-        release: boot.release,
-        root_hash: boot.root_hash.parse().map_err(bad)?,
-    })
-}
-
-/// The command line decides nothing here; a difference from the embedded one is drift, and told.
-fn tell_command_line_drift(boot: &BootInfo) {
-    let running = running_command_line();
-    if !plan::command_line_is(&running, &boot.command_line) {
-        println!("kiln-agent: command line differs from the embedded one: {running:?}");
-    }
-}
-
-pub fn running_command_line() -> String {
-    std::fs::read_to_string("/proc/cmdline").unwrap_or_default().trim().to_owned()
-}
-
 /// The first label of what DHCP says, else one of the machine's id. A name is no reason not to boot.
 pub fn set_host_name(network: &Network, flow: &Flow) {
     let short = &flow.journal.machine.id.as_str()[24..];
@@ -439,46 +254,5 @@ pub fn set_host_name(network: &Network, flow: &Flow) {
     let name = said.map_or_else(|| format!("kiln-{short}"), str::to_owned);
     if let Err(error) = nix::unistd::sethostname(&name) {
         println!("kiln-agent: the host name {name} cannot be set: {error}");
-    }
-}
-
-/// Moves the mounts, frees the initramfs, and gives the machine to the image's init.
-fn switch_root() -> Result<Infallible> {
-    let step = |what: &str| AgentError::system(what.to_owned());
-    for dir in ["/dev", "/proc", "/sys", "/run"] {
-        let target = format!("{NEW_ROOT}{dir}");
-        mount(Some(dir), target.as_str(), None::<&str>, MsFlags::MS_MOVE, None::<&str>)
-            .map_err(step(&format!("moving {dir}")))?;
-    }
-    free_initramfs();
-    std::env::set_current_dir(NEW_ROOT).map_err(AgentError::file(NEW_ROOT))?;
-    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).map_err(step("moving the root"))?;
-    nix::unistd::chroot(".").map_err(step("chroot"))?;
-    std::env::set_current_dir("/").map_err(AgentError::file("/"))?;
-    let init = CString::new(NEXT_INIT).expect("a constant without NUL");
-    match nix::unistd::execv(&init, &[&init]) {
-        Err(errno) => Err(step(NEXT_INIT)(errno)),
-        Ok(never) => match never {},
-    }
-}
-
-/// Removes the initramfs's files: they are memory. Only what is on the same file system.
-fn free_initramfs() {
-    use std::os::unix::fs::MetadataExt;
-    let Ok(root) = std::fs::metadata("/") else { return };
-    let mut dirs = vec![std::path::PathBuf::from("/")];
-    while let Some(dir) = dirs.pop() {
-        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
-            let path = entry.path();
-            let Ok(meta) = std::fs::symlink_metadata(&path) else { continue };
-            if meta.dev() != root.dev() {
-                continue;
-            }
-            if meta.is_dir() {
-                dirs.push(path);
-            } else if std::fs::remove_file(&path).is_err() {
-                // What cannot be removed costs memory, nothing else.
-            }
-        }
     }
 }

@@ -1,0 +1,160 @@
+//! Starting the release that this UKI embeds: its root from a slot or the network, verified, mounted, handed over to.
+
+use super::secure_boot;
+use super::switch_root::{NEW_ROOT, switch_root};
+use crate::disk::machine::{SharedDisk, on_disk};
+use crate::error::{AgentError, ROOT, Result};
+use crate::fetch::Expected;
+use crate::flow::Flow;
+use crate::handoff::{Handoff, OnDisk};
+use crate::net::Uplink;
+use crate::verifier::Verified;
+use crate::{kexec, local, log, verity};
+use kiln_protocol::slot::{Event, SlotId};
+use kiln_protocol::{Class, Stage};
+use kiln_release::hex;
+use nix::mount::{MsFlags, mount};
+use std::convert::Infallible;
+use std::fs::File;
+use std::path::Path;
+use std::time::Duration;
+
+/// The root artifact, in a tmpfs that moves to the new root's /run.
+const ROOT_FILE: &str = "/run/kiln/root";
+
+/// Fetches, verifies, mounts and starts the release that this UKI embeds.
+pub(super) async fn start(
+    flow: &mut Flow,
+    verified: Verified,
+    uplink: Option<Uplink>,
+    disk: Option<SharedDisk>,
+) -> Result<Infallible> {
+    // The last gate before anything of it starts, whichever way led here.
+    flow.verifier.may_run(&verified.manifest)?;
+    // What an order starts never goes into a slot: the loader would start it again without the order.
+    let disk = disk.filter(|_| verified.manifest.class == Class::Normal.as_str());
+    flow.journal.started(Stage::Root);
+    flow.report().await;
+    if let Some(disk) = disk {
+        match local::install_here(flow, &verified, &disk).await {
+            Ok(slot) => {
+                flow.journal.done(Stage::Root);
+                return start_slot(flow, verified, uplink, &disk, slot).await;
+            }
+            // A disk that fails costs the slots, not the boot.
+            Err(error) => flow.journal.failed(Stage::Root, &error, 1, Some(Duration::ZERO)),
+        }
+    }
+    let root = Path::new(ROOT_FILE);
+    let expected =
+        Expected { what: ROOT, sha256: verified.manifest.root.sha256.clone(), length: verified.manifest.root.length };
+    match take_prefetched(root, &expected) {
+        Some(Ok(())) => {}
+        Some(Err(error)) => {
+            flow.after_failure(Stage::Root, error, 1).await?;
+            flow.fetch_to(Stage::Root, expected, root).await?;
+        }
+        None => flow.fetch_to(Stage::Root, expected, root).await?,
+    }
+    flow.journal.done(Stage::Root);
+
+    flow.journal.started(Stage::Verity);
+    let device =
+        verity::open(root, &verified.manifest.verity, &flow.verifier.boot.root_hash, secure_boot(&flow.verifier.boot))?;
+    mount_and_leave(flow, verified, uplink, &device, None).await
+}
+
+/// The same from a slot. A root that cannot be mounted is told to the slots: the next boot is another's.
+async fn start_slot(
+    flow: &mut Flow,
+    verified: Verified,
+    uplink: Option<Uplink>,
+    disk: &SharedDisk,
+    slot: SlotId,
+) -> Result<Infallible> {
+    flow.journal.started(Stage::Verity);
+    let (name, device) = on_disk(disk, move |disk| Ok((disk.name().to_owned(), disk.device(slot)?))).await?;
+    let params = verified.manifest.verity.clone();
+    let boot = &flow.verifier.boot;
+    let device = verity::open_device(&device.display().to_string(), &params, &boot.root_hash, secure_boot(boot))?;
+    let on = OnDisk { name, via: kexec::started_this() };
+    let error = match mount_and_leave(flow, verified, uplink, &device, Some(on)).await {
+        Ok(never) => match never {},
+        Err(error) => error,
+    };
+    if let AgentError::System { source, .. } = &error
+        && [libc::EIO, libc::EINVAL, libc::EUCLEAN, libc::EBADMSG].map(Some).contains(&source.raw_os_error())
+    {
+        on_disk(disk, move |disk| disk.event(Event::Spoilt(slot), None)).await?;
+    }
+    Err(error)
+}
+
+async fn mount_and_leave(
+    flow: &mut Flow,
+    verified: Verified,
+    uplink: Option<Uplink>,
+    device: &str,
+    disk: Option<OnDisk>,
+) -> Result<Infallible> {
+    std::fs::create_dir_all(NEW_ROOT).map_err(AgentError::file(NEW_ROOT))?;
+    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
+    mount(Some(device), NEW_ROOT, Some("erofs"), flags, None::<&str>)
+        .map_err(AgentError::system(format!("mounting {device}")))?;
+    let running = verity::running_root_hash()?;
+    if running != flow.verifier.boot.root_hash {
+        return Err(AgentError::RunningRoot { expected: flow.verifier.boot.root_hash.clone(), got: running });
+    }
+    flow.journal.done(Stage::Verity);
+    flow.journal.started(Stage::Handover);
+    flow.report().await;
+    let handoff = Handoff {
+        boot: flow.verifier.boot.clone(),
+        manifest: verified.manifest,
+        servers: flow.verifier.servers.clone(),
+        journal: flow.journal.state.clone(),
+        uplink,
+        disk,
+        sequence: flow.verifier.memory.sequence,
+        now: flow.verifier.now,
+    };
+    handoff.write()?;
+    log::hand_over()?;
+    secure_boot(&flow.verifier.boot).restrict()?;
+    switch_root()
+}
+
+/// The root that crossed a kexec in the initrd: copied out of the initramfs and verified again. One that does not verify
+/// is removed, so that the next try downloads.
+fn take_prefetched(root: &Path, expected: &Expected) -> Option<Result<()>> {
+    let from = Path::new(kexec::PREFETCHED).join(&expected.sha256);
+    if !from.exists() {
+        return None;
+    }
+    let copied = copy_verified(&from, root, expected);
+    // Its memory is wanted, whatever came of it.
+    let removed = std::fs::remove_file(&from).map_err(AgentError::file(&from));
+    Some(copied.and(removed))
+}
+
+fn copy_verified(from: &Path, to: &Path, expected: &Expected) -> Result<()> {
+    use std::io::{Read, Write};
+    let mut source = File::open(from).map_err(AgentError::file(from))?;
+    let mut target = File::create(to).map_err(AgentError::file(to))?;
+    let mut hash = ring::digest::Context::new(&ring::digest::SHA256);
+    let mut buffer = vec![0; 256 * 1024];
+    loop {
+        let n = source.read(&mut buffer).map_err(AgentError::file(from))?;
+        if n == 0 {
+            break;
+        }
+        hash.update(&buffer[..n]);
+        target.write_all(&buffer[..n]).map_err(AgentError::file(to))?;
+    }
+    let got = hex::encode(hash.finish().as_ref());
+    if got == expected.sha256 {
+        Ok(())
+    } else {
+        Err(AgentError::HashMismatch { what: expected.what, expected: expected.sha256.clone(), got })
+    }
+}

@@ -1,0 +1,52 @@
+//! The last step of the initramfs.
+
+use crate::error::{AgentError, Result};
+use nix::mount::{MsFlags, mount};
+use std::convert::Infallible;
+use std::ffi::CString;
+
+/// Where the verified root is mounted before the hand-over.
+pub(super) const NEW_ROOT: &str = "/newroot";
+/// The image's own init.
+const NEXT_INIT: &str = "/sbin/init";
+
+/// Moves the mounts, frees the initramfs, and gives the machine to the image's init.
+pub(super) fn switch_root() -> Result<Infallible> {
+    let step = |what: &str| AgentError::system(what.to_owned());
+    for dir in ["/dev", "/proc", "/sys", "/run"] {
+        let target = format!("{NEW_ROOT}{dir}");
+        mount(Some(dir), target.as_str(), None::<&str>, MsFlags::MS_MOVE, None::<&str>)
+            .map_err(step(&format!("moving {dir}")))?;
+    }
+    free_initramfs();
+    std::env::set_current_dir(NEW_ROOT).map_err(AgentError::file(NEW_ROOT))?;
+    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).map_err(step("moving the root"))?;
+    nix::unistd::chroot(".").map_err(step("chroot"))?;
+    std::env::set_current_dir("/").map_err(AgentError::file("/"))?;
+    let init = CString::new(NEXT_INIT).expect("a constant without NUL");
+    match nix::unistd::execv(&init, &[&init]) {
+        Err(errno) => Err(step(NEXT_INIT)(errno)),
+        Ok(never) => match never {},
+    }
+}
+
+/// Removes the initramfs's files: they are memory. Only what is on the same file system.
+fn free_initramfs() {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(root) = std::fs::metadata("/") else { return };
+    let mut dirs = vec![std::path::PathBuf::from("/")];
+    while let Some(dir) = dirs.pop() {
+        for entry in std::fs::read_dir(&dir).into_iter().flatten().flatten() {
+            let path = entry.path();
+            let Ok(meta) = std::fs::symlink_metadata(&path) else { continue };
+            if meta.dev() != root.dev() {
+                continue;
+            }
+            if meta.is_dir() {
+                dirs.push(path);
+            } else if std::fs::remove_file(&path).is_err() {
+                // What cannot be removed costs memory, nothing else.
+            }
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! What the slots of the disk hear of the release that runs: that it is good, that it is late, which way the firmware
+//! boots.
+
+use super::{Proof, Service};
+use crate::disk::machine::{SharedDisk, on_disk};
+use kiln_protocol::slot;
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// A trial that is not healthy so long after the service's start leaves; the server's own limit is the same.
+const TRIAL: Duration = Duration::from_secs(15 * 60);
+/// Longest wait for a disk's commit.
+const DISK_DEADLINE: Duration = Duration::from_secs(20);
+
+impl Service {
+    /// Tells the slots that the release that runs is healthy, or that it is late. Whether it must leave.
+    pub(super) async fn prove(&mut self, healthy: bool) -> bool {
+        let (Some(disk), Proof::Trial(since)) = (self.disk.clone(), self.proven) else { return false };
+        let event = match healthy {
+            true => slot::Event::Healthy,
+            false if since.elapsed() >= TRIAL => slot::Event::Late,
+            false => return false,
+        };
+        let done = timeout(DISK_DEADLINE, on_disk(&disk, move |disk| disk.event(event, None))).await;
+        match done {
+            Ok(Ok(actions)) => {
+                if healthy {
+                    self.proven = Proof::Good;
+                    self.started_well(&disk).await;
+                    eprintln!("kiln-agent: {} is healthy: {}", self.here, crate::disk::machine::lock(&disk).describe());
+                }
+                actions.iter().any(|action| matches!(action, slot::Action::Leave(_)))
+            }
+            Ok(Err(error)) => {
+                eprintln!("kiln-agent: the boot loader cannot be told that this release is good: {error}");
+                false
+            }
+            Err(_) => {
+                eprintln!("kiln-agent: the disk gives no answer");
+                false
+            }
+        }
+    }
+
+    /// What failed here before may be told no more, and the count of starts ends.
+    async fn started_well(&mut self, disk: &SharedDisk) {
+        let root_hash = self.journal.embedded.root_hash.clone();
+        let done = timeout(DISK_DEADLINE, on_disk(disk, move |disk| disk.forget_starts(&root_hash))).await;
+        if let Ok(Err(error)) = done {
+            eprintln!("kiln-agent: the starts of this release stay counted: {error}");
+        }
+        if crate::disk::machine::lock(disk).slots().disk.fallback().is_none() {
+            self.journal.fallback = None;
+        }
+    }
+
+    /// The firmware's boot order is the role's.
+    pub(super) fn order_boot(&mut self) {
+        let wanted = self.journal.state.network_first;
+        if let (Some(disk), Some(network_first)) = (self.disk.clone(), wanted.filter(|_| wanted != self.ordered)) {
+            self.ordered = wanted;
+            tokio::spawn(async move {
+                if let Err(error) = on_disk(&disk, move |disk| disk.order_boot(network_first)).await {
+                    eprintln!("kiln-agent: the firmware's boot order stays as it is: {error}");
+                }
+            });
+        }
+    }
+
+    /// The loader shall not hear of what was installed and is no longer wanted. In a thread of its own: nothing waits
+    /// for it, and the next install calls off what is left.
+    pub(super) fn call_off(&self) {
+        if let Some(disk) = self.disk.clone() {
+            tokio::spawn(async move {
+                if let Err(error) = on_disk(&disk, |disk| disk.event(slot::Event::CalledOff, None)).await {
+                    eprintln!("kiln-agent: {error}");
+                }
+            });
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! From the hand-over of the initramfs to a running service.
+
+use super::Service;
+use super::leave::{Door, restart};
+use super::watch::Watch;
+use crate::api::Api;
+use crate::change;
+use crate::disk::machine::{MachineDisk, SharedDisk};
+use crate::error::{AgentError, Result};
+use crate::handoff::{Handoff, OnDisk};
+use crate::health::{Checks, Probe};
+use crate::journal::{Journal, monotonic_ms};
+use crate::memory::Place;
+use crate::net::Uplink;
+use crate::verifier::Verifier;
+use crate::watchdog::Watchdog;
+use crate::{console, exec, facts, init, inventory, local, log, uplink, verity};
+use kiln_protocol::{RunningRelease, Stage, slot};
+use kiln_release::EXEC_PATH;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Runs until the machine leaves for another release.
+pub fn run() -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(AgentError::system("starting the runtime"))?;
+    let ended = runtime.block_on(serve());
+    // A check that hangs in the kernel must not hang the end as well.
+    runtime.shutdown_background();
+    ended
+}
+
+async fn serve() -> Result<()> {
+    let handoff = Handoff::read()?;
+    // First of all: what waits for this service to be ready may want to execute.
+    let exec = exec::serve(Path::new(EXEC_PATH), handoff.journal.started_ms);
+    if let Some(watchdog) = Watchdog::arm() {
+        tokio::spawn(watchdog.keep());
+    }
+    tokio::spawn(stay_connected(handoff.uplink.clone(), handoff.boot.clone(), facts_id()?));
+    forget_an_earlier_start();
+    let probe = Probe::new(verity::running_root_hash, "systemctl");
+    let checks = Checks::new(handoff.manifest.health.clone(), handoff.manifest.verity.root_hash.clone(), probe);
+    let disk = slots(&handoff);
+    console::open(facts_id()?.as_str(), &format!("{}/{}", handoff.boot.image, handoff.boot.release));
+    if let Some(uplink) = &handoff.uplink {
+        console::address(&uplink.describe());
+    }
+    if let Some(url) = handoff.servers.agent.first() {
+        console::server(url);
+    }
+    log::take_over();
+    tokio::spawn(log::follow());
+    let watch = Watch::of(&handoff.manifest, disk.clone());
+    let (verifier, mut journal) = resume(handoff)?;
+    journal.fallback =
+        disk.as_ref().and_then(|disk| local::fallback(&verifier.memory, &crate::disk::machine::lock(disk)));
+    let site = &verifier.boot.site;
+    let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, &verifier.key, &verifier.clock)?;
+    log::ship(api, &journal.state.boot_id, &journal.machine.id);
+    journal.done(Stage::Handover);
+    journal.done(Stage::Service);
+    let door = Door { systemctl: "systemctl".into(), reboot: restart };
+    let (boot, servers) = (&verifier.boot, &verifier.servers.agent);
+    let api = Api::new(servers, &boot.site.agent_api_ca_pem, &verifier.key, &verifier.clock)?;
+    tokio::spawn(inventory::keep(api, journal.machine.id.clone(), journal.state.boot_id.clone()));
+    let mut service = Service::new(verifier, journal, change::NEXT, door)?;
+    (service.disk, service.watch, service.exec) = (disk, watch, exec);
+    Err(Box::pin(service.run(checks)).await)
+}
+
+/// Keeps what is leased, or goes on asking: in disk mode a machine comes up without a network.
+async fn stay_connected(uplink: Option<Uplink>, boot: kiln_release::BootInfo, machine: kiln_protocol::MachineId) {
+    let uplink = match uplink {
+        Some(uplink) => uplink,
+        None => uplink::connect_later(Place::of_this_machine().network(), boot, machine.clone()).await,
+    };
+    uplink.keep(&machine);
+}
+
+/// The disk that this system runs from. One that cannot be opened any more costs the slots: the release goes on.
+fn slots(handoff: &Handoff) -> Option<SharedDisk> {
+    let OnDisk { name, via } = handoff.disk.clone()?;
+    let open = || {
+        let floor = Place::of_this_machine().memory()?.floor(&handoff.boot.image);
+        let mut disk = MachineDisk::reopen(&name, &handoff.boot, floor)?;
+        let root_hash = init::embedded(&handoff.boot)?.root_hash;
+        disk.event(slot::Event::Started(root_hash, via), None)?;
+        Ok::<_, AgentError>(Arc::new(std::sync::Mutex::new(disk)))
+    };
+    open().inspect_err(|error| eprintln!("kiln-agent: disk {name}: {error} ({})", error.kind())).ok()
+}
+
+fn facts_id() -> Result<kiln_protocol::MachineId> {
+    let place = Place::of_this_machine();
+    Ok(facts::read(place.key_storage(), place.rollback_memory())?.id)
+}
+
+/// What a start of the service that was killed had fetched: it is memory.
+fn forget_an_earlier_start() {
+    for path in change::files(Path::new(change::NEXT)) {
+        if path.exists()
+            && let Err(error) = std::fs::remove_file(&path)
+        {
+            eprintln!("kiln-agent: {}: cannot be removed: {error}", path.display());
+        }
+    }
+}
+
+fn resume(handoff: Handoff) -> Result<(Verifier, Journal)> {
+    let place = Place::of_this_machine();
+    let key = place.key()?;
+    let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
+    machine.protection = init::secure_boot(&handoff.boot).class();
+    let embedded = init::embedded(&handoff.boot)?;
+    let root_hash = verity::running_root_hash()?;
+    if root_hash != handoff.manifest.verity.root_hash {
+        return Err(AgentError::RunningRoot { expected: handoff.manifest.verity.root_hash, got: root_hash });
+    }
+    let root_hash = root_hash.parse().map_err(|e: kiln_protocol::IdError| AgentError::Format {
+        path: "/dev/mapper/control".into(),
+        reason: e.to_string(),
+    })?;
+    let running = RunningRelease { root_hash, ..embedded.clone() };
+    // Not the hand-over's: this may be a later start of the service, and what was seen since then counts.
+    let memory = place.memory()?;
+    let now = memory.time_floor.map_or(handoff.now, |t| t.max(handoff.now));
+    let mut state = handoff.journal;
+    // Likewise reports: their numbers go on above all that an earlier start can have made.
+    state.seq = state.seq.max(monotonic_ms());
+    let journal = Journal {
+        state,
+        machine,
+        embedded,
+        running: Some(running),
+        health: None,
+        prefetch: None,
+        fallback: None,
+        condition: None,
+    };
+    let mut verifier = Verifier::new(handoff.boot, place, key, memory, handoff.servers, now);
+    // A system on a disk stays what its slot holds: the disk's blocks are checked at each reading.
+    if handoff.disk.is_none() {
+        verifier.put_up = handoff.sequence;
+    }
+    Ok((verifier, journal))
+}

@@ -10,7 +10,7 @@ use crate::network::read_network;
 pub use allow::ExecPlace;
 use allow::RawExec;
 use kiln_release::network::NetworkConfig;
-use kiln_release::{DiskSettings, FilePolicy, WipePolicy, WritableMount};
+use kiln_release::{DiskSettings, FilePolicy, WipePolicy, WritableMount, is_image_name};
 use serde::Deserialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -239,7 +239,7 @@ impl Partial {
                 }
                 Ok::<_, RecipeError>(())
             };
-        single(&mut self.name, raw.name, is_name, "an image name (a-z, 0-9, -; at most 40, a letter first)")?;
+        single(&mut self.name, raw.name, is_image_name, "an image name (a-z, 0-9, -; at most 32, a letter first)")?;
         single(&mut self.class, raw.class, is_class, "a class: normal, rescue, acceptance or wipe")?;
         single(&mut self.product, raw.product, is_name, "a product name (a-z, 0-9, -)")?;
         single(&mut self.suite, raw.suite, |suite| suite == "trixie", "a suite this builder knows: trixie")?;

@@ -94,7 +94,12 @@ fn unknown_keys_are_refused_with_their_place() {
 #[test]
 fn wrong_values_are_refused_with_their_place() {
     let cases = [
-        ("\"test\"", "\"Test\"", "1:8 \"Test\" is not an image name (a-z, 0-9, -; at most 40, a letter first)"),
+        ("\"test\"", "\"Test\"", "1:8 \"Test\" is not an image name (a-z, 0-9, -; at most 32, a letter first)"),
+        (
+            "\"test\"",
+            "\"a23456789-123456789-123456789-123\"",
+            "1:8 \"a23456789-123456789-123456789-123\" is not an image name (a-z, 0-9, -; at most 32, a letter first)",
+        ),
         ("\"trixie\"", "\"sid\"", "2:9 \"sid\" is not a suite this builder knows: trixie"),
         ("[\"systemd\"]", "[\"a b\"]", "6:13 \"a b\" is not a Debian package name"),
         ("[\"erofs\"]", "[\"ok\", \"../x\"]", "7:18 \"../x\" is not a kernel module's name"),

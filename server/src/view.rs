@@ -97,6 +97,12 @@ pub struct ConditionView {
     /// How many differences there are.
     #[serde(default)]
     pub drift_count: u32,
+    /// What its role says of drift: `report`, `reimage`.
+    #[serde(default)]
+    pub drift_policy: String,
+    /// What is done about it.
+    #[serde(default)]
+    pub drift_note: Option<String>,
     /// Which drain hook runs.
     #[serde(default)]
     pub draining: Option<Draining>,

@@ -52,6 +52,29 @@ async fn drift_and_events_are_shown_and_taken_once_over_a_kill_of_the_server() {
 }
 
 #[tokio::test]
+async fn a_role_that_reimages_for_drift_says_so_everywhere() {
+    let site = TestSite::new();
+    let path = site.path().join("kiln.toml");
+    let config = std::fs::read_to_string(&path).unwrap();
+    let set = "image = \"minimal\"\ndrift = \"reimage\"\n";
+    std::fs::write(&path, config.replacen("image = \"minimal\"\n", set, 1)).unwrap();
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let (first, second) = (agent.report(), agent.healthy());
+    agent.send(&server, &first).await;
+    agent.send(&server, &second).await;
+    let text = "nc listens on tcp/4444".to_owned();
+    let drift = Difference { kind: DriftKind::Listener, what: "tcp/4444".into(), text };
+    let condition = Condition { drift: vec![drift], drift_count: 1, ..Condition::default() };
+    let report = Report { condition: Some(condition), ..agent.healthy() };
+    agent.send(&server, &report).await;
+    let view = server.machine("rack-1").await;
+    assert_eq!(view.condition.drift_policy, "reimage");
+    let note = view.condition.drift_note.unwrap();
+    assert!(note.contains("is put up anew from") && view.reason.contains(&note), "{note} / {}", view.reason);
+}
+
+#[tokio::test]
 async fn a_roles_thresholds_reach_its_machines_and_only_for_what_is_declared() {
     let site = TestSite::new();
     let path = site.path().join("kiln.toml");

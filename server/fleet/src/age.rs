@@ -1,14 +1,12 @@
 //! The age of a whole machine: how long ago it was put up, and when it is put up anew. A role's `max_age` is the most; each
 //! machine's turn comes in the last quarter before it, by its id, so that machines that were racked on one day are not
-//! rebuilt on one day. The release stays the same, the sequence is a new one, and the grant lets so many go as it lets any.
+//! rebuilt on one day.
 
 use crate::Millis;
-use crate::boots::Boot;
 use crate::event::Action;
 use crate::machine::Machine;
+use crate::rebuild;
 use crate::state::StateKind;
-use crate::step::{save, wake};
-use kiln_protocol::Via;
 
 impl Machine {
     /// When what runs was put up: the beginning of its boot.
@@ -19,29 +17,14 @@ impl Machine {
     /// When it is to be rebuilt, if its role has an age and it runs what it should.
     pub fn rebuild_due(&self) -> Option<Millis> {
         let (max_age, since) = (self.max_age?, self.put_up()?);
-        let fixed = self.assigned.as_ref().is_some_and(|a| a.order.is_none());
-        let settled = self.state.kind == StateKind::Healthy && self.runs_assigned() && fixed;
+        let settled = self.state.kind == StateKind::Healthy && self.is_settled();
         settled.then(|| since + max_age - share(self.id.as_str(), max_age / 4))
     }
 
     pub(crate) fn rebuild_if_due(&mut self, now: Millis, out: &mut Vec<Action>) {
-        if self.rebuild_due().is_none_or(|due| now < due) {
-            return;
+        if self.rebuild_due().is_some_and(|due| now >= due) {
+            self.put_up_anew(rebuild::age(), "is older than its role allows", now, out);
         }
-        let boot = self.boots.iter().rev().find(|boot| !boot.is_unclaimed()).map(|boot: &Boot| boot.boot_id.clone());
-        let (Some(assigned), Some(boot)) = (&mut self.assigned, boot) else { return };
-        assigned.sequence += 1;
-        assigned.rebuild = assigned.sequence;
-        assigned.via = Via::Cold;
-        let text = format!("is older than its role allows: it is put up anew with {}", assigned.release);
-        self.rebuilding = Some(boot);
-        self.granted = None;
-        self.prefetch = None;
-        out.push(Action::Say { warn: false, text });
-        out.push(Action::Sign);
-        wake(out);
-        save(out);
-        self.settle(false, now);
     }
 }
 

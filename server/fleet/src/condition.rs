@@ -88,6 +88,7 @@ impl Machine {
             let at = now.saturating_sub(event.age_ms);
             known.keep(EventAt { at, kind, alarm: event.alarm, text }, out);
         }
+        self.note_drift(now);
         new
     }
 

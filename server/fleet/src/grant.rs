@@ -87,6 +87,11 @@ pub fn grant(id: &MachineId, machines: &BTreeMap<MachineId, Machine>, limits: Li
     // One that does not do its work has its unit already, and so have others like it: if they held each other, a rack
     // that is unwell all over would never get back by itself. For it only those count that are away.
     let unwell = !machine.is_available();
+    // And none counts for the way back to a release that was good here: it has failed already, its leaving makes nobody
+    // unavailable who was not, and a rack must not stay down because one of its machines is dead.
+    if unwell && machine.fell_back.is_some() && machine.good.contains(&assigned.release) {
+        return Grant::Go;
+    }
     let missing: Vec<&Machine> = machines
         .values()
         .filter(|m| m.id != *id && m.counts() && !m.is_available())

@@ -149,7 +149,9 @@ impl Machine {
     /// Why it is in its state, and what came in its name and is not confirmed.
     pub fn why(&self) -> String {
         let excused = self.excused.as_ref().map_or(String::new(), |why| format!("; excused: {why}"));
-        let reason = format!("{}{excused}", self.state.reason);
+        let drift = self.drift_words().filter(|words| !self.state.reason.contains(words.as_str()));
+        let drift = drift.map_or(String::new(), |words| format!("; {words}"));
+        let reason = format!("{}{drift}{excused}", self.state.reason);
         match self.held_packets.last() {
             None => reason,
             Some(held) => {

@@ -11,6 +11,7 @@
 mod age;
 mod boots;
 mod condition;
+mod drift;
 mod error;
 mod event;
 mod grant;
@@ -18,6 +19,7 @@ mod hardware;
 mod held;
 mod machine;
 mod orders;
+mod rebuild;
 mod replace;
 mod report;
 mod silence;
@@ -27,6 +29,7 @@ mod trial;
 
 pub use boots::{BOOTS_KEPT, Boot, RECORDS_KEPT, StageAt};
 pub use condition::{EVENTS_KEPT, EventAt, KnownCondition};
+pub use drift::{DRIFT_PATIENCE_MS, DRIFT_REBUILDS, DRIFT_WINDOW_MS, DriftPolicy, KnownDrift};
 pub use error::Refusal;
 pub use event::{Action, Event, Reported};
 pub use grant::{Desire, Limits, desire, grant};

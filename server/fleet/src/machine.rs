@@ -2,6 +2,7 @@
 
 use crate::boots::Boot;
 use crate::condition::KnownCondition;
+use crate::drift::{DriftPolicy, KnownDrift};
 use crate::error::Refusal;
 use crate::grant::Limits;
 use crate::held::HeldBoot;
@@ -122,9 +123,18 @@ pub struct Machine {
     /// Firmware packets that came in its name while its agent spoke; at most [`crate::HELD_KEPT`] boots.
     #[serde(default)]
     pub held_packets: Vec<HeldBoot>,
-    /// The boot that ends when it is rebuilt for its age.
+    /// The boot that ends when it is put up anew.
     #[serde(default)]
     pub rebuilding: Option<String>,
+    /// Why it is put up anew: its age, its drift.
+    #[serde(default = "crate::rebuild::age")]
+    pub rebuild_for: String,
+    /// What is remembered of its drift.
+    #[serde(default)]
+    pub drift: KnownDrift,
+    /// What its role says of drift, by the configuration; not stored.
+    #[serde(skip)]
+    pub drift_policy: DriftPolicy,
     /// The age that its role allows, by the configuration; not stored.
     #[serde(skip)]
     pub max_age: Option<Millis>,
@@ -175,6 +185,9 @@ impl Machine {
             agent_seen: None,
             held_packets: Vec::new(),
             rebuilding: None,
+            rebuild_for: crate::rebuild::age(),
+            drift: KnownDrift::default(),
+            drift_policy: DriftPolicy::default(),
             max_age: None,
             orders: VecDeque::new(),
             boots: VecDeque::new(),
@@ -308,10 +321,9 @@ impl Machine {
     /// When a [`crate::Event::Tick`] has something to do, if nothing happens before.
     pub fn due(&self, limits: Limits) -> Option<Millis> {
         let held = self.agent_seen.filter(|_| !self.held_packets.is_empty()).map(|heard| heard + LIVE_MS);
-        [self.state.deadline, held, self.given_up_at(), self.silent_at(limits), self.order_due(), self.rebuild_due()]
-            .into_iter()
-            .flatten()
-            .min()
+        let renewed = [self.rebuild_due(), self.drift_due()];
+        let others = [self.state.deadline, held, self.given_up_at(), self.silent_at(limits), self.order_due()];
+        others.into_iter().chain(renewed).flatten().min()
     }
 
     /// The newest step that shows where it is, and since when.

@@ -191,6 +191,7 @@ impl Machine {
         self.agent_memory = None;
         self.exec = None;
         self.condition.begin();
+        self.note_drift(now);
         self.running = None;
         self.last_words.clear();
         let deadline = Some(now + BOOT_DEADLINE_MS);
@@ -359,7 +360,9 @@ impl Machine {
             let running =
                 release(self.running.as_ref().map(|r| ReleaseId { image: r.image.clone(), release: r.release }));
             let reason = match &self.assigned {
-                Some(_) if self.rebuilding.is_some() => format!("runs {running}; it is put up anew for its age"),
+                Some(_) if self.rebuilding.is_some() => {
+                    format!("runs {running}; it is put up anew for {}", self.rebuild_for)
+                }
                 Some(a) if !on_target => format!("runs {running}; {} is assigned", a.release),
                 Some(_) | None => format!("runs {running}"),
             };

@@ -294,6 +294,7 @@ impl Machine {
         out.push(Action::Say { warn: false, text: format!("assigned {release} via {via}") });
         self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via, order, rebuild: 0 });
         self.rebuilding = None;
+        self.drift.forgive();
         self.attempts = 0;
         self.held_packets.iter_mut().for_each(|held| held.superseded = true);
         self.healthy_by = Some(now + BOOT_DEADLINE_MS); // of a release that runs already and is a trial again
@@ -333,6 +334,7 @@ impl Machine {
     fn clear(&mut self, now: Millis, out: &mut Vec<Action>) {
         self.refused.clear();
         self.fell_back = None;
+        self.drift.forgive();
         let stranger = self.stranger.take();
         if let Some(stranger) = stranger.filter(|_| self.pinned.is_none()) {
             // A person says that the other key is the machine's now.
@@ -402,6 +404,7 @@ impl Machine {
         self.notice_silence(limits, now, out);
         self.expire_orders(now, out);
         self.rebuild_if_due(now, out);
+        self.reimage_if_it_drifts(now, out);
         if self.given_up_at().is_some_and(|at| now >= at) {
             let minutes = BOOT_DEADLINE_MS / 60_000;
             self.fall_back(&format!("came up and was not healthy within {minutes} min"), now, out);

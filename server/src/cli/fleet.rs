@@ -178,6 +178,10 @@ fn condition(text: &mut String, m: &MachineView) {
     if more > 0 {
         line(format!("{:<12} and {more} more", ""));
     }
+    if m.condition.drift_count > 0 || m.condition.drift_note.is_some() {
+        let note = m.condition.drift_note.as_ref().map_or(String::new(), |note| format!(": {note}"));
+        line(format!("{:<12} {}{note}", "on drift", m.condition.drift_policy));
+    }
     for (number, event) in m.condition.events.iter().enumerate() {
         let name = if number == 0 { "events" } else { "" };
         let alarm = if event.alarm { "!" } else { " " };
@@ -385,6 +389,8 @@ mod tests {
                     text: "nc (pid 7) listens on tcp/4444".into(),
                 }],
                 drift_count: 3,
+                drift_policy: "reimage".into(),
+                drift_note: Some("it is put up anew for its drift (nc)".into()),
                 draining: None,
                 events: vec![crate::view::EventView {
                     at_ms: 3_600_000,
@@ -419,7 +425,7 @@ mod tests {
             "\nallow-list   the guard runs, replaced 0 times; 3 starts denied, 0 only reported, 0 not judged in time\n";
         assert!(text.contains(guard), "{text}");
         assert!(
-            text.contains("\ndrift        nc (pid 7) listens on tcp/4444 [listener]\n             and 2 more\n"),
+            text.contains("\ndrift        nc (pid 7) listens on tcp/4444 [listener]\n             and 2 more\non drift     reimage: it is put up anew for its drift (nc)\n"),
             "{text}"
         );
         assert!(text.contains("\nevents       01:00:00 ! hook: late\n"), "{text}");

@@ -7,7 +7,7 @@ mod raw;
 use crate::error::ConfigError;
 use crate::http;
 use crate::net::Shared;
-use kiln_fleet::Limits;
+use kiln_fleet::{DriftPolicy, Limits};
 use kiln_protocol::{ImageName, KeyId, MachineId};
 use kiln_release::Threshold;
 use std::collections::{BTreeMap, BTreeSet};
@@ -110,12 +110,14 @@ pub struct Role {
     pub image: ImageName,
     /// Numbers for the health checks that the release declares, by the check's name.
     pub thresholds: BTreeMap<String, Threshold>,
+    /// What becomes of its machines that differ from their release.
+    pub drift: DriftPolicy,
 }
 
 impl Role {
     /// With nothing but an image.
     pub fn of(image: ImageName) -> Self {
-        Self { image, thresholds: BTreeMap::new() }
+        Self { image, thresholds: BTreeMap::new(), drift: DriftPolicy::default() }
     }
 }
 
@@ -154,9 +156,11 @@ impl Config {
         self.machines.get(id)?.key.as_ref()
     }
 
-    /// The age that a machine's role allows.
-    pub fn max_age_of(&self, machine: &kiln_fleet::Machine) -> Option<u64> {
-        self.max_ages.get(machine.role.as_ref()?).copied()
+    /// Tells a machine what its role says of its age and its drift.
+    pub fn rule(&self, machine: &mut kiln_fleet::Machine) {
+        let role = machine.role.as_ref();
+        machine.max_age = role.and_then(|role| self.max_ages.get(role)).copied();
+        machine.drift_policy = role.and_then(|role| self.roles.get(role)).map(|role| role.drift).unwrap_or_default();
     }
 
     /// A role's image.
@@ -227,6 +231,7 @@ firmware_patience = "90s"
 name = "lab"
 image = "minimal"
 max_age = "30d"
+drift = "reimage"
 [role.thresholds]
 "disk./var" = "10%"
 [[machine]]
@@ -258,6 +263,7 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
         let key = Some("ab".repeat(32).parse().unwrap());
         assert_eq!(c.machines[&id], Listed { name: "rack-1".into(), role: "lab".into(), key });
         assert_eq!(c.roles["lab"].thresholds["disk./var"], Threshold::Percent(10));
+        assert_eq!(c.roles["lab"].drift, DriftPolicy::Reimage);
         assert!(!c.boot.http_boot);
         assert_eq!(c.max_ages["lab"], 30 * 24 * 3_600_000);
     }
@@ -304,6 +310,7 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
             ("[[role]]\nname = \"a\"\nimage = \"../x\"", "role a: image"),
             ("[[role]]\nname = \"a\"\nimage = \"x\"\nmax_age = \"1 month\"", "role a: max_age: \"1 month\""),
             ("[[role]]\nname = \"a\"\nimage = \"x\"\nmax_age = \"5m\"", "from 1h to 3650d"),
+            ("[[role]]\nname = \"a\"\nimage = \"x\"\ndrift = \"wipe\"", "line 4"),
             (
                 "[[role]]\nname = \"a\"\nimage = \"x\"\n[role.thresholds]\nmemory = \"lots\"",
                 "role a: thresholds.memory: \"lots\" is no threshold: expected \"10%\", \"64M\" or \"500ms\"",

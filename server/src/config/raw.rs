@@ -4,7 +4,7 @@ use super::{Boot, Config, Dhcp, DhcpMode, FullDhcp, Listed, Role, is_name};
 use crate::error::ConfigError;
 use crate::http;
 use crate::net::{Shared, tftp};
-use kiln_fleet::Limits;
+use kiln_fleet::{DriftPolicy, Limits};
 use kiln_protocol::{ImageName, MachineId};
 use kiln_release::Threshold;
 use serde::Deserialize;
@@ -112,6 +112,8 @@ struct RawRole {
     max_age: Option<String>,
     #[serde(default)]
     boot_first: RawFirst,
+    #[serde(default)]
+    drift: DriftPolicy,
     #[serde(default)]
     thresholds: BTreeMap<String, String>,
 }
@@ -276,7 +278,7 @@ impl TryFrom<Raw> for Config {
                 max_ages.insert(role.name.clone(), age);
             }
             let thresholds = thresholds(&role)?;
-            if roles.insert(role.name.clone(), Role { image, thresholds }).is_some() {
+            if roles.insert(role.name.clone(), Role { image, thresholds, drift: role.drift }).is_some() {
                 return Err(bad("role.name", format!("{:?} is there twice", role.name)));
             }
         }

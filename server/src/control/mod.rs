@@ -158,7 +158,7 @@ impl Control {
         for (id, mut stored) in store.load().await? {
             stored.machine.pin(config.key_of(&id));
             let (mut machine, _) = stored.machine.event(Event::ServerStarted, config.limits, now);
-            machine.max_age = config.max_age_of(&machine);
+            config.rule(&mut machine);
             inner.index(&machine);
             inner.machines.insert(id.clone(), machine);
             if let Some(envelope) = stored.envelope {
@@ -316,7 +316,7 @@ impl Control {
             machine
         });
         let (mut machine, actions) = machine.event(event, self.config.limits, now);
-        machine.max_age = self.config.max_age_of(&machine);
+        self.config.rule(&mut machine);
         let title = machine.title().to_owned();
         inner.index(&machine);
         inner.machines.insert(id.clone(), machine);

@@ -44,7 +44,7 @@ impl MachineView {
             prefetch: m.prefetch.clone(),
             agent_memory: m.agent_memory,
             exec: m.exec.clone(),
-            condition: condition(&m.condition),
+            condition: condition(m),
             last_good: m.last_good().cloned(),
             firmware: facts.map(|f| f.firmware),
             key: m.key.clone(),
@@ -70,12 +70,15 @@ fn code(m: &Machine) -> Option<ApprovalCode> {
     (m.state.kind == StateKind::Discovered && m.key.as_ref() == Some(of)).then(|| code.clone())
 }
 
-fn condition(known: &KnownCondition) -> ConditionView {
+fn condition(m: &Machine) -> ConditionView {
+    let known: &KnownCondition = &m.condition;
     let event =
         |e: &EventAt| EventView { at_ms: signed(e.at), kind: e.kind.clone(), alarm: e.alarm, text: e.text.clone() };
     ConditionView {
         drift: known.drift.clone(),
         drift_count: known.drift_count,
+        drift_policy: m.drift_policy.to_string(),
+        drift_note: m.drift_words(),
         draining: known.draining.clone(),
         events: known.events.iter().map(event).collect(),
     }

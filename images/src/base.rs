@@ -5,6 +5,7 @@
 //! recorded in it, and `refresh` asks the mirror again.
 
 use crate::error::BuildError;
+use crate::firmware;
 use crate::host::{self, Mirror, Rights};
 use crate::progress::Steps;
 use crate::recipe::Recipe;
@@ -32,7 +33,7 @@ pub(crate) struct BaseInfo {
     pub(crate) epoch: i64,
     /// The kernel's release, as `uname -r` says it.
     pub(crate) kernel_release: String,
-    /// File names of the packages taken apart beside the root: kernel, stub.
+    /// File names of the packages taken apart beside the root: kernel, stub, firmware.
     pub(crate) extra_packages: Vec<String>,
     /// SHA-256 of the root's tar.
     pub(crate) root_sha256: String,
@@ -65,6 +66,11 @@ impl Base {
     /// `/lib/modules/VERSION`.
     pub(crate) fn modules(&self) -> PathBuf {
         self.folder.join("modules")
+    }
+
+    /// What the recipe's firmware packages have in `/lib/firmware`; not there without such packages.
+    pub(crate) fn firmware(&self) -> PathBuf {
+        self.folder.join("firmware")
     }
 
     /// The cached base for a recipe, if there is one.
@@ -171,12 +177,13 @@ impl Making<'_> {
     fn mmdebstrap(&self, out: &Path, epoch: i64, steps: &Steps) -> Result<(), BuildError> {
         let debs = self.cache.join("debs");
         make_folder(&debs)?;
-        let Recipe { kernel, suite, .. } = self.recipe;
+        let Recipe { kernel, suite, firmware, .. } = self.recipe;
+        let (wants_firmware, firmware) = (!firmware.is_empty(), firmware.join(" "));
         // Beside the root, not in it: the kernel and the stub, as files; and the indexes that apt has verified.
         let beside = format!(
             "set -e; export APT_CONFIG=\"$MMDEBSTRAP_APT_CONFIG\"; mkdir \"$1/kiln-out\"; cd \"$1/kiln-out\"; \
              real=$(apt-cache depends {kernel} | sed -n 's/^ *Depends: \\(linux-image-.*\\)/\\1/p' | head -n 1); \
-             apt-get -q -o APT::Sandbox::User=root download \"${{real:-{kernel}}}\" {STUB_PACKAGE}; \
+             apt-get -q -o APT::Sandbox::User=root download \"${{real:-{kernel}}}\" {STUB_PACKAGE} {firmware}; \
              cp \"$1\"/var/lib/apt/lists/*InRelease ."
         );
         let mut command = Command::new("mmdebstrap");
@@ -200,7 +207,7 @@ impl Making<'_> {
             .arg(format!("--customize-hook=sync-out /var/cache/apt/archives {}", quoted(&debs)))
             .arg(suite)
             .arg(self.folder.join("root.tar"))
-            .args(self.mirror.sources(suite));
+            .args(self.mirror.sources(suite, wants_firmware));
         host::output(&mut command, "installing the image's packages", |line| {
             if let Some(step) = line.strip_prefix("I: ") {
                 steps.detail(step.trim_end_matches("..."));
@@ -216,7 +223,7 @@ impl Making<'_> {
         for package in files_ending(out, ".deb")? {
             let mut command = Command::new("dpkg-deb");
             command.arg("--extract").arg(&package).arg(&unpacked);
-            host::output(&mut command, "unpacking the kernel and the UKI stub", |_| ())?;
+            host::output(&mut command, "unpacking kernel, UKI stub and firmware", |_| ())?;
             names.push(package.file_name().unwrap_or_default().to_string_lossy().into_owned());
         }
         Ok(names)
@@ -249,13 +256,18 @@ impl Making<'_> {
         let mut command = Command::new("depmod");
         command.arg("--basedir").arg(&unpacked).arg(release);
         host::output(&mut command, "finding out which modules need which", |_| ())?;
-        take(format!("usr/lib/modules/{release}"), "modules", &self.recipe.kernel)
+        take(format!("usr/lib/modules/{release}"), "modules", &self.recipe.kernel)?;
+        match self.recipe.firmware.as_slice() {
+            [] => Ok(()),
+            packages => take(firmware::FOLDER[1..].into(), "firmware", &packages.join(", ")),
+        }
     }
 }
 
 fn key(recipe: &Recipe) -> String {
-    let Recipe { suite, architecture, packages, kernel, .. } = recipe;
-    sha256(format!("{FORMAT}\n{suite}\n{architecture}\n{kernel}\n{}\n", packages.join(" ")).as_bytes())
+    let Recipe { suite, architecture, packages, kernel, firmware, .. } = recipe;
+    let firmware: String = firmware.iter().map(|package| format!("{package}\n")).collect();
+    sha256(format!("{FORMAT}\n{suite}\n{architecture}\n{kernel}\n{}\n{firmware}", packages.join(" ")).as_bytes())
 }
 
 fn folder(recipe: &Recipe, cache: &Path) -> PathBuf {

@@ -4,6 +4,7 @@
 
 use crate::base::{Base, json, make_folder, read, write_as};
 use crate::error::BuildError;
+use crate::firmware::Firmware;
 use crate::progress::{Progress, Steps};
 use crate::recipe::Recipe;
 use crate::repository::Repository;
@@ -187,7 +188,12 @@ impl Inputs<'_> {
         let identity = format!("{name}/{}", self.release);
 
         steps.next("Make the root file system");
-        let (tar, os_release) = root::tree(self.recipe, base, self.release, self.agent)?;
+        let firmware = Firmware::gather(self.recipe, base, &initramfs::closure(self.recipe, base)?.files)?;
+        if !firmware.missing.is_empty() {
+            let missing = firmware.missing.join("\n  ");
+            steps.note(&format!("firmware that no package of `firmware` has, named by the module:\n  {missing}"));
+        }
+        let (tar, os_release) = root::tree(self.recipe, base, self.release, self.agent, &firmware)?;
         let root = root::artifact(&tar, &identity, epoch, rights, cache)?;
         let status = dpkg_status(&tar);
         let extra = &base.info.extra_packages;
@@ -215,7 +221,7 @@ impl Inputs<'_> {
             trust_root: self.site.trust_root.clone(),
         };
         let signed = initramfs::Signed::make(self.recipe, base, &boot.root_hash, self.site.key.as_ref())?;
-        let initramfs = initramfs::make(self.recipe, base, &boot, self.agent, &signed, epoch)?;
+        let initramfs = initramfs::make(self.recipe, base, &boot, self.agent, &signed, &firmware, epoch)?;
 
         steps.next("Put the UKI together");
         let kernel = secure_boot::kernel(&read(&base.kernel())?, self.site.key.as_ref(), &base.kernel())?;

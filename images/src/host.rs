@@ -129,9 +129,10 @@ impl Mirror {
         all
     }
 
-    /// The same as lines of a sources.list.
-    pub(crate) fn sources(&self, suite: &str) -> Vec<String> {
-        let line = |(uri, suite)| format!("deb [signed-by={KEYRING}] {uri} {suite} main");
+    /// The same as lines of a sources.list. Most firmware is in a component of its own.
+    pub(crate) fn sources(&self, suite: &str, firmware: bool) -> Vec<String> {
+        let components = if firmware { "main non-free-firmware" } else { "main" };
+        let line = |(uri, suite)| format!("deb [signed-by={KEYRING}] {uri} {suite} {components}");
         self.indexes(suite).into_iter().map(line).collect()
     }
 }
@@ -210,8 +211,9 @@ mod tests {
                        DEP-11|Debian|http://x.example/debian/\nPackages|Debian|http://m.example/debian-security/\n";
         let mirror = Mirror::parse(targets).unwrap();
         assert_eq!(mirror.archive, "http://m.example/debian");
-        assert_eq!(mirror.sources("trixie").len(), 3);
-        assert!(mirror.sources("trixie")[2].ends_with("http://m.example/debian-security trixie-security main"));
+        assert_eq!(mirror.sources("trixie", false).len(), 3);
+        assert!(mirror.sources("trixie", true)[0].ends_with("trixie main non-free-firmware"));
+        assert!(mirror.sources("trixie", false)[2].ends_with("http://m.example/debian-security trixie-security main"));
         assert_eq!(Mirror::parse("Packages||http://other.example/apt/\n"), None);
         let fresh = Mirror::parse("Packages||http://m.example/debian/\n").unwrap();
         assert_eq!(fresh.indexes("trixie").len(), 2);

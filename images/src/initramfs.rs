@@ -3,6 +3,7 @@
 use crate::base::{Base, read};
 use crate::cpio::{Archive, Node};
 use crate::error::BuildError;
+use crate::firmware::Firmware;
 use crate::modules::{self, Closure, Index};
 use crate::recipe::Recipe;
 use crate::secure_boot::SigningKey;
@@ -58,9 +59,10 @@ pub(crate) fn make(
     boot: &BootInfo,
     agent: &[u8],
     signed: &Signed,
+    firmware: &Firmware,
     epoch: i64,
 ) -> Result<Vec<u8>, BuildError> {
-    let archive = contents(recipe, base, boot, agent, signed)?;
+    let archive = contents(recipe, base, boot, agent, signed, firmware)?;
     let cpio = archive.into_bytes(u32::try_from(epoch).unwrap_or(0));
     let mut bytes = zstd::bulk::compress(&cpio, LEVEL).map_err(BuildError::Compress)?;
     // A further cpio may be put behind it (a prefetched root, after kexec): the kernel looks for that at multiples of
@@ -87,6 +89,7 @@ fn contents(
     boot: &BootInfo,
     agent: &[u8],
     signed: &Signed,
+    firmware: &Firmware,
 ) -> Result<Archive, BuildError> {
     let mut archive = Archive::default();
     let mut add = |path: &str, mode: u32, node: Node| archive.add(path, mode, node).map_err(BuildError::Initramfs);
@@ -121,6 +124,9 @@ fn contents(
         ("modules.builtin", closure.builtin),
     ] {
         add(&format!("{folder}/{name}"), 0o644, Node::File(text.into_bytes()))?;
+    }
+    for (name, bytes) in &firmware.files {
+        add(&format!("lib/firmware/{name}"), 0o644, Node::File(bytes.clone()))?;
     }
     Ok(archive)
 }

@@ -30,6 +30,7 @@ pub use progress::Progress;
 pub use top::AGENT_PATH;
 
 mod files;
+mod firmware;
 mod init;
 mod network;
 mod operators;

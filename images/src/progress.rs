@@ -59,6 +59,16 @@ impl Steps {
         }
     }
 
+    /// Says what the person who builds should know, beside the steps.
+    pub(crate) fn note(&self, text: &str) {
+        tracing::debug!(text, "build note");
+        match (&self.bar, self.mode) {
+            (Some(bar), _) => bar.suspend(|| eprintln!("{text}")),
+            (None, Progress::Lines) => eprintln!("{text}"),
+            (None, Progress::Bar | Progress::Silent) => {}
+        }
+    }
+
     fn close(&mut self) {
         let Some((what, since)) = self.open.take() else { return };
         match (&self.bar, self.mode) {

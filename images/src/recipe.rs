@@ -53,6 +53,8 @@ pub struct Recipe {
     pub packages: Vec<String>,
     /// Kernel modules in the initramfs.
     pub modules: Vec<String>,
+    /// Packages with the firmware that these modules load.
+    pub firmware: Vec<String>,
     /// Paths of the packages that are left out, with all that is below them; with a `*` at the end, all that begin so.
     pub exclude: Vec<String>,
     /// systemd units that may not start.
@@ -90,6 +92,7 @@ struct Raw {
     command_line: Option<Spanned<String>>,
     packages: Vec<Spanned<String>>,
     modules: Vec<Spanned<String>>,
+    firmware: Vec<Spanned<String>>,
     exclude: Vec<Spanned<String>>,
     mask: Vec<Spanned<String>>,
     enable: Vec<Spanned<String>>,
@@ -160,6 +163,7 @@ struct Partial {
     command_line: Option<String>,
     packages: Vec<String>,
     modules: Vec<String>,
+    firmware: Vec<String>,
     exclude: Vec<String>,
     mask: Vec<String>,
     enable: Vec<String>,
@@ -253,6 +257,7 @@ impl Partial {
         single(&mut self.command_line, raw.command_line, is_command_line, "one line of printable ASCII")?;
         self.packages.extend(source.check_all(raw.packages, is_package, "a Debian package name")?);
         self.modules.extend(source.check_all(raw.modules, is_module, "a kernel module's name")?);
+        self.firmware.extend(source.check_all(raw.firmware, is_package, "a Debian package name")?);
         self.exclude.extend(source.check_all(raw.exclude, is_root_path, "an absolute path without . or ..")?);
         self.mask.extend(source.check_all(raw.mask, is_unit, "a systemd unit's file name")?);
         self.enable.extend(source.check_all(raw.enable, is_unit, "a systemd unit's file name")?);
@@ -364,6 +369,7 @@ impl Partial {
             command_line: self.command_line.ok_or_else(missing("command_line", "the kernel gets it exactly"))?,
             packages: sorted(self.packages),
             modules: sorted(self.modules),
+            firmware: sorted(self.firmware),
             exclude: sorted(self.exclude),
             mask: sorted(self.mask),
             enable: sorted(self.enable),

@@ -5,9 +5,10 @@
 
 use crate::base::{Base, read};
 use crate::error::BuildError;
+use crate::firmware::{FOLDER, Firmware};
 use crate::host::{self, Rights};
 use crate::recipe::{Recipe, allow};
-use crate::tarball::{self, Entry, LayerError};
+use crate::tarball::{self, Added, Content, Entry, LayerError};
 use crate::top;
 use crate::{expected, initramfs};
 use kiln_release::VerityParams;
@@ -44,7 +45,13 @@ pub(crate) struct Root {
 }
 
 /// Base and top layer as one tar, and the release's os-release text.
-pub(crate) fn tree(recipe: &Recipe, base: &Base, release: u64, agent: &[u8]) -> Result<(Vec<u8>, String), BuildError> {
+pub(crate) fn tree(
+    recipe: &Recipe,
+    base: &Base,
+    release: u64,
+    agent: &[u8],
+    firmware: &Firmware,
+) -> Result<(Vec<u8>, String), BuildError> {
     let path = base.root_tar();
     let tar = read(&path)?;
     let in_tar = |error: tarball::TarError| BuildError::Tar {
@@ -58,6 +65,12 @@ pub(crate) fn tree(recipe: &Recipe, base: &Base, release: u64, agent: &[u8]) -> 
     let os_release = top::os_release(old, &recipe.name, release);
     let exec = allow::document(recipe, &entries, &tar)?;
     let mut added = top::layer(recipe, &entries, &os_release, agent, exec.as_deref())?;
+    // A device that is reset loads its firmware again.
+    added.extend(firmware.files.iter().map(|(name, bytes)| Added {
+        path: format!("{FOLDER}/{name}"),
+        mode: 0o644,
+        content: Content::File(bytes.clone()),
+    }));
     let kept: Vec<&Entry> = entries.iter().filter(|entry| !dropped(recipe, entry)).collect();
     let modules = initramfs::closure(recipe, base)?.files;
     added.extend(expected::entries(recipe, base, &tar, &kept, &added, &modules)?);
@@ -176,7 +189,6 @@ mod tree;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tarball::{Added, Content};
     use std::collections::BTreeMap;
 
     /// One entry of an archive, its header edited.

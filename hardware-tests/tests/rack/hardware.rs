@@ -1,12 +1,32 @@
 //! Other hardware than virtio: what the agent finds by modalias with the generic kernel (image `servers`).
 
-use kiln_lab::machine::{Disk, Firmware, MachineSpec, text};
+use kiln_lab::api;
+use kiln_lab::machine::{DISK_BYTES, Disk, Firmware, MachineSpec, text};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{command, console::Mark, site, testing};
-use kiln_protocol::Stage;
+use kiln_protocol::{Inventory, Stage};
 
 const NAME: &str = "rack-1";
+
+/// Every kind of disk, and what the inventory calls its driver, how it is attached, and a part of its model.
+const DISKS: [(Disk, &str, &str, &str); 6] = [
+    (Disk::VirtioBlk, "virtio_blk", "virtio", ""),
+    (Disk::VirtioScsi, "virtio_scsi", "virtio", "QEMU HARDDISK"),
+    (Disk::Nvme, "nvme", "nvme", "QEMU NVMe"),
+    (Disk::Ahci, "ahci", "sata", "QEMU HARDDISK"),
+    (Disk::Megasas, "megaraid_sas", "scsi", "QEMU HARDDISK"),
+    (Disk::Usb, "usb-storage", "usb", "QEMU HARDDISK"),
+];
+/// QEMU's cards and the kernel's drivers of them.
+const CARDS: [(&str, &str); 6] = [
+    ("virtio-net-pci", "virtio_net"),
+    ("e1000", "e1000"),
+    ("e1000e", "e1000e"),
+    ("igb", "igb"),
+    ("rtl8139", "8139cp"),
+    ("vmxnet3", "vmxnet3"),
+];
 
 /// Whether this QEMU has a device. Debian 12's own does not have igb.
 fn offered(device: &str) -> bool {
@@ -52,17 +72,17 @@ cards! {
     boots_by_rtl8139 "rtl8139"
 }
 
-/// One machine with every card and every kind of disk: all cards have drivers, and the address is that of the card the
-/// firmware booted from, though the others could have one too.
+/// One machine with every card and every kind of disk: all have drivers and are in the inventory that the server shows, and
+/// the address is that of the card the firmware booted from, though the others could have one too.
 #[test]
 #[ignore = "slow: the device matrix; make test-slow"]
 fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
     testing::rack(|paths| {
         let mut spec = MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe));
-        let further = ["e1000", "e1000e", "igb", "rtl8139", "vmxnet3"];
-        spec.cards.extend(further.into_iter().filter(|card| offered(card)));
-        spec.disks = vec![Disk::VirtioBlk, Disk::VirtioScsi, Disk::Nvme, Disk::Ahci, Disk::Megasas, Disk::Usb];
-        let macs: Vec<String> = (0..).zip(&spec.cards).map(|(n, _)| text(spec.mac_of(n))).collect();
+        spec.cards.extend(CARDS.iter().skip(1).map(|(card, _)| *card).filter(|card| offered(card)));
+        spec.disks = DISKS.map(|(disk, ..)| disk).to_vec();
+        let cards = spec.cards.clone();
+        let macs: Vec<String> = (0..).zip(&cards).map(|(n, _)| text(spec.mac_of(n))).collect();
         let mut rack = start(paths, "devices", spec);
         rack.machine(NAME).power_on().unwrap();
         let view = rack.wait_healthy(NAME, 1).unwrap();
@@ -72,6 +92,27 @@ fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
         assert!(given.last().unwrap().contains(&macs[0]), "{given:#?}");
         let console = rack.machine(NAME).console().unwrap();
         assert!(!console.since(Mark::default()).contains("kiln-agent: driver "), "a driver did not load");
+
+        let (socket, path) = (rack.site.join("state/kiln.sock"), format!("/api/v1/machines/{NAME}/inventory"));
+        rack.wait(NAME, "its inventory", |_| api::get(&socket, &path).is_ok()).unwrap();
+        let said = rack.kiln(&["machine", "inventory", NAME]).unwrap();
+        let found: Inventory = serde_json::from_value(api::get(&socket, &path).unwrap()["inventory"].take()).unwrap();
+        assert_eq!(found.disks.len(), DISKS.len(), "{said}");
+        for (number, (_, driver, transport, model)) in (0..).zip(DISKS) {
+            let serial = format!("{NAME}-disk{number}");
+            let disk =
+                found.disks.iter().find(|disk| disk.serial == serial).unwrap_or_else(|| panic!("{serial}: {said}"));
+            assert_eq!((&*disk.driver, &*disk.transport, disk.bytes), (driver, transport, DISK_BYTES), "{disk:?}");
+            assert!(disk.model.contains(model), "{disk:?}");
+            let line = said.lines().find(|line| line.contains(&serial)).unwrap();
+            assert!(line.contains(&format!("driver {driver}")), "{line}");
+        }
+        for (card, mac) in cards.iter().zip(&macs) {
+            let nic = found.nics.iter().find(|nic| nic.mac == *mac).unwrap_or_else(|| panic!("{card} {mac}: {said}"));
+            let driver = CARDS.iter().find(|(known, _)| known == card).unwrap().1;
+            assert_eq!(nic.driver, driver, "{nic:?}");
+        }
+        println!("{said}");
     });
 }
 
@@ -101,4 +142,27 @@ fn a_kernel_that_hangs_after_kexec_is_ended_by_the_watchdog() {
         assert!(view.reason.as_deref().is_some_and(|r| r.contains("minimal/3")), "{view:#?}");
         rack.wait(NAME, "healthy", |v| v.boot().is_some_and(|b| b.at(Stage::Healthy, "done").is_some())).unwrap();
     });
+}
+
+/// Cards and controllers that hold no firmware of their own, by the folder where the kernel looks for it.
+const FIRMWARE: [&str; 8] = ["bnx2", "bnx2x", "cxgb4", "intel/ice/ddp", "netronome", "qed", "rtl_nic", "tigon"];
+
+/// The image `servers` as it was built: its initramfs has files of every driver that needs some, and its UKI is no larger
+/// than firmware is known to take by network.
+#[test]
+#[ignore = "slow: reads the image `servers`, which make test-slow builds"]
+fn the_firmware_of_servers_is_in_their_image() {
+    let paths = kiln_lab::paths::Paths::find().unwrap();
+    let build = site::template(&paths).join(format!("build/{}/1", site::SERVERS));
+    let list = format!("zstd -dc '{}' | cpio --quiet -it", build.join("initramfs").display());
+    let names = command::run("sh", ["-c", &list]).unwrap();
+    for folder in FIRMWARE {
+        let start = format!("lib/firmware/{folder}/");
+        let files = names.lines().filter(|name| name.starts_with(&start)).count();
+        assert!(files > 0, "no {start}");
+        println!("{start} {files} files");
+    }
+    let uki = build.join("kiln.efi").metadata().unwrap().len();
+    println!("the UKI has {uki} bytes");
+    assert!(uki <= 32_000_000, "{uki}");
 }

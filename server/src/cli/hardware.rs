@@ -37,7 +37,9 @@ fn shown(view: &HardwareView, now_ms: i64) -> String {
             Some(health) if health.passed => format!(", healthy {}", health.detail),
             Some(health) => format!(", EXPECTS TO FAIL: {}", health.detail),
         };
-        row("disk", &d.name, format!("{} {} {} {}{health}", decimal_size(d.bytes), d.transport, d.model, d.serial));
+        let what = format!("{} {} {} {}", decimal_size(d.bytes), d.transport, d.model, d.serial);
+        let driver = if d.driver.is_empty() { String::new() } else { format!(", driver {}", d.driver) };
+        row("disk", &d.name, format!("{what}{driver}{health}"));
     }
     for n in &i.nics {
         let link = match n.carrier {
@@ -74,8 +76,14 @@ mod tests {
     #[test]
     fn what_fails_and_what_went_is_seen() {
         let health = Some(DiskHealth { passed: false, detail: "spare below its threshold".into() });
-        let disk =
-            Disk { name: "nvme0n1".into(), bytes: 960_000_000_000, serial: "S1".into(), health, ..Disk::default() };
+        let disk = Disk {
+            name: "nvme0n1".into(),
+            bytes: 960_000_000_000,
+            serial: "S1".into(),
+            driver: "nvme".into(),
+            health,
+            ..Disk::default()
+        };
         let dimm = Dimm { slot: "A2".into(), ..Dimm::default() };
         let view = HardwareView {
             machine: "00000000-0000-0000-0000-000000000001".parse().unwrap(),
@@ -89,7 +97,7 @@ mod tests {
         let text = shown(&view, 61_000);
         for line in [
             "rack-1: 1 disk, said 60 s ago\n",
-            "960 GB S1, EXPECTS TO FAIL: spare below its threshold\n",
+            "960 GB S1, driver nvme, EXPECTS TO FAIL: spare below its threshold\n",
             "! 60 s ago: DIMM A2 gone\n",
         ] {
             assert!(text.contains(line), "{line:?} in {text}");

@@ -7,7 +7,7 @@ use crate::init::running_command_line;
 use crate::plan;
 use kiln_protocol::{Difference, DriftKind, Usage, drift};
 use kiln_release::declared::{EXPECTED_PATH, users_of};
-use kiln_release::{Expected, Manifest};
+use kiln_release::{EXEC_PATH, ExecPolicy, Expected, Manifest};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{DirEntry, File};
 use std::io::Read;
@@ -44,6 +44,8 @@ pub struct Seen {
 /// What is looked for.
 pub struct Looker {
     expected: std::result::Result<Expected, String>,
+    /// Writable places whose programs the guard judges and tells of ([`crate::exec`]).
+    guarded: Vec<String>,
     manifest: Manifest,
     root_hash: fn() -> Result<String>,
     /// In front of every path: empty but in tests.
@@ -59,7 +61,9 @@ impl Looker {
         let expected = text(&at(&place, EXPECTED_PATH)).map_err(|e| format!("{EXPECTED_PATH}: {e}"));
         let expected =
             expected.and_then(|text| serde_json::from_str(&text).map_err(|e| format!("{EXPECTED_PATH}: {e}")));
-        Self { expected, manifest, root_hash, place, usage: BTreeMap::new(), owners: BTreeMap::new() }
+        let policy = std::fs::read(at(&place, EXEC_PATH)).ok().and_then(|bytes| ExecPolicy::read(&bytes).ok());
+        let guarded = policy.map(|policy| policy.rules.into_iter().map(|rule| rule.path).collect()).unwrap_or_default();
+        Self { expected, guarded, manifest, root_hash, place, usage: BTreeMap::new(), owners: BTreeMap::new() }
     }
 
     /// One look; blocks. Sorted by kind and subject.
@@ -107,7 +111,7 @@ impl Looker {
         out.extend(drift::value(DriftKind::Kernel, "the kernel", &expected.kernel, kernel.trim()));
         out.extend(drift::modules(&modules, &expected.modules));
         let writable: Vec<&str> = self.manifest.writable.iter().map(|mount| mount.path.as_str()).collect();
-        out.extend(drift::mounts(&mounts, &writable, &expected.mounts));
+        out.extend(drift::mounts(&mounts, &writable, &self.guarded, &expected.mounts));
         out.extend(drift::users(&users, &expected.users));
         let mut declared = expected.listeners.clone();
         // The agent's own: it keeps the machine's lease.
@@ -163,7 +167,8 @@ impl Looker {
     /// Regular files that may be executed, where files may be written.
     fn writable_programs(&self, writable: &[&str], out: &mut Vec<Difference>) {
         let mut left = FILES;
-        for top in writable.iter().copied().chain(ALWAYS_WRITABLE) {
+        let unguarded = writable.iter().copied().filter(|top| !self.guarded.iter().any(|place| place == top));
+        for top in unguarded.chain(ALWAYS_WRITABLE) {
             let Ok(device) = self.path(top).metadata().map(|m| m.dev()) else { continue };
             let mut folders = vec![self.path(top)];
             while let Some(folder) = folders.pop() {
@@ -198,7 +203,7 @@ impl Looker {
 
     /// Processes whose program is in no file system of the release.
     fn foreign_programs(&self, expected: &Expected, out: &mut Vec<Difference>) {
-        let places = std::iter::once("/").chain(expected.mounts.iter().map(String::as_str));
+        let places = std::iter::once("/").chain(expected.mounts.iter().chain(&self.guarded).map(String::as_str));
         let devices: BTreeSet<u64> =
             places.filter_map(|path| self.path(path).metadata().ok()).map(|m| m.dev()).collect();
         for (process, folder) in self.processes() {

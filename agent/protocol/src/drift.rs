@@ -91,8 +91,9 @@ fn unescaped(text: &str) -> String {
     String::from_utf8_lossy(&out).into_owned()
 }
 
-/// `/proc/self/mountinfo` against the release's writable places and the mounts it declares further.
-pub fn mounts(mountinfo: &str, writable: &[&str], declared: &[String]) -> Vec<Difference> {
+/// `/proc/self/mountinfo` against the release's writable places, those of them that have an allow-list of programs and so
+/// may execute, and the mounts it declares further.
+pub fn mounts(mountinfo: &str, writable: &[&str], guarded: &[String], declared: &[String]) -> Vec<Difference> {
     let mut out = Vec::new();
     let mut say = |at: &str, text: String| out.push(difference(DriftKind::Mount, at, &text));
     let all: Vec<Mount<'_>> = mountinfo.lines().filter_map(Mount::parse).collect();
@@ -110,8 +111,9 @@ pub fn mounts(mountinfo: &str, writable: &[&str], declared: &[String]) -> Vec<Di
                 say(at, format!("the root is mounted to be written to ({}, {})", mount.kind, mount.options));
             }
         } else if writable.contains(&at) {
+            let wanted = if guarded.iter().any(|place| place == at) { 1 } else { 0 };
             let missing: Vec<&str> =
-                ["noexec", "nosuid", "nodev"].into_iter().filter(|option| !mount.has(option)).collect();
+                ["noexec", "nosuid", "nodev"][wanted..].iter().copied().filter(|option| !mount.has(option)).collect();
             if mount.kind != "tmpfs" {
                 say(at, format!("{at} is of type {}; the release says tmpfs", mount.kind));
             } else if !missing.is_empty() {

@@ -33,17 +33,21 @@ const MOUNTS: &str = "\
 
 #[test]
 fn mounts_are_those_declared_and_barred_as_declared() {
-    assert_eq!(drift::mounts(MOUNTS, &["/tmp"], &[]), []);
+    assert_eq!(drift::mounts(MOUNTS, &["/tmp"], &[], &[]), []);
     let more =
         format!("{MOUNTS}40 22 8:1 / /mnt/a\\040b rw - ext4 /dev/sda1 rw\n41 22 0:9 / /usr/bin rw - tmpfs none rw\n");
-    let found = drift::mounts(&more, &["/tmp"], &[]);
+    let found = drift::mounts(&more, &["/tmp"], &[], &[]);
     assert_eq!(what(&found), ["/mnt/a b", "/usr/bin"]);
-    assert_eq!(what(&drift::mounts(&more, &["/tmp"], &strings(&["/mnt/a b"]))), ["/usr/bin"]);
+    assert_eq!(what(&drift::mounts(&more, &["/tmp"], &[], &strings(&["/mnt/a b"]))), ["/usr/bin"]);
     let open = MOUNTS.replace("/tmp rw,nosuid,nodev,noexec", "/tmp rw,nosuid,nodev");
-    assert_eq!(drift::mounts(&open, &["/tmp"], &[])[0].text, "/tmp is mounted without noexec");
-    assert_eq!(drift::mounts(MOUNTS, &["/tmp", "/srv"], &[])[0].text, "/srv is not mounted; the release says a tmpfs");
+    assert_eq!(drift::mounts(&open, &["/tmp"], &[], &[])[0].text, "/tmp is mounted without noexec");
+    assert_eq!(drift::mounts(&open, &["/tmp"], &strings(&["/tmp"]), &[]), [], "its allow-list's guard judges");
+    assert_eq!(
+        drift::mounts(MOUNTS, &["/tmp", "/srv"], &[], &[])[0].text,
+        "/srv is not mounted; the release says a tmpfs"
+    );
     let loose = MOUNTS.replace("/ / ro,relatime - erofs /dev/dm-0 ro", "/ / rw,relatime - ext4 /dev/sda1 rw");
-    assert_eq!(what(&drift::mounts(&loose, &["/tmp"], &[])), ["/"]);
+    assert_eq!(what(&drift::mounts(&loose, &["/tmp"], &[], &[])), ["/"]);
 }
 
 #[test]

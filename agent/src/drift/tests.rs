@@ -107,6 +107,27 @@ fn units_control_groups_and_limits_are_read_where_they_lie() {
 }
 
 #[test]
+fn programs_of_a_place_with_an_allow_list_are_its_guards_to_judge() {
+    let dir = tempfile::tempdir().unwrap();
+    for folder in ["srv", "tmp", "usr/lib/kiln"] {
+        std::fs::create_dir_all(dir.path().join(folder)).unwrap();
+    }
+    for program in ["srv/tool", "tmp/tool"] {
+        std::fs::copy("/bin/true", dir.path().join(program)).unwrap();
+    }
+    let (mode, fail) = (kiln_release::ExecMode::Enforce, kiln_release::ExecFail::Closed);
+    let rule = kiln_release::ExecRule { path: "/srv".into(), mode, fail, allow: Vec::new() };
+    let policy = serde_json::to_vec(&ExecPolicy::new(vec![rule])).unwrap();
+    std::fs::write(dir.path().join(&EXEC_PATH[1..]), policy).unwrap();
+    let mut looker = looker(dir.path().to_str().unwrap());
+    looker.manifest.writable =
+        ["/srv", "/tmp"].map(|path| kiln_release::WritableMount { path: path.into(), size: 4096 }).into();
+    let seen = looker.look();
+    let programs: Vec<&str> = of(&seen, DriftKind::Executable).iter().map(|d| d.what.as_str()).collect();
+    assert_eq!(programs, ["/tmp/tool"]);
+}
+
+#[test]
 fn without_a_word_of_the_release_there_is_nothing_to_compare_with_and_that_is_said() {
     let dir = tempfile::tempdir().unwrap();
     let mut looker = Looker::new(manifest(), || Ok("00".into()), dir.path());

@@ -67,6 +67,7 @@ fn only_what_the_release_lists_starts_and_the_server_is_told() {
         }
         assert!(!lines.iter().any(|l| l.contains(" fail ")), "{lines:#?}");
         println!("{lines:#?}");
+        assert!(!said.contains("drift: /var/opt"), "what the guard judges is no drift");
         assert!(said.contains("it ended (signal: 9 (SIGKILL))"), "a killed guard is an alarm");
         assert!(said.contains("it gave no sign of life for"), "a stopped one, too");
         let shown = rack.kiln(&["machine", "show", NAME]).unwrap();

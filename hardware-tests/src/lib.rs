@@ -27,4 +27,5 @@ pub mod server;
 pub mod site;
 pub mod story;
 pub mod testing;
+pub mod trunk;
 pub mod variables;

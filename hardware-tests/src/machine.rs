@@ -7,7 +7,9 @@ use crate::error::{AtPath, LabError};
 use crate::nbd::Nbd;
 use crate::net;
 use crate::qmp::Qmp;
+use crate::trunk::{self, Trunk};
 use crate::variables::{self, NetworkBoot};
+use serde_json::json;
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -49,6 +51,10 @@ pub struct MachineSpec {
     pub disks: Vec<Disk>,
     /// A variable store with Secure Boot keys in it; none: firmware that checks nothing.
     pub keys: Option<PathBuf>,
+    /// Its cables end at a [`trunk`], not on the bridge.
+    pub trunk: bool,
+    /// It has a VGA card, of whose picture copies can be made.
+    pub screen: bool,
 }
 
 /// How a disk of [`DISK_BYTES`] is attached.
@@ -84,6 +90,8 @@ impl MachineSpec {
             cards: vec!["virtio-net-pci"],
             disks: Vec::new(),
             keys: None,
+            trunk: false,
+            screen: false,
         }
     }
 
@@ -189,7 +197,7 @@ impl Machine {
     ) -> Result<Self, LabError> {
         let dir = scratch.join(&spec.name);
         std::fs::create_dir_all(&dir).at(&dir)?;
-        for (card, _) in spec.numbered_cards() {
+        for (card, _) in spec.numbered_cards().filter(|_| !spec.trunk) {
             net::make_tap(&spec.tap_of(card))?;
         }
         for number in 0..spec.disks.len() {
@@ -233,7 +241,13 @@ impl Machine {
         arg(&["-chardev", "stdio,id=serial,signal=off", "-serial", "chardev:serial"]);
         arg(&["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);
         for (card, model) in spec.numbered_cards() {
-            arg(&["-netdev", &format!("tap,id=cable{card},ifname={},script=no,downscript=no", spec.tap_of(card))]);
+            let cable = if spec.trunk {
+                let (here, there) = trunk::ends(&self.dir, card);
+                trunk::netdev(&format!("cable{card}"), &here, &there)
+            } else {
+                format!("tap,id=cable{card},ifname={},script=no,downscript=no", spec.tap_of(card))
+            };
+            arg(&["-netdev", &cable]);
             let slot = if card == 0 { format!(",addr={CARD_SLOT:#x}") } else { String::new() };
             // QEMU's option ROMs are iPXE; without one the firmware's own network boot runs.
             let rom = match (spec.firmware, card) {
@@ -266,11 +280,34 @@ impl Machine {
         }
         arg(&["-device", "virtio-rng-pci"]);
         arg(&["-device", "i6300esb", "-action", "watchdog=reset"]);
+        if spec.screen {
+            arg(&["-device", "VGA"]);
+        }
         qemu
+    }
+
+    /// Puts a switch with trunk ports to the other ends of its cables.
+    pub fn connect_trunk(&self) -> Result<Trunk, LabError> {
+        let cables = u8::try_from(self.spec.cards.len()).expect("a handful of cards");
+        Trunk::start(&self.dir, cables)
+    }
+
+    /// Pulls a cable, or puts it back: the card sees that its link is gone.
+    pub fn set_cable(&self, card: u8, plugged: bool) -> Result<(), LabError> {
+        let arguments = json!({ "name": format!("cable{card}"), "up": plugged });
+        self.power()?.qmp.execute("set_link", &arguments).map(drop)
+    }
+
+    /// Copies what is on its screen now into a file, as a portable pixmap.
+    pub fn picture(&self, to: &Path) -> Result<(), LabError> {
+        self.power()?.qmp.execute("screendump", &json!({ "filename": to })).map(drop)
     }
 
     /// From the next time it is switched on, a disk's every block goes through the test's hand.
     pub fn hold_disk(&mut self, number: usize) -> Result<Arc<Nbd>, LabError> {
+        if let Some(nbd) = self.held.get(&number) {
+            return Ok(Arc::clone(nbd));
+        }
         let nbd = Arc::new(Nbd::serve(&disk_path(&self.dir, number), &self.dir.join(format!("disk{number}.nbd")))?);
         self.held.insert(number, Arc::clone(&nbd));
         Ok(nbd)

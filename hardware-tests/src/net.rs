@@ -40,6 +40,13 @@ pub fn make_tap(tap: &str) -> Result<(), LabError> {
     ip(&format!("link set {tap} master {BRIDGE} up"))
 }
 
+/// Makes a tap that is a network of its own, with the boot server's address in it.
+pub fn make_network(tap: &str, server: &str) -> Result<(), LabError> {
+    ip(&format!("tuntap add dev {tap} mode tap"))?;
+    ip(&format!("addr add {server}/24 brd + dev {tap}"))?;
+    ip(&format!("link set {tap} up"))
+}
+
 /// Takes a tap off the bridge, or puts it back: every packet is lost both ways, and the machine's link stays up.
 pub fn set_connected(tap: &str, connected: bool) -> Result<(), LabError> {
     if connected { ip(&format!("link set {tap} master {BRIDGE}")) } else { ip(&format!("link set {tap} nomaster")) }

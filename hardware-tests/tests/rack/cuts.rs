@@ -6,7 +6,7 @@
 
 use kiln_lab::console::Mark;
 use kiln_lab::machine::{DISK_BYTES, Disk, Firmware, MachineSpec};
-use kiln_lab::nbd::{Fault, Step};
+use kiln_lab::nbd::{Fault, Nbd, Step};
 use kiln_lab::paths::Paths;
 use kiln_lab::rack::{IDLE, LIMIT, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
@@ -17,6 +17,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 const NAME: &str = "rack-1";
 const SECTOR: usize = 512;
@@ -25,8 +26,9 @@ const PIECE: usize = 64 << 10;
 const LOADER: &str = "EFI/BOOT/BOOTX64.EFI";
 /// Cuts that are decided at least.
 const CUTS: usize = 500;
-/// Cut disks that are really booted, over the three tests.
-const BOOTS: usize = 24;
+/// Cut disks that are really booted, over the three tests; `KILN_CUT_BOOTS` says another number. Each takes half a minute
+/// and more.
+const BOOTS: usize = 60;
 
 fn spec() -> MachineSpec {
     MachineSpec { disks: vec![Disk::VirtioBlk], ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) }
@@ -301,6 +303,11 @@ fn what_starts_after_every_cut_is_whole() {
     });
 }
 
+fn boots() -> usize {
+    let asked = std::env::var("KILN_CUT_BOOTS").ok();
+    asked.map_or(BOOTS, |text| text.parse().expect("KILN_CUT_BOOTS is a number of boots")).max(2)
+}
+
 /// Really boots the `part`th third of the sample.
 fn booted(paths: &Paths, part: usize) {
     let mut rack = rack(paths, &format!("cuts-{part}"));
@@ -309,8 +316,9 @@ fn booted(paths: &Paths, part: usize) {
     let cuts = cuts(&story.steps);
     let disk = rack.machine(NAME).disk(0);
     let mut cutter = Cutter::new(&disk, &story.steps);
-    for n in (0..BOOTS).filter(|n| n % 3 == part) {
-        let count = cuts[n * (cuts.len() - 1) / (BOOTS - 1)];
+    let (boots, mut came_back) = (boots(), 0);
+    for n in (0..boots).filter(|n| n % 3 == part) {
+        let count = cuts[n * (cuts.len() - 1) / (boots - 1)];
         // What the machine wrote since the last cut goes.
         cutter = Cutter { seed: cutter.seed, ..Cutter::new(&disk, &story.steps) };
         cutter.cut(count, WAYS[n / 3 % 3]);
@@ -320,46 +328,86 @@ fn booted(paths: &Paths, part: usize) {
         console.wait_for("is healthy: vda: ", Mark::default(), IDLE).unwrap_or_else(|e| panic!("cut {count}: {e}"));
         let said = console.since(Mark::default());
         assert!(count < story.good || !said.contains("Start PXE"), "cut {count}: it needed the network");
-        eprintln!("cut behind {count} of {}: {starts:?}, and it came back", story.steps.len());
+        came_back += 1;
+        eprintln!("cut behind {count} of {}: {starts:?}, and it came back ({came_back})", story.steps.len());
         rack.machine(NAME).power_off();
     }
 }
 
 /// The first third of the sample.
 #[test]
-#[ignore = "slow: an install, a reimage, and eight boots; make test-slow"]
+#[ignore = "slow: an install, a reimage, and twenty boots; make test-slow"]
 fn cut_disks_really_boot_one() {
     testing::rack(|paths| booted(paths, 0));
 }
 
 /// The second third.
 #[test]
-#[ignore = "slow: an install, a reimage, and eight boots; make test-slow"]
+#[ignore = "slow: an install, a reimage, and twenty boots; make test-slow"]
 fn cut_disks_really_boot_two() {
     testing::rack(|paths| booted(paths, 1));
 }
 
 /// The last third.
 #[test]
-#[ignore = "slow: an install, a reimage, and eight boots; make test-slow"]
+#[ignore = "slow: an install, a reimage, and twenty boots; make test-slow"]
 fn cut_disks_really_boot_three() {
     testing::rack(|paths| booted(paths, 2));
 }
 
-/// QEMU is killed at the Nth write itself, again and again on the one disk: four times while it installs itself, four
-/// times while it reimages itself.
+/// Switches it on, kills it at the write of this number, or lets it come to *healthy* if it needs fewer; whether it was
+/// killed. That it comes as far as either is what the kill before it has to be followed by.
+fn killed_at(rack: &mut Rack, nbd: &Nbd, number: usize) -> bool {
+    nbd.set_fault(Fault::Hold(number));
+    rack.machine(NAME).power_on().unwrap();
+    let console = rack.machine(NAME).console().unwrap().clone();
+    let begun = Instant::now();
+    let killed = loop {
+        if nbd.wait_held(Duration::from_secs(1)).is_ok() {
+            break true;
+        }
+        if console.since(Mark::default()).contains("is healthy: vda: A Good disk/1") {
+            break false;
+        }
+        let silence = console.last_change().max(begun).elapsed();
+        assert!(silence < IDLE && begun.elapsed() < LIMIT, "write {number}: {}", console.last_words(20));
+    };
+    rack.machine(NAME).power_off();
+    killed
+}
+
+/// Kills in the install; `KILN_KILLS` says another number. Each takes half a minute and more.
+const KILLS: usize = 24;
+
+/// QEMU is killed at the Nth write itself of an install, N from the first write to the last, again and again on the one
+/// disk: each start finds what the kill before left. Then four times while it reimages itself.
 #[test]
-#[ignore = "slow: ten boots; make test-slow"]
+#[ignore = "slow: some thirty boots; make test-slow"]
 fn a_machine_killed_at_its_nth_write_comes_back() {
     testing::rack(|paths| {
         let mut rack = rack(paths, "killed");
         let nbd = rack.machine(NAME).hold_disk(0).unwrap();
-        for number in [0, 3, 12, 40] {
-            nbd.set_fault(Fault::Hold(number));
-            rack.machine(NAME).power_on().unwrap();
-            nbd.wait_held(LIMIT).unwrap();
-            rack.machine(NAME).power_off();
+        nbd.record();
+        rack.machine(NAME).power_on().unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("is healthy: vda: A Good disk/1", Mark::default(), IDLE).unwrap();
+        rack.machine(NAME).power_off();
+        let writes = nbd.recorded().iter().filter(|step| **step != Step::Flush).count();
+        let asked = std::env::var("KILN_KILLS").ok();
+        let kills = asked.map_or(KILLS, |text| text.parse().expect("KILN_KILLS is a number of kills")).max(1);
+        let (mut killed, mut healthy, mut blank) = (0, 0, true);
+        for n in 0..kills {
+            if blank {
+                rack.machine(NAME).set_disks(vec![Disk::VirtioBlk]).unwrap();
+            }
+            let nbd = rack.machine(NAME).hold_disk(0).unwrap();
+            blank = !killed_at(&mut rack, &nbd, n * writes / kills);
+            (killed, healthy) = (killed + usize::from(!blank), healthy + usize::from(blank));
         }
+        println!("{killed} kills in an install of {writes} writes, {healthy} starts that needed no further write");
+        assert!(killed >= kills / 2, "{killed} of {kills}");
+
+        let nbd = rack.machine(NAME).hold_disk(0).unwrap();
         nbd.set_fault(Fault::None);
         rack.machine(NAME).power_on().unwrap();
         rack.wait_healthy(NAME, 1).unwrap();

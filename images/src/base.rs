@@ -266,7 +266,7 @@ impl Making<'_> {
 
 fn key(recipe: &Recipe) -> String {
     let Recipe { suite, architecture, packages, kernel, firmware, .. } = recipe;
-    let firmware: String = firmware.iter().map(|package| format!("{package}\n")).collect();
+    let firmware = firmware.join(" ");
     sha256(format!("{FORMAT}\n{suite}\n{architecture}\n{kernel}\n{}\n{firmware}", packages.join(" ")).as_bytes())
 }
 

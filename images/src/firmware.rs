@@ -60,7 +60,7 @@ fn named(said: &str) -> BTreeSet<(String, String)> {
         match key {
             "filename" => {
                 let file = value.rsplit('/').next().unwrap_or(value);
-                module = file.split('.').next().unwrap_or(file).to_owned();
+                file.split('.').next().unwrap_or(file).clone_into(&mut module);
             }
             "firmware" if !value.contains(['*', '?']) => {
                 named.insert((module.clone(), value.trim().to_owned()));

@@ -111,7 +111,7 @@ pub fn mounts(mountinfo: &str, writable: &[&str], guarded: &[String], declared: 
                 say(at, format!("the root is mounted to be written to ({}, {})", mount.kind, mount.options));
             }
         } else if writable.contains(&at) {
-            let wanted = if guarded.iter().any(|place| place == at) { 1 } else { 0 };
+            let wanted = usize::from(guarded.iter().any(|place| place == at));
             let missing: Vec<&str> =
                 ["noexec", "nosuid", "nodev"][wanted..].iter().copied().filter(|option| !mount.has(option)).collect();
             if mount.kind != "tmpfs" {

@@ -102,6 +102,18 @@ pub enum CodeError {
     TooManyWrong { machine: String, minutes: u64 },
 }
 
+/// The list of expected machines is not changed, or has no such machine.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum ExpectedError {
+    #[error("{0}")]
+    File(kiln_fleet::Flaws),
+    #[error("{0:?} is not on the list of expected machines: `kiln expected list` shows all")]
+    NotListed(String),
+    #[error("the file was not read: {0}")]
+    Task(tokio::task::JoinError),
+}
+
 /// An order that is refused.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
@@ -162,6 +174,8 @@ pub enum ControlError {
     Log(#[from] LogError),
     #[error(transparent)]
     Code(#[from] CodeError),
+    #[error(transparent)]
+    Expected(#[from] ExpectedError),
     #[error("too many unknown machines: approve or retire some")]
     TooManyUnknown,
     #[error("{0} has not reported yet: its report comes first")]

@@ -11,6 +11,7 @@ pub mod cli;
 pub mod config;
 pub mod control;
 pub mod error;
+pub mod expected;
 pub mod http;
 mod log;
 pub mod logs;

@@ -137,6 +137,7 @@ async fn run(
 
     let mut helpers = JoinSet::new();
     helpers.spawn(ticks(control.clone()));
+    helpers.spawn(compares(control.clone()));
     helpers.spawn(looks(control.clone(), timestamp_key));
     let (events, inbox) = mpsc::channel(4096);
     helpers.spawn(net_events(control.clone(), inbox, listening));
@@ -205,6 +206,10 @@ fn describe(catalog: &Catalog, config: &Config) {
             tracing::warn!("{} expires in {left} days ({}): sign it anew", expiry.file, expiry.expires);
         }
     }
+}
+
+async fn compares(control: Arc<Control>) {
+    control.compare_for_ever().await;
 }
 
 async fn ticks(control: Arc<Control>) {

@@ -2,6 +2,7 @@
 //! Times are on the server's clock, unix milliseconds.
 
 use jiff::Timestamp;
+use kiln_fleet::{Comparison, ExpectedMachine, Sku};
 use kiln_protocol::{
     AgentMemory, ApprovalCode, Difference, Draining, ExecState, Firmware, Inventory, KeyId, KeyStorage, MachineId,
     OrderId, Prefetch, ProtectionClass, Receipt, ReleaseId, RollbackMemory, Stage, Via,
@@ -53,6 +54,9 @@ pub struct MachineView {
     /// Drift, draining and events.
     #[serde(default)]
     pub condition: ConditionView,
+    /// What the list of expected machines says of it, if there is a list.
+    #[serde(default)]
+    pub comparison: Option<Comparison>,
     /// The newest release that was proven good here.
     pub last_good: Option<ReleaseId>,
     /// How it boots.
@@ -116,7 +120,7 @@ pub struct ConditionView {
 pub struct EventView {
     /// When, on the server's clock.
     pub at_ms: i64,
-    /// `health`, `drift`, `hook`, `limit`, `threshold`, `dropped`.
+    /// `health`, `drift`, `hook`, `limit`, `threshold`, `dropped`, `expected`.
     pub kind: String,
     /// It needs a person's eye.
     pub alarm: bool,
@@ -238,6 +242,66 @@ pub struct LogEntry {
     pub level: u8,
     /// One line, with nothing in it that a terminal would obey.
     pub text: String,
+}
+
+/// A machine by id and name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineRef {
+    /// SMBIOS UUID.
+    pub id: MachineId,
+    /// Its name; the id where nobody gave it one.
+    pub name: String,
+}
+
+/// A machine on the list of expected ones, and what came of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExpectedView {
+    /// Serial number, else UUID, else Ethernet address.
+    pub title: String,
+    /// As it is listed.
+    pub listed: ExpectedMachine,
+    /// `as expected`, `2 differences`, `expected since 2026-11-20, never seen`, …
+    pub state: String,
+    /// A person should look.
+    pub differs: bool,
+    /// The machines that came up as this one; more than one is a difference.
+    pub machines: Vec<MachineRef>,
+    /// In what they differ, in sentences.
+    pub differences: Vec<String>,
+}
+
+/// The list of expected machines.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExpectedWhole {
+    /// By serial number.
+    pub machines: Vec<ExpectedView>,
+    /// Machines that came up and are not on the list.
+    pub unlisted: Vec<MachineRef>,
+    /// Kinds of machine.
+    pub skus: Vec<Sku>,
+    /// How many switch ports have a place of their own.
+    pub ports: usize,
+}
+
+/// What an import did, or would do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImportView {
+    /// Nothing was done.
+    pub dry_run: bool,
+    /// So many entries are new.
+    pub new: usize,
+    /// So many are other than before.
+    pub changed: usize,
+    /// So many are as they were.
+    pub same: usize,
+    /// So many were taken off.
+    pub gone: usize,
+    /// Machines on the list after it.
+    pub machines: usize,
+    /// Kinds of machine after it.
+    pub skus: usize,
+    /// Switch ports after it.
+    pub ports: usize,
 }
 
 /// What a machine is made of, and what changed.

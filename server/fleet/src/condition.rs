@@ -19,7 +19,7 @@ const LONGEST_DRAIN_MS: Millis = 2 * 3_600_000;
 pub struct EventAt {
     /// When, on the server's clock.
     pub at: Millis,
-    /// `health`, `drift`, `hook`, `limit`, `threshold`, `dropped`.
+    /// `health`, `drift`, `hook`, `limit`, `threshold`, `dropped`; the server's own: `expected`.
     pub kind: String,
     /// It needs a person's eye.
     pub alarm: bool,
@@ -52,7 +52,7 @@ impl KnownCondition {
         (self.drift, self.drift_count, self.draining) = (Vec::new(), 0, None);
     }
 
-    fn keep(&mut self, event: EventAt, out: &mut Vec<Action>) {
+    pub(crate) fn keep(&mut self, event: EventAt, out: &mut Vec<Action>) {
         out.push(Action::Say { warn: event.alarm, text: format!("{}: {}", event.kind, event.text) });
         self.events.push_back(event);
         while self.events.len() > EVENTS_KEPT {

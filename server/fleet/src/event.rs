@@ -1,6 +1,7 @@
 //! What can happen to a machine, and what follows.
 
 use crate::boots::StageAt;
+use crate::expected::Comparison;
 use crate::hardware::HardwareEvent;
 use crate::orders::MachineOrder;
 use kiln_protocol::{KeyId, MachineId, OrderId, ReleaseId, Report, Sha256Hex, Via};
@@ -22,6 +23,8 @@ pub struct Reported {
 pub enum Event {
     /// Its hardware changed.
     Hardware(Vec<HardwareEvent>),
+    /// It was compared with the list of expected machines; none: there is no list any more.
+    Compared(Option<Comparison>),
     /// Its firmware asked for an address and a boot program.
     Asked,
     /// Its firmware began to download the boot program of this release.

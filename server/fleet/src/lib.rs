@@ -14,6 +14,7 @@ mod condition;
 mod drift;
 mod error;
 mod event;
+mod expected;
 mod grant;
 mod hardware;
 mod held;
@@ -32,6 +33,11 @@ pub use condition::{EVENTS_KEPT, EventAt, KnownCondition};
 pub use drift::{DRIFT_PATIENCE_MS, DRIFT_REBUILDS, DRIFT_WINDOW_MS, DriftPolicy, KnownDrift};
 pub use error::Refusal;
 pub use event::{Action, Event, Reported};
+pub use expected::{
+    At, Build, CameUp, Cells, Change, Claimant, Comparison, CsvError, DIFFERENCES, Due, Entry, ExpectedList,
+    ExpectedMachine, Flaw, Flaws, MACHINES, Overdue, Parts, PartsError, Port, Position, Problem, Sheet, Sku, compare,
+    read_csv, serial_key,
+};
 pub use grant::{Desire, Limits, desire, grant};
 pub use hardware::{EVENTS_AT_ONCE, HARDWARE_EVENTS_KEPT, Hardware, HardwareEvent, changes, summary};
 pub use held::{HELD_KEPT, HeldBoot};

@@ -4,6 +4,7 @@ use crate::boots::Boot;
 use crate::condition::KnownCondition;
 use crate::drift::{DriftPolicy, KnownDrift};
 use crate::error::Refusal;
+use crate::expected::Comparison;
 use crate::grant::Limits;
 use crate::held::HeldBoot;
 use crate::orders::MachineOrder;
@@ -106,6 +107,9 @@ pub struct Machine {
     /// Drift, draining, and what happened on it.
     #[serde(default)]
     pub condition: KnownCondition,
+    /// What the list of expected machines says of it; none: the site has no list, or nothing was compared yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub comparison: Option<Comparison>,
     /// Sequence of the assignment it may leave for.
     pub granted: Option<u64>,
     /// Why it fell back, until a person clears it or assigns something.
@@ -177,6 +181,7 @@ impl Machine {
             agent_memory: None,
             exec: None,
             condition: KnownCondition::default(),
+            comparison: None,
             granted: None,
             fell_back: None,
             excused: None,

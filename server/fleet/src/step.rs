@@ -21,6 +21,7 @@ impl Machine {
             // The server was deaf: who spoke before may be speaking still.
             Event::ServerStarted => self.agent_seen = self.agent_seen.map(|_| now),
             Event::Hardware(_)
+            | Event::Compared(_)
             | Event::Asked
             | Event::Downloads(_)
             | Event::TakesBytes
@@ -39,6 +40,7 @@ impl Machine {
         let speaks = self.agent_seen.is_some();
         match event {
             Event::Hardware(events) => self.hardware_changed(events, &mut out),
+            Event::Compared(comparison) => self.compared(comparison, now, &mut out),
             Event::Asked if speaks => self.hold_asked(now, &mut out),
             Event::Downloads(release) if speaks => self.hold_downloads(&release, now, &mut out),
             Event::TakesBytes if speaks => self.hold_bytes(now),

@@ -59,6 +59,22 @@ impl Client {
         self.read(path, response).await
     }
 
+    /// Sends a file as it is.
+    pub(super) async fn upload<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        kind: &'static str,
+        bytes: Vec<u8>,
+    ) -> Result<T, CliError> {
+        if !self.may_change {
+            return Err(CliError::ReadOnly);
+        }
+        let url = self.url(path);
+        let request = self.http.post(&url).header(reqwest::header::CONTENT_TYPE, kind).body(bytes).timeout(3 * ANSWER);
+        let response = self.answer(request, url).await?;
+        self.read(path, response).await
+    }
+
     /// The event stream, as it comes.
     pub(super) async fn stream(&self, path: &str) -> Result<Response, CliError> {
         self.send(Method::GET, path, None::<&()>, None).await
@@ -97,6 +113,10 @@ impl Client {
         if let Some(limit) = limit {
             request = request.timeout(limit);
         }
+        self.answer(request, url).await
+    }
+
+    async fn answer(&self, request: reqwest::RequestBuilder, url: String) -> Result<Response, CliError> {
         let response =
             request.send().await.map_err(|e| CliError::Request { url: url.clone(), reason: with_causes(&e) })?;
         let status = response.status();

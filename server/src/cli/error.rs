@@ -30,6 +30,8 @@ pub(super) enum CliError {
     Request { url: String, reason: String },
     #[error("{message}")]
     Refused { message: String },
+    #[error("{}: nothing is imported\n{message}", path.display())]
+    NotImported { path: PathBuf, message: String },
     #[error("no kiln-agent beside this program ({}): build it, or name it with --agent", .0.display())]
     NoAgent(PathBuf),
     #[error("{}: {source}", path.display())]

@@ -158,19 +158,35 @@ fn list(machines: &[MachineView], now_ms: i64) -> String {
     table(&["NAME", "STATE", "STAGE", "RELEASE", "ASSIGNED", "PROTECTION", "SEEN", "LAST WORDS"], &rows)
 }
 
-/// Its state, and that it differs from its release.
+/// Its state, and that it differs from its release, or from what was expected.
 fn flagged(m: &MachineView) -> String {
-    match m.condition.drift_count {
-        0 => m.state.clone(),
-        n => format!("{}, drift {n}", m.state),
-    }
+    let drift = match m.condition.drift_count {
+        0 => String::new(),
+        n => format!(", drift {n}"),
+    };
+    let listed = match m.comparison.as_ref().map_or(0, |c| c.differences.len()) {
+        0 => String::new(),
+        n => format!(", not as expected {n}"),
+    };
+    format!("{}{drift}{listed}", m.state)
 }
 
-/// Drift and events, below a machine's values.
+/// What was expected, drift and events, below a machine's values.
 fn condition(text: &mut String, m: &MachineView) {
     let drift = &m.condition.drift;
     let more = u64::from(m.condition.drift_count).saturating_sub(drift.len() as u64);
     let mut line = |words: String| writeln!(text, "{words}").expect("writing to a String cannot fail");
+    if let Some(comparison) = &m.comparison {
+        line(format!("{:<12} {}", "expected", comparison.entry.as_deref().unwrap_or("-")));
+        for place in [("place", &comparison.expected), ("found at", &comparison.found)] {
+            if !place.1.is_empty() {
+                line(format!("{:<12} {}", place.0, place.1));
+            }
+        }
+        for (number, difference) in comparison.differences.iter().enumerate() {
+            line(format!("{:<12} {difference}", if number == 0 { "differs" } else { "" }));
+        }
+    }
     for (number, difference) in drift.iter().enumerate() {
         let name = if number == 0 { "drift" } else { "" };
         line(format!("{name:<12} {} [{}]", difference.text, difference.kind));
@@ -399,6 +415,12 @@ mod tests {
                     text: "late".into(),
                 }],
             },
+            comparison: Some(kiln_fleet::Comparison {
+                entry: Some("ABC1".into()),
+                expected: kiln_fleet::Position { rack: "A".into(), unit: "U14".into() },
+                differences: vec!["DIMM A2 missing".into(), "racked in U12, expected U14".into()],
+                ..Default::default()
+            }),
             last_good: None,
             firmware: Some(kiln_protocol::Firmware::Bios),
             key: Some("ab".repeat(32).parse().unwrap()),
@@ -429,7 +451,9 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("\nevents       01:00:00 ! hook: late\n"), "{text}");
-        assert!(list(std::slice::from_ref(&machine), 0).contains("healthy, drift 3"));
+        let listed = "\nexpected     ABC1\nplace        rack A U14\ndiffers      DIMM A2 missing\n             racked in U12, expected U14\n";
+        assert!(text.contains(listed), "{text}");
+        assert!(list(std::slice::from_ref(&machine), 0).contains("healthy, drift 3, not as expected 2"));
         let rows: Vec<&str> = text.lines().filter(|l| l.trim_end().ends_with(" done")).collect();
         let labels: Vec<&str> = kiln_protocol::Stage::ALL.iter().map(|s| s.label()).collect();
         assert_eq!(rows.len(), labels.len(), "{text}");

@@ -3,6 +3,7 @@
 
 mod client;
 mod error;
+mod expected;
 mod fleet;
 mod hardware;
 mod log;
@@ -46,6 +47,9 @@ enum Command {
     /// List, show, watch, approve machines
     #[command(subcommand)]
     Machine(Machine),
+    /// The list of machines that shall come up, and in what those that came differ from it
+    #[command(subcommand)]
+    Expected(expected::Expected),
     /// Assign a release to a machine: it reimages itself when its turn comes
     Assign(Assign),
     /// Orders that only an operator's key can give: rescue releases, wipes
@@ -400,6 +404,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
             Ok(runtime()?.block_on(crate::serve::serve(ServeOptions { site, config, log }))?)
         }
         Command::Machine(machine) => runtime()?.block_on(fleet::machine(machine)),
+        Command::Expected(command) => runtime()?.block_on(expected::run(command)),
         Command::Assign(assign) => runtime()?.block_on(fleet::assign(&assign)),
     }
 }

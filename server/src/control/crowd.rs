@@ -128,6 +128,7 @@ impl Control {
         inner.envelopes.remove(id);
         inner.macs.retain(|_, owner| owner != id);
         inner.seen.remove(id);
+        inner.comparing.drop(id);
         pending.commits.push(self.store.forget(id));
         pending.gone.push(id.clone());
     }

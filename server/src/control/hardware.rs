@@ -55,6 +55,7 @@ impl Control {
         let pending = {
             let mut inner = self.lock();
             let mut pending = Pending::default();
+            self.compare_again(&mut inner, &id);
             if !events.is_empty() && inner.machines.contains_key(&id) {
                 self.step(&mut inner, &id, Event::Hardware(events), now, &mut pending)?;
             }

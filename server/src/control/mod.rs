@@ -5,6 +5,7 @@
 
 mod crowd;
 mod director;
+mod expected;
 mod hardware;
 mod introductions;
 mod leases;
@@ -66,6 +67,7 @@ pub(crate) struct Inner {
     crowd: crowd::Crowd,
     introductions: introductions::Introductions,
     wrong: introductions::Wrong,
+    comparing: expected::Comparing,
 }
 
 /// What reports cost, since the start.
@@ -101,6 +103,7 @@ pub struct Control {
     look_wanted: watch::Sender<u64>,
     looked: watch::Sender<u64>,
     hardware: hardware::HardwareLocks,
+    expected: expected::Expected,
     /// Held reports.
     pub held: AtomicUsize,
     /// What was done for reports.
@@ -154,6 +157,7 @@ impl Control {
             crowd: crowd::Crowd::new(now),
             introductions: introductions::Introductions::default(),
             wrong: introductions::Wrong::default(),
+            comparing: expected::Comparing::default(),
         };
         for (id, mut stored) in store.load().await? {
             stored.machine.pin(config.key_of(&id));
@@ -166,6 +170,7 @@ impl Control {
             }
         }
         let server_key = server_key(&site)?;
+        let expected = expected::Expected::of(store.expected().await?);
         let logs = Arc::new(Logs::open(&site.path.join("state"), config.logs_total));
         Ok(Arc::new(Self {
             inner: Mutex::new(inner),
@@ -181,6 +186,7 @@ impl Control {
             look_wanted: watch::channel(0).0,
             looked: watch::channel(0).0,
             hardware: hardware::HardwareLocks::default(),
+            expected,
             held: AtomicUsize::new(0),
             counts: Counts::default(),
             started: now,
@@ -319,6 +325,7 @@ impl Control {
         self.config.rule(&mut machine);
         let title = machine.title().to_owned();
         inner.index(&machine);
+        self.compare_soon(inner);
         inner.machines.insert(id.clone(), machine);
         let mut save = false;
         for action in actions {
@@ -440,6 +447,7 @@ impl Drop for Untold<'_> {
 
 impl Inner {
     fn index(&mut self, machine: &Machine) {
+        self.comparing.note(machine);
         let Some(facts) = &machine.facts else { return };
         // What it no longer names is let go, so that the index holds no more than the machines do.
         self.macs.retain(|mac, owner| *owner != machine.id || facts.macs.contains(mac));

@@ -124,6 +124,7 @@ impl Control {
                 machine.id = id.clone();
                 machine.pin(self.config.key_of(id));
                 machine.state = Machine::discovered(id.clone(), machine.state.since).state;
+                inner.comparing.drop(&ghost);
                 inner.machines.insert(id.clone(), machine);
                 inner.macs.insert(mac.clone(), id.clone());
                 pending.commits.push(self.store.forget(&ghost));

@@ -3,7 +3,7 @@
 use super::{App, Peer};
 use crate::catalog::Release;
 use crate::control::{LogQuery, Told, now_ms};
-use crate::error::{CodeError, ControlError, LogError, StoreError};
+use crate::error::{CodeError, ControlError, ExpectedError, LogError, StoreError};
 use crate::view::{HardwareView, LogView, MachineView, OrderView, ReceiptView, ReleaseView};
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
@@ -86,6 +86,7 @@ impl From<ControlError> for ApiError {
             | ControlError::OrderKnown { .. } => StatusCode::CONFLICT,
             ControlError::Log(e) => log_status(e),
             ControlError::Code(e) => code_status(e),
+            ControlError::Expected(e) => expected_status(e),
             ControlError::NotItsKey(_) => StatusCode::FORBIDDEN,
             ControlError::TooLongForAStranger { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ControlError::TooManyUnknown | ControlError::TooManyOrders { .. } => StatusCode::TOO_MANY_REQUESTS,
@@ -100,6 +101,14 @@ fn log_status(e: &LogError) -> StatusCode {
         LogError::NoBoot { .. } => StatusCode::NOT_FOUND,
         LogError::BootId | LogError::TooMany { .. } | LogError::NotReported => StatusCode::UNPROCESSABLE_ENTITY,
         LogError::Write { .. } | LogError::Read { .. } | LogError::Task(_) => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+fn expected_status(e: &ExpectedError) -> StatusCode {
+    match e {
+        ExpectedError::File(_) => StatusCode::UNPROCESSABLE_ENTITY,
+        ExpectedError::NotListed(_) => StatusCode::NOT_FOUND,
+        ExpectedError::Task(_) => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 
@@ -270,7 +279,7 @@ fn hello(app: &App) -> Event {
         .unwrap_or_else(|e| Event::default().comment(e.to_string()))
 }
 
-fn who(peer: &Peer) -> String {
+pub(super) fn who(peer: &Peer) -> String {
     match peer {
         Peer::Unix { uid } => format!("uid {uid}"),
         Peer::Tcp { from, .. } | Peer::Machine { from, .. } => from.to_string(),

@@ -5,6 +5,7 @@ mod agent;
 mod agent_introduction;
 mod agent_log;
 mod api;
+mod expected;
 mod files;
 mod limits;
 mod listen;
@@ -46,6 +47,7 @@ pub fn public_router(app: App) -> Router {
         .route("/style.css", get(page))
         .route("/boot.ipxe", get(script::script))
         .merge(read_router())
+        .merge(expected::read_router())
         .fallback(files::serve)
         .with_state(app)
 }
@@ -64,7 +66,8 @@ async fn page(uri: Uri) -> Response {
 
 /// Everything that the Unix socket serves.
 pub fn socket_router(app: App) -> Router {
-    Router::new().merge(read_router()).merge(order_router()).fallback(api::not_found).with_state(app)
+    let expected = expected::read_router().merge(expected::order_router());
+    Router::new().merge(read_router()).merge(order_router()).merge(expected).fallback(api::not_found).with_state(app)
 }
 
 /// A plain-text answer.

@@ -8,7 +8,7 @@ mod schema;
 mod writer;
 
 use crate::error::StoreError;
-use kiln_fleet::{Boot, Hardware, Machine};
+use kiln_fleet::{Boot, Entry, Hardware, Machine};
 use kiln_protocol::MachineId;
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
 use sqlx::{AnyPool, Row};
@@ -48,6 +48,7 @@ pub(crate) enum Intent {
     Machine { id: String, doc: String, envelope: String, boots: Vec<(i64, String)>, oldest_boot: i64 },
     Forget { id: String },
     Hardware { id: String, doc: String },
+    Expected { put: Vec<(String, String)>, gone: Vec<String> },
     Seen(BTreeMap<MachineId, u64>),
     Note { key: String, value: String },
     Audit(AuditLine),
@@ -125,6 +126,24 @@ impl Store {
     /// Keeps what a machine that is stored is made of: [`Hardware`] as JSON.
     pub(crate) fn save_hardware(&self, id: &MachineId, doc: String) -> Commit {
         self.send(Intent::Hardware { id: id.to_string(), doc })
+    }
+
+    /// The list of expected machines.
+    pub async fn expected(&self) -> Result<Vec<Entry>, StoreError> {
+        let rows = sqlx::query("SELECT name, doc FROM expected").fetch_all(&self.pool).await?;
+        let read = |row: &sqlx::any::AnyRow| {
+            let id: String = row.try_get("name")?;
+            let bad = |e: serde_json::Error| StoreError::Row { id: id.clone(), reason: e.to_string() };
+            serde_json::from_str(row.try_get("doc")?).map_err(bad)
+        };
+        rows.iter().map(read).collect()
+    }
+
+    /// Changes the list of expected machines, all at once.
+    pub(crate) fn change_expected(&self, put: &[Entry], gone: Vec<String>) -> Result<Commit, StoreError> {
+        let row = |entry: &Entry| Ok((entry.key(), serde_json::to_string(entry)?));
+        let put = put.iter().map(row).collect::<Result<_, StoreError>>()?;
+        Ok(self.send(Intent::Expected { put, gone }))
     }
 
     /// A remembered value.

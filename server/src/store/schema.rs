@@ -3,7 +3,11 @@
 use crate::error::StoreError;
 use sqlx::{AnyPool, Row};
 
-const VERSIONS: &[&[&str]] = &[FIRST, &["CREATE TABLE hardware (machine TEXT PRIMARY KEY, doc TEXT NOT NULL)"]];
+const VERSIONS: &[&[&str]] = &[
+    FIRST,
+    &["CREATE TABLE hardware (machine TEXT PRIMARY KEY, doc TEXT NOT NULL)"],
+    &["CREATE TABLE expected (name TEXT PRIMARY KEY, doc TEXT NOT NULL)"],
+];
 
 const FIRST: &[&str] = &[
     "CREATE TABLE machines (id TEXT PRIMARY KEY, doc TEXT NOT NULL, envelope TEXT NOT NULL, last_seen BIGINT NOT NULL)",

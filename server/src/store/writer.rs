@@ -102,6 +102,7 @@ async fn write(db: &mut AnyConnection, intent: &Intent) -> Result<(), StoreError
             .execute(&mut *db)
             .await?;
         }
+        Intent::Expected { put, gone } => expected(db, put, gone).await?,
         Intent::Seen(seen) => {
             for (id, at) in seen {
                 sqlx::query("UPDATE machines SET last_seen = $2 WHERE id = $1")
@@ -139,6 +140,29 @@ async fn write(db: &mut AnyConnection, intent: &Intent) -> Result<(), StoreError
                 .execute(&mut *db)
                 .await?;
         }
+    }
+    Ok(())
+}
+
+/// Rows of one statement when a list is imported: one by one a long list would take seconds.
+const ROWS: usize = 200;
+
+async fn expected(db: &mut AnyConnection, put: &[(String, String)], gone: &[String]) -> Result<(), StoreError> {
+    for names in gone.chunks(ROWS) {
+        let places: Vec<String> = (1..=names.len()).map(|n| format!("${n}")).collect();
+        let sql = format!("DELETE FROM expected WHERE name IN ({})", places.join(", "));
+        let query = names.iter().fold(sqlx::query(sqlx::AssertSqlSafe(sql)), |query, name| query.bind(name));
+        query.execute(&mut *db).await?;
+    }
+    for rows in put.chunks(ROWS) {
+        let places: Vec<String> = (0..rows.len()).map(|n| format!("(${}, ${})", 2 * n + 1, 2 * n + 2)).collect();
+        let sql = format!(
+            "INSERT INTO expected (name, doc) VALUES {} ON CONFLICT (name) DO UPDATE SET doc = excluded.doc",
+            places.join(", ")
+        );
+        let query = sqlx::query(sqlx::AssertSqlSafe(sql));
+        let query = rows.iter().fold(query, |query, (name, doc)| query.bind(name).bind(doc));
+        query.execute(&mut *db).await?;
     }
     Ok(())
 }

@@ -85,11 +85,28 @@ async function follow(machine, trace) {
   }
 }
 
+// What the list of expected machines says of this one.
+function showComparison(comparison) {
+  const part = document.getElementById("expected");
+  part.hidden = !comparison;
+  if (!comparison) return;
+  const place = (at) => [at && at.rack && `rack ${at.rack}`, at && at.unit].filter(Boolean).join(" ");
+  const words = [
+    comparison.entry ? `Is ${comparison.entry} of the list of expected machines` : "Is on no list",
+    place(comparison.expected) && `belongs to ${place(comparison.expected)}`,
+    place(comparison.found) && `is at ${place(comparison.found)}`,
+  ];
+  const end = comparison.differences.length ? ":" : ", and is as expected.";
+  part.querySelector("p").textContent = words.filter(Boolean).join(", ") + end;
+  part.querySelector("ul").replaceChildren(...comparison.differences.map((text) => element("li", text)));
+}
+
 function showBoots(machine) {
   document.title = `${machine.name} – Kiln`;
   const code = document.getElementById("code");
   code.hidden = !machine.code;
   code.lastElementChild.textContent = machine.code || "";
+  showComparison(machine.comparison);
   boots.hidden = false;
   for (const boot of machine.boots) {
     if (!boot.boot_id) continue;
@@ -137,8 +154,10 @@ function show(machine) {
   }
   const drift = machine.condition ? machine.condition.drift : [];
   const differs = drift.length ? `, drift ${machine.condition.drift_count}` : "";
-  const why = [machine.reason, ...drift.map((difference) => difference.text)].join("\n");
-  cell(row, "state", machine.state + differs, why);
+  const other = machine.comparison ? machine.comparison.differences : [];
+  const listed = other.length ? `, not as expected ${other.length}` : "";
+  const why = [machine.reason, ...other, ...drift.map((difference) => difference.text)].join("\n");
+  cell(row, "state", machine.state + differs + listed, why);
   row.dataset.drift = drift.length ? "yes" : "no";
   const stage = cell(row, "stage", machine.stage_label || "–");
   const at = stages.indexOf(machine.stage);

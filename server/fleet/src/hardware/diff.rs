@@ -114,7 +114,7 @@ fn dimms(before: &[Dimm], now: &[Dimm], out: &mut Vec<Change>) {
 }
 
 /// `DIMM A2`; boards that say the word themselves are not repeated.
-pub(super) fn module_name(slot: &str) -> String {
+pub(crate) fn module_name(slot: &str) -> String {
     if slot.to_ascii_uppercase().contains("DIMM") { slot.to_owned() } else { format!("DIMM {slot}") }
 }
 
@@ -128,7 +128,7 @@ fn disk_key(disk: &Disk) -> (&str, &str, &str) {
 }
 
 /// `disk sda (ST8000NM000A, 8 TB, serial number Z1)`.
-pub(super) fn disk_name(disk: &Disk) -> String {
+pub(crate) fn disk_name(disk: &Disk) -> String {
     let mut about = vec![decimal_size(disk.bytes)];
     if !disk.model.is_empty() {
         about.insert(0, disk.model.clone());

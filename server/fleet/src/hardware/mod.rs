@@ -4,6 +4,7 @@
 mod diff;
 
 pub use diff::changes;
+pub(crate) use diff::{disk_name, module_name};
 
 use crate::Millis;
 use kiln_protocol::{Inventory, binary_size};

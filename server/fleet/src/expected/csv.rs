@@ -91,7 +91,7 @@ impl<'a> Reader<'a> {
             return Ok((at, self.quoted(at)?));
         }
         let delimiter = self.delimiter;
-        let end = self.rest.find(|c| c == delimiter || matches!(c, '\n' | '\r')).unwrap_or(self.rest.len());
+        let end = self.rest.find([delimiter, '\n', '\r']).unwrap_or(self.rest.len());
         let text = self.step(end);
         if text.contains('"') {
             return Err((at, CsvError::QuoteWithin));

@@ -146,14 +146,19 @@ pub struct Change {
     pub same: usize,
 }
 
-type Read<T> = Result<T, (At, Problem)>;
+/// Boxed: a mistake is rare, and long.
+type Read<T> = Result<T, Box<Flaw>>;
+
+fn flaw(at: At, problem: Problem) -> Box<Flaw> {
+    Box::new(Flaw { at, problem })
+}
 
 fn text<'a>(row: &'a Cells<'_>, column: &'static str, limit: usize) -> Read<&'a str> {
     let Some((at, cell)) = row.cells.get(column) else { return Ok("") };
     let cell = cell.trim();
     if cell.len() > limit || cell.chars().any(char::is_control) {
         let got = cell.chars().filter(|c| !c.is_control()).take(40).collect();
-        return Err((*at, Problem::Text { column, got, limit }));
+        return Err(flaw(*at, Problem::Text { column, got, limit }));
     }
     Ok(cell)
 }
@@ -166,7 +171,7 @@ fn build(row: &Cells<'_>) -> Read<Build> {
     let parts = |column: &'static str, kind| {
         let text = text(row, column, super::PARTS_TEXT)?;
         let read = (!text.is_empty()).then(|| Parts::parse(kind, text)).transpose();
-        read.map_err(|source| (place(row, column), Problem::Parts { column, source }))
+        read.map_err(|source| flaw(place(row, column), Problem::Parts { column, source }))
     };
     Ok(Build {
         model: text(row, "model", NAME)?.to_owned(),
@@ -183,8 +188,8 @@ fn position(row: &Cells<'_>) -> Read<Position> {
     let digits = unit.strip_prefix(['U', 'u']).unwrap_or(unit);
     let unit = match digits.parse::<u32>() {
         Ok(number @ 1..=100) => format!("U{number}"),
-        Ok(_) => return Err((place(row, "unit"), Problem::Unit(unit.to_owned()))),
-        Err(_) if unit.chars().count() > 16 => return Err((place(row, "unit"), Problem::Unit(unit.to_owned()))),
+        Ok(_) => return Err(flaw(place(row, "unit"), Problem::Unit(unit.to_owned()))),
+        Err(_) if unit.chars().count() > 16 => return Err(flaw(place(row, "unit"), Problem::Unit(unit.to_owned()))),
         Err(_) => unit.to_owned(),
     };
     Ok(Position { rack: text(row, "rack", NAME)?.to_owned(), unit })
@@ -202,24 +207,24 @@ fn mac(text: &str) -> Option<String> {
 fn machine(row: &Cells<'_>, now: Millis) -> Read<ExpectedMachine> {
     let serial = text(row, "serial", NAME)?;
     if !serial.is_empty() && serial_key(serial).is_none() {
-        return Err((place(row, "serial"), Problem::NoSerial(serial.to_owned())));
+        return Err(flaw(place(row, "serial"), Problem::NoSerial(serial.to_owned())));
     }
     let uuid = text(row, "uuid", NAME)?;
     let uuid = (!uuid.is_empty()).then(|| uuid.to_ascii_lowercase().parse::<MachineId>()).transpose();
-    let uuid = uuid.map_err(|e| (place(row, "uuid"), Problem::Uuid(e)))?;
+    let uuid = uuid.map_err(|e| flaw(place(row, "uuid"), Problem::Uuid(e)))?;
     let listed = text(row, "mac", MACS * 20)?;
     let macs = listed.split([' ', ',', ';']).filter(|mac| !mac.is_empty()).map(mac).collect::<Option<Vec<_>>>();
     let macs = macs.filter(|macs| macs.len() <= MACS);
-    let macs = macs.ok_or_else(|| (place(row, "mac"), Problem::Mac(listed.chars().take(60).collect())))?;
+    let macs = macs.ok_or_else(|| flaw(place(row, "mac"), Problem::Mac(listed.chars().take(60).collect())))?;
     if serial.is_empty() && uuid.is_none() && macs.is_empty() {
-        return Err((row.at, Problem::NoKey));
+        return Err(flaw(row.at, Problem::NoKey));
     }
     let day = text(row, "expected", NAME)?;
     let due = (!day.is_empty()).then(|| day.parse()).transpose();
     let (switch, port) = (text(row, "switch", NAME)?, text(row, "port", NAME)?);
     if switch.is_empty() != port.is_empty() {
         let (missing, there) = if port.is_empty() { ("port", "switch") } else { ("switch", "port") };
-        return Err((place(row, there), Problem::HalfPort(missing)));
+        return Err(flaw(place(row, there), Problem::HalfPort(missing)));
     }
     Ok(ExpectedMachine {
         serial: serial.to_owned(),
@@ -230,7 +235,7 @@ fn machine(row: &Cells<'_>, now: Millis) -> Read<ExpectedMachine> {
         port: port.to_owned(),
         sku: text(row, "sku", NAME)?.to_owned(),
         build: build(row)?,
-        due: due.map_err(|e: DayError| (place(row, "expected"), e.into()))?,
+        due: due.map_err(|e: DayError| flaw(place(row, "expected"), e.into()))?,
         listed: now,
         seen: None,
     })
@@ -242,18 +247,18 @@ fn entry(row: &Cells<'_>, now: Millis) -> Read<Entry> {
         Sheet::Sku => {
             let name = text(row, "sku", NAME)?.to_owned();
             if name.is_empty() {
-                return Err((row.at, Problem::NoName));
+                return Err(flaw(row.at, Problem::NoName));
             }
             Ok(Entry::Sku(Sku { name, build: build(row)? }))
         }
         Sheet::Port => {
             let (switch, port) = (text(row, "switch", NAME)?.to_owned(), text(row, "port", NAME)?.to_owned());
             if switch.is_empty() || port.is_empty() {
-                return Err((row.at, Problem::HalfPort(if port.is_empty() { "port" } else { "switch" })));
+                return Err(flaw(row.at, Problem::HalfPort(if port.is_empty() { "port" } else { "switch" })));
             }
             let position = position(row)?;
             if position.is_empty() {
-                return Err((row.at, Problem::NoPosition));
+                return Err(flaw(row.at, Problem::NoPosition));
             }
             Ok(Entry::Port(Port { switch, port, position }))
         }
@@ -288,7 +293,7 @@ impl ExpectedList {
                     only_once(&mut once, row, &entry, &mut flaws);
                     read.push((row, entry));
                 }
-                Err((at, problem)) => flaws.push(Flaw { at, problem }),
+                Err(flaw) => flaws.push(*flaw),
             }
         }
         let mut change = Change::default();

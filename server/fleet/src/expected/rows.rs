@@ -56,7 +56,7 @@ const ALIASES: [(&str, &str); 20] = [
 ];
 
 /// Columns that make a file one of machines.
-pub const KEY_WORDS: [&str; 3] = ["serial", "uuid", "mac"];
+const KEY_WORDS: [&str; 3] = ["serial", "uuid", "mac"];
 
 /// One row: its place, what it lists, and its cells that are not empty, trimmed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -80,8 +80,8 @@ impl Sheet {
 }
 
 /// What a file with these columns lists.
-pub fn sheet_of<'a>(headings: impl Iterator<Item = &'a str> + Clone) -> Option<Sheet> {
-    let has = |sheet: Sheet, column: &str| headings.clone().any(|heading| sheet.column(heading) == Some(column));
+fn sheet_of(headings: &[&str]) -> Option<Sheet> {
+    let has = |sheet: Sheet, column: &str| headings.iter().any(|heading| sheet.column(heading) == Some(column));
     if KEY_WORDS.iter().any(|key| has(Sheet::Machine, key)) {
         Some(Sheet::Machine)
     } else if has(Sheet::Port, "switch") && has(Sheet::Port, "port") {
@@ -100,8 +100,8 @@ pub fn read_csv(text: &str) -> Result<Vec<Cells<'_>>, Flaws> {
         return Err(Flaws::one(At { line: 1, column: 1 }, Problem::Empty));
     };
     let left_out = |name: &str| name.trim().is_empty() || name.trim_start().starts_with('#');
-    let names = heading.iter().map(|(_, name)| &**name).filter(|name| !left_out(name));
-    let sheet = sheet_of(names).ok_or_else(|| Flaws::one(At { line: 1, column: 1 }, Problem::NoColumns))?;
+    let names: Vec<&str> = heading.iter().map(|(_, name)| &**name).filter(|name| !left_out(name)).collect();
+    let sheet = sheet_of(&names).ok_or_else(|| Flaws::one(At { line: 1, column: 1 }, Problem::NoColumns))?;
     let mut flaws = Flaws::default();
     let mut columns = Vec::new();
     for (at, name) in &heading {

@@ -90,10 +90,10 @@ async fn import(file: &Path, dry_run: bool, replace: bool, at: &At) -> Result<()
     let kind = if toml { "application/toml" } else { "text/csv" };
     let path = format!("expected?dry_run={dry_run}&replace={replace}");
     let done = Client::new(at)?.upload(&path, kind, bytes).await;
-    let done: ImportView = done.map_err(|error| match error {
-        CliError::Refused { message } => CliError::NotImported { path: file.to_owned(), message },
-        other => other,
-    })?;
+    let done: ImportView = match done {
+        Err(CliError::Refused { message }) => return Err(CliError::NotImported { path: file.to_owned(), message }),
+        done => done?,
+    };
     let would = if dry_run { "would be " } else { "" };
     print(&format!(
         "{}{} new, {would}{} changed, {would}{} taken off, {} as they were; {} machines, {} kinds of machine and {} switch \

@@ -167,7 +167,9 @@ impl Control {
             let ids: Vec<MachineId> = {
                 let due = &mut self.lock().comparing.due;
                 let ids: Vec<MachineId> = due.iter().take(BATCH).cloned().collect();
-                ids.iter().for_each(|id| drop(due.remove(id)));
+                for id in &ids {
+                    due.remove(id);
+                }
                 ids
             };
             if ids.is_empty() {

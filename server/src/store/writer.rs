@@ -151,7 +151,7 @@ async fn expected(db: &mut AnyConnection, put: &[(String, String)], gone: &[Stri
     for names in gone.chunks(ROWS) {
         let places: Vec<String> = (1..=names.len()).map(|n| format!("${n}")).collect();
         let sql = format!("DELETE FROM expected WHERE name IN ({})", places.join(", "));
-        let query = names.iter().fold(sqlx::query(sqlx::AssertSqlSafe(sql)), |query, name| query.bind(name));
+        let query = names.iter().fold(sqlx::query(sqlx::AssertSqlSafe(sql)), sqlx::query::Query::bind);
         query.execute(&mut *db).await?;
     }
     for rows in put.chunks(ROWS) {

@@ -45,7 +45,6 @@ impl MachineView {
             agent_memory: m.agent_memory,
             exec: m.exec.clone(),
             condition: condition(m),
-            condition: condition(&m.condition),
             comparison: m.comparison.clone(),
             last_good: m.last_good().cloned(),
             firmware: facts.map(|f| f.firmware),

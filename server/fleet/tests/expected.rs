@@ -334,10 +334,10 @@ proptest! {
 
     #[test]
     fn any_file_is_imported_or_refused(text in "(serial|sku|switch|port|uuid|mac|rack|[,;\"\n a-z0-9×]){0,60}") {
-        if let Ok(rows) = read_csv(&text) {
-            if let Ok(change) = ExpectedList::default().import(&rows, false, NOW) {
-                prop_assert_eq!(change.new, change.put.len());
-            }
+        if let Ok(rows) = read_csv(&text)
+            && let Ok(change) = ExpectedList::default().import(&rows, false, NOW)
+        {
+            prop_assert_eq!(change.new, change.put.len());
         }
     }
 }

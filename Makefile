@@ -8,11 +8,11 @@ MUSL  := x86_64-unknown-linux-musl
 LAB   := target/debug/kiln-lab
 CARGO ?= cargo
 
-.PHONY: help setup build agent tests lab test test-slow bench fuzz lint
+.PHONY: help setup build agent tests lab test test-slow conformance bench fuzz lint
 .DEFAULT_GOAL := help
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: ## Install what the lab and the tests need (Debian packages, Rust target), saying what and why
 	@bash hardware-tests/setup
@@ -45,6 +45,10 @@ test-slow: setup ## Every test of the rack, also those that take minutes, and ca
 	@$(MAKE) --no-print-directory -j2 agent tests
 	@$(LAB) prepare --image probe --image servers --image hangs --image disk --image rescue --image exec
 	@$(TEST) --test rack -- --test-threads 32 --include-ignored
+
+conformance: setup ## The TUF community's conformance suite against the client (TUF_CONFORMANCE=a checkout of the suite)
+	@$(CARGO) build --locked -p kiln-server -p kiln-lab
+	@bash hardware-tests/conformance
 
 bench: setup build ## The lab's figures: target/lab/report.json
 	@LAB_ONCE=1 $(LAB) run $(LAB_ARGS)

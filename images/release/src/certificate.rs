@@ -31,7 +31,7 @@ pub fn spki_der(signer: &Signer) -> Vec<u8> {
 
 /// The same of a public key alone.
 pub fn public_spki_der(key: &PublicKey) -> Vec<u8> {
-    [&SPKI_PREFIX[..], key.as_bytes()].concat()
+    key.spki_der()
 }
 
 /// A machine's key id: SHA-256 of its SPKI DER, lower-case hex.

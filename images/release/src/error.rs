@@ -39,6 +39,8 @@ pub enum KeyError {
     NotEd25519 { got: String },
     #[error("keys of type {keytype:?} with scheme {scheme:?} are not supported; use ed25519")]
     UnsupportedScheme { keytype: String, scheme: String },
+    #[error("not a {scheme:?} public key in PEM (\"PUBLIC KEY\")")]
+    NotPublicPem { scheme: crate::key::Scheme },
     #[error("no PEM block \"PRIVATE KEY\"")]
     NotPem,
     #[error("not an unencrypted PKCS#8 Ed25519 private key")]

@@ -1,12 +1,18 @@
 //! Keys: TUF key objects, Ed25519 signing from a seed, PKCS#8 (RFC 8410) in PEM.
 //!
+//! Kiln signs with Ed25519 only. ECDSA on P-256 and RSA-PSS are verified too, for repositories of other makers.
+//!
 //! A key id of TUF is the SHA-256 of the canonical JSON of the key object. A *machine's* key id is another thing:
 //! the SHA-256 of its SPKI, see [`crate::certificate`]. No key is generated here: seeds are arguments.
 
 use crate::canonical::canonical;
 use crate::error::KeyError;
 use crate::hex;
-use ring::signature::{ED25519, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
+use crate::spki;
+use ring::signature::{
+    ECDSA_P256_SHA256_ASN1, ED25519, Ed25519KeyPair, KeyPair as _, RSA_PSS_2048_8192_SHA256, UnparsedPublicKey,
+    VerificationAlgorithm,
+};
 use serde_json::{Value, json};
 use std::fmt;
 
@@ -22,6 +28,20 @@ const PEM_LABEL: &str = "PRIVATE KEY";
 pub enum Scheme {
     /// Pure Ed25519 (RFC 8032).
     Ed25519,
+    /// ECDSA on NIST P-256 with SHA-256, the signature in DER.
+    EcdsaP256,
+    /// RSASSA-PSS (RFC 8017) with SHA-256, a salt of 32 bytes, 2048 to 8192 bits.
+    RsaPss,
+}
+
+impl Scheme {
+    fn algorithm(self) -> &'static dyn VerificationAlgorithm {
+        match self {
+            Self::Ed25519 => &ED25519,
+            Self::EcdsaP256 => &ECDSA_P256_SHA256_ASN1,
+            Self::RsaPss => &RSA_PSS_2048_8192_SHA256,
+        }
+    }
 }
 
 /// A key that verifies.
@@ -48,21 +68,34 @@ impl PublicKey {
                     .ok_or_else(|| KeyError::NotEd25519 { got: public.to_owned() })?;
                 Ok(Self::ed25519(bytes))
             }
+            // The first name is the specification's, the second what securesystemslib wrote before 1.0.
+            ("ecdsa" | "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp256") => Self::from_pem(Scheme::EcdsaP256, object),
+            ("rsa", "rsassa-pss-sha256") => Self::from_pem(Scheme::RsaPss, object),
             (keytype, scheme) => {
                 Err(KeyError::UnsupportedScheme { keytype: keytype.to_owned(), scheme: scheme.to_owned() })
             }
         }
     }
 
+    fn from_pem(scheme: Scheme, object: &Value) -> Result<Self, KeyError> {
+        let public = object.pointer("/keyval/public").and_then(Value::as_str).unwrap_or_default();
+        let bytes = spki::decode_pem(scheme, public).ok_or(KeyError::NotPublicPem { scheme })?;
+        Ok(Self { scheme, bytes })
+    }
+
     /// The TUF key object.
     pub fn to_object(&self) -> Value {
-        match self.scheme {
-            Scheme::Ed25519 => json!({
-                "keytype": "ed25519",
-                "scheme": "ed25519",
-                "keyval": { "public": hex::encode(&self.bytes) },
-            }),
-        }
+        let (keytype, scheme, public) = match self.scheme {
+            Scheme::Ed25519 => ("ed25519", "ed25519", hex::encode(&self.bytes)),
+            Scheme::EcdsaP256 => ("ecdsa", "ecdsa-sha2-nistp256", spki::encode_pem(self.scheme, &self.bytes)),
+            Scheme::RsaPss => ("rsa", "rsassa-pss-sha256", spki::encode_pem(self.scheme, &self.bytes)),
+        };
+        json!({ "keytype": keytype, "scheme": scheme, "keyval": { "public": public } })
+    }
+
+    /// SPKI, DER.
+    pub fn spki_der(&self) -> Vec<u8> {
+        spki::encode(self.scheme, &self.bytes)
     }
 
     /// TUF key id.
@@ -72,9 +105,7 @@ impl PublicKey {
 
     /// Whether `signature` is this key's over `message`.
     pub fn verifies(&self, message: &[u8], signature: &[u8]) -> bool {
-        match self.scheme {
-            Scheme::Ed25519 => UnparsedPublicKey::new(&ED25519, &self.bytes).verify(message, signature).is_ok(),
-        }
+        UnparsedPublicKey::new(self.scheme.algorithm(), &self.bytes).verify(message, signature).is_ok()
     }
 
     /// Its bytes in the scheme's own form.
@@ -220,12 +251,51 @@ mod tests {
         assert_eq!(key.id(), hex::sha256(text.as_bytes()));
     }
 
+    /// Made once with securesystemslib 1.4.0 for this test: public key, key id, signature of `kiln`.
+    const FOREIGN: [(&str, &str, &str, &str, &str); 2] = [
+        (
+            "rsa",
+            "rsassa-pss-sha256",
+            "-----BEGIN PUBLIC KEY-----\nMIIBIjANBgkqhkiG9w0BAQEFAAOCAQ8AMIIBCgKCAQEAovVRCWrKdwI4/CpSbOYG\nUJuOdYp1j7amSJ1yRs7ribyPDtOVzjl5IvEl69+IjDqP7v69RNSQFNSVpZa1M362\nVdez/EPy3v7uNo07V4pJ3WWXMSvOwo8Y/LFMcwLtKfQiOemyXecWZPkiatiuw6Vn\n8HzKR/xbjhf6P6zFi70iW7uFIc1RRSRZwyIva5SUvMO2E94s1arRi9TrL4VGO5vE\n2kKm86Xh7sUVCepQSIFtHP5DF88jmHRzgCRWIj3Rk9XXrM8sLOAjfts+aL2GjnTC\nNDT3S6ytw1b0nMWSkkQafptoKvQJh89UdrRd4kp3foVVbDAZW8BTLBkOnqXUF+qz\niwIDAQAB\n-----END PUBLIC KEY-----\n",
+            "de79baf9dc21afb0fb95bd4791e892b8cd999cbb61d872702c0fc64be96f98c5",
+            "07baad31f0b62b684c1a4e30a53cceff06b4745962aba731128aa6574a978c4ec7437fef6830d619167500d930e540f05e46822fdadb45f9524ff06ef47626e39efefdf3cfcf4fcb18fbfc7d7f17cf33e6c0f624b3bda403693b000556617ce22ed242f991b909a52b047c161dea8b144da01541dd00e8bde1d6836f1bfe643132ca4f8894d57b5d18fe2eb08b9101862dfbcec1adc4c941335b30e808893d3f5a6f1ad01696e1bacb35f23e4fd88f64bd32150a2c18f9901d0ba6640824111f621ddcb194cad1f03bfdead5a8b2b8c74f662ca5dd346c27b659f936dfee2dacb9e6194e47cb7a98a49e8ac007f6d752aa2b385780f31ecc8ee4dc04b1dbfb36",
+        ),
+        (
+            "ecdsa",
+            "ecdsa-sha2-nistp256",
+            "-----BEGIN PUBLIC KEY-----\nMFkwEwYHKoZIzj0CAQYIKoZIzj0DAQcDQgAE5otrthweAptmNVi12vQ2VHsH5X9Y\noWfhr8V2/wwLlwtt4kpJbosvn8wE68yI8GK/u4iP147z5ac0X9DlWMt8mQ==\n-----END PUBLIC KEY-----\n",
+            "912497b4fba9b10edeb96e63639d66bc87919a3833a22fe22ee3dc2cce0fb231",
+            "3045022100bae63d2a56dab5bbe2aa5e7da9c1c6e10d5cd710bf38774bf16e867a510473e602201541202e281c160ff3bbb14c8f8e76fb268187c9380e5df654ddc2a9825d5d86",
+        ),
+    ];
+
+    #[test]
+    fn keys_of_other_makers_verify_and_keep_their_id() {
+        for (keytype, scheme, public, id, signature) in FOREIGN {
+            let object = json!({ "keytype": keytype, "scheme": scheme, "keyval": { "public": public } });
+            let key = PublicKey::from_object(&object).unwrap();
+            assert_eq!((key.to_object(), key.id().as_str()), (object, id), "{scheme}");
+            let mut signature = hex::decode(signature).unwrap();
+            assert!(key.verifies(b"kiln", &signature), "{scheme}");
+            assert!(!key.verifies(b"kilm", &signature) && !key.verifies(b"kiln", b""), "{scheme}");
+            signature[40] ^= 1;
+            assert!(!key.verifies(b"kiln", &signature), "{scheme}");
+        }
+    }
+
     #[test]
     fn other_schemes_and_short_keys_are_refused() {
-        let rsa = json!({"keytype": "rsa", "scheme": "rsassa-pss-sha256", "keyval": {"public": "…"}});
-        assert!(matches!(PublicKey::from_object(&rsa), Err(KeyError::UnsupportedScheme { .. })));
-        let short = json!({"keytype": "ed25519", "scheme": "ed25519", "keyval": {"public": "abcd"}});
-        assert!(matches!(PublicKey::from_object(&short), Err(KeyError::NotEd25519 { .. })));
+        let object = |keytype: &str, scheme: &str, public: &str| json!({ "keytype": keytype, "scheme": scheme, "keyval": { "public": public } });
+        let refused = |object: &Value| PublicKey::from_object(object).unwrap_err();
+        let pkcs1 = object("rsa", "rsa-pkcs1v15-sha256", FOREIGN[0].2);
+        assert!(matches!(refused(&pkcs1), KeyError::UnsupportedScheme { .. }));
+        // A key of one kind under another's name, and none at all.
+        for public in [FOREIGN[1].2, "…"] {
+            let error = refused(&object("rsa", "rsassa-pss-sha256", public));
+            assert!(matches!(error, KeyError::NotPublicPem { scheme: Scheme::RsaPss }), "{error}");
+        }
+        let short = object("ed25519", "ed25519", "abcd");
+        assert!(matches!(refused(&short), KeyError::NotEd25519 { .. }));
         assert!(PublicKey::from_object(&json!(null)).is_err());
     }
 

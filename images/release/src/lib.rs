@@ -22,6 +22,7 @@ pub mod network;
 pub mod newc;
 pub mod pe;
 pub mod pkcs7;
+mod spki;
 pub mod tuf;
 pub mod verity;
 
@@ -38,4 +39,4 @@ pub use formats::{
     MANIFEST_TYPE, Manifest, Mode, ROOT_SIGNATURE_PATH, SITE_TYPE, Site, SiteSettings, VerityParams, WipePolicy,
     WritableMount,
 };
-pub use key::{PublicKey, Signer};
+pub use key::{PublicKey, Scheme, Signer};

@@ -89,10 +89,18 @@ fn a_terminating_delegation_ends_the_search() {
 fn cycles_end() {
     let roles = vec![
         ("targets", 0, false, vec![("a", 1, false)]),
-        ("a", 1, false, vec![("b", 2, false), ("a", 1, false), ("targets", 0, false)]),
+        ("a", 1, false, vec![("b", 2, false), ("a", 1, false)]),
         ("b", 2, false, vec![("a", 1, false)]),
     ];
     assert_eq!(found(&roles), Err("target-not-listed"));
+}
+
+#[test]
+fn nobody_delegates_to_a_top_level_role() {
+    for name in ["root", "timestamp", "snapshot", "targets"] {
+        let roles = vec![("targets", 0, false, vec![("a", 1, false)]), ("a", 1, false, vec![(name, 1, false)])];
+        assert_eq!(found(&roles), Err("metadata-malformed"), "{name}");
+    }
 }
 
 #[test]

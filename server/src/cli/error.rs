@@ -48,6 +48,12 @@ pub(super) enum CliError {
     NoReceipt(String),
     #[error("disks were not wiped: {0}")]
     NotWiped(String),
+    #[error(transparent)]
+    Tuf(#[from] kiln_release::TufError),
+    #[error("{}: has no root.json: `tuf-client --metadata-dir DIR init ROOT` comes first", .0.display())]
+    NoTrustedRoot(PathBuf),
+    #[error("{}: more than {limit} bytes", path.display())]
+    TooLong { path: PathBuf, limit: u64 },
     #[error("signing: {0}")]
     Sign(#[from] kiln_release::EnvelopeError),
     #[error("the machine {0} has not proven a key yet: it can be ordered nothing")]

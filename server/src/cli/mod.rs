@@ -10,6 +10,7 @@ mod log;
 mod order;
 mod site;
 mod table;
+mod tuf_client;
 
 use crate::serve::{LogFormat, ServeOptions};
 use clap::{Args, Parser, Subcommand};
@@ -90,6 +91,8 @@ enum Trust {
         #[arg(long, env = "KILN_SITE")]
         site: PathBuf,
     },
+    /// Read any TUF repository with Kiln's client, keeping its files in a folder: for interoperability tests
+    TufClient(tuf_client::TufClient),
     /// Keys and files for Secure Boot
     #[command(subcommand, name = "secureboot")]
     SecureBoot(SecureBoot),
@@ -395,6 +398,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
             site::enroll(&site, &out, ovmf_vars.as_deref())
         }
         Command::Trust(Trust::Revoke { release, site }) => site::revoke(&release, &site),
+        Command::Trust(Trust::TufClient(command)) => tuf_client::run(&command, &runtime()?),
         Command::Trust(Trust::Network { file, site }) => site::network(&file, &site),
         Command::Image(Image::Build(build)) => site::build(build),
         Command::Release(Release::Publish { release, site }) => site::publish(&release, &site),

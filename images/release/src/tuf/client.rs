@@ -7,6 +7,7 @@
 use crate::envelope::{KeySet, Unverified};
 use crate::error::TufError;
 use crate::hex;
+use crate::tuf::kept::{Change, Kept};
 pub use crate::tuf::load::Expiry;
 use crate::tuf::load::{ExpiryPolicy, Limits, Trust, check_hashes};
 use crate::tuf::model::{MetaFile, Root, Snapshot, TargetFile, Targets, TimestampRole};
@@ -192,6 +193,33 @@ impl Client {
         Ok(client)
     }
 
+    /// For a client that keeps whole files: `files` by TUF role (`timestamp`, `snapshot`, `targets` and delegated
+    /// roles), as earlier updates left them. One that is still what the repository lists is not fetched again. The
+    /// trusted root is the kept root.
+    #[must_use]
+    pub fn with_kept(mut self, files: BTreeMap<String, Vec<u8>>) -> Self {
+        self.trust.kept = Some(Kept::new(files));
+        self
+    }
+
+    /// What is to change of the kept files since the last call; to be asked for also after an update that failed.
+    pub fn take_changes(&mut self) -> Vec<Change> {
+        self.trust.kept.as_mut().map(Kept::take_changes).unwrap_or_default()
+    }
+
+    /// The target whose file is wanted next, if it is a target's file: whoever has it already may feed that.
+    pub fn wanted_target(&self) -> Option<(&TargetPath, &TargetFile)> {
+        match &self.step {
+            Step::Target { path, listed, .. } => Some((path, listed)),
+            Step::Root { .. } | Step::Timestamp | Step::Snapshot | Step::Role(_) | Step::Done => None,
+        }
+    }
+
+    /// The verified targets so far, by path.
+    pub fn targets(&self) -> &BTreeMap<String, Target> {
+        &self.targets
+    }
+
     /// Which file is wanted. Asking again asks for the same.
     #[allow(clippy::should_implement_trait)] // it is no iterator: it does not advance
     pub fn next(&self) -> Request {
@@ -243,15 +271,11 @@ impl Client {
             }
             Step::Timestamp => {
                 self.trust.update_timestamp(&file, &bytes)?;
-                let listed = self.trust.listed_snapshot()?.length;
-                self.step = Step::Snapshot;
-                self.within_limit(listed, self.trust.limits.snapshot)
+                self.expect_snapshot()
             }
             Step::Snapshot => {
                 self.trust.update_snapshot(&file, &bytes)?;
-                // 5.6: top-level targets come first, whatever is wanted.
-                let visit = self.top();
-                self.fetch_role(visit)
+                self.expect_top()
             }
             Step::Role(visit) => {
                 let (envelope, document) = self.trust.update_targets(&file, &visit.role, &visit.keys, &bytes)?;
@@ -325,10 +349,8 @@ impl Client {
             }
             Step::Target { path, listed, .. } => {
                 let hash = listed.hashes.get("sha256").or_else(|| listed.hashes.get("sha512"));
-                match hash.filter(|_| self.trust.root.consistent_snapshot) {
-                    Some(hash) => format!("targets/{}", path.with_hash(hash)),
-                    None => format!("targets/{path}"),
-                }
+                let hash = hash.filter(|_| self.trust.root.consistent_snapshot);
+                format!("targets/{}", path.file(hash.map(String::as_str)))
             }
             Step::Done => "nothing".to_owned(),
         }
@@ -338,6 +360,20 @@ impl Client {
         self.trust.close_root()?;
         self.step = if self.trust.given_snapshot.is_some() { Step::Snapshot } else { Step::Timestamp };
         Ok(())
+    }
+
+    fn expect_snapshot(&mut self) -> Result<(), TufError> {
+        let listed = self.trust.listed_snapshot()?.length;
+        self.step = Step::Snapshot;
+        self.within_limit(listed, self.trust.limits.snapshot)?;
+        let file = self.file();
+        if self.trust.use_kept_snapshot(&file) { self.expect_top() } else { Ok(()) }
+    }
+
+    /// 5.6: top-level targets come first, whatever is wanted.
+    fn expect_top(&mut self) -> Result<(), TufError> {
+        let visit = self.top();
+        if self.use_kept_role(&visit) { self.advance() } else { self.fetch_role(visit) }
     }
 
     /// A file listed as longer than its limit is not even fetched.
@@ -359,6 +395,20 @@ impl Client {
         let listed = self.trust.listed_role(&visit.role)?.length;
         self.step = Step::Role(visit);
         self.within_limit(listed, limit)
+    }
+
+    /// 5.6 without a transfer: whether the kept file is the one that snapshot lists, and passes every check.
+    fn use_kept_role(&mut self, visit: &Visit) -> bool {
+        let Some(bytes) = self.trust.kept.as_ref().and_then(|kept| kept.file(&visit.role)) else { return false };
+        let file = self.trust.listed_role(&visit.role).map(|meta| self.trust.file_of(&visit.role, meta.version));
+        match file.and_then(|file| self.trust.update_targets(&file, &visit.role, &visit.keys, &bytes)) {
+            Ok((envelope, document)) => {
+                let loaded = Loaded { envelope, document, checked: vec![visit.keys.clone()] };
+                self.roles.insert(visit.role.clone(), loaded);
+                true
+            }
+            Err(_) => false,
+        }
     }
 
     /// Goes on until a file is needed: 5.6.7 for each wanted target, then nothing.
@@ -396,6 +446,9 @@ impl Client {
             let Some(loaded) = self.roles.get_mut(&visit.role) else {
                 search.stack.push(visit.clone());
                 self.search = Some(search);
+                if self.use_kept_role(&visit) {
+                    continue;
+                }
                 return self.fetch_role(visit);
             };
             // It may have been fetched on behalf of another role that delegates to it: these keys must hold too.

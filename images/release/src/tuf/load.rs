@@ -5,7 +5,9 @@
 use crate::envelope::{KeySet, Unverified, Verified};
 use crate::error::TufError;
 use crate::hex;
+use crate::tuf::kept::Kept;
 use crate::tuf::model::{MetaFile, Root, Snapshot, Targets, TimestampRole};
+use crate::tuf::path::quote;
 use crate::tuf::seen::{Seen, SeenRole};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -82,6 +84,8 @@ pub(crate) struct Trust {
     pub(crate) limits: Limits,
     /// Stands for what a timestamp would say.
     pub(crate) given_snapshot: Option<MetaFile>,
+    /// For a client that keeps whole files.
+    pub(crate) kept: Option<Kept>,
     pub(crate) now: Timestamp,
     policy: ExpiryPolicy,
 }
@@ -112,6 +116,7 @@ impl Trust {
             expiries: Vec::new(),
             limits,
             given_snapshot: None,
+            kept: None,
             now,
             policy,
         })
@@ -135,6 +140,7 @@ impl Trust {
         same_version(file, expected, root.version)?;
         // 5.3.6: an intermediate root's expiry does not matter. 5.3.7: trusted from here on; 5.3.8: `seen` remembers.
         self.root = root;
+        self.keep(Root::TYPE, &bytes);
         self.root_bytes = bytes;
         self.seen.root = self.seen.root.max(self.root.version);
         Ok(())
@@ -154,7 +160,16 @@ impl Trust {
         // 5.3.11: fast-forward recovery.
         self.seen.root = self.root.version;
         self.seen.forget_rotated(&self.root);
+        if let Some(kept) = &mut self.kept {
+            kept.recall(&self.root, &self.limits, &mut self.seen);
+        }
         Ok(())
+    }
+
+    fn keep(&mut self, role: &str, bytes: &[u8]) {
+        if let Some(kept) = &mut self.kept {
+            kept.write(role, bytes);
+        }
     }
 
     /// 5.4.2 to 5.4.5.
@@ -166,7 +181,13 @@ impl Trust {
             .map_err(|e| TufError::of_envelope(file, e))?;
         check_outline(file, &timestamp.spec_version, timestamp.version)?;
         let listed = snapshot_of(file, &timestamp)?;
-        // 5.4.3.1: its version never goes back. An equal one is read again: its bytes are not kept.
+        // 5.4.3.1: one of the same version is discarded, and the kept one holds: 5.4.4.
+        if let Some(kept) = self.kept.as_ref().and_then(|kept| kept.same_timestamp(timestamp.version)) {
+            self.expiry(TimestampRole::TYPE, file, kept.expires)?;
+            self.timestamp = Some(kept);
+            return Ok(());
+        }
+        // 5.4.3.1: its version never goes back. off-spec: without a kept one an equal one is read again.
         let seen = self.seen.timestamp.as_ref().map_or(0, |seen| seen.version);
         not_older(file, TimestampRole::TYPE, seen, timestamp.version)?;
         // 5.4.3.2: neither does the snapshot version it lists.
@@ -177,6 +198,7 @@ impl Trust {
         self.seen.timestamp = Some(SeenRole::new(timestamp.version, &timestamp.signers));
         self.seen.timestamp_snapshot = listed.version;
         self.timestamp = Some(timestamp.into_inner());
+        self.keep(TimestampRole::TYPE, bytes);
         Ok(())
     }
 
@@ -199,7 +221,7 @@ impl Trust {
         let snapshot = envelope
             .verify_type(&self.root.key_set(&self.root.roles.snapshot), Snapshot::TYPE)
             .map_err(|e| TufError::of_envelope(file, e))?;
-        check_outline(file, &snapshot.spec_version, snapshot.version)?;
+        check_snapshot(file, &snapshot)?;
         // 5.5.4: the version timestamp lists (mix-and-match).
         same_version(file, listed.version, snapshot.version)?;
         let seen = self.seen.snapshot.as_ref().map_or(0, |seen| seen.version);
@@ -217,13 +239,16 @@ impl Trust {
         self.expiry(Snapshot::TYPE, file, snapshot.expires)?;
         // 5.5.7
         self.seen.snapshot = Some(SeenRole::new(snapshot.version, &snapshot.signers));
-        self.seen.roles = snapshot
-            .meta
-            .iter()
-            .filter_map(|(name, meta)| Some((name.strip_suffix(".json")?.to_owned(), meta.version)))
-            .collect();
+        self.seen.roles = snapshot.role_versions();
         self.snapshot = Some(snapshot.into_inner());
+        self.keep(Snapshot::TYPE, bytes);
         Ok(())
+    }
+
+    /// 5.5 without a transfer: whether the kept snapshot is the one that timestamp lists, and passes every check.
+    pub(crate) fn use_kept_snapshot(&mut self, file: &str) -> bool {
+        let bytes = self.kept.as_ref().and_then(|kept| kept.file(Snapshot::TYPE));
+        bytes.is_some_and(|bytes| self.update_snapshot(file, &bytes).is_ok())
     }
 
     /// What the trusted snapshot says of a targets role.
@@ -257,12 +282,13 @@ impl Trust {
         // 5.6.5: freeze attack.
         self.expiry(role, file, targets.expires)?;
         // 5.6.6: `seen` has the version since snapshot was trusted.
+        self.keep(role, bytes);
         Ok((envelope, targets.into_inner()))
     }
 
     /// Path of a versioned metadata file under the repository's base URL.
     pub(crate) fn file_of(&self, role: &str, version: u64) -> String {
-        let role = quote(role);
+        let role = quote(role, b"");
         // 5.3.12: consistent snapshots decide the names of snapshot and targets.
         if self.root.consistent_snapshot {
             format!("metadata/{version}.{role}.json")
@@ -297,7 +323,7 @@ fn malformed(file: &str, reason: &str) -> TufError {
     TufError::Malformed { file: file.to_owned(), reason: reason.to_owned() }
 }
 
-fn check_outline(file: &str, spec_version: &str, version: u64) -> Result<(), TufError> {
+pub(crate) fn check_outline(file: &str, spec_version: &str, version: u64) -> Result<(), TufError> {
     let mut parts = spec_version.split('.');
     let numbers = parts.clone().count() >= 2 && parts.clone().all(|part| part.parse::<u32>().is_ok());
     if !numbers || parts.next() != Some("1") {
@@ -320,6 +346,10 @@ fn check_root(file: &str, root: &Root) -> Result<(), TufError> {
 fn check_delegations(file: &str, targets: &Targets) -> Result<(), TufError> {
     let Some(delegations) = &targets.delegations else { return Ok(()) };
     for (i, role) in delegations.roles.iter().enumerate() {
+        // A top-level role's keys are root's to name, and its file is asked for under its name.
+        if [Root::TYPE, TimestampRole::TYPE, Snapshot::TYPE, Targets::TYPE].contains(&role.name.as_str()) {
+            return Err(malformed(file, "a delegation to a top-level role's name"));
+        }
         if role.name.is_empty() || delegations.roles[..i].iter().any(|other| other.name == role.name) {
             return Err(malformed(file, "a delegation without a name, or two of the same name"));
         }
@@ -353,7 +383,15 @@ fn check_role_keys(
     Ok(())
 }
 
-fn snapshot_of<'a>(file: &str, timestamp: &'a TimestampRole) -> Result<&'a MetaFile, TufError> {
+fn check_snapshot(file: &str, snapshot: &Snapshot) -> Result<(), TufError> {
+    check_outline(file, &snapshot.spec_version, snapshot.version)?;
+    if snapshot.meta.values().any(|meta| meta.version == 0) {
+        return Err(malformed(file, "lists version 0 of a role, versions start at 1"));
+    }
+    Ok(())
+}
+
+pub(crate) fn snapshot_of<'a>(file: &str, timestamp: &'a TimestampRole) -> Result<&'a MetaFile, TufError> {
     match timestamp.meta.get("snapshot.json") {
         Some(meta) if meta.version > 0 => Ok(meta),
         Some(_) | None => Err(malformed(file, "no version of snapshot.json")),
@@ -402,17 +440,4 @@ pub(crate) fn check_hashes(
         }
     }
     if known { Ok(()) } else { Err(TufError::NoKnownHash { file: file.to_owned(), role: listed_as.to_owned() }) }
-}
-
-/// A role name as one path segment: all but RFC 3986's unreserved characters is escaped.
-fn quote(role: &str) -> String {
-    role.bytes().fold(String::new(), |mut out, byte| {
-        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~') {
-            out.push(char::from(byte));
-        } else {
-            out.push('%');
-            out.push_str(&hex::encode(&[byte]).to_uppercase());
-        }
-        out
-    })
 }

@@ -4,6 +4,7 @@
 //! Not here: fetching, storing, the clock. Not supported: succinct hash-bin delegations (TAP 15).
 
 mod client;
+mod kept;
 mod load;
 mod model;
 mod path;
@@ -11,6 +12,7 @@ mod seen;
 
 pub use crate::error::TufError;
 pub use client::{Client, Expiry, Fetched, Outcome, Request, Target, Wanted};
+pub use kept::{Change, kept_file_name, kept_role};
 pub use load::{ExpiryPolicy, Limits};
 pub use model::{
     DelegatedRole, Delegations, MetaFile, RoleKeys, Root, RootRoles, SPEC_VERSION, Snapshot, TargetFile, Targets,

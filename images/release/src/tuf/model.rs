@@ -3,6 +3,7 @@
 use crate::envelope::KeySet;
 use crate::hex;
 use crate::key::PublicKey;
+use crate::tuf::load::check_hashes;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -147,6 +148,14 @@ impl Snapshot {
         }
     }
 
+    /// Versions of the targets roles it lists, by name.
+    pub(crate) fn role_versions(&self) -> BTreeMap<String, u64> {
+        self.meta
+            .iter()
+            .filter_map(|(name, meta)| Some((name.strip_suffix(".json")?.to_owned(), meta.version)))
+            .collect()
+    }
+
     /// Lists the file of a targets role by name and bytes.
     pub fn list(&mut self, role: &str, version: u64, bytes: &[u8]) {
         self.meta.insert(format!("{role}.json"), MetaFile::of(version, bytes));
@@ -167,6 +176,11 @@ impl TargetFile {
     /// Of a file's bytes.
     pub fn of(bytes: &[u8]) -> Self {
         Self { length: bytes.len() as u64, hashes: hashes_of(bytes), custom: None }
+    }
+
+    /// Whether these are its bytes, by length and every hash of a known algorithm.
+    pub fn is(&self, bytes: &[u8]) -> bool {
+        bytes.len() as u64 == self.length && check_hashes("", "", &self.hashes, bytes).is_ok()
     }
 
     /// Its SHA-256, if listed.

@@ -6,7 +6,7 @@ use crate::tuf::model::DelegatedRole;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// A target's path: relative, `/`-separated, printable ASCII that needs no escaping in a URL and can leave no folder.
+/// A target's path: relative, `/`-separated, without control characters, and it can leave no folder.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct TargetPath(String);
@@ -19,8 +19,8 @@ impl TargetPath {
             "a path has 1 to 1024 bytes"
         } else if path.split('/').any(|segment| matches!(segment, "" | "." | "..")) {
             "empty, `.` and `..` segments are not allowed"
-        } else if !path.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'\\' | b'%' | b'?' | b'#')) {
-            "only printable ASCII without space, `\\`, `%`, `?` and `#`"
+        } else if path.chars().any(|c| c.is_control() || c == '\\') {
+            "control characters and `\\` are not allowed"
         } else {
             return Ok(Self(path));
         };
@@ -42,13 +42,33 @@ impl TargetPath {
         &self.0
     }
 
-    /// Where a repository with consistent snapshots keeps it: the hash before the file's name.
-    pub(crate) fn with_hash(&self, hash: &str) -> String {
-        match self.0.rsplit_once('/') {
-            Some((folder, name)) => format!("{folder}/{hash}.{name}"),
-            None => format!("{hash}.{}", self.0),
+    /// Where a repository keeps it, as in a URL: with consistent snapshots the hash stands before the file's name.
+    pub(crate) fn file(&self, hash: Option<&str>) -> String {
+        let (folder, name) = match self.0.rsplit_once('/') {
+            Some((folder, name)) => (format!("{}/", quote(folder, IN_PATH)), quote(name, IN_PATH)),
+            None => (String::new(), quote(&self.0, IN_PATH)),
+        };
+        match hash {
+            Some(hash) => format!("{folder}{hash}.{name}"),
+            None => format!("{folder}{name}"),
         }
     }
+}
+
+/// What a URL's path may hold beside RFC 3986's unreserved characters.
+const IN_PATH: &[u8] = b"/!$&'()*+,;=:@";
+
+/// A name as part of a URL's path: all but RFC 3986's unreserved characters and those of `also` is escaped.
+pub(crate) fn quote(name: &str, also: &[u8]) -> String {
+    name.bytes().fold(String::new(), |mut out, byte| {
+        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~') || also.contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            out.push('%');
+            out.push_str(&hex::encode(&[byte]).to_uppercase());
+        }
+        out
+    })
 }
 
 impl fmt::Display for TargetPath {
@@ -150,11 +170,20 @@ mod tests {
 
     #[test]
     fn unsafe_paths_are_refused() {
-        for path in ["", "/a", "a/", "a//b", "../a", "a/../b", ".", "a b", "a\\b", "a%2e", "a?b", "a#b", "ü", "a\n"] {
+        for path in ["", "/a", "a/", "a//b", "../a", "a/../b", ".", "a\\b", "a\n", "a\0", "a\u{85}"] {
             assert!(matches!(TargetPath::new(path), Err(TufError::BadTargetPath { .. })), "{path:?}");
         }
-        assert_eq!(TargetPath::manifest("minimal", 2).unwrap().with_hash("ff"), "minimal/2/ff.manifest.json");
-        assert_eq!(TargetPath::site().with_hash("ff"), "ff.site.json");
+    }
+
+    #[test]
+    fn what_a_url_cannot_hold_is_escaped() {
+        assert_eq!(TargetPath::manifest("minimal", 2).unwrap().file(Some("ff")), "minimal/2/ff.manifest.json");
+        assert_eq!(TargetPath::site().file(Some("ff")), "ff.site.json");
+        for (path, expected) in
+            [("a b/c?d", "a%20b/c%3Fd"), ("..%2fx#y", "..%252fx%23y"), ("ü", "%C3%BC"), ("a+b,c@d:e", "a+b,c@d:e")]
+        {
+            assert_eq!(TargetPath::new(path).unwrap().file(None), expected);
+        }
     }
 
     /// The slow, obvious definition.

@@ -3,13 +3,14 @@
 //! `--lab` means threshold 1 and unencrypted keys in `offline/`, nothing else.
 
 use crate::files::{PUBLIC, SECRET, make_dir, sync_folder, write_atomic};
+use crate::https::ca_params;
 use crate::secure_boot::init_secure_boot;
 use crate::site::{OFFLINE_LIFETIME, SiteDir, TIMESTAMP_LIFETIME, after, new_key, sign, write_key};
 use crate::site_error::SiteError;
 use jiff::Timestamp;
 use kiln_release::tuf::{RoleKeys, Root, RootRoles, Snapshot, TargetFile, TargetPath, Targets, TimestampRole};
 use kiln_release::{AGENT_API_NAME, AgentApi, PublicKey, SITE_TYPE, Signer, Site, hex};
-use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose};
+use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
@@ -87,9 +88,7 @@ fn write_agent_api(site: &SiteDir, name: &str) -> Result<String, SiteError> {
         Ok(params)
     };
     let ca_key = KeyPair::generate_for(&rcgen::PKCS_ED25519).map_err(fail)?;
-    let mut ca = dated(&format!("Kiln agent API CA of {name}"), Vec::new())?;
-    ca.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    ca.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
+    let ca = ca_params(name).map_err(fail)?;
     let ca_certificate = ca.self_signed(&ca_key).map_err(fail)?;
 
     let server_key = KeyPair::generate_for(&rcgen::PKCS_ED25519).map_err(fail)?;

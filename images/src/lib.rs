@@ -31,6 +31,7 @@ pub use top::AGENT_PATH;
 
 mod files;
 mod firmware;
+mod https;
 mod init;
 mod network;
 mod operators;
@@ -44,6 +45,7 @@ mod signing;
 mod site;
 mod site_error;
 
+pub use https::https_certificate;
 pub use init::init_lab;
 pub use network::{NetworkSigned, read_network, sign_network};
 pub use operators::name_operators;

@@ -1,5 +1,6 @@
 //! What can go wrong, named for the step that failed and with what a person can do.
 
+use kiln_fleet::access::AccessRole;
 use kiln_images::SiteError;
 use kiln_protocol::ReleaseId;
 use kiln_release::Threshold;
@@ -114,6 +115,86 @@ pub enum ExpectedError {
     Task(tokio::task::JoinError),
 }
 
+/// A call of a person or program that is not let in, or not done.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum AccessError {
+    #[error("{method} {path} has no entry in the table of access roles, so nobody may call it")]
+    Unlisted { method: String, path: String },
+    #[error(
+        "this call needs the access role {needs}: show a token (`kiln token create`; --token-file) over https, or from this \
+         host; or run the command on the boot server with --site, which uses the Unix socket {}", socket.display()
+    )]
+    Nobody { needs: AccessRole, socket: PathBuf },
+    #[error("{who} has the access role {has}, and this call needs {needs}")]
+    TooLow { who: String, has: AccessRole, needs: AccessRole },
+    #[error(
+        "a token came over an unencrypted connection, where others can read it: it is not looked at. Use https ([https] in \
+         kiln.toml), revoke this token, and make another"
+    )]
+    InTheClear,
+    #[error("this is no token of this site")]
+    WrongToken,
+    #[error("token {name} has expired: `kiln token create` makes another")]
+    Expired { name: String },
+    #[error("token {name} was revoked")]
+    Revoked { name: String },
+    #[error("too many wrong credentials from here, or for this account: try again in {seconds} s")]
+    TooOften { seconds: u64 },
+    #[error("{0:?} is no name of a token: 1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit")]
+    TokenName(String),
+    #[error("there is a token {0} that still holds: revoke it, or take another name")]
+    TokenTaken(String),
+    #[error("a token holds from 5 minutes to {days} days ([access] token_max)")]
+    Lifetime { days: u64 },
+    #[error("there is no token {0} that still holds: `kiln token list` shows all")]
+    NoSuchToken(String),
+    #[error("{limit} tokens are kept, and all still hold: revoke some")]
+    TooManyTokens { limit: usize },
+    #[error("nothing waits under the id {0:?}: `kiln pending list` shows what does")]
+    NoSuchProposal(String),
+    #[error(transparent)]
+    Proposal(#[from] kiln_fleet::access::ProposalRefusal),
+    #[error("whoever asked for it may not ask for it any more ({reason}): it is not done")]
+    ProposerGone { reason: String },
+    #[error("{limit} actions wait for a second person: confirm or refuse some")]
+    TooManyProposals { limit: usize },
+    #[error("what asks for a second person has at most 128 KiB, and is text")]
+    ProposalForm,
+    #[error("the key {0} is revoked already")]
+    RevokedBefore(kiln_protocol::KeyId),
+    #[error("{0} has no identity key that could be revoked")]
+    NoKey(String),
+    #[error("the call does not come from this server's own page: Origin and the page's own header are checked")]
+    Forged,
+    #[error("people log in over https only: set [https] in kiln.toml")]
+    LogInNeedsTls,
+    #[error("log in again: the session is over")]
+    SessionOver,
+    #[error("no random numbers on this host")]
+    Random,
+    #[error(transparent)]
+    Oidc(#[from] OidcError),
+}
+
+/// A log-in with the identity provider that failed.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum OidcError {
+    #[error("there is no identity provider: [oidc] in kiln.toml names one")]
+    None,
+    #[error("{what} of the identity provider: {reason}")]
+    Provider { what: &'static str, reason: String },
+    #[error("the identity provider refused the log-in: {0}")]
+    Refused(String),
+    #[error("this answer belongs to no log-in that this browser began here, or came too late: log in again")]
+    State,
+    #[error("the ID token is not accepted: {0}")]
+    Token(#[from] crate::oidc::TokenError),
+    #[error("{subject} is in no group that kiln.toml gives an access role ([oidc.roles])")]
+    NoGroup { subject: String },
+}
+
 /// An order that is refused.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
@@ -171,6 +252,8 @@ pub enum ControlError {
     #[error("no order {order} to wipe {machine} is known here")]
     ReceiptWithoutOrder { machine: String, order: kiln_protocol::OrderId },
     #[error(transparent)]
+    Access(#[from] AccessError),
+    #[error(transparent)]
     Log(#[from] LogError),
     #[error(transparent)]
     Code(#[from] CodeError),
@@ -214,6 +297,8 @@ pub enum ServeError {
     Socket { path: PathBuf, source: io::Error },
     #[error("TLS of the agent API: {0}")]
     Tls(String),
+    #[error("[https] in kiln.toml: {0}")]
+    Https(#[from] crate::http::HttpsError),
     #[error("{what}: {reason}")]
     Net { what: &'static str, reason: String },
 }

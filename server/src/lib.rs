@@ -6,6 +6,8 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 #![allow(clippy::single_match_else)] // two branches of equal weight read best as two arms
 
+pub mod access;
+pub mod audit;
 pub mod catalog;
 pub mod cli;
 pub mod config;
@@ -17,6 +19,7 @@ mod log;
 pub mod logs;
 pub mod looks;
 pub mod net;
+pub mod oidc;
 pub mod receipt;
 pub mod serve;
 pub mod store;

@@ -3,8 +3,9 @@
 //! A person's line is: time, machine, stage, words, then other fields as `name=value`.
 
 use clap::ValueEnum;
+use kiln_protocol::printable;
 use std::fmt::{self, Write as _};
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
 use tracing_subscriber::EnvFilter;
@@ -23,14 +24,28 @@ pub enum LogFormat {
 
 /// Sends log lines to standard error. A second call changes nothing.
 pub(crate) fn start(format: Option<LogFormat>) {
-    let terminal = std::io::stderr().is_terminal();
+    let terminal = io::stderr().is_terminal();
     let format = format.unwrap_or(if terminal { LogFormat::Text } else { LogFormat::Json });
     let filter = EnvFilter::try_from_env("KILN_LOG").unwrap_or_else(|_| EnvFilter::new("info,sqlx=warn"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
     let _ = match format {
         LogFormat::Text => builder.with_ansi(terminal).event_format(Lines { terminal }).try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).try_init(),
+        LogFormat::Json => builder.with_writer(|| TameJson(io::stderr())).json().flatten_event(true).try_init(),
     };
+}
+
+/// JSON keeps C1 controls and marks that turn text round as they are; here they are escaped as JSON may.
+struct TameJson<W>(W);
+
+impl<W: io::Write> io::Write for TameJson<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // A line comes whole.
+        self.0.write_all(crate::cli::tame(&String::from_utf8_lossy(bytes)).as_bytes())?;
+        Ok(bytes.len())
+    }
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
 }
 
 struct Lines {
@@ -101,11 +116,10 @@ fn line(time: &str, level: Level, colour: bool, words: &Words) -> String {
         (false, true) => words.stage.clone(),
         (false, false) => format!("{}: ", words.stage),
     };
-    // What others say goes to a terminal: no control characters.
-    let text: String = format!("{mark}{stage}{}{}", words.message, words.rest)
-        .chars()
-        .map(|c| if c.is_control() { ' ' } else { c })
-        .collect();
+    // What others say goes to a terminal: nothing that it would obey, or show in another order.
+    let spaced = |text: &str| text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect::<String>();
+    let text = printable(&spaced(&format!("{mark}{stage}{}{}", words.message, words.rest)));
+    let subject = printable(&spaced(subject));
     format!("{time}  {on}{subject:<12}  {text}{off}")
 }
 

@@ -4,7 +4,7 @@ use crate::catalog::Catalog;
 use crate::config::{Config, DhcpMode};
 use crate::control::Control;
 use crate::error::ServeError;
-use crate::http::{self, App, Listening};
+use crate::http::{self, App, Certificates, Listening};
 pub use crate::log::LogFormat;
 use crate::looks::{look, looks, remember};
 use crate::net::{self, BootNet, Decide, NetEvent, SiteFiles};
@@ -103,8 +103,8 @@ async fn run(
         let address = listener.local_addr().unwrap_or(address);
         Ok::<_, ServeError>((listener, address))
     };
-    let (http_listener, http_at) = bind("HTTP", "[http]", config.http).await?;
-    let (agent_listener, agent_at) = bind("the agent API", "[agent_api]", config.agent_api).await?;
+    let (http_listener, http_at) = bind("HTTP", "http", config.http).await?;
+    let (agent_listener, agent_at) = bind("the agent API", "agent_api", config.agent_api).await?;
     let socket_listener = unix_socket(&control.site)?;
 
     let boot_net = boot_net(control, http_at.port(), agent_at.port()).await?;
@@ -116,7 +116,11 @@ async fn run(
     };
     says("HTTP", http_at.to_string(), "for boot programs, artifacts, the web page and the read-only API");
     says("agent API", agent_at.to_string(), "for machines that prove their key over TLS 1.3");
-    says("operator API", control.site.socket().display().to_string(), "for changing calls by this host's own users");
+    says("operator API", control.site.socket().display().to_string(), "for this host's own users, without a token");
+    let https = https(control, &bind).await?;
+    if let Some((_, at, ..)) = &https {
+        says("HTTPS", at.to_string(), "for people and programs with tokens, and the web page");
+    }
 
     let stopped = stop.subscribe();
     let mut servers = JoinSet::new();
@@ -133,9 +137,18 @@ async fn run(
         config.agent_limits,
         stopped.clone(),
     ));
+    let mut helpers = JoinSet::new();
+    if let Some((listener, _, certificates, acceptor)) = https {
+        let router = http::public_router(app.clone());
+        servers.spawn(http::serve_https(listener, acceptor, router, config.http_limits, stopped.clone()));
+        helpers.spawn(certificates.renew());
+    }
     servers.spawn(http::serve_unix(socket_listener, http::socket_router(app), stopped.clone()));
 
-    let mut helpers = JoinSet::new();
+    {
+        let control = control.clone();
+        helpers.spawn(async move { control.watch_people().await });
+    }
     helpers.spawn(ticks(control.clone()));
     helpers.spawn(compares(control.clone()));
     helpers.spawn(looks(control.clone(), timestamp_key));
@@ -166,6 +179,29 @@ async fn run(
     while servers.join_next().await.is_some() {}
     helpers.shutdown().await;
     result
+}
+
+/// The listener of people and programs, if the configuration has one.
+async fn https(
+    control: &Control,
+    bind: &impl AsyncFn(&'static str, &'static str, SocketAddr) -> Result<(TcpListener, SocketAddr), ServeError>,
+) -> Result<Option<(TcpListener, SocketAddr, Arc<Certificates>, tokio_rustls::TlsAcceptor)>, ServeError> {
+    let Some(https) = &control.config.https else { return Ok(None) };
+    let (listener, address) = bind("HTTPS", "https", https.listen).await?;
+    let names = if https.names.is_empty() { own_names(address) } else { https.names.clone() };
+    let certificates = Certificates::open(&control.site, https.files.as_ref(), names)?;
+    let acceptor = tokio_rustls::TlsAcceptor::from(certificates.server_config()?);
+    Ok(Some((listener, address, certificates, acceptor)))
+}
+
+/// What a certificate that nobody gave names to is for.
+fn own_names(address: SocketAddr) -> Vec<String> {
+    let host = nix::sys::utsname::uname().ok().and_then(|u| u.nodename().to_str().map(str::to_owned));
+    let address = (!address.ip().is_unspecified()).then(|| address.ip().to_string());
+    let mut names: Vec<String> = host.into_iter().filter(|h| !h.is_empty()).chain(address).collect();
+    names.extend(["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned()]);
+    names.dedup();
+    names
 }
 
 fn unix_socket(site: &SiteDir) -> Result<UnixListener, ServeError> {

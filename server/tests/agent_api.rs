@@ -57,7 +57,7 @@ async fn an_unknown_machine_waits_until_a_person_approves_it() {
     assert!(refused.text().contains("kiln.sock"));
     assert_eq!(server.http("PUT", "/api/v1/machines/x/assignment", &[]).await.status, StatusCode::FORBIDDEN);
     assert_eq!(server.http("DELETE", "/", &[]).await.status, StatusCode::METHOD_NOT_ALLOWED);
-    assert_eq!(server.http("GET", "/api/v1/audit", &[]).await.status, StatusCode::NOT_FOUND);
+    assert_eq!(server.http("GET", "/api/v1/audit", &[]).await.status, StatusCode::FORBIDDEN);
 
     let held = Report { wait_s: 50, desired_etag: reply.desired.etag.clone(), ..agent.report() };
     let (waiting, ()) = tokio::join!(agent.send(&server, &held), async {

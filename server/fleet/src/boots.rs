@@ -2,7 +2,7 @@
 
 use crate::Millis;
 use crate::event::Action;
-use kiln_protocol::{Failure, ReleaseId, Stage, StageRecord, StageState, Via};
+use kiln_protocol::{Failure, ReleaseId, Stage, StageRecord, StageState, Via, printable};
 use serde::{Deserialize, Serialize};
 
 /// Boots kept per machine.
@@ -135,7 +135,9 @@ fn repeats(last: &StageState, new: &StageState) -> bool {
 }
 
 pub(crate) fn cut(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MESSAGE_KEPT).collect()
+    let tame: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).take(MESSAGE_KEPT).collect();
+    // Marks that turn text round are shown, not obeyed.
+    printable(&tame)
 }
 
 fn short(state: &StageState) -> StageState {

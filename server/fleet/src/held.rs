@@ -151,7 +151,13 @@ impl Machine {
         let excused = self.excused.as_ref().map_or(String::new(), |why| format!("; excused: {why}"));
         let drift = self.drift_words().filter(|words| !self.state.reason.contains(words.as_str()));
         let drift = drift.map_or(String::new(), |words| format!("; {words}"));
-        let reason = format!("{}{drift}{excused}", self.state.reason);
+        let revoked = if self.key_revoked {
+            "; its identity key was revoked: it is not heard until it reports with another, and `kiln machine clear` says \
+             that this one is its own"
+        } else {
+            ""
+        };
+        let reason = format!("{}{drift}{excused}{revoked}", self.state.reason);
         match self.held_packets.last() {
             None => reason,
             Some(held) => {

@@ -67,6 +67,9 @@ pub struct Machine {
     /// The only key that may speak for it, where the configuration names one; not stored.
     #[serde(skip)]
     pub pinned: Option<KeyId>,
+    /// A person took its key away: nobody who holds it is heard. Kept by the caller; not stored here.
+    #[serde(skip)]
+    pub key_revoked: bool,
     /// The key of the boot before, of a machine that makes a new one at each boot.
     pub previous_key: Option<KeyId>,
     /// The last key that reported under this id and is not the machine's: [`crate::Event::Clear`] makes it so.
@@ -164,6 +167,7 @@ impl Machine {
             state: State { kind: StateKind::Discovered, reason, since: now, deadline: Some(now + FORGET_MS) },
             key: None,
             pinned: None,
+            key_revoked: false,
             previous_key: None,
             stranger: None,
             code: None,

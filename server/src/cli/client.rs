@@ -1,7 +1,8 @@
-//! The operator API's client: the Unix socket of a site, or a server's read-only HTTP.
+//! The operator API's client: the Unix socket of a site, or a server over the network, with a token.
 
 use super::At;
 use super::error::CliError;
+use crate::view::PendingView;
 use kiln_release::with_causes;
 use reqwest::{Method, Response, StatusCode};
 use serde::Serialize;
@@ -14,25 +15,70 @@ const ANSWER: Duration = Duration::from_secs(20);
 pub(super) struct Client {
     http: reqwest::Client,
     base: String,
-    may_change: bool,
+    token: Option<String>,
+}
+
+#[derive(serde::Deserialize)]
+struct Kept {
+    pending: PendingView,
+}
+
+/// A token goes over an encrypted connection, or to this host itself.
+fn may_show_token(base: &str) -> bool {
+    let url = reqwest::Url::parse(base);
+    url.is_ok_and(|url| {
+        let local = url.host_str().is_some_and(|host| {
+            let host = host.trim_matches(['[', ']']);
+            host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.to_canonical().is_loopback())
+        });
+        url.scheme() == "https" || (url.scheme() == "http" && local)
+    })
+}
+
+/// From the file that was named, else from the environment.
+fn token(at: &At) -> Result<Option<String>, CliError> {
+    match &at.token_file {
+        Some(path) => {
+            let text = std::fs::read_to_string(path);
+            let text = text.map_err(|source| CliError::Read { path: path.clone(), source })?;
+            Ok(Some(text.trim().to_owned()))
+        }
+        None => Ok(std::env::var("KILN_TOKEN").ok().map(|text| text.trim().to_owned()).filter(|text| !text.is_empty())),
+    }
 }
 
 impl Client {
     pub(super) fn new(at: &At) -> Result<Self, CliError> {
-        let builder = reqwest::Client::builder().connect_timeout(ANSWER);
-        let (builder, base, may_change) = match (&at.site, &at.server) {
+        // A token goes where it was meant to, and not where an answer says.
+        let builder = reqwest::Client::builder().connect_timeout(ANSWER).redirect(reqwest::redirect::Policy::none());
+        let (builder, base, token) = match (&at.site, &at.server) {
             (Some(site), _) => {
                 let socket = site.join("state/kiln.sock");
                 if !socket.exists() {
                     return Err(CliError::NoSocket(socket));
                 }
                 // The host part is not looked up: the socket is the address.
-                (builder.unix_socket(socket), "http://kiln".to_owned(), true)
+                (builder.unix_socket(socket), "http://kiln".to_owned(), None)
             }
-            (None, server) => (builder, server.clone().unwrap_or_default().trim_end_matches('/').to_owned(), false),
+            (None, server) => {
+                let base = server.clone().unwrap_or_default().trim_end_matches('/').to_owned();
+                let token = token(at)?;
+                if token.is_some() && !may_show_token(&base) {
+                    return Err(CliError::TokenInTheClear(base));
+                }
+                (builder, base, token)
+            }
         };
-        let http = builder.build().map_err(|e| CliError::Request { url: base.clone(), reason: with_causes(&e) })?;
-        Ok(Self { http, base, may_change })
+        let fail = |e: reqwest::Error| CliError::Request { url: base.clone(), reason: with_causes(&e) };
+        let builder = match &at.ca {
+            Some(path) => {
+                let pem = std::fs::read(path).map_err(|source| CliError::Read { path: path.clone(), source })?;
+                builder.tls_certs_only(reqwest::Certificate::from_pem_bundle(&pem).map_err(fail)?)
+            }
+            None => builder,
+        };
+        let http = builder.build().map_err(fail)?;
+        Ok(Self { http, base, token })
     }
 
     pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, CliError> {
@@ -52,10 +98,18 @@ impl Client {
         path: &str,
         body: &impl Serialize,
     ) -> Result<T, CliError> {
-        if !self.may_change {
-            return Err(CliError::ReadOnly);
-        }
         let response = self.send(method, path, Some(body), Some(ANSWER)).await?;
+        self.changed(path, response).await
+    }
+
+    /// What came of a change; it may wait for a second person.
+    async fn changed<T: DeserializeOwned>(&self, path: &str, response: Response) -> Result<T, CliError> {
+        if response.status() == StatusCode::ACCEPTED {
+            let kept: Kept = self.read(path, response).await?;
+            let PendingView { id, what, deadline_ms, .. } = kept.pending;
+            let until = jiff::Timestamp::from_millisecond(deadline_ms).unwrap_or_default();
+            return Err(CliError::Kept { id, what, until });
+        }
         self.read(path, response).await
     }
 
@@ -66,13 +120,17 @@ impl Client {
         kind: &'static str,
         bytes: Vec<u8>,
     ) -> Result<T, CliError> {
-        if !self.may_change {
-            return Err(CliError::ReadOnly);
-        }
         let url = self.url(path);
         let request = self.http.post(&url).header(reqwest::header::CONTENT_TYPE, kind).body(bytes).timeout(3 * ANSWER);
         let response = self.answer(request, url).await?;
-        self.read(path, response).await
+        self.changed(path, response).await
+    }
+
+    /// An answer that is text, as it is.
+    pub(super) async fn get_text(&self, path: &str) -> Result<String, CliError> {
+        let response = self.send(Method::GET, path, None::<&()>, Some(ANSWER)).await?;
+        let text = response.text().await;
+        text.map_err(|e| CliError::Request { url: self.url(path), reason: with_causes(&e) })
     }
 
     /// The event stream, as it comes.
@@ -117,6 +175,10 @@ impl Client {
     }
 
     async fn answer(&self, request: reqwest::RequestBuilder, url: String) -> Result<Response, CliError> {
+        let request = match &self.token {
+            Some(token) => request.bearer_auth(token),
+            None => request,
+        };
         let response =
             request.send().await.map_err(|e| CliError::Request { url: url.clone(), reason: with_causes(&e) })?;
         let status = response.status();
@@ -143,5 +205,22 @@ impl Client {
 
     pub(super) fn url(&self, path: &str) -> String {
         format!("{}/api/v1/{path}", self.base)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::may_show_token;
+
+    #[test]
+    fn a_token_goes_over_tls_or_to_this_host() {
+        for good in ["https://kiln.example", "http://127.0.0.1:8080", "http://[::1]:8080", "http://localhost:1"] {
+            assert!(may_show_token(good), "{good}");
+        }
+        for bad in ["http://10.0.0.1:8080", "http://127.0.0.1.evil:80", "http://localhost.evil", "ftp://localhost", "x"]
+        {
+            assert!(!may_show_token(bad), "{bad}");
+        }
+        assert!(!may_show_token("http://127.0.0.1@evil/"), "the host is what follows the @");
     }
 }

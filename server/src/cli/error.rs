@@ -24,8 +24,14 @@ pub(super) enum CliError {
     OtherSite { url: String, site: PathBuf },
     #[error("{}: {source}", .path.display())]
     Read { path: PathBuf, source: std::io::Error },
-    #[error("changes are made on the boot server only: use --site DIR there instead of --server")]
-    ReadOnly,
+    #[error(
+        "{0} is not encrypted: a token would be shown to everybody on the way. Use https://, or --site on the boot server"
+    )]
+    TokenInTheClear(String),
+    #[error("not done yet: another person confirms it until {until} with `kiln pending confirm {id}` ({what})")]
+    Kept { id: String, what: String, until: jiff::Timestamp },
+    #[error("the audit log is not whole: {0}")]
+    Broken(String),
     #[error("{url}: {reason}")]
     Request { url: String, reason: String },
     #[error("{message}")]

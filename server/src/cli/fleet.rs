@@ -49,6 +49,12 @@ pub(super) async fn machine(command: Machine) -> Result<(), CliError> {
         }
         Machine::Wipe(wipe) => order::wipe(wipe).await,
         Machine::Receipt { machine, out, at } => order::receipt(&at, &machine, out.as_deref()).await,
+        Machine::RevokeKey { machine, at } => {
+            let path = format!("machines/{}/revoke-key", segment(&machine));
+            let revoked: MachineView = Client::new(&at)?.change(Method::POST, &path, &json!({})).await?;
+            let key = revoked.key.map_or_else(String::new, |key| format!(" {key}"));
+            print(&format!("the identity key{key} of {} is revoked: {}\n", revoked.name, revoked.reason))
+        }
         Machine::Clear { machine, at } => {
             let path = format!("machines/{}/clear", segment(&machine));
             let cleared: MachineView = Client::new(&at)?.change(Method::POST, &path, &json!({})).await?;
@@ -336,10 +342,28 @@ pub(super) fn segment(text: &str) -> String {
     })
 }
 
+/// What others say goes to a terminal: whatever it would obey, or would show in another order, is written as JSON writes it,
+/// so that JSON stays JSON.
+pub(crate) fn tame(text: &str) -> String {
+    text.chars().fold(String::with_capacity(text.len()), |mut out, c| {
+        let plain = matches!(c, ' '..='~' | '\n') || {
+            let mut buffer = [0; 4];
+            let c = c.encode_utf8(&mut buffer);
+            kiln_protocol::printable(c) == *c
+        };
+        if plain {
+            out.push(c);
+        } else {
+            write!(out, "\\u{:04x}", u32::from(c)).expect("writing to a String cannot fail");
+        }
+        out
+    })
+}
+
 /// To standard output; a reader that has gone away (`| head`) ends the program quietly.
 pub(super) fn print(text: &str) -> Result<(), CliError> {
     let mut out = std::io::stdout().lock();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match out.write_all(tame(text).as_bytes()).and_then(|()| out.flush()) {
         Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => std::process::exit(0),
         other => other.map_err(CliError::Output),
     }
@@ -458,6 +482,16 @@ mod tests {
         let labels: Vec<&str> = kiln_protocol::Stage::ALL.iter().map(|s| s.label()).collect();
         assert_eq!(rows.len(), labels.len(), "{text}");
         assert!(rows.iter().zip(&labels).all(|(row, label)| row.contains(label)), "{text}");
+    }
+
+    #[test]
+    fn what_a_terminal_would_obey_is_shown_and_json_stays_json() {
+        let evil = "a\x1b[2J\r\n\u{9b}31m\u{202e}b\u{7f}é";
+        let text = tame(evil);
+        assert_eq!(text, "a\\u001b[2J\\u000d\n\\u009b31m\\u202eb\\u007fé");
+        let json = tame(&serde_json::to_string(evil).unwrap());
+        assert!(!json.chars().any(|c| c.is_control() || c == '\u{202e}'), "{json}");
+        assert_eq!(serde_json::from_str::<String>(&json).unwrap(), evil);
     }
 
     #[test]

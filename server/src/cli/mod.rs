@@ -1,6 +1,7 @@
 //! The command line: `kiln`. Commands about machines and releases are clients of the operator API and never open the
 //! store; `trust`, `image build`, `release publish` and `release prune` work on the site directory itself.
 
+mod audit;
 mod client;
 mod error;
 mod expected;
@@ -8,6 +9,7 @@ mod fleet;
 mod hardware;
 mod log;
 mod order;
+mod people;
 mod site;
 mod table;
 mod tuf_client;
@@ -15,6 +17,7 @@ mod tuf_client;
 use crate::serve::{LogFormat, ServeOptions};
 use clap::{Args, Parser, Subcommand};
 use error::CliError;
+pub(crate) use fleet::tame;
 use jiff::SignedDuration;
 use kiln_protocol::{ImageName, ReleaseId, Via};
 use std::path::PathBuf;
@@ -56,6 +59,15 @@ enum Command {
     /// Orders that only an operator's key can give: rescue releases, wipes
     #[command(subcommand)]
     Order(order::Order),
+    /// Tokens of people and programs
+    #[command(subcommand)]
+    Token(people::Token),
+    /// What waits for a second person
+    #[command(subcommand)]
+    Pending(people::Pending),
+    /// Who did what, and whether the record of it is whole
+    #[command(subcommand)]
+    Audit(audit::Audit),
 }
 
 #[derive(Debug, Subcommand)]
@@ -230,9 +242,25 @@ struct At {
     /// The site directory, on the boot server itself: its socket takes changes
     #[arg(long, env = "KILN_SITE", required_unless_present = "server", conflicts_with = "server")]
     site: Option<PathBuf>,
-    /// The boot server's address, as http://10.0.0.1:8080: reading only
+    /// The boot server's address, as https://10.0.0.1:8444; plain http is for reading, without a token
     #[arg(long, env = "KILN_SERVER")]
     server: Option<String>,
+    /// A file with the token to show there; KILN_TOKEN may hold the token itself
+    #[arg(long, env = "KILN_TOKEN_FILE")]
+    token_file: Option<PathBuf>,
+    /// The CA of its certificate, PEM: online/agent-ca.pem of a site that makes its own [default: this host's CAs]
+    #[arg(long, env = "KILN_CA")]
+    ca: Option<PathBuf>,
+}
+
+impl At {
+    fn site(dir: PathBuf) -> Self {
+        Self { site: Some(dir), server: None, token_file: None, ca: None }
+    }
+
+    fn server(url: String) -> Self {
+        Self { site: None, server: Some(url), token_file: None, ca: None }
+    }
 }
 
 #[derive(Debug, Subcommand)]
@@ -345,6 +373,13 @@ enum Machine {
         #[command(flatten)]
         at: At,
     },
+    /// Take a machine's identity key away: whoever holds it is not heard any more. It needs another, and `clear`
+    RevokeKey {
+        /// Name or id
+        machine: String,
+        #[command(flatten)]
+        at: At,
+    },
     /// Lift a machine's quarantine; or make the other key that reports under its id the machine's
     Clear {
         /// Name or id
@@ -379,7 +414,7 @@ pub fn main() -> ExitCode {
     match run(Cli::parse()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("kiln: {error}");
+            eprintln!("kiln: {}", tame(&error.to_string()));
             ExitCode::FAILURE
         }
     }
@@ -407,6 +442,9 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Serve(Serve { site, config, log }) => {
             Ok(runtime()?.block_on(crate::serve::serve(ServeOptions { site, config, log }))?)
         }
+        Command::Token(token) => runtime()?.block_on(people::token(token)),
+        Command::Pending(pending) => runtime()?.block_on(people::pending(pending)),
+        Command::Audit(command) => runtime()?.block_on(audit::audit(command)),
         Command::Machine(machine) => runtime()?.block_on(fleet::machine(machine)),
         Command::Expected(command) => runtime()?.block_on(expected::run(command)),
         Command::Assign(assign) => runtime()?.block_on(fleet::assign(&assign)),

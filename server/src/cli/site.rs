@@ -114,8 +114,8 @@ pub(super) fn prune(prune: Prune, runtime: &Runtime) -> Result<(), CliError> {
     let site = SiteDir::open(&dir)?;
     // The lock is held to the end: a server that starts meanwhile would not have been asked.
     let (ask, _alone) = match (server, site.lock_state()) {
-        (Some(server), _) => (Some(At { site: None, server: Some(server) }), None),
-        (None, Err(SiteError::Served { .. })) => (Some(At { site: Some(dir), server: None }), None),
+        (Some(server), _) => (Some(At::server(server)), None),
+        (None, Err(SiteError::Served { .. })) => (Some(At::site(dir)), None),
         (None, Ok(alone)) if without_server => (None, Some(alone)),
         (None, Ok(_)) => return Err(CliError::NobodyToAsk(dir)),
         (None, Err(error)) => return Err(error.into()),

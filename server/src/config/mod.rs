@@ -2,7 +2,10 @@
 //!
 //! Unknown keys are refused with line and column, so that a misspelt limit is not a missing one.
 
+mod access;
 mod raw;
+
+pub use access::{Access, Https, Oidc};
 
 use crate::error::ConfigError;
 use crate::http;
@@ -51,6 +54,12 @@ pub struct Config {
     pub network_first: BTreeSet<String>,
     /// The pre-loaded list.
     pub machines: BTreeMap<MachineId, Listed>,
+    /// Who may call.
+    pub access: Access,
+    /// The operator API and the web page over TLS, if they are served so.
+    pub https: Option<Https>,
+    /// The identity provider, if there is one.
+    pub oidc: Option<Oidc>,
 }
 
 /// DHCP settings.
@@ -176,6 +185,13 @@ impl Default for Config {
     fn default() -> Self {
         Self::try_from(raw::Raw::default()).expect("the defaults are valid; a test reads them")
     }
+}
+
+/// Milliseconds of a time as a person writes it, as `30m`, `12h` or `7d`; a day is 24 hours.
+pub(crate) fn span_ms(text: &str) -> Option<u64> {
+    let span: jiff::Span = text.parse().ok()?;
+    let time = span.to_duration(jiff::SpanRelativeTo::days_are_24_hours()).ok()?;
+    u64::try_from(time.as_millis()).ok()
 }
 
 /// A name a person types: no spaces, nothing a shell or a path would take apart.

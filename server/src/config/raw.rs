@@ -1,5 +1,6 @@
 //! `kiln.toml` as it is written, and how it becomes a checked [`Config`].
 
+use super::access::{RawAccess, RawHttps, RawOidc};
 use super::{Boot, Config, Dhcp, DhcpMode, FullDhcp, Listed, Role, is_name};
 use crate::error::ConfigError;
 use crate::http;
@@ -25,6 +26,9 @@ pub(super) struct Raw {
     fleet: RawFleet,
     role: Vec<RawRole>,
     machine: Vec<RawMachine>,
+    access: RawAccess,
+    https: Option<RawHttps>,
+    oidc: Option<RawOidc>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -150,7 +154,7 @@ fn thresholds(role: &RawRole) -> Result<BTreeMap<String, Threshold>, ConfigError
     role.thresholds.iter().map(read).collect()
 }
 
-fn bad(key: &str, reason: impl std::fmt::Display) -> ConfigError {
+pub(super) fn bad(key: &str, reason: impl std::fmt::Display) -> ConfigError {
     ConfigError::Value { key: key.to_owned(), reason: reason.to_string() }
 }
 
@@ -170,13 +174,10 @@ fn patience(text: &str) -> Result<u64, String> {
 /// The same of a machine's age; a day is 24 hours.
 fn age(text: &str) -> Result<u64, String> {
     let hours = |n: u64| n * 3_600_000;
-    let span: Option<jiff::Span> = text.parse().ok();
-    let time = span.and_then(|span| span.to_duration(jiff::SpanRelativeTo::days_are_24_hours()).ok());
-    let time = time.ok_or_else(|| format!("{text:?}: expected a time in days or hours, as \"30d\" or \"12h\""))?;
-    u64::try_from(time.as_millis())
-        .ok()
-        .filter(|ms| (hours(1)..=hours(3650 * 24)).contains(ms))
-        .ok_or_else(|| format!("{text:?}: from 1h to 3650d"))
+    let time = super::span_ms(text);
+    let ms = time.ok_or_else(|| format!("{text:?}: expected a time in days or hours, as \"30d\" or \"12h\""))?;
+    let within = (hours(1)..=hours(3650 * 24)).contains(&ms);
+    if within { Ok(ms) } else { Err(format!("{text:?}: from 1h to 3650d")) }
 }
 
 impl RawListen {
@@ -356,6 +357,9 @@ impl TryFrom<Raw> for Config {
             max_ages,
             network_first,
             machines,
+            access: raw.access.try_into()?,
+            https: raw.https.map(TryInto::try_into).transpose()?,
+            oidc: raw.oidc.map(TryInto::try_into).transpose()?,
         })
     }
 }

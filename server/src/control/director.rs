@@ -88,7 +88,7 @@ impl Control {
         self.sign(&freshness)
     }
 
-    fn sign(&self, statement: &impl serde::Serialize) -> Result<String, ControlError> {
+    pub(super) fn sign(&self, statement: &impl serde::Serialize) -> Result<String, ControlError> {
         self.counts.signed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         Ok(sign_envelope(statement, &[&self.director])?)
     }

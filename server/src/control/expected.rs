@@ -4,9 +4,9 @@
 //! puts the machine's id onto a heap, and one task works that off.
 
 use super::{Control, Inner, Pending, now_ms};
+use crate::audit::Line;
 use crate::error::{ControlError, ExpectedError};
 use crate::expected::{Format, read};
-use crate::store::AuditLine;
 use crate::view::{ExpectedView, ExpectedWhole, ImportView, MachineRef};
 use kiln_fleet::{
     CameUp, Claimant, Entry, Event, ExpectedList, ExpectedMachine, Machine, Millis, StateKind, compare, serial_key,
@@ -292,8 +292,7 @@ impl Control {
     }
 
     fn audit_list(&self, by: &str, what: String) -> crate::store::Commit {
-        let (at, actor) = (now_ms(), by.to_owned());
-        self.store.audit(AuditLine { at, actor, machine: String::new(), what, hash: String::new() })
+        self.store.audit(Line::done(now_ms(), by, "", what))
     }
 
     /// The list, and what came of each machine on it; with `differs` only those of which something is to be said.

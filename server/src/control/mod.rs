@@ -12,20 +12,26 @@ mod leases;
 mod logs;
 mod netboot;
 mod orders;
+mod people;
 mod reports;
 mod roles;
+mod sessions;
 mod signed;
 mod views;
 
 pub use crowd::MAX_DISCOVERED;
 pub use leases::{lease_from, lease_to};
 pub use logs::LogQuery;
+pub(crate) use people::{Asked, MAX_PENDING_BODY};
 
+use crate::access::Access;
+use crate::audit;
 use crate::catalog::Catalog;
 use crate::config::Config;
-use crate::error::{CodeError, ControlError};
+use crate::error::{AccessError, CodeError, ControlError};
 use crate::logs::Logs;
-use crate::store::{AuditLine, Commit, Envelope, Store};
+use crate::oidc::Provider;
+use crate::store::{Commit, Envelope, Store};
 use crate::view::MachineView;
 use kiln_fleet::{Action, Event, LIVE_MS, Machine, Millis, StateKind};
 use kiln_images::SiteDir;
@@ -104,6 +110,10 @@ pub struct Control {
     looked: watch::Sender<u64>,
     hardware: hardware::HardwareLocks,
     expected: expected::Expected,
+    /// People and programs. Locked after the fleet, where both are.
+    pub access: Access,
+    /// The identity provider, if there is one.
+    pub(crate) oidc: Option<Provider>,
     /// Held reports.
     pub held: AtomicUsize,
     /// What was done for reports.
@@ -159,8 +169,11 @@ impl Control {
             wrong: introductions::Wrong::default(),
             comparing: expected::Comparing::default(),
         };
+        let access = Access::load(&store).await?;
+        let oidc = config.oidc.clone().map(Provider::new).transpose().map_err(AccessError::from)?;
         for (id, mut stored) in store.load().await? {
             stored.machine.pin(config.key_of(&id));
+            stored.machine.key_revoked = stored.machine.key.as_ref().is_some_and(|key| access.is_revoked(key));
             let (mut machine, _) = stored.machine.event(Event::ServerStarted, config.limits, now);
             config.rule(&mut machine);
             inner.index(&machine);
@@ -187,6 +200,8 @@ impl Control {
             looked: watch::channel(0).0,
             hardware: hardware::HardwareLocks::default(),
             expected,
+            access,
+            oidc,
             held: AtomicUsize::new(0),
             counts: Counts::default(),
             started: now,
@@ -321,8 +336,19 @@ impl Control {
             machine.pin(self.config.key_of(id));
             machine
         });
+        let (held, refused) = (machine.state.kind == StateKind::Quarantined, machine.refused.len());
         let (mut machine, actions) = machine.event(event, self.config.limits, now);
         self.config.rule(&mut machine);
+        machine.key_revoked = machine.key.as_ref().is_some_and(|key| self.access.is_revoked(key));
+        if machine.refused.len() > refused
+            && let Some(pair) = machine.refused.last()
+        {
+            let what = format!("quarantined {} here: {}", pair.release, pair.reason);
+            self.audit(pending, &machine, "kiln", what);
+        }
+        if !held && machine.state.kind == StateKind::Quarantined {
+            self.audit(pending, &machine, "kiln", format!("quarantined: {}", machine.state.reason));
+        }
         let title = machine.title().to_owned();
         inner.index(&machine);
         self.compare_soon(inner);
@@ -372,13 +398,7 @@ impl Control {
     }
 
     pub(crate) fn audit(&self, pending: &mut Pending, machine: &Machine, actor: &str, what: String) {
-        let line = AuditLine {
-            at: now_ms(),
-            actor: actor.to_owned(),
-            machine: machine.title().to_owned(),
-            what,
-            hash: String::new(),
-        };
+        let line = audit::Line::done(now_ms(), actor, machine.title(), what);
         pending.commits.push(self.store.audit(line));
     }
 

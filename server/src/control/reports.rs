@@ -6,7 +6,9 @@ use crate::error::ControlError;
 use crate::store::Envelope;
 use jiff::Timestamp;
 use kiln_fleet::{Desire, Event, Machine, Reported, StateKind, desire, grant};
-use kiln_protocol::{Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, Reply, Report, Sha256Hex, Via};
+use kiln_protocol::{
+    Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, Reply, Report, Sha256Hex, Via, printable,
+};
 use kiln_release::hex;
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
@@ -61,7 +63,8 @@ impl Control {
             // Before the look: what changes from here on ends the wait below.
             changes.mark_unchanged();
             let (wanted, pending) = self.wanted(&id, &key)?;
-            let wanted = wanted.with_order(Self::order_for(&self.lock(), &id, &key));
+            let order = Self::order_for(&self.lock(), &id, &key).filter(|_| !self.access.is_revoked(&key));
+            let wanted = wanted.with_order(order);
             self.finish(pending).await?;
             let may_wait = self.held.load(Ordering::Relaxed) < MAX_HELD;
             let again_ms = match (wait_s > 0 && may_wait, wanted.busy) {
@@ -164,6 +167,10 @@ impl Control {
         let catalog = self.catalog();
         let mut inner = self.lock();
         let mut pending = Pending::default();
+        // A report that was held when its key was taken away.
+        if self.access.is_revoked(key) {
+            return Ok((Wanted::wait("this identity key was revoked".into(), false), pending));
+        }
         let Some(machine) = inner.machines.get(id) else {
             let reason = "this machine was forgotten; its next report makes it known again".into();
             return Ok((Wanted::wait(reason, true), pending));
@@ -269,9 +276,8 @@ fn is_mac(text: &str) -> bool {
 /// Cuts what an agent can make long.
 fn tame(report: &mut Report) {
     fn cut(text: &mut String, max: usize) {
-        if text.chars().any(char::is_control) || text.len() > max {
-            *text = text.chars().filter(|c| !c.is_control()).take(max).collect();
-        }
+        let tame: String = text.chars().filter(|c| !c.is_control()).take(max).collect();
+        *text = printable(&tame);
     }
     let m = &mut report.machine;
     m.macs.truncate(32);

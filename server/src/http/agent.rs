@@ -1,27 +1,22 @@
 //! The agent API: reports, and what machines are made of; log lines are beside it.
 
+use super::agent_body::{Posted, bytes, json};
 use super::api::ApiError;
 use super::{App, Peer, text};
 use crate::error::ControlError;
 use crate::receipt::MAX_RECEIPT;
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::extract::{Extension, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Json, Router};
 use kiln_protocol::{
-    INTRODUCTION_PATH, INVENTORY_LIMIT, INVENTORY_PATH, InventoryReport, KeyId, LOG_PATH, RECEIPT_PATH, REPORT_PATH,
-    Report,
+    INTRODUCTION_PATH, INVENTORY_LIMIT, INVENTORY_PATH, InventoryReport, LOG_PATH, RECEIPT_PATH, REPORT_PATH, Report,
 };
-use serde::de::DeserializeOwned;
-use std::net::SocketAddr;
-use std::time::Duration;
 
 /// Longest report.
 const MAX_REPORT: usize = 256 << 10;
-/// A report takes at most so long to arrive.
-const ARRIVAL: Duration = Duration::from_secs(15);
 
 /// The agent API.
 pub fn router(app: App) -> Router {
@@ -35,13 +30,9 @@ pub fn router(app: App) -> Router {
 }
 
 async fn receipt(State(app): State<App>, Extension(peer): Extension<Peer>, request: Request<Body>) -> Response {
-    let Peer::Machine { from, key, .. } = peer else {
-        return text(StatusCode::FORBIDDEN, "only machines that prove their key bring receipts here\n");
-    };
-    let body = match tokio::time::timeout(ARRIVAL, to_bytes(request.into_body(), MAX_RECEIPT)).await {
-        Ok(Ok(body)) => body,
-        Ok(Err(_)) => return text(StatusCode::PAYLOAD_TOO_LARGE, "a receipt has at most 256 KiB\n"),
-        Err(_) => return text(StatusCode::REQUEST_TIMEOUT, "the receipt did not arrive within 15 s\n"),
+    let Posted { from, key, body, .. } = match bytes(&app, peer, request, MAX_RECEIPT, "receipt").await {
+        Ok(posted) => posted,
+        Err(refused) => return refused,
     };
     match app.control.receive(&key, &String::from_utf8_lossy(&body)).await {
         Ok(()) => text(StatusCode::OK, "kept\n"),
@@ -55,10 +46,11 @@ async fn receipt(State(app): State<App>, Extension(peer): Extension<Peer>, reque
 }
 
 async fn report(State(app): State<App>, Extension(peer): Extension<Peer>, request: Request<Body>) -> Response {
-    let (from, to, key, report) = match read::<Report>(peer, request, MAX_REPORT, "report").await {
-        Ok(read) => read,
+    let posted = match json::<Report>(&app, peer, request, MAX_REPORT, "report").await {
+        Ok(posted) => posted,
         Err(refused) => return refused,
     };
+    let Posted { from, to, key, body: report } = posted;
     let id = report.machine.id.clone();
     match app.control.report(key.clone(), report).await {
         Ok(mut reply) => {
@@ -77,10 +69,11 @@ async fn report(State(app): State<App>, Extension(peer): Extension<Peer>, reques
 }
 
 async fn inventory(State(app): State<App>, Extension(peer): Extension<Peer>, request: Request<Body>) -> Response {
-    let (from, _, key, report) = match read::<InventoryReport>(peer, request, INVENTORY_LIMIT, "inventory").await {
-        Ok(read) => read,
+    let posted = match json::<InventoryReport>(&app, peer, request, INVENTORY_LIMIT, "inventory").await {
+        Ok(posted) => posted,
         Err(refused) => return refused,
     };
+    let Posted { from, key, body: report, .. } = posted;
     match app.control.inventory(&key, report).await {
         Ok(()) => Json(serde_json::json!({})).into_response(),
         Err(error) => {
@@ -89,29 +82,4 @@ async fn inventory(State(app): State<App>, Extension(peer): Extension<Peer>, req
             text(ApiError::from(error).status(), words)
         }
     }
-}
-
-/// Where what a machine posted came from and went to, the key that the machine proved, and the thing itself.
-async fn read<T: DeserializeOwned>(
-    peer: Peer,
-    request: Request<Body>,
-    limit: usize,
-    what: &str,
-) -> Result<(SocketAddr, Option<SocketAddr>, KeyId, T), Response> {
-    let Peer::Machine { from, to, key } = peer else {
-        return Err(text(StatusCode::FORBIDDEN, "only machines that prove their key report here\n"));
-    };
-    let body = match tokio::time::timeout(ARRIVAL, to_bytes(request.into_body(), limit)).await {
-        Ok(Ok(body)) => body,
-        Ok(Err(_)) => {
-            let reason = format!("the {what} has more than {} KiB\n", limit >> 10);
-            return Err(text(StatusCode::PAYLOAD_TOO_LARGE, reason));
-        }
-        Err(_) => {
-            let reason = format!("the {what} did not arrive within {} s\n", ARRIVAL.as_secs());
-            return Err(text(StatusCode::REQUEST_TIMEOUT, reason));
-        }
-    };
-    let read = serde_json::from_slice(&body);
-    read.map(|read| (from, to, key, read)).map_err(|e| text(StatusCode::BAD_REQUEST, format!("no {what}: {e}\n")))
 }

@@ -1,36 +1,26 @@
 //! The agent API's introductions, and what a machine's screen shows of the server's knowledge.
 
+use super::agent_body::{Posted, json};
 use super::{App, Peer, text};
 use crate::error::{CodeError, ControlError};
 use axum::Json;
-use axum::body::{Body, to_bytes};
+use axum::body::Body;
 use axum::extract::{Extension, Request, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use kiln_protocol::{About, INTRODUCTION_LIMIT, Introduction, KeyId, MachineId};
 use std::net::{IpAddr, SocketAddr};
-use std::time::Duration;
-
-/// A step takes at most so long to arrive.
-const ARRIVAL: Duration = Duration::from_secs(15);
 
 pub(super) async fn introduction(
     State(app): State<App>,
     Extension(peer): Extension<Peer>,
     request: Request<Body>,
 ) -> Response {
-    let Peer::Machine { key, .. } = peer else {
-        return text(StatusCode::FORBIDDEN, "only machines that prove their key introduce themselves\n");
+    let posted = match json::<Introduction>(&app, peer, request, INTRODUCTION_LIMIT, "introduction").await {
+        Ok(posted) => posted,
+        Err(refused) => return refused,
     };
-    let body = match tokio::time::timeout(ARRIVAL, to_bytes(request.into_body(), INTRODUCTION_LIMIT)).await {
-        Ok(Ok(body)) => body,
-        Ok(Err(_)) => return text(StatusCode::PAYLOAD_TOO_LARGE, "an introduction has at most 4 KiB\n"),
-        Err(_) => return text(StatusCode::REQUEST_TIMEOUT, "the introduction did not arrive within 15 s\n"),
-    };
-    let step: Introduction = match serde_json::from_slice(&body) {
-        Ok(step) => step,
-        Err(e) => return text(StatusCode::BAD_REQUEST, format!("not an introduction: {e}\n")),
-    };
+    let Posted { key, body: step, .. } = posted;
     match app.control.introduce(&key, &step) {
         Ok(reply) => Json(reply).into_response(),
         Err(error) => {

@@ -1,9 +1,10 @@
-//! The operator API, `/api/v1/`. What changes something is in [`order_router`], which only the Unix socket serves.
+//! The operator API, `/api/v1/`. Who may make which call is in `access::calls`.
 
+use super::authorize::{Failure, caller};
 use super::{App, Peer};
 use crate::catalog::Release;
 use crate::control::{LogQuery, Told, now_ms};
-use crate::error::{CodeError, ControlError, ExpectedError, LogError, StoreError};
+use crate::error::{AccessError, CodeError, ControlError, ExpectedError, LogError, StoreError};
 use crate::view::{HardwareView, LogView, MachineView, OrderView, ReceiptView, ReleaseView};
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
@@ -22,7 +23,7 @@ use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
 
 /// What may be read.
-pub fn read_router() -> Router<App> {
+pub(super) fn reads() -> Router<App> {
     Router::new()
         .route("/api/v1/machines", get(machines))
         .route("/api/v1/machines/{machine}", get(machine))
@@ -34,8 +35,8 @@ pub fn read_router() -> Router<App> {
         .route("/api/v1/events", get(events))
 }
 
-/// What changes something.
-pub fn order_router() -> Router<App> {
+/// What changes something, and what only those who may order read.
+pub(super) fn changes() -> Router<App> {
     Router::new()
         .route("/api/v1/machines/{machine}/approve", post(approve))
         .route("/api/v1/machines/{machine}/assignment", put(assign))
@@ -43,7 +44,6 @@ pub fn order_router() -> Router<App> {
         .route("/api/v1/machines/{machine}/retire", post(retire))
         .route("/api/v1/machines/{machine}/replace", post(replace))
         .route("/api/v1/machines/{machine}/excuse", post(excuse))
-        .route("/api/v1/audit", get(audit))
         .layer(DefaultBodyLimit::max(16 << 10))
         .route("/api/v1/orders", get(orders).post(submit).layer(DefaultBodyLimit::max(128 << 10)))
 }
@@ -54,7 +54,9 @@ pub struct ApiError(StatusCode, String);
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        (self.0, Json(json!({ "error": self.1 }))).into_response()
+        let mut response = (self.0, Json(json!({ "error": self.1 }))).into_response();
+        response.extensions_mut().insert(Failure(self.1));
+        response
     }
 }
 
@@ -84,6 +86,7 @@ impl From<ControlError> for ApiError {
             | ControlError::Refused(_)
             | ControlError::NoReportYet(_)
             | ControlError::OrderKnown { .. } => StatusCode::CONFLICT,
+            ControlError::Access(e) => super::people::status_of(e),
             ControlError::Log(e) => log_status(e),
             ControlError::Code(e) => code_status(e),
             ControlError::Expected(e) => expected_status(e),
@@ -126,9 +129,19 @@ fn code_status(e: &CodeError) -> StatusCode {
 }
 
 impl ApiError {
+    pub(super) fn new(status: StatusCode, reason: String) -> Self {
+        Self(status, reason)
+    }
+
     /// What it answers with.
     pub(super) fn status(&self) -> StatusCode {
         self.0
+    }
+}
+
+impl From<AccessError> for ApiError {
+    fn from(e: AccessError) -> Self {
+        ControlError::from(e).into()
     }
 }
 
@@ -148,15 +161,6 @@ impl From<JsonRejection> for ApiError {
     fn from(e: JsonRejection) -> Self {
         Self(StatusCode::UNPROCESSABLE_ENTITY, e.body_text())
     }
-}
-
-/// The answer to a changing call over TCP.
-pub(super) fn read_only(socket: &std::path::Path) -> Response {
-    let reason = format!(
-        "changing calls are served only on the Unix socket {}: run the command on the boot server with --site",
-        socket.display()
-    );
-    ApiError(StatusCode::FORBIDDEN, reason).into_response()
 }
 
 pub(super) async fn not_found() -> ApiError {
@@ -280,10 +284,7 @@ fn hello(app: &App) -> Event {
 }
 
 pub(super) fn who(peer: &Peer) -> String {
-    match peer {
-        Peer::Unix { uid } => format!("uid {uid}"),
-        Peer::Tcp { from, .. } | Peer::Machine { from, .. } => from.to_string(),
-    }
+    caller(peer).who()
 }
 
 #[derive(Debug, Deserialize)]
@@ -359,10 +360,6 @@ async fn excuse(
     let Json(order) = body?;
     app.control.excuse(&machine, &order.reason, &who(&peer)).await?;
     Ok(Json(app.control.view(&machine)?))
-}
-
-async fn audit(State(app): State<App>) -> Result<Response, ApiError> {
-    Ok(Json(app.control.store.audit_tail(200).await?).into_response())
 }
 
 #[derive(Debug, Deserialize)]

@@ -13,12 +13,12 @@ use axum::{Json, Router};
 use serde::Deserialize;
 
 /// What may be read.
-pub fn read_router() -> Router<App> {
+pub(super) fn reads() -> Router<App> {
     Router::new().route("/api/v1/expected", get(list)).route("/api/v1/expected/{machine}", get(one))
 }
 
 /// What changes something.
-pub fn order_router() -> Router<App> {
+pub(super) fn changes() -> Router<App> {
     Router::new()
         .route("/api/v1/expected", post(import).layer(DefaultBodyLimit::max(CSV_LIMIT + 1)))
         .route("/api/v1/expected/{machine}", delete(remove))

@@ -9,6 +9,7 @@ use crate::net::PROGRESS;
 use axum::body::Body;
 use axum::extract::{Extension, State};
 use axum::http::{HeaderMap, Method, Response, StatusCode, Uri, header};
+use axum::response::IntoResponse;
 use bytes::Bytes;
 use hyper::body::{Frame, SizeHint};
 use kiln_release::hex;
@@ -93,8 +94,7 @@ pub(super) async fn serve(
 ) -> Response<Body> {
     if method != Method::GET && method != Method::HEAD {
         if uri.path().starts_with("/api/") {
-            let socket = app.control.site.socket();
-            return super::api::read_only(&socket);
+            return super::api::not_found().await.into_response();
         }
         let mut response = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n");
         response.headers_mut().insert(header::ALLOW, header::HeaderValue::from_static("GET, HEAD"));

@@ -3,6 +3,7 @@
 
 use super::limits::{Gate, Limits, Ticket};
 use super::pace::{Exchanges, Paced, Watched};
+use crate::access::Caller;
 use axum::Router;
 use axum::extract::Extension;
 use hyper::server::conn::http1::Builder;
@@ -11,6 +12,7 @@ use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use kiln_protocol::KeyId;
 use kiln_release::certificate::certificate_key_id;
+use rustls::ServerConnection;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,7 +36,11 @@ pub enum Peer {
         from: SocketAddr,
         /// The address it came to.
         to: SocketAddr,
+        /// Nobody between can read or change what it says.
+        tls: bool,
     },
+    /// A person or program that was let in.
+    Person(Caller),
     /// A machine that proved its key.
     Machine {
         /// Its address.
@@ -71,7 +77,7 @@ pub async fn serve_tcp(listener: TcpListener, router: Router, limits: Limits, st
         let exchanges = Arc::new(Exchanges::default());
         let mut stream = Paced::new(stream, limits, exchanges.clone());
         stream.await_request();
-        let service = Watched::new(router.clone().layer(Extension(Peer::Tcp { from, to })), exchanges);
+        let service = Watched::new(router.clone().layer(Extension(Peer::Tcp { from, to, tls: false })), exchanges);
         let connection = graceful.watch(builder(&limits).serve_connection(TokioIo::new(stream), service));
         tokio::spawn(async move {
             ended(from, connection.await);
@@ -89,10 +95,42 @@ pub async fn serve_tls(
     limits: Limits,
     stop: watch::Receiver<bool>,
 ) {
-    let gate = Gate::new("agent_api", limits);
+    let machine = |from, to, tls: &ServerConnection| {
+        let certificate = tls.peer_certificates().and_then(|c| c.first());
+        // The verifier let nobody in without a certificate that has a key id.
+        let key = certificate.and_then(|c| certificate_key_id(c).ok())?.parse::<KeyId>().ok()?;
+        Some(Peer::Machine { from, to: Some(to), key })
+    };
+    over_tls(listener, acceptor, router, limits, ("agent_api", machine), stop).await;
+}
+
+/// Serves people and programs over TLS for ever.
+pub async fn serve_https(
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    router: Router,
+    limits: Limits,
+    stop: watch::Receiver<bool>,
+) {
+    let anybody = |from, to, _: &ServerConnection| Some(Peer::Tcp { from, to, tls: true });
+    over_tls(listener, acceptor, router, limits, ("https", anybody), stop).await;
+}
+
+/// Who a TLS connection belongs to.
+type Identify = fn(SocketAddr, SocketAddr, &ServerConnection) -> Option<Peer>;
+
+async fn over_tls(
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+    router: Router,
+    limits: Limits,
+    (table, identify): (&'static str, Identify),
+    stop: watch::Receiver<bool>,
+) {
+    let gate = Gate::new(table, limits);
     let graceful = Arc::new(GracefulShutdown::new());
     while let Some((stream, from, ticket)) = accept(&listener, &gate, &stop).await {
-        let to = stream.local_addr().ok();
+        let Ok(to) = stream.local_addr() else { continue };
         let (acceptor, router, watcher) = (acceptor.clone(), router.clone(), graceful.watcher());
         tokio::spawn(async move {
             let exchanges = Arc::new(Exchanges::default());
@@ -101,12 +139,9 @@ pub async fn serve_tls(
                 tracing::debug!(%from, "TLS handshake failed");
                 return;
             };
-            let certificate = stream.get_ref().1.peer_certificates().and_then(|c| c.first());
-            let key = certificate.and_then(|c| certificate_key_id(c).ok()).and_then(|k| k.parse::<KeyId>().ok());
-            // The verifier let nobody in without a certificate that has a key id.
-            let Some(key) = key else { return };
+            let Some(peer) = identify(from, to, stream.get_ref().1) else { return };
             stream.get_mut().0.await_request();
-            let service = Watched::new(router.layer(Extension(Peer::Machine { from, to, key })), exchanges);
+            let service = Watched::new(router.layer(Extension(peer)), exchanges);
             let connection = builder(&limits).serve_connection(TokioIo::new(stream), service);
             ended(from, watcher.watch(connection).await);
             drop(ticket);

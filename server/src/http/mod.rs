@@ -1,22 +1,27 @@
-//! HTTP: artifacts, metadata, the operator API and the web page on plain HTTP; the agent API on TLS; changing calls on
-//! the Unix socket.
+//! HTTP: artifacts, metadata, the operator API and the web page, plain and over TLS; the agent API over mutual TLS; the
+//! operator API for this host's own users on the Unix socket.
 
 mod agent;
+mod agent_body;
 mod agent_introduction;
 mod agent_log;
 mod api;
+mod authorize;
 mod expected;
 mod files;
+mod https;
 mod limits;
 mod listen;
+mod login;
 mod pace;
+mod people;
 mod script;
 pub mod tls;
 
 pub use agent::router as agent_router;
-pub use api::{order_router, read_router};
+pub use https::{Certificates, HttpsError};
 pub use limits::Limits;
-pub use listen::{Listening, Peer, serve_tcp, serve_tls, serve_unix};
+pub use listen::{Listening, Peer, serve_https, serve_tcp, serve_tls, serve_unix};
 
 use crate::control::Control;
 use crate::net::BootNet;
@@ -38,16 +43,27 @@ pub struct App {
     pub listening: Arc<std::sync::Mutex<Vec<Listening>>>,
 }
 
-/// Everything that plain TCP serves. Nothing here changes anything.
+/// The operator API, which each call enters by its access role.
+fn operator_api(app: &App) -> Router<App> {
+    let reads = api::reads().merge(expected::reads());
+    people::guarded(reads.merge(changes()).merge(people::router()).merge(login::router()), app)
+}
+
+/// What may wait for a second person.
+fn changes() -> Router<App> {
+    api::changes().merge(expected::changes())
+}
+
+/// Everything that TCP serves, plain or over TLS.
 pub fn public_router(app: App) -> Router {
     Router::new()
         .route("/", get(page))
         .route("/m/{machine}", get(page))
         .route("/app.js", get(page))
+        .route("/actions.js", get(page))
         .route("/style.css", get(page))
         .route("/boot.ipxe", get(script::script))
-        .merge(read_router())
-        .merge(expected::read_router())
+        .merge(operator_api(&app))
         .fallback(files::serve)
         .with_state(app)
 }
@@ -59,6 +75,11 @@ async fn page(uri: Uri) -> Response {
         (header::CONTENT_TYPE, asset.content_type),
         (header::CONTENT_SECURITY_POLICY, web::CONTENT_SECURITY_POLICY),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::X_FRAME_OPTIONS, "DENY"),
+        (header::HeaderName::from_static("cross-origin-opener-policy"), "same-origin"),
+        (header::HeaderName::from_static("cross-origin-resource-policy"), "same-origin"),
+        (header::HeaderName::from_static("permissions-policy"), "camera=(), geolocation=(), microphone=()"),
         (header::CACHE_CONTROL, "no-cache"),
     ];
     (headers, asset.body).into_response()
@@ -66,8 +87,7 @@ async fn page(uri: Uri) -> Response {
 
 /// Everything that the Unix socket serves.
 pub fn socket_router(app: App) -> Router {
-    let expected = expected::read_router().merge(expected::order_router());
-    Router::new().merge(read_router()).merge(order_router()).merge(expected).fallback(api::not_found).with_state(app)
+    operator_api(&app).fallback(api::not_found).with_state(app)
 }
 
 /// A plain-text answer.

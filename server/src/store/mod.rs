@@ -7,6 +7,7 @@
 mod schema;
 mod writer;
 
+use crate::audit::{Line, Record};
 use crate::error::StoreError;
 use kiln_fleet::{Boot, Entry, Hardware, Machine};
 use kiln_protocol::MachineId;
@@ -16,7 +17,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::str::FromStr;
 use tokio::sync::{mpsc, oneshot};
-pub use writer::AuditLine;
 
 /// An assignment envelope as it was signed.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -51,7 +51,8 @@ pub(crate) enum Intent {
     Expected { put: Vec<(String, String)>, gone: Vec<String> },
     Seen(BTreeMap<MachineId, u64>),
     Note { key: String, value: String },
-    Audit(AuditLine),
+    Erase { key: String },
+    Audit(Line),
 }
 
 type Done = oneshot::Sender<Result<(), StoreError>>;
@@ -158,14 +159,24 @@ impl Store {
         rows.await?.iter().map(|r| r.try_get("value").map_err(StoreError::from)).collect()
     }
 
-    /// The newest lines of the audit log, newest first.
-    pub async fn audit_tail(&self, limit: i64) -> Result<Vec<AuditLine>, StoreError> {
+    /// The newest records of the audit log, newest first.
+    pub async fn audit_tail(&self, limit: i64) -> Result<Vec<Record>, StoreError> {
         writer::audit_tail(&self.pool, limit).await
+    }
+
+    /// The records behind a number, oldest first.
+    pub async fn audit_after(&self, after: u64, limit: i64) -> Result<Vec<Record>, StoreError> {
+        writer::audit_after(&self.pool, after, limit).await
     }
 
     /// Remembers a value.
     pub fn remember(&self, key: impl Into<String>, value: impl Into<String>) -> Commit {
         self.send(Intent::Note { key: key.into(), value: value.into() })
+    }
+
+    /// Forgets a value.
+    pub(crate) fn erase(&self, key: impl Into<String>) -> Commit {
+        self.send(Intent::Erase { key: key.into() })
     }
 
     /// Writes a machine and its newest boots.
@@ -192,7 +203,7 @@ impl Store {
         let _ = self.intents.send((Intent::Seen(seen), None));
     }
 
-    pub(crate) fn audit(&self, line: AuditLine) -> Commit {
+    pub(crate) fn audit(&self, line: Line) -> Commit {
         self.send(Intent::Audit(line))
     }
 

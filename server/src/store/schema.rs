@@ -7,6 +7,14 @@ const VERSIONS: &[&[&str]] = &[
     FIRST,
     &["CREATE TABLE hardware (machine TEXT PRIMARY KEY, doc TEXT NOT NULL)"],
     &["CREATE TABLE expected (name TEXT PRIMARY KEY, doc TEXT NOT NULL)"],
+    AUDIT_ORIGIN,
+];
+
+/// Where a call came from, what came of it, and how the record's hash is formed.
+const AUDIT_ORIGIN: &[&str] = &[
+    "ALTER TABLE audit ADD COLUMN origin TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE audit ADD COLUMN result TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE audit ADD COLUMN form BIGINT NOT NULL DEFAULT 1",
 ];
 
 const FIRST: &[&str] = &[

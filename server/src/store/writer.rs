@@ -1,30 +1,14 @@
 //! The one task that writes.
 
 use super::{Done, Intent};
+use crate::audit::Record;
 use crate::error::StoreError;
-use kiln_release::hex;
-use sqlx::{AnyConnection, AnyPool, Row};
+use sqlx::any::AnyRow;
+use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Row};
 use tokio::sync::mpsc;
 
 /// Intents that share a transaction at most.
 const BATCH: usize = 256;
-
-/// One line of the audit log. Each carries the hash of itself and its predecessor: a line cannot be taken out or changed
-/// without changing all that follow.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct AuditLine {
-    /// Unix milliseconds.
-    pub at: u64,
-    /// Who: `uid 0`, `kiln.toml`, `kiln`.
-    pub actor: String,
-    /// Which machine.
-    pub machine: String,
-    /// What was ordered or decided.
-    pub what: String,
-    /// SHA-256 over the predecessor's hash and this line.
-    #[serde(default)]
-    pub hash: String,
-}
 
 pub(super) async fn run(pool: AnyPool, mut inbox: mpsc::UnboundedReceiver<(Intent, Option<Done>)>) {
     let mut batch = Vec::with_capacity(BATCH);
@@ -121,6 +105,9 @@ async fn write(db: &mut AnyConnection, intent: &Intent) -> Result<(), StoreError
             .execute(&mut *db)
             .await?;
         }
+        Intent::Erase { key } => {
+            sqlx::query("DELETE FROM notes WHERE name = $1").bind(key).execute(&mut *db).await?;
+        }
         Intent::Audit(line) => {
             let last = sqlx::query("SELECT number, hash FROM audit ORDER BY number DESC LIMIT 1")
                 .fetch_optional(&mut *db)
@@ -129,16 +116,22 @@ async fn write(db: &mut AnyConnection, intent: &Intent) -> Result<(), StoreError
                 Some(row) => (row.try_get::<i64, _>("number")? + 1, row.try_get::<String, _>("hash")?),
                 None => (1, String::new()),
             };
-            let hash = hex::sha256(&serde_json::to_vec(&(&before, line.at, &line.actor, &line.machine, &line.what))?);
-            sqlx::query("INSERT INTO audit (number, at, actor, machine, what, hash) VALUES ($1, $2, $3, $4, $5, $6)")
-                .bind(number)
-                .bind(i64::try_from(line.at).unwrap_or(i64::MAX))
-                .bind(&line.actor)
-                .bind(&line.machine)
-                .bind(&line.what)
-                .bind(hash)
-                .execute(&mut *db)
-                .await?;
+            let record = line.clone().follow(u64::try_from(number).unwrap_or(0), &before);
+            sqlx::query(
+                "INSERT INTO audit (number, at, actor, origin, machine, what, result, form, hash) \
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)",
+            )
+            .bind(number)
+            .bind(i64::try_from(record.at).unwrap_or(i64::MAX))
+            .bind(record.actor)
+            .bind(record.origin)
+            .bind(record.machine)
+            .bind(record.what)
+            .bind(record.result)
+            .bind(i64::from(record.form))
+            .bind(record.hash)
+            .execute(&mut *db)
+            .await?;
         }
     }
     Ok(())
@@ -167,20 +160,34 @@ async fn expected(db: &mut AnyConnection, put: &[(String, String)], gone: &[Stri
     Ok(())
 }
 
-pub(super) async fn audit_tail(pool: &AnyPool, limit: i64) -> Result<Vec<AuditLine>, StoreError> {
-    let rows = sqlx::query("SELECT at, actor, machine, what, hash FROM audit ORDER BY number DESC LIMIT $1")
-        .bind(limit)
-        .fetch_all(pool)
-        .await?;
-    rows.iter()
-        .map(|row| {
-            Ok(AuditLine {
-                at: u64::try_from(row.try_get::<i64, _>("at")?).unwrap_or(0),
-                actor: row.try_get("actor")?,
-                machine: row.try_get("machine")?,
-                what: row.try_get("what")?,
-                hash: row.try_get("hash")?,
-            })
-        })
-        .collect()
+const AUDIT: &str = "SELECT number, at, actor, origin, machine, what, result, form, hash FROM audit";
+
+fn record(row: &AnyRow) -> Result<Record, StoreError> {
+    let number = |name| row.try_get::<i64, _>(name).map(|n| u64::try_from(n).unwrap_or(0));
+    Ok(Record {
+        number: number("number")?,
+        at: number("at")?,
+        actor: row.try_get("actor")?,
+        origin: row.try_get("origin")?,
+        machine: row.try_get("machine")?,
+        what: row.try_get("what")?,
+        result: row.try_get("result")?,
+        form: u32::try_from(number("form")?).unwrap_or(0),
+        hash: row.try_get("hash")?,
+    })
+}
+
+/// The newest records, newest first.
+pub(super) async fn audit_tail(pool: &AnyPool, limit: i64) -> Result<Vec<Record>, StoreError> {
+    let text = format!("{AUDIT} ORDER BY number DESC LIMIT $1");
+    let rows = sqlx::query(AssertSqlSafe(text)).bind(limit).fetch_all(pool).await?;
+    rows.iter().map(record).collect()
+}
+
+/// Records behind a number, oldest first.
+pub(super) async fn audit_after(pool: &AnyPool, after: u64, limit: i64) -> Result<Vec<Record>, StoreError> {
+    let text = format!("{AUDIT} WHERE number > $1 ORDER BY number LIMIT $2");
+    let after = i64::try_from(after).unwrap_or(i64::MAX);
+    let rows = sqlx::query(AssertSqlSafe(text)).bind(after).bind(limit).fetch_all(pool).await?;
+    rows.iter().map(record).collect()
 }

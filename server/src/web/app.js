@@ -134,7 +134,10 @@ function showBoots(machine) {
 
 function show(machine) {
   if (!is(machine) && !rows.has(machine.id)) return;
-  if (only) showBoots(machine);
+  if (only) {
+    showBoots(machine);
+    document.dispatchEvent(new CustomEvent("kiln-machine", { detail: machine }));
+  }
   let entry = rows.get(machine.id);
   if (!entry) {
     entry = { row: document.createElement("tr") };

@@ -1,4 +1,4 @@
-//! The web page: the rack, live. Three files inside the program, no other host, nothing to build.
+//! The web page: the rack, live, and what a person may do there. Four files inside the program, no other host, nothing to build.
 
 use kiln_protocol::Stage;
 use std::fmt::Write;
@@ -23,6 +23,7 @@ pub fn asset(path: &str) -> Option<Asset> {
             ("text/html; charset=utf-8", include_str!("index.html").replace("<!--STAGES-->", &stages()))
         }
         "/app.js" => ("text/javascript; charset=utf-8", include_str!("app.js").to_owned()),
+        "/actions.js" => ("text/javascript; charset=utf-8", include_str!("actions.js").to_owned()),
         "/style.css" => ("text/css; charset=utf-8", include_str!("style.css").to_owned()),
         _ => return None,
     };
@@ -43,10 +44,22 @@ mod tests {
 
     #[test]
     fn the_page_is_small_and_names_no_other_host() {
-        let files: Vec<String> = ["/", "/app.js", "/style.css"].iter().map(|p| asset(p).unwrap().body).collect();
+        let files: Vec<String> =
+            ["/", "/app.js", "/actions.js", "/style.css"].iter().map(|p| asset(p).unwrap().body).collect();
         assert!(files.iter().map(String::len).sum::<usize>() <= 100 * 1024);
         assert!(files.iter().all(|f| !f.contains("http:") && !f.contains("https:") && !f.contains("//cdn")));
         assert!(asset("/other").is_none());
+    }
+
+    #[test]
+    fn nothing_on_the_page_needs_an_inline_script_or_style() {
+        let page = asset("/").unwrap().body;
+        assert!(!page.contains("style=") && !page.contains("<style") && !page.contains("javascript:"));
+        assert!(page.split("<script").skip(1).all(|script| script.starts_with(" src=\"/")), "{page}");
+        let handler =
+            page.split(['<', '>']).any(|tag| tag.split(' ').skip(1).any(|a| a.starts_with("on") && a.contains('=')));
+        assert!(!handler, "an inline handler");
+        assert!(CONTENT_SECURITY_POLICY.contains("default-src 'none'") && !CONTENT_SECURITY_POLICY.contains("unsafe"));
     }
 
     #[test]

@@ -106,6 +106,20 @@ impl TestSite {
         self.dir.path()
     }
 
+    /// More of kiln.toml.
+    pub fn configure(&self, more: &str) {
+        let file = self.path().join("kiln.toml");
+        let text = fs::read_to_string(&file).unwrap();
+        fs::write(file, format!("{text}{more}\n")).unwrap();
+    }
+
+    /// The program on this site, or elsewhere: exit code, standard output, standard error.
+    pub fn kiln(&self, arguments: &[&str]) -> (bool, String, String) {
+        let output = Command::new(env!("CARGO_BIN_EXE_kiln")).args(arguments).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.success(), text(&output.stdout), text(&output.stderr))
+    }
+
     pub fn publish(&self, release: u64) -> Manifest {
         let manifest = build(&self.site, release);
         kiln_images::publish(self.path(), "minimal", release, Timestamp::now()).unwrap();
@@ -185,6 +199,8 @@ pub struct Server {
     pub http: SocketAddr,
     pub agent: SocketAddr,
     pub socket: PathBuf,
+    /// Where people and programs are served over TLS, if they are.
+    pub https: Option<SocketAddr>,
     ca: Vec<u8>,
 }
 
@@ -224,7 +240,11 @@ impl Server {
             let line = lines.iter().find(|l| l["what"] == what).unwrap();
             line["address"].as_str().unwrap().parse().unwrap()
         };
-        Self { child, http: address("HTTP"), agent: address("agent API"), socket, ca: site.online("agent-ca.pem") }
+        let lines = status["listening"].as_array().unwrap();
+        let https =
+            lines.iter().find(|l| l["what"] == "HTTPS").map(|l| l["address"].as_str().unwrap().parse().unwrap());
+        let (http, agent, ca) = (address("HTTP"), address("agent API"), site.online("agent-ca.pem"));
+        Self { child, http, agent, socket, https, ca }
     }
 
     pub fn signal(&self, signal: &str) {
@@ -239,6 +259,35 @@ impl Server {
     pub async fn order(&self, method: &str, path: &str, body: Value) -> Answer {
         let stream = UnixStream::connect(&self.socket).await.unwrap();
         call(stream, method, &format!("/api/v1/{path}"), &[], body.to_string().into_bytes()).await
+    }
+
+    /// With a token, over this host's plain HTTP.
+    pub async fn with(&self, token: &str, method: &str, path: &str, body: Value) -> Answer {
+        let stream = TcpStream::connect(self.http).await.unwrap();
+        let bearer = format!("Bearer {token}");
+        let body = body.to_string().into_bytes();
+        call(stream, method, &format!("/api/v1/{path}"), &[("authorization", &bearer)], body).await
+    }
+
+    /// A new token's text.
+    pub async fn token(&self, name: &str, role: &str) -> String {
+        let answer = self.order("POST", "tokens", json!({ "name": name, "role": role })).await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+        answer.json()["text"].as_str().unwrap().to_owned()
+    }
+
+    /// Over TLS, as a browser or program that trusts the site's CA.
+    pub async fn https(&self, method: &str, path: &str, headers: &[(&str, &str)], body: Value) -> Answer {
+        let stream = TcpStream::connect(self.https.unwrap()).await.unwrap();
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(self.tls(None)));
+        let stream = connector.connect(ServerName::try_from("localhost").unwrap(), stream).await.unwrap();
+        call(stream, method, path, headers, body.to_string().into_bytes()).await
+    }
+
+    /// What the audit log says, oldest first.
+    pub async fn audit(&self) -> Vec<kiln_server::audit::Record> {
+        let answer = self.order("GET", "audit/records", Value::Null).await;
+        serde_json::from_slice(&answer.body).unwrap()
     }
 
     pub async fn machine(&self, name: &str) -> MachineView {

@@ -1,0 +1,79 @@
+//! A call that waits for a second person: as it was made, so that it is done later as it was asked for.
+
+use kiln_fleet::Millis;
+use kiln_fleet::access::{AccessRole, Proposal};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Proposals that are open at once.
+pub(crate) const MAX_OPEN: usize = 100;
+/// Proposals that are remembered; the oldest that are over are forgotten.
+pub(crate) const MAX_KEPT: usize = 500;
+
+/// A proposal and its call.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// What was asked for, and where it stands.
+    pub proposal: Proposal,
+    /// The least access role that it needs, of both.
+    pub least: AccessRole,
+    /// The token that asked, if it was one: if it does not hold any more, nothing is done in its name.
+    pub token: Option<String>,
+    /// The call's method.
+    pub method: String,
+    /// The call's path and query.
+    pub path: String,
+    /// What its body is.
+    pub content_type: String,
+    /// The call's body.
+    pub body: String,
+}
+
+impl Kept {
+    pub(crate) fn note(&self) -> String {
+        format!("pending/{}", self.proposal.id)
+    }
+}
+
+/// All who can act as this one: itself, and along the tokens by whose hand it has its own, each maker.
+pub(crate) fn behind(name: &str, tokens: &BTreeMap<String, super::Token>) -> BTreeSet<String> {
+    let mut all = BTreeSet::from([name.to_owned()]);
+    let mut next = vec![name.to_owned()];
+    while let Some(name) = next.pop() {
+        // A name may have been given more than once over time: each maker counts.
+        for token in tokens.values().filter(|token| token.actor() == name) {
+            for maker in std::iter::once(&token.by).chain(&token.second) {
+                if all.insert(maker.clone()) {
+                    next.push(maker.clone());
+                }
+            }
+        }
+    }
+    all
+}
+
+/// Those that may be forgotten: over, and the oldest beyond what is kept.
+pub(crate) fn surplus(kept: &BTreeMap<String, Kept>, now: Millis) -> Vec<String> {
+    let mut over: Vec<_> =
+        kept.values().filter(|k| !k.proposal.is_open(now)).map(|k| (k.proposal.at, &k.proposal.id)).collect();
+    over.sort_unstable();
+    over.into_iter().take(kept.len().saturating_sub(MAX_KEPT)).map(|(_, id)| id.clone()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Token;
+    use super::*;
+
+    #[test]
+    fn whoever_made_a_token_can_act_as_its_holder() {
+        let make = |name: &str, by: &str| Token::make(name, AccessRole::Admin, by, 0, 1).unwrap().0;
+        let all = [make("ann", "uid 0"), make("doll", "token ann"), make("ben", "uid 0"), make("ring", "token ring")];
+        let all: BTreeMap<String, Token> = all.into_iter().map(|t| (t.id.clone(), t)).collect();
+        let names = |who| behind(who, &all).into_iter().collect::<Vec<_>>();
+        assert_eq!(names("token doll"), ["token ann", "token doll", "uid 0"]);
+        assert_eq!(names("token ben"), ["token ben", "uid 0"]);
+        assert_eq!(names("token ring"), ["token ring"]);
+        assert_eq!(names("oidc x"), ["oidc x"]);
+    }
+}

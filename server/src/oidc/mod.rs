@@ -1,0 +1,248 @@
+//! Log-in with an identity provider: OpenID Connect's authorization code flow (Core 1.0, section 3.1) with PKCE (RFC 7636),
+//! `state`, `nonce`, and the issuer in the answer (RFC 9207). What the provider says is bounded in size and time; its
+//! keys are fetched anew when a token names one that is not known, at most once in a while.
+
+mod token;
+
+pub use token::{Expected, Jwks, Person, TokenError, verify};
+
+use crate::access::Login;
+use crate::config::Oidc;
+use crate::error::OidcError;
+use kiln_release::with_causes;
+use reqwest::redirect::Policy;
+use reqwest::{Certificate, Client, RequestBuilder, StatusCode, Url};
+use ring::digest;
+use serde::Deserialize;
+use std::time::Duration;
+use tokio::sync::Mutex;
+use tokio::time::Instant;
+
+/// An answer of the provider is at most so long, and takes at most so long.
+const MAX_ANSWER: usize = 256 << 10;
+const ANSWER: Duration = Duration::from_secs(10);
+/// What it says of itself is asked for again after so long.
+const FRESH: Duration = Duration::from_secs(3600);
+/// Unknown keys make its keys be asked for at most so often.
+const KEYS_AGAIN: Duration = Duration::from_secs(10);
+
+/// OpenID Connect Discovery 1.0, section 3, as far as it is used.
+#[derive(Debug, Clone, Deserialize)]
+struct Discovery {
+    issuer: String,
+    authorization_endpoint: String,
+    token_endpoint: String,
+    jwks_uri: String,
+    #[serde(default)]
+    authorization_response_iss_parameter_supported: bool,
+}
+
+#[derive(Debug, Clone)]
+struct Known {
+    discovery: Discovery,
+    keys: Jwks,
+    at: Instant,
+}
+
+/// The provider.
+#[derive(Debug)]
+pub struct Provider {
+    config: Oidc,
+    secret: Option<String>,
+    http: Client,
+    known: Mutex<Option<Known>>,
+}
+
+/// What the provider sent the browser back with.
+#[derive(Debug, Default, Deserialize)]
+pub struct Answer {
+    /// The authorization code.
+    pub code: Option<String>,
+    /// What was sent along.
+    pub state: Option<String>,
+    /// Who answers.
+    pub iss: Option<String>,
+    /// Why there is no code.
+    pub error: Option<String>,
+}
+
+/// RFC 3986's unreserved characters stay.
+fn encode(text: &str) -> String {
+    use std::fmt::Write;
+    text.bytes().fold(String::new(), |mut out, byte| {
+        if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
+            out.push(char::from(byte));
+        } else {
+            write!(out, "%{byte:02X}").expect("writing to a String cannot fail");
+        }
+        out
+    })
+}
+
+fn query(pairs: &[(&str, &str)]) -> String {
+    pairs.iter().map(|(name, value)| format!("{name}={}", encode(value))).collect::<Vec<_>>().join("&")
+}
+
+impl Provider {
+    /// Reads its files. Nothing is asked of it before somebody logs in: it may start after this server.
+    pub fn new(config: Oidc) -> Result<Self, OidcError> {
+        let fail = |what, reason: String| OidcError::Provider { what, reason };
+        let read = |what, path: &std::path::Path| {
+            std::fs::read(path).map_err(|e| fail(what, format!("{}: {e}", path.display())))
+        };
+        let mut builder = Client::builder().redirect(Policy::none()).timeout(ANSWER).connect_timeout(ANSWER);
+        if let Some(path) = &config.ca {
+            let pem = read("the CA", path)?;
+            let all = Certificate::from_pem_bundle(&pem).map_err(|e| fail("the CA", with_causes(&e)))?;
+            builder = builder.tls_certs_only(all);
+        }
+        let secret = match &config.client_secret_file {
+            Some(path) => {
+                let bytes = read("the client secret", path)?;
+                Some(String::from_utf8_lossy(&bytes).trim().to_owned())
+            }
+            None => None,
+        };
+        let http = builder.build().map_err(|e| fail("the client", with_causes(&e)))?;
+        Ok(Self { config, secret, http, known: Mutex::new(None) })
+    }
+
+    fn redirect_uri(&self) -> String {
+        format!("{}/login/oidc/callback", self.config.url)
+    }
+
+    /// Where the browser goes.
+    pub async fn begin(&self, state: &str, nonce: &str, verifier: &str) -> Result<String, OidcError> {
+        let known = self.known().await?;
+        // RFC 7636, section 4.2.
+        let challenge = token::to_base64url(digest::digest(&digest::SHA256, verifier.as_bytes()).as_ref());
+        let redirect = self.redirect_uri();
+        let pairs = query(&[
+            ("response_type", "code"),
+            ("client_id", &self.config.client_id),
+            ("redirect_uri", &redirect),
+            ("scope", &self.config.scopes.join(" ")),
+            ("state", state),
+            ("nonce", nonce),
+            ("code_challenge", &challenge),
+            ("code_challenge_method", "S256"),
+        ]);
+        let endpoint = &known.discovery.authorization_endpoint;
+        let joint = if endpoint.contains('?') { '&' } else { '?' };
+        Ok(format!("{endpoint}{joint}{pairs}"))
+    }
+
+    /// Who came back. The answer's `state` has been found to be this log-in's.
+    pub async fn end(&self, login: &Login, answer: &Answer, now: i64) -> Result<Person, OidcError> {
+        if let Some(error) = &answer.error {
+            return Err(OidcError::Refused(error.chars().filter(char::is_ascii_graphic).take(64).collect()));
+        }
+        let known = self.known().await?;
+        // RFC 9207, section 2.4: the answer of another provider is not exchanged with this one.
+        match &answer.iss {
+            Some(iss) if *iss != self.config.issuer => return Err(OidcError::State),
+            None if known.discovery.authorization_response_iss_parameter_supported => return Err(OidcError::State),
+            Some(_) | None => {}
+        }
+        let code = answer.code.as_deref().ok_or(OidcError::State)?;
+        let id_token = self.exchange(&known.discovery, code, &login.verifier).await?;
+        let expected = Expected {
+            issuer: &self.config.issuer,
+            client_id: &self.config.client_id,
+            nonce: &login.nonce,
+            groups_claim: &self.config.groups_claim,
+            now,
+        };
+        match verify(&id_token, &known.keys, &expected) {
+            // It may have a new key since.
+            Err(TokenError::UnknownKey(_)) if known.at.elapsed() >= KEYS_AGAIN => {
+                *self.known.lock().await = None;
+                Ok(verify(&id_token, &self.known().await?.keys, &expected)?)
+            }
+            other => Ok(other?),
+        }
+    }
+
+    async fn exchange(&self, discovery: &Discovery, code: &str, verifier: &str) -> Result<String, OidcError> {
+        #[derive(Deserialize)]
+        struct Tokens {
+            id_token: String,
+        }
+        let redirect = self.redirect_uri();
+        let mut pairs = vec![
+            ("grant_type", "authorization_code"),
+            ("code", code),
+            ("redirect_uri", &redirect),
+            ("code_verifier", verifier),
+        ];
+        if self.secret.is_none() {
+            pairs.push(("client_id", &self.config.client_id));
+        }
+        let mut request = self.http.post(&discovery.token_endpoint);
+        if let Some(secret) = &self.secret {
+            // RFC 6749, section 2.3.1: both are form-encoded first.
+            request = request.basic_auth(encode(&self.config.client_id), Some(encode(secret)));
+        }
+        let request = request.header("content-type", "application/x-www-form-urlencoded").body(query(&pairs));
+        let bytes = fetch("the token", request).await?;
+        let tokens: Result<Tokens, _> = serde_json::from_slice(&bytes);
+        tokens.map(|t| t.id_token).map_err(|e| OidcError::Provider { what: "the token", reason: e.to_string() })
+    }
+
+    async fn known(&self) -> Result<Known, OidcError> {
+        let mut known = self.known.lock().await;
+        if let Some(known) = known.as_ref().filter(|known| known.at.elapsed() < FRESH) {
+            return Ok(known.clone());
+        }
+        let wrong = |what, reason: String| OidcError::Provider { what, reason };
+        let url = format!("{}/.well-known/openid-configuration", self.config.issuer.trim_end_matches('/'));
+        let bytes = fetch("the discovery document", self.http.get(url)).await?;
+        let discovery: Discovery =
+            serde_json::from_slice(&bytes).map_err(|e| wrong("the discovery document", e.to_string()))?;
+        // Discovery 1.0, section 4.3.
+        if discovery.issuer != self.config.issuer {
+            let got: String = discovery.issuer.chars().take(200).collect();
+            return Err(wrong("the discovery document", format!("it is of {got:?}, not of {:?}", self.config.issuer)));
+        }
+        for endpoint in [&discovery.authorization_endpoint, &discovery.token_endpoint, &discovery.jwks_uri] {
+            let secure = Url::parse(endpoint).is_ok_and(|url| {
+                let local = matches!(url.host_str(), Some("127.0.0.1" | "[::1]" | "localhost"));
+                url.scheme() == "https" || (url.scheme() == "http" && local)
+            });
+            if !secure || endpoint.contains('#') {
+                let shown: String = endpoint.chars().take(200).collect();
+                return Err(wrong("the discovery document", format!("{shown:?} is not https")));
+            }
+        }
+        let keys = Jwks::parse(&fetch("the keys", self.http.get(&discovery.jwks_uri)).await?)?;
+        Ok(known.insert(Known { discovery, keys, at: Instant::now() }).clone())
+    }
+}
+
+async fn fetch(what: &'static str, request: RequestBuilder) -> Result<Vec<u8>, OidcError> {
+    let fail = |reason: String| OidcError::Provider { what, reason };
+    let mut response = request.send().await.map_err(|e| fail(with_causes(&e)))?;
+    let status = response.status();
+    let mut bytes = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(|e| fail(with_causes(&e)))? {
+        if bytes.len() + chunk.len() > MAX_ANSWER {
+            return Err(fail(format!("it is longer than {} KiB", MAX_ANSWER >> 10)));
+        }
+        bytes.extend_from_slice(&chunk);
+    }
+    if status == StatusCode::OK {
+        return Ok(bytes);
+    }
+    let words: String = String::from_utf8_lossy(&bytes).chars().filter(|c| !c.is_control()).take(200).collect();
+    Err(fail(format!("answered {status}: {words}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_are_encoded() {
+        assert_eq!(query(&[("a", "b c&d=é"), ("e", "~x-._")]), "a=b%20c%26d%3D%C3%A9&e=~x-._");
+    }
+}

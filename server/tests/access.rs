@@ -100,7 +100,7 @@ async fn a_token_is_made_used_listed_and_revoked() {
     let (_, list, _) = site.kiln(&["token", "list", "--site", &dir]);
     let row = list.lines().find(|l| l.starts_with("ann")).unwrap();
     assert!(
-        row.contains("operator") && row.contains("holds") && row.contains("s ago") && row.contains("in 7 d"),
+        row.contains("operator") && row.contains("holds") && row.contains("s ago") && row.contains("in 6 d"),
         "{list}"
     );
     assert!(!list.contains(text.trim().rsplit('_').next().unwrap()), "the secret is shown once");

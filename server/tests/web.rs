@@ -6,7 +6,9 @@ mod common;
 
 use common::*;
 use fantoccini::{Client, ClientBuilder, Locator};
-use kiln_protocol::{LOG_PATH, LogBatch, LogLine, LogSource, Stage, StageRecord, StageState};
+use kiln_protocol::{
+    INTRODUCTION_PATH, Introduction, LOG_PATH, LogBatch, LogLine, LogSource, Stage, StageRecord, StageState, commitment,
+};
 use serde_json::json;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
@@ -54,8 +56,8 @@ async fn browser() -> Option<(Driver, Client)> {
         &format!("--user-data-dir={}", profile.path().display()),
     ];
     let driver = Driver { process, url: format!("http://127.0.0.1:{port}"), _profile: profile };
-    let capabilities =
-        json!({ "goog:chromeOptions": { "args": arguments }, "goog:loggingPrefs": { "browser": "ALL" } });
+    let capabilities = json!({ "acceptInsecureCerts": true, "goog:chromeOptions": { "args": arguments },
+                "goog:loggingPrefs": { "browser": "ALL" } });
     let capabilities = capabilities.as_object().unwrap().clone();
     let client = ClientBuilder::new(hyper_util::client::legacy::connect::HttpConnector::new())
         .capabilities(capabilities)
@@ -144,6 +146,111 @@ async fn the_rack_is_live_in_a_browser() {
     server.signal("-TERM");
     let lost = "#summary[data-connected=\"false\"]";
     page.wait().at_most(PATIENCE).for_element(Locator::Css(lost)).await.unwrap();
+    page.close().await.unwrap();
+    drop(driver);
+}
+
+/// Enter, as a keyboard gives it to WebDriver.
+const ENTER: &str = "\u{e007}";
+
+/// The text of an element, once it satisfies `wanted`.
+async fn text_of(page: &Client, id: &str, wanted: impl Fn(&str) -> bool) -> String {
+    let begun = std::time::Instant::now();
+    loop {
+        if let Ok(element) = page.find(Locator::Id(id)).await
+            && let Ok(text) = element.text().await
+        {
+            if wanted(&text) {
+                return text;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{id} says {text:?}");
+        }
+        assert!(begun.elapsed() < PATIENCE, "there is no {id}");
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Types into what is shown under this id.
+async fn keys(page: &Client, id: &str, text: &str) {
+    let css = format!("#{id}");
+    let begun = std::time::Instant::now();
+    loop {
+        let element = page.wait().at_most(PATIENCE).for_element(Locator::Css(&css)).await.unwrap();
+        // It is shown once the page has heard of the machine and of who looks at it.
+        match element.send_keys(text).await {
+            Ok(()) => return,
+            Err(error) => assert!(begun.elapsed() < PATIENCE, "{id}: {error}"),
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn a_person_logs_in_and_acts_with_the_keyboard_alone() {
+    let site = TestSite::new();
+    site.configure("[https]\nlisten = \"127.0.0.1:0\"");
+    let server = Server::start(&site).await;
+    let token = server.token("ann", "operator").await;
+    let mut agent = Agent::new(9, &site.manifest(1));
+    let report = agent.report();
+    agent.send(&server, &report).await;
+    let nonce: kiln_protocol::Nonce = "ab".repeat(32).parse().unwrap();
+    let commit = Introduction::Commit { machine: machine_id(9), commitment: commitment(&nonce) };
+    for step in [commit, Introduction::Reveal { machine: machine_id(9), nonce }] {
+        let body = serde_json::to_vec(&step).unwrap();
+        let answer = server.post_to(INTRODUCTION_PATH, server.tls(Some(agent.identity())), body).await.unwrap();
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+    let code = server.machine(machine_id(9).as_str()).await.code.unwrap().to_string();
+    let Some((driver, page)) = browser().await else { return };
+    let url = format!("https://{}/m/{}", server.https.unwrap(), machine_id(9));
+    page.goto(&url).await.unwrap();
+    text_of(&page, "code", |text| text.contains(&code)).await;
+    let actions = page.find(Locator::Id("actions")).await.unwrap();
+    assert!(!actions.is_displayed().await.unwrap(), "nobody is logged in");
+
+    keys(&page, "log-in", ENTER).await;
+    keys(&page, "token", "kiln_wrong").await;
+    keys(&page, "token", ENTER).await;
+    text_of(&page, "log-in-said", |text| text.contains("no token of this site")).await;
+    keys(&page, "token", &token).await;
+    keys(&page, "token", ENTER).await;
+    text_of(&page, "who", |text| text == "token ann (operator)").await;
+
+    keys(&page, "approve-name", "found").await;
+    keys(&page, "approve-code", "ABCD-EFGH").await;
+    keys(&page, "approve-code", ENTER).await;
+    text_of(&page, "said", |text| text.contains("not the code")).await;
+    page.find(Locator::Id("approve-code")).await.unwrap().clear().await.unwrap();
+    keys(&page, "approve-code", &code).await;
+    keys(&page, "approve-code", ENTER).await;
+    text_of(&page, "said", |text| text == "found: approved").await;
+    assert_eq!(server.machine("found").await.role.as_deref(), Some("lab"));
+
+    keys(&page, "assign-via", "cold").await;
+    let assign = page.wait().at_most(PATIENCE).for_element(Locator::Css("#assign button")).await.unwrap();
+    assign.send_keys(ENTER).await.unwrap();
+    text_of(&page, "said", |text| text == "found: assigned").await;
+    keys(&page, "excuse-reason", "disk ordered").await;
+    keys(&page, "excuse-reason", ENTER).await;
+    text_of(&page, "said", |text| text == "found: excused").await;
+    assert!(server.machine("found").await.reason.contains("disk ordered"));
+    let clear = page.find(Locator::Css("#clear button")).await.unwrap();
+    clear.send_keys(ENTER).await.unwrap();
+    text_of(&page, "said", |text| text == "found: cleared").await;
+    let audit = server.audit().await;
+    let did = |what: &str| audit.iter().any(|r| r.actor == "token ann" && r.what.contains(what) && r.result == "done");
+    assert!(
+        did("its code was compared") && did("via cold") && did("excused: disk ordered") && did("cleared"),
+        "{audit:?}"
+    );
+
+    // The session's cookie is not for scripts, and what is drawn needed no other host.
+    assert_eq!(page.execute("return document.cookie", vec![]).await.unwrap(), json!(""));
+    keys(&page, "log-out", ENTER).await;
+    text_of(&page, "who", str::is_empty).await;
+    let actions = page.find(Locator::Id("actions")).await.unwrap();
+    assert!(!actions.is_displayed().await.unwrap());
     page.close().await.unwrap();
     drop(driver);
 }

@@ -10,10 +10,9 @@ pub enum Kind {
     Open,
     /// It reads what only those with the role may read.
     Read,
-    /// It changes something, and what it does writes its own record of success into the audit log.
+    /// It changes something. What it does writes its own record into the audit log, with the change; failure is recorded
+    /// where calls are let in.
     Change,
-    /// It changes something; its record is written where calls are let in.
-    Recorded,
     /// It is how somebody becomes known: anybody may make it.
     LogIn,
 }
@@ -37,7 +36,7 @@ impl Call {
     /// It changes something, so that it needs a credential, and its failure is recorded.
     pub fn changes(&self) -> bool {
         match self.kind {
-            Kind::Change | Kind::Recorded => true,
+            Kind::Change => true,
             Kind::Open | Kind::Read | Kind::LogIn => false,
         }
     }

@@ -6,7 +6,7 @@ use axum::body::{Body, Bytes, to_bytes};
 use axum::extract::Request;
 use axum::http::StatusCode;
 use axum::response::Response;
-use kiln_protocol::KeyId;
+use kiln_protocol::{KeyId, cut_at, printable};
 use serde::de::DeserializeOwned;
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -69,6 +69,10 @@ pub(super) async fn json<T: DeserializeOwned>(
     let Posted { from, to, key, body } = bytes(app, peer, request, limit, what).await?;
     match serde_json::from_slice(&body) {
         Ok(body) => Ok(Posted { from, to, key, body }),
-        Err(e) => Err(text(StatusCode::BAD_REQUEST, format!("this is no {what}: {e}\n"))),
+        Err(e) => {
+            // It quotes what was posted.
+            let reason = printable(cut_at(&e.to_string(), 300));
+            Err(text(StatusCode::BAD_REQUEST, format!("this is no {what}: {reason}\n")))
+        }
     }
 }

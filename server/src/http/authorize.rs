@@ -85,7 +85,7 @@ async fn let_in(app: App, mut request: Request, next: Next) -> Response {
         Err(answer) => return answer,
     };
     let answer = next.run(request).await;
-    record(&app, &caller, call, &format!("{method} {uri}"), &answer);
+    record(&app, &caller, &format!("{method} {uri}"), &answer);
     answer
 }
 
@@ -129,7 +129,7 @@ fn may(app: &App, caller: &Caller, call: &Call) -> Result<(), AccessError> {
     let open = match call.kind {
         Kind::LogIn => true,
         Kind::Open => app.control.config.access.anonymous_reads,
-        Kind::Read | Kind::Change | Kind::Recorded => false,
+        Kind::Read | Kind::Change => false,
     };
     match caller.role {
         _ if open => Ok(()),
@@ -182,14 +182,11 @@ async fn second_person(
     Ok(Request::from_parts(parts, Body::from(bytes)))
 }
 
-/// What failed, and what does not record itself.
-fn record(app: &App, caller: &Caller, call: &Call, what: &str, answer: &Response) {
-    let line = Line::done(now_ms(), &caller.who(), "", what);
+/// What failed: what succeeds writes its own record, with the change.
+fn record(app: &App, caller: &Caller, what: &str, answer: &Response) {
     if !answer.status().is_success() {
         let reason = answer.extensions().get::<Failure>().map_or_else(|| answer.status().to_string(), |f| f.0.clone());
-        app.control.note_down(line.but(reason));
-    } else if call.kind == Kind::Recorded {
-        app.control.note_down(line);
+        app.control.note_down(Line::done(now_ms(), &caller.who(), "", what).but(reason));
     }
 }
 

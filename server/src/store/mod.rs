@@ -45,14 +45,35 @@ pub struct Stored {
 /// What the writer is asked to do.
 #[derive(Debug)]
 pub(crate) enum Intent {
-    Machine { id: String, doc: String, envelope: String, boots: Vec<(i64, String)>, oldest_boot: i64 },
-    Forget { id: String },
-    Hardware { id: String, doc: String },
-    Expected { put: Vec<(String, String)>, gone: Vec<String> },
+    Machine {
+        id: String,
+        doc: String,
+        envelope: String,
+        boots: Vec<(i64, String)>,
+        oldest_boot: i64,
+    },
+    Forget {
+        id: String,
+    },
+    Hardware {
+        id: String,
+        doc: String,
+    },
+    Expected {
+        put: Vec<(String, String)>,
+        gone: Vec<String>,
+    },
     Seen(BTreeMap<MachineId, u64>),
-    Note { key: String, value: String },
-    Erase { key: String },
+    Note {
+        key: String,
+        value: String,
+    },
+    Erase {
+        key: String,
+    },
     Audit(Line),
+    /// Nothing: when it is done, so is all that came before.
+    Settle,
 }
 
 type Done = oneshot::Sender<Result<(), StoreError>>;
@@ -159,13 +180,15 @@ impl Store {
         rows.await?.iter().map(|r| r.try_get("value").map_err(StoreError::from)).collect()
     }
 
-    /// The newest records of the audit log, newest first.
+    /// The newest records of the audit log, newest first; all that was handed in before is among them.
     pub async fn audit_tail(&self, limit: i64) -> Result<Vec<Record>, StoreError> {
+        self.send(Intent::Settle).wait().await?;
         writer::audit_tail(&self.pool, limit).await
     }
 
-    /// The records behind a number, oldest first.
+    /// The records behind a number, oldest first; all that was handed in before is among them.
     pub async fn audit_after(&self, after: u64, limit: i64) -> Result<Vec<Record>, StoreError> {
+        self.send(Intent::Settle).wait().await?;
         writer::audit_after(&self.pool, after, limit).await
     }
 

@@ -105,6 +105,7 @@ async fn write(db: &mut AnyConnection, intent: &Intent) -> Result<(), StoreError
             .execute(&mut *db)
             .await?;
         }
+        Intent::Settle => {}
         Intent::Erase { key } => {
             sqlx::query("DELETE FROM notes WHERE name = $1").bind(key).execute(&mut *db).await?;
         }

@@ -113,9 +113,12 @@
     }
   });
 
-  document.addEventListener("kiln-machine", (event) => {
-    machine = event.detail;
+  // It may have been heard of before this script was there.
+  const look = () => {
+    machine = window.kilnMachine || null;
     arrange();
-  });
+  };
+  document.addEventListener("kiln-machine", look);
+  look();
   learn();
 })();

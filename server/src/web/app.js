@@ -136,7 +136,8 @@ function show(machine) {
   if (!is(machine) && !rows.has(machine.id)) return;
   if (only) {
     showBoots(machine);
-    document.dispatchEvent(new CustomEvent("kiln-machine", { detail: machine }));
+    window.kilnMachine = machine;
+    document.dispatchEvent(new Event("kiln-machine"));
   }
   let entry = rows.get(machine.id);
   if (!entry) {

@@ -271,8 +271,8 @@ mod tests {
         let whole = chain(20);
         let head = (15, whole[14].hash.clone());
         assert!(check(&whole, std::slice::from_ref(&head)).is_ok());
-        assert_eq!(check(&whole[..12], &[head.clone()]), Err(ChainError::Cut { number: 15, got: 12 }));
-        assert_eq!(check(&[], &[head.clone()]), Err(ChainError::Cut { number: 15, got: 0 }));
+        assert_eq!(check(&whole[..12], std::slice::from_ref(&head)), Err(ChainError::Cut { number: 15, got: 12 }));
+        assert_eq!(check(&[], std::slice::from_ref(&head)), Err(ChainError::Cut { number: 15, got: 0 }));
         let mut before = String::new();
         let anew: Vec<Record> = (1..=20)
             .map(|n| {

@@ -241,6 +241,7 @@ impl Oidc {
 #[cfg(test)]
 mod tests {
     use crate::config::Config;
+    use kiln_fleet::access::AccessRole;
 
     const ALL: &str = r#"
 [access]
@@ -284,8 +285,8 @@ ca = "/etc/kiln/ca.pem"
             ("https://id.example/realm/", "https://kiln.example:8444")
         );
         let role = |groups: &[&str]| oidc.role_of(&groups.iter().map(|g| (*g).to_owned()).collect::<Vec<_>>());
-        assert_eq!(role(&["x", "rack staff"]).map(|r| r.as_str()), Some("technician"));
-        assert_eq!(role(&["rack staff", "kiln-admins"]).map(|r| r.as_str()), Some("admin"));
+        assert_eq!(role(&["x", "rack staff"]).map(AccessRole::as_str), Some("technician"));
+        assert_eq!(role(&["rack staff", "kiln-admins"]).map(AccessRole::as_str), Some("admin"));
         assert_eq!(role(&["Kiln-Admins", ""]), None);
         let defaults = Config::default();
         assert!(defaults.access.anonymous_reads && defaults.https.is_none() && defaults.oidc.is_none());

@@ -55,37 +55,28 @@ impl Control {
         if let Some(wait) = wait {
             return Err(AccessError::TooOften { seconds: wait.div_ceil(1000) });
         }
-        let refused = if !secure {
-            let what = format!("showed {owner} over an unencrypted connection");
-            tracing::warn!("{origin} {what}: revoke it");
-            (AccessError::InTheClear, what)
-        } else {
-            match parts.and_then(|(id, secret)| known.tokens.get_mut(id).filter(|token| token.is(secret))) {
-                Some(token) => match token.holds(now) {
-                    Ok(()) => {
-                        if token.use_now(now)
-                            && let Ok(doc) = serde_json::to_string(token)
-                        {
-                            drop(self.store.remember(token.note(), doc));
-                        }
-                        let credential = Credential::Token(token.id.clone());
-                        return Ok(Caller {
-                            name: token.actor(),
-                            role: Some(token.role),
-                            origin,
-                            credential,
-                            second: None,
-                        });
-                    }
-                    Err(error) => {
-                        let what = format!("showed {}, which does not hold any more", token.actor());
-                        (error, what)
-                    }
-                },
-                None => (AccessError::WrongToken, format!("showed a wrong secret for {owner}")),
+        // One that came unencrypted is not looked at.
+        let found = parts.filter(|_| secure).and_then(|(id, secret)| {
+            let token = known.tokens.get_mut(id)?;
+            token.is(secret).then_some(token)
+        });
+        let (error, what) = match found.map(|token| (token.holds(now), token)) {
+            Some((Ok(()), token)) => {
+                if token.use_now(now)
+                    && let Ok(doc) = serde_json::to_string(token)
+                {
+                    drop(self.store.remember(token.note(), doc));
+                }
+                let credential = Credential::Token(token.id.clone());
+                return Ok(Caller { name: token.actor(), role: Some(token.role), origin, credential, second: None });
+            }
+            Some((Err(error), token)) => (error, format!("showed {}, which does not hold any more", token.actor())),
+            None if secure => (AccessError::WrongToken, format!("showed a wrong secret for {owner}")),
+            None => {
+                tracing::warn!("{origin} showed {owner} over an unencrypted connection: revoke it");
+                (AccessError::InTheClear, format!("showed {owner} over an unencrypted connection"))
             }
         };
-        let (error, what) = refused;
         known.by_address.failed(&place, now);
         if !account.is_empty() {
             known.by_account.failed(account, now);

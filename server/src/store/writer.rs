@@ -145,7 +145,7 @@ async fn expected(db: &mut AnyConnection, put: &[(String, String)], gone: &[Stri
     for names in gone.chunks(ROWS) {
         let places: Vec<String> = (1..=names.len()).map(|n| format!("${n}")).collect();
         let sql = format!("DELETE FROM expected WHERE name IN ({})", places.join(", "));
-        let query = names.iter().fold(sqlx::query(sqlx::AssertSqlSafe(sql)), sqlx::query::Query::bind);
+        let query = names.iter().fold(sqlx::query(AssertSqlSafe(sql)), sqlx::query::Query::bind);
         query.execute(&mut *db).await?;
     }
     for rows in put.chunks(ROWS) {
@@ -154,7 +154,7 @@ async fn expected(db: &mut AnyConnection, put: &[(String, String)], gone: &[Stri
             "INSERT INTO expected (name, doc) VALUES {} ON CONFLICT (name) DO UPDATE SET doc = excluded.doc",
             places.join(", ")
         );
-        let query = sqlx::query(sqlx::AssertSqlSafe(sql));
+        let query = sqlx::query(AssertSqlSafe(sql));
         let query = rows.iter().fold(query, |query, (name, doc)| query.bind(name).bind(doc));
         query.execute(&mut *db).await?;
     }

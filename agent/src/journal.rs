@@ -157,6 +157,7 @@ impl Journal {
             fallback: self.fallback.clone(),
             agent_memory: facts::own_memory(),
             exec: None,
+            dbx: None,
             condition: self.condition.clone(),
             wait_s,
             desired_etag: self.state.desired_etag.clone(),

@@ -15,6 +15,7 @@ mod api;
 mod change;
 mod coldplug;
 mod console;
+mod dbx;
 mod disk;
 mod drift;
 mod error;

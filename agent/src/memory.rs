@@ -58,17 +58,22 @@ impl Memory {
         self.floors.get(image).copied().unwrap_or(1)
     }
 
-    /// Whose sequence numbers count from now on.
-    pub fn directed_by(&mut self, site: &Site) {
+    /// Whose sequence numbers count from now on. With another director the time that the one before said is forgotten
+    /// too: with a stolen key it can have been any up to the newest offline date. True if something was forgotten.
+    pub fn directed_by(&mut self, site: &Site) -> bool {
         let keys: Vec<&str> = site.directors.keys().map(String::as_str).collect();
         let director = hex::sha256(keys.join(",").as_bytes());
         if self.director != director {
-            if !self.director.is_empty() {
+            let replaced = !self.director.is_empty();
+            if replaced {
                 self.order_base = self.order_base.saturating_add(self.sequence);
                 self.sequence = 0;
+                self.time_floor = None;
             }
             self.director = director;
+            return replaced;
         }
+        false
     }
 
     /// What is remembered of this order.
@@ -273,13 +278,15 @@ mod tests {
             .unwrap()
         };
         let mut memory = Memory::default();
-        memory.directed_by(&site("a"));
-        memory.sequence = 7;
+        assert!(!memory.directed_by(&site("a")));
+        (memory.sequence, memory.time_floor) = (7, Some("2099-01-01T00:00:00Z".parse().unwrap()));
         assert_eq!((memory.order(7), memory.sequence_of(7)), (7, Some(7)));
-        memory.directed_by(&site("a"));
+        assert!(!memory.directed_by(&site("a")));
         assert_eq!(memory.order(8), 8, "the same director");
-        memory.directed_by(&site("b"));
+        assert!(memory.time_floor.is_some());
+        assert!(memory.directed_by(&site("b")));
         assert_eq!((memory.sequence, memory.order(1)), (0, 8), "lower than 7, and newer");
+        assert_eq!(memory.time_floor, None, "what the old one said of the time");
         assert_eq!((memory.sequence_of(8), memory.sequence_of(7)), (Some(1), None));
     }
 }

@@ -138,7 +138,11 @@ impl Verifier {
         self.place.remember(&self.memory)?;
         fetched?;
         let verified = self.take(client.finish()?, release, files)?;
-        self.memory.directed_by(&verified.site);
+        if self.memory.directed_by(&verified.site) {
+            self.now = self.boot.built;
+        }
+        // Signed offline with the release: it is at least so late.
+        self.move_clock(self.boot.built.max(verified.manifest.built));
         self.place.remember(&self.memory)?;
         Ok(verified)
     }

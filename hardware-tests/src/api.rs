@@ -3,7 +3,7 @@
 //! Requests are HTTP/1.0 on purpose: the answer then ends with the connection, also a stream of events.
 
 use crate::error::LabError;
-use kiln_protocol::{AgentMemory, ExecState, Stage};
+use kiln_protocol::{AgentMemory, DbxState, ExecState, Stage};
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -43,6 +43,7 @@ pub struct MachineView {
     pub agent_memory: Option<AgentMemory>,
     #[serde(default)]
     pub exec: Option<ExecState>,
+    pub dbx: Option<DbxState>,
     #[serde(default)]
     pub last_words: Option<Value>,
     #[serde(default)]

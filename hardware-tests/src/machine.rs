@@ -55,6 +55,8 @@ pub struct MachineSpec {
     pub trunk: bool,
     /// It has a VGA card, of whose picture copies can be made.
     pub screen: bool,
+    /// What its clock says when it is switched on, as `1970-01-01`; none: the time.
+    pub clock: Option<&'static str>,
 }
 
 /// How a disk of [`DISK_BYTES`] is attached.
@@ -92,6 +94,7 @@ impl MachineSpec {
             keys: None,
             trunk: false,
             screen: false,
+            clock: None,
         }
     }
 
@@ -237,6 +240,9 @@ impl Machine {
         arg(&["-machine", &format!("q35,graphics=off,smm={smm}"), "-accel", self.accelerator.name()]);
         arg(&["-cpu", self.accelerator.cpu(), "-smp", "1", "-m", &format!("{}M", spec.memory_mib)]);
         arg(&["-uuid", &spec.uuid()]);
+        if let Some(clock) = spec.clock {
+            arg(&["-rtc", &format!("base={clock}")]);
+        }
         arg(&["-smbios", &format!("type=1,manufacturer=Kiln,product=Virtual rack machine,serial={}", spec.name)]);
         arg(&["-chardev", "stdio,id=serial,signal=off", "-serial", "chardev:serial"]);
         arg(&["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);

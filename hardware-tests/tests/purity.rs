@@ -3,7 +3,7 @@
 //! The other half of the purity rule, what the sources may name, is each pure crate's clippy.toml.
 #![allow(clippy::unwrap_used)]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const PURE: [&str; 4] = ["kiln-protocol", "kiln-release", "kiln-netboot", "kiln-fleet"];
@@ -58,6 +58,35 @@ fn every_pure_crate_has_its_list_of_disallowed_names() {
         let lib = std::fs::read_to_string(root.join(dir).join("src/lib.rs")).unwrap();
         for attribute in ["#![forbid(unsafe_code)]", "#![deny(missing_docs)]"] {
             assert!(lib.contains(attribute), "{dir}/src/lib.rs lacks {attribute}");
+        }
+    }
+}
+
+/// No clock of a machine is believed: what decides, what verifies and TLS take the time floor. Those named here tell people
+/// when something happened, or look how far the clock is off.
+#[test]
+fn nothing_that_decides_reads_the_clock() {
+    const MAY: [&str; 4] = ["exec/guard.rs", "service/watch.rs", "spool.rs", "testing/mod.rs"];
+    fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                sources(&path, found);
+            } else if path.extension().is_some_and(|end| end == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("agent/src");
+    let mut all = Vec::new();
+    sources(&root, &mut all);
+    assert!(all.len() > 80, "{all:?}");
+    for file in all {
+        let name = file.strip_prefix(&root).unwrap().display().to_string();
+        let source = std::fs::read_to_string(&file).unwrap();
+        for clock in ["Timestamp::now", "SystemTime", "Zoned::now", "CLOCK_REALTIME", "UnixTime::now"] {
+            let reads = source.contains(clock);
+            assert!(!reads || MAY.contains(&name.as_str()), "{name} reads the machine's clock: {clock}");
         }
     }
 }

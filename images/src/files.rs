@@ -135,6 +135,14 @@ pub(crate) fn write_atomic(path: &Path, bytes: &[u8], mode: u32) -> Result<(), S
     pending.commit()
 }
 
+/// A new file; one that is there is not written over.
+pub(crate) fn write_new(path: &Path, bytes: &[u8], mode: u32) -> Result<(), SiteError> {
+    if path.exists() {
+        return Err(SiteError::FileExists { path: path.to_owned() });
+    }
+    write_atomic(path, bytes, mode)
+}
+
 /// At most `max_bytes` and one more, so that a file beyond the cap is seen as such; `None` if there is none.
 pub(crate) fn read_capped(path: &Path, max_bytes: u64) -> Result<Option<Vec<u8>>, SiteError> {
     let file = match File::open(path) {

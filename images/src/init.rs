@@ -1,6 +1,7 @@
 //! `kiln trust init --lab`: a site's directory from nothing.
 //!
-//! `--lab` means threshold 1 and unencrypted keys in `offline/`, nothing else.
+//! `--lab` means threshold 1 and unencrypted keys in `offline/`, nothing else. What a site whose keys people hold has in
+//! common with it is here too; the rest of that is in `ceremony.rs`.
 
 use crate::files::{PUBLIC, SECRET, make_dir, sync_folder, write_atomic};
 use crate::https::ca_params;
@@ -32,22 +33,9 @@ struct LabKeys {
 /// It is prepared in a folder of its own inside `dir` and moved into place at the end; what `dir` holds besides
 /// (`kiln.toml`, a cache) is left alone.
 pub fn init_lab(dir: &Path, name: &str, now: Timestamp) -> Result<SiteDir, SiteError> {
-    if name.is_empty() || name.len() > 64 || !name.bytes().all(|b| b.is_ascii_graphic()) {
-        return Err(SiteError::BadName { got: name.to_owned() });
-    }
-    if let Some(found) = HOUSES.into_iter().find(|house| dir.join(house).exists()) {
-        return Err(SiteError::SiteExists { dir: dir.to_owned(), found });
-    }
-    fs::create_dir_all(dir).map_err(SiteError::io("make directory", dir))?;
-    let draft =
-        tempfile::Builder::new().prefix(".init-").tempdir_in(dir).map_err(SiteError::io("make a folder in", dir))?;
-    let site = SiteDir { path: draft.path().to_owned(), name: name.to_owned() };
-    for (house, mode) in [("offline", 0o700), ("online", 0o700), ("state", 0o700), ("repo/metadata", 0o755)] {
-        make_dir(&site.path.join(house), mode)?;
-    }
-    for house in ["repo/a", "repo/b", "repo/targets", "repo"] {
-        make_dir(&site.path.join(house), 0o755)?;
-    }
+    check_name(name)?;
+    let prepared = Prepared::new(dir, name)?;
+    let site = &prepared.site;
     let keys = LabKeys {
         root: new_key()?,
         targets: new_key()?,
@@ -63,22 +51,62 @@ pub fn init_lab(dir: &Path, name: &str, now: Timestamp) -> Result<SiteDir, SiteE
     }
     write_key(&site.online("timestamp.key"), &keys.timestamp)?;
     write_key(&site.online("director.key"), &keys.director)?;
-    init_secure_boot(&site)?;
-    let ca_pem = write_agent_api(&site, name)?;
-    write_first_metadata(&site, name, &keys, ca_pem, now)?;
-    write_atomic(&site.online("site-name"), format!("{name}\n").as_bytes(), PUBLIC)?;
+    init_secure_boot(site)?;
+    let ca_pem = write_agent_api(site, name)?;
+    write_first_metadata(site, name, &keys, ca_pem, now)?;
+    prepared.finish(dir)
+}
 
-    for house in HOUSES {
-        let (from, to) = (site.path.join(house), dir.join(house));
-        fs::rename(&from, &to).map_err(SiteError::io("move into place", &to))?;
-        sync_folder(&to)?;
+/// A site's name is part of certificates and log lines.
+pub(crate) fn check_name(name: &str) -> Result<(), SiteError> {
+    if name.is_empty() || name.len() > 64 || !name.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(SiteError::BadName { got: name.to_owned() });
     }
-    SiteDir::open(dir)
+    Ok(())
+}
+
+/// A site that is being made, in a folder of its own beside where it will be.
+pub(crate) struct Prepared {
+    draft: tempfile::TempDir,
+    pub(crate) site: SiteDir,
+}
+
+impl Prepared {
+    pub(crate) fn new(dir: &Path, name: &str) -> Result<Self, SiteError> {
+        if let Some(found) = HOUSES.into_iter().find(|house| dir.join(house).exists()) {
+            return Err(SiteError::SiteExists { dir: dir.to_owned(), found });
+        }
+        fs::create_dir_all(dir).map_err(SiteError::io("make directory", dir))?;
+        let draft = tempfile::Builder::new()
+            .prefix(".init-")
+            .tempdir_in(dir)
+            .map_err(SiteError::io("make a folder in", dir))?;
+        let site = SiteDir { path: draft.path().to_owned(), name: name.to_owned() };
+        for (house, mode) in [("offline", 0o700), ("online", 0o700), ("state", 0o700), ("repo/metadata", 0o755)] {
+            make_dir(&site.path.join(house), mode)?;
+        }
+        for house in ["repo/a", "repo/b", "repo/targets", "repo"] {
+            make_dir(&site.path.join(house), 0o755)?;
+        }
+        Ok(Self { draft, site })
+    }
+
+    /// Moves it into place.
+    pub(crate) fn finish(self, dir: &Path) -> Result<SiteDir, SiteError> {
+        let Self { draft, site } = self;
+        write_atomic(&site.online("site-name"), format!("{}\n", site.name).as_bytes(), PUBLIC)?;
+        for house in HOUSES {
+            let (from, to) = (draft.path().join(house), dir.join(house));
+            fs::rename(&from, &to).map_err(SiteError::io("move into place", &to))?;
+            sync_folder(&to)?;
+        }
+        SiteDir::open(dir)
+    }
 }
 
 /// The CA of the agent API and the server's certificate. Their dates are wide open: a machine whose clock is wrong
 /// must be able to connect, and which CA counts is said by signed metadata, which expires.
-fn write_agent_api(site: &SiteDir, name: &str) -> Result<String, SiteError> {
+pub(crate) fn write_agent_api(site: &SiteDir, name: &str) -> Result<String, SiteError> {
     let fail = |error: rcgen::Error| SiteError::Certificate { reason: error.to_string() };
     let dated = |common_name: &str, names: Vec<String>| -> Result<CertificateParams, SiteError> {
         let mut params = CertificateParams::new(names).map_err(fail)?;
@@ -143,6 +171,7 @@ fn write_first_metadata(
         agent_api: AgentApi { ca_pem },
         floors: BTreeMap::new(),
         network: None,
+        dbx: None,
     };
     let mut document = serde_json::to_vec_pretty(&document).expect("a site has string keys only");
     document.push(b'\n');

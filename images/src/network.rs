@@ -1,27 +1,11 @@
 //! Network configurations: read from TOML, and signed into `site.json` by the keys of the top-level targets.
 
 use crate::error::RecipeError;
-use crate::files::{Batch, PUBLIC};
-use crate::repository::newest_state;
-use crate::signing::{serve, sign_site};
-use crate::site::SiteDir;
+use crate::signing::{Changed, change_site};
 use crate::site_error::SiteError;
 use jiff::Timestamp;
-use kiln_release::Site;
 use kiln_release::network::NetworkConfig;
-use kiln_release::tuf::TargetPath;
 use std::path::Path;
-
-/// A signed network configuration.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct NetworkSigned {
-    /// Its version.
-    pub version: u64,
-    /// The very same was signed before; nothing was written.
-    pub already: bool,
-    /// Machines see it now. False where the online key is not on this machine: `kiln serve` signs the timestamp then.
-    pub served: bool,
-}
 
 /// Reads a configuration: `version` and `[[section]]`s. Keys that mean nothing are refused, and told by their path.
 pub fn read_network(path: &Path, text: &str) -> Result<NetworkConfig, RecipeError> {
@@ -88,36 +72,19 @@ const KEYS: [&str; 21] = [
 ];
 
 /// Signs a configuration into the site's `site.json`. Its version must be above that of the one before.
-pub fn sign_network(dir: &Path, config: NetworkConfig, now: Timestamp) -> Result<NetworkSigned, SiteError> {
-    let site = SiteDir::open(dir)?;
-    let _lock = site.lock_offline()?;
-    let state = newest_state(&site, now)?;
-    let path = TargetPath::site();
-    let missing = || SiteError::NotASite { dir: dir.to_owned() };
-    let known = state.targets.get(path.as_str()).ok_or_else(missing)?;
-    let mut document = Site::read(&known.bytes).map_err(SiteError::format(site.repo().join("targets/site.json")))?;
+pub fn sign_network(dir: &Path, config: NetworkConfig, now: Timestamp) -> Result<Changed, SiteError> {
     let version = config.version;
-    if let Some(old) = &document.network {
-        if *old == config {
-            return Ok(NetworkSigned { version, already: true, served: serve(&site, now)? });
+    let name = format!("network configuration {version}");
+    change_site(dir, now, name, |document| {
+        match &document.network {
+            Some(old) if *old == config => return Ok(false),
+            Some(old) if old.version >= version => {
+                return Err(SiteError::NetworkVersion { old: old.version, new: version });
+            }
+            Some(_) | None => document.network = Some(config),
         }
-        if old.version >= version {
-            return Err(SiteError::NetworkVersion { old: old.version, new: version });
-        }
-    }
-    document.network = Some(config);
-    document.check().map_err(SiteError::format(site.repo().join("targets/site.json")))?;
-    let mut bytes = serde_json::to_vec_pretty(&document).expect("a site has string keys only");
-    bytes.push(b'\n');
-    let limit = kiln_release::tuf::Limits::default().target;
-    if bytes.len() as u64 > limit {
-        return Err(SiteError::NetworkTooLong { bytes: bytes.len() as u64, limit });
-    }
-    let mut batch = Batch::default();
-    let name = format!("{}.site.json", kiln_release::hex::sha256(&bytes));
-    batch.write(&site.repo().join("targets").join(name), &bytes, PUBLIC)?;
-    sign_site(&site, &state, now, &bytes)?.write(&site, batch)?;
-    Ok(NetworkSigned { version, already: false, served: serve(&site, now)? })
+        Ok(true)
+    })
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@
 
 use crate::files::{Batch, PUBLIC, read_capped, write_atomic};
 use crate::repository::{newest_state, release_of, served_state};
-use crate::signing::{role_of, serve, sign_image};
+use crate::signing::{Draft, Signing, Waiting, role_of, serve};
 use crate::site::SiteDir;
 use crate::site_error::SiteError;
 use jiff::{SignedDuration, Timestamp};
@@ -47,6 +47,8 @@ pub struct Pruned {
     pub waiting: usize,
     /// Machines are served the new list. False where the online key is not on this machine.
     pub served: bool,
+    /// People must sign first: nothing is taken out yet.
+    pub request: Option<Waiting>,
 }
 
 /// Takes old releases out of an image's list. `needed` says which ones machines need; it is asked when the list is read
@@ -81,10 +83,13 @@ pub fn prune<E: From<SiteError>>(
     }
     if !pruned.removed.is_empty() {
         record.write(site)?;
-        let signed = sign_image(site, &before, image, now, |targets| {
-            targets.retain(|path, _| release_of(path).is_none_or(|(_, n)| !pruned.removed.contains(&n)));
-        })?;
-        signed.write(site, Batch::default())?;
+        let mut draft = Draft::on(site, &before, now, format!("prune {image}"))?;
+        let gone = |path: &String| release_of(path).is_some_and(|(_, n)| pruned.removed.contains(&n));
+        draft.image(image)?.targets.retain(|path, _| !gone(path));
+        match draft.sign()? {
+            Signing::Complete(change) => change.write(site, Batch::default())?,
+            Signing::Open(waiting) => return Ok(Pruned { request: Some(waiting), ..pruned }),
+        }
     }
     pruned.served = serve(site, now)?;
 

@@ -7,7 +7,7 @@
 use crate::files::{Batch, PUBLIC, Pending};
 use crate::prune::Record;
 use crate::repository::newest_state;
-use crate::signing::{serve, sign_image};
+use crate::signing::{Draft, Signing, Waiting, serve};
 use crate::site::SiteDir;
 use crate::site_error::SiteError;
 use jiff::Timestamp;
@@ -28,6 +28,8 @@ pub struct Published {
     pub served: bool,
     /// The image's list of releases is nearly as long as a machine reads.
     pub crowded: Option<Crowded>,
+    /// People must sign first: nothing that machines are served has changed.
+    pub waiting: Option<Waiting>,
 }
 
 /// A list of releases that has used up four fifths of its limit.
@@ -54,10 +56,7 @@ pub fn publish(dir: impl AsRef<Path>, image: &str, release: u64, now: Timestamp)
     let site = SiteDir::open(dir.as_ref())?;
     let _lock = site.lock_offline()?;
 
-    let build = site.build(image, release);
-    let manifest_path = build.join("manifest.json");
-    let bytes = fs::read(&manifest_path).map_err(SiteError::not_built("read", &manifest_path))?;
-    let manifest = Manifest::read(&bytes, image, release).map_err(SiteError::format(manifest_path.clone()))?;
+    let (_, bytes) = built_manifest(&site, image, release)?;
     let target = TargetPath::manifest(image, release).map_err(SiteError::metadata(&site))?;
     let manifest_sha256 = hex::sha256(&bytes);
 
@@ -71,21 +70,45 @@ pub fn publish(dir: impl AsRef<Path>, image: &str, release: u64, now: Timestamp)
             });
         }
         // A publish that was killed, or found the disk full, may have left the timestamp to this one.
-        return Ok(Published { already: true, served: serve(&site, now)?, crowded: None });
+        return Ok(Published { already: true, served: serve(&site, now)?, crowded: None, waiting: None });
+    }
+    if let Some(request) = site.read_open_request()?
+        && request.added_releases()?.contains(&(image.to_owned(), release))
+    {
+        let waiting = Some(Waiting::of(&site, &request, &request.lacking()?));
+        return Ok(Published { already: false, served: false, crowded: None, waiting });
     }
     Record::read(&site)?.check_new(image, release)?;
 
+    // Also before people are asked to sign it: what does not fit its manifest is found now. Without them it goes again.
     let mut batch = Batch::default();
-    place_artifacts(&site, &build, &manifest, &mut batch)?;
-    let name = format!("{manifest_sha256}.manifest.json");
-    let folder = site.repo().join("targets").join(image).join(release.to_string());
-    batch.folder(&folder, 0o755)?;
-    batch.write(&folder.join(name), &bytes, PUBLIC)?;
-    let signed = sign_image(&site, &state, image, now, |targets| {
-        targets.insert(target.to_string(), TargetFile::of(&bytes));
-    })?;
-    signed.write(&site, batch)?;
-    Ok(Published { already: false, served: serve(&site, now)?, crowded: Crowded::of(signed.delegation) })
+    place_release(&site, image, release, &mut batch)?;
+    let mut draft = Draft::on(&site, &state, now, format!("publish {image}/{release}"))?;
+    draft.file(&target, &bytes);
+    draft.image(image)?.targets.insert(target.to_string(), TargetFile::of(&bytes));
+    match draft.sign()? {
+        Signing::Complete(change) => {
+            change.write(&site, batch)?;
+            let crowded = Crowded::of(change.delegation);
+            Ok(Published { already: false, served: serve(&site, now)?, crowded, waiting: None })
+        }
+        Signing::Open(waiting) => {
+            Ok(Published { already: false, served: false, crowded: None, waiting: Some(waiting) })
+        }
+    }
+}
+
+fn built_manifest(site: &SiteDir, image: &str, release: u64) -> Result<(Manifest, Vec<u8>), SiteError> {
+    let path = site.build(image, release).join("manifest.json");
+    let bytes = fs::read(&path).map_err(SiteError::not_built("read", &path))?;
+    let manifest = Manifest::read(&bytes, image, release).map_err(SiteError::format(path))?;
+    Ok((manifest, bytes))
+}
+
+/// Puts a built release's artifacts into the repository, each checked against its manifest.
+pub(crate) fn place_release(site: &SiteDir, image: &str, release: u64, batch: &mut Batch) -> Result<(), SiteError> {
+    let (manifest, _) = built_manifest(site, image, release)?;
+    place_artifacts(site, &site.build(image, release), &manifest, batch)
 }
 
 fn place_artifacts(site: &SiteDir, build: &Path, manifest: &Manifest, batch: &mut Batch) -> Result<(), SiteError> {

@@ -72,11 +72,13 @@ impl Repository {
 
     /// The newest state that verifies together with a timestamp, which is signed and written where there is none that
     /// fits or it grows old. So a snapshot is shown to machines only after it was read as a machine would read it.
-    pub fn adopt(site: &SiteDir, key: &Signer, memory: &Memory, now: Timestamp) -> Result<Self, SiteError> {
+    ///
+    /// Of `keys` the one signs that the root names: while the key is being replaced there are two.
+    pub fn adopt(site: &SiteDir, keys: &[Signer], memory: &Memory, now: Timestamp) -> Result<Self, SiteError> {
         let path = site.metadata("timestamp.json");
         // Whoever published may have signed one already (a lab's key is at hand). It is kept if it holds.
         let current = read_capped(&path, Limits::default().timestamp)?;
-        let anchor = anchor(site, memory)?;
+        let anchor = anchor(site, memory, &[])?;
         let (policy, mut refused) = (ExpiryPolicy::ReportStale, None);
         for version in snapshot_versions(site)?.into_iter().take(CANDIDATES) {
             let file = format!("{version}.snapshot.json");
@@ -89,7 +91,12 @@ impl Repository {
                 }
                 let text = match next_timestamp(root, current.as_deref(), &memory.seen, (version, &snapshot), now) {
                     Next::Keep(bytes) => bytes.to_vec(),
-                    Next::Sign(role) => made.insert(sign("timestamp", &role, &[key])?).clone().into_bytes(),
+                    Next::Sign(role) => {
+                        let named = &root.roles.timestamp.keyids;
+                        let key = keys.iter().find(|key| named.contains(&key.public().id()));
+                        let key = key.ok_or_else(|| SiteError::NotTheTimestamp { dir: site.path.join("online") })?;
+                        made.insert(sign("timestamp", &role, &[key])?).clone().into_bytes()
+                    }
                 };
                 Ok(Some(text))
             });
@@ -112,7 +119,7 @@ impl Repository {
         self.releases.iter().filter(|known| known.image == image).max_by_key(|known| known.release)
     }
 
-    fn of(dir: &SiteDir, outcome: &Outcome) -> Result<Self, SiteError> {
+    pub(crate) fn of(dir: &SiteDir, outcome: &Outcome) -> Result<Self, SiteError> {
         let format = |path: &str| SiteError::format(dir.repo().join("targets").join(path));
         let missing = |path: &str| SiteError::metadata(dir)(TufError::TargetNotListed { path: path.to_owned() });
         let site_path = TargetPath::site();
@@ -200,12 +207,21 @@ impl Refused {
     }
 }
 
-fn anchor(site: &SiteDir, memory: &Memory) -> Result<Vec<u8>, SiteError> {
-    match &memory.trust_root {
-        Some(text) => Ok(text.clone().into_bytes()),
-        None => read_capped(&site.metadata("1.root.json"), Limits::default().root)?
-            .ok_or_else(|| SiteError::NotASite { dir: site.path.clone() }),
+fn anchor(site: &SiteDir, memory: &Memory, overlay: &[(String, Vec<u8>)]) -> Result<Vec<u8>, SiteError> {
+    if let Some(text) = &memory.trust_root {
+        return Ok(text.clone().into_bytes());
     }
+    if let Some((_, first)) = overlay.iter().find(|(file, _)| file == "metadata/1.root.json") {
+        return Ok(first.clone());
+    }
+    let first = read_capped(&site.metadata("1.root.json"), Limits::default().root)?;
+    first.ok_or_else(|| no_metadata(site))
+}
+
+/// A site whose first metadata is not signed yet, or none.
+fn no_metadata(site: &SiteDir) -> SiteError {
+    let request = site.open_request();
+    if request.exists() { SiteError::Unfinished { request } } else { SiteError::NotASite { dir: site.path.clone() } }
 }
 
 /// Feeds a client from the repository's files, but for those that `instead` gives.
@@ -234,14 +250,14 @@ pub(crate) fn verify_snapshot(
     now: Timestamp,
 ) -> Result<Outcome, SiteError> {
     let (limits, policy) = (Limits::default(), ExpiryPolicy::ReportStale);
-    let anchor = anchor(site, &Memory::default())?;
+    let anchor = anchor(site, &Memory::default(), overlay)?;
     let client = Client::from_snapshot(&anchor, seen, now, limits, policy, Wanted::All, snapshot);
     run(site, client, |_, path| Ok(overlay.iter().find(|(file, _)| file == path).map(|(_, bytes)| bytes.clone())))
 }
 
 /// The state that machines are served: by the timestamp that is there.
 pub(crate) fn served_state(site: &SiteDir, now: Timestamp) -> Result<Outcome, SiteError> {
-    let anchor = anchor(site, &Memory::default())?;
+    let anchor = anchor(site, &Memory::default(), &[])?;
     let (limits, policy) = (Limits::default(), ExpiryPolicy::ReportStale);
     run(site, Client::new(&anchor, Seen::default(), now, limits, policy, Wanted::All), |_, _| Ok(None))
 }
@@ -280,6 +296,6 @@ fn snapshot_versions(site: &SiteDir) -> Result<Vec<u64>, SiteError> {
 fn none_verifies(site: &SiteDir, refused: Option<Refused>) -> SiteError {
     match refused {
         Some(Refused { file, source }) => SiteError::NoSnapshot { dir: site.repo().join("metadata"), file, source },
-        None => SiteError::NotASite { dir: site.path.clone() },
+        None => no_metadata(site),
     }
 }

@@ -1,13 +1,16 @@
 //! `kiln trust revoke`: a release's boot program is named in dbx, and firmware that has the new dbx refuses it.
 //!
 //! What is revoked is a line in `offline/secure-boot/revoked`: the Authenticode digest of the UKI, and which release it
-//! is. `kiln trust secureboot enroll` makes dbx of them.
+//! is. `kiln trust secureboot enroll` makes dbx of them, and where KEK is at hand `site.json` names a signed change of dbx
+//! that machines put into their own firmware.
 
 use crate::files::{PUBLIC, read_capped, write_atomic};
-use crate::secure_boot::digest;
+use crate::secure_boot::{SigningKey, dbx_change, digest};
+use crate::signing::{Changed, change_site};
 use crate::site::SiteDir;
 use crate::site_error::SiteError;
-use kiln_release::{Manifest, hex, is_image_name};
+use jiff::Timestamp;
+use kiln_release::{Artifact, DbxUpdate, Manifest, RevokedProgram, hex, is_image_name};
 use std::fmt::Write as _;
 
 const FILE: &str = "revoked";
@@ -38,6 +41,35 @@ pub fn revoke(site: &SiteDir, image: &str, release: u64) -> Result<bool, SiteErr
         return Err(SiteError::BadImageName { got: image.to_owned() });
     }
     let _lock = site.lock_offline()?;
+    add(site, image, release)
+}
+
+/// Signs the change of dbx for all that is revoked, and names it in `site.json`. Machines take it up as far as they need
+/// nothing of what it names.
+pub fn publish_dbx(site: &SiteDir, now: Timestamp) -> Result<Changed, SiteError> {
+    let all = revoked(site)?;
+    let revoked =
+        all.iter().map(|(digest, release)| RevokedProgram { digest: hex::encode(digest), release: release.clone() });
+    let revoked: Vec<RevokedProgram> = revoked.collect();
+    let kek = SigningKey::open(site, "KEK")?;
+    let bytes = dbx_change(&kek, &all.iter().map(|(digest, _)| *digest).collect::<Vec<_>>(), now);
+    let update = Artifact { sha256: hex::sha256(&bytes), length: bytes.len() as u64 };
+    if update.length > DbxUpdate::LIMIT {
+        return Err(SiteError::DbxFull { programs: revoked.len(), bytes: update.length, limit: DbxUpdate::LIMIT });
+    }
+    let name = format!("{} revoked boot programs", revoked.len());
+    change_site(&site.path, now, name, |document| {
+        if document.dbx.as_ref().is_some_and(|dbx| dbx.revoked == revoked) {
+            return Ok(false);
+        }
+        // Nobody asks for it until the signed site.json names it.
+        write_atomic(&site.artifact(&update.sha256), &bytes, PUBLIC)?;
+        document.dbx = Some(DbxUpdate { update, revoked });
+        Ok(true)
+    })
+}
+
+fn add(site: &SiteDir, image: &str, release: u64) -> Result<bool, SiteError> {
     let folder = site.build(image, release);
     let path = folder.join("manifest.json");
     let bytes = read_capped(&path, 1 << 20)?.ok_or_else(|| SiteError::NotBuilt { path: path.clone() })?;

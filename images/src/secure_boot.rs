@@ -206,10 +206,10 @@ pub fn enroll(site: &SiteDir, out: &Path, ovmf: Option<&Path>, now: Timestamp) -
     }
     let revoked = revoke::revoked(site)?;
     if !revoked.is_empty() {
-        let list = efi::digest_list(&revoked.iter().map(|(digest, _)| *digest).collect::<Vec<_>>());
+        let digests: Vec<[u8; 32]> = revoked.iter().map(|(digest, _)| *digest).collect();
+        let list = efi::digest_list(&digests);
         write("dbx.esl".into(), &list)?;
-        // Adds to what is there: a vendor's own entries stay, and firmware leaves out what it has already.
-        write("dbx.auth".into(), &kek.variable(("dbx", DATABASE, APPEND), now, &list))?;
+        write("dbx.auth".into(), &dbx_change(&kek, &digests, now))?;
         values.push(("dbx", DATABASE, list));
     }
     if let Some(template) = ovmf {
@@ -220,6 +220,12 @@ pub fn enroll(site: &SiteDir, out: &Path, ovmf: Option<&Path>, now: Timestamp) -
         write("OVMF_VARS.fd".into(), &store)?;
     }
     Ok(Enrolment { files, revoked: revoked.len() })
+}
+
+/// The signed change of dbx that names these digests. It adds to what is there: a vendor's own entries stay, and firmware
+/// leaves out what it has already.
+pub(crate) fn dbx_change(kek: &SigningKey, digests: &[[u8; 32]], now: Timestamp) -> Vec<u8> {
+    kek.variable(("dbx", DATABASE, APPEND), now, &efi::digest_list(digests))
 }
 
 /// A kernel as it lies in a UKI: with no signature but the site's, if there is a key.

@@ -78,17 +78,33 @@ impl SiteDir {
         fs::read_to_string(&path).map_err(SiteError::io("read", &path))
     }
 
-    /// The key that signs timestamp.json.
-    pub fn timestamp_key(&self) -> Result<Signer, SiteError> {
-        read_key(&self.online("timestamp.key"), "sign timestamp.json")
+    /// The key that signs timestamp.json; two while it is being replaced, of which the root names one.
+    pub fn timestamp_keys(&self) -> Result<Vec<Signer>, SiteError> {
+        self.online_keys("timestamp", "sign timestamp.json")
     }
 
     /// The director's key. It must be one that the site names: its assignments would else be refused by every machine.
+    /// While it is being replaced there are two, and the site names one.
     pub fn director_key(&self, site: &Site) -> Result<Signer, SiteError> {
-        let path = self.online("director.key");
-        let key = read_key(&path, "sign assignments")?;
-        let keyid = key.public().id();
-        if site.director_keys().contains(&keyid) { Ok(key) } else { Err(SiteError::NotTheDirector { path, keyid }) }
+        let named = site.director_keys();
+        let mut keys = self.online_keys("director", "sign assignments")?;
+        match keys.iter().position(|key| named.contains(&key.public().id())) {
+            Some(at) => Ok(keys.swap_remove(at)),
+            None => {
+                let keyid = keys.first().map(|key| key.public().id()).unwrap_or_default();
+                Err(SiteError::NotTheDirector { path: self.online("director.key"), keyid })
+            }
+        }
+    }
+
+    /// NAME.key, and NAME.key.next of a rotation that is under way.
+    fn online_keys(&self, name: &str, purpose: &'static str) -> Result<Vec<Signer>, SiteError> {
+        let mut keys = vec![read_key(&self.online(&format!("{name}.key")), purpose)?];
+        let next = self.online(&format!("{name}.key.next"));
+        if next.exists() {
+            keys.push(read_key(&next, purpose)?);
+        }
+        Ok(keys)
     }
 
     /// Where the running server takes changing calls.

@@ -38,15 +38,88 @@ pub enum SiteError {
     NoSnapshot { dir: PathBuf, file: String, source: Box<SiteError> },
     #[error("{}: {source}", path.display())]
     Format { path: PathBuf, source: Box<FormatError> },
+    #[error("{} is there already: a key or a request is not written over", path.display())]
+    FileExists { path: PathBuf },
+    #[error(
+        "a passphrase of {got} characters is too short: it needs {least}, for example six words that have nothing to do with each other"
+    )]
+    ShortPassphrase { got: usize, least: usize },
+    #[error("{}: the passphrase is wrong, or the file is damaged", path.display())]
+    WrongPassphrase { path: PathBuf },
+    #[error("{}: {reason}: not a file that this kiln reads", path.display())]
+    KeyFile { path: PathBuf, reason: String },
+    #[error("{} is no public key of 64 hex digits, as `kiln trust key FILE` leaves it in FILE.pub", path.display())]
+    NoPublicKey { path: PathBuf },
+    #[error(
+        "{role}: {threshold} of {keys} distinct keys cannot be: the threshold is from 1 to the number of keys, which are at most 32, each given once"
+    )]
+    Quorum { role: String, threshold: u32, keys: usize },
+    #[error("the key {name} is of {first} and of {second}: no two TUF roles share a key")]
+    SharedKey { name: String, first: String, second: String },
+    #[error("{got} days: what is signed offline holds from 1 to {limit} days")]
+    Days { got: u32, limit: u32 },
+    #[error("{} is not there", path.display())]
+    NoRequest { path: PathBuf },
+    #[error("not a signing request that can be signed: {reason}")]
+    Request { reason: String },
+    #[error(
+        "{name} waits for signatures in {}, and a site has one open request: `kiln trust status` says what it lacks, \
+         `kiln trust apply` brings signatures, `kiln trust drop` gives it up",
+        file.display()
+    )]
+    RequestOpen { name: String, file: PathBuf },
+    #[error("no request is open in {}", dir.display())]
+    NoOpenRequest { dir: PathBuf },
+    #[error(
+        "the signatures are of {got:?}, the open request is {open:?} with other documents: carry the open one to the signers"
+    )]
+    OtherRequest { open: String, got: String },
+    #[error("the site's first metadata is not signed yet: {} goes to the signers, `kiln trust apply` brings it back", request.display())]
+    Unfinished { request: PathBuf },
+    #[error("the key {} ({keyid}) signs nothing in this request", key.display())]
+    NotASigner { key: PathBuf, keyid: String },
+    #[error(
+        "the request does not go on from the root that this key has signed for (SHA-256 {sha256}): it is another site's, or an old one"
+    )]
+    OtherRoot { sha256: String },
+    #[error(
+        "{role} version {version}: this key has signed version {last} of it already, so that the request is an old one"
+    )]
+    SignedNewer { role: String, version: u64, last: u64 },
+    #[error(
+        "this key has signed another {role} version {version} before. If that request was given up, say so with \
+         --instead; two of one version that both reach the threshold could be exchanged for each other"
+    )]
+    SignedOther { role: String, version: u64 },
+    #[error("{role}: whose keys? Say --keys N:FILE.pub,FILE.pub")]
+    WhoseKeys { role: String },
+    #[error(
+        "there is no TUF role {role:?} here: root, targets, snapshot, timestamp, director, or image-NAME of a published image"
+    )]
+    NoSuchRole { role: String },
+    #[error("no role of this site has a key {key}")]
+    NoSuchKey { key: String },
+    #[error(
+        "without the key {key} {role} has {left} keys, and {threshold} must sign: `kiln trust rotate {role} --keys N:FILE.pub,…` names others"
+    )]
+    TooFewLeft { key: String, role: String, left: usize, threshold: u32 },
+    #[error("the floor of {image} is {floor} already: it never goes down")]
+    FloorGoesDown { image: String, floor: u64 },
+    #[error("{image}/{floor} is not published: with this floor no release of {image} could run")]
+    FloorAboveAll { image: String, floor: u64 },
+    #[error("no key in {} is the one that the root names for timestamp.json", dir.display())]
+    NotTheTimestamp { dir: PathBuf },
+    #[error("{programs} revoked boot programs make a dbx of {bytes} bytes, and firmware takes at most {limit}")]
+    DbxFull { programs: usize, bytes: u64, limit: u64 },
     #[error("cannot sign {what}: {source}")]
     Sign { what: String, source: EnvelopeError },
     #[error("network configuration {new}: version {old} is signed already, a changed one needs a higher number")]
     NetworkVersion { old: u64, new: u64 },
     #[error(
-        "site.json would have {bytes} bytes with this network configuration, and machines read at most {limit}: give \
-         machines their addresses by DHCP rather than one by one"
+        "site.json would have {bytes} bytes, and machines read at most {limit}: give machines their addresses by DHCP \
+         rather than one by one"
     )]
-    NetworkTooLong { bytes: u64, limit: u64 },
+    SiteTooLong { bytes: u64, limit: u64 },
     #[error("image name {got:?}: 1 to 32 of a-z, 0-9 and `-`, beginning with a letter")]
     BadImageName { got: String },
     #[error("{} is missing: build the release first, `kiln image build RECIPE --site DIR`", path.display())]

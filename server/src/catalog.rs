@@ -40,9 +40,9 @@ pub struct Catalog {
 
 impl Catalog {
     /// Reads the repository, verifies all of it, and writes timestamp.json where it has to be newer. Blocking.
-    pub fn adopt(site: &SiteDir, key: &Signer, memory: &Memory, now: Timestamp) -> Result<Self, CatalogError> {
+    pub fn adopt(site: &SiteDir, keys: &[Signer], memory: &Memory, now: Timestamp) -> Result<Self, CatalogError> {
         let Repository { site, releases, trust_root, seen, expiries, snapshot, refused } =
-            Repository::adopt(site, key, memory, now)?;
+            Repository::adopt(site, keys, memory, now)?;
         let mut by_id = BTreeMap::new();
         for kiln_images::Release { image, release, manifest_sha256, manifest } in releases {
             let id = ReleaseId { image: image.parse()?, release };

@@ -14,6 +14,7 @@ pub mod config;
 pub mod control;
 pub mod error;
 pub mod expected;
+pub mod expiry;
 pub mod http;
 mod log;
 pub mod logs;

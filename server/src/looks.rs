@@ -3,10 +3,10 @@
 use crate::catalog::{self, Catalog};
 use crate::control::Control;
 use crate::error::{CatalogError, StoreError};
+use crate::expiry::Told;
 use crate::store::Store;
 use jiff::Timestamp;
 use kiln_images::{Memory, SiteDir};
-use kiln_release::Signer;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,22 +16,26 @@ const LOOK: Duration = Duration::from_secs(2);
 const RENEW_LOOKS: u32 = 300;
 
 /// Notices new releases, and keeps timestamp.json young.
-pub async fn looks(control: Arc<Control>, key: Arc<Signer>) {
+pub async fn looks(control: Arc<Control>) {
     let mut known = catalog::fingerprint(&control.site).unwrap_or_default();
     let (mut suspect, mut complained) = (String::new(), String::new());
     let mut since = 0;
+    let mut told = Told::default();
     let mut ticket = 0;
     loop {
         control.look_served(ticket);
         ticket = control.look_ticket(LOOK).await;
         since += 1;
+        for warning in told.news(&control.catalog().expiries, Timestamp::now()) {
+            tracing::warn!("{warning}");
+        }
         let now = catalog::fingerprint(&control.site).unwrap_or_default();
         if now == known && since < RENEW_LOOKS {
             continue;
         }
         let before = control.catalog();
         let memory = Memory { trust_root: Some(before.root.clone()), seen: before.seen.clone() };
-        let result = look(&control.site, &key, memory).await;
+        let result = look(&control.site, memory).await;
         let refused = match &result {
             Ok(catalog) => catalog.refused.clone(),
             Err(error) => Some(error.to_string()),
@@ -59,7 +63,9 @@ pub async fn looks(control: Arc<Control>, key: Arc<Signer>) {
             tracing::error!(%error, "the repository's versions were not stored");
             continue;
         }
-        control.adopt(catalog);
+        if let Err(error) = control.adopt(catalog) {
+            tracing::error!(%error, "the newest state of the repository is not taken up");
+        }
     }
 }
 
@@ -73,9 +79,9 @@ pub(crate) async fn remember(store: &Store, catalog: &Catalog) -> Result<(), Sto
     Ok(())
 }
 
-/// Reads and verifies the repository, beside the runtime.
-pub(crate) async fn look(site: &SiteDir, key: &Arc<Signer>, memory: Memory) -> Result<Catalog, CatalogError> {
-    let (site, key) = (site.clone(), key.clone());
-    let work = move || Catalog::adopt(&site, &key, &memory, Timestamp::now());
+/// Reads and verifies the repository, beside the runtime. The timestamp's key is read each time: it may be replaced.
+pub(crate) async fn look(site: &SiteDir, memory: Memory) -> Result<Catalog, CatalogError> {
+    let site = site.clone();
+    let work = move || Catalog::adopt(&site, &site.timestamp_keys()?, &memory, Timestamp::now());
     tokio::task::spawn_blocking(work).await?
 }

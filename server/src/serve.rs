@@ -9,10 +9,8 @@ pub use crate::log::LogFormat;
 use crate::looks::{look, looks, remember};
 use crate::net::{self, BootNet, Decide, NetEvent, SiteFiles};
 use crate::store::Store;
-use jiff::Timestamp;
 use kiln_images::{Memory, SiteDir};
 use kiln_netboot::{LeaseConfig, Mode, tftp::BootFile};
-use kiln_release::Signer;
 use kiln_release::tuf::Seen;
 use std::net::{SocketAddr, SocketAddrV4};
 use std::os::unix::fs::PermissionsExt;
@@ -62,12 +60,11 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
             site.path.display()
         ),
     }
-    let timestamp_key = Arc::new(site.timestamp_key()?);
     let acceptor = tokio_rustls::TlsAcceptor::from(http::tls::agent_api(&site)?);
 
     let (store, writer) = Store::open(&site.database()).await?;
     let memory = recall(&store).await?;
-    let catalog = look(&site, &timestamp_key, memory).await?;
+    let catalog = look(&site, memory).await?;
     let director = site.director_key(&catalog.site)?;
     remember(&store, &catalog).await?;
     describe(&catalog, &config);
@@ -76,7 +73,7 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
     let control = Control::load(store.clone(), site.clone(), config.clone(), director, catalog, stopped.clone())
         .await
         .map_err(|e| ServeError::Net { what: "the fleet", reason: e.to_string() })?;
-    let result = run(&control, acceptor, timestamp_key, &stop).await;
+    let result = run(&control, acceptor, &stop).await;
 
     control.flush();
     // The writer ends when the last handle is gone and everything is written.
@@ -92,7 +89,6 @@ pub async fn serve(options: ServeOptions) -> Result<(), ServeError> {
 async fn run(
     control: &Arc<Control>,
     acceptor: tokio_rustls::TlsAcceptor,
-    timestamp_key: Arc<Signer>,
     stop: &watch::Sender<bool>,
 ) -> Result<(), ServeError> {
     let config = &control.config;
@@ -151,7 +147,7 @@ async fn run(
     }
     helpers.spawn(ticks(control.clone()));
     helpers.spawn(compares(control.clone()));
-    helpers.spawn(looks(control.clone(), timestamp_key));
+    helpers.spawn(looks(control.clone()));
     let (events, inbox) = mpsc::channel(4096);
     helpers.spawn(net_events(control.clone(), inbox, listening));
     let mut net_parts = start_net(control, boot_net, events);
@@ -235,12 +231,6 @@ fn describe(catalog: &Catalog, config: &Config) {
             "no release of {} is published: unknown machines boot nothing. Build and publish one",
             config.boot.default_image
         ),
-    }
-    for expiry in &catalog.expiries {
-        let left = expiry.expires.duration_since(Timestamp::now()).as_hours() / 24;
-        if expiry.file != "metadata/timestamp.json" && left <= 90 {
-            tracing::warn!("{} expires in {left} days ({}): sign it anew", expiry.file, expiry.expires);
-        }
     }
 }
 

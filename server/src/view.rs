@@ -6,8 +6,8 @@ use jiff::Timestamp;
 use kiln_fleet::access::{AccessRole, ProposalState};
 use kiln_fleet::{Comparison, ExpectedMachine, Millis, Sku};
 use kiln_protocol::{
-    AgentMemory, ApprovalCode, Difference, Draining, ExecState, Firmware, Inventory, KeyId, KeyStorage, MachineId,
-    OrderId, Prefetch, ProtectionClass, Receipt, ReleaseId, RollbackMemory, Stage, Via,
+    AgentMemory, ApprovalCode, DbxState, Difference, Draining, ExecState, Firmware, Inventory, KeyId, KeyStorage,
+    MachineId, OrderId, Prefetch, ProtectionClass, Receipt, ReleaseId, RollbackMemory, Sha256Hex, Stage, Via,
 };
 use serde::{Deserialize, Serialize};
 
@@ -53,6 +53,9 @@ pub struct MachineView {
     /// What its allow-list of programs says.
     #[serde(default)]
     pub exec: Option<ExecState>,
+    /// What its firmware has of the site's list of revoked boot programs.
+    #[serde(default)]
+    pub dbx: Option<DbxState>,
     /// Drift, draining and events.
     #[serde(default)]
     pub condition: ConditionView,
@@ -92,6 +95,26 @@ pub struct MachineView {
     pub last_seen_ms: i64,
     /// The last eight boots, oldest first.
     pub boots: Vec<BootView>,
+}
+
+/// The site's list of revoked boot programs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DbxView {
+    /// SHA-256 of the signed change.
+    pub update: Sha256Hex,
+    /// What it names.
+    pub revoked: Vec<ReleaseId>,
+    /// Machines in service whose firmware does not have all of it.
+    pub lacking: Vec<DbxLackingView>,
+}
+
+/// A machine without the list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DbxLackingView {
+    /// Its name.
+    pub machine: String,
+    /// Why.
+    pub why: String,
 }
 
 /// What a running machine says besides its health.

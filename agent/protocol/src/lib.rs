@@ -8,6 +8,7 @@
 
 mod assignment;
 mod condition;
+mod dbx;
 pub mod drift;
 mod exec;
 mod ids;
@@ -28,6 +29,7 @@ pub use assignment::{
     check_assignment, check_freshness,
 };
 pub use condition::{Condition, DRIFT_LIMIT, Difference, Draining, DriftKind};
+pub use dbx::{DbxOffer, DbxOutcome, DbxState, dbx_hold};
 pub use drift::Usage;
 pub use exec::{EXEC_ANCESTORS, EXEC_PATH_LIMIT, EXEC_VIOLATIONS, ExecAncestor, ExecState, ExecVerdict, ExecViolation};
 pub use ids::{Architecture, Class, IdError, ImageName, KeyId, MachineId, Nonce, OrderId, ReleaseId, Sha256Hex};

@@ -3,6 +3,7 @@
 //! Both sides ignore fields they do not know, so that either may be newer.
 
 use crate::condition::Condition;
+use crate::dbx::{DbxOffer, DbxState};
 use crate::exec::ExecState;
 use crate::ids::IdError;
 use crate::ids::{Architecture, ImageName, MachineId, Nonce, Sha256Hex, word_enum};
@@ -211,6 +212,9 @@ pub struct Report {
     /// Allow-listing of programs, where the release asks for it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exec: Option<ExecState>,
+    /// What came of the site's list of revoked boot programs, once it was offered to this boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dbx: Option<DbxState>,
     /// Drift, draining and events; of a running system.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub condition: Option<Condition>,
@@ -238,6 +242,9 @@ pub struct Reply {
     /// declares, nothing else.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub thresholds: BTreeMap<String, String>,
+    /// The site's list of revoked boot programs, as long as the machine's firmware lacks it and may have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dbx: Option<DbxOffer>,
 }
 
 /// What a machine shows of itself that only the server knows. Nothing of it is believed in any decision.
@@ -340,6 +347,7 @@ mod tests {
             may_wait: true,
             about: None,
             thresholds: BTreeMap::new(),
+            dbx: None,
         };
         let golden = r#"{"desired":{"etag":"7-hold","decision":"assigned","assignment":"{}","freshness":"{}","via":"kexec","grant":{"grant":"hold","reason":"1 of 1 machines may be unavailable"}},"again_ms":30000,"may_wait":true}"#;
         assert_eq!(serde_json::to_string(&reply).unwrap(), golden);

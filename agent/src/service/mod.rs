@@ -16,14 +16,14 @@ use crate::api::Api;
 use crate::change::{Meter, Prefetch, Ready};
 use crate::disk::machine::SharedDisk;
 use crate::error::{AgentError, Result};
-use crate::exec;
 use crate::health::Checks;
 use crate::journal::{Journal, monotonic_ms};
 use crate::memory::random;
 use crate::spool::Keeper;
 use crate::verifier::Verifier;
+use crate::{dbx, exec};
 use duty::{Action, Duty, Event};
-use kiln_protocol::{Health, Nonce, ReleaseId, Reply, Report, Stage, Turn};
+use kiln_protocol::{DbxOutcome, DbxState, Health, Nonce, ReleaseId, Reply, Report, Stage, Turn};
 use leave::Door;
 use next::{ORDER_PAUSE, claimed};
 use std::collections::BTreeMap;
@@ -62,6 +62,8 @@ type Job = Pin<Box<dyn Future<Output = Done>>>;
 type Post = Pin<Box<dyn Future<Output = Result<Reply>>>>;
 /// Whether a claimed order (its text) is one.
 type Check = Pin<Box<dyn Future<Output = (String, Result<()>)>>>;
+/// A list of revoked boot programs on its way into the firmware.
+type Listing = Pin<Box<dyn Future<Output = DbxState>>>;
 /// A round of health checks, and the pause before it.
 type Round = Pin<Box<dyn Future<Output = (Checks, Health, Vec<Turn>)>>>;
 
@@ -98,6 +100,8 @@ struct Service {
     proven: Proof,
     /// An order that was refused, and when.
     refused: Option<(String, Instant)>,
+    /// What came of the list of revoked boot programs that was offered last, and when.
+    dbx: Option<(DbxState, Instant)>,
 }
 
 /// What the slots know of the release that runs.
@@ -131,6 +135,7 @@ impl Service {
             exec: None,
             proven: Proof::Trial(Instant::now()),
             refused: None,
+            dbx: None,
         })
     }
 
@@ -141,6 +146,7 @@ impl Service {
         let mut post: Option<Post> = None;
         let mut job: Option<Job> = None;
         let mut wipe: Option<Check> = None;
+        let mut dbx: Option<Listing> = None;
         let exec = self.exec.clone();
         let mut hooks: Option<Hooks> = None;
         let mut look = self.watch.look();
@@ -156,6 +162,7 @@ impl Service {
                     post = None;
                     let event = self.heard(reply);
                     wipe = wipe.or_else(|| self.check_wipe());
+                    dbx = dbx.or_else(|| self.take_dbx());
                     event
                 }
                 (text, checked) = maybe(&mut wipe) => {
@@ -179,6 +186,11 @@ impl Service {
                     self.prefetch = done.prefetch;
                     self.ready = done.ready.map(Arc::new).or(self.ready.take());
                     done.event
+                }
+                state = maybe(&mut dbx) => {
+                    dbx = None;
+                    self.dbx = Some((state, Instant::now()));
+                    Event::News
                 }
                 () = exec::news(exec.as_ref()) => Event::News,
                 event = maybe(&mut hooks) => {
@@ -226,6 +238,18 @@ impl Service {
         }
     }
 
+    /// If the newest reply offers a list of revoked boot programs that was not tried just now.
+    fn take_dbx(&self) -> Option<Listing> {
+        let offer = self.newest.as_ref()?.0.dbx.clone()?;
+        let known = self.dbx.as_ref().filter(|(state, _)| state.update == offer.update);
+        if known.is_some_and(|(state, at)| state.outcome == DbxOutcome::Installed || at.elapsed() < dbx::AGAIN) {
+            return None;
+        }
+        let (verifier, here) = (Rc::clone(&self.verifier), self.here.clone());
+        let good = self.disk.as_ref().and_then(|disk| crate::disk::machine::lock(disk).slots().disk.newest_good());
+        Some(Box::pin(async move { dbx::install(&mut *verifier.lock().await, &here, good, &offer).await }))
+    }
+
     /// What a reply says for the next decision, before anything of it is believed.
     fn heard(&mut self, reply: Result<Reply>) -> Event {
         let reply = match reply {
@@ -249,6 +273,8 @@ impl Service {
             self.duty.prefetch().map(|p| kiln_protocol::Prefetch { progress: self.meter.read(), ..p });
         self.journal.condition = Some(self.watch.condition());
         let report = self.journal.report(hold_s);
+        let listed = self.dbx.as_ref().map(|(state, _)| state.clone());
+        let report = report.map(|report| Report { dbx: listed, ..report });
         let report = match &self.exec {
             Some(post) => {
                 report.map(|r| Report { agent_memory: post.with_guard(r.agent_memory), exec: Some(post.state()), ..r })

@@ -243,6 +243,6 @@ impl Shared {
         });
         let etag = format!("{etag}-{}", order.as_ref().map_or(String::new(), |o| hex::sha256(o.order.as_bytes())));
         let desired = Desired { etag, network_first: false, decision, order };
-        Reply { desired, again_ms: 1000, may_wait: true, about: None, thresholds: BTreeMap::new() }
+        Reply { desired, again_ms: 1000, may_wait: true, about: None, thresholds: BTreeMap::new(), dbx: None }
     }
 }

@@ -146,6 +146,7 @@ impl TestSite {
             agent_api: AgentApi { ca_pem: self.tls[0].clone() },
             floors: BTreeMap::new(),
             network: self.network.clone(),
+            dbx: None,
         }
     }
 

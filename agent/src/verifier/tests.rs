@@ -121,7 +121,8 @@ impl Machine {
         };
         let order = order.map(|order| OrderGiven { freshness: fresh(&order), order });
         let desired = Desired { etag: String::new(), network_first: false, decision, order };
-        let reply = Reply { desired, again_ms: 1000, may_wait: false, about: None, thresholds: BTreeMap::new() };
+        let reply =
+            Reply { desired, again_ms: 1000, may_wait: false, about: None, thresholds: BTreeMap::new(), dbx: None };
         self.verifier.check_reply(&self.verified, reply, &nonce).map_err(|e| e.kind())
     }
 

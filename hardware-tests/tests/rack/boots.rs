@@ -199,3 +199,18 @@ fn a_corrupt_root_is_refused_and_the_previous_release_boots() {
         );
     });
 }
+
+/// A machine's clock is dead, or set by somebody: it says 1970, or 2099. Nothing asks it.
+#[test]
+#[ignore = "slow: two boots of the firmware; make test-slow"]
+fn a_wrong_clock_changes_nothing() {
+    testing::rack(|paths| {
+        for clock in ["1970-01-02", "2099-01-01"] {
+            let spec = MachineSpec { clock: Some(clock), ..MachineSpec::new(1, PXE) };
+            let mut rack = Rack::start(paths, &RackOptions::scenario(paths, &format!("clock-{clock}"), spec)).unwrap();
+            rack.machine(NAME).power_on().unwrap();
+            let view = rack.wait_healthy(NAME, 1).unwrap();
+            assert!(view.failures().is_empty(), "{clock}: {view:#?}");
+        }
+    });
+}

@@ -15,3 +15,4 @@ mod screen;
 mod secure_boot;
 mod silence;
 mod support;
+mod thefts;

@@ -8,7 +8,7 @@ use kiln_lab::paths::Paths;
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{site, testing};
-use kiln_protocol::Stage;
+use kiln_protocol::{DbxOutcome, Stage};
 use kiln_release::authenticode;
 use std::path::PathBuf;
 
@@ -99,6 +99,37 @@ fn what_the_site_did_not_sign_or_has_revoked_is_refused() {
         rack.machine(NAME).power_on().unwrap();
         let console = rack.machine(NAME).console().unwrap().clone();
         console.wait_for("kiln-agent", Mark::default(), IDLE).unwrap();
+    });
+}
+
+/// `kiln trust revoke` reaches the firmware by the agent: not while the machine needs the release, then by itself; from
+/// then on the firmware refuses the revoked one and the boot server says so, and the newer one boots as before.
+#[test]
+#[ignore = "slow: three boots of the firmware; make test-slow"]
+fn a_revoked_release_is_refused_once_the_agent_has_installed_dbx() {
+    testing::rack(|paths| {
+        let mut options = RackOptions::scenario(paths, "secure-boot-dbx", secure(paths, NetworkBoot::Pxe));
+        options.config = "[fleet]\nfirmware_patience = \"5s\"\n".into();
+        let mut rack = Rack::start(paths, &options).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        rack.wait_healthy(NAME, 1).unwrap();
+        rack.kiln(&["trust", "revoke", "minimal/1"]).unwrap();
+        rack.kiln(&["release", "publish", "minimal/2"]).unwrap();
+        rack.kiln(&["assign", NAME, "minimal/2", "--via", "kexec"]).unwrap();
+        let status = rack.kiln(&["trust", "status"]).unwrap();
+        assert!(status.contains("rack-1 lacks them: held: it runs minimal/1"), "{status}");
+        rack.wait_healthy(NAME, 2).unwrap();
+        let has = |v: &MachineView| v.dbx.as_ref().is_some_and(|dbx| dbx.outcome == DbxOutcome::Installed);
+        rack.wait(NAME, "dbx is in its firmware", has).unwrap();
+        let status = rack.kiln(&["trust", "status"]).unwrap();
+        assert!(status.contains("every machine in service has them"), "{status}");
+        rack.machine(NAME).power_off();
+
+        rack.kiln(&["assign", NAME, "minimal/1", "--via", "cold"]).unwrap();
+        refused(&mut rack, "revoked by the dbx that the agent installed");
+        rack.kiln(&["assign", NAME, "minimal/2", "--via", "cold"]).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        assert!(is_enforced(&rack.wait_healthy(NAME, 2).unwrap()));
     });
 }
 

@@ -7,7 +7,7 @@ use crate::canonical::parse_strict;
 use crate::declared;
 use crate::envelope::{KeySet, Unverified};
 use crate::error::{DirectorError, FormatError, OperatorError};
-use crate::formats::{Artifact, BootInfo, MANIFEST_TYPE, Manifest, SITE_TYPE, Site};
+use crate::formats::{Artifact, BootInfo, DbxUpdate, MANIFEST_TYPE, Manifest, SITE_TYPE, Site};
 use crate::hex;
 use crate::key::{PublicKey, object_id};
 use crate::network::NetworkConfig;
@@ -222,6 +222,16 @@ impl Site {
         for (image, floor) in &self.floors {
             check.field("floors", is_image_name(image), image, "not an image name")?;
             check.field("floors", *floor > 0, image, "floors start at 1")?;
+        }
+        if let Some(dbx) = &self.dbx {
+            check.artifact("dbx.update", &dbx.update)?;
+            let length = dbx.update.length;
+            check.field("dbx.update", length <= DbxUpdate::LIMIT, &length.to_string(), "at most 64 KiB")?;
+            let programs = dbx.revoked.len();
+            let count = (1..=DbxUpdate::PROGRAMS).contains(&programs);
+            check.field("dbx.revoked", count, &programs.to_string(), "from 1 to 1000 boot programs")?;
+            let bad = dbx.revoked.iter().find(|program| !hex::is_sha256(&program.digest));
+            check.field("dbx.revoked", bad.is_none(), "a digest", "64 lower-case hex digits")?;
         }
         self.network.as_ref().map_or(Ok(()), NetworkConfig::check)
     }

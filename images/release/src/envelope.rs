@@ -46,6 +46,12 @@ impl KeySet {
         self.threshold
     }
 
+    /// The same keys, of which one is enough: to see who has signed so far.
+    #[must_use]
+    pub fn any(&self) -> Self {
+        Self { keys: self.keys.clone(), threshold: 1 }
+    }
+
     /// Whether this key id is one of them.
     pub fn contains(&self, keyid: &str) -> bool {
         self.keys.contains_key(keyid)

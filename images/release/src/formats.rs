@@ -140,6 +140,34 @@ pub struct Site {
     /// How machines are connected; none: as their boot images say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub network: Option<NetworkConfig>,
+    /// Boot programs that firmware shall never start again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dbx: Option<DbxUpdate>,
+}
+
+/// A change of the firmware's variable dbx (UEFI 2.10 §32.4.1): an append that the site's KEK has signed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DbxUpdate {
+    /// The signed change, an artifact: `EFI_VARIABLE_AUTHENTICATION_2` and signature lists.
+    pub update: Artifact,
+    /// What it names.
+    pub revoked: Vec<RevokedProgram>,
+}
+
+/// A boot program that is revoked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RevokedProgram {
+    /// Authenticode digest of the UKI, SHA-256.
+    pub digest: String,
+    /// Whose it is, as `minimal/1`.
+    pub release: String,
+}
+
+impl DbxUpdate {
+    /// Longest change: firmware's own room for dbx is less.
+    pub const LIMIT: u64 = 64 << 10;
+    /// Most programs.
+    pub const PROGRAMS: usize = 1000;
 }
 
 fn one() -> u32 {

@@ -35,8 +35,8 @@ pub use error::{
 };
 pub use exec::{EXEC_PATH, EXEC_TYPE, ExecFail, ExecMode, ExecPolicy, ExecRule, MAX_EXEC_HASHES, MAX_EXEC_RULES};
 pub use formats::{
-    AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, DiskSettings, FilePolicy, HANDOFF_PATH, IPE_POLICY_PATH,
-    MANIFEST_TYPE, Manifest, Mode, ROOT_SIGNATURE_PATH, SITE_TYPE, Site, SiteSettings, VerityParams, WipePolicy,
-    WritableMount,
+    AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, DbxUpdate, DiskSettings, FilePolicy, HANDOFF_PATH,
+    IPE_POLICY_PATH, MANIFEST_TYPE, Manifest, Mode, ROOT_SIGNATURE_PATH, RevokedProgram, SITE_TYPE, Site, SiteSettings,
+    VerityParams, WipePolicy, WritableMount,
 };
 pub use key::{PublicKey, Scheme, Signer};

@@ -77,6 +77,7 @@ fn site() -> Site {
         agent_api: AgentApi { ca_pem: String::new() },
         floors: BTreeMap::from([("minimal".into(), 3)]),
         network: None,
+        dbx: None,
     }
 }
 

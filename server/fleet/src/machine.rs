@@ -11,8 +11,8 @@ use crate::orders::MachineOrder;
 use crate::state::{State, StateKind};
 use crate::{FORGET_MS, LIVE_MS, Millis};
 use kiln_protocol::{
-    AgentMemory, ApprovalCode, ExecState, Health, KeyId, MachineFacts, MachineId, OrderId, Prefetch, ReleaseId,
-    RunningRelease, Stage, StageState, Via,
+    AgentMemory, ApprovalCode, DbxState, ExecState, Health, KeyId, MachineFacts, MachineId, OrderId, Prefetch,
+    ReleaseId, RunningRelease, Stage, StageState, Via,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -107,6 +107,9 @@ pub struct Machine {
     /// What its allow-list of programs says, in this boot.
     #[serde(default)]
     pub exec: Option<ExecState>,
+    /// What its firmware has of the site's list of revoked boot programs, as it last said. It outlives its boots.
+    #[serde(default)]
+    pub dbx: Option<DbxState>,
     /// Drift, draining, and what happened on it.
     #[serde(default)]
     pub condition: KnownCondition,
@@ -184,6 +187,7 @@ impl Machine {
             prefetch: None,
             agent_memory: None,
             exec: None,
+            dbx: None,
             condition: KnownCondition::default(),
             comparison: None,
             granted: None,

@@ -7,7 +7,7 @@ use crate::machine::{Machine, words};
 use crate::state::StateKind;
 use crate::step::{save, wake};
 use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
-use kiln_protocol::{KeyStorage, ReleaseId, Report, Stage, StageState, Via};
+use kiln_protocol::{DbxOutcome, DbxState, KeyStorage, ReleaseId, Report, Stage, StageState, Via};
 
 /// Good releases remembered.
 const GOOD_KEPT: usize = 8;
@@ -262,6 +262,14 @@ impl Machine {
             new |= !news.is_empty();
             out.extend(news.into_iter().map(|text| Action::Say { warn: true, text }));
             self.exec.clone_from(&report.exec);
+        }
+        if report.dbx.is_some() && self.dbx != report.dbx {
+            self.dbx.clone_from(&report.dbx);
+            new = true;
+            if let Some(DbxState { outcome: DbxOutcome::Failed { reason }, .. }) = &self.dbx {
+                let text = format!("the list of revoked boot programs is not in its firmware: {reason}");
+                out.push(Action::Say { warn: true, text });
+            }
         }
         new |= self.note_condition(report.condition.as_ref(), now, out);
         if self.health != report.health {

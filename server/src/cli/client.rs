@@ -3,6 +3,7 @@
 use super::At;
 use super::error::CliError;
 use crate::view::PendingView;
+use kiln_images::SiteDir;
 use kiln_release::with_causes;
 use reqwest::{Method, Response, StatusCode};
 use serde::Serialize;
@@ -150,11 +151,23 @@ impl Client {
     }
 
     /// The first root metadata of the site that the server serves: what every machine of it trusts.
-    pub(super) async fn trust_root(&self) -> Result<Vec<u8>, CliError> {
+    async fn trust_root(&self) -> Result<Vec<u8>, CliError> {
         let url = format!("{}/metadata/1.root.json", self.base);
         let response = self.request(Method::GET, url.clone(), None::<&()>, Some(ANSWER)).await?;
         let bytes = response.bytes().await;
         Ok(bytes.map_err(|e| CliError::Request { url, reason: with_causes(&e) })?.to_vec())
+    }
+
+    /// That a server that was named serves this site: another's machines say nothing of it. The site's own is asked by
+    /// its socket.
+    pub(super) async fn is_of(&self, site: &SiteDir, at: &At) -> Result<(), CliError> {
+        let Some(url) = &at.server else { return Ok(()) };
+        let path = site.repo().join("metadata/1.root.json");
+        let own = std::fs::read(&path).map_err(|source| CliError::Read { path, source })?;
+        if self.trust_root().await? == own {
+            return Ok(());
+        }
+        Err(CliError::OtherSite { url: url.clone(), site: site.path.clone() })
     }
 
     async fn request(

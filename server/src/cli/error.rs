@@ -32,6 +32,18 @@ pub(super) enum CliError {
     Kept { id: String, what: String, until: jiff::Timestamp },
     #[error("the audit log is not whole: {0}")]
     Broken(String),
+    #[error("machines need a release below the floor; move them up first:\n  {}", .0.join("\n  "))]
+    BelowFloor(Vec<String>),
+    #[error("no terminal to ask at ({0}): name a file with --passphrase-file, or confirm with --yes")]
+    NoTerminal(std::io::Error),
+    #[error("the two passphrases differ: nothing was made")]
+    PassphrasesDiffer,
+    #[error("not confirmed: nothing was signed")]
+    NotConfirmed,
+    #[error("--keys names {0} twice")]
+    RoleTwice(String),
+    #[error("--keys {0}=N:FILE.pub,… is missing: each of root, targets, snapshot and images needs its signers")]
+    RoleMissing(&'static str),
     #[error("{url}: {reason}")]
     Request { url: String, reason: String },
     #[error("{message}")]

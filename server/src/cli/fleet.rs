@@ -422,6 +422,7 @@ mod tests {
             }),
             agent_memory: Some(kiln_protocol::AgentMemory { rss_bytes: 5 << 20, peak_bytes: 13 << 19 }),
             exec: Some(kiln_protocol::ExecState { running: true, denied: 3, ..Default::default() }),
+            dbx: None,
             condition: crate::view::ConditionView {
                 drift: vec![kiln_protocol::Difference {
                     kind: kiln_protocol::DriftKind::Listener,

@@ -10,8 +10,10 @@ mod hardware;
 mod log;
 mod order;
 mod people;
+mod secret;
 mod site;
 mod table;
+mod trust;
 mod tuf_client;
 
 use crate::serve::{LogFormat, ServeOptions};
@@ -39,7 +41,7 @@ struct Cli {
 enum Command {
     /// Keys and metadata of a site
     #[command(subcommand)]
-    Trust(Trust),
+    Trust(trust::Trust),
     /// Build images
     #[command(subcommand)]
     Image(Image),
@@ -68,76 +70,6 @@ enum Command {
     /// Who did what, and whether the record of it is whole
     #[command(subcommand)]
     Audit(audit::Audit),
-}
-
-#[derive(Debug, Subcommand)]
-enum Trust {
-    /// Make a site directory with its keys and first metadata
-    Init {
-        /// Threshold 1 and unencrypted keys: for a lab
-        #[arg(long, required = true)]
-        lab: bool,
-        /// The site directory; it must not exist or be empty
-        dir: PathBuf,
-        /// The site's name
-        #[arg(long, default_value = "lab")]
-        name: String,
-    },
-    /// Name the operators whose keys sign orders: made with `kiln order key`, kept off the boot server
-    Operators {
-        /// Public keys of all operators, as `kiln order key FILE` leaves them in FILE.pub
-        #[arg(required = true)]
-        keys: Vec<PathBuf>,
-        /// So many of them must sign an order
-        #[arg(long, default_value_t = 1)]
-        threshold: u32,
-        /// The site directory, with offline/
-        #[arg(long, env = "KILN_SITE")]
-        site: PathBuf,
-    },
-    /// Sign how machines are connected; each tries it at its next boot, and goes back if it loses the server
-    Network {
-        /// The configuration, TOML: see docs/operations.md
-        file: PathBuf,
-        /// The site directory, with offline/
-        #[arg(long, env = "KILN_SITE")]
-        site: PathBuf,
-    },
-    /// Read any TUF repository with Kiln's client, keeping its files in a folder: for interoperability tests
-    TufClient(tuf_client::TufClient),
-    /// Keys and files for Secure Boot
-    #[command(subcommand, name = "secureboot")]
-    SecureBoot(SecureBoot),
-    /// Name a built release's boot program in dbx: `kiln trust secureboot enroll` writes the list
-    Revoke {
-        /// IMAGE/NUMBER, as minimal/2
-        release: ReleaseId,
-        /// The site directory, with offline/
-        #[arg(long, env = "KILN_SITE")]
-        site: PathBuf,
-    },
-}
-
-#[derive(Debug, Subcommand)]
-enum SecureBoot {
-    /// Make the keys of a site that has none; `kiln trust init` makes those of a new one
-    Init {
-        /// The site directory, with offline/
-        #[arg(long, env = "KILN_SITE")]
-        site: PathBuf,
-    },
-    /// Write what firmware takes: PK, KEK, db and dbx as .cer, .esl and .auth
-    Enroll {
-        /// The site directory, with offline/
-        #[arg(long, env = "KILN_SITE")]
-        site: PathBuf,
-        /// Where to write; made if it is not there
-        #[arg(long)]
-        out: PathBuf,
-        /// Also write OVMF_VARS.fd, this variable store with the keys enrolled
-        #[arg(long)]
-        ovmf_vars: Option<PathBuf>,
-    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -205,16 +137,8 @@ struct Prune {
     /// So many of its newest releases stay, and besides them those that a machine runs, shall run or would fall back to
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     keep: u32,
-    /// The site directory, with offline/
-    #[arg(long, env = "KILN_SITE")]
-    site: PathBuf,
-    /// Ask this boot server which releases machines need, as http://10.0.0.1:8080 [default: the one that runs on the
-    /// site]
-    #[arg(long, conflicts_with = "without_server")]
-    server: Option<String>,
-    /// Ask nobody: a machine that needs a release which is taken out cannot boot again
-    #[arg(long)]
-    without_server: bool,
+    #[command(flatten)]
+    ask: trust::Ask,
     /// Delete artifacts whose release was taken out so long ago, as 0s, 12h or 7d [default: by an earlier prune]
     #[arg(long, value_parser = site::grace)]
     grace: Option<SignedDuration>,
@@ -425,16 +349,8 @@ fn run(cli: Cli) -> Result<(), CliError> {
     let _ = rustls::crypto::ring::default_provider().install_default();
     let runtime = || tokio::runtime::Runtime::new().map_err(CliError::Runtime);
     match cli.command {
-        Command::Trust(Trust::Init { lab: _, dir, name }) => site::init(&dir, &name),
-        Command::Trust(Trust::Operators { keys, threshold, site }) => order::operators(&keys, threshold, &site),
+        Command::Trust(command) => trust::run(command, runtime),
         Command::Order(command) => order::run(command, runtime),
-        Command::Trust(Trust::SecureBoot(SecureBoot::Init { site })) => site::secure_boot_init(&site),
-        Command::Trust(Trust::SecureBoot(SecureBoot::Enroll { site, out, ovmf_vars })) => {
-            site::enroll(&site, &out, ovmf_vars.as_deref())
-        }
-        Command::Trust(Trust::Revoke { release, site }) => site::revoke(&release, &site),
-        Command::Trust(Trust::TufClient(command)) => tuf_client::run(&command, &runtime()?),
-        Command::Trust(Trust::Network { file, site }) => site::network(&file, &site),
         Command::Image(Image::Build(build)) => site::build(build),
         Command::Release(Release::Publish { release, site }) => site::publish(&release, &site),
         Command::Release(Release::Prune(prune)) => site::prune(prune, &runtime()?),

@@ -183,12 +183,11 @@ pub(super) fn run(command: Order, runtime: impl Fn() -> Result<Runtime, CliError
 
 pub(super) fn operators(keys: &[PathBuf], threshold: u32, site: &Path) -> Result<(), CliError> {
     let keys = keys.iter().map(|path| public_key(path)).collect::<Result<Vec<_>, _>>()?;
-    let served = kiln_images::name_operators(site, &keys, threshold, Timestamp::now())?;
-    println!("orders need the signatures of {threshold} of {} operators from now on", keys.len());
-    if !served {
-        println!("machines see it when `kiln serve` has signed the timestamp: its key is not on this machine");
+    let done = kiln_images::name_operators(site, &keys, threshold, Timestamp::now())?;
+    if done.waiting.is_none() {
+        println!("orders need the signatures of {threshold} of {} operators from now on", keys.len());
     }
-    Ok(())
+    super::trust::said(&done)
 }
 
 /// In one step: the order is signed here and submitted.

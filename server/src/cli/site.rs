@@ -2,14 +2,45 @@
 
 use super::client::Client;
 use super::error::CliError;
+use super::trust::{said, waits, whom};
 use super::{At, Build, Prune};
 use crate::view::ReleaseView;
+use clap::Subcommand;
 use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
 use kiln_images::{BuildOptions, PruneOptions, Pruned, SiteDir, SiteError, SiteUrls};
 use kiln_protocol::{ImageName, ReleaseId};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use tokio::runtime::Runtime;
+
+#[derive(Debug, Subcommand)]
+pub(super) enum SecureBoot {
+    /// Make the keys of a site that has none; `kiln trust init --lab` makes those of a new one
+    Init {
+        /// The site directory, with offline/
+        #[arg(long, env = "KILN_SITE")]
+        site: PathBuf,
+    },
+    /// Write what firmware takes: PK, KEK, db and dbx as .cer, .esl and .auth
+    Enroll {
+        /// The site directory, with offline/
+        #[arg(long, env = "KILN_SITE")]
+        site: PathBuf,
+        /// Where to write; made if it is not there
+        #[arg(long)]
+        out: PathBuf,
+        /// Also write OVMF_VARS.fd, this variable store with the keys enrolled
+        #[arg(long)]
+        ovmf_vars: Option<PathBuf>,
+    },
+}
+
+pub(super) fn secure_boot(command: SecureBoot) -> Result<(), CliError> {
+    match command {
+        SecureBoot::Init { site } => secure_boot_init(&site),
+        SecureBoot::Enroll { site, out, ovmf_vars } => enroll(&site, &out, ovmf_vars.as_deref()),
+    }
+}
 
 pub(super) fn init(dir: &Path, name: &str) -> Result<(), CliError> {
     kiln_images::init_lab(dir, name, Timestamp::now())?;
@@ -24,23 +55,23 @@ pub(super) fn init(dir: &Path, name: &str) -> Result<(), CliError> {
 pub(super) fn network(file: &Path, site: &Path) -> Result<(), CliError> {
     let text = std::fs::read_to_string(file).map_err(|source| CliError::Read { path: file.to_owned(), source })?;
     let config = kiln_images::read_network(file, &text).map_err(|error| CliError::Build(error.into()))?;
+    let version = config.version;
     let done = kiln_images::sign_network(site, config, Timestamp::now())?;
-    let what = if done.already { "was signed before, nothing changed" } else { "is signed" };
-    println!("network configuration {} {what}; each machine tries it at its next boot", done.version);
-    if !done.served {
-        println!("{NOT_SERVED}");
+    if done.waiting.is_none() {
+        let what = if done.already { "was signed before, nothing changed" } else { "is signed" };
+        println!("network configuration {version} {what}; each machine tries it at its next boot");
     }
-    Ok(())
+    said(&done)
 }
 
-pub(super) fn secure_boot_init(dir: &Path) -> Result<(), CliError> {
+fn secure_boot_init(dir: &Path) -> Result<(), CliError> {
     let site = SiteDir::open(dir)?;
     kiln_images::init_secure_boot(&site)?;
     println!("Secure Boot keys are made in {}; releases built from now on are signed", site.secure_boot("").display());
     Ok(())
 }
 
-pub(super) fn enroll(dir: &Path, out: &Path, ovmf: Option<&Path>) -> Result<(), CliError> {
+fn enroll(dir: &Path, out: &Path, ovmf: Option<&Path>) -> Result<(), CliError> {
     let done = kiln_images::enroll(&SiteDir::open(dir)?, out, ovmf, Timestamp::now())?;
     for file in &done.files {
         println!("{}", file.display());
@@ -55,8 +86,23 @@ pub(super) fn enroll(dir: &Path, out: &Path, ovmf: Option<&Path>) -> Result<(), 
 pub(super) fn revoke(release: &ReleaseId, dir: &Path) -> Result<(), CliError> {
     let new = kiln_images::revoke(&SiteDir::open(dir)?, release.image.as_str(), release.release)?;
     let what = if new { "is revoked" } else { "was revoked before" };
-    println!("{release} {what}; machines refuse it once they have the dbx of `kiln trust secureboot enroll`");
-    Ok(())
+    println!("{release} {what}; a machine's firmware refuses it once its dbx names it");
+    match kiln_images::publish_dbx(&SiteDir::open(dir)?, Timestamp::now()) {
+        Ok(changed) => {
+            println!(
+                "machines put it into their firmware as soon as they need no revoked release: `kiln trust status`"
+            );
+            said(&changed)
+        }
+        Err(SiteError::NoSecureBootKey { path }) => {
+            println!(
+                "{} is not here, so that machines are told nothing: `kiln trust secureboot enroll` makes dbx where it is",
+                path.display()
+            );
+            Ok(())
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 pub(super) fn build(build: Build) -> Result<(), CliError> {
@@ -81,6 +127,9 @@ pub(super) fn build(build: Build) -> Result<(), CliError> {
 
 pub(super) fn publish(release: &ReleaseId, site: &Path) -> Result<(), CliError> {
     let done = kiln_images::publish(site, release.image.as_str(), release.release, Timestamp::now())?;
+    if waits(done.waiting.as_ref()) {
+        return Ok(());
+    }
     let what = if done.already { "was published before, nothing changed" } else { "is published" };
     println!("{release} {what}; `kiln assign MACHINE {release}` gives it to a machine");
     if !done.served {
@@ -99,7 +148,8 @@ pub(super) fn publish(release: &ReleaseId, site: &Path) -> Result<(), CliError> 
     Ok(())
 }
 
-const NOT_SERVED: &str = "machines see it when `kiln serve` has signed the timestamp: its key is not on this machine";
+pub(super) const NOT_SERVED: &str =
+    "machines see it when `kiln serve` has signed the timestamp: its key is not on this machine";
 
 /// A duration as `0s`, `12h` or `7d`, a day being 24 hours.
 pub(super) fn grace(text: &str) -> Result<SignedDuration, String> {
@@ -110,16 +160,10 @@ pub(super) fn grace(text: &str) -> Result<SignedDuration, String> {
 }
 
 pub(super) fn prune(prune: Prune, runtime: &Runtime) -> Result<(), CliError> {
-    let Prune { image, keep, site: dir, server, without_server, grace, dry_run } = prune;
-    let site = SiteDir::open(&dir)?;
+    let Prune { image, keep, ask: asked, grace, dry_run } = prune;
+    let site = SiteDir::open(&asked.site)?;
     // The lock is held to the end: a server that starts meanwhile would not have been asked.
-    let (ask, _alone) = match (server, site.lock_state()) {
-        (Some(server), _) => (Some(At::server(server)), None),
-        (None, Err(SiteError::Served { .. })) => (Some(At::site(dir)), None),
-        (None, Ok(alone)) if without_server => (None, Some(alone)),
-        (None, Ok(_)) => return Err(CliError::NobodyToAsk(dir)),
-        (None, Err(error)) => return Err(error.into()),
-    };
+    let (ask, _alone) = whom(&asked)?;
     let options =
         PruneOptions { image: image.to_string(), keep: usize::try_from(keep).unwrap_or(usize::MAX), grace, dry_run };
     let needed = || match &ask {
@@ -127,6 +171,9 @@ pub(super) fn prune(prune: Prune, runtime: &Runtime) -> Result<(), CliError> {
         None => Ok(BTreeSet::new()),
     };
     let done = kiln_images::prune::<CliError>(&site, &options, Timestamp::now(), needed)?;
+    if waits(done.request.as_ref()) {
+        return Ok(());
+    }
     for line in pruned(&image, &done, dry_run) {
         println!("{line}");
     }
@@ -135,14 +182,7 @@ pub(super) fn prune(prune: Prune, runtime: &Runtime) -> Result<(), CliError> {
 
 async fn needed(at: &At, site: &SiteDir, image: &ImageName) -> Result<BTreeSet<u64>, CliError> {
     let client = Client::new(at)?;
-    // The site's own server is asked by its socket; one that was named may be anybody's.
-    if let Some(url) = &at.server {
-        let path = site.repo().join("metadata/1.root.json");
-        let own = std::fs::read(&path).map_err(|source| CliError::Read { path, source })?;
-        if client.trust_root().await? != own {
-            return Err(CliError::OtherSite { url: url.clone(), site: site.path.clone() });
-        }
-    }
+    client.is_of(site, at).await?;
     let releases: Vec<ReleaseView> = client.get("releases").await?;
     let needed = releases.into_iter().filter(|r| r.image == image.as_str() && r.needed_by > 0);
     Ok(needed.map(|r| r.release).collect())

@@ -35,11 +35,14 @@ impl Control {
         let (Some(assigned), Some(key)) = (&machine.assigned, &machine.key) else {
             return Ok(Err("nothing is assigned".into()));
         };
+        // One that another director has signed is not believed any more.
+        let director = self.director().public().id();
         let role = machine.role.clone().unwrap_or_default();
         if let Some(e) = inner.envelopes.get(id)
             && e.key == key.as_str()
             && e.role == role
             && e.sequence == assigned.sequence
+            && e.text.contains(&format!("\"keyid\":\"{director}\""))
             && e.expires > (now + RENEW).as_second()
         {
             return Ok(Ok((e.clone(), false)));
@@ -90,6 +93,6 @@ impl Control {
 
     pub(super) fn sign(&self, statement: &impl serde::Serialize) -> Result<String, ControlError> {
         self.counts.signed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        Ok(sign_envelope(statement, &[&self.director])?)
+        Ok(sign_envelope(statement, &[self.director().as_ref()])?)
     }
 }

@@ -4,6 +4,7 @@
 //! the lock is given up, the commit awaited, and only after that anybody is answered or told.
 
 mod crowd;
+mod dbx;
 mod director;
 mod expected;
 mod hardware;
@@ -34,7 +35,7 @@ use crate::oidc::Provider;
 use crate::store::{Commit, Envelope, Store};
 use crate::view::MachineView;
 use kiln_fleet::{Action, Event, LIVE_MS, Machine, Millis, StateKind};
-use kiln_images::SiteDir;
+use kiln_images::{SiteDir, SiteError};
 use kiln_protocol::{KeyId, MachineId, StageState};
 use kiln_release::Signer;
 use kiln_release::certificate::{certificate_spki, spki_key_id};
@@ -99,7 +100,8 @@ pub struct Control {
     pub config: Config,
     /// The machines' logs.
     pub logs: Arc<Logs>,
-    pub(crate) director: Signer,
+    /// The director's key: another one once the site names it.
+    director: RwLock<Arc<Signer>>,
     /// SHA-256 of the SPKI of the agent API's certificate.
     pub(crate) server_key: KeyId,
     catalog: RwLock<Arc<Catalog>>,
@@ -192,7 +194,7 @@ impl Control {
             server_key,
             site,
             config,
-            director,
+            director: RwLock::new(Arc::new(director)),
             catalog: RwLock::new(Arc::new(catalog)),
             told: broadcast::channel(1024).0,
             changed: watch::channel(0).0,
@@ -245,9 +247,19 @@ impl Control {
     }
 
     /// A newer state of the repository was verified.
-    pub fn adopt(&self, catalog: Catalog) {
+    pub fn adopt(&self, catalog: Catalog) -> Result<(), SiteError> {
+        let director = self.site.director_key(&catalog.site)?;
+        if director.public() != self.director().public() {
+            tracing::info!("the site names another director: every assignment is signed anew");
+            *self.director.write().expect("no code panics under this lock") = Arc::new(director);
+        }
         *self.catalog.write().expect("no code panics under this lock") = Arc::new(catalog);
         self.wake();
+        Ok(())
+    }
+
+    pub(crate) fn director(&self) -> Arc<Signer> {
+        self.director.read().expect("no code panics under this lock").clone()
     }
 
     /// Told of every change, from now on.

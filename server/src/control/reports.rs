@@ -7,7 +7,7 @@ use crate::store::Envelope;
 use jiff::Timestamp;
 use kiln_fleet::{Desire, Event, Machine, Reported, StateKind, desire, grant};
 use kiln_protocol::{
-    Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, Reply, Report, Sha256Hex, Via, printable,
+    DbxOffer, Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, Reply, Report, Sha256Hex, Via, printable,
 };
 use kiln_release::hex;
 use std::collections::BTreeMap;
@@ -194,11 +194,12 @@ impl Control {
             self.step(&mut inner, id, Event::Granted, now_ms(), &mut pending)?;
         }
         let busy = inner.machines.get(id).is_some_and(|m| !m.is_available() || !m.runs_assigned());
+        let dbx = inner.machines.get(id).and_then(|machine| super::dbx::offer(&catalog, machine));
         let thresholds = self.thresholds(inner.machines.get(id).and_then(|m| m.role.as_ref()));
         drop(inner);
         let network_first = self.config.network_first.contains(&envelope.role);
         let mut wanted = Wanted::run(envelope, assigned.via, granted, busy, network_first);
-        wanted.thresholds = thresholds;
+        (wanted.thresholds, wanted.dbx) = (thresholds, dbx);
         Ok((wanted, pending))
     }
 
@@ -216,7 +217,8 @@ impl Control {
             None => None,
         };
         let desired = Desired { etag: wanted.etag, network_first: wanted.network_first, decision, order };
-        Ok(Reply { desired, again_ms, may_wait, about: None, thresholds: wanted.thresholds })
+        let Wanted { thresholds, dbx, .. } = wanted;
+        Ok(Reply { desired, again_ms, may_wait, about: None, thresholds, dbx })
     }
 }
 
@@ -230,6 +232,8 @@ struct Wanted {
     network_first: bool,
     /// The role's.
     thresholds: BTreeMap<String, String>,
+    /// What its firmware may have and lacks.
+    dbx: Option<DbxOffer>,
     what: What,
     /// An operator's order that goes with it.
     order: Option<String>,
@@ -244,7 +248,7 @@ impl Wanted {
     fn wait(reason: String, busy: bool) -> Self {
         let etag = hex::sha256(reason.as_bytes())[..16].to_owned();
         let thresholds = BTreeMap::new();
-        Self { etag, busy, network_first: false, thresholds, what: What::Wait(reason), order: None }
+        Self { etag, busy, network_first: false, thresholds, dbx: None, what: What::Wait(reason), order: None }
     }
 
     fn run(envelope: Envelope, via: Via, grant: Grant, busy: bool, network_first: bool) -> Self {
@@ -252,7 +256,7 @@ impl Wanted {
             .expect("strings and words always become JSON");
         let what = What::Run { envelope, via, grant };
         let etag = hex::sha256(&identity)[..16].to_owned();
-        Self { etag, busy, network_first, thresholds: BTreeMap::new(), what, order: None }
+        Self { etag, busy, network_first, thresholds: BTreeMap::new(), dbx: None, what, order: None }
     }
 
     fn with_order(mut self, order: Option<String>) -> Self {
@@ -290,4 +294,5 @@ fn tame(report: &mut Report) {
         cut(&mut health.detail, 500);
     }
     report.exec.iter_mut().for_each(kiln_protocol::ExecState::tame);
+    report.dbx.iter_mut().for_each(kiln_protocol::DbxState::tame);
 }

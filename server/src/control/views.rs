@@ -44,6 +44,7 @@ impl MachineView {
             prefetch: m.prefetch.clone(),
             agent_memory: m.agent_memory,
             exec: m.exec.clone(),
+            dbx: m.dbx.clone(),
             condition: condition(m),
             comparison: m.comparison.clone(),
             last_good: m.last_good().cloned(),

@@ -216,3 +216,24 @@ events.onerror = () => {
   arrange();
 };
 setInterval(() => rows.forEach(({ row, machine }) => cell(row, "seen", ago(machine.last_seen_ms))), 1000);
+
+// What a person should know of the site itself: ends of signed metadata, and firmware without the revocation list.
+async function warn() {
+  const list = document.getElementById("warnings");
+  try {
+    const answer = await fetch("/api/v1/status");
+    if (answer.ok) {
+      const { expiries, dbx } = await answer.json();
+      const lines = expiries.map((expiry) => expiry.warning).filter(Boolean);
+      const lacking = dbx ? dbx.lacking : [];
+      if (lacking.length) {
+        const names = lacking.slice(0, 8).map((machine) => `${machine.machine} (${machine.why})`).join("; ");
+        lines.push(`${lacking.length} machines lack the list of revoked boot programs: ${names}`);
+      }
+      list.replaceChildren(...lines.map((line) => element("li", line)));
+      list.hidden = !lines.length;
+    }
+  } catch { /* the server is away, which the summary says */ }
+  setTimeout(warn, 60000);
+}
+warn();

@@ -405,6 +405,7 @@ impl Agent {
             fallback: None,
             agent_memory: None,
             exec: None,
+            dbx: None,
             condition: None,
             wait_s: 0,
             desired_etag: String::new(),
@@ -459,11 +460,11 @@ pub async fn control(test: &TestSite) -> (Arc<Control>, tokio::sync::watch::Send
     let (config, _) = Config::load(test.path(), None).unwrap();
     let _ = site.lock_state().unwrap();
     let (store, _writer) = Store::open(&site.database()).await.unwrap();
-    let key = site.timestamp_key().unwrap();
-    let catalog = Catalog::adopt(&site, &key, &Memory::default(), Timestamp::now()).unwrap();
+    let keys = site.timestamp_keys().unwrap();
+    let catalog = Catalog::adopt(&site, &keys, &Memory::default(), Timestamp::now()).unwrap();
     let director = site.director_key(&catalog.site).unwrap();
     let (stop, stopped) = tokio::sync::watch::channel(false);
     let control = Control::load(store, site, config, director, catalog, stopped).await.unwrap();
-    tokio::spawn(kiln_server::looks::looks(control.clone(), Arc::new(key)));
+    tokio::spawn(kiln_server::looks::looks(control.clone()));
     (control, stop)
 }

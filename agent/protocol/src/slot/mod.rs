@@ -11,7 +11,7 @@ mod step;
 pub use names::{Content, EntryKind, EntryName, Tries};
 pub use step::{Action, Event, Fallback, FallbackReason, Refusal};
 
-use crate::{Sha256Hex, Via};
+use crate::{ReleaseId, Sha256Hex, Via};
 
 /// Starts that a trial has before the loader falls back.
 pub const TRIES: u32 = 3;
@@ -119,6 +119,12 @@ impl Disk {
     /// Whether a slot has a good entry with its UKI: a release that was healthy here after a cold boot.
     pub fn is_good(&self, slot: SlotId) -> bool {
         self.entries_of(slot).any(|e| e.name.kind == EntryKind::Good && self.ukis.contains(&e.content.uki))
+    }
+
+    /// The newest release that was healthy here after a cold boot.
+    pub fn newest_good(&self) -> Option<ReleaseId> {
+        let good = self.entries.iter().filter(|e| e.name.kind == EntryKind::Good && self.ukis.contains(&e.content.uki));
+        good.max_by_key(|entry| entry.name.sequence).map(|entry| entry.content.release.clone())
     }
 
     /// Highest sequence that an entry of any kind names.

@@ -223,6 +223,7 @@ impl Forgery {
             may_wait: false,
             about: None,
             thresholds: std::collections::BTreeMap::new(),
+            dbx: None,
         }
     }
 }

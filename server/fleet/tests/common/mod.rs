@@ -48,6 +48,7 @@ pub fn report(machine: u8, boot: &str, seq: u64, release: u64) -> Report {
         fallback: None,
         agent_memory: None,
         exec: None,
+        dbx: None,
         condition: None,
         wait_s: 0,
         desired_etag: String::new(),

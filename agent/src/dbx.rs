@@ -1,0 +1,132 @@
+//! The site's list of revoked boot programs goes into this machine's firmware: a change of dbx that the site's KEK has
+//! signed, named by `site.json`. The server offers it, and what the server says is only a hint: the list is verified, and
+//! this machine looks by itself whether it needs what the list names.
+//! Sources: UEFI 2.10 §8.2.2 (authenticated append), Linux Documentation/filesystems/efivarfs.rst.
+
+use crate::error::{AgentError, Result};
+use crate::verifier::{Verified, Verifier};
+use crate::{fetch, init, sys};
+use kiln_protocol::{DbxOffer, DbxOutcome, DbxState, ReleaseId, dbx_hold};
+use kiln_release::efi::{APPEND, Entry, entries};
+use kiln_release::{DbxUpdate, hex};
+use std::fs::{File, OpenOptions};
+use std::io::Write;
+use std::path::Path;
+use std::time::Duration;
+
+const DBX: &str = "/sys/firmware/efi/efivars/dbx-d719b2cb-3d3a-4596-a3bc-dad00e67656f";
+/// A list that did not go in is tried again after so long.
+pub const AGAIN: Duration = Duration::from_secs(10 * 60);
+
+/// Does what is offered. `good` is the newest release that was proven good here, where this machine knows it.
+pub async fn install(verifier: &mut Verifier, here: &ReleaseId, good: Option<ReleaseId>, offer: &DbxOffer) -> DbxState {
+    let outcome = match tried(verifier, here, good, offer).await {
+        Ok(outcome) => outcome,
+        Err(error) => DbxOutcome::Failed { reason: format!("{error} ({})", error.kind()) },
+    };
+    eprintln!("kiln-agent: dbx: {outcome:?}");
+    DbxState { update: offer.update.clone(), outcome }
+}
+
+async fn tried(
+    verifier: &mut Verifier,
+    here: &ReleaseId,
+    good: Option<ReleaseId>,
+    offer: &DbxOffer,
+) -> Result<DbxOutcome> {
+    let verified = verifier.verify_metadata(here).await?;
+    let list = named(&verified, offer)?;
+    let revoked: Vec<ReleaseId> = list.revoked.iter().filter_map(|program| program.release.parse().ok()).collect();
+    if let Some(reason) = dbx_hold(&revoked, Some(here), None, good.as_ref()) {
+        return Ok(DbxOutcome::Held { reason });
+    }
+    if !init::secure_boot(&verifier.boot).vouches() {
+        let reason = "its firmware does not check boot programs against the site's keys".to_owned();
+        return Ok(DbxOutcome::Held { reason });
+    }
+    let path = Path::new(DBX);
+    if lacks(path, list)? == 0 {
+        return Ok(DbxOutcome::Installed);
+    }
+    let change = download(verifier, list).await?;
+    append(path, &change).map_err(AgentError::file(path))?;
+    match lacks(path, list)? {
+        0 => Ok(DbxOutcome::Installed),
+        missing => {
+            Ok(DbxOutcome::Failed { reason: format!("the firmware took it, and lacks {missing} entries of it") })
+        }
+    }
+}
+
+fn named<'a>(verified: &'a Verified, offer: &DbxOffer) -> Result<&'a DbxUpdate> {
+    let list = verified.site.dbx.as_ref().filter(|list| list.update.sha256 == offer.update.as_str());
+    list.ok_or_else(|| AgentError::Format {
+        path: "site.json".into(),
+        reason: format!("it does not name the list {} that the server offers", offer.update),
+    })
+}
+
+/// How many of the list's entries the firmware does not have.
+fn lacks(path: &Path, list: &DbxUpdate) -> Result<usize> {
+    let bytes = match std::fs::read(path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
+        Err(error) => return Err(AgentError::file(path)(error)),
+    };
+    // Four bytes of attributes go before the value.
+    let known = entries(bytes.get(4..).unwrap_or_default()).unwrap_or_default();
+    let has = |digest: &str| known.iter().any(|e| matches!(e, Entry::Sha256(known) if hex::encode(known) == digest));
+    Ok(list.revoked.iter().filter(|program| !has(&program.digest)).count())
+}
+
+async fn download(verifier: &Verifier, list: &DbxUpdate) -> Result<Vec<u8>> {
+    let path = format!("a/{}", list.update.sha256);
+    let mut last = AgentError::NoServer;
+    for base in &verifier.servers.http {
+        match fetch::document(base, &path, list.update.length).await {
+            Ok(Some(bytes)) if hex::sha256(&bytes) == list.update.sha256 => return Ok(bytes),
+            Ok(Some(bytes)) => {
+                let (expected, got) = (list.update.sha256.clone(), hex::sha256(&bytes));
+                let reason = format!("SHA-256 is {got}, and site.json names {expected}");
+                last = AgentError::Format { path: path.clone().into(), reason };
+            }
+            Ok(None) => last = AgentError::HttpStatus { url: format!("{base}/{path}"), status: 404 },
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// One write(2) of attributes, authentication and value, as efivarfs demands.
+fn append(path: &Path, change: &[u8]) -> std::io::Result<()> {
+    if let Ok(file) = File::open(path) {
+        sys::clear_immutable(&file)?;
+    }
+    let mut file = OpenOptions::new().write(true).create(true).truncate(false).open(path)?;
+    file.write_all(&[&APPEND.to_le_bytes(), change].concat())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln_release::efi::digest_list;
+    use kiln_release::{Artifact, RevokedProgram};
+
+    #[test]
+    fn entries_are_counted_as_the_firmware_has_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("dbx");
+        let digests = [[1; 32], [2; 32]];
+        let revoked =
+            digests.iter().map(|digest| RevokedProgram { digest: hex::encode(digest), release: "minimal/1".into() });
+        let list = DbxUpdate { update: Artifact { sha256: String::new(), length: 1 }, revoked: revoked.collect() };
+        assert_eq!(lacks(&path, &list).unwrap(), 2, "no variable");
+        let value = |lists: Vec<u8>| [vec![0x27, 0, 0, 0], lists].concat();
+        std::fs::write(&path, value(digest_list(&digests[..1]))).unwrap();
+        assert_eq!(lacks(&path, &list).unwrap(), 1);
+        std::fs::write(&path, value([digest_list(&[[9; 32]]), digest_list(&digests)].concat())).unwrap();
+        assert_eq!(lacks(&path, &list).unwrap(), 0);
+        std::fs::write(&path, value(digest_list(&digests)[..40].to_vec())).unwrap();
+        assert_eq!(lacks(&path, &list).unwrap(), 2, "a variable that cannot be read has nothing");
+    }
+}

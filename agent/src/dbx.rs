@@ -19,7 +19,12 @@ const DBX: &str = "/sys/firmware/efi/efivars/dbx-d719b2cb-3d3a-4596-a3bc-dad00e6
 pub const AGAIN: Duration = Duration::from_secs(10 * 60);
 
 /// Does what is offered. `good` is the newest release that was proven good here, where this machine knows it.
-pub async fn install(verifier: &mut Verifier, here: &ReleaseId, good: Option<ReleaseId>, offer: &DbxOffer) -> DbxState {
+pub async fn install(
+    verifier: &mut Verifier,
+    here: &ReleaseId,
+    good: Option<&ReleaseId>,
+    offer: &DbxOffer,
+) -> DbxState {
     let outcome = match tried(verifier, here, good, offer).await {
         Ok(outcome) => outcome,
         Err(error) => DbxOutcome::Failed { reason: format!("{error} ({})", error.kind()) },
@@ -31,13 +36,13 @@ pub async fn install(verifier: &mut Verifier, here: &ReleaseId, good: Option<Rel
 async fn tried(
     verifier: &mut Verifier,
     here: &ReleaseId,
-    good: Option<ReleaseId>,
+    good: Option<&ReleaseId>,
     offer: &DbxOffer,
 ) -> Result<DbxOutcome> {
     let verified = verifier.verify_metadata(here).await?;
     let list = named(&verified, offer)?;
     let revoked: Vec<ReleaseId> = list.revoked.iter().filter_map(|program| program.release.parse().ok()).collect();
-    if let Some(reason) = dbx_hold(&revoked, Some(here), None, good.as_ref()) {
+    if let Some(reason) = dbx_hold(&revoked, Some(here), None, good) {
         return Ok(DbxOutcome::Held { reason });
     }
     if !init::secure_boot(&verifier.boot).vouches() {

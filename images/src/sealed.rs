@@ -39,7 +39,7 @@ struct Sealed {
     salt: String,
     cipher: String,
     /// PKCS #8 PEM encrypted, and the tag; hex.
-    sealed: String,
+    encrypted: String,
 }
 
 /// A secret in words. It is not shown by `Debug`.
@@ -152,7 +152,7 @@ impl SealedKey {
         let rounds = Some(sealed.rounds).filter(|rounds| *rounds <= MAX_ROUNDS).and_then(NonZeroU32::new);
         let rounds = rounds.ok_or_else(|| wrong("rounds are from 1 to 100000000"))?;
         let salt = hex::decode(&sealed.salt).ok_or_else(|| wrong("its salt is not hex"))?;
-        let mut bytes = hex::decode(&sealed.sealed).ok_or_else(|| wrong("what is encrypted is not hex"))?;
+        let mut bytes = hex::decode(&sealed.encrypted).ok_or_else(|| wrong("what is encrypted is not hex"))?;
         let key = derive(passphrase, &salt, rounds);
         let aad = Aad::from(sealed.public.as_bytes());
         let opened = key.open_in_place(nonce(), aad, &mut bytes);
@@ -182,7 +182,7 @@ fn seal(key: &Signer, passphrase: &Passphrase, rounds: u32) -> Result<String, Si
         rounds,
         salt: hex::encode(&salt),
         cipher: CIPHER.into(),
-        sealed: hex::encode(&bytes),
+        encrypted: hex::encode(&bytes),
     };
     Ok(serde_json::to_string_pretty(&sealed).expect("strings and a number have a JSON form") + "\n")
 }

@@ -165,13 +165,13 @@ impl<'a> Draft<'a> {
         name: impl Into<String>,
     ) -> Result<Self, SiteError> {
         site.none_open()?;
-        Self::new(site, Some(state), Signers::read(site)?, now, name)
+        Ok(Self::new(site, Some(state), Signers::read(site)?, now, name))
     }
 
     /// From nothing: root, targets and snapshot of version 1.
     pub(crate) fn first(site: &'a SiteDir, signers: Signers, root: Root, now: Timestamp) -> Result<Self, SiteError> {
         let name = format!("the first metadata of {}", site.name);
-        let mut draft = Self::new(site, None, Some(signers), now, name)?;
+        let mut draft = Self::new(site, None, Some(signers), now, name);
         draft.root = Some(Root { expires: whole(draft.expires), ..root });
         draft.targets = Some(Targets::new(1, draft.expires));
         Ok(draft)
@@ -183,9 +183,9 @@ impl<'a> Draft<'a> {
         signers: Option<Signers>,
         now: Timestamp,
         name: impl Into<String>,
-    ) -> Result<Self, SiteError> {
+    ) -> Self {
         let lifetime = signers.as_ref().map_or(crate::site::OFFLINE_LIFETIME, Signers::lifetime);
-        Ok(Self {
+        Self {
             site,
             state,
             expires: after(now, lifetime),
@@ -197,7 +197,7 @@ impl<'a> Draft<'a> {
             snapshot: false,
             files: BTreeMap::new(),
             now,
-        })
+        }
     }
 
     fn known(&self, role: &str) -> Option<&'a Targets> {
@@ -307,16 +307,12 @@ impl<'a> Draft<'a> {
         if lacking.is_empty() {
             return Change::of(self.site, &request, self.state, self.now).map(Signing::Complete);
         }
-        match (&self.signers, lacking.first()) {
-            (None, Some(lacking)) => {
-                let path = self.site.offline_key(&lacking.role);
-                Err(SiteError::NoKey { path, purpose: "sign with" })
-            }
-            (Some(_), _) | (None, None) => {
-                request.write(&self.site.open_request())?;
-                Ok(Signing::Open(Waiting::of(self.site, &request, &lacking)))
-            }
+        if let (None, Some(lacking)) = (&self.signers, lacking.first()) {
+            let path = self.site.offline_key(&lacking.role);
+            return Err(SiteError::NoKey { path, purpose: "sign with" });
         }
+        request.write(&self.site.open_request())?;
+        Ok(Signing::Open(Waiting::of(self.site, &request, &lacking)))
     }
 
     fn request(&self) -> Result<(Request, Vec<Lacking>), SiteError> {

@@ -88,13 +88,11 @@ impl SiteDir {
     pub fn director_key(&self, site: &Site) -> Result<Signer, SiteError> {
         let named = site.director_keys();
         let mut keys = self.online_keys("director", "sign assignments")?;
-        match keys.iter().position(|key| named.contains(&key.public().id())) {
-            Some(at) => Ok(keys.swap_remove(at)),
-            None => {
-                let keyid = keys.first().map(|key| key.public().id()).unwrap_or_default();
-                Err(SiteError::NotTheDirector { path: self.online("director.key"), keyid })
-            }
+        if let Some(at) = keys.iter().position(|key| named.contains(&key.public().id())) {
+            return Ok(keys.swap_remove(at));
         }
+        let keyid = keys.first().map(|key| key.public().id()).unwrap_or_default();
+        Err(SiteError::NotTheDirector { path: self.online("director.key"), keyid })
     }
 
     /// NAME.key, and NAME.key.next of a rotation that is under way.

@@ -166,11 +166,9 @@ fn roles(
             name: names.get(keyid).cloned(),
             signed: signed.contains(keyid),
         };
-        let nearness = match Nearness::of(expires, now) {
-            Nearness::Expired => Nearness::Expired,
-            _ if role == TimestampRole::TYPE => Nearness::Far,
-            other => other,
-        };
+        let nearness = Nearness::of(expires, now);
+        let calm = role == TimestampRole::TYPE && nearness != Nearness::Expired;
+        let nearness = if calm { Nearness::Far } else { nearness };
         found.push(RoleStatus {
             role: role.to_owned(),
             version,

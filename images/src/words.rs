@@ -96,7 +96,7 @@ impl Request {
         let (targets, before) = (document.read::<Targets>()?, self.base_targets()?);
         let empty = BTreeMap::new();
         let old = before.as_ref().map_or(&empty, |before| &before.targets);
-        let mut same = self.differences(&targets.targets, old, lines, |path, file, lines| {
+        let mut same = differences(&targets.targets, old, lines, |path, file, lines| {
             if *path != TargetPath::site() {
                 return Ok(false);
             }
@@ -146,7 +146,7 @@ impl Request {
         let (list, before) = (document.read::<Targets>()?, self.base_role(&document.role)?);
         let empty = BTreeMap::new();
         let old = before.as_ref().map_or(&empty, |before| &before.targets);
-        let same = self.differences(&list.targets, old, lines, |path, file, lines| {
+        let same = differences(&list.targets, old, lines, |path, file, lines| {
             let Some((image, release)) = crate::repository::release_of(path.as_str()) else { return Ok(false) };
             let text = self.targets.get(&target_name(path, file)).ok_or_else(|| missing(path))?;
             check_file(path, file, text)?;
@@ -173,42 +173,6 @@ impl Request {
             lines.push("  and it delegates to others, which no list of an image should".into());
         }
         Ok(())
-    }
-
-    /// Tells what is new, changed or gone; counts what is as before.
-    fn differences(
-        &self,
-        new: &BTreeMap<String, TargetFile>,
-        old: &BTreeMap<String, TargetFile>,
-        lines: &mut Vec<String>,
-        known: impl Fn(&TargetPath, &TargetFile, &mut Vec<String>) -> Result<bool, SiteError>,
-    ) -> Result<usize, SiteError> {
-        let mut same = 0;
-        for (path, file) in new {
-            if old.get(path) == Some(file) {
-                same += 1;
-                continue;
-            }
-            let word = if old.contains_key(path) { "CHANGES" } else { "ADDS" };
-            let checked = TargetPath::new(path.clone()).map_err(|error| wrong(error.to_string()))?;
-            if old.contains_key(path) && crate::repository::release_of(path).is_some() {
-                lines.push(format!("  CHANGES a release that is published, {path}: a release never changes"));
-            }
-            if !known(&checked, file, lines)? {
-                lines.push(format!(
-                    "  {word} {path}: {} bytes, SHA-256 {}",
-                    file.length,
-                    file.sha256().unwrap_or("none")
-                ));
-            }
-            if let Some(custom) = &file.custom {
-                lines.push(format!("    with {custom}"));
-            }
-        }
-        for gone in old.keys().filter(|path| !new.contains_key(*path)) {
-            lines.push(format!("  REMOVES {gone}"));
-        }
-        Ok(same)
     }
 
     fn new_file<T: serde::de::DeserializeOwned + serde::Serialize>(
@@ -258,6 +222,37 @@ impl Request {
     }
 }
 
+/// Tells what is new, changed or gone; counts what is as before.
+fn differences(
+    new: &BTreeMap<String, TargetFile>,
+    old: &BTreeMap<String, TargetFile>,
+    lines: &mut Vec<String>,
+    known: impl Fn(&TargetPath, &TargetFile, &mut Vec<String>) -> Result<bool, SiteError>,
+) -> Result<usize, SiteError> {
+    let mut same = 0;
+    for (path, file) in new {
+        if old.get(path) == Some(file) {
+            same += 1;
+            continue;
+        }
+        let word = if old.contains_key(path) { "CHANGES" } else { "ADDS" };
+        let checked = TargetPath::new(path.clone()).map_err(|error| wrong(error.to_string()))?;
+        if old.contains_key(path) && crate::repository::release_of(path).is_some() {
+            lines.push(format!("  CHANGES a release that is published, {path}: a release never changes"));
+        }
+        if !known(&checked, file, lines)? {
+            lines.push(format!("  {word} {path}: {} bytes, SHA-256 {}", file.length, file.sha256().unwrap_or("none")));
+        }
+        if let Some(custom) = &file.custom {
+            lines.push(format!("    with {custom}"));
+        }
+    }
+    for gone in old.keys().filter(|path| !new.contains_key(*path)) {
+        lines.push(format!("  REMOVES {gone}"));
+    }
+    Ok(same)
+}
+
 fn target_name(path: &TargetPath, file: &TargetFile) -> String {
     let hash = file.sha256().unwrap_or_default();
     match path.as_str().rsplit_once('/') {
@@ -286,7 +281,7 @@ fn snapshot_words(document: &Document, lines: &mut Vec<String>) -> Result<(), Si
 fn site_words(new: &Value, old: Option<&Value>, lines: &mut Vec<String>) {
     let empty = Value::Null;
     let names: BTreeSet<&String> =
-        [Some(new), old].into_iter().flatten().filter_map(Value::as_object).flat_map(|object| object.keys()).collect();
+        [Some(new), old].into_iter().flatten().filter_map(Value::as_object).flat_map(serde_json::Map::keys).collect();
     for name in names {
         let (is, was) = (new.get(name).unwrap_or(&empty), old.and_then(|old| old.get(name)).unwrap_or(&empty));
         if is == was {
@@ -303,7 +298,8 @@ fn site_words(new: &Value, old: Option<&Value>, lines: &mut Vec<String>) {
                         "  site.json: FLOOR of {image} is {floor}: no machine runs a lower release again"
                     ));
                 }
-                for image in was.as_object().into_iter().flat_map(|was| was.keys()).filter(|i| !floors.contains_key(*i))
+                for image in
+                    was.as_object().into_iter().flat_map(serde_json::Map::keys).filter(|i| !floors.contains_key(*i))
                 {
                     lines.push(format!("  site.json: the floor of {image} is taken away"));
                 }

@@ -26,11 +26,9 @@ pub struct ExpiryView {
 }
 
 fn nearness(expiry: &Expiry, now: Timestamp) -> Nearness {
-    match Nearness::of(expiry.expires, now) {
-        Nearness::Expired => Nearness::Expired,
-        _ if expiry.file == TIMESTAMP => Nearness::Far,
-        other => other,
-    }
+    let nearness = Nearness::of(expiry.expires, now);
+    let calm = expiry.file == TIMESTAMP && nearness != Nearness::Expired;
+    if calm { Nearness::Far } else { nearness }
 }
 
 fn sentence(expiry: &Expiry, warning: &str) -> String {

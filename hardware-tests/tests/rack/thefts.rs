@@ -90,7 +90,9 @@ fn with_expired_metadata_machines_return_and_start_nothing_new() {
     testing::processes(|paths| {
         let mut bench = Bench::start(paths);
         let machines = [bench.machine(1, 1), bench.machine(2, 1)];
-        machines.iter().for_each(|machine| drop(machine.accepts()));
+        for machine in &machines {
+            machine.accepts();
+        }
         bench.publish_second();
         bench.stop_server();
         for role in ["targets", "image-minimal", "snapshot"] {
@@ -98,7 +100,9 @@ fn with_expired_metadata_machines_return_and_start_nothing_new() {
             forge(&bench.site, role, &[&own], |document| document["expires"] = json!(hours(-1)));
         }
         bench.start_server();
-        machines.iter().for_each(|machine| drop(machine.accepts()));
+        for machine in &machines {
+            machine.accepts();
+        }
         bench.kiln(&["assign", &machines[0].spec.name, "minimal/2"]);
         machines[0].refuses("metadata-stale");
         recorded(&bench, &machines[0], "metadata-stale");

@@ -343,18 +343,21 @@ fn sign(file: &Path, key: &Path, from: Option<&Path>, yes: bool, instead: bool) 
     println!();
     let (request, roles) = kiln_images::sign_request(file, key, instead, || passphrase(from, key))?;
     println!("signed: {}", roles.join(", "));
-    match request.lacking()? {
-        lacking if lacking.is_empty() => {
-            println!("{} has all its signatures: carry it to the site, `kiln trust apply FILE`", file.display());
-        }
-        lacking => lacking.iter().for_each(|lacking| println!("{}", lacking.words(&request.names))),
+    let lacking = request.lacking()?;
+    if lacking.is_empty() {
+        println!("{} has all its signatures: carry it to the site, `kiln trust apply FILE`", file.display());
+    }
+    for lacking in lacking {
+        println!("{}", lacking.words(&request.names));
     }
     Ok(())
 }
 
 fn carry(waiting: &Waiting) {
     println!("{} waits for signatures; what machines are served has not changed", waiting.name);
-    waiting.lacking.iter().for_each(|lacking| println!("  {lacking}"));
+    for lacking in &waiting.lacking {
+        println!("  {lacking}");
+    }
     println!(
         "carry {} to the signers: `kiln trust sign FILE --key KEY` adds one's signature; `kiln trust apply FILE` brings \
          it back",

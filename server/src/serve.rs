@@ -110,7 +110,7 @@ async fn run(
         let line = Listening { what: what.to_owned(), address, why: why.to_owned() };
         listening.lock().expect("no code panics under this lock").push(line);
     };
-    says("HTTP", http_at.to_string(), "for boot programs, artifacts, the web page and the read-only API");
+    says("HTTP", http_at.to_string(), "for boot programs, artifacts, the web page, and reading");
     says("agent API", agent_at.to_string(), "for machines that prove their key over TLS 1.3");
     says("operator API", control.site.socket().display().to_string(), "for this host's own users, without a token");
     let https = https(control, &bind).await?;

@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 /// The checked configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Config {
-    /// Where artifacts, the read-only API and the web page are served.
+    /// Where artifacts, the operator API and the web page are served unencrypted.
     pub http: SocketAddr,
     /// What its clients may take.
     pub http_limits: http::Limits,

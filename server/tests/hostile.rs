@@ -57,18 +57,28 @@ async fn what_a_hostile_machine_says_is_harmless_wherever_it_is_printed() {
 
     let failed = StageState::Failed(Failure { kind: "k".into(), message: "m".into(), attempt: 1, retry_in_ms: None });
     let difference = Difference { kind: DriftKind::User, what: "w".into(), text: "t".into() };
-    let mut full = serde_json::to_value(agent.healthy()).unwrap();
-    full["stages"] = json!([
+    let noted = Noted { number: 1, age_ms: 1, kind: "k".into(), alarm: true, text: "t".into() };
+    let draining = Draining { hook: "h".into(), number: 1, of: 1, since_ms: 1, left_ms: 1 };
+    let mut report = agent.healthy();
+    report.stages = vec![
         StageRecord { stage: Stage::Network, state: failed, at_ms: 1 },
         StageRecord { stage: Stage::Network, state: StageState::Waiting { reason: "r".into() }, at_ms: 2 },
-    ]);
-    full["condition"] = json!({
-        "drift": [difference], "drift_count": 1,
-        "draining": { "hook": "h", "number": 1, "of": 1, "since_ms": 1, "left_ms": 1 },
-        "spool": { "first": 0, "events": [{ "at_ms": 1, "kind": "k", "alarm": true, "text": "t" }] },
+    ];
+    report.health = Some(Health { healthy: false, detail: "d".into() });
+    report.condition = Some(Condition {
+        drift: vec![difference],
+        drift_count: 1,
+        draining: Some(draining),
+        spool: SpoolReport { id: "s".into(), confirmed: 0, events: vec![noted] },
     });
-    full["prefetch"] = json!({ "image": "minimal", "release": 2, "sequence": 1, "ready": false });
-    full["fallback"] = json!({ "image": "minimal", "release": 2, "reason": "r", "kind": "k", "message": "m" });
+    let mut full = serde_json::to_value(report).unwrap();
+    full["exec"] = json!({
+        "running": true, "restarts": 0, "alarm": "a", "denied": 1, "reported": 0, "late": 0,
+        "violations": [{ "path": "/p", "verdict": "denied", "ancestry": [{ "pid": 1, "comm": "c", "exe": "/e" }],
+                         "at_ms": 1, "count": 1 }],
+    });
+    let first = server.post(server.tls(Some(agent.identity())), serde_json::to_vec(&full).unwrap()).await.unwrap();
+    assert_eq!(first.status, StatusCode::OK, "{}", first.text());
     let mut places = Vec::new();
     leaves(&full, "", &mut places);
     assert!(places.len() > 20, "{places:?}");

@@ -1,6 +1,7 @@
 //! What a machine says of the programs that its allow-list did not let start, or would not have: part of a report.
 
 use crate::ids::{IdError, Sha256Hex, word_enum};
+use crate::log::printable;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -94,9 +95,7 @@ impl ExecState {
     /// Cuts what a machine can make long.
     pub fn tame(&mut self) {
         let words = |text: &mut String, most: usize| {
-            if text.chars().any(char::is_control) || text.len() > most {
-                *text = text.chars().filter(|c| !c.is_control()).take(most).collect();
-            }
+            *text = printable(&text.chars().filter(|c| !c.is_control()).take(most).collect::<String>());
         };
         self.alarm.iter_mut().for_each(|alarm| words(alarm, 300));
         let surplus = self.violations.len().saturating_sub(EXEC_VIOLATIONS);

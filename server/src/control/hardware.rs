@@ -5,7 +5,7 @@ use super::{Control, Pending, now_ms};
 use crate::error::ControlError;
 use crate::view::{HardwareEventView, HardwareView};
 use kiln_fleet::{Event, Hardware, Machine, StateKind};
-use kiln_protocol::{InventoryReport, KeyId, MachineId};
+use kiln_protocol::{InventoryReport, KeyId, MachineId, printable};
 use tokio::sync::{Mutex, MutexGuard};
 
 /// Longest record kept of a machine that nobody approved, bytes: whoever can connect can make one up.
@@ -44,7 +44,7 @@ impl Control {
         };
         let _lock = self.hardware.of(&id).await;
         let before = self.store.hardware(&id).await?;
-        let boot_id: String = report.boot_id.chars().filter(|c| !c.is_control()).take(64).collect();
+        let boot_id = printable(&report.boot_id.chars().filter(|c| !c.is_control()).take(64).collect::<String>());
         let now = now_ms();
         let (hardware, events) = Hardware::take_in(before, &boot_id, report.inventory, now);
         let doc = serde_json::to_string(&hardware).map_err(crate::error::StoreError::from)?;

@@ -48,7 +48,9 @@ impl Control {
         let mut known = self.access.lock();
         let known = &mut *known;
         let parts = Token::parts(text);
+        // Only of tokens that there are: whoever makes ids up takes no room from others.
         let account = parts.map_or("", |(id, _)| id);
+        let account = if known.tokens.contains_key(account) { account } else { "" };
         let owner = known.tokens.get(account).map_or_else(|| "a token".to_owned(), Token::actor);
         let line = |what: String| Line::done(now, &format!("nobody from {origin}"), "", what);
         let wait = known.by_address.wait(&place, now).max(known.by_account.wait(account, now));

@@ -21,6 +21,8 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use rustls::time_provider::TimeProvider;
 use rustls::{ClientConfig, RootCertStore};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -91,12 +93,8 @@ impl Api {
 
     /// Posts a report. The connection is reused; a stale one is replaced once.
     pub async fn report(&mut self, report: &Report) -> Result<Reply> {
-        let body = serde_json::to_vec(report).expect("wire types always become JSON");
-        let answer = self.ask(REPORT_PATH, &body, ANSWER + Duration::from_secs(u64::from(report.wait_s))).await?;
-        serde_json::from_slice(&answer).map_err(|e| {
-            let url = self.url().unwrap_or_default().to_owned();
-            AgentError::Unreachable { url, reason: format!("reply is not of version 1: {e}") }
-        })
+        let deadline = ANSWER + Duration::from_secs(u64::from(report.wait_s));
+        self.exchange(REPORT_PATH, report, deadline, "the reply").await
     }
 
     /// Posts the receipt of a wipe.
@@ -106,22 +104,12 @@ impl Api {
 
     /// Posts a step of the introduction.
     pub async fn introduce(&mut self, step: &Introduction) -> Result<IntroductionReply> {
-        let body = serde_json::to_vec(step).expect("wire types always become JSON");
-        let answer = self.ask(INTRODUCTION_PATH, &body, ANSWER).await?;
-        serde_json::from_slice(&answer).map_err(|e| AgentError::Unreachable {
-            url: self.server().to_owned(),
-            reason: format!("the answer to an introduction is not of version 1: {e}"),
-        })
+        self.exchange(INTRODUCTION_PATH, step, ANSWER, "the answer to an introduction").await
     }
 
     /// Posts lines of the log.
     pub async fn log(&mut self, batch: &LogBatch) -> Result<LogReply> {
-        let body = serde_json::to_vec(batch).expect("wire types always become JSON");
-        let answer = self.ask(LOG_PATH, &body, 2 * ANSWER).await?;
-        serde_json::from_slice(&answer).map_err(|e| AgentError::Unreachable {
-            url: self.server().to_owned(),
-            reason: format!("the answer to log lines is not of version 1: {e}"),
-        })
+        self.exchange(LOG_PATH, batch, 2 * ANSWER, "the answer to log lines").await
     }
 
     /// The server that is asked.
@@ -140,6 +128,29 @@ impl Api {
         self.ask(INVENTORY_PATH, &body, 4 * ANSWER).await.map(drop)
     }
 
+    /// Posts a document and reads the answer. One that cannot be read is like none: the next server is asked.
+    async fn exchange<T: DeserializeOwned>(
+        &mut self,
+        path: &str,
+        document: &impl Serialize,
+        deadline: Duration,
+        what: &str,
+    ) -> Result<T> {
+        let body = serde_json::to_vec(document).expect("wire types always become JSON");
+        let answer = self.ask(path, &body, deadline).await?;
+        serde_json::from_slice(&answer).map_err(|e| {
+            let reason = format!("{what} is not of version 1: {e}");
+            let error = AgentError::Unreachable { url: self.server().to_owned(), reason };
+            self.turn_away();
+            error
+        })
+    }
+
+    fn turn_away(&mut self) {
+        self.connection = None;
+        self.urls.rotate_left(1.min(self.urls.len()));
+    }
+
     async fn ask(&mut self, path: &str, body: &[u8], deadline: Duration) -> Result<Bytes> {
         let attempt = async {
             let reused = self.connection.is_some();
@@ -153,8 +164,7 @@ impl Api {
             Err(AgentError::Unreachable { url: self.url()?.to_owned(), reason })
         });
         if answer.is_err() {
-            self.connection = None;
-            self.urls.rotate_left(1.min(self.urls.len()));
+            self.turn_away();
         }
         answer
     }

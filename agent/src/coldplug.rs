@@ -9,7 +9,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// What the boot needs whatever the hardware: loaded if the image has it, else it is built in.
-const ALWAYS: [&str; 6] = ["efivarfs", "af_packet", "loop", "dm_verity", "erofs", "virtio_rng"];
+const ALWAYS: [&str; 7] = ["efivarfs", "efi_pstore", "af_packet", "loop", "dm_verity", "erofs", "virtio_rng"];
 /// Modules that no device names, and whose company they belong to: the character device of a BMC.
 const COMPANIONS: [(&str, &str); 2] = [("ipmi_si", "ipmi_devintf"), ("ipmi_ssif", "ipmi_devintf")];
 /// Rounds of looking: a bus driver makes devices appear that ask for more.

@@ -3,7 +3,7 @@
 
 use crate::api::Api;
 use crate::change::{Prefetch, Ready};
-use crate::error::{AgentError, Result};
+use crate::error::{AgentError, FailureClass, Result};
 use crate::fetch::{Download, Expected};
 use crate::journal::Journal;
 use crate::memory::random;
@@ -35,10 +35,25 @@ pub struct Flow {
 impl Flow {
     /// After a failed try: tells the journal and, if it answers, the server; waits, or gives the error back.
     pub async fn after_failure(&mut self, stage: Stage, error: AgentError, attempt: u32) -> Result<()> {
+        let class = error.class();
+        self.after(stage, error, class, attempt).await
+    }
+
+    /// The same where what a server answered does not hold. A restart would not mend that, and a server must not be able
+    /// to keep a machine restarting: it is asked for ever, with the pauses of one that gives no answer.
+    pub async fn after_answer(&mut self, stage: Stage, error: AgentError, attempt: u32) -> Result<()> {
+        let class = match error.class() {
+            FailureClass::Verification | FailureClass::Unreachable => FailureClass::Unreachable,
+            class @ (FailureClass::Machine | FailureClass::Usage) => class,
+        };
+        self.after(stage, error, class, attempt).await
+    }
+
+    async fn after(&mut self, stage: Stage, error: AgentError, class: FailureClass, attempt: u32) -> Result<()> {
         let jitter = random()?[0];
         let next = match self.tries {
             Some(tries) if attempt >= tries => Next::GiveUp,
-            Some(_) | None => retry::next(error.class(), attempt, jitter),
+            Some(_) | None => retry::next(class, attempt, jitter),
         };
         let pause = match next {
             Next::After(pause) => Some(pause),

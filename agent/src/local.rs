@@ -72,10 +72,9 @@ pub async fn ask(flow: &mut Flow, drivers: &mut Option<Drivers>, network: &mut N
     init::set_host_name(network, flow);
     flow.ship_log()?;
     let here = flow.verifier.here()?;
-    let verified = init::metadata(flow, &here, Stage::Metadata).await?;
+    let mut verified = init::metadata(flow, &here, Stage::Metadata).await?;
     may_run(flow, &verified)?;
-    let (assignment, _) = init::wait_for_assignment(flow, &verified).await?;
-    plan::decide(&here, &assignment, &flow.verifier.memory, &flow.verifier.currency(&verified))?;
+    let (assignment, ..) = init::wait_for_assignment(flow, &mut verified).await?;
     Ok((verified, assignment.role))
 }
 

@@ -33,6 +33,17 @@ pub fn pseudo_filesystems() -> Result<()> {
     Ok(())
 }
 
+/// Where a kernel before this one may have left its last lines; without it there is nothing to read.
+pub fn pstore() {
+    let target = "/sys/fs/pstore";
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    if Path::new(target).exists()
+        && let Err(error) = mount(Some("pstore"), target, Some("pstore"), flags, None::<&str>)
+    {
+        println!("kiln-agent: pstore cannot be mounted: {error}");
+    }
+}
+
 /// Mounted where the firmware has variables; without them the machine has no lasting identity, and says so.
 pub fn efivars() {
     use std::os::unix::fs::PermissionsExt;

@@ -10,7 +10,7 @@ use crate::disk::store::Starts;
 use crate::error::{AgentError, Result};
 use crate::flow::Flow;
 use crate::init;
-use crate::plan::{self, Plan};
+use crate::plan::Plan;
 use crate::uplink::Network;
 use kiln_protocol::{Stage, Via};
 use std::time::Duration;
@@ -47,11 +47,11 @@ async fn wait(
     network.connect(flow, drivers).await?;
     let here = flow.verifier.here()?;
     loop {
-        let verified = init::metadata(flow, &here, Stage::Metadata).await?;
-        let (assignment, _) = init::wait_for_assignment(flow, &verified).await?;
+        let mut verified = init::metadata(flow, &here, Stage::Metadata).await?;
+        let (assignment, _, plan) = init::wait_for_assignment(flow, &mut verified).await?;
         if assignment.sequence > starts.begun {
             let root_hash = flow.journal.embedded.root_hash.clone();
-            match plan::decide(&here, &assignment, &flow.verifier.memory, &flow.verifier.currency(&verified))? {
+            match plan {
                 Plan::Stay => return on_disk(disk, move |disk| disk.forget_starts(&root_hash)).await,
                 // The firmware would start the disk again: only a kexec leads elsewhere.
                 Plan::Change(_) => {

@@ -7,8 +7,11 @@ use crate::memory::random;
 use jiff::Timestamp;
 use kiln_protocol::{Clocks, Spool, SpoolReport};
 use kiln_release::hex;
-use std::cell::{Cell, RefCell};
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use tokio::task::JoinHandle;
 
 /// In memory, over starts of the service.
 pub const PLACE: &str = "/run/kiln/spool.json";
@@ -20,7 +23,7 @@ pub struct Keeper {
     file: Option<PathBuf>,
     disk: Option<SharedDisk>,
     /// The disk does not have the newest.
-    behind: Cell<bool>,
+    behind: Arc<AtomicBool>,
 }
 
 impl Keeper {
@@ -32,17 +35,19 @@ impl Keeper {
             crate::disk::machine::lock(disk).spool().ok().flatten()
         };
         let read = |bytes: Vec<u8>| serde_json::from_slice::<Spool>(&bytes).ok();
-        let kept = of_file.and_then(read).or_else(|| of_disk().and_then(read));
-        let new = || {
-            let name = random().map_or_else(|_| monotonic_ms().to_string(), |bytes| hex::encode(&bytes[..8]));
-            Spool::new(name)
+        let name = random().map_or_else(|_| monotonic_ms().to_string(), |bytes| hex::encode(&bytes[..8]));
+        let spool = match (of_file.and_then(read), of_disk().and_then(read)) {
+            // Of this boot, written at every event.
+            (Some(spool), _) => spool,
+            (None, Some(old)) => old.taken_up(name),
+            (None, None) => Spool::new(name),
         };
         Self {
-            spool: RefCell::new(kept.unwrap_or_else(new)),
+            spool: RefCell::new(spool),
             boot_id: boot_id().unwrap_or_default(),
             file: file.map(Path::to_owned),
             disk,
-            behind: Cell::new(false),
+            behind: Arc::default(),
         }
     }
 
@@ -73,7 +78,7 @@ impl Keeper {
 
     /// The disk is behind; written by [`Self::flush`], not at every event: flash wears.
     fn save(&self) {
-        self.behind.set(true);
+        self.behind.store(true, Ordering::Relaxed);
         let Some(file) = &self.file else { return };
         let new = file.with_extension("new");
         let written = std::fs::write(&new, self.bytes()).and_then(|()| std::fs::rename(&new, file));
@@ -86,17 +91,19 @@ impl Keeper {
         serde_json::to_vec(&*self.spool.borrow()).expect("plain structs always become JSON")
     }
 
-    /// Brings the disk up to date, in a thread of its own.
-    pub fn flush(&self) {
-        if let Some(disk) = self.disk.clone()
-            && self.behind.replace(false)
-        {
-            let bytes = self.bytes();
-            tokio::spawn(async move {
-                if let Err(error) = on_disk(&disk, move |disk| disk.keep_spool(&bytes)).await {
-                    eprintln!("kiln-agent: events cannot be kept on the disk: {error}");
-                }
-            });
+    /// Brings the disk up to date, beside everything else: a disk that hangs holds nothing up. What it does not take is
+    /// tried with the next.
+    pub fn flush(&self) -> Option<JoinHandle<()>> {
+        let disk = self.disk.clone()?;
+        if !self.behind.swap(false, Ordering::Relaxed) {
+            return None;
         }
+        let (bytes, behind) = (self.bytes(), Arc::clone(&self.behind));
+        Some(tokio::spawn(async move {
+            if let Err(error) = on_disk(&disk, move |disk| disk.keep_spool(&bytes)).await {
+                behind.store(true, Ordering::Relaxed);
+                eprintln!("kiln-agent: events cannot be kept on the disk: {error}");
+            }
+        }))
     }
 }

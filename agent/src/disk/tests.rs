@@ -304,6 +304,29 @@ fn a_record_outlives_everything_but_its_slot() {
 }
 
 #[test]
+fn events_on_a_full_state_partition_stay_those_that_were_kept() {
+    let mut store = installed();
+    store.keep_spool(b"old events").unwrap();
+    // Somebody, or something, filled it.
+    let root_hash = release(1).content.root_hash;
+    let mut size = 32 * MIB;
+    while size >= 512 {
+        let record = vec![7; usize::try_from(size).unwrap()];
+        if store.keep_record(&root_hash, &record).is_err() {
+            size /= 2;
+        } else {
+            break;
+        }
+    }
+    let many = vec![b'x'; usize::try_from(33 * MIB).unwrap()];
+    assert!(store.keep_spool(&many).is_err());
+    assert_eq!(store.spool().unwrap().as_deref(), Some(&b"old events"[..]), "all of it or nothing");
+    store.keep_record(&root_hash, b"small").unwrap();
+    store.keep_spool(b"new events").unwrap();
+    assert_eq!(store.spool().unwrap().as_deref(), Some(&b"new events"[..]));
+}
+
+#[test]
 fn starts_are_counted_by_release_and_forgotten() {
     let mut store = installed();
     let (first, second) = (release(1).content.root_hash, release(2).content.root_hash);

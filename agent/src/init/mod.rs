@@ -9,7 +9,7 @@ pub use embedded::{embedded, parse_boot_info, running_command_line, secure_boot}
 
 use crate::coldplug::Drivers;
 use crate::disk::machine::{self, on_disk};
-use crate::error::{AgentError, Result};
+use crate::error::{AgentError, FailureClass, Result};
 use crate::flow::{Flow, RESTART_PAUSE, TELL_EVERY};
 use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
 use crate::memory::Place;
@@ -63,6 +63,8 @@ fn boot() -> Result<Infallible> {
     drivers.coldplug();
     // The variables' file system may have been a module.
     mounts::efivars();
+    mounts::pstore();
+    log::earlier();
     journal.record(Stage::Modules, kiln_protocol::StageState::Done);
 
     let runtime = tokio::runtime::Builder::new_current_thread()
@@ -157,7 +159,7 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
     set_host_name(&network, flow);
     flow.ship_log()?;
     let here = flow.verifier.here()?;
-    let verified = metadata(flow, &here, Stage::Metadata).await?;
+    let mut verified = metadata(flow, &here, Stage::Metadata).await?;
     let boot = &flow.verifier.boot;
     verified.manifest.matches_boot(boot)?;
     let running = running_command_line();
@@ -165,9 +167,9 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
         return Err(AgentError::CommandLine { expected: boot.command_line.clone(), got: running });
     }
     loop {
-        let (assignment, via) = wait_for_assignment(flow, &verified).await?;
+        let (assignment, via, plan) = wait_for_assignment(flow, &mut verified).await?;
         network.adopt(flow, drivers, &verified, &assignment.role).await?;
-        match plan::decide(&here, &assignment, &flow.verifier.memory, &flow.verifier.currency(&verified))? {
+        match plan {
             Plan::Stay => return start(flow, verified, network.uplink(), disk).await,
             // The loader started it, and would again after a cold boot: its root is fetched anew, and the running
             // system goes on from there.
@@ -212,28 +214,42 @@ pub async fn metadata(flow: &mut Flow, release: &ReleaseId, stage: Stage) -> Res
     }
 }
 
-/// Asks until something is assigned; a machine that waits for a person waits for ever, and says so.
-pub async fn wait_for_assignment(flow: &mut Flow, verified: &Verified) -> Result<(Assignment, Via)> {
+/// Asks until something is assigned that this machine may go to; one that waits for a person waits for ever, and says so.
+/// What does not hold of an answer is told, and asked for again with the metadata read anew: the director's key may have
+/// been replaced. No answer of a server ends the boot.
+pub async fn wait_for_assignment(flow: &mut Flow, verified: &mut Verified) -> Result<(Assignment, Via, Plan)> {
     flow.journal.started(Stage::Assignment);
+    let here = flow.verifier.here()?;
     let mut attempt = 0;
     let mut told = String::new();
     let mut wait_s = 0;
     loop {
-        match flow.ask(verified, wait_s).await {
+        let answer = match flow.ask(verified, wait_s).await {
             Ok(Answer::Assigned { assignment, via, .. }) => {
-                flow.journal.done(Stage::Assignment);
-                return Ok((assignment, via));
+                let currency = flow.verifier.currency(verified);
+                plan::decide(&here, &assignment, &flow.verifier.memory, &currency)
+                    .map(|plan| Some((assignment, via, plan)))
             }
             Ok(Answer::Wipe(order)) => {
                 flow.verifier.wipe = Some(order);
                 return Err(AgentError::Superseded);
             }
             Ok(Answer::Wait(reason)) => {
-                attempt = 0;
                 if reason != told {
                     flow.journal.waiting(Stage::Assignment, &reason);
                     told = reason;
                 }
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        };
+        match answer {
+            Ok(Some(decided)) => {
+                flow.journal.done(Stage::Assignment);
+                return Ok(decided);
+            }
+            Ok(None) => {
+                attempt = 0;
                 // Held by the server until something changes; where it does not hold, this is the pause.
                 let asked = tokio::time::Instant::now();
                 wait_s = 30;
@@ -241,9 +257,23 @@ pub async fn wait_for_assignment(flow: &mut Flow, verified: &Verified) -> Result
             }
             Err(error) => {
                 attempt += 1;
-                flow.after_failure(Stage::Assignment, error, attempt).await?;
+                let class = error.class();
+                told.clear();
+                flow.after_answer(Stage::Assignment, error, attempt).await?;
+                if class == FailureClass::Verification {
+                    read_anew(flow, &here, verified).await;
+                }
             }
         }
+    }
+}
+
+/// The newest metadata, where there is any that holds; what is known stays otherwise.
+async fn read_anew(flow: &mut Flow, here: &ReleaseId, verified: &mut Verified) {
+    let read = flow.verifier.verify_metadata(here).await;
+    match read.and_then(|newest| Ok(newest.manifest.matches_boot(&flow.verifier.boot).map(|()| newest)?)) {
+        Ok(newest) => *verified = newest,
+        Err(error) => println!("kiln-agent: no newer metadata: {error}"),
     }
 }
 

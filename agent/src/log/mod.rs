@@ -4,6 +4,7 @@
 //! order. Nothing here may hold up a boot: what cannot be sent waits, and goes when there is no more room.
 
 mod kmsg;
+mod pstore;
 mod spool;
 
 use crate::api::Api;
@@ -27,6 +28,8 @@ use tokio::time::{sleep, timeout};
 
 /// Where the spool crosses the hand-over.
 const CARRIED: &str = "/run/kiln/log.json";
+/// Where the kernel shows what one before it left.
+const PSTORE: &str = "/sys/fs/pstore";
 /// Lines are collected for so long before they are sent.
 const COLLECT: Duration = Duration::from_secs(1);
 /// A connection without lines is let go after this.
@@ -41,6 +44,8 @@ static NEWS: Notify = Notify::const_new();
 static SENT: Notify = Notify::const_new();
 /// This is the service: a later start of it shall know how far this one came.
 static SERVICE: AtomicBool = AtomicBool::new(false);
+/// What an earlier kernel left is in the spool, and not erased yet.
+static EARLIER: AtomicBool = AtomicBool::new(false);
 /// Somebody sends.
 static SHIPPING: AtomicBool = AtomicBool::new(false);
 
@@ -55,6 +60,9 @@ struct State {
 struct Carried {
     spool: Spool,
     kernel: u64,
+    /// [`EARLIER`].
+    #[serde(default)]
+    earlier: bool,
 }
 
 fn lock() -> MutexGuard<'static, State> {
@@ -87,6 +95,29 @@ fn note(level: u8, words: Arguments<'_>) {
     let text = words.to_string();
     let text = text.strip_prefix("kiln-agent: ").unwrap_or(&text).to_owned();
     push(LogLine { source: LogSource::Agent, level, at_us: now_us(), text });
+}
+
+/// Takes in what a kernel before this one left. It is erased when the server has all that was said.
+pub fn earlier() {
+    let left = pstore::read(Path::new(PSTORE));
+    if left.is_empty() {
+        return;
+    }
+    EARLIER.store(true, Ordering::Relaxed);
+    let count = left.len();
+    left.into_iter().for_each(push);
+    println!("kiln-agent: a kernel before this one left {count} lines; they are erased when the server has them");
+}
+
+fn erase_earlier() {
+    if EARLIER.swap(false, Ordering::Relaxed) {
+        // In a thread: erasing EFI variables is slow.
+        tokio::task::spawn_blocking(|| {
+            if let Err(error) = pstore::erase(Path::new(PSTORE)) {
+                println!("kiln-agent: what a kernel before this one left cannot be erased: {error}");
+            }
+        });
+    }
 }
 
 /// Reads the kernel's log for as long as this process runs. Without /dev/kmsg that is said, and there is none.
@@ -139,10 +170,11 @@ async fn send_all(mut api: Api, boot_id: String, machine: MachineId) {
     let (mut joined, mut failed, mut told) = (false, 0, false);
     loop {
         if joined && lock().spool.is_empty() {
+            erase_earlier();
             if SERVICE.load(Ordering::Relaxed) {
                 let kernel = lock().kernel;
                 // What it costs when it fails: kernel lines twice, should the service be killed and started again.
-                let _ = write(&Carried { spool: Spool::new(), kernel });
+                let _ = write(&Carried { spool: Spool::new(), kernel, earlier: false });
             }
             SENT.notify_waiters();
             if timeout(CALM, NEWS.notified()).await.is_err() {
@@ -199,7 +231,7 @@ pub async fn sent() {
 /// Leaves what is not confirmed for the agent in the running system.
 pub fn hand_over() -> Result<()> {
     let log = std::mem::replace(&mut *lock(), State { spool: Spool::new(), kernel: 0 });
-    write(&Carried { spool: log.spool.handed_over(), kernel: log.kernel })
+    write(&Carried { spool: log.spool.handed_over(), kernel: log.kernel, earlier: EARLIER.load(Ordering::Relaxed) })
 }
 
 fn write(carried: &Carried) -> Result<()> {
@@ -221,7 +253,7 @@ pub fn take_over() {
             .map_err(|e| AgentError::Format { path: CARRIED.into(), reason: e.to_string() })
     };
     let taken = read().and_then(|carried| {
-        write(&Carried { spool: Spool::new(), kernel: carried.kernel })?;
+        write(&Carried { spool: Spool::new(), kernel: carried.kernel, earlier: carried.earlier })?;
         Ok(carried)
     });
     SERVICE.store(true, Ordering::Relaxed);
@@ -229,7 +261,14 @@ pub fn take_over() {
         Ok(carried) => {
             let mut log = lock();
             log.kernel = carried.kernel;
+            let again = carried.earlier && carried.spool.is_empty();
+            EARLIER.store(carried.earlier, Ordering::Relaxed);
             log.spool.follow(carried.spool);
+            drop(log);
+            if again {
+                // A start of the service that was killed had them.
+                earlier();
+            }
         }
         Err(error) => println!("kiln-agent: the log of the initramfs is lost: {error}"),
     }

@@ -1,6 +1,7 @@
 //! How this system is left.
 
 use super::Service;
+use super::slots::DISK_DEADLINE;
 use crate::change::{Ready, blocking};
 use crate::error::AgentError;
 use crate::log;
@@ -42,6 +43,12 @@ impl Service {
             eprintln!("kiln-agent: report not delivered: {error}");
         }
         log::sent().await;
+        // What that report did not bring to the server waits on the disk for the next boot.
+        if let Some(kept) = self.watch.keeper.flush()
+            && timeout(DISK_DEADLINE, kept).await.is_err()
+        {
+            eprintln!("kiln-agent: the disk gives no answer");
+        }
         let (verb, mode) = match via {
             Via::Kexec => ("kexec", RebootMode::RB_KEXEC),
             Via::Cold => ("reboot", RebootMode::RB_AUTOBOOT),

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 /// A trial that is not healthy so long after the service's start leaves; the server's own limit is the same.
 const TRIAL: Duration = Duration::from_secs(15 * 60);
 /// Longest wait for a disk's commit.
-const DISK_DEADLINE: Duration = Duration::from_secs(20);
+pub(super) const DISK_DEADLINE: Duration = Duration::from_secs(20);
 
 impl Service {
     /// Tells the slots that the release that runs is healthy, or that it is late. Whether it must leave.

@@ -125,7 +125,7 @@ impl Watch {
         }
         let news = !came.is_empty() || !went.is_empty() || !seen.limits.is_empty();
         self.drift = seen.differences;
-        self.keeper.flush();
+        drop(self.keeper.flush());
         (Box::pin(drift::look(eye, EVERY)), news)
     }
 

@@ -293,6 +293,38 @@ mod tests {
     }
 
     #[test]
+    fn no_answer_of_a_server_ends_a_boot() {
+        let site = TestSite::new(1);
+        let dir = tempfile::tempdir().unwrap();
+        let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+        let director = Director::start(&site, (1, 5, Via::Cold, false));
+        runtime().block_on(async {
+            let state = dir.path().join("state");
+            let (mut flow, ..) = asked(&site, &[http], &director, &state).await;
+            let here = flow.verifier.here().unwrap();
+            let mut verified = flow.verifier.verify_metadata(&here).await.unwrap();
+            // Orders that no operator signed, again and again, more often than any step may fail.
+            director.give(Some(r#"{"signatures":[],"signed":{"_type":"kiln-order"}}"#.to_owned()));
+            let before = director.heard().len();
+            let mended = std::thread::spawn(move || {
+                let failed = |r: &kiln_protocol::Report| {
+                    let of = |s: &kiln_protocol::StageRecord| match &s.state {
+                        StageState::Failed(f) => (s.stage == Stage::Assignment).then_some((f.attempt, f.retry_in_ms)),
+                        StageState::Started | StageState::Done | StageState::Waiting { .. } => None,
+                    };
+                    r.stages.iter().filter_map(of).any(|(attempt, retry)| attempt >= 3 && retry.is_some())
+                };
+                director.wait("of a third refusal", std::time::Instant::now(), Duration::from_secs(60), failed);
+                director.give(None);
+                director
+            });
+            let (assignment, _, plan) = crate::init::wait_for_assignment(&mut flow, &mut verified).await.unwrap();
+            assert_eq!((assignment.sequence, plan), (5, crate::plan::Plan::Stay));
+            assert!(mended.join().unwrap().heard().len() > before + 3);
+        });
+    }
+
+    #[test]
     fn another_assignment_ends_a_prefetch_and_leaves_nothing() {
         let site = TestSite::new(3);
         let dir = tempfile::tempdir().unwrap();

@@ -6,7 +6,7 @@ use crate::journal::JournalState;
 use crate::net::Uplink;
 use crate::verifier::Servers;
 use jiff::Timestamp;
-use kiln_protocol::Via;
+use kiln_protocol::{RoleSettings, Via};
 use kiln_release::{BootInfo, HANDOFF_PATH, Manifest};
 use serde::{Deserialize, Serialize};
 use std::os::unix::fs::OpenOptionsExt;
@@ -33,6 +33,9 @@ pub struct Handoff {
     /// Sequence of the assignment under which the root was fetched and verified.
     #[serde(default)]
     pub sequence: u64,
+    /// What its role selects, verified.
+    #[serde(default)]
+    pub settings: RoleSettings,
     /// The newest time believed.
     pub now: Timestamp,
 }

@@ -37,9 +37,6 @@ pub struct JournalState {
     pub last: Option<(Stage, bool)>,
     /// Sequence that the last reply's assignment claims: not verified, only a hint that something else is wanted.
     pub sequence_hint: Option<u64>,
-    /// [`kiln_protocol::Desired::network_first`] of the last reply.
-    #[serde(default)]
-    pub network_first: Option<bool>,
 }
 
 /// The stages of this boot.
@@ -79,7 +76,6 @@ impl JournalState {
             desired_etag: String::new(),
             last: None,
             sequence_hint: None,
-            network_first: None,
         }
     }
 
@@ -172,7 +168,6 @@ impl Journal {
             console::about(about);
         }
         self.state.desired_etag.clone_from(&reply.desired.etag);
-        self.state.network_first = Some(reply.desired.network_first);
         self.state.sequence_hint = match &reply.desired.decision {
             Decision::Wait { .. } => None,
             Decision::Assigned { assignment, .. } => claimed_sequence(assignment),

@@ -14,8 +14,8 @@ use crate::memory::Memory;
 use crate::plan;
 use crate::uplink::Network;
 use crate::verifier::Verified;
-use kiln_protocol::Stage;
 use kiln_protocol::slot::{Action, Event, Fallback, Go, SlotId};
+use kiln_protocol::{BootFirst, Stage};
 use kiln_release::{Manifest, Mode};
 use std::fs::File;
 use std::sync::{Arc, Mutex};
@@ -83,7 +83,8 @@ pub fn recorded(flow: &mut Flow, disk: &SharedDisk) -> Result<Verified> {
     let root_hash = flow.journal.embedded.root_hash.clone();
     let record = machine::lock(disk).record(&root_hash)?;
     let here = flow.verifier.here()?;
-    let (verified, _) = flow.verifier.verify_record(&here, &record)?;
+    let (verified, assigned) = flow.verifier.verify_record(&here, &record)?;
+    flow.verifier.settings = assigned.settings;
     if let Some((file, expires)) = verified.stale_at(flow.verifier.now) {
         println!("kiln-agent: metadata is stale: {file} expired at {expires}");
     }
@@ -157,7 +158,7 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
     // A release that the loader knows and whose root is gone comes back under the entry that it has.
     let known = machine::lock(disk).slots().disk.listed(&content.root_hash).map(|entry| entry.name.sequence);
     let order = known.unwrap_or(flow.verifier.memory.order(flow.verifier.memory.sequence));
-    let network_first = flow.journal.state.network_first.unwrap_or(false);
+    let network_first = flow.verifier.settings.boot_first == BootFirst::Network;
     let assign = Event::Assign(content, order, Go::Here(via));
     let mut slot = None;
     for action in on_disk(disk, move |disk| disk.event(assign, None)).await? {

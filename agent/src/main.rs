@@ -61,7 +61,7 @@ use std::process::ExitCode;
 const USAGE: &str = "usage: kiln-agent stage --settings FILE --state DIR --out DIR [--tries N]
        kiln-agent disk FILE SITE
        kiln-agent service      (by the image's init)
-       kiln-agent exec POLICY  (try an allow-list on this machine)
+       kiln-agent exec POLICY [report]  (try an allow-list on this machine)
        kiln-agent inventory [--listen SECONDS]
        kiln-agent --version
 As PID 1 it boots the machine.";
@@ -73,8 +73,11 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let done: Result<()> = match arguments.next().as_deref() {
         Some("service") => service::run(),
-        Some("exec-guard") => exec::guard::run(Path::new(&arguments.next().unwrap_or_default())),
-        Some("exec") => exec::watch_here(Path::new(&arguments.next().unwrap_or_default())),
+        Some(name @ ("exec-guard" | "exec")) => {
+            let policy = arguments.next().unwrap_or_default();
+            let run = if name == "exec" { exec::watch_here } else { exec::guard::run };
+            exec::choice(arguments.next().as_deref()).and_then(|choice| run(Path::new(&policy), choice))
+        }
         Some("inventory") => inventory::print(arguments),
         Some("stage") => stage::Options::parse(arguments).and_then(|options| stage::run(&options)),
         Some("disk") => match (arguments.next(), arguments.next()) {

@@ -92,6 +92,7 @@ mod tests {
             arch: Architecture::X86_64,
             sequence: 1,
             rebuild: 0,
+            settings: kiln_protocol::RoleSettings::default(),
             issued: "2026-01-01T00:00:00Z".parse().unwrap(),
             expires: "2026-02-01T00:00:00Z".parse().unwrap(),
         }

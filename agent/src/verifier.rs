@@ -10,7 +10,8 @@ use crate::plan::Currency;
 use jiff::Timestamp;
 use kiln_protocol::{
     Assignment, Class, Decision, Freshness, Grant, ImageName, KeyId, KeyStorage, Nonce, ORDER_TYPE, Order, OrderAction,
-    OrderError, OrderGiven, Ordered, ReleaseId, Reply, Running, Via, check_assignment, check_freshness, check_order,
+    OrderError, OrderGiven, Ordered, ReleaseId, Reply, RoleSettings, Running, Via, check_assignment, check_freshness,
+    check_order,
 };
 use kiln_release::certificate::{spki_der, spki_key_id};
 use kiln_release::tuf::{self, ExpiryPolicy, Fetched, Limits, Outcome, Request, TargetPath};
@@ -68,6 +69,8 @@ pub struct Verifier {
     pub clock: Clock,
     /// The assignment that was accepted last, as it came.
     pub accepted: Option<String>,
+    /// What its role selects, as that assignment says.
+    pub settings: RoleSettings,
     /// The operator's order that the accepted assignment rests on.
     pub order: Option<Order>,
     /// A wipe that was ordered, verified, and is to be done before anything else.
@@ -88,6 +91,7 @@ impl Verifier {
             now,
             clock,
             accepted: None,
+            settings: RoleSettings::default(),
             order: None,
             wipe: None,
             put_up: u64::MAX,
@@ -262,6 +266,7 @@ impl Verifier {
         }
         self.memory.accept(&assigned);
         self.accepted = Some(assignment);
+        self.settings = assigned.settings;
         self.order = order;
         self.move_clock(fresh.now.min(verified.outcome.offline_expires_newest));
         self.place.remember(&self.memory)?;

@@ -50,6 +50,17 @@ struct Bed {
 impl Bed {
     /// With `allowed` in it, which the list names; none where the kernel does not ask.
     fn start(mode: &str, fail: &str, allowed: &[(&str, Vec<u8>)]) -> Option<Self> {
+        Self::start_by_role(mode, fail, allowed, None, false)
+    }
+
+    /// The same where a role chooses, and the release permits it or not.
+    fn start_by_role(
+        mode: &str,
+        fail: &str,
+        allowed: &[(&str, Vec<u8>)],
+        choice: Option<&str>,
+        may_report: bool,
+    ) -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
         let place = dir.path().join("place");
         std::fs::create_dir(&place).unwrap();
@@ -61,7 +72,7 @@ impl Bed {
         }
         let hashes: Vec<String> = allowed.iter().map(|(_, bytes)| sha256(bytes)).collect();
         let policy = serde_json::json!({ "_type": "kiln-exec", "spec_version": "1.0",
-            "rules": [{ "path": place, "mode": mode, "fail": fail, "allow": hashes }] });
+            "rules": [{ "path": place, "mode": mode, "fail": fail, "may_report": may_report, "allow": hashes }] });
         let file = dir.path().join("exec.json");
         std::fs::write(&file, policy.to_string()).unwrap();
         if let Some((name, _)) = allowed.first() {
@@ -70,7 +81,12 @@ impl Bed {
         }
         let program = std::env::var_os("KILN_AGENT").unwrap_or(env!("CARGO_BIN_EXE_kiln-agent").into());
         let mut agent = Command::new(program);
-        agent.arg("exec").arg(&file).stdout(Stdio::piped()).stderr(File::create(dir.path().join("said")).unwrap());
+        agent
+            .arg("exec")
+            .arg(&file)
+            .args(choice)
+            .stdout(Stdio::piped())
+            .stderr(File::create(dir.path().join("said")).unwrap());
         let mut agent = agent.spawn().unwrap();
         let (tell, told) = channel();
         let lines = BufReader::new(agent.stdout.take().unwrap()).lines();
@@ -172,6 +188,31 @@ fn longer(mut bytes: Vec<u8>, by: usize) -> Vec<u8> {
 
 fn list() -> Vec<(&'static str, Vec<u8>)> {
     vec![("true", program("true")), ("sleep", program("sleep"))]
+}
+
+#[test]
+fn a_role_chooses_to_report_only_where_the_release_permits_it() {
+    if !inside("a_role_chooses_to_report_only_where_the_release_permits_it") {
+        return;
+    }
+    let (listed, other) = (program("true"), longer(program("true"), 1));
+    let Some(mut bed) = Bed::start_by_role("enforce", "closed", &[("listed", listed.clone())], Some("report"), true)
+    else {
+        return;
+    };
+    bed.put("other", &other);
+    bed.runs("other");
+    let told = bed.wait(|state| state.reported > 0);
+    assert_eq!((told.denied, told.alarm.clone()), (0, None), "{told:?}");
+    drop(bed);
+    let Some(mut bed) = Bed::start_by_role("enforce", "closed", &[("listed", listed)], Some("report"), false) else {
+        return;
+    };
+    bed.put("other", &other);
+    bed.is_denied("other");
+    let told = bed.wait(|state| state.denied > 0);
+    assert_eq!(told.reported, 0, "{told:?}");
+    assert!(told.alarm.as_ref().is_some_and(|alarm| alarm.contains("does not permit")), "{told:?}");
 }
 
 #[test]

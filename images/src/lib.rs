@@ -15,6 +15,7 @@ mod expected;
 mod host;
 mod initramfs;
 mod modules;
+mod oci;
 mod progress;
 pub mod recipe;
 mod root;

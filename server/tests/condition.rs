@@ -96,3 +96,30 @@ async fn a_roles_thresholds_reach_its_machines_and_only_for_what_is_declared() {
     let report = unknown.report();
     assert!(unknown.send(&server, &report).await.thresholds.is_empty(), "of no role yet");
 }
+
+#[tokio::test]
+async fn what_a_role_selects_is_in_what_is_signed() {
+    let site = TestSite::new();
+    let path = site.path().join("kiln.toml");
+    let config = std::fs::read_to_string(&path).unwrap();
+    let settings = |reply: &Reply| {
+        let envelope: serde_json::Value = serde_json::from_str(assigned(reply).0).unwrap();
+        let signed: Assignment = serde_json::from_value(envelope["signed"].clone()).unwrap();
+        (signed.sequence, signed.settings)
+    };
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.report();
+    let (sequence, plain) = settings(&agent.send(&server, &report).await);
+    assert!(plain.is_default());
+    server.signal("-KILL");
+    drop(server);
+    let set = "image = \"minimal\"\nboot_first = \"network\"\nexec = \"report\"\n";
+    std::fs::write(&path, config.replacen("image = \"minimal\"\n", set, 1)).unwrap();
+    let server = Server::start(&site).await;
+    let report = agent.healthy();
+    let reply = agent.send(&server, &report).await;
+    let chosen = RoleSettings { boot_first: BootFirst::Network, exec: ExecChoice::Report };
+    assert_eq!(settings(&reply), (sequence, chosen), "signed anew, under the same sequence");
+    site.signed_site().verify_director::<Assignment>(assigned(&reply).0.as_bytes()).unwrap();
+}

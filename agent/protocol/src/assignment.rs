@@ -65,10 +65,57 @@ pub struct Assignment {
     /// one goes to the same release again. 0: none.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub rebuild: u64,
+    /// What the role selects of what the release declares.
+    #[serde(default, skip_serializing_if = "RoleSettings::is_default")]
+    pub settings: RoleSettings,
     /// When the director signed it.
     pub issued: Timestamp,
     /// From then on it starts no *different* release; the one running may still be booted.
     pub expires: Timestamp,
+}
+
+/// What a role selects, signed with the assignment: whoever only answers for the server cannot change it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RoleSettings {
+    /// In disk mode: what the firmware asks first.
+    #[serde(default, skip_serializing_if = "is_same")]
+    pub boot_first: BootFirst,
+    /// What becomes of programs that are on no allow-list.
+    #[serde(default, skip_serializing_if = "is_same")]
+    pub exec: ExecChoice,
+}
+
+/// What the firmware of a machine in disk mode asks first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BootFirst {
+    /// The disk; the network if that does not start.
+    #[default]
+    Disk,
+    /// The network; the disk if that does not answer.
+    Network,
+}
+
+/// What becomes of programs that are on no allow-list.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ExecChoice {
+    /// What the release says.
+    #[default]
+    Release,
+    /// They start and are told, where the release permits a role to say so.
+    Report,
+}
+
+impl RoleSettings {
+    /// Nothing is selected.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+fn is_same<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
@@ -233,6 +280,7 @@ mod tests {
             arch: Architecture::X86_64,
             sequence: 7,
             rebuild: 0,
+            settings: RoleSettings::default(),
             issued: "2026-01-01T00:00:00Z".parse().unwrap(),
             expires: "2026-02-01T00:00:00Z".parse().unwrap(),
         }
@@ -266,5 +314,19 @@ mod tests {
         let expected = Assignment { rebuild: 7, ..assignment() };
         assert_eq!(serde_json::to_string(&expected).unwrap(), rebuilt);
         assert_eq!(serde_json::from_str::<Assignment>(&rebuilt).unwrap(), expected);
+    }
+
+    #[test]
+    fn what_a_role_selects_is_signed_and_costs_nothing_where_nothing_is_selected() {
+        let plain = serde_json::to_string(&assignment()).unwrap();
+        assert!(!plain.contains("settings"), "{plain}");
+        let settings = RoleSettings { boot_first: BootFirst::Network, exec: ExecChoice::Report };
+        let text = serde_json::to_string(&Assignment { settings, ..assignment() }).unwrap();
+        assert!(text.contains(r#""settings":{"boot_first":"network","exec":"report"}"#), "{text}");
+        assert_eq!(serde_json::from_str::<Assignment>(&text).unwrap().settings, settings);
+        assert_eq!(serde_json::from_str::<Assignment>(&plain).unwrap(), assignment());
+        let newer = text.replace(r#""exec":"report""#, r#""added_later":1"#);
+        let read = serde_json::from_str::<Assignment>(&newer).unwrap().settings;
+        assert_eq!(read, RoleSettings { exec: ExecChoice::Release, ..settings });
     }
 }

@@ -25,8 +25,8 @@ mod verdict;
 mod wire;
 
 pub use assignment::{
-    ASSIGNMENT_TYPE, Assignment, AssignmentError, BoundMachine, FRESHNESS_TYPE, Freshness, FreshnessError, Running,
-    check_assignment, check_freshness,
+    ASSIGNMENT_TYPE, Assignment, AssignmentError, BootFirst, BoundMachine, ExecChoice, FRESHNESS_TYPE, Freshness,
+    FreshnessError, RoleSettings, Running, check_assignment, check_freshness,
 };
 pub use condition::{Condition, DRIFT_LIMIT, Difference, Draining, DriftKind};
 pub use dbx::{DbxOffer, DbxOutcome, DbxState, dbx_hold};

@@ -266,9 +266,6 @@ pub struct About {
 pub struct Desired {
     /// Changes exactly when the rest (but for freshness) does.
     pub etag: String,
-    /// In disk mode: the firmware asks the network before the disk. Else the disk comes first.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub network_first: bool,
     /// The decision.
     #[serde(flatten)]
     pub decision: Decision,
@@ -334,7 +331,6 @@ mod tests {
         let reply = Reply {
             desired: Desired {
                 etag: "7-hold".into(),
-                network_first: false,
                 decision: Decision::Assigned {
                     assignment: "{}".into(),
                     freshness: "{}".into(),
@@ -378,9 +374,8 @@ mod tests {
         let fallback: Fallback = serde_json::from_str(golden).unwrap();
         assert_eq!(fallback.reason, crate::slot::FallbackReason::TriesUsedUp);
         assert_eq!(serde_json::to_string(&fallback).unwrap(), golden);
-        let golden = r#"{"etag":"7","network_first":true,"decision":"wait","reason":"r"}"#;
+        let golden = r#"{"etag":"7","decision":"wait","reason":"r"}"#;
         let desired: Desired = serde_json::from_str(golden).unwrap();
-        assert!(desired.network_first);
         assert_eq!(serde_json::to_string(&desired).unwrap(), golden);
     }
 

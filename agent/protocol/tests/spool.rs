@@ -188,8 +188,8 @@ proptest! {
 fn thousands_of_events_of_days_without_a_server_are_told_once() {
     // Long floods without a server, with a disk that is full half of the time.
     let day = |n: u32| {
-        let hour = (0..200).map(|_| Days::Happens).chain([Days::Keeps { full: n % 2 == 0 }]);
-        let asks = [Days::Reports { commits: n % 3 == 0, answers: false }];
+        let hour = (0..200).map(|_| Days::Happens).chain([Days::Keeps { full: n.is_multiple_of(2) }]);
+        let asks = [Days::Reports { commits: n.is_multiple_of(3), answers: false }];
         hour.chain(asks).chain((n % 7 == 6).then_some(Days::Cut)).collect::<Vec<_>>()
     };
     live((0..40).flat_map(day));

@@ -116,7 +116,7 @@ fn programs_of_a_place_with_an_allow_list_are_its_guards_to_judge() {
         std::fs::copy("/bin/true", dir.path().join(program)).unwrap();
     }
     let (mode, fail) = (kiln_release::ExecMode::Enforce, kiln_release::ExecFail::Closed);
-    let rule = kiln_release::ExecRule { path: "/srv".into(), mode, fail, allow: Vec::new() };
+    let rule = kiln_release::ExecRule { path: "/srv".into(), mode, fail, may_report: false, allow: Vec::new() };
     let policy = serde_json::to_vec(&ExecPolicy::new(vec![rule])).unwrap();
     std::fs::write(dir.path().join(&EXEC_PATH[1..]), policy).unwrap();
     let mut looker = looker(dir.path().to_str().unwrap());

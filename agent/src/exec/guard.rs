@@ -6,7 +6,7 @@ use super::rules::{self, Hash, Rule, Verdict, rule_of};
 use super::{ANSWER_MS, MOST_WAITING, Order, Said, answer, receive, send, wait};
 use crate::error::{AgentError, Result};
 use crate::sys::{self, FanEvent, Mark};
-use kiln_protocol::{EXEC_PATH_LIMIT, ExecVerdict};
+use kiln_protocol::{EXEC_PATH_LIMIT, ExecChoice, ExecVerdict};
 use kiln_release::hex;
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -23,9 +23,9 @@ const MOST_HASHED: u64 = 256 << 20;
 const STACK: usize = 64 << 10;
 
 /// Runs until the supervisor ends it: standard input is the fanotify group, standard output the supervisor's socket.
-pub fn run(policy: &Path) -> Result<()> {
+pub fn run(policy: &Path, choice: ExecChoice) -> Result<()> {
     let missing = || AgentError::Usage(format!("{}: no such file: the guard needs a policy", policy.display()));
-    let policy = rules::read(policy)?.ok_or_else(missing)?;
+    let policy = rules::read(policy, choice)?.ok_or_else(missing)?;
     let mut rules = Vec::new();
     for rule in &policy.rules {
         // Of a place that is not there the supervisor said so, and nothing can be executed there.

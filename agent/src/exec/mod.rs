@@ -21,12 +21,14 @@ pub use supervisor::serve;
 use supervisor::start;
 
 use crate::error::{AgentError, Result as AgentResult};
-use kiln_protocol::ExecVerdict;
+use kiln_protocol::{ExecChoice, ExecVerdict};
 use serde::{Deserialize, Serialize};
 use std::io::{Error, Result};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::Path;
 
+/// What the supervisor tells the guard of the role's choice, behind the policy's path.
+pub const REPORT: &str = "report";
 /// Longest time from the guard's reading of an event to its answer, milliseconds.
 pub const ANSWER_MS: u64 = 100;
 /// Programs that are hashed or told of at once. What comes beyond is answered by the rule's `fail` at once.
@@ -36,11 +38,11 @@ const GUARD_FILES: i32 = 256;
 /// Longest message between the two.
 const MESSAGE: usize = 8192;
 
-/// `kiln-agent exec POLICY`: guards what the policy names until it is killed, and prints what there is to tell, a JSON
+/// `kiln-agent exec POLICY [report]`: guards what the policy names until it is killed, and prints what there is to tell, a JSON
 /// document a line. For trying a list, and for tests; on a machine the service does it.
-pub fn watch_here(policy: &Path) -> AgentResult<()> {
+pub fn watch_here(policy: &Path, choice: ExecChoice) -> AgentResult<()> {
     let program = std::env::current_exe().map_err(AgentError::file("/proc/self/exe"))?;
-    let post = start(policy, &program, 0)?;
+    let post = start(policy, &program, choice, 0)?;
     let post = post.ok_or_else(|| AgentError::Usage(format!("{}: no such file", policy.display())))?;
     let runtime = tokio::runtime::Builder::new_current_thread().build();
     runtime.map_err(AgentError::system("starting the runtime"))?.block_on(async {
@@ -50,6 +52,15 @@ pub fn watch_here(policy: &Path) -> AgentResult<()> {
             post.news().await;
         }
     })
+}
+
+/// The role's choice, as a word behind the policy's path.
+pub fn choice(word: Option<&str>) -> AgentResult<ExecChoice> {
+    match word {
+        None => Ok(ExecChoice::Release),
+        Some(REPORT) => Ok(ExecChoice::Report),
+        Some(other) => Err(AgentError::Usage(format!("{other}: behind the policy there is `{REPORT}` or nothing"))),
+    }
 }
 
 /// From the guard.

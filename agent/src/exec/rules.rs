@@ -1,7 +1,7 @@
 //! The rules as the listener uses them: by file system, hashes as bytes.
 
 use crate::error::{AgentError, Result};
-use kiln_protocol::ExecVerdict;
+use kiln_protocol::{ExecChoice, ExecVerdict};
 use kiln_release::{ExecFail, ExecMode, ExecPolicy, ExecRule, hex};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
@@ -73,10 +73,16 @@ pub fn rule_of(rules: &[Rule], device: u64) -> Option<&Rule> {
     by_device.or_else(|| rules.iter().min_by_key(|rule| rule.late().allow))
 }
 
-/// Reads the policy; none if this root has none.
-pub fn read(path: &Path) -> Result<Option<ExecPolicy>> {
+/// Reads the policy as the role chooses; none if this root has none.
+pub fn read(path: &Path, choice: ExecChoice) -> Result<Option<ExecPolicy>> {
     match std::fs::read(path) {
-        Ok(bytes) => Ok(Some(ExecPolicy::read(&bytes)?)),
+        Ok(bytes) => {
+            let policy = ExecPolicy::read(&bytes)?;
+            Ok(Some(match choice {
+                ExecChoice::Release => policy,
+                ExecChoice::Report => policy.reported(),
+            }))
+        }
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(AgentError::file(path)(error)),
     }
@@ -101,7 +107,7 @@ mod tests {
 
     fn rule(mode: ExecMode, fail: ExecFail) -> Rule {
         let allow = vec!["cd".repeat(32), "ab".repeat(32)];
-        Rule::new(&ExecRule { path: "/srv".into(), mode, fail, allow }, 7)
+        Rule::new(&ExecRule { path: "/srv".into(), mode, fail, may_report: false, allow }, 7)
     }
 
     #[test]

@@ -12,11 +12,12 @@ use super::post::Post;
 use super::rules::{self, Rule, rule_of};
 use super::systemd::{STORED, notify, stored};
 use super::watch::{Action, Event, Watch};
-use super::{GUARD_FILES, Order, Said, answer, ledger, receive, send, wait};
+use super::{GUARD_FILES, Order, REPORT, Said, answer, ledger, receive, send, wait};
 use crate::error::{AgentError, Result};
 use crate::journal::monotonic_ms;
 use crate::sys::{self, Mark};
-use kiln_protocol::{ExecVerdict, ExecViolation};
+use kiln_protocol::{ExecChoice, ExecVerdict, ExecViolation};
+use kiln_release::ExecMode;
 use nix::mount::{MsFlags, mount};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::fs::File;
@@ -32,9 +33,9 @@ const STACK: usize = 256 << 10;
 
 /// The service's list, if its release has one. Where it cannot be guarded the agent goes on, the places stay noexec,
 /// and the server is told.
-pub fn serve(policy: &Path, started_ms: u64) -> Option<Post> {
+pub fn serve(policy: &Path, choice: ExecChoice, started_ms: u64) -> Option<Post> {
     let program = std::env::current_exe().map_err(AgentError::file("/proc/self/exe"));
-    let post = match program.and_then(|program| start(policy, &program, started_ms)) {
+    let post = match program.and_then(|program| start(policy, &program, choice, started_ms)) {
         Ok(post) => post,
         Err(error) => {
             let post = Post::new();
@@ -52,8 +53,8 @@ pub fn serve(policy: &Path, started_ms: u64) -> Option<Post> {
 
 /// Guards what the policy names, if there is one, and comes back when it is guarded. Times of what is told are counted
 /// from `started_ms`.
-pub fn start(policy: &Path, program: &Path, started_ms: u64) -> Result<Option<Post>> {
-    let Some(read) = rules::read(policy)? else { return Ok(None) };
+pub fn start(policy: &Path, program: &Path, choice: ExecChoice, started_ms: u64) -> Result<Option<Post>> {
+    let Some(read) = rules::read(policy, choice)? else { return Ok(None) };
     let kept = stored();
     let is_kept = kept.is_some();
     let group = match kept {
@@ -65,6 +66,11 @@ pub fn start(policy: &Path, program: &Path, started_ms: u64) -> Result<Option<Po
     let post = Post::new();
     if !is_kept && let Err(errno) = notify(&format!("FDSTORE=1\nFDNAME={STORED}\nFDPOLL=0"), Some(&group)) {
         post.alarm(&format!("systemd does not keep the fanotify group, so a restart lets everything start: {errno}"));
+    }
+    if choice == ExecChoice::Report
+        && let Some(rule) = read.rules.iter().find(|rule| rule.mode == ExecMode::Enforce)
+    {
+        post.alarm(&format!("its role says `exec = \"report\"`, which the release does not permit for {}", rule.path));
     }
     let (mut rules, mut places) = (Vec::new(), Vec::new());
     for rule in &read.rules {
@@ -96,6 +102,7 @@ pub fn start(policy: &Path, program: &Path, started_ms: u64) -> Result<Option<Po
         places,
         policy: policy.into(),
         program: program.into(),
+        choice,
         started_ms,
         post: post.clone(),
         watch: Watch::new(),
@@ -123,6 +130,7 @@ struct Supervisor {
     places: Vec<PathBuf>,
     policy: PathBuf,
     program: PathBuf,
+    choice: ExecChoice,
     started_ms: u64,
     post: Post,
     watch: Watch,
@@ -212,6 +220,9 @@ impl Supervisor {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let mut command = Command::new(&self.program);
         command.arg("exec-guard").arg(&self.policy);
+        if self.choice == ExecChoice::Report {
+            command.arg(REPORT);
+        }
         command.stdin(Stdio::from(self.group.try_clone()?)).stdout(Stdio::from(theirs));
         let child = command.spawn()?;
         self.post.guarded_by(child.id());

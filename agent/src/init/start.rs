@@ -116,6 +116,7 @@ async fn mount_and_leave(
         uplink,
         disk,
         sequence: flow.verifier.memory.sequence,
+        settings: flow.verifier.settings,
         now: flow.verifier.now,
     };
     handoff.write()?;

@@ -23,9 +23,9 @@ use crate::spool::Keeper;
 use crate::verifier::Verifier;
 use crate::{dbx, exec};
 use duty::{Action, Duty, Event};
-use kiln_protocol::{DbxOutcome, DbxState, Health, Nonce, ReleaseId, Reply, Report, Stage, Turn};
+use kiln_protocol::{DbxOutcome, DbxState, Health, Nonce, ReleaseId, Reply, Report, RoleSettings, Stage, Turn};
 use leave::Door;
-use next::{ORDER_PAUSE, claimed};
+use next::{ORDER_PAUSE, Selects, claimed, claimed_settings};
 use std::collections::BTreeMap;
 use std::future::pending;
 use std::path::PathBuf;
@@ -92,8 +92,12 @@ struct Service {
     watch: Watch,
     /// In disk mode.
     disk: Option<SharedDisk>,
-    /// What was last done of [`kiln_protocol::Desired::network_first`].
-    ordered: Option<bool>,
+    /// What the role selects, by the newest assignment that was verified.
+    settings: RoleSettings,
+    /// What a reply claims that it selects.
+    claimed: Option<RoleSettings>,
+    /// When such a claim did not hold.
+    disbelieved: Option<Instant>,
     /// Where the release has an allow-list of programs.
     exec: Option<exec::Post>,
     /// The release that runs is good, or on trial since then.
@@ -113,7 +117,7 @@ enum Proof {
 
 impl Service {
     fn new(verifier: Verifier, journal: Journal, next: impl Into<PathBuf>, door: Door) -> Result<Self> {
-        let (site, key) = (&verifier.boot.site, &verifier.key);
+        let (site, key, settings) = (&verifier.boot.site, &verifier.key, verifier.settings);
         let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, key, &verifier.clock)?;
         Ok(Self {
             duty: Duty::new(),
@@ -131,7 +135,9 @@ impl Service {
             ready: None,
             watch: Watch::new(Keeper::open(None, None), BTreeMap::new(), "/"),
             disk: None,
-            ordered: None,
+            settings,
+            claimed: None,
+            disbelieved: None,
             exec: None,
             proven: Proof::Trial(Instant::now()),
             refused: None,
@@ -150,6 +156,8 @@ impl Service {
         let exec = self.exec.clone();
         let mut hooks: Option<Hooks> = None;
         let mut look = self.watch.look();
+        let mut selects: Option<Selects> = None;
+        self.order_boot();
         loop {
             let event = tokio::select! {
                 (mut checks, health, turns) = &mut round => {
@@ -163,6 +171,7 @@ impl Service {
                     let event = self.heard(reply);
                     wipe = wipe.or_else(|| self.check_wipe());
                     dbx = dbx.or_else(|| self.take_dbx());
+                    selects = selects.or_else(|| self.check_settings());
                     event
                 }
                 (text, checked) = maybe(&mut wipe) => {
@@ -180,6 +189,10 @@ impl Service {
                         }
                     }
                     Event::Time
+                }
+                checked = maybe(&mut selects) => {
+                    selects = None;
+                    self.select(checked)
                 }
                 done = maybe(&mut job) => {
                     job = None;
@@ -257,7 +270,7 @@ impl Service {
             Err(error) => return Event::Unanswered(format!("{error} ({})", error.kind())),
         };
         self.journal.answered(&reply);
-        self.order_boot();
+        self.claimed = claimed_settings(&reply);
         let more = self.watch.heard(&reply);
         let wanted = claimed(&reply);
         let wanted = wanted.filter(|(rebuild, wanted)| wanted.target.release != self.here || *rebuild > self.put_up);

@@ -7,13 +7,17 @@ use crate::change::{self, Prefetch, blocking};
 use crate::error::AgentError;
 use crate::plan::{self, Plan};
 use crate::verifier::{Answer, Verifier};
-use kiln_protocol::{Assignment, Decision, Grant, Nonce, ReleaseId, Reply, Stage, Via};
+use kiln_protocol::{Assignment, Decision, Grant, Nonce, ReleaseId, Reply, RoleSettings, Stage, Via};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// An order that was refused is looked at again after so long.
 pub(super) const ORDER_PAUSE: Duration = Duration::from_secs(60);
+
+/// What the role selects, by what is signed.
+pub(super) type Selects = Pin<Box<dyn Future<Output = Result<RoleSettings, AgentError>>>>;
 
 impl Service {
     /// If the newest reply claims that a wipe is ordered: whether that is true. The same order is not looked at again for
@@ -39,6 +43,46 @@ impl Service {
             };
             (text, checked)
         }))
+    }
+
+    /// If the newest reply claims that the role selects something else than what is known: whether that is signed. A claim
+    /// that did not hold is not looked at again for a while.
+    pub(super) fn check_settings(&self) -> Option<Selects> {
+        let (reply, nonce) = self.newest.clone()?;
+        let again = self.disbelieved.is_some_and(|at| at.elapsed() < ORDER_PAUSE);
+        if again || self.claimed.is_none_or(|claimed| claimed == self.settings) {
+            return None;
+        }
+        let (verifier, here) = (Rc::clone(&self.verifier), self.here.clone());
+        Some(Box::pin(async move {
+            let verifier = &mut *verifier.lock().await;
+            let verified = verifier.verify_metadata(&here).await?;
+            match verifier.check_reply(&verified, reply, &nonce)? {
+                Answer::Assigned { assignment, .. } => Ok(assignment.settings),
+                Answer::Wipe(_) | Answer::Wait(_) => Err(AgentError::Superseded),
+            }
+        }))
+    }
+
+    /// What came of it.
+    pub(super) fn select(&mut self, checked: Result<RoleSettings, AgentError>) -> Event {
+        match checked {
+            Ok(settings) => {
+                if settings.exec != self.settings.exec && self.exec.is_some() {
+                    eprintln!("kiln-agent: the role's choice for the allow-list holds from the next boot on");
+                }
+                self.settings = settings;
+                self.order_boot();
+                Event::Time
+            }
+            // The next reply names something else.
+            Err(AgentError::Superseded) => Event::Time,
+            Err(error) => {
+                self.journal.failed(Stage::Assignment, &error, 1, Some(ORDER_PAUSE));
+                self.disbelieved = Some(Instant::now());
+                Event::News
+            }
+        }
     }
 
     /// Verifies the assignment against current metadata, and fetches and verifies the release.
@@ -130,6 +174,13 @@ async fn believe(
 
 pub(super) fn trouble(stage: Stage, error: &AgentError, moved: bool) -> Trouble {
     Trouble { stage, class: error.class(), kind: error.kind().to_owned(), message: error.to_string(), moved }
+}
+
+/// What a reply claims that the role selects, unverified.
+pub(super) fn claimed_settings(reply: &Reply) -> Option<RoleSettings> {
+    let Decision::Assigned { assignment, .. } = &reply.desired.decision else { return None };
+    let envelope: serde_json::Value = serde_json::from_str(assignment).ok()?;
+    serde_json::from_value::<Assignment>(envelope.get("signed")?.clone()).ok().map(|named| named.settings)
 }
 
 /// What a reply claims to want, unverified: whether it is worth verifying metadata for.

@@ -3,7 +3,7 @@
 
 use super::{Proof, Service};
 use crate::disk::machine::{SharedDisk, on_disk};
-use kiln_protocol::slot;
+use kiln_protocol::{BootFirst, slot};
 use std::time::Duration;
 use tokio::time::timeout;
 
@@ -56,9 +56,8 @@ impl Service {
 
     /// The firmware's boot order is the role's.
     pub(super) fn order_boot(&mut self) {
-        let wanted = self.journal.state.network_first;
-        if let (Some(disk), Some(network_first)) = (self.disk.clone(), wanted.filter(|_| wanted != self.ordered)) {
-            self.ordered = wanted;
+        let network_first = self.settings.boot_first == BootFirst::Network;
+        if let Some(disk) = self.disk.clone() {
             tokio::spawn(async move {
                 if let Err(error) = on_disk(&disk, move |disk| disk.order_boot(network_first)).await {
                     eprintln!("kiln-agent: the firmware's boot order stays as it is: {error}");

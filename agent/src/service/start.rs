@@ -35,7 +35,7 @@ pub fn run() -> Result<()> {
 async fn serve() -> Result<()> {
     let handoff = Handoff::read()?;
     // First of all: what waits for this service to be ready may want to execute.
-    let exec = exec::serve(Path::new(EXEC_PATH), handoff.journal.started_ms);
+    let exec = exec::serve(Path::new(EXEC_PATH), handoff.settings.exec, handoff.journal.started_ms);
     if let Some(watchdog) = Watchdog::arm() {
         tokio::spawn(watchdog.keep());
     }
@@ -141,6 +141,7 @@ fn resume(handoff: Handoff) -> Result<(Verifier, Journal)> {
         condition: None,
     };
     let mut verifier = Verifier::new(handoff.boot, place, key, memory, handoff.servers, now);
+    verifier.settings = handoff.settings;
     // A system on a disk stays what its slot holds: the disk's blocks are checked at each reading.
     if handoff.disk.is_none() {
         verifier.put_up = handoff.sequence;

@@ -337,6 +337,49 @@ fn a_machine_that_is_due_goes_to_its_own_release_again() {
     assert_eq!(machine.left.recv_timeout(PATIENCE).unwrap(), "reboot");
 }
 
+#[test]
+fn what_a_role_selects_is_believed_only_where_it_is_signed() {
+    let site = TestSite::new(1);
+    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+    let director = Director::start(&site, (1, 4, Via::Cold, false));
+    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
+    let begun = Instant::now();
+    director.wait("of health", begun, PATIENCE, healthy);
+    director.line(Line::Forges);
+    // Another sequence, so that the held report is answered.
+    director.order((1, 5, Via::Cold, false));
+    let refused =
+        |r: &Report| r.stages.iter().any(|s| s.stage == Stage::Assignment && matches!(&s.state, StageState::Failed(_)));
+    director.wait("of the forged choice", begun, PATIENCE, refused);
+    // It goes on, and believes the next that is signed.
+    director.line(Line::Whole);
+    director.order((1, 6, Via::Cold, false));
+    let heard = director.heard().len();
+    director.wait_for(heard + 1, PATIENCE);
+    assert!(machine.left.try_recv().is_err());
+}
+
+#[test]
+fn an_answer_that_cannot_be_read_turns_to_the_next_server() {
+    let site = TestSite::new(1);
+    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+    let (bad, good) =
+        (Director::start(&site, (1, 4, Via::Cold, false)), Director::start(&site, (1, 4, Via::Cold, false)));
+    bad.line(Line::Garbles);
+    let state = TempDir::new().unwrap();
+    let verifier = site.verifier(1, &[http], &[bad.url.clone(), good.url.clone()], state.path());
+    let mut journal = journal(&verifier);
+    let (ca, key, clock) = (&verifier.boot.site.agent_api_ca_pem, &verifier.key, &verifier.clock);
+    let mut api = Api::new(&verifier.servers.agent, ca, key, clock).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let error = journal.send(&mut api, 0).await.map(drop).unwrap_err();
+        assert!(error.to_string().contains("not of version 1"), "{error}");
+        journal.send(&mut api, 0).await.unwrap();
+    });
+    assert_eq!((bad.heard().len(), good.heard().len()), (1, 1));
+}
+
 /// A site whose release 1 has hooks: programs in the machine's own folder, made when it is known.
 struct Hooked {
     site: TestSite,

@@ -30,6 +30,8 @@ pub enum Line {
     Dead,
     /// Replies are no JSON.
     Garbles,
+    /// Somebody between changes what the role selects.
+    Forges,
 }
 
 struct State {
@@ -191,7 +193,7 @@ impl Shared {
         let until = Instant::now() + Duration::from_secs(report.wait_s.into());
         loop {
             match state.line {
-                Line::Whole | Line::Garbles => {}
+                Line::Whole | Line::Garbles | Line::Forges => {}
                 Line::LosesReplies | Line::Dead => return None,
             }
             let reply = self.reply(report, &state);
@@ -217,10 +219,15 @@ impl Shared {
             arch: report.machine.arch,
             sequence,
             rebuild: state.rebuild,
+            settings: kiln_protocol::RoleSettings::default(),
             issued: now(),
             expires: now() + jiff::SignedDuration::from_hours(1),
         };
-        let assignment = sign_envelope(&assignment, &[&self.signer]).unwrap();
+        let mut assignment = sign_envelope(&assignment, &[&self.signer]).unwrap();
+        if state.line == Line::Forges {
+            let forged = r#""settings":{"boot_first":"network"},"spec_version""#;
+            assignment = assignment.replacen(r#""spec_version""#, forged, 1);
+        }
         let freshness = Freshness {
             type_: FRESHNESS_TYPE.into(),
             spec_version: SPEC_VERSION.into(),
@@ -246,7 +253,7 @@ impl Shared {
             OrderGiven { order: order.clone(), freshness }
         });
         let etag = format!("{etag}-{}", order.as_ref().map_or(String::new(), |o| hex::sha256(o.order.as_bytes())));
-        let desired = Desired { etag, network_first: false, decision, order };
+        let desired = Desired { etag, decision, order };
         Reply { desired, again_ms: 1000, may_wait: true, about: None, thresholds: BTreeMap::new(), dbx: None }
     }
 }

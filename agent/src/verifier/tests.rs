@@ -111,6 +111,7 @@ impl Machine {
                     arch: crate::facts::architecture(),
                     sequence,
                     rebuild: 0,
+                    settings: RoleSettings::default(),
                     issued: now(),
                     expires: now() + SignedDuration::from_hours(1),
                 };
@@ -120,7 +121,7 @@ impl Machine {
             }
         };
         let order = order.map(|order| OrderGiven { freshness: fresh(&order), order });
-        let desired = Desired { etag: String::new(), network_first: false, decision, order };
+        let desired = Desired { etag: String::new(), decision, order };
         let reply =
             Reply { desired, again_ms: 1000, may_wait: false, about: None, thresholds: BTreeMap::new(), dbx: None };
         self.verifier.check_reply(&self.verified, reply, &nonce).map_err(|e| e.kind())

@@ -48,6 +48,9 @@ pub struct ExecRule {
     pub mode: ExecMode,
     /// And of those that could not be judged.
     pub fail: ExecFail,
+    /// A role may say that others start as well, and are reported.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub may_report: bool,
     /// SHA-256 of the programs that may start, sorted.
     pub allow: Vec<String>,
 }
@@ -68,6 +71,13 @@ impl ExecPolicy {
     /// Of these rules.
     pub fn new(rules: Vec<ExecRule>) -> Self {
         Self { type_: EXEC_TYPE.to_owned(), spec_version: "1.0".to_owned(), rules }
+    }
+
+    /// With every rule that a role may relax in [`ExecMode::Report`].
+    #[must_use]
+    pub fn reported(mut self) -> Self {
+        self.rules.iter_mut().filter(|rule| rule.may_report).for_each(|rule| rule.mode = ExecMode::Report);
+        self
     }
 
     /// Reads it and checks every field.
@@ -113,7 +123,13 @@ mod tests {
 
     fn policy() -> ExecPolicy {
         let (mode, fail) = (ExecMode::Enforce, ExecFail::Closed);
-        ExecPolicy::new(vec![ExecRule { path: "/var/opt/app".into(), mode, fail, allow: vec!["ab".repeat(32)] }])
+        ExecPolicy::new(vec![ExecRule {
+            path: "/var/opt/app".into(),
+            mode,
+            fail,
+            may_report: false,
+            allow: vec!["ab".repeat(32)],
+        }])
     }
 
     #[test]
@@ -124,6 +140,17 @@ mod tests {
         );
         assert_eq!(serde_json::to_string(&policy()).unwrap(), golden);
         assert_eq!(ExecPolicy::read(golden.as_bytes()).unwrap(), policy());
+    }
+
+    #[test]
+    fn a_role_relaxes_only_what_the_release_permits() {
+        let mut policy = policy();
+        policy.rules.push(ExecRule { path: "/srv".into(), may_report: true, ..policy.rules[0].clone() });
+        let text = serde_json::to_string(&policy).unwrap();
+        assert_eq!(text.matches(r#""may_report":true"#).count(), 1, "{text}");
+        assert_eq!(ExecPolicy::read(text.as_bytes()).unwrap(), policy);
+        let modes: Vec<ExecMode> = policy.reported().rules.iter().map(|rule| rule.mode).collect();
+        assert_eq!(modes, [ExecMode::Enforce, ExecMode::Report]);
     }
 
     #[test]

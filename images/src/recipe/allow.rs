@@ -2,6 +2,7 @@
 
 use super::{Partial, Recipe, RecipeError, Source, is_root_path, read};
 use crate::error::BuildError;
+use crate::oci;
 use crate::tarball::{Entry, Kind};
 use kiln_release::hex::{is_sha256, sha256};
 use kiln_release::{ExecFail, ExecMode, ExecPolicy, ExecRule};
@@ -25,9 +26,13 @@ pub(super) struct RawExec {
     mode: Option<Spanned<String>>,
     fail: Option<Spanned<String>>,
     #[serde(default)]
+    role_may_report: bool,
+    #[serde(default)]
     allow: Vec<Spanned<String>>,
     #[serde(default)]
     allow_files: Vec<Spanned<String>>,
+    #[serde(default)]
+    allow_images: Vec<Spanned<String>>,
 }
 
 impl Partial {
@@ -59,9 +64,24 @@ impl Partial {
                 self.sources.push((from, bytes));
             }
         }
+        for image in raw.allow_images {
+            let span = image.span();
+            let wrong = |what: String| source.invalid(span.clone(), format!("{}: {what}", image.get_ref()));
+            let parts = image.get_ref().split_once('@');
+            let (layout, digest) =
+                parts.ok_or_else(|| wrong("an image is LAYOUT@sha256:…, a folder and a manifest's digest".into()))?;
+            let layout = folder.join(layout);
+            let (programs, manifest) = oci::programs(&layout, digest).map_err(&wrong)?;
+            allow.extend(programs);
+            // Everything else of the image follows from its manifest.
+            self.sources.push((layout.join(digest), manifest));
+        }
         allow.sort();
         allow.dedup();
-        self.exec.push(ExecPlace { rule: ExecRule { path, mode, fail, allow }, root_files });
+        self.exec.push(ExecPlace {
+            rule: ExecRule { path, mode, fail, may_report: raw.role_may_report, allow },
+            root_files,
+        });
         Ok(())
     }
 
@@ -158,7 +178,8 @@ mod tests {
         let [rule] = &policy.rules[..] else { panic!("{policy:?}") };
         assert_eq!((&rule.allow, rule.mode, rule.fail), (&expected, ExecMode::Enforce, ExecFail::Open));
 
-        let recipe = load("path = \"/srv\"\nallow_files = [\"/usr/bin/none\"]\n").unwrap();
+        let recipe = load("path = \"/srv\"\nrole_may_report = true\nallow_files = [\"/usr/bin/none\"]\n").unwrap();
+        assert!(recipe.exec[0].rule.may_report && !rule.may_report, "only where it is said");
         let error = super::document(&recipe, &base, &tar).unwrap_err().to_string();
         assert!(error.contains("/usr/bin/none"), "{error}");
         assert_eq!(super::document(&Recipe { exec: Vec::new(), ..recipe }, &base, &tar).unwrap(), None);
@@ -174,6 +195,8 @@ mod tests {
             ("path = \"/srv\"\n[[exec]]\npath = \"/srv\"", "18:8: /srv has two allow-lists"),
             ("path = \"/opt\"", "[[writable]] with the path of an [[exec]] is missing"),
             ("path = \"/srv\"\nallow_files = [\"nothing\"]", "cannot read recipe"),
+            ("path = \"/srv\"\nallow_images = [\"app\"]", "17:17: app: an image is LAYOUT@sha256:…"),
+            ("path = \"/srv\"\nallow_images = [\"app@latest\"]", "17:17: app@latest: \"latest\" is no digest"),
         ] {
             let error = load(text).unwrap_err().to_string();
             assert!(error.contains(part), "{error}");

@@ -11,9 +11,9 @@ use crate::error::ConfigError;
 use crate::http;
 use crate::net::Shared;
 use kiln_fleet::{DriftPolicy, Limits};
-use kiln_protocol::{ImageName, KeyId, MachineId};
+use kiln_protocol::{ImageName, KeyId, MachineId, RoleSettings};
 use kiln_release::Threshold;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -50,8 +50,6 @@ pub struct Config {
     pub roles: BTreeMap<String, Role>,
     /// The age at which a role's machines are put up anew at the latest, in milliseconds.
     pub max_ages: BTreeMap<String, u64>,
-    /// Roles whose machines in disk mode ask the network before the disk.
-    pub network_first: BTreeSet<String>,
     /// The pre-loaded list.
     pub machines: BTreeMap<MachineId, Listed>,
     /// Who may call.
@@ -121,12 +119,14 @@ pub struct Role {
     pub thresholds: BTreeMap<String, Threshold>,
     /// What becomes of its machines that differ from their release.
     pub drift: DriftPolicy,
+    /// What is signed with its machines' assignments.
+    pub settings: RoleSettings,
 }
 
 impl Role {
     /// With nothing but an image.
     pub fn of(image: ImageName) -> Self {
-        Self { image, thresholds: BTreeMap::new(), drift: DriftPolicy::default() }
+        Self { image, thresholds: BTreeMap::new(), drift: DriftPolicy::default(), settings: RoleSettings::default() }
     }
 }
 
@@ -204,6 +204,7 @@ pub fn is_name(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use kiln_protocol::{BootFirst, ExecChoice};
 
     const ALL: &str = r#"
 [http]
@@ -248,6 +249,8 @@ name = "lab"
 image = "minimal"
 max_age = "30d"
 drift = "reimage"
+boot_first = "network"
+exec = "report"
 [role.thresholds]
 "disk./var" = "10%"
 [[machine]]
@@ -280,6 +283,8 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
         assert_eq!(c.machines[&id], Listed { name: "rack-1".into(), role: "lab".into(), key });
         assert_eq!(c.roles["lab"].thresholds["disk./var"], Threshold::Percent(10));
         assert_eq!(c.roles["lab"].drift, DriftPolicy::Reimage);
+        let settings = RoleSettings { boot_first: BootFirst::Network, exec: ExecChoice::Report };
+        assert_eq!(c.roles["lab"].settings, settings);
         assert!(!c.boot.http_boot);
         assert_eq!(c.max_ages["lab"], 30 * 24 * 3_600_000);
     }

@@ -6,7 +6,7 @@ use crate::error::ConfigError;
 use crate::http;
 use crate::net::{Shared, tftp};
 use kiln_fleet::{DriftPolicy, Limits};
-use kiln_protocol::{ImageName, MachineId};
+use kiln_protocol::{BootFirst, ExecChoice, ImageName, MachineId, RoleSettings};
 use kiln_release::Threshold;
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -115,19 +115,13 @@ struct RawRole {
     image: String,
     max_age: Option<String>,
     #[serde(default)]
-    boot_first: RawFirst,
+    boot_first: BootFirst,
+    #[serde(default)]
+    exec: ExecChoice,
     #[serde(default)]
     drift: DriftPolicy,
     #[serde(default)]
     thresholds: BTreeMap<String, String>,
-}
-
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "lowercase")]
-enum RawFirst {
-    #[default]
-    Disk,
-    Network,
 }
 
 #[derive(Debug, Deserialize)]
@@ -267,8 +261,6 @@ impl TryFrom<Raw> for Config {
             return Err(bad("fleet.trial_attempts", "with 0 no new release could ever boot"));
         }
         let (mut roles, mut max_ages) = (BTreeMap::new(), BTreeMap::new());
-        let network = |role: &&RawRole| role.boot_first == RawFirst::Network;
-        let network_first = raw.role.iter().filter(network).map(|role| role.name.clone()).collect();
         for role in raw.role {
             if !is_name(&role.name) {
                 return Err(bad("role.name", format!("{:?}: {NAME}", role.name)));
@@ -279,7 +271,8 @@ impl TryFrom<Raw> for Config {
                 max_ages.insert(role.name.clone(), age);
             }
             let thresholds = thresholds(&role)?;
-            if roles.insert(role.name.clone(), Role { image, thresholds, drift: role.drift }).is_some() {
+            let settings = RoleSettings { boot_first: role.boot_first, exec: role.exec };
+            if roles.insert(role.name.clone(), Role { image, thresholds, drift: role.drift, settings }).is_some() {
                 return Err(bad("role.name", format!("{:?} is there twice", role.name)));
             }
         }
@@ -355,7 +348,6 @@ impl TryFrom<Raw> for Config {
             limits,
             roles,
             max_ages,
-            network_first,
             machines,
             access: raw.access.try_into()?,
             https: raw.https.map(TryInto::try_into).transpose()?,

@@ -38,7 +38,9 @@ impl Control {
         // One that another director has signed is not believed any more.
         let director = self.director().public().id();
         let role = machine.role.clone().unwrap_or_default();
+        let settings = self.config.roles.get(&role).map(|role| role.settings).unwrap_or_default();
         if let Some(e) = inner.envelopes.get(id)
+            && e.settings == settings
             && e.key == key.as_str()
             && e.role == role
             && e.sequence == assigned.sequence
@@ -64,6 +66,7 @@ impl Control {
             arch,
             sequence: assigned.sequence,
             rebuild: assigned.rebuild,
+            settings,
             issued: whole(now),
             expires: whole(now + LIFE),
         };
@@ -71,6 +74,7 @@ impl Control {
             text: self.sign(&assignment)?,
             key: key.to_string(),
             role,
+            settings,
             sequence: assigned.sequence,
             expires: assignment.expires.as_second(),
         };

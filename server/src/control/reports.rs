@@ -197,8 +197,7 @@ impl Control {
         let dbx = inner.machines.get(id).and_then(|machine| super::dbx::offer(&catalog, machine));
         let thresholds = self.thresholds(inner.machines.get(id).and_then(|m| m.role.as_ref()));
         drop(inner);
-        let network_first = self.config.network_first.contains(&envelope.role);
-        let mut wanted = Wanted::run(envelope, assigned.via, granted, busy, network_first);
+        let mut wanted = Wanted::run(envelope, assigned.via, granted, busy);
         (wanted.thresholds, wanted.dbx) = (thresholds, dbx);
         Ok((wanted, pending))
     }
@@ -216,7 +215,7 @@ impl Control {
             Some(order) => Some(OrderGiven { freshness: self.freshness(nonce, &order, Timestamp::now())?, order }),
             None => None,
         };
-        let desired = Desired { etag: wanted.etag, network_first: wanted.network_first, decision, order };
+        let desired = Desired { etag: wanted.etag, decision, order };
         let Wanted { thresholds, dbx, .. } = wanted;
         Ok(Reply { desired, again_ms, may_wait, about: None, thresholds, dbx })
     }
@@ -228,8 +227,6 @@ struct Wanted {
     etag: String,
     /// It is on its way somewhere.
     busy: bool,
-    /// Its role's machines ask the network before the disk.
-    network_first: bool,
     /// The role's.
     thresholds: BTreeMap<String, String>,
     /// What its firmware may have and lacks.
@@ -248,15 +245,15 @@ impl Wanted {
     fn wait(reason: String, busy: bool) -> Self {
         let etag = hex::sha256(reason.as_bytes())[..16].to_owned();
         let thresholds = BTreeMap::new();
-        Self { etag, busy, network_first: false, thresholds, dbx: None, what: What::Wait(reason), order: None }
+        Self { etag, busy, thresholds, dbx: None, what: What::Wait(reason), order: None }
     }
 
-    fn run(envelope: Envelope, via: Via, grant: Grant, busy: bool, network_first: bool) -> Self {
-        let identity = serde_json::to_vec(&(&envelope.text, via, &grant, network_first))
-            .expect("strings and words always become JSON");
+    fn run(envelope: Envelope, via: Via, grant: Grant, busy: bool) -> Self {
+        let identity =
+            serde_json::to_vec(&(&envelope.text, via, &grant)).expect("strings and words always become JSON");
         let what = What::Run { envelope, via, grant };
         let etag = hex::sha256(&identity)[..16].to_owned();
-        Self { etag, busy, network_first, thresholds: BTreeMap::new(), dbx: None, what, order: None }
+        Self { etag, busy, thresholds: BTreeMap::new(), dbx: None, what, order: None }
     }
 
     fn with_order(mut self, order: Option<String>) -> Self {

@@ -10,7 +10,7 @@ mod writer;
 use crate::audit::{Line, Record};
 use crate::error::StoreError;
 use kiln_fleet::{Boot, Entry, Hardware, Machine};
-use kiln_protocol::MachineId;
+use kiln_protocol::{MachineId, RoleSettings};
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
 use sqlx::{AnyPool, Row};
 use std::collections::BTreeMap;
@@ -27,6 +27,9 @@ pub struct Envelope {
     pub key: String,
     /// The role it names.
     pub role: String,
+    /// What that selects.
+    #[serde(default)]
+    pub settings: RoleSettings,
     /// Its sequence.
     pub sequence: u64,
     /// When it expires, unix seconds.

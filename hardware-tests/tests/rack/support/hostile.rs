@@ -190,6 +190,7 @@ impl Forgery {
                 arch: Architecture::X86_64,
                 sequence: 5,
                 rebuild: 0,
+                settings: kiln_protocol::RoleSettings::default(),
                 issued: now(),
                 expires: now() + jiff::SignedDuration::from_hours(24),
             },
@@ -218,7 +219,7 @@ impl Forgery {
             grant: Grant::Go,
         };
         Reply {
-            desired: Desired { etag: "1".into(), network_first: false, decision, order: None },
+            desired: Desired { etag: "1".into(), decision, order: None },
             again_ms: 1000,
             may_wait: false,
             about: None,

@@ -265,7 +265,13 @@ impl Prefetch {
             assignment: verifier.accepted.clone().unwrap_or_default(),
             servers: verifier.servers.clone(),
         };
-        let allowed = on_disk(disk, move |disk| disk.finish_install(slot, &manifest, &record, &uki)).await?;
+        let (root_hash, order) = (machine::content(&manifest)?.root_hash, self.order);
+        let allowed = on_disk(disk, move |disk| {
+            let via = disk.finish_install(slot, &manifest, &record, &uki)?;
+            disk.keep_put_up(&root_hash, order)?;
+            Ok(via)
+        });
+        let allowed = allowed.await?;
         self.allowed = Some(allowed);
         Ok(())
     }
@@ -326,6 +332,50 @@ impl Prefetch {
         };
         Some(Ready { manifest: self.manifest?, kexec, installed: None, note: self.note })
     }
+}
+
+/// In disk mode: puts up anew what runs. Its metadata is fetched and verified anew, its root and UKI are read back from the
+/// disk itself and compared with it; a UKI that is not as it was signed is fetched anew, a root that is not by the next
+/// boot. The cold boot that follows begins with fresh memory, which is all that a running system can have written to.
+pub async fn renew(
+    verifier: &mut Verifier,
+    disk: &SharedDisk,
+    assignment: &Assignment,
+    next: &Path,
+    meter: &Meter,
+) -> Result<Ready> {
+    let verified = verifier.verify_metadata(&assignment.release_id()).await?;
+    if verified.manifest_sha256 != assignment.manifest_sha256.as_str() {
+        let (expected, got) = (verified.manifest_sha256, assignment.manifest_sha256.to_string());
+        return Err(AgentError::ManifestMismatch { expected, got });
+    }
+    let manifest = verified.manifest;
+    verifier.may_run(&manifest)?;
+    let signed = manifest.clone();
+    let ready = |note| Ready { manifest: manifest.clone(), kexec: None, installed: None, note };
+    let whole = match on_disk(disk, move |disk| disk.look_whole(&signed)).await {
+        Ok(whole) => whole,
+        Err(AgentError::Disk(error @ DiskError::ReadBack { .. })) => {
+            return Ok(ready(Some(format!("{error}; the next boot fetches it anew"))));
+        }
+        Err(error) => return Err(error),
+    };
+    if !whole {
+        let [path, _] = files(next);
+        let base = verifier.servers.http.first().ok_or(AgentError::NoServer)?;
+        let mut uki = Download::new(expected(error::UKI, &manifest.uki), Some(&path), &meter.uki)?;
+        uki.run(base).await?;
+        let signed = manifest.clone();
+        let mended = on_disk(disk, move |disk| {
+            kexec::verify(&File::open(&path).map_err(AgentError::file(&path))?, &signed)?;
+            disk.mend_uki(&signed, &path)
+        });
+        mended.await?;
+    }
+    let order = verifier.memory.order(assignment.sequence);
+    let root_hash = machine::content(&manifest)?.root_hash;
+    on_disk(disk, move |disk| disk.keep_put_up(&root_hash, order)).await?;
+    Ok(ready((!whole).then(|| "its UKI on the disk was not as it was signed: it was fetched anew".to_owned())))
 }
 
 /// The root must fit here, then once more in the loaded initrd.

@@ -178,6 +178,7 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
     on_disk(disk, move |disk| {
         disk.finish_install(slot, &manifest, &record, &uki)?;
         disk.install_loader(network_first)?;
+        disk.keep_put_up(&machine::content(&manifest)?.root_hash, order)?;
         disk.event(Event::Granted, None)?;
         std::fs::remove_file(&uki).map_err(AgentError::file(&uki))
     })

@@ -27,6 +27,7 @@ async fn drift_and_events_are_shown_and_taken_once_over_a_kill_of_the_server() {
             drift: vec![drift.clone()],
             drift_count: 1,
             draining: None,
+            put_up: None,
             spool: spool.report(&clocks(30_000)),
         };
         Report { condition: Some(condition), ..agent.healthy() }

@@ -84,6 +84,9 @@ pub struct Condition {
     /// Its drain hooks run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub draining: Option<Draining>,
+    /// In disk mode: sequence of the assignment under which the disk was last verified whole; 0 where that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub put_up: Option<u64>,
     /// What happened.
     #[serde(default)]
     pub spool: SpoolReport,

@@ -398,6 +398,7 @@ mod tests {
         report.condition = Some(Condition {
             drift: vec![Difference { kind: DriftKind::CommandLine, what: "w".into(), text: "t".into() }],
             drift_count: 1,
+            put_up: None,
             draining: Some(Draining { hook: "h".into(), number: 1, of: 2, since_ms: 40_000, left_ms: 5 }),
             spool: SpoolReport { id: "i".into(), confirmed: 2, events: vec![event] },
         });

@@ -285,6 +285,34 @@ impl MachineDisk {
         })
     }
 
+    /// What runs from here is read back whole: its root, and its UKI. Whether the UKI is as it was signed. A root that is
+    /// not ends with an error, and its slot is spoilt: the next boot fetches it anew.
+    pub fn look_whole(&mut self, manifest: &Manifest) -> Result<bool> {
+        let content = content(manifest)?;
+        let runs = self.slots.running.as_ref().map(|running| running.slot);
+        let slot = runs.filter(|slot| self.slots.disk.slot_of(&content.root_hash) == Some(*slot));
+        let slot = slot.ok_or(AgentError::Superseded)?;
+        if let Err(error) = self.verify(slot, manifest) {
+            self.event(Event::Spoilt(slot), None)?;
+            return Err(error);
+        }
+        Ok(self.store.uki_hash(&content).is_ok_and(|hash| hash == content.uki.as_str()))
+    }
+
+    /// Puts a UKI in place of the same that is not as it was signed any more.
+    pub fn mend_uki(&mut self, manifest: &Manifest, uki: &Path) -> Result<()> {
+        self.commit(&Action::PutUki(content(manifest)?), Some(uki))
+    }
+
+    /// [`Store::put_up`]. A disk that does not say is read back once more than it had to be.
+    pub fn put_up(&mut self, root_hash: &Sha256Hex) -> u64 {
+        self.store.put_up(root_hash).unwrap_or(0)
+    }
+
+    pub fn keep_put_up(&mut self, root_hash: &Sha256Hex, order: u64) -> Result<()> {
+        Ok(self.store.keep_put_up(root_hash, order)?)
+    }
+
     pub fn record(&mut self, root_hash: &Sha256Hex) -> Result<Record> {
         let bad = |reason: String| AgentError::Format { path: "the state partition".into(), reason };
         let bytes = self.store.record(root_hash)?.ok_or_else(|| bad(format!("nothing is kept of {root_hash}")))?;

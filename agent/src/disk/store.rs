@@ -22,6 +22,9 @@ const LOADER_LIMIT: u32 = 4 << 20;
 /// Events, on the state partition.
 const SPOOL: &str = "spool.json";
 const RECORD_LIMIT: u32 = 4 << 20;
+/// On the state partition, a line a release: `ROOTHASH ORDER`, where the assignment under which it was last verified whole
+/// stands in the loader's order.
+const PUT_UP: &str = "put-up";
 /// On the state partition: `ROOTHASH COUNT SEQUENCE`.
 const STARTS: &str = "starts";
 
@@ -149,20 +152,25 @@ impl<B: Block> Store<B> {
         let (length, from) = uki.ok_or_else(|| self.io("writing a UKI", &missing))?;
         let written = self.esp()?.write(&path, length, from);
         written.map_err(|e| self.io("writing a UKI", &e))?;
-        self.disk.forget();
-        let mut hash = Context::new(&SHA256);
-        let read = self.esp()?.read_with(&path, u32::MAX, &mut |piece| {
-            hash.update(piece);
-            Ok(())
-        });
-        read.map_err(|e| self.io("reading a UKI back", &e))?;
-        let got = hex::encode(hash.finish().as_ref());
+        let got = self.uki_hash(content)?;
         if got == content.uki.as_str() {
             return Ok(());
         }
         let removed = self.esp()?.remove(&path);
         removed.map_err(|e| self.io("removing a UKI", &e))?;
         Err(DiskError::ReadBack { disk: self.name.clone(), reason: format!("UKI {got} instead of {}", content.uki) })
+    }
+
+    /// SHA-256 of what lies on the disk as a release's UKI.
+    pub fn uki_hash(&mut self, content: &Content) -> Result<String, DiskError> {
+        self.disk.forget();
+        let mut hash = Context::new(&SHA256);
+        let read = self.esp()?.read_with(&format!("{UKIS}/{}", content.uki_name()), u32::MAX, &mut |piece| {
+            hash.update(piece);
+            Ok(())
+        });
+        read.map_err(|e| self.io("reading a UKI back", &e))?;
+        Ok(hex::encode(hash.finish().as_ref()))
     }
 
     /// Puts the boot loader where firmware looks for it, if it is not there yet.
@@ -197,7 +205,7 @@ impl<B: Block> Store<B> {
         let wanted: Vec<String> = wanted.iter().map(|label| format!("{}.json", hex::encode(&label.0))).collect();
         let keep = |state: &mut Fat<Part<'_, B>>| -> io::Result<()> {
             for node in state.list("")?.unwrap_or_default() {
-                let kept = [STARTS, SPOOL].iter().any(|name| name.eq_ignore_ascii_case(&node.name));
+                let kept = [STARTS, SPOOL, PUT_UP].iter().any(|name| name.eq_ignore_ascii_case(&node.name));
                 if !node.directory && !kept && !wanted.iter().any(|name| name.eq_ignore_ascii_case(&node.name)) {
                     state.remove(&node.name)?;
                 }
@@ -211,6 +219,32 @@ impl<B: Block> Store<B> {
         };
         let kept = keep(&mut self.state()?);
         kept.map_err(|e| self.io("writing the state partition", &e))
+    }
+
+    /// Under which assignment the release with this root hash was last verified whole here; 0 where that is not known.
+    pub fn put_up(&mut self, root_hash: &Sha256Hex) -> Result<u64, DiskError> {
+        let known = self.all_put_up()?;
+        Ok(known.iter().find(|(hash, _)| hash == root_hash.as_str()).map_or(0, |(_, order)| *order))
+    }
+
+    fn all_put_up(&mut self) -> Result<Vec<(String, u64)>, DiskError> {
+        let read = self.state()?.read(PUT_UP, TEXT_LIMIT);
+        let text = read.map_err(|e| self.io("reading the state partition", &e))?.unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let line = |line: &str| {
+            let (hash, order) = line.split_once(' ')?;
+            Some((hash.to_owned(), order.trim().parse().ok()?))
+        };
+        Ok(text.lines().filter_map(line).collect())
+    }
+
+    /// Keeps it, and those of a few releases before.
+    pub fn keep_put_up(&mut self, root_hash: &Sha256Hex, order: u64) -> Result<(), DiskError> {
+        let others = self.all_put_up()?.into_iter().filter(|(hash, _)| hash != root_hash.as_str());
+        let all = std::iter::once((root_hash.to_string(), order)).chain(others).take(4);
+        let text: String = all.map(|(hash, order)| format!("{hash} {order}\n")).collect();
+        let done = self.state()?.write(PUT_UP, text.len() as u64, &mut text.as_bytes());
+        done.map_err(|e| self.io("writing the state partition", &e))
     }
 
     /// What was counted of the release with this root hash.

@@ -304,6 +304,33 @@ fn a_record_outlives_everything_but_its_slot() {
 }
 
 #[test]
+fn a_disk_says_when_it_was_verified_whole_and_a_rotten_uki_is_found_and_replaced() {
+    let mut store = installed();
+    let first = release(1);
+    let (this, other) = (first.content.root_hash.clone(), release(2).content.root_hash);
+    assert_eq!(store.put_up(&this).unwrap(), 0, "a disk that was never told");
+    store.keep_put_up(&this, 6).unwrap();
+    store.keep_put_up(&other, 9).unwrap();
+    store.keep_put_up(&this, 7).unwrap();
+    store.keep_record(&first.content.root_hash, b"signed metadata").unwrap();
+    let known = (store.put_up(&this).unwrap(), store.put_up(&other).unwrap());
+    assert_eq!(known, (7, 9), "it outlives what is swept");
+    for n in 10..20 {
+        store.keep_put_up(&release(n).content.root_hash, n).unwrap();
+    }
+    assert_eq!(store.put_up(&this).unwrap(), 0, "a few are kept");
+    assert_eq!(store.uki_hash(&first.content).unwrap(), first.content.uki.as_str());
+    // A bit of it rots.
+    let uki = first.uki.clone();
+    let at = store.disk().sectors.iter().find(|(_, sector)| sector[..] == uki[..SECTOR]).map(|(at, _)| *at).unwrap();
+    store.disk_mut().sectors.get_mut(&at).unwrap()[9] ^= 1;
+    assert_ne!(store.uki_hash(&first.content).unwrap(), first.content.uki.as_str());
+    store.perform(&Action::PutUki(first.content.clone()), Some((uki.len() as u64, &mut uki.as_slice()))).unwrap();
+    assert_eq!(store.uki_hash(&first.content).unwrap(), first.content.uki.as_str());
+    assert_eq!(store.read().unwrap().ukis.len(), 1, "under its own name");
+}
+
+#[test]
 fn events_on_a_full_state_partition_stay_those_that_were_kept() {
     let mut store = installed();
     store.keep_spool(b"old events").unwrap();

@@ -23,7 +23,7 @@ use crate::spool::Keeper;
 use crate::verifier::Verifier;
 use crate::{dbx, exec};
 use duty::{Action, Duty, Event};
-use kiln_protocol::{DbxOutcome, DbxState, Health, Nonce, ReleaseId, Reply, Report, RoleSettings, Stage, Turn};
+use kiln_protocol::{Condition, DbxOutcome, DbxState, Health, Nonce, ReleaseId, Reply, Report, RoleSettings, Stage, Turn};
 use leave::Door;
 use next::{ORDER_PAUSE, Selects, claimed, claimed_settings};
 use std::collections::BTreeMap;
@@ -284,7 +284,8 @@ impl Service {
         self.journal.health = self.duty.health().cloned();
         self.journal.prefetch =
             self.duty.prefetch().map(|p| kiln_protocol::Prefetch { progress: self.meter.read(), ..p });
-        self.journal.condition = Some(self.watch.condition());
+        let put_up = self.disk.is_some().then_some(self.put_up).filter(|sequence| *sequence != u64::MAX);
+        self.journal.condition = Some(Condition { put_up, ..self.watch.condition() });
         let report = self.journal.report(hold_s);
         let listed = self.dbx.as_ref().map(|(state, _)| state.clone());
         let report = report.map(|report| Report { dbx: listed, ..report });

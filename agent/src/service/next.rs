@@ -95,6 +95,16 @@ impl Service {
             let mut prefetch = match prefetch {
                 Some(prefetch) => prefetch,
                 None => match believe(verifier, &here, &target, newest).await {
+                    // What runs once more.
+                    Ok((assignment, ..)) if disk.is_some() && target.release == here => {
+                        let Some(disk) = disk else { return Event::Time.into() };
+                        return match change::renew(verifier, &disk, &assignment, &next, &meter).await {
+                            Ok(ready) => {
+                                Done { event: Event::Fetched(ready.note.clone()), prefetch: None, ready: Some(ready) }
+                            }
+                            Err(error) => Event::Failed(trouble(Stage::Prefetch, &error, false)).into(),
+                        };
+                    }
                     Ok((assignment, via, _)) => {
                         let (disk, via) = match disk {
                             Some(_) if verifier.in_memory_only() => (None, Via::Kexec),

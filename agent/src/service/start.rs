@@ -54,7 +54,7 @@ async fn serve() -> Result<()> {
     log::take_over();
     tokio::spawn(log::follow());
     let watch = Watch::of(&handoff.manifest, disk.clone());
-    let (verifier, mut journal) = resume(handoff)?;
+    let (verifier, mut journal) = resume(handoff, disk.as_ref())?;
     journal.fallback =
         disk.as_ref().and_then(|disk| local::fallback(&verifier.memory, &crate::disk::machine::lock(disk)));
     let site = &verifier.boot.site;
@@ -109,7 +109,7 @@ fn forget_an_earlier_start() {
     }
 }
 
-fn resume(handoff: Handoff) -> Result<(Verifier, Journal)> {
+fn resume(handoff: Handoff, disk: Option<&SharedDisk>) -> Result<(Verifier, Journal)> {
     let place = Place::of_this_machine();
     let key = place.key()?;
     let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
@@ -142,9 +142,14 @@ fn resume(handoff: Handoff) -> Result<(Verifier, Journal)> {
     };
     let mut verifier = Verifier::new(handoff.boot, place, key, memory, handoff.servers, now);
     verifier.settings = handoff.settings;
-    // A system on a disk stays what its slot holds: the disk's blocks are checked at each reading.
-    if handoff.disk.is_none() {
-        verifier.put_up = handoff.sequence;
-    }
+    // A system in memory was fetched for this boot; one on a disk was verified whole when the disk says so.
+    verifier.put_up = match disk {
+        None if handoff.disk.is_some() => u64::MAX,
+        None => handoff.sequence,
+        Some(disk) => {
+            let order = crate::disk::machine::lock(disk).put_up(&journal.embedded.root_hash);
+            verifier.memory.sequence_of(order).unwrap_or(0)
+        }
+    };
     Ok((verifier, journal))
 }

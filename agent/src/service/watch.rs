@@ -70,6 +70,7 @@ impl Watch {
             drift: self.drift.iter().take(DRIFT_LIMIT).cloned().collect(),
             drift_count: u32::try_from(self.drift.len()).unwrap_or(u32::MAX),
             draining: self.progress.read(),
+            put_up: None,
             spool: self.keeper.report(),
         }
     }

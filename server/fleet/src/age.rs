@@ -9,8 +9,11 @@ use crate::rebuild;
 use crate::state::StateKind;
 
 impl Machine {
-    /// When what runs was put up: the beginning of its boot.
+    /// When what runs was put up: the beginning of its boot; in disk mode, when its disk was last verified whole.
     pub fn put_up(&self) -> Option<Millis> {
+        if let Some((_, since)) = self.condition.put_up {
+            return Some(since);
+        }
         self.boots.iter().rev().find(|boot| !boot.is_unclaimed()).map(|boot| boot.started)
     }
 

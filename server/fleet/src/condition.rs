@@ -42,6 +42,9 @@ pub struct KnownCondition {
     /// The newest events, oldest first.
     #[serde(default)]
     pub events: VecDeque<EventAt>,
+    /// Of a machine in disk mode: under which assignment its disk was last verified whole, and since when that is so.
+    #[serde(default)]
+    pub(crate) put_up: Option<(u64, Millis)>,
     #[serde(default)]
     intake: Intake,
 }
@@ -77,6 +80,13 @@ impl Machine {
         let hook = |d: &Option<Draining>| d.as_ref().map(|d| (d.number, d.of));
         new |= hook(&known.draining) != hook(&said.draining);
         known.draining = said.draining.clone().map(|d| Draining { hook: plain(&d.hook), ..d });
+        if known.put_up.map(|(sequence, _)| sequence) != said.put_up {
+            // Never heard before: it counts from this boot on, like memory.
+            let first = known.put_up.is_none();
+            let since = self.boots.back().filter(|_| first).map_or(now, |boot| boot.started);
+            known.put_up = said.put_up.map(|sequence| (sequence, since));
+            new = true;
+        }
         let (missed, taken) = known.intake.take(&said.spool);
         new |= missed > 0 || !taken.is_empty();
         if missed > 0 {

@@ -125,3 +125,32 @@ fn machines_of_one_day_are_not_rebuilt_on_one_day() {
     // A quarter of 30 days is 7.5 of them: 1000 machines are about 133 a day.
     assert!(days.len() >= 8 && days.values().all(|n| *n < 200), "{days:?}");
 }
+
+#[test]
+fn a_disk_is_as_old_as_its_last_whole_look_whatever_boots_came_since() {
+    let mut s = aged();
+    let says = |s: &mut Story, boot: &str, seq: u64, put_up: u64| {
+        let condition = Some(Condition { put_up: Some(put_up), ..Condition::default() });
+        s.then(by(1, Report { condition, ..healthy(1, boot, seq, 1) }));
+    };
+    says(&mut s, "a", 3, 0);
+    let since = s.m.put_up().unwrap();
+    assert_eq!(since, s.m.boots.back().unwrap().started, "from the first word on");
+    s.now += 20 * DAY;
+    says(&mut s, "b", 1, 0);
+    assert_eq!(s.m.put_up(), Some(since), "a plain restart reads nothing back");
+    s.now = s.m.rebuild_due().unwrap();
+    says(&mut s, "b", 2, 0);
+    s.then(Event::Tick);
+    let rebuild = s.m.assigned.as_ref().unwrap().rebuild;
+    assert!(rebuild > 0 && s.m.rebuilding.is_some());
+    // The power fails before it looked: it is ordered again.
+    says(&mut s, "c", 1, 0);
+    s.then(Event::Tick);
+    let again = s.m.assigned.as_ref().unwrap().rebuild;
+    assert!(again > rebuild, "{again}");
+    says(&mut s, "d", 1, again);
+    assert!(s.m.runs_assigned() && s.m.put_up() == Some(s.now), "and then it is young");
+    let kept: Machine = serde_json::from_str(&serde_json::to_string(&s.m).unwrap()).unwrap();
+    assert_eq!(kept.put_up(), s.m.put_up());
+}

@@ -16,6 +16,7 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 const EFIVARS: &str = "/sys/firmware/efi/efivars";
 const GUID: &str = "6b696c6e-0000-4000-8000-6b696c6e0001";
@@ -47,12 +48,35 @@ pub struct Memory {
     /// Lowest release that may run, by image.
     #[serde(default)]
     pub floors: BTreeMap<String, u64>,
+    /// Boots in a row that ended because what was served did not verify.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub failed_boots: u32,
     /// Operators' orders that were taken and have not expired, by id: none is done twice.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub orders: BTreeMap<String, OrderMark>,
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
+fn is_zero(number: &u32) -> bool {
+    *number == 0
+}
+
+/// So many boots may fail to verify before the pauses between them grow: as many as a trial has.
+const QUICK_FAILURES: u32 = 3;
+/// Longest pause between them, besides that of every restart.
+const LONGEST_PAUSE: Duration = Duration::from_secs(290);
+
 impl Memory {
+    /// One more boot ended because what was served did not verify. So long it rests before it restarts: somebody on the
+    /// network who serves nonsense gets a slow, told loop, and storage does not wear.
+    pub fn boot_failed(&mut self) -> Duration {
+        self.failed_boots = self.failed_boots.saturating_add(1);
+        match self.failed_boots.checked_sub(QUICK_FAILURES).filter(|more| *more > 0) {
+            None => Duration::ZERO,
+            Some(more) => Duration::from_secs(10).saturating_mul(1 << more.min(16)).min(LONGEST_PAUSE),
+        }
+    }
+
     /// The floor of `image`; 1 where none was signed.
     pub fn floor(&self, image: &str) -> u64 {
         self.floors.get(image).copied().unwrap_or(1)
@@ -253,6 +277,20 @@ pub fn random() -> Result<[u8; 32]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn boots_that_fail_to_verify_come_ever_slower_and_the_count_outlives_them() {
+        let mut memory = Memory::default();
+        assert!(!serde_json::to_string(&memory).unwrap().contains("failed_boots"));
+        let mut pauses = Vec::new();
+        for _ in 0..10 {
+            pauses.push(memory.boot_failed().as_secs());
+            memory = serde_json::from_str(&serde_json::to_string(&memory).unwrap()).unwrap();
+        }
+        assert_eq!(pauses, [0, 0, 0, 20, 40, 80, 160, 290, 290, 290]);
+        memory.failed_boots = u32::MAX;
+        assert_eq!(memory.boot_failed(), LONGEST_PAUSE);
+    }
 
     #[test]
     fn key_and_memory_outlive_the_process() {

@@ -118,7 +118,25 @@ async fn go(boot: BootInfo, journal: JournalState, drivers: Drivers) -> Result<I
         restart();
     }
     flow.give_up(&error).await;
+    rest(&mut flow, &error).await;
     Err(error)
+}
+
+/// A boot that ends because what was served does not verify: the more of them in a row, the longer the pause.
+async fn rest(flow: &mut Flow, error: &AgentError) {
+    match error.class() {
+        FailureClass::Verification => {}
+        FailureClass::Unreachable | FailureClass::Machine | FailureClass::Usage => return,
+    }
+    let pause = flow.verifier.memory.boot_failed();
+    if let Err(error) = flow.verifier.place.remember(&flow.verifier.memory) {
+        println!("kiln-agent: that this boot failed is not remembered: {error}");
+    }
+    if !pause.is_zero() {
+        let boots = flow.verifier.memory.failed_boots;
+        println!("kiln-agent: {boots} boots in a row did not verify; this machine rests for {} s", pause.as_secs());
+        tokio::time::sleep(pause).await;
+    }
 }
 
 /// From the network to the image's init.

@@ -106,6 +106,9 @@ async fn mount_and_leave(
         return Err(AgentError::RunningRoot { expected: flow.verifier.boot.root_hash.clone(), got: running });
     }
     flow.journal.done(Stage::Verity);
+    if std::mem::take(&mut flow.verifier.memory.failed_boots) > 0 {
+        flow.verifier.place.remember(&flow.verifier.memory)?;
+    }
     flow.journal.started(Stage::Handover);
     flow.report().await;
     let handoff = Handoff {

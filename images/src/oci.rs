@@ -140,7 +140,7 @@ struct File {
 fn lay_over(files: &mut BTreeMap<String, File>, tar: &[u8]) -> Result<(), String> {
     let entries = tarball::entries(tar).map_err(|e| format!("{} at byte {}", e.what, e.offset))?;
     for entry in &entries {
-        let (folder, name) = entry.path.rsplit_once('/').unwrap_or(("", &entry.path));
+        let (folder, name) = entry.path.rsplit_once('/').unwrap_or(("", entry.path.as_str()));
         if name == ".wh..wh..opq" {
             remove_below(files, folder);
         } else if let Some(name) = name.strip_prefix(".wh.") {

@@ -23,7 +23,9 @@ use crate::spool::Keeper;
 use crate::verifier::Verifier;
 use crate::{dbx, exec};
 use duty::{Action, Duty, Event};
-use kiln_protocol::{Condition, DbxOutcome, DbxState, Health, Nonce, ReleaseId, Reply, Report, RoleSettings, Stage, Turn};
+use kiln_protocol::{
+    Condition, DbxOutcome, DbxState, Health, Nonce, ReleaseId, Reply, Report, RoleSettings, Stage, Turn,
+};
 use leave::Door;
 use next::{ORDER_PAUSE, Selects, claimed, claimed_settings};
 use std::collections::BTreeMap;

@@ -140,7 +140,7 @@ pub fn init_site(dir: &Path, name: &str, ceremony: &Ceremony, now: Timestamp) ->
         network: None,
         dbx: None,
     };
-    let mut draft = Draft::first(site, signers, Root::new(1, now, &public, roles), now)?;
+    let mut draft = Draft::first(site, signers, Root::new(1, now, &public, roles), now);
     draft.put_site(&document)?;
     let waiting = match draft.sign()? {
         Signing::Open(waiting) => waiting,

@@ -169,12 +169,12 @@ impl<'a> Draft<'a> {
     }
 
     /// From nothing: root, targets and snapshot of version 1.
-    pub(crate) fn first(site: &'a SiteDir, signers: Signers, root: Root, now: Timestamp) -> Result<Self, SiteError> {
+    pub(crate) fn first(site: &'a SiteDir, signers: Signers, root: Root, now: Timestamp) -> Self {
         let name = format!("the first metadata of {}", site.name);
         let mut draft = Self::new(site, None, Some(signers), now, name);
         draft.root = Some(Root { expires: whole(draft.expires), ..root });
         draft.targets = Some(Targets::new(1, draft.expires));
-        Ok(draft)
+        draft
     }
 
     fn new(

@@ -1,5 +1,6 @@
 //! The stages of this boot: each goes to the console at once, and to the server with the next report.
 
+use crate::acceptance;
 use crate::api::Api;
 use crate::console;
 use crate::error::{AgentError, Result};
@@ -155,6 +156,7 @@ impl Journal {
             exec: None,
             dbx: None,
             condition: self.condition.clone(),
+            acceptance: acceptance::state(),
             wait_s,
             desired_etag: self.state.desired_etag.clone(),
         })

@@ -11,6 +11,7 @@ macro_rules! eprintln {
     ($($words:tt)*) => { $crate::log::warn(format_args!($($words)*)) };
 }
 
+mod acceptance;
 mod api;
 mod change;
 mod coldplug;
@@ -63,6 +64,7 @@ const USAGE: &str = "usage: kiln-agent stage --settings FILE --state DIR --out D
        kiln-agent service      (by the image's init)
        kiln-agent exec POLICY [report]  (try an allow-list on this machine)
        kiln-agent inventory [--listen SECONDS]
+       kiln-agent acceptance   (by an image of class acceptance)
        kiln-agent --version
 As PID 1 it boots the machine.";
 
@@ -78,6 +80,7 @@ fn main() -> ExitCode {
             let run = if name == "exec" { exec::watch_here } else { exec::guard::run };
             exec::choice(arguments.next().as_deref()).and_then(|choice| run(Path::new(&policy), choice))
         }
+        Some("acceptance") => acceptance::run(arguments.next()),
         Some("inventory") => inventory::print(arguments),
         Some("stage") => stage::Options::parse(arguments).and_then(|options| stage::run(&options)),
         Some("disk") => match (arguments.next(), arguments.next()) {

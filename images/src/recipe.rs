@@ -10,7 +10,7 @@ use crate::network::read_network;
 pub use allow::ExecPlace;
 use allow::RawExec;
 use kiln_release::network::NetworkConfig;
-use kiln_release::{DiskSettings, FilePolicy, WipePolicy, WritableMount, is_image_name};
+use kiln_release::{AcceptancePlan, DiskSettings, FilePolicy, WipePolicy, WritableMount, is_image_name};
 use serde::Deserialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -75,6 +75,8 @@ pub struct Recipe {
     pub disk: Option<DiskSettings>,
     /// How machines are connected until the site signs a newer configuration; none: every card is asked.
     pub network: Option<NetworkConfig>,
+    /// What is tested, in an image of class `acceptance`.
+    pub acceptance: Option<AcceptancePlan>,
     /// Every file that was read for it, with its bytes: the build's input.
     pub sources: Vec<(PathBuf, Vec<u8>)>,
 }
@@ -107,6 +109,7 @@ struct Raw {
     mode: Option<Spanned<String>>,
     disk: Option<Spanned<RawDisk>>,
     network: Option<Spanned<String>>,
+    acceptance: Option<Spanned<AcceptancePlan>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -175,6 +178,7 @@ struct Partial {
     disk_mode: Option<bool>,
     disk: Option<DiskSettings>,
     network: Option<NetworkConfig>,
+    acceptance: Option<AcceptancePlan>,
     sources: Vec<(PathBuf, Vec<u8>)>,
 }
 
@@ -307,6 +311,10 @@ impl Partial {
             }
             self.disk = Some(disk_settings(disk.into_inner(), source)?);
         }
+        if let Some(plan) = raw.acceptance {
+            plan.get_ref().check().map_err(|reason| source.invalid(plan.span(), reason))?;
+            self.acceptance = Some(plan.into_inner());
+        }
         if let Some(from) = raw.network {
             let from = folder.join(from.get_ref());
             let bytes = read(&from)?;
@@ -359,6 +367,11 @@ impl Partial {
             return Err(missing("[[health]]", "without a health check no release would ever be called healthy")());
         }
         self.check_places(path)?;
+        let class = self.class.as_deref().unwrap_or("normal");
+        if (class == "acceptance") != self.acceptance.is_some() {
+            let hint = "an image of class acceptance, and no other, says what is tested and for how long";
+            return Err(missing("[acceptance]", hint)());
+        }
         Ok(Recipe {
             name: self.name.ok_or_else(missing("name", "it names the image"))?,
             class: self.class.unwrap_or_else(|| "normal".into()),
@@ -379,6 +392,7 @@ impl Partial {
             files: self.files,
             policy: self.policy.unwrap_or_default(),
             network: self.network,
+            acceptance: self.acceptance,
             disk: self.disk_mode.unwrap_or(false).then(|| self.disk.unwrap_or_default()),
             sources: self.sources,
         })

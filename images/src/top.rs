@@ -3,10 +3,11 @@
 //!
 //! Nothing on a read-only root is configured at run time, so what programs expect to write there points into /run.
 
+use crate::base::json;
 use crate::error::BuildError;
 use crate::recipe::Recipe;
 use crate::tarball::{Added, Content, Entry, Kind};
-use kiln_release::{EXEC_PATH, WritableMount};
+use kiln_release::{ACCEPTANCE_PATH, EXEC_PATH, WritableMount};
 use std::collections::BTreeMap;
 
 /// The agent in the root.
@@ -39,6 +40,23 @@ const EXEC_DROP_IN: &str = "\
 Type=notify
 NotifyAccess=main
 FileDescriptorStoreMax=1
+";
+
+/// The tests of an image of class `acceptance`: once in each boot, beside the agent, and the first to go when memory is
+/// short.
+const ACCEPTANCE_UNIT: &str = "\
+[Unit]
+Description=Acceptance run: memory, processors, disks, network
+After=kiln-agent.service
+
+[Service]
+Type=exec
+ExecStart=/usr/lib/kiln/kiln-agent acceptance
+OOMScoreAdjust=900
+OOMPolicy=continue
+StandardOutput=journal+console
+StandardError=journal+console
+SyslogLevel=notice
 ";
 
 /// In place of systemd's own, which starts a shell.
@@ -104,6 +122,11 @@ pub(crate) fn layer(
     if let Some(exec) = exec {
         top.file(EXEC_PATH, 0o644, exec);
         top.file("/usr/lib/systemd/system/kiln-agent.service.d/exec.conf", 0o644, EXEC_DROP_IN);
+    }
+    if let Some(plan) = &recipe.acceptance {
+        top.file(ACCEPTANCE_PATH, 0o644, json(plan));
+        top.file("/usr/lib/systemd/system/kiln-acceptance.service", 0o644, ACCEPTANCE_UNIT);
+        top.enable("multi-user.target.wants", "kiln-acceptance.service", "/usr/lib/systemd/system");
     }
     for file in &recipe.files {
         top.file(&file.path, file.mode, &file.content);

@@ -4,7 +4,7 @@
 use crate::access::{Kept, Token};
 use jiff::Timestamp;
 use kiln_fleet::access::{AccessRole, ProposalState};
-use kiln_fleet::{Comparison, ExpectedMachine, Millis, Sku};
+use kiln_fleet::{AcceptanceRun, Comparison, ExpectedMachine, Millis, Sku};
 use kiln_protocol::{
     AgentMemory, ApprovalCode, DbxState, Difference, Draining, ExecState, Firmware, Inventory, KeyId, KeyStorage,
     MachineId, OrderId, Prefetch, ProtectionClass, Receipt, ReleaseId, RollbackMemory, Sha256Hex, Stage, Via,
@@ -62,6 +62,12 @@ pub struct MachineView {
     /// What the list of expected machines says of it, if there is a list.
     #[serde(default)]
     pub comparison: Option<Comparison>,
+    /// The newest acceptance run.
+    #[serde(default)]
+    pub acceptance: Option<AcceptanceRun>,
+    /// Its role holds it until it passed one.
+    #[serde(default)]
+    pub awaits_acceptance: bool,
     /// The newest release that was proven good here.
     pub last_good: Option<ReleaseId>,
     /// How it boots.

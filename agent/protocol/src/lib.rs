@@ -6,6 +6,7 @@
 #![deny(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod acceptance;
 mod assignment;
 mod condition;
 mod dbx;
@@ -24,6 +25,7 @@ mod stage;
 mod verdict;
 mod wire;
 
+pub use acceptance::{Acceptance, Least, Outcome, RESULTS_LIMIT, TestKind, TestResult};
 pub use assignment::{
     ASSIGNMENT_TYPE, Assignment, AssignmentError, BootFirst, BoundMachine, ExecChoice, FRESHNESS_TYPE, Freshness,
     FreshnessError, RoleSettings, Running, check_assignment, check_freshness,

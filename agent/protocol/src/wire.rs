@@ -2,6 +2,7 @@
 //!
 //! Both sides ignore fields they do not know, so that either may be newer.
 
+use crate::acceptance::Acceptance;
 use crate::condition::Condition;
 use crate::dbx::{DbxOffer, DbxState};
 use crate::exec::ExecState;
@@ -218,6 +219,9 @@ pub struct Report {
     /// Drift, draining and events; of a running system.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub condition: Option<Condition>,
+    /// The acceptance run, of a release of class `acceptance`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub acceptance: Option<Acceptance>,
     /// Seconds the server may hold this report until the desired state differs from [`Report::desired_etag`]; 0: none.
     #[serde(default)]
     pub wait_s: u32,

@@ -12,11 +12,12 @@ mod task;
 mod tests;
 
 pub use lldp::Neighbours;
+pub use sysfs::nics;
 pub use task::keep;
 
 use crate::error::{AgentError, Result};
 use crate::facts;
-use kiln_protocol::{INVENTORY_VERSION, Inventory, SMBIOS_LIMIT, Unread, parse_smbios};
+use kiln_protocol::{Disk, INVENTORY_VERSION, Inventory, SMBIOS_LIMIT, Unread, parse_smbios};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -51,14 +52,11 @@ pub fn take(root: &Root, neighbours: &Neighbours) -> Inventory {
         Ok(pci) => found.pci = pci,
         Err(error) => note("pci", error),
     }
-    match sysfs::disks(root) {
+    match disks_with_health(root) {
         Ok(disks) => found.disks = disks,
         Err(error) => note("disks", error),
     }
-    for disk in &mut found.disks {
-        disk.health = health::ask(&root.dev, disk);
-    }
-    match sysfs::nics(root) {
+    match nics(root) {
         Ok(nics) => found.nics = nics,
         Err(error) => note("nics", error),
     }
@@ -69,6 +67,15 @@ pub fn take(root: &Root, neighbours: &Neighbours) -> Inventory {
     bmc::ask(root, &mut found.bmc);
     found.unread = unread;
     found.tame()
+}
+
+/// Disks, with their own word on their health.
+pub fn disks_with_health(root: &Root) -> std::result::Result<Vec<Disk>, String> {
+    let mut disks = sysfs::disks(root)?;
+    for disk in &mut disks {
+        disk.health = health::ask(&root.dev, disk);
+    }
+    Ok(disks)
 }
 
 /// `kiln-agent inventory`: prints it as JSON; with `--listen` after so many seconds in which switches may name

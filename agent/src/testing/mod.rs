@@ -258,6 +258,7 @@ pub fn journal(verifier: &Verifier) -> Journal {
         prefetch: None,
         fallback: None,
         condition: None,
+        acceptance: None,
     }
 }
 

@@ -2,6 +2,7 @@
 //! share the time. `cargo test -p kiln-lab --test rack -- --test-threads 32`; [`kiln_lab::testing`] limits what runs at once.
 #![allow(clippy::unwrap_used)]
 
+mod acceptance;
 mod attacks;
 mod boots;
 mod cleanup;

@@ -6,6 +6,7 @@
 #![deny(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod acceptance;
 pub mod authenticode;
 pub mod canonical;
 pub mod certificate;
@@ -26,6 +27,7 @@ mod spki;
 pub mod tuf;
 pub mod verity;
 
+pub use acceptance::{ACCEPTANCE_PATH, AcceptancePlan, MAX_TEST};
 pub use checks::{MAX_DIRECTOR_STATEMENT, is_image_name};
 pub use declared::{Expected, HealthCheck, HealthKind, Hook, HookKind, OnTimeout, Threshold, UnitLimit};
 pub use envelope::{KeySet, Unverified, Verified, sign_envelope};

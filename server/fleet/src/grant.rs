@@ -56,6 +56,9 @@ pub fn desire(machine: &Machine, key: &KeyId) -> Desire {
             "another identity key is {title}'s: if this is {title} itself, run `kiln machine clear {title}`"
         ));
     }
+    if machine.is_held_for_acceptance() {
+        return Desire::Wait(machine.acceptance_words().unwrap_or_default());
+    }
     match &machine.assigned {
         Some(a) => Desire::Run(a.clone()),
         None => Desire::Wait("no release is assigned: run `kiln assign`".into()),

@@ -157,7 +157,8 @@ impl Machine {
         } else {
             ""
         };
-        let reason = format!("{}{drift}{excused}{revoked}", self.state.reason);
+        let tests = self.acceptance_words().map_or(String::new(), |words| format!("; {words}"));
+        let reason = format!("{}{drift}{excused}{revoked}{tests}", self.state.reason);
         match self.held_packets.last() {
             None => reason,
             Some(held) => {

@@ -8,6 +8,7 @@
 #![deny(missing_docs)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod acceptance;
 pub mod access;
 mod age;
 mod boots;
@@ -29,6 +30,7 @@ mod state;
 mod step;
 mod trial;
 
+pub use acceptance::{ACCEPTANCE_KEPT, AcceptanceRun, Demand};
 pub use boots::{BOOTS_KEPT, Boot, RECORDS_KEPT, StageAt};
 pub use condition::{EVENTS_KEPT, EventAt, KnownCondition};
 pub use drift::{DRIFT_PATIENCE_MS, DRIFT_REBUILDS, DRIFT_WINDOW_MS, DriftPolicy, KnownDrift};

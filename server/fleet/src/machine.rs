@@ -1,5 +1,6 @@
 //! Everything the server remembers of one machine.
 
+use crate::acceptance::{AcceptanceRun, Demand};
 use crate::boots::Boot;
 use crate::condition::KnownCondition;
 use crate::drift::{DriftPolicy, KnownDrift};
@@ -116,6 +117,18 @@ pub struct Machine {
     /// What the list of expected machines says of it; none: the site has no list, or nothing was compared yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub comparison: Option<Comparison>,
+    /// The newest acceptance run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub acceptance: Option<AcceptanceRun>,
+    /// It was approved, and has neither passed an acceptance run nor worked in the fleet since; or it failed one.
+    #[serde(default)]
+    pub unproven: bool,
+    /// What it shall run when its acceptance run is passed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub home: Option<ReleaseId>,
+    /// What its role asks of new hardware, by the configuration; not stored.
+    #[serde(skip)]
+    pub demand: Demand,
     /// Sequence of the assignment it may leave for.
     pub granted: Option<u64>,
     /// Why it fell back, until a person clears it or assigns something.
@@ -190,6 +203,10 @@ impl Machine {
             dbx: None,
             condition: KnownCondition::default(),
             comparison: None,
+            acceptance: None,
+            unproven: false,
+            home: None,
+            demand: Demand::default(),
             granted: None,
             fell_back: None,
             excused: None,
@@ -291,7 +308,8 @@ impl Machine {
 
     /// It is one of those whose absence counts against the limit.
     pub fn counts(&self) -> bool {
-        !matches!(self.state.kind, StateKind::Discovered | StateKind::Retired) && self.excused.is_none()
+        let in_fleet = !matches!(self.state.kind, StateKind::Discovered | StateKind::Retired);
+        in_fleet && self.excused.is_none() && !self.awaits_acceptance()
     }
 
     /// It speaks, does not do its work, and is not let go: it stays where it is.

@@ -117,9 +117,12 @@ impl Machine {
         if let Errand::Run { release, class, via } = &order.errand {
             // An ordinary release needs no order at the machine: it stays assigned as any other.
             let by = (*class != Class::Normal).then(|| order.id.clone());
+            let home = self.assigned.as_ref().filter(|a| a.order.is_none()).map(|a| a.release.clone());
+            let ran = self.running.as_ref().is_some_and(|r| r.image == release.image && r.release == release.release);
             if !self.assign_by(release.clone(), *via, by, now, out) {
                 return;
             }
+            self.acceptance_ordered(home, *class, ran);
         }
         self.supersede_orders();
         self.orders.push_back(order);

@@ -272,6 +272,7 @@ impl Machine {
             }
         }
         new |= self.note_condition(report.condition.as_ref(), now, out);
+        new |= self.note_acceptance(reported, now, out);
         if self.health != report.health {
             new |= self.health.as_ref().map(|h| h.healthy) != report.health.as_ref().map(|h| h.healthy);
             self.health.clone_from(&report.health);
@@ -328,6 +329,8 @@ impl Machine {
     fn settle_healthy(&mut self, live: Option<Millis>, now: Millis) {
         if let Some(r) = &self.running {
             let id = ReleaseId { image: r.image.clone(), release: r.release };
+            // It works in the fleet: a role that asks for a run from now on asks others.
+            self.unproven &= self.runs_by_order() || self.demand.required;
             if !self.is_refused(&id) && self.good.last() != Some(&id) && !self.runs_by_order() {
                 self.good.retain(|g| *g != id);
                 self.good.push(id);

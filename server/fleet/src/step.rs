@@ -253,6 +253,7 @@ impl Machine {
             StateKind::Discovered | StateKind::Retired => {
                 self.assigned =
                     Some(Assigned { release, sequence: self.next_sequence(), via: Via::Cold, order: None, rebuild: 0 });
+                self.unproven = true;
                 self.attempts = 0;
                 self.held_packets.iter_mut().for_each(|held| held.superseded = true);
                 out.push(Action::Sign);
@@ -435,6 +436,10 @@ impl Machine {
                     let reason = format!("{silent}; it was {}", self.state.kind);
                     self.enter(StateKind::Unreachable, reason, None, now);
                 }
+            }
+            // It waits for a person, and its reason says for what.
+            StateKind::Booting | StateKind::Reimaging if live && self.awaits_acceptance() => {
+                self.state.deadline = again
             }
             StateKind::Booting | StateKind::Reimaging => {
                 let words = self.where_it_is();

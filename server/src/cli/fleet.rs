@@ -174,7 +174,13 @@ fn flagged(m: &MachineView) -> String {
         0 => String::new(),
         n => format!(", not as expected {n}"),
     };
-    format!("{}{drift}{listed}", m.state)
+    let tests = match &m.acceptance {
+        Some(run) if run.state() != "passed" => format!(", acceptance {}", run.state()),
+        Some(_) => String::new(),
+        None if m.awaits_acceptance => ", awaits acceptance".to_owned(),
+        None => String::new(),
+    };
+    format!("{}{drift}{listed}{tests}", m.state)
 }
 
 /// What was expected, drift and events, below a machine's values.
@@ -191,6 +197,17 @@ fn condition(text: &mut String, m: &MachineView) {
         }
         for (number, difference) in comparison.differences.iter().enumerate() {
             line(format!("{:<12} {difference}", if number == 0 { "differs" } else { "" }));
+        }
+    }
+    if let Some(run) = &m.acceptance {
+        let at = clock(i64::try_from(run.at).unwrap_or(i64::MAX));
+        let doing = if run.run.doing.is_empty() { String::new() } else { format!(": {}", run.run.doing) };
+        line(format!("{:<12} {} on {} at {at}{doing}", "acceptance", run.state(), run.release));
+        for result in &run.run.results {
+            line(format!("{:<12} {} {}: {}", "", result.outcome, result.part, result.detail));
+        }
+        for failure in &run.failures {
+            line(format!("{:<12} {failure}", "no pass"));
         }
     }
     for (number, difference) in drift.iter().enumerate() {
@@ -446,6 +463,25 @@ mod tests {
                 differences: vec!["DIMM A2 missing".into(), "racked in U12, expected U14".into()],
                 ..Default::default()
             }),
+            acceptance: Some(kiln_fleet::AcceptanceRun {
+                release: "acceptance/1".parse().unwrap(),
+                boot_id: "b".into(),
+                began: 0,
+                at: 60_000,
+                run: kiln_protocol::Acceptance {
+                    done: true,
+                    doing: String::new(),
+                    results: vec![kiln_protocol::TestResult {
+                        test: kiln_protocol::TestKind::Disk,
+                        part: "disk vda".into(),
+                        outcome: kiln_protocol::Outcome::Failed,
+                        detail: "reading at byte 0: Input/output error".into(),
+                        measures: std::collections::BTreeMap::new(),
+                    }],
+                },
+                failures: vec!["disk vda: reading at byte 0: Input/output error".into()],
+            }),
+            awaits_acceptance: true,
             last_good: None,
             firmware: Some(kiln_protocol::Firmware::Bios),
             key: Some("ab".repeat(32).parse().unwrap()),
@@ -478,7 +514,11 @@ mod tests {
         assert!(text.contains("\nevents       01:00:00 ! hook: late\n"), "{text}");
         let listed = "\nexpected     ABC1\nplace        rack A U14\ndiffers      DIMM A2 missing\n             racked in U12, expected U14\n";
         assert!(text.contains(listed), "{text}");
-        assert!(list(std::slice::from_ref(&machine), 0).contains("healthy, drift 3, not as expected 2"));
+        assert!(
+            list(std::slice::from_ref(&machine), 0).contains("healthy, drift 3, not as expected 2, acceptance failed")
+        );
+        let tested = "\nacceptance   failed on acceptance/1 at 00:01:00\n             failed disk vda: reading at byte 0: Input/output error\nno pass      disk vda:";
+        assert!(text.contains(tested), "{text}");
         let rows: Vec<&str> = text.lines().filter(|l| l.trim_end().ends_with(" done")).collect();
         let labels: Vec<&str> = kiln_protocol::Stage::ALL.iter().map(|s| s.label()).collect();
         assert_eq!(rows.len(), labels.len(), "{text}");

@@ -11,7 +11,7 @@ use crate::error::ConfigError;
 use crate::http;
 use crate::net::Shared;
 use kiln_fleet::{DriftPolicy, Limits};
-use kiln_protocol::{ImageName, KeyId, MachineId, RoleSettings};
+use kiln_protocol::{ImageName, KeyId, Least, MachineId, RoleSettings};
 use kiln_release::Threshold;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -121,12 +121,15 @@ pub struct Role {
     pub drift: DriftPolicy,
     /// What is signed with its machines' assignments.
     pub settings: RoleSettings,
+    /// New machines are held until they passed an acceptance run with these numbers; none: they are not.
+    pub acceptance: Option<Least>,
 }
 
 impl Role {
     /// With nothing but an image.
     pub fn of(image: ImageName) -> Self {
-        Self { image, thresholds: BTreeMap::new(), drift: DriftPolicy::default(), settings: RoleSettings::default() }
+        let (drift, settings) = (DriftPolicy::default(), RoleSettings::default());
+        Self { image, thresholds: BTreeMap::new(), drift, settings, acceptance: None }
     }
 }
 
@@ -165,11 +168,14 @@ impl Config {
         self.machines.get(id)?.key.as_ref()
     }
 
-    /// Tells a machine what its role says of its age and its drift.
+    /// Tells a machine what its role says of its age, its drift, and of new hardware.
     pub fn rule(&self, machine: &mut kiln_fleet::Machine) {
         let role = machine.role.as_ref();
         machine.max_age = role.and_then(|role| self.max_ages.get(role)).copied();
-        machine.drift_policy = role.and_then(|role| self.roles.get(role)).map(|role| role.drift).unwrap_or_default();
+        let role = role.and_then(|role| self.roles.get(role));
+        machine.drift_policy = role.map(|role| role.drift).unwrap_or_default();
+        let least = role.and_then(|role| role.acceptance);
+        machine.demand = kiln_fleet::Demand { required: least.is_some(), least: least.unwrap_or_default() };
     }
 
     /// A role's image.
@@ -251,6 +257,9 @@ max_age = "30d"
 drift = "reimage"
 boot_first = "network"
 exec = "report"
+acceptance = "required"
+[role.acceptance_least]
+disk_read_mib_s = 200
 [role.thresholds]
 "disk./var" = "10%"
 [[machine]]
@@ -285,6 +294,8 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
         assert_eq!(c.roles["lab"].drift, DriftPolicy::Reimage);
         let settings = RoleSettings { boot_first: BootFirst::Network, exec: ExecChoice::Report };
         assert_eq!(c.roles["lab"].settings, settings);
+        let least = Least { disk_read_mib_s: Some(200), ..Least::default() };
+        assert_eq!(c.roles["lab"].acceptance, Some(least));
         assert!(!c.boot.http_boot);
         assert_eq!(c.max_ages["lab"], 30 * 24 * 3_600_000);
     }
@@ -335,6 +346,11 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
             (
                 "[[role]]\nname = \"a\"\nimage = \"x\"\n[role.thresholds]\nmemory = \"lots\"",
                 "role a: thresholds.memory: \"lots\" is no threshold: expected \"10%\", \"64M\" or \"500ms\"",
+            ),
+            ("[[role]]\nname = \"a\"\nimage = \"x\"\nacceptance = \"maybe\"", "line 4"),
+            (
+                "[[role]]\nname = \"a\"\nimage = \"x\"\n[role.acceptance_least]\nlink_mbit_s = 1",
+                "role a: acceptance_least: only with acceptance = \"required\"",
             ),
             ("[[role]]\nname = \"a b\"\nimage = \"x\"", "role.name"),
             ("[[machine]]\nid = \"x\"\nname = \"n\"\nrole = \"default\"", "machine.id"),

@@ -6,7 +6,7 @@ use crate::error::ConfigError;
 use crate::http;
 use crate::net::{Shared, tftp};
 use kiln_fleet::{DriftPolicy, Limits};
-use kiln_protocol::{BootFirst, ExecChoice, ImageName, MachineId, RoleSettings};
+use kiln_protocol::{BootFirst, ExecChoice, ImageName, Least, MachineId, RoleSettings};
 use kiln_release::Threshold;
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -119,9 +119,20 @@ struct RawRole {
     #[serde(default)]
     exec: ExecChoice,
     #[serde(default)]
+    acceptance: RawAcceptance,
+    acceptance_least: Option<Least>,
+    #[serde(default)]
     drift: DriftPolicy,
     #[serde(default)]
     thresholds: BTreeMap<String, String>,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawAcceptance {
+    #[default]
+    None,
+    Required,
 }
 
 #[derive(Debug, Deserialize)]
@@ -272,7 +283,18 @@ impl TryFrom<Raw> for Config {
             }
             let thresholds = thresholds(&role)?;
             let settings = RoleSettings { boot_first: role.boot_first, exec: role.exec };
-            if roles.insert(role.name.clone(), Role { image, thresholds, drift: role.drift, settings }).is_some() {
+            let acceptance = match (role.acceptance, role.acceptance_least) {
+                (RawAcceptance::Required, least) => Some(least.unwrap_or_default()),
+                (RawAcceptance::None, None) => None,
+                (RawAcceptance::None, Some(_)) => {
+                    let key = format!("role {}: acceptance_least", role.name);
+                    return Err(bad(&key, "only with acceptance = \"required\""));
+                }
+            };
+            if roles
+                .insert(role.name.clone(), Role { image, thresholds, drift: role.drift, settings, acceptance })
+                .is_some()
+            {
                 return Err(bad("role.name", format!("{:?} is there twice", role.name)));
             }
         }

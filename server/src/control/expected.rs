@@ -297,21 +297,23 @@ impl Control {
 
     /// The list, and what came of each machine on it; with `differs` only those of which something is to be said.
     pub fn expected_list(&self, differs: bool) -> ExpectedWhole {
-        let inner = self.lock();
-        let mut by_entry: BTreeMap<&str, Vec<&Machine>> = BTreeMap::new();
-        for machine in inner.machines.values() {
-            if let Some(entry) = machine.comparison.as_ref().and_then(|c| c.entry.as_deref()) {
-                by_entry.entry(entry).or_default().push(machine);
+        let mut by_entry: BTreeMap<String, Vec<Here>> = BTreeMap::new();
+        let mut unlisted = Vec::new();
+        // The fleet's lock is not held while a long list is written.
+        for machine in self.lock().machines.values() {
+            match machine.comparison.as_ref().map(|c| &c.entry) {
+                Some(Some(entry)) => by_entry.entry(entry.clone()).or_default().push(Here::of(machine)),
+                Some(None) => unlisted.push(machine_ref(machine)),
+                None => {}
             }
         }
         let (list, now) = (self.expected.list(), now_ms());
         let views = list.machines().map(|(_, machine)| {
             expected_view(machine, by_entry.get(machine.title()).map_or(&[][..], Vec::as_slice), now)
         });
-        let on_list = |m: &&Machine| m.comparison.as_ref().is_some_and(|c| c.entry.is_none());
         ExpectedWhole {
             machines: views.filter(|view| view.differs || !differs).collect(),
-            unlisted: inner.machines.values().filter(on_list).map(machine_ref).collect(),
+            unlisted,
             skus: list.skus().cloned().collect(),
             ports: list.ports(),
         }
@@ -327,8 +329,22 @@ impl Control {
         };
         let machine = list.resolve(name).or_else(named).ok_or_else(|| ExpectedError::NotListed(name.to_owned()))?;
         let is = |m: &&Machine| m.comparison.as_ref().is_some_and(|c| c.entry.as_deref() == Some(machine.title()));
-        let found: Vec<&Machine> = inner.machines.values().filter(is).collect();
+        let found: Vec<Here> = inner.machines.values().filter(is).map(Here::of).collect();
         Ok(expected_view(machine, &found, now_ms()))
+    }
+}
+
+/// A machine that came up as one of the list.
+struct Here {
+    machine: MachineRef,
+    approved: bool,
+    differences: Vec<String>,
+}
+
+impl Here {
+    fn of(machine: &Machine) -> Self {
+        let differences = machine.comparison.as_ref().map_or_else(Vec::new, |c| c.differences.clone());
+        Self { machine: machine_ref(machine), approved: approved(machine), differences }
     }
 }
 
@@ -336,10 +352,9 @@ fn machine_ref(machine: &Machine) -> MachineRef {
     MachineRef { id: machine.id.clone(), name: machine.title().to_owned() }
 }
 
-fn expected_view(machine: &ExpectedMachine, found: &[&Machine], now: Millis) -> ExpectedView {
-    let differences: Vec<String> =
-        found.iter().filter_map(|m| m.comparison.as_ref()).flat_map(|c| c.differences.iter().cloned()).collect();
-    let (state, differs) = match (found.iter().any(|m| approved(m)), differences.len()) {
+fn expected_view(machine: &ExpectedMachine, found: &[Here], now: Millis) -> ExpectedView {
+    let differences: Vec<String> = found.iter().flat_map(|here| here.differences.iter().cloned()).collect();
+    let (state, differs) = match (found.iter().any(|here| here.approved), differences.len()) {
         _ if found.is_empty() && machine.seen.is_some() => ("came up once, and is not known any more".into(), true),
         _ if found.is_empty() => (machine.absence(now), now >= machine.due_at()),
         (false, _) => ("came up, and waits for approval".to_owned(), true),
@@ -352,7 +367,7 @@ fn expected_view(machine: &ExpectedMachine, found: &[&Machine], now: Millis) -> 
         listed: machine.clone(),
         state,
         differs,
-        machines: found.iter().map(|m| machine_ref(m)).collect(),
+        machines: found.iter().map(|here| here.machine.clone()).collect(),
         differences,
     }
 }

@@ -47,6 +47,8 @@ impl MachineView {
             dbx: m.dbx.clone(),
             condition: condition(m),
             comparison: m.comparison.clone(),
+            acceptance: m.acceptance.clone(),
+            awaits_acceptance: m.awaits_acceptance(),
             last_good: m.last_good().cloned(),
             firmware: facts.map(|f| f.firmware),
             key: m.key.clone(),

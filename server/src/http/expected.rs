@@ -2,6 +2,7 @@
 
 use super::api::{ApiError, who};
 use super::{App, Peer};
+use crate::error::{ControlError, ExpectedError};
 use crate::expected::{CSV_LIMIT, Format};
 use crate::view::{ExpectedView, ExpectedWhole, ImportView};
 use axum::body::Bytes;
@@ -63,7 +64,9 @@ async fn import(
     let Query(Import { dry_run, replace }) = query?;
     let kind = headers.get(header::CONTENT_TYPE).map_or(&b""[..], |value| value.as_bytes());
     let format = if kind.starts_with(b"application/toml") { Format::Toml } else { Format::Csv };
-    Ok(Json(app.control.import_expected(body.to_vec(), format, replace, dry_run, &who(&peer)).await?))
+    // To its end, also when whoever asked goes: what is stored and what is held stay the same.
+    let import = async move { app.control.import_expected(body.to_vec(), format, replace, dry_run, &who(&peer)).await };
+    Ok(Json(tokio::spawn(import).await.map_err(|e| ControlError::from(ExpectedError::Task(e)))??))
 }
 
 async fn remove(
@@ -71,5 +74,6 @@ async fn remove(
     Extension(peer): Extension<Peer>,
     Path(machine): Path<String>,
 ) -> Result<Json<ExpectedView>, ApiError> {
-    Ok(Json(app.control.remove_expected(&machine, &who(&peer)).await?))
+    let remove = async move { app.control.remove_expected(&machine, &who(&peer)).await };
+    Ok(Json(tokio::spawn(remove).await.map_err(|e| ControlError::from(ExpectedError::Task(e)))??))
 }

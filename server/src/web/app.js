@@ -101,12 +101,28 @@ function showComparison(comparison) {
   part.querySelector("ul").replaceChildren(...comparison.differences.map((text) => element("li", text)));
 }
 
+// What the acceptance run found, part by part.
+function showAcceptance(machine) {
+  const part = document.getElementById("acceptance");
+  const run = machine.acceptance;
+  part.hidden = !run && !machine.awaits_acceptance;
+  const state = run && (run.run.done ? (run.failures.length ? "failed" : "passed") : "running");
+  part.querySelector("p").textContent = run
+    ? [`The run on ${release(run.release)} is ${state}`, run.run.doing, ...run.failures].filter(Boolean).join("; ")
+    : "Its role holds it until it passed an acceptance run, which an operator orders.";
+  const results = run ? run.run.results : [];
+  part.querySelector("ul").replaceChildren(
+    ...results.map((found) => element("li", `${found.part} ${found.outcome}: ${found.detail}`, found.outcome)),
+  );
+}
+
 function showBoots(machine) {
   document.title = `${machine.name} – Kiln`;
   const code = document.getElementById("code");
   code.hidden = !machine.code;
   code.lastElementChild.textContent = machine.code || "";
   showComparison(machine.comparison);
+  showAcceptance(machine);
   boots.hidden = false;
   for (const boot of machine.boots) {
     if (!boot.boot_id) continue;

@@ -407,6 +407,7 @@ impl Agent {
             exec: None,
             dbx: None,
             condition: None,
+            acceptance: None,
             wait_s: 0,
             desired_etag: String::new(),
         }

@@ -50,6 +50,7 @@ pub fn report(machine: u8, boot: &str, seq: u64, release: u64) -> Report {
         exec: None,
         dbx: None,
         condition: None,
+        acceptance: None,
         wait_s: 0,
         desired_etag: String::new(),
     }

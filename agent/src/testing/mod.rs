@@ -258,7 +258,6 @@ pub fn journal(verifier: &Verifier) -> Journal {
         prefetch: None,
         fallback: None,
         condition: None,
-        acceptance: None,
     }
 }
 

@@ -187,7 +187,8 @@ pub(super) fn operators(keys: &[PathBuf], threshold: u32, site: &Path) -> Result
     if done.waiting.is_none() {
         println!("orders need the signatures of {threshold} of {} operators from now on", keys.len());
     }
-    super::trust::said(&done)
+    super::trust::said(&done);
+    Ok(())
 }
 
 /// In one step: the order is signed here and submitted.

@@ -61,7 +61,8 @@ pub(super) fn network(file: &Path, site: &Path) -> Result<(), CliError> {
         let what = if done.already { "was signed before, nothing changed" } else { "is signed" };
         println!("network configuration {version} {what}; each machine tries it at its next boot");
     }
-    said(&done)
+    said(&done);
+    Ok(())
 }
 
 fn secure_boot_init(dir: &Path) -> Result<(), CliError> {
@@ -92,7 +93,8 @@ pub(super) fn revoke(release: &ReleaseId, dir: &Path) -> Result<(), CliError> {
             println!(
                 "machines put it into their firmware as soon as they need no revoked release: `kiln trust status`"
             );
-            said(&changed)
+            said(&changed);
+            Ok(())
         }
         Err(SiteError::NoSecureBootKey { path }) => {
             println!(

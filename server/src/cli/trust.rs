@@ -259,7 +259,8 @@ pub(super) fn run(command: Trust, runtime: impl Fn() -> Result<Runtime, CliError
             let holders = keys.as_ref().map(Holders::read).transpose()?;
             let done = kiln_images::rotate(&site, &role, holders.as_ref(), now)?;
             println!("{role} has other keys: {}", shown(&done.keys));
-            said(&done.changed)
+            said(&done.changed);
+            Ok(())
         }
         Trust::Revoke { what, site } => match what.parse::<ReleaseId>() {
             Ok(release) => site::revoke(&release, &site),
@@ -272,7 +273,8 @@ pub(super) fn run(command: Trust, runtime: impl Fn() -> Result<Runtime, CliError
                 return Ok(());
             }
             println!("new dates for {}", done.roles.join(", "));
-            said(&done.changed)
+            said(&done.changed);
+            Ok(())
         }
         Trust::Floor { image, floor, ask } => raise(&image, floor, &ask, &runtime()?),
         Trust::Status { site, json } => status(&site, json, now, &runtime()?),
@@ -366,13 +368,12 @@ fn carry(waiting: &Waiting) {
 }
 
 /// What became of a change.
-pub(super) fn said(changed: &Changed) -> Result<(), CliError> {
+pub(super) fn said(changed: &Changed) {
     match &changed.waiting {
         Some(waiting) => carry(waiting),
         None if !changed.served => println!("{NOT_SERVED}"),
         None => {}
     }
-    Ok(())
 }
 
 /// What became of a publish or a prune that may wait for people.
@@ -400,7 +401,8 @@ fn revoke_key(what: &str, site: &Path, now: Timestamp) -> Result<(), CliError> {
     let key = if file.exists() { sealed::read_public(file)?.id() } else { what.replace(' ', "") };
     let done = kiln_images::revoke_key(site, &key, now)?;
     println!("the key is taken away; these sign from now on: {}", shown(&done.keys));
-    said(&done.changed)
+    said(&done.changed);
+    Ok(())
 }
 
 fn shown(keys: &[String]) -> String {
@@ -418,7 +420,8 @@ fn raise(image: &ImageName, floor: u64, ask: &Ask, runtime: &Runtime) -> Result<
     if changed.waiting.is_none() {
         println!("the floor of {image} is {floor}: no machine runs a lower release again");
     }
-    said(&changed)
+    said(&changed);
+    Ok(())
 }
 
 /// That no machine runs, shall run or would fall back to a release below these floors.
@@ -519,20 +522,20 @@ fn status_text(status: &TrustStatus) -> String {
         format!("  {}  {}{mark}\n", fingerprint(&key.keyid), key.name.as_deref().unwrap_or("-"))
     };
     for role in &status.roles {
-        text += &format!("keys of {}\n", role.role);
+        text.extend([format!("keys of {}\n", role.role)]);
         text.extend(role.keys.iter().map(|k| key(k, if k.signed { "  signed" } else { "" })));
     }
     for keyid in &status.directors {
-        text += &format!("key of the director\n  {}\n", fingerprint(keyid));
+        text.extend([format!("key of the director\n  {}\n", fingerprint(keyid))]);
     }
     let (operators, threshold) = &status.operators;
     if !operators.is_empty() {
-        text += &format!("keys of operators, {threshold} sign an order\n");
+        text.extend([format!("keys of operators, {threshold} sign an order\n")]);
         text.extend(operators.iter().map(|operator| key(operator, "")));
     }
     text.extend(status.floors.iter().map(|(image, floor)| format!("floor of {image}: {floor}\n")));
     if let Some(request) = &status.request {
-        text += &format!("waits for signatures: {}\n", request.name);
+        text.extend([format!("waits for signatures: {}\n", request.name)]);
         text.extend(request.lacking.iter().map(|lacking| format!("  {}\n", lacking.words(&status.names))));
     }
     if status.roles.iter().any(|role| role.nearness != Nearness::Far) {

@@ -439,7 +439,7 @@ impl Machine {
             }
             // It waits for a person, and its reason says for what.
             StateKind::Booting | StateKind::Reimaging if live && self.awaits_acceptance() => {
-                self.state.deadline = again
+                self.state.deadline = again;
             }
             StateKind::Booting | StateKind::Reimaging => {
                 let words = self.where_it_is();

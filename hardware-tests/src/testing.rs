@@ -117,4 +117,6 @@ fn inside<F: FnOnce(&Paths)>(places: &'static Places, body: F) {
     let said = String::from_utf8_lossy(&out.stdout);
     assert!(out.status.success(), "{test} failed inside the rack ({}):\n{said}", out.status);
     assert!(said.contains("1 passed"), "no test named {test} ran inside the rack:\n{said}");
+    // Its figures: libtest shows them with --show-output.
+    print!("{said}");
 }

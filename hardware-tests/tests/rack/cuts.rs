@@ -355,9 +355,9 @@ fn cut_disks_really_boot_three() {
     testing::rack(|paths| booted(paths, 2));
 }
 
-/// Switches it on, kills it at the write of this number, or lets it come to *healthy* if it needs fewer; whether it was
-/// killed. That it comes as far as either is what the kill before it has to be followed by.
-fn killed_at(rack: &mut Rack, nbd: &Nbd, number: usize) -> bool {
+/// Switches it on and kills it at the write of this number; or lets it come to where its console says `end`, if it needs
+/// fewer. Whether it was killed. That it comes as far as either is what has to follow on the kill before.
+fn killed_at(rack: &mut Rack, nbd: &Nbd, number: usize, end: &str) -> bool {
     nbd.set_fault(Fault::Hold(number));
     rack.machine(NAME).power_on().unwrap();
     let console = rack.machine(NAME).console().unwrap().clone();
@@ -366,7 +366,7 @@ fn killed_at(rack: &mut Rack, nbd: &Nbd, number: usize) -> bool {
         if nbd.wait_held(Duration::from_secs(1)).is_ok() {
             break true;
         }
-        if console.since(Mark::default()).contains("is healthy: vda: A Good disk/1") {
+        if console.since(Mark::default()).contains(end) {
             break false;
         }
         let silence = console.last_change().max(begun).elapsed();
@@ -376,11 +376,13 @@ fn killed_at(rack: &mut Rack, nbd: &Nbd, number: usize) -> bool {
     killed
 }
 
-/// Kills in the install; `KILN_KILLS` says another number. Each takes half a minute and more.
+/// Kills in the install, and a third as many in the reimage; `KILN_KILLS` says another number. Each takes half a minute
+/// and more.
 const KILLS: usize = 24;
 
 /// QEMU is killed at the Nth write itself of an install, N from the first write to the last, again and again on the one
-/// disk: each start finds what the kill before left. Then four times while it reimages itself.
+/// disk: each start finds what the kill before left. Likewise while it reimages itself: there a trial that is cut off too
+/// often is given up, as it should be, so either release may be the one that comes up in the end.
 #[test]
 #[ignore = "slow: some thirty boots; make test-slow"]
 fn a_machine_killed_at_its_nth_write_comes_back() {
@@ -390,39 +392,37 @@ fn a_machine_killed_at_its_nth_write_comes_back() {
         nbd.record();
         rack.machine(NAME).power_on().unwrap();
         let console = rack.machine(NAME).console().unwrap().clone();
-        console.wait_for("is healthy: vda: A Good disk/1", Mark::default(), IDLE).unwrap();
+        let installed = "is healthy: vda: A Good disk/1";
+        console.wait_for(installed, Mark::default(), IDLE).unwrap();
         rack.machine(NAME).power_off();
         let writes = nbd.recorded().iter().filter(|step| **step != Step::Flush).count();
         let asked = std::env::var("KILN_KILLS").ok();
         let kills = asked.map_or(KILLS, |text| text.parse().expect("KILN_KILLS is a number of kills")).max(1);
-        let (mut killed, mut healthy, mut blank) = (0, 0, true);
+        let (mut killed, mut blank) = (0, true);
         for n in 0..kills {
             if blank {
                 rack.machine(NAME).set_disks(vec![Disk::VirtioBlk]).unwrap();
             }
             let nbd = rack.machine(NAME).hold_disk(0).unwrap();
-            blank = !killed_at(&mut rack, &nbd, n * writes / kills);
-            (killed, healthy) = (killed + usize::from(!blank), healthy + usize::from(blank));
+            blank = !killed_at(&mut rack, &nbd, n * writes / kills, installed);
+            killed += usize::from(!blank);
         }
-        println!("{killed} kills in an install of {writes} writes, {healthy} starts that needed no further write");
+        println!("{killed} kills in an install of {writes} writes; {} starts came up before", kills - killed);
         assert!(killed >= kills / 2, "{killed} of {kills}");
 
         let nbd = rack.machine(NAME).hold_disk(0).unwrap();
         nbd.set_fault(Fault::None);
         rack.machine(NAME).power_on().unwrap();
         rack.wait_healthy(NAME, 1).unwrap();
-        let console = rack.machine(NAME).console().unwrap().clone();
-        console.wait_for("A Good disk/1", Mark::default(), IDLE).unwrap();
         rack.kiln(&["release", "publish", "disk/2"]).unwrap();
         rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
-        for number in [1, 10, 30, 5] {
-            nbd.set_fault(Fault::Hold(number));
-            nbd.wait_held(LIMIT).unwrap();
-            nbd.set_fault(Fault::None);
-            rack.machine(NAME).power_on().unwrap();
-            let console = rack.machine(NAME).console().unwrap().clone();
-            console.wait_for("is healthy: vda: A Good disk/1", Mark::default(), IDLE).unwrap();
-        }
-        rack.wait_healthy(NAME, 2).unwrap();
+        let kills = kills.div_ceil(3);
+        let killed = (0..kills).filter(|n| killed_at(&mut rack, &nbd, 1 + n * writes / kills, "B Good disk/2")).count();
+        println!("{killed} kills in the reimage; {} starts came up before", kills - killed);
+        assert!(killed > 0);
+        nbd.set_fault(Fault::None);
+        rack.machine(NAME).power_on().unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("is healthy: vda: ", Mark::default(), IDLE).unwrap();
     });
 }

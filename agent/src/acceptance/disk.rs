@@ -76,7 +76,7 @@ fn read(file: &File, size: u64, most: u64, within: Duration) -> Result<Read> {
         done.bytes += piece as u64;
     }
     let ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
-    done.mib_s = done.bytes.saturating_mul(1000) / ms >> 20;
+    done.mib_s = (done.bytes.saturating_mul(1000) / ms) >> 20;
     for number in 0..PLACES {
         if begun.elapsed() >= within {
             break;
@@ -272,9 +272,9 @@ mod tests {
     fn places_are_on_boundaries_and_reach_the_end() {
         for size in [2 * PIECE as u64, 10_000_000, 8_000_000_000_000, u64::MAX / 2] {
             let last = place(size, PLACES - 1);
-            assert!((0..PLACES).all(|n| place(size, n) % ALIGN as u64 == 0));
+            assert!((0..PLACES).all(|n| place(size, n).is_multiple_of(ALIGN as u64)));
             assert!(last + PIECE as u64 <= size && size - last < (PIECE + ALIGN) as u64, "{size} {last}");
-            assert!(length(size, last) > 0 && length(size, last) % ALIGN == 0);
+            assert!(length(size, last) > 0 && length(size, last).is_multiple_of(ALIGN));
         }
     }
 }

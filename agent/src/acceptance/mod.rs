@@ -78,7 +78,7 @@ fn demand(plan: &AcceptancePlan, run: &mut Acceptance) {
         let short = alone.failures(least).into_iter().find(|text| text.ends_with("are asked for"));
         if let Some(words) = short.filter(|_| result.outcome == Outcome::Passed) {
             result.outcome = Outcome::Failed;
-            result.detail = words.strip_prefix(&format!("{}: ", result.part)).unwrap_or(&words).to_owned();
+            words.strip_prefix(&format!("{}: ", result.part)).unwrap_or(&words).clone_into(&mut result.detail);
         }
     }
 }
@@ -152,20 +152,16 @@ fn output(mut child: Child, within: Duration) -> std::result::Result<String, Str
         // Nobody listens any more when the time was over.
         let _ = said.send(read);
     });
-    match heard.recv_timeout(within) {
-        Ok(read) => {
-            let status = child.wait().map_err(|e| e.to_string())?;
-            match read {
-                Ok(text) if status.success() => Ok(text),
-                Ok(_) => Err(format!("the test ended with {status}: the kernel's log says why")),
-                Err(error) => Err(error.to_string()),
-            }
-        }
-        Err(_) => {
-            // What hangs in a driver dies when the driver lets it go; it is not waited for.
-            let _ = child.kill();
-            Err(format!("did not end within {} s: it hangs", within.as_secs()))
-        }
+    let Ok(read) = heard.recv_timeout(within) else {
+        // What hangs in a driver dies when the driver lets it go; it is not waited for.
+        let _ = child.kill();
+        return Err(format!("did not end within {} s: it hangs", within.as_secs()));
+    };
+    let status = child.wait().map_err(|e| e.to_string())?;
+    match read {
+        Ok(text) if status.success() => Ok(text),
+        Ok(_) => Err(format!("the test ended with {status}: the kernel's log says why")),
+        Err(error) => Err(error.to_string()),
     }
 }
 

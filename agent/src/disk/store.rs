@@ -242,7 +242,8 @@ impl<B: Block> Store<B> {
     pub fn keep_put_up(&mut self, root_hash: &Sha256Hex, order: u64) -> Result<(), DiskError> {
         let others = self.all_put_up()?.into_iter().filter(|(hash, _)| hash != root_hash.as_str());
         let all = std::iter::once((root_hash.to_string(), order)).chain(others).take(4);
-        let text: String = all.map(|(hash, order)| format!("{hash} {order}\n")).collect();
+        let lines: Vec<String> = all.map(|(hash, order)| format!("{hash} {order}\n")).collect();
+        let text = lines.concat();
         let done = self.state()?.write(PUT_UP, text.len() as u64, &mut text.as_bytes());
         done.map_err(|e| self.io("writing the state partition", &e))
     }

@@ -176,9 +176,8 @@ fn flagged(m: &MachineView) -> String {
     };
     let tests = match &m.acceptance {
         Some(run) if run.state() != "passed" => format!(", acceptance {}", run.state()),
-        Some(_) => String::new(),
         None if m.awaits_acceptance => ", awaits acceptance".to_owned(),
-        None => String::new(),
+        Some(_) | None => String::new(),
     };
     format!("{}{drift}{listed}{tests}", m.state)
 }

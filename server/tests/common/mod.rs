@@ -115,7 +115,8 @@ impl TestSite {
 
     /// The program on this site, or elsewhere: exit code, standard output, standard error.
     pub fn kiln(&self, arguments: &[&str]) -> (bool, String, String) {
-        let output = Command::new(env!("CARGO_BIN_EXE_kiln")).args(arguments).output().unwrap();
+        let mut kiln = Command::new(env!("CARGO_BIN_EXE_kiln"));
+        let output = kiln.args(arguments).current_dir(self.path()).output().unwrap();
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         (output.status.success(), text(&output.stdout), text(&output.stderr))
     }

@@ -70,6 +70,7 @@ async fn what_a_hostile_machine_says_is_harmless_wherever_it_is_printed() {
         drift_count: 1,
         draining: Some(draining),
         spool: SpoolReport { id: "s".into(), confirmed: 0, events: vec![noted] },
+        ..Condition::default()
     });
     let mut full = serde_json::to_value(report).unwrap();
     full["exec"] = json!({

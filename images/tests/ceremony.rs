@@ -508,7 +508,10 @@ fn a_labs_keys_are_rotated_at_once() {
     let repository = Repository::adopt(&site, &site.timestamp_keys().unwrap(), &memory, later(7)).unwrap();
     assert_eq!(repository.releases.len(), 8);
     assert!(matches!(rotate(dir.path(), "image-other", None, now()), Err(SiteError::NoSuchRole { .. })));
-    let left: Vec<_> = files_below(dir.path()).into_keys().filter(|name| name.ends_with(".next")).collect();
+    let left: Vec<_> = files_below(dir.path())
+        .into_keys()
+        .filter(|name| Path::new(name).extension().is_some_and(|e| e == "next"))
+        .collect();
     assert!(left.is_empty(), "{left:?}");
 }
 

@@ -210,7 +210,7 @@ mod tests {
         fn whatever_comes_is_bounded(part in ".{300,400}", name in ".{0,40}", n in 0_usize..700) {
             let mut one = result(TestKind::Disk, Outcome::Passed, &[]);
             (one.detail, one.measures) = (part.clone(), [(name, u64::MAX)].into());
-            one.measures.extend((b'a'..b'z').map(|c| (char::from(c).to_string().repeat(32), u64::MAX)));
+            one.measures.extend((b'a'..=b'z').map(|c| (char::from(c).to_string().repeat(32), u64::MAX)));
             one.part = part;
             let mut run = Acceptance { results: vec![one; n], ..good() };
             run.tame();

@@ -17,6 +17,8 @@ use std::time::Duration;
 const DBX: &str = "/sys/firmware/efi/efivars/dbx-d719b2cb-3d3a-4596-a3bc-dad00e67656f";
 /// A list that did not go in is tried again after so long.
 pub const AGAIN: Duration = Duration::from_secs(10 * 60);
+/// Another list is looked at after so long at the earliest.
+pub const ANOTHER: Duration = Duration::from_secs(60);
 
 /// Does what is offered. `good` is the newest release that was proven good here, where this machine knows it.
 pub async fn install(

@@ -32,12 +32,12 @@ pub enum Applied {
 }
 
 /// Takes signatures from these files into the open request, and applies it when none is lacking. `may_raise` is asked
-/// before a floor goes up: which one, by image.
-pub fn apply<E: From<SiteError>>(
+/// before a floor goes up: which one, by image; what it gives is held until the end.
+pub fn apply<E: From<SiteError>, Held>(
     dir: &Path,
     files: &[PathBuf],
     now: Timestamp,
-    may_raise: impl FnOnce(&BTreeMap<String, u64>) -> Result<(), E>,
+    may_raise: impl FnOnce(&BTreeMap<String, u64>) -> Result<Held, E>,
 ) -> Result<Applied, E> {
     let site = SiteDir::open(dir)?;
     let _lock = site.lock_offline()?;
@@ -51,9 +51,7 @@ pub fn apply<E: From<SiteError>>(
         return Ok(Applied::Waiting(Waiting::of(&site, &request, &lacking)));
     }
     let floors = request.raised_floors()?;
-    if !floors.is_empty() {
-        may_raise(&floors)?;
-    }
+    let _held = if floors.is_empty() { None } else { Some(may_raise(&floors)?) };
     put(&site, &request, now)?;
     let served = serve(&site, now)?;
     promote_all(&site, &newest_state(&site, now)?)?;

@@ -10,6 +10,7 @@ use crate::sealed::fingerprint;
 use crate::site_error::SiteError;
 use jiff::Timestamp;
 use kiln_release::canonical::{canonical, parse_strict};
+use kiln_release::key::object_id;
 use kiln_release::tuf::{Limits, RoleKeys, Root, Snapshot, TargetPath, Targets};
 use kiln_release::{KeySet, PublicKey, Signer, Unverified, hex};
 use serde::de::DeserializeOwned;
@@ -221,6 +222,16 @@ impl Request {
             };
             if document.role == "timestamp" || document.envelope["signed"]["_type"] != kind {
                 return Err(wrong(format!("{}: signers sign no such document", plain(&document.path))));
+            }
+        }
+        for document in &self.documents {
+            let signed = &document.envelope["signed"];
+            let keys = [&signed["keys"], &signed["delegations"]["keys"]];
+            for (id, object) in keys.into_iter().filter_map(Value::as_object).flatten() {
+                // What is shown is the id: it must be the key's own.
+                if object_id(object) != *id {
+                    return Err(wrong(format!("{} is not the key id of its key", plain(id))));
+                }
             }
         }
         for path in self.targets.keys() {

@@ -96,29 +96,30 @@ impl SignerMemory {
 }
 
 /// Signs a request's documents with a key, after its memory was asked, and writes the file. The passphrase is asked for
-/// only then. Gives the TUF roles that it signed.
+/// only then. Gives the TUF roles that it signed. The file is not read again: what is signed is what was shown, whatever
+/// the stick would answer now.
 pub fn sign_request<E: From<SiteError>>(
+    request: &mut Request,
     file: &Path,
     key: &Path,
     instead: bool,
     passphrase: impl FnOnce() -> Result<Passphrase, E>,
-) -> Result<(Request, Vec<String>), E> {
-    let mut request = Request::read(file)?;
+) -> Result<Vec<String>, E> {
     let opened = KeyFile::read(key)?;
     let public = opened.public()?;
     if request.roles_of(&public)?.is_empty() {
         return Err(SiteError::NotASigner { key: key.into(), keyid: public.id() }.into());
     }
     let mut memory = SignerMemory::read(key)?;
-    memory.check(&request, instead)?;
+    memory.check(request, instead)?;
     let signer = match opened {
         KeyFile::Plain(signer) => signer,
         KeyFile::Sealed(sealed) => sealed.open(&passphrase()?)?,
     };
     let roles = request.sign(&signer)?;
     // First it is remembered: what is signed and not remembered could be signed again, otherwise.
-    memory.remember(&request, &roles)?;
+    memory.remember(request, &roles)?;
     memory.write(key)?;
     request.write(file)?;
-    Ok((request, roles))
+    Ok(roles)
 }

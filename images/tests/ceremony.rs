@@ -94,11 +94,11 @@ impl Ceremonial {
 
     fn sign(&self, file: &Path, name: &str) -> Result<Vec<String>, SiteError> {
         let ask = || Ok::<_, SiteError>(Passphrase::of_line(PASSPHRASE));
-        Ok(sign_request(file, &self.key(name), false, ask)?.1)
+        sign_request(&mut Request::read(file)?, file, &self.key(name), false, ask)
     }
 
     fn apply(&self, file: &Path, at: Timestamp) -> Result<Applied, SiteError> {
-        apply::<SiteError>(&self.site.path, &[file.to_owned()], at, |_| Ok(()))
+        apply::<SiteError, ()>(&self.site.path, &[file.to_owned()], at, |_| Ok(()))
     }
 
     /// Everybody signs one copy, one after another.
@@ -285,6 +285,14 @@ fn what_is_altered_on_the_way_gets_no_signature_in() {
     let mut open = site.read_open_request().unwrap().unwrap();
     assert_eq!(open.merge(&request).unwrap(), 0);
     assert_eq!(open.merge(&Request::read(&good).unwrap()).unwrap(), 1);
+    // A stranger's key under a signer's name: the fingerprint that is shown would be that signer's.
+    let stranger = Ceremonial::person(ceremonial.dir.path(), "other");
+    let theirs = kiln_release::hex::encode(read_public(&public_file(&stranger)).unwrap().as_bytes());
+    let anns = kiln_release::hex::encode(read_public(&public_file(&ceremonial.key("image-ann"))).unwrap().as_bytes());
+    assert!(text.contains(&format!("\"public\": \"{anns}\"")));
+    write(&text.replace(&format!("\"public\": \"{anns}\""), &format!("\"public\": \"{theirs}\"")));
+    let refused = Request::read(&bad).unwrap_err();
+    assert!(refused.to_string().contains("is not the key id of its key"), "{refused}");
     // Words cannot obey a terminal.
     write(&text.replace("\"name\": \"publish", "\"name\": \"\\u001b[2Jpublish"));
     let words = Request::read(&bad).unwrap().words(later(1)).unwrap().join("\n");
@@ -292,7 +300,7 @@ fn what_is_altered_on_the_way_gets_no_signature_in() {
     // Whoever has no part in it signs nothing.
     let stranger = Ceremonial::person(ceremonial.dir.path(), "stranger");
     let ask = || Ok::<_, SiteError>(Passphrase::of_line(PASSPHRASE));
-    let refused = sign_request(&good, &stranger, false, ask).unwrap_err();
+    let refused = sign_request(&mut Request::read(&good).unwrap(), &good, &stranger, false, ask).unwrap_err();
     assert!(matches!(refused, SiteError::NotASigner { .. }), "{refused}");
 }
 
@@ -302,7 +310,8 @@ fn a_key_signs_for_one_site_and_one_document_of_a_version() {
     let ceremonial = Ceremonial::finished();
     let site = &ceremonial.site;
     ceremonial.publish(1, later(1));
-    let first = ceremonial.carried();
+    let first = ceremonial.dir.path().join("first.json");
+    fs::copy(site.open_request(), &first).unwrap();
     ceremonial.sign(&first, "image-ann").unwrap();
     drop_request(&site.path).unwrap();
     ceremonial.publish(2, later(2));
@@ -311,7 +320,7 @@ fn a_key_signs_for_one_site_and_one_document_of_a_version() {
     let refused = ceremonial.sign(&second, "image-ann").unwrap_err();
     assert!(matches!(refused, SiteError::SignedOther { version: 1, .. }), "{refused}");
     let ask = || Ok::<_, SiteError>(Passphrase::of_line(PASSPHRASE));
-    sign_request(&second, &ceremonial.key("image-ann"), true, ask).unwrap();
+    sign_request(&mut Request::read(&second).unwrap(), &second, &ceremonial.key("image-ann"), true, ask).unwrap();
     for name in ["image-bob", "targets-ann", "targets-bob", "snapshot-ann"] {
         ceremonial.sign(&second, name).unwrap();
     }
@@ -341,7 +350,8 @@ fn a_wrong_passphrase_signs_nothing() {
     let file = ceremonial.carried();
     let before = fs::read(&file).unwrap();
     let ask = || Ok::<_, SiteError>(Passphrase::of_line("not the passphrase"));
-    let refused = sign_request(&file, &ceremonial.key("root-ann"), false, ask).unwrap_err();
+    let refused =
+        sign_request(&mut Request::read(&file).unwrap(), &file, &ceremonial.key("root-ann"), false, ask).unwrap_err();
     assert!(matches!(refused, SiteError::WrongPassphrase { .. }), "{refused}");
     assert_eq!(fs::read(&file).unwrap(), before);
     assert!(!ceremonial.key("root-ann").with_extension("key.seen").exists());
@@ -480,7 +490,7 @@ fn a_floor_only_rises_and_only_to_a_published_release() {
         assert_eq!(*floors, [("minimal".to_owned(), 2)].into());
         Err(SiteError::NotASite { dir: "a machine needs a lower one".into() })
     };
-    let refused = apply::<SiteError>(&ceremonial.site.path, std::slice::from_ref(&file), later(2), needed);
+    let refused = apply::<SiteError, ()>(&ceremonial.site.path, std::slice::from_ref(&file), later(2), needed);
     assert!(refused.is_err() && ceremonial.site.open_request().exists());
     assert_eq!(Repository::newest(&ceremonial.site, later(2)).unwrap().site.floor("minimal"), 1);
     ceremonial.apply(&file, later(2)).unwrap();

@@ -256,9 +256,13 @@ impl Service {
     /// If the newest reply offers a list of revoked boot programs that was not tried just now.
     fn take_dbx(&self) -> Option<Listing> {
         let offer = self.newest.as_ref()?.0.dbx.clone()?;
-        let known = self.dbx.as_ref().filter(|(state, _)| state.update == offer.update);
-        if known.is_some_and(|(state, at)| state.outcome == DbxOutcome::Installed || at.elapsed() < dbx::AGAIN) {
-            return None;
+        if let Some((state, at)) = &self.dbx {
+            let same = state.update == offer.update;
+            // A server that offers another list each time costs no more than a look a minute.
+            let pause = if same { dbx::AGAIN } else { dbx::ANOTHER };
+            if (same && state.outcome == DbxOutcome::Installed) || at.elapsed() < pause {
+                return None;
+            }
         }
         let (verifier, here) = (Rc::clone(&self.verifier), self.here.clone());
         let good = self.disk.as_ref().and_then(|disk| crate::disk::machine::lock(disk).slots().disk.newest_good());

@@ -333,7 +333,7 @@ fn fingerprints(files: &[PathBuf]) -> Result<(), CliError> {
 }
 
 fn sign(file: &Path, key: &Path, from: Option<&Path>, yes: bool, instead: bool) -> Result<(), CliError> {
-    let request = Request::read(file)?;
+    let mut request = Request::read(file)?;
     print(&(request.words(Timestamp::now())?.join("\n") + "\n"))?;
     if SignerMemory::read(key)?.is_new() {
         println!("\nThis key signs for the first time. Compare the fingerprints with those on paper:");
@@ -343,7 +343,7 @@ fn sign(file: &Path, key: &Path, from: Option<&Path>, yes: bool, instead: bool) 
         }
     }
     println!();
-    let (request, roles) = kiln_images::sign_request(file, key, instead, || passphrase(from, key))?;
+    let roles = kiln_images::sign_request(&mut request, file, key, instead, || passphrase(from, key))?;
     println!("signed: {}", roles.join(", "));
     let lacking = request.lacking()?;
     if lacking.is_empty() {
@@ -384,7 +384,7 @@ pub(super) fn waits(waiting: Option<&Waiting>) -> bool {
 fn apply(files: &[PathBuf], ask: &Ask, runtime: &Runtime) -> Result<(), CliError> {
     let site = SiteDir::open(&ask.site)?;
     let may_raise = |floors: &BTreeMap<String, u64>| nobody_below(&site, ask, floors, runtime);
-    match kiln_images::apply::<CliError>(&ask.site, files, Timestamp::now(), may_raise)? {
+    match kiln_images::apply::<CliError, _>(&ask.site, files, Timestamp::now(), may_raise)? {
         Applied::Waiting(waiting) => carry(&waiting),
         Applied::Done { name, served } => {
             println!("{name}: signed and in force");
@@ -411,7 +411,7 @@ fn shown(keys: &[String]) -> String {
 
 fn raise(image: &ImageName, floor: u64, ask: &Ask, runtime: &Runtime) -> Result<(), CliError> {
     let site = SiteDir::open(&ask.site)?;
-    nobody_below(&site, ask, &BTreeMap::from([(image.to_string(), floor)]), runtime)?;
+    let _alone = nobody_below(&site, ask, &BTreeMap::from([(image.to_string(), floor)]), runtime)?;
     let changed = kiln_images::raise_floor(&ask.site, image.as_str(), floor, Timestamp::now())?;
     if changed.already {
         println!("the floor of {image} is {floor} already");
@@ -424,11 +424,16 @@ fn raise(image: &ImageName, floor: u64, ask: &Ask, runtime: &Runtime) -> Result<
     Ok(())
 }
 
-/// That no machine runs, shall run or would fall back to a release below these floors.
-fn nobody_below(site: &SiteDir, ask: &Ask, floors: &BTreeMap<String, u64>, runtime: &Runtime) -> Result<(), CliError> {
-    // The lock is held to the end: a server that starts meanwhile would not have been asked.
-    let (at, _alone) = whom(ask)?;
-    let Some(at) = at else { return Ok(()) };
+/// That no machine runs, shall run or would fall back to a release below these floors. Where nobody was to be asked, the
+/// site's lock comes with it, to be held to the end: a server that starts meanwhile would not have been asked.
+fn nobody_below(
+    site: &SiteDir,
+    ask: &Ask,
+    floors: &BTreeMap<String, u64>,
+    runtime: &Runtime,
+) -> Result<Option<File>, CliError> {
+    let (at, alone) = whom(ask)?;
+    let Some(at) = at else { return Ok(alone) };
     let machines: Vec<MachineView> = runtime.block_on(async {
         let client = Client::new(&at)?;
         client.is_of(site, &at).await?;
@@ -448,7 +453,7 @@ fn nobody_below(site: &SiteDir, ask: &Ask, floors: &BTreeMap<String, u64>, runti
         };
         needed.push(why);
     }
-    if needed.is_empty() { Ok(()) } else { Err(CliError::BelowFloor(needed)) }
+    if needed.is_empty() { Ok(alone) } else { Err(CliError::BelowFloor(needed)) }
 }
 
 /// Whom to ask: the server that runs on the site, the one that was named, or, with the site to oneself, nobody.

@@ -52,6 +52,7 @@ After=kiln-agent.service
 [Service]
 Type=exec
 ExecStart=/usr/lib/kiln/kiln-agent acceptance
+Nice=10
 OOMScoreAdjust=900
 OOMPolicy=continue
 StandardOutput=journal+console

@@ -232,6 +232,8 @@ fn mistakes_have_a_place_and_a_way_out() {
     let many: String =
         std::iter::once("serial,unit\n".to_owned()).chain((1..90).map(|n| format!("A{n},0\n"))).collect();
     fails(&many, &["line 21, column", "and 69 more mistakes"]);
+    let many: String = std::iter::once("sku\n".to_owned()).chain((0..5000).map(|n| format!("S{n}\n"))).collect();
+    fails(&many, &["line 4098, column 1: more than 4096 kinds of machine on the list"]);
     let sku = imported(&list, "sku,model\nnamed,x\n", true).unwrap_err();
     assert!(sku.contains("sku db is left out"), "{sku}");
 }

@@ -4,6 +4,7 @@
 use super::At;
 use super::csv::{Field, Reader};
 use super::import::{Flaw, Flaws, Problem};
+use super::list::{MACHINES, PORTS, SKUS};
 use std::collections::BTreeMap;
 
 /// What a file, or a table of it, lists.
@@ -70,6 +71,15 @@ pub struct Cells<'a> {
 }
 
 impl Sheet {
+    /// How many of them can be on the list, and what they are called.
+    fn most(self) -> (usize, &'static str) {
+        match self {
+            Self::Machine => (MACHINES, "machines"),
+            Self::Sku => (SKUS, "kinds of machine"),
+            Self::Port => (PORTS, "switch ports"),
+        }
+    }
+
     /// The column that a heading means.
     pub fn column(self, heading: &str) -> Option<&'static str> {
         let name = heading.trim().to_ascii_lowercase().replace([' ', '-'], "_");
@@ -124,6 +134,12 @@ pub fn read_csv(text: &str) -> Result<Vec<Cells<'_>>, Flaws> {
             }
         };
         let at = fields.first().map_or(At { line: 1, column: 1 }, |(at, _)| *at);
+        // No two rows are the same thing: so many are too many, and a file of short lines takes no more memory.
+        let (limit, what) = sheet.most();
+        if rows.len() == limit {
+            flaws.push(Flaw { at, problem: Problem::TooMany { what, limit } });
+            break;
+        }
         if let Some((at, _)) = fields.get(columns.len()).filter(|(_, text)| !text.trim().is_empty()) {
             let problem = Problem::ManyFields { got: fields.len(), expected: columns.len() };
             flaws.push(Flaw { at: *at, problem });

@@ -47,7 +47,25 @@ pub fn own_memory() -> Option<AgentMemory> {
 /// What a process costs, by its name in /proc (proc_pid_status(5)).
 pub fn memory_of(process: &str) -> Option<AgentMemory> {
     let text = std::fs::read_to_string(format!("/proc/{process}/status")).ok()?;
-    Some(AgentMemory { rss_bytes: kibibytes(&text, "VmRSS:")?, peak_bytes: kibibytes(&text, "VmHWM:")? })
+    let (cpu_ms, ran_ms) =
+        std::fs::read_to_string(format!("/proc/{process}/stat")).ok().and_then(|s| times(&s)).unzip();
+    Some(AgentMemory {
+        rss_bytes: kibibytes(&text, "VmRSS:")?,
+        peak_bytes: kibibytes(&text, "VmHWM:")?,
+        cpu_ms,
+        ran_ms,
+    })
+}
+
+/// Processor time in milliseconds, of a process and of its children that ended: fields 14 to 17 of proc_pid_stat(5), in
+/// hundredths of a second (USER_HZ is 100 on every architecture that the agent is built for).
+fn times(stat: &str) -> Option<(u64, u64)> {
+    // The name before it may hold anything.
+    let (_, fields) = stat.rsplit_once(") ")?;
+    let mut ticks = fields.split(' ').skip(11).map(|field| field.parse::<u64>().ok());
+    let mut next = || ticks.next().flatten();
+    let (user, system, of_children, their_system) = (next()?, next()?, next()?, next()?);
+    Some(((user + system) * 10, (of_children + their_system) * 10))
 }
 
 /// The kernel's `FIELD:   N kB`, in bytes.
@@ -111,7 +129,11 @@ mod tests {
         assert_eq!(kibibytes("VmPeak:\t 9 kB\nVmHWM:\t    3584 kB\n", "VmHWM:"), Some(3584 * 1024));
         assert_eq!(kibibytes("VmHWM:\t lots kB\n", "VmHWM:"), None);
         assert_eq!(kibibytes("", "VmHWM:"), None);
+        let stat = "7 (a) b) c) S 1 7 7 0 -1 4194560 1 2 3 4 11 12 13 14 20 0 1 0 5\n";
+        assert_eq!(times(stat), Some((230, 270)));
+        assert_eq!(times("7 (a) S 1"), None);
         let before = own_memory().unwrap();
+        assert!(before.cpu_ms.is_some() && before.ran_ms.is_some(), "{before:?}");
         assert!(before.rss_bytes > 0 && before.rss_bytes <= before.peak_bytes, "{before:?}");
         let held = vec![1_u8; 32 << 20];
         let after = own_memory().unwrap();

@@ -514,8 +514,23 @@ fn what_is_not_covered() {
     assert_eq!(state.violations.len(), 2, "nothing of the rest was seen: {state:#?}");
 }
 
-/// Figures for docs/benchmarks.md: `KILN_AGENT=…/agent/kiln-agent cargo test --test exec_guard -- --ignored
-/// --nocapture`.
+/// A source file of 700 lines.
+fn source(unit: usize) -> String {
+    let mut text = String::from("#include <stdio.h>\n#include <stdlib.h>\n#include <string.h>\n");
+    for n in 0..70 {
+        text += &format!(
+            "int f{unit}_{n}(const char *s, int *out, int many) {{\n    int sum = {n};\n    for (int i = 0; i < many; i++) {{\n        \
+             size_t length = strlen(s);\n        if (length > {n}) sum += s[i % length] * (i ^ {n});\n        else out[i & 7] -= sum;\n    \
+             }}\n    if (sum < 0) fprintf(stderr, \"%d %s\\n\", sum, s);\n    return sum;\n}}\n"
+        );
+    }
+    if unit == 0 {
+        text += "int main(int n, char **words) { int out[8] = {0}; return f0_0(words[0], out, n) == 7; }\n";
+    }
+    text
+}
+
+/// Figures for docs/benchmarks.md, by `make bench`; also as JSON into the file that KILN_FIGURES names.
 #[test]
 #[ignore = "a measurement"]
 fn what_it_costs() {
@@ -539,15 +554,27 @@ fn what_it_costs() {
     for (name, bytes) in &tools {
         put(&free.join(name), bytes);
     }
-    let source = bed.dir.path().join("x.c");
-    std::fs::write(&source, "#include <stdio.h>\n#include <stdlib.h>\nint main(void) { puts(\"x\"); return 0; }\n")
-        .unwrap();
+    // Headers and start files are those of the host's gcc, whose programs were copied.
+    let libgcc = Command::new("gcc").arg("-print-libgcc-file-name").output().unwrap().stdout;
+    let libgcc = PathBuf::from(String::from_utf8(libgcc).unwrap().trim()).parent().unwrap().to_owned();
+    let work = bed.dir.path().join("work");
+    std::fs::create_dir(&work).unwrap();
+    let units: Vec<String> = (0..4).map(|unit| format!("unit{unit}")).collect();
+    for (number, unit) in units.iter().enumerate() {
+        std::fs::write(work.join(format!("{unit}.c")), source(number)).unwrap();
+    }
     let compile = |place: &Path| {
-        for _ in 0..20 {
+        let gcc = |arguments: &[String]| {
             let mut gcc = Command::new(place.join("gcc"));
-            gcc.arg("-B").arg(format!("{}/", place.display())).args(["-O2", "-o"]).arg(bed.dir.path().join("x"));
-            assert!(gcc.arg(&source).status().unwrap().success());
+            gcc.current_dir(&work).arg("-B").arg(format!("{}/", place.display()));
+            gcc.arg("-B").arg(format!("{}/", libgcc.display())).arg("-O2");
+            assert!(gcc.args(arguments).status().unwrap().success());
+        };
+        for unit in &units {
+            gcc(&["-c".into(), format!("{unit}.c"), "-o".into(), format!("{unit}.o")]);
         }
+        let objects: Vec<String> = units.iter().map(|unit| format!("{unit}.o")).collect();
+        gcc(&[vec!["-o".into(), "program".into()], objects].concat());
     };
     let starts = |place: &Path| {
         for _ in 0..400 {
@@ -559,8 +586,9 @@ fn what_it_costs() {
         work(place);
         begun.elapsed().as_secs_f64()
     };
-    let works = [("400 starts of true, each", 400.0), ("20 compilations and links, each", 20.0)];
-    for (n, (what, times)) in works.into_iter().enumerate() {
+    let mut figures = serde_json::Map::new();
+    let works = [("start", "400 starts of true, each", 400.0), ("compile", "four files compiled and linked", 1.0)];
+    for (n, (name, what, times)) in works.into_iter().enumerate() {
         let work: &dyn Fn(&Path) = if n == 0 { &starts } else { &compile };
         work(&bed.place);
         work(&free);
@@ -573,8 +601,16 @@ fn what_it_costs() {
         with.sort_by(f64::total_cmp);
         without.sort_by(f64::total_cmp);
         let (with, without) = (with[4], without[4]);
-        eprintln!("{what}: {without:.0} µs, guarded {with:.0} µs: {:+.1} %", (with / without - 1.0) * 100.0);
+        let more = with / without - 1.0;
+        eprintln!("{what}: {without:.0} µs, guarded {with:.0} µs: {:+.1} %", more * 100.0);
+        figures.insert(name.into(), serde_json::json!({ "free_us": without, "guarded_us": with, "more": more }));
     }
-    eprintln!("guard: {} kB resident, {} kB at most", bed.guard_status("VmRSS:"), bed.guard_status("VmHWM:"));
+    let (resident, most) = (bed.guard_status("VmRSS:"), bed.guard_status("VmHWM:"));
+    eprintln!("guard: {resident} kB resident, {most} kB at most");
+    figures.insert("guard".into(), serde_json::json!({ "rss_kib": resident, "peak_kib": most }));
+    if let Some(path) = std::env::var_os("KILN_FIGURES").map(PathBuf::from) {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, serde_json::Value::Object(figures).to_string()).unwrap();
+    }
     let _ = nix::mount::umount2(&free, nix::mount::MntFlags::MNT_DETACH);
 }

@@ -24,6 +24,27 @@ struct State {
     open: bool,
 }
 
+/// The log's lines begin with the seconds since it was opened.
+#[derive(Debug)]
+struct Stamp {
+    begun: Instant,
+    /// The next byte begins a line.
+    fresh: bool,
+}
+
+impl Stamp {
+    fn lines(&mut self, bytes: &[u8]) -> Vec<u8> {
+        let mut out = Vec::with_capacity(bytes.len() + 64);
+        for line in bytes.split_inclusive(|b| *b == b'\n') {
+            if std::mem::replace(&mut self.fresh, line.ends_with(b"\n")) {
+                out.extend(format!("{:8.2} ", self.begun.elapsed().as_secs_f64()).bytes());
+            }
+            out.extend(line);
+        }
+        out
+    }
+}
+
 /// A place in a console's text: what was written before it is over and done.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Mark(usize);
@@ -55,9 +76,10 @@ impl Console {
             let mut file = file.try_clone().at(path)?;
             std::thread::spawn(move || {
                 let mut buffer = [0; 4096];
+                let mut stamp = Stamp { begun: Instant::now(), fresh: true };
                 while let Ok(n @ 1..) = source.read(&mut buffer) {
                     // The log is a convenience; the text in memory is what the rack reads.
-                    let _ = file.write_all(&buffer[..n]);
+                    let _ = file.write_all(&stamp.lines(&buffer[..n]));
                     let mut state = console.lock();
                     state.text.extend_from_slice(&buffer[..n]);
                     state.last_change = Instant::now();
@@ -151,7 +173,18 @@ fn plain(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::plain;
+    use super::{Stamp, plain};
+    use std::time::Instant;
+
+    #[test]
+    fn each_line_of_the_log_has_one_stamp() {
+        let mut stamp = Stamp { begun: Instant::now(), fresh: true };
+        let log: Vec<u8> = [&b"one\ntw"[..], b"o\n", b"\n"].iter().flat_map(|piece| stamp.lines(piece)).collect();
+        let log = String::from_utf8(log).unwrap();
+        let words: Vec<&str> = log.lines().map(|line| line.split_at(9).1).collect();
+        assert_eq!(words, ["one", "two", ""], "{log:?}");
+        assert!(log.lines().all(|line| line[..8].trim().parse::<f64>().is_ok()), "{log:?}");
+    }
 
     #[test]
     fn escapes_are_taken_out() {

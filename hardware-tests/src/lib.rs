@@ -8,6 +8,7 @@
 
 pub mod accel;
 pub mod api;
+pub mod bench;
 pub mod checks;
 pub mod command;
 pub mod console;

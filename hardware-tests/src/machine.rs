@@ -237,7 +237,7 @@ impl Machine {
         arg(&["-name", &spec.name, "-nodefaults", "-no-user-config", "-display", "none"]);
         // graphics=off makes SeaBIOS speak on the serial line; OVMF does so by itself.
         let smm = if spec.keys.is_some() { "on" } else { "off" };
-        arg(&["-machine", &format!("q35,graphics=off,smm={smm}"), "-accel", self.accelerator.name()]);
+        arg(&["-machine", &format!("q35,graphics=off,smm={smm}"), "-accel", self.accelerator.option()]);
         arg(&["-cpu", self.accelerator.cpu(), "-smp", "1", "-m", &format!("{}M", spec.memory_mib)]);
         arg(&["-uuid", &spec.uuid()]);
         if let Some(clock) = spec.clock {

@@ -1,6 +1,7 @@
 //! `kiln-lab`: the virtual rack's program.
 
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum};
+use kiln_lab::bench::{self, Part};
 use kiln_lab::error::LabError;
 use kiln_lab::paths::Paths;
 use kiln_lab::story::{self, StoryOptions};
@@ -10,6 +11,7 @@ use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
 
 /// A rack of virtual machines around the real boot server and the real agent.
 #[derive(Debug, Parser)]
@@ -32,6 +34,18 @@ enum What {
         /// Loopback port of the web page; 0: any free one
         #[arg(long, default_value_t = 8077)]
         port: u16,
+    },
+    /// Measure reimages by kexec and by cold boot in turns, and the agent at rest: target/lab/report.json
+    Bench {
+        /// How many of each
+        #[arg(long, default_value_t = 3)]
+        rounds: u8,
+        /// Seconds at rest
+        #[arg(long, default_value_t = 180)]
+        rest: u64,
+        /// Only this (repeatable)
+        #[arg(long)]
+        part: Vec<Part>,
     },
     /// Make the site and the two releases that racks boot, if they are not current
     Prepare {
@@ -84,6 +98,29 @@ fn run(what: What) -> anyhow::Result<u8> {
                 [paths.program.clone().into_os_string()].into_iter().chain(argv.into_iter().skip(1)).collect();
             let status = enclosure::run(&paths.program, &argv, Some(listener), &paths.scratch)?;
             Ok(enclosure::exit_code(status))
+        }
+        What::Bench { rounds, rest, part } => {
+            let paths = Paths::find()?;
+            if enclosure::is_inside() {
+                for part in part {
+                    part.measure(&paths, rounds, Duration::from_secs(rest))?;
+                }
+                return Ok(0);
+            }
+            checks::host()?;
+            site::prepare(&paths, &[site::EXEC.to_owned()])?;
+            let parts = if part.is_empty() { vec![Part::Reimage, Part::Rest] } else { part };
+            let mut code = 0;
+            for part in parts {
+                // Each in a network of its own.
+                let word = part.to_possible_value().expect("no part is hidden").get_name().to_owned();
+                let (rounds, rest) = (rounds.to_string(), rest.to_string());
+                let words = ["bench", "--rounds", &rounds, "--rest", &rest, "--part", &word].map(OsString::from);
+                let argv: Vec<OsString> = [paths.program.clone().into_os_string()].into_iter().chain(words).collect();
+                code |= enclosure::exit_code(enclosure::run(&paths.program, &argv, None, &paths.scratch)?);
+            }
+            println!("\n{}figures: {}", bench::collect(&paths)?, paths.lab.join("report.json").display());
+            Ok(code)
         }
         What::Prepare { image } => {
             checks::host()?;

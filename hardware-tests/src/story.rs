@@ -11,7 +11,6 @@ use crate::report::{BootFigures, Report, Sizes, rss_kib};
 use crate::server::DhcpMode;
 use crate::site;
 use crate::variables::NetworkBoot;
-use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 /// A booting machine takes a core when it is emulated, and small hosts have two.
@@ -132,7 +131,7 @@ pub fn tell(paths: &Paths, options: &StoryOptions) -> Result<(Rack, Report), Lab
         accelerator: rack.accelerator.0.name().to_owned(),
         boots: parts.iter().flat_map(|p| p.boots.clone()).collect(),
         server_rss_kib: rack.server().and_then(|s| rss_kib(s.pid())),
-        sizes: sizes(&rack.site),
+        sizes: Sizes::of(&rack.site),
     };
     report.write(&paths.lab.join("report.json"))?;
     Ok((rack, report))
@@ -222,18 +221,6 @@ fn overlap(parts: &[Part]) -> Option<String> {
     away.windows(2).find(|w| w[1].0 < w[0].1).map(|w| {
         format!("{} went while {} was still away: the limit of one unavailable machine was broken", w[1].2, w[0].2)
     })
-}
-
-fn sizes(site: &Path) -> Sizes {
-    let length =
-        |file: &str| std::fs::metadata(site.join(format!("build/{}/1/{file}", site::IMAGE))).ok().map(|m| m.len());
-    Sizes {
-        agent: Paths::find().ok().and_then(|p| std::fs::metadata(p.agent).ok()).map(|m| m.len()),
-        uki: length("kiln.efi"),
-        kernel: length("kernel"),
-        initramfs: length("initramfs"),
-        root: length("root"),
-    }
 }
 
 fn now_ms() -> u64 {

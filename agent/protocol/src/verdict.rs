@@ -85,6 +85,14 @@ impl Verdict {
         (verdict, health, turns)
     }
 
+    /// Whether every check passed when it was run last, soak or not: the machine does its work, which is not proven yet.
+    pub fn all_pass(&self) -> bool {
+        self.checks.iter().all(|(_, standing)| match standing {
+            Standing::Bad { passes, words, .. } => *passes > 0 && words.is_none(),
+            Standing::Good { fails, .. } => *fails == 0,
+        })
+    }
+
     fn health(&self, now: Millis) -> Health {
         let bad = |detail: String| Health { healthy: false, detail };
         let failing = self.checks.iter().find_map(|(_, standing)| match standing {

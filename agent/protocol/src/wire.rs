@@ -167,13 +167,19 @@ impl Progress {
     }
 }
 
-/// The reporting process's own memory, as its kernel counts it (proc_pid_status(5)).
+/// What the agent costs the machine, as its kernel counts it (proc_pid_status(5), proc_pid_stat(5)).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AgentMemory {
     /// `VmRSS`: resident now, bytes.
     pub rss_bytes: u64,
     /// `VmHWM`: the most that ever was resident, bytes.
     pub peak_bytes: u64,
+    /// Processor time that it has had since it started, milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_ms: Option<u64>,
+    /// The same of the programs that it ran to their end: health checks and hooks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ran_ms: Option<u64>,
 }
 
 /// What the agent posts.
@@ -393,10 +399,16 @@ mod tests {
             old,
             "an agent that says no more is read and written as ever"
         );
-        report.agent_memory = Some(AgentMemory { rss_bytes: 3, peak_bytes: 4 });
+        report.agent_memory = Some(AgentMemory { rss_bytes: 3, peak_bytes: 4, cpu_ms: None, ran_ms: None });
         let new = old.replace(r#""wait_s""#, r#""agent_memory":{"rss_bytes":3,"peak_bytes":4},"wait_s""#);
         assert_eq!(serde_json::to_string(&report).unwrap(), new);
         assert_eq!(serde_json::from_str::<Report>(&new).unwrap(), report);
+
+        let mut timed = report.clone();
+        timed.agent_memory = timed.agent_memory.map(|a| AgentMemory { cpu_ms: Some(5), ran_ms: Some(6), ..a });
+        let text = new.replace(r#""peak_bytes":4"#, r#""peak_bytes":4,"cpu_ms":5,"ran_ms":6"#);
+        assert_eq!(serde_json::to_string(&timed).unwrap(), text);
+        assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), timed);
 
         let event = Noted { number: 3, age_ms: 9, kind: "drift".into(), alarm: true, text: "x".into() };
         report.condition = Some(Condition {

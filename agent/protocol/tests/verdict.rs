@@ -44,13 +44,16 @@ fn a_check_turns_after_enough_failures_or_passes_in_a_row() {
 #[test]
 fn the_words_say_what_fails_what_is_borne_and_what_is_still_to_come() {
     let verdict = Verdict::new(vec![rule(0, 1, 1), rule(5000, 3, 2)]);
+    assert!(!verdict.all_pass());
     let (verdict, health, _) = verdict.round(vec![Ok(()), Err("down".into())], 0);
-    assert_eq!(health.detail, "down");
+    assert_eq!((health.detail.as_str(), verdict.all_pass()), ("down", false));
     let (verdict, health, _) = verdict.round(vec![Ok(()), Ok(())], 1000);
+    assert!(verdict.all_pass() && !health.healthy);
     assert_eq!(health.detail, "all checks pass; 5 s of soak left");
     let (verdict, health, turns) = verdict.round(vec![Ok(()), Ok(())], 6000);
     assert_eq!((health.healthy, health.detail.as_str(), turns.len()), (true, "all checks pass", 1));
     let (verdict, health, _) = verdict.round(vec![Ok(()), Err("slow".into())], 7000);
+    assert!(!verdict.all_pass() && health.healthy);
     assert_eq!((health.healthy, health.detail.as_str()), (true, "all checks hold; failed 1 of 3 times in a row: slow"));
     // A check without a result has failed.
     let (_, health, turns) = verdict.round(vec![], 8000);

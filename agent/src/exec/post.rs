@@ -49,9 +49,12 @@ impl Post {
     pub fn with_guard(&self, service: Option<AgentMemory>) -> Option<AgentMemory> {
         let guard = facts::memory_of(&self.0.guard.load(Ordering::Relaxed).to_string());
         let Some((service, guard)) = service.zip(guard) else { return service };
+        let both = |a: Option<u64>, b: Option<u64>| a.zip(b).map(|(a, b)| a + b);
         Some(AgentMemory {
             rss_bytes: service.rss_bytes + guard.rss_bytes,
             peak_bytes: service.peak_bytes + guard.peak_bytes,
+            cpu_ms: both(service.cpu_ms, guard.cpu_ms),
+            ran_ms: service.ran_ms,
         })
     }
 

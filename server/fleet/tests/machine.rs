@@ -416,7 +416,7 @@ fn a_prefetch_that_goes_on_is_known_at_once_and_stored_in_tenths() {
         let progress = Some(Progress { received_bytes: (seq - 1) * 1000, total_bytes });
         let image = "minimal".parse().unwrap();
         let prefetch = Some(Prefetch { image, release: 2, sequence: 1, ready: false, progress });
-        let agent_memory = Some(AgentMemory { rss_bytes: seq, peak_bytes: seq });
+        let agent_memory = Some(AgentMemory { rss_bytes: seq, peak_bytes: seq, cpu_ms: None, ran_ms: None });
         let said = Report { prefetch: prefetch.clone(), agent_memory, ..healthy(1, "a", seq, 1) };
         let (next, actions) = machine.event(by(1, said), LIMITS, 1000 + seq);
         saved += usize::from(actions.contains(&Action::Save));

@@ -10,6 +10,7 @@ use reqwest::Method;
 use serde_json::json;
 use std::fmt::Write as _;
 use std::io::Write as _;
+use std::time::Duration;
 
 pub(super) async fn machine(command: Machine) -> Result<(), CliError> {
     match command {
@@ -250,7 +251,11 @@ fn show(m: &MachineView, now_ms: i64) -> String {
         format!("{}/{}: {how_far}", p.image, p.release)
     });
     let agent = m.agent_memory.map_or_else(dash, |a| {
-        format!("{:.1} MiB of memory, {:.1} MiB at most", mebibytes(a.rss_bytes), mebibytes(a.peak_bytes))
+        let memory = format!("{:.1} MiB of memory, {:.1} MiB at most", mebibytes(a.rss_bytes), mebibytes(a.peak_bytes));
+        match a.cpu_ms {
+            Some(ms) => format!("{memory}, {:.1} s of processor time", Duration::from_millis(ms).as_secs_f64()),
+            None => memory,
+        }
     });
     for (name, value) in [
         ("name", m.name.clone()),
@@ -436,7 +441,12 @@ mod tests {
                 ready: false,
                 progress: Some(kiln_protocol::Progress { received_bytes: 12 << 20, total_bytes: 33 << 20 }),
             }),
-            agent_memory: Some(kiln_protocol::AgentMemory { rss_bytes: 5 << 20, peak_bytes: 13 << 19 }),
+            agent_memory: Some(kiln_protocol::AgentMemory {
+                rss_bytes: 5 << 20,
+                peak_bytes: 13 << 19,
+                cpu_ms: Some(1210),
+                ran_ms: None,
+            }),
             exec: Some(kiln_protocol::ExecState { running: true, denied: 3, ..Default::default() }),
             dbx: None,
             condition: crate::view::ConditionView {
@@ -502,7 +512,10 @@ mod tests {
         assert!(text.contains(&format!("\nkey          {}\n", "ab".repeat(32))), "{text}");
         assert!(text.contains("\nprefetch     minimal/2: 12.0 of 33.0 MiB\n"), "{text}");
         assert!(text.contains("\nrebuild      due in 3 d\n"), "{text}");
-        assert!(text.contains("\nagent        5.0 MiB of memory, 6.5 MiB at most\n"), "{text}");
+        assert!(
+            text.contains("\nagent        5.0 MiB of memory, 6.5 MiB at most, 1.2 s of processor time\n"),
+            "{text}"
+        );
         let guard =
             "\nallow-list   the guard runs, replaced 0 times; 3 starts denied, 0 only reported, 0 not judged in time\n";
         assert!(text.contains(guard), "{text}");

@@ -4,6 +4,7 @@
 
 use crate::error::{AgentError, Result};
 use crate::fetch::{Open, PATIENCE, authority, client, connect};
+use crate::tls;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1::SendRequest;
@@ -78,7 +79,7 @@ impl Api {
         let chain = vec![CertificateDer::from(self_signed_certificate(key))];
         let private = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.pkcs8_der()));
         let clock: Arc<dyn TimeProvider> = Arc::new(clock.clone());
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let provider = Arc::new(tls::provider());
         let config = ClientConfig::builder_with_details(provider, clock)
             .with_protocol_versions(&[&rustls::version::TLS13])
             .and_then(|b| b.with_root_certificates(roots).with_client_auth_cert(chain, private))

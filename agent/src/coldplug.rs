@@ -7,9 +7,12 @@ use std::collections::HashSet;
 use std::ffi::CStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::thread::JoinHandle;
 
 /// What the boot needs whatever the hardware: loaded if the image has it, else it is built in.
-const ALWAYS: [&str; 7] = ["efivarfs", "efi_pstore", "af_packet", "loop", "dm_verity", "erofs", "virtio_rng"];
+const ALWAYS: [&str; 4] = ["efivarfs", "efi_pstore", "af_packet", "virtio_rng"];
+/// What only the root needs.
+const ROOT: [&str; 3] = ["loop", "dm_verity", "erofs"];
 /// Modules that no device names, and whose company they belong to: the character device of a BMC.
 const COMPANIONS: [(&str, &str); 2] = [("ipmi_si", "ipmi_devintf"), ("ipmi_ssif", "ipmi_devintf")];
 /// Rounds of looking: a bus driver makes devices appear that ask for more.
@@ -20,6 +23,8 @@ pub struct Drivers {
     dir: PathBuf,
     index: ModuleIndex,
     loaded: HashSet<String>,
+    /// Loads [`ROOT`] meanwhile.
+    beside: Option<JoinHandle<()>>,
 }
 
 impl Drivers {
@@ -33,7 +38,7 @@ impl Drivers {
         // These two may be left out of an image whose modules have neither.
         let text = |name: &str| std::fs::read_to_string(dir.join(name)).unwrap_or_default();
         let index = ModuleIndex::parse(&dep, &text("modules.alias"), &text("modules.softdep"));
-        Ok(Self { dir, index, loaded: HashSet::new() })
+        Ok(Self { dir, index, loaded: HashSet::new(), beside: None })
     }
 
     /// Loads what is always needed. A driver that fails is told; the stage that needs it fails with its own reason.
@@ -43,9 +48,35 @@ impl Drivers {
         }
     }
 
+    /// Begins to load what the root needs, while the network comes up and the boot server is asked.
+    pub fn load_for_root(&mut self) {
+        let orders: Vec<_> = ROOT
+            .into_iter()
+            .map(|module| {
+                let order = self.index.load_order(module, &self.loaded);
+                self.loaded.extend(order.iter().map(|(name, _)| name.clone()));
+                (module, order)
+            })
+            .collect();
+        let dir = self.dir.clone();
+        self.beside = Some(std::thread::spawn(move || {
+            for (module, order) in orders {
+                insert(&dir, module, order);
+            }
+        }));
+    }
+
+    /// Waits until that is done; what did not load was told.
+    pub fn settle(&mut self) {
+        if let Some(beside) = self.beside.take() {
+            let _ = beside.join();
+        }
+    }
+
     /// Loads what the devices present ask for, until nothing new is asked for. A driver that will not load is told and
     /// passed over: the machine may not need it.
     pub fn coldplug(&mut self) {
+        self.settle();
         for _ in 0..ROUNDS {
             let before = self.loaded.len();
             let mut aliases = HashSet::new();
@@ -66,28 +97,34 @@ impl Drivers {
         }
     }
 
-    /// Loads a module and what it needs. What it only would like to have, or another stands in for, may fail: the kernel
-    /// decides when it comes to the module itself.
+    /// Loads a module and what it needs.
     pub fn load(&mut self, module: &str) {
+        self.settle();
         let order = self.index.load_order(module, &self.loaded);
-        let (mut failed, mut itself) = (Vec::new(), true);
-        for (name, relative) in order {
-            let path = self.dir.join(relative);
-            let loaded = File::open(&path).and_then(|file| {
-                let compressed = path.extension().is_some_and(|e| e != "ko");
-                sys::load_module(&file, compressed, parameters(&name))
-            });
-            if let Err(error) = loaded
-                && error.raw_os_error() != Some(libc::EEXIST)
-            {
-                itself &= name != module;
-                failed.push(format!("{name}: {error}"));
-            }
-            self.loaded.insert(name);
+        self.loaded.extend(order.iter().map(|(name, _)| name.clone()));
+        insert(&self.dir, module, order);
+    }
+}
+
+/// What a module only would like to have, or another stands in for, may fail: the kernel decides when it comes to the
+/// module itself.
+fn insert(dir: &Path, module: &str, order: Vec<(String, String)>) {
+    let (mut failed, mut itself) = (Vec::new(), true);
+    for (name, relative) in order {
+        let path = dir.join(relative);
+        let loaded = File::open(&path).and_then(|file| {
+            let compressed = path.extension().is_some_and(|e| e != "ko");
+            sys::load_module(&file, compressed, parameters(&name))
+        });
+        if let Err(error) = loaded
+            && error.raw_os_error() != Some(libc::EEXIST)
+        {
+            itself &= name != module;
+            failed.push(format!("{name}: {error}"));
         }
-        if !itself {
-            println!("kiln-agent: driver {module} does not load ({})", failed.join("; "));
-        }
+    }
+    if !itself {
+        println!("kiln-agent: driver {module} does not load ({})", failed.join("; "));
     }
 }
 

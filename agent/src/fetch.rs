@@ -6,7 +6,7 @@ use crate::error::{AgentError, FailureClass, Result};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
-use hyper::client::conn::http1;
+use hyper::client::conn::http1::{self, SendRequest};
 use hyper::header::{CONTENT_RANGE, HOST, RANGE};
 use hyper::{Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
@@ -67,28 +67,54 @@ impl Patience {
     }
 }
 
-/// A small document; `None` if the server does not have it (404).
+/// One small document; `None` if the server does not have it (404).
 pub async fn document(base: &str, path: &str, limit: u64) -> Result<Option<Vec<u8>>> {
-    document_with(&PATIENCE, base, path, limit).await
+    Documents::of(base).get(path, limit).await
 }
 
-async fn document_with(patience: &Patience, base: &str, path: &str, limit: u64) -> Result<Option<Vec<u8>>> {
-    let url = join(base, path);
-    let mut body = Vec::new();
-    let found = in_time(patience, &url, limit, Instant::now(), async {
-        let (response, _open) = get(patience, &url, 0).await?;
-        if response.status() == StatusCode::NOT_FOUND {
-            return Ok(false);
+/// Small documents of one server, one after the other over one connection for as long as that holds.
+pub struct Documents<'a> {
+    base: &'a str,
+    patience: Patience,
+    kept: Option<Connection>,
+}
+
+impl<'a> Documents<'a> {
+    pub fn of(base: &'a str) -> Self {
+        Self { base, patience: PATIENCE, kept: None }
+    }
+
+    /// A document; `None` if the server does not have it (404).
+    pub async fn get(&mut self, path: &str, limit: u64) -> Result<Option<Vec<u8>>> {
+        let (url, patience) = (join(self.base, path), self.patience);
+        let mut body = Vec::new();
+        let found = in_time(&patience, &url, limit, Instant::now(), async {
+            let (response, connection) = self.ask(&url).await?;
+            if response.status() == StatusCode::NOT_FOUND {
+                return Ok(false);
+            }
+            let mut keep = |piece: &[u8]| {
+                body.extend_from_slice(piece);
+                Ok(())
+            };
+            copy(&patience, &url, response, limit, StatusCode::OK, &mut keep).await?;
+            // What was not read to its end is in the way of the next.
+            self.kept = Some(connection);
+            Ok(true)
+        })
+        .await?;
+        Ok(found.then_some(body))
+    }
+
+    /// Over the connection that there is; a stale one is replaced once.
+    async fn ask(&mut self, url: &str) -> Result<(Response<Incoming>, Connection)> {
+        if let Some(kept) = self.kept.take().filter(|kept| !kept.sender.is_closed())
+            && let Ok(answered) = kept.get(&self.patience, url, 0).await
+        {
+            return Ok(answered);
         }
-        let mut keep = |piece: &[u8]| {
-            body.extend_from_slice(piece);
-            Ok(())
-        };
-        copy(patience, &url, response, limit, StatusCode::OK, &mut keep).await?;
-        Ok(true)
-    })
-    .await?;
-    Ok(found.then_some(body))
+        Connection::open(&self.patience, url).await?.get(&self.patience, url, 0).await
+    }
 }
 
 /// What is signed about a file, and what to call it in an error.
@@ -244,7 +270,7 @@ impl Download {
 
     async fn transfer(&mut self, url: &str) -> Result<()> {
         let (patience, begun) = (self.patience, Instant::now());
-        let (response, _open) = get(&patience, url, self.received).await?;
+        let (response, _open) = Connection::open(&patience, url).await?.get(&patience, url, self.received).await?;
         let mut wanted = if self.received == 0 { StatusCode::OK } else { StatusCode::PARTIAL_CONTENT };
         if self.received > 0 && response.status() == StatusCode::OK {
             // It knows no ranges (RFC 9110 §14.2 allows that): what it sends is the whole.
@@ -349,14 +375,26 @@ fn too_slow(patience: &Patience, url: &str, over: Duration) -> AgentError {
     AgentError::TooSlow { url: url.to_owned(), minimum: patience.rate.into(), seconds: over.as_secs() }
 }
 
-async fn get(patience: &Patience, url: &str, from: u64) -> Result<(Response<Incoming>, Open)> {
-    let unreachable = |reason: String| AgentError::Unreachable { url: url.to_owned(), reason };
-    let (uri, host, port) = authority(url, 80)?;
-    let stream = connect(patience, url, &host, port).await?;
-    let exchange = async {
-        let (mut sender, connection) =
+/// A connection to one server.
+struct Connection {
+    sender: SendRequest<Empty<Bytes>>,
+    _open: Open,
+}
+
+impl Connection {
+    async fn open(patience: &Patience, url: &str) -> Result<Self> {
+        let unreachable = |reason: String| AgentError::Unreachable { url: url.to_owned(), reason };
+        let (_, host, port) = authority(url, 80)?;
+        let stream = connect(patience, url, &host, port).await?;
+        let (sender, connection) =
             client().handshake(TokioIo::new(stream)).await.map_err(|e| unreachable(e.to_string()))?;
-        let open = Open::drive(connection);
+        Ok(Self { sender, _open: Open::drive(connection) })
+    }
+
+    /// Asks, from byte `from` on, and gives the connection back with the answer's head.
+    async fn get(mut self, patience: &Patience, url: &str, from: u64) -> Result<(Response<Incoming>, Self)> {
+        let unreachable = |reason: String| AgentError::Unreachable { url: url.to_owned(), reason };
+        let (uri, host, port) = authority(url, 80)?;
         let path = uri.path_and_query().map_or("/", |p| p.as_str());
         let name = if host.contains(':') { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
         let mut request = Request::get(path).header(HOST, name);
@@ -364,11 +402,10 @@ async fn get(patience: &Patience, url: &str, from: u64) -> Result<(Response<Inco
             request = request.header(RANGE, format!("bytes={from}-"));
         }
         let request = request.body(Empty::<Bytes>::new()).map_err(|e| unreachable(e.to_string()))?;
-        let response = sender.send_request(request).await.map_err(|e| unreachable(with_causes(&e)))?;
-        Ok((response, open))
-    };
-    let late = |_| unreachable(format!("no answer within {:?}", patience.answer));
-    timeout(patience.answer, exchange).await.map_err(late)?
+        let late = |_| unreachable(format!("no answer within {:?}", patience.answer));
+        let response = timeout(patience.answer, self.sender.send_request(request)).await.map_err(late)?;
+        Ok((response.map_err(|e| unreachable(with_causes(&e)))?, self))
+    }
 }
 
 /// Feeds a body to `sink`, under cap, gap and rate.

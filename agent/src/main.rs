@@ -47,8 +47,10 @@ mod service;
 mod spool;
 mod stage;
 mod sys;
+mod systemd;
 #[cfg(test)]
 mod testing;
+mod tls;
 mod uplink;
 mod verifier;
 mod verity;

@@ -2,7 +2,9 @@
 //! running system, to which these mounts are moved.
 
 use crate::error::{AgentError, Result};
+use kiln_release::WritableMount;
 use nix::mount::{MsFlags, mount};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 /// The kernel's own file systems, and memory.
@@ -41,6 +43,31 @@ pub fn pstore() {
         && let Err(error) = mount(Some("pstore"), target, Some("pstore"), flags, None::<&str>)
     {
         println!("kiln-agent: pstore cannot be mounted: {error}");
+    }
+}
+
+/// The release's writable places, in memory, in the root that is about to run. The image has units for them (and its own
+/// init would mount the message queues): it finds them mounted, and starts no program for each. One that is not as the
+/// builder made it, or that cannot be mounted here, is left to its unit.
+pub fn writable(root: &Path, places: &[WritableMount]) {
+    let safe = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    let queues = "/dev/mqueue";
+    // A kernel without them is one more difference to whatever needs them, and none to the boot.
+    if std::fs::create_dir_all(queues).is_ok() {
+        let _ = mount(Some("mqueue"), queues, Some("mqueue"), safe, None::<&str>);
+    }
+    for WritableMount { path, size } in places {
+        let inside = |place: &&WritableMount| path.strip_prefix(&place.path).is_some_and(|rest| rest.starts_with('/'));
+        let target = root.join(path.trim_start_matches('/'));
+        let is_itself = target.canonicalize().is_ok_and(|real| real == target);
+        let Ok(meta) = std::fs::symlink_metadata(&target) else { continue };
+        if !is_itself || !meta.is_dir() || places.iter().any(|place| inside(&place)) {
+            continue;
+        }
+        let options = format!("mode={:04o},size={size}", meta.mode() & 0o7777);
+        if let Err(error) = mount(Some("tmpfs"), &target, Some("tmpfs"), safe, Some(options.as_str())) {
+            println!("kiln-agent: {path} is left to the image's init: {error}");
+        }
     }
 }
 

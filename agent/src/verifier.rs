@@ -4,7 +4,7 @@
 use crate::api::Clock;
 use crate::disk::record::Record;
 use crate::error::{AgentError, FailureClass, Result};
-use crate::fetch;
+use crate::fetch::Documents;
 use crate::memory::{Memory, Place};
 use crate::plan::Currency;
 use jiff::Timestamp;
@@ -350,10 +350,11 @@ async fn fetch_all(
     client: &mut tuf::Client,
     seen: &mut dyn FnMut(&tuf::Client, &str, Option<String>),
 ) -> Result<()> {
+    let mut documents = Documents::of(base);
     loop {
         let Request::Fetch { path, max_bytes, may_be_absent } = client.next() else { return Ok(()) };
         let mut text = None;
-        let fetched = match fetch::document(base, &path, max_bytes).await {
+        let fetched = match documents.get(&path, max_bytes).await {
             Ok(Some(bytes)) => {
                 text = String::from_utf8(bytes.clone()).ok();
                 Fetched::Bytes(bytes)

@@ -6,21 +6,19 @@ use crate::secureboot::{SIGNATURE_KEY, SecureBoot};
 use crate::sys::{self, DmCommand};
 use kiln_release::VerityParams;
 use std::fs::{File, OpenOptions};
-use std::path::Path;
 
 /// Name of the root's device.
 pub const DEVICE: &str = "kiln-root";
 
-/// Sets up the file `root` read-only under dm-verity with exactly `root_hash`; gives the device's path.
-pub fn open(root: &Path, params: &VerityParams, root_hash: &str, boot: SecureBoot) -> Result<String> {
+/// Sets up the file `root` read-only under dm-verity with exactly `root_hash`; gives the device's path. The loop device
+/// holds the file: its name may go.
+pub fn open(root: &File, params: &VerityParams, root_hash: &str, boot: SecureBoot) -> Result<String> {
     let control_path = "/dev/loop-control";
     let control = File::open(control_path).map_err(AgentError::file(control_path))?;
     let number = sys::loop_get_free(&control).map_err(AgentError::system("finding a free loop device"))?;
     let loop_path = format!("/dev/loop{number}");
     let device = File::open(&loop_path).map_err(AgentError::file(&loop_path))?;
-    let backing = File::open(root).map_err(AgentError::file(root))?;
-    sys::loop_bind(&device, &backing)
-        .map_err(AgentError::system(format!("binding {} to {loop_path}", root.display())))?;
+    sys::loop_bind(&device, root).map_err(AgentError::system(format!("binding the root artifact to {loop_path}")))?;
 
     open_device(&loop_path, params, root_hash, boot)
 }

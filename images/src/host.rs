@@ -15,13 +15,14 @@ const LAST_LINES: usize = 15;
 const NO_SPACE: &str = "No space left on device";
 
 /// Programs a build runs, and the Debian packages that hold them.
-const PROGRAMS: [(&str, &str); 6] = [
+const PROGRAMS: [(&str, &str); 7] = [
     ("apt-get", "apt"),
     ("depmod", "kmod"),
     ("dpkg-deb", "dpkg"),
     ("mkfs.erofs", "erofs-utils"),
     ("mmdebstrap", "mmdebstrap"),
     ("tar", "tar"),
+    ("xz", "xz-utils"),
 ];
 
 /// How this user may build a root with many owners in it.

@@ -4,11 +4,14 @@ use crate::base::{Base, read};
 use crate::cpio::{Archive, Node};
 use crate::error::BuildError;
 use crate::firmware::Firmware;
+use crate::host;
 use crate::modules::{self, Closure, Index};
 use crate::recipe::Recipe;
 use crate::secure_boot::SigningKey;
 use crate::uki;
 use kiln_release::{BootInfo, IPE_POLICY_PATH, ROOT_SIGNATURE_PATH};
+use std::path::Path;
+use std::process::Command;
 
 /// zstd's best ordinary level: its window of 8 MiB is the largest that every kernel's decompressor takes.
 const LEVEL: i32 = 19;
@@ -83,6 +86,20 @@ pub(crate) fn closure(recipe: &Recipe, base: &Base) -> Result<Closure, BuildErro
     Ok(modules::closure(&index, &recipe.modules, &recipe.kernel)?)
 }
 
+fn plain(file: &str) -> &str {
+    file.strip_suffix(".xz").unwrap_or(file)
+}
+
+/// A module as the kernel takes it at once: to unpack it there takes longer than all the rest of loading it, and the
+/// initramfs is compressed as a whole anyway.
+fn module(path: &Path) -> Result<Vec<u8>, BuildError> {
+    if path.extension().is_none_or(|end| end != "xz") {
+        return read(path);
+    }
+    let mut xz = Command::new("xz");
+    host::output(xz.args(["--decompress", "--stdout"]).arg(path), "unpacking a kernel module", |_| ())
+}
+
 fn contents(
     recipe: &Recipe,
     base: &Base,
@@ -115,10 +132,10 @@ fn contents(
     let closure = closure(recipe, base)?;
     let folder = format!("lib/modules/{}", base.info.kernel_release);
     for file in &closure.files {
-        add(&format!("{folder}/{file}"), 0o644, Node::File(read(&base.modules().join(file))?))?;
+        add(&format!("{folder}/{}", plain(file)), 0o644, Node::File(module(&base.modules().join(file))?))?;
     }
     for (name, text) in [
-        ("modules.dep", closure.dep),
+        ("modules.dep", closure.dep.replace(".ko.xz", ".ko")),
         ("modules.alias", closure.alias),
         ("modules.softdep", closure.softdep),
         ("modules.builtin", closure.builtin),

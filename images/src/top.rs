@@ -60,6 +60,12 @@ StandardError=journal+console
 SyslogLevel=notice
 ";
 
+/// A mount that stays until the machine goes.
+const STAYS_DROP_IN: &str = "\
+[Unit]
+DefaultDependencies=no
+";
+
 /// In place of systemd's own, which starts a shell.
 const EMERGENCY_UNIT: &str = "\
 [Unit]
@@ -101,6 +107,8 @@ pub(crate) fn layer(
 
     // machine-id(5): an empty file is no first boot, and systemd binds /run/machine-id over it.
     top.file("/etc/machine-id", 0o444, "");
+    // Else it would start a program at its stop to unmount that.
+    top.file("/usr/lib/systemd/system/etc-machine\\x2did.mount.d/kiln.conf", 0o644, STAYS_DROP_IN);
     top.file("/etc/fstab", 0o644, "# The root is read-only; what may be written is in /etc/systemd/system/*.mount.\n");
     top.link("/etc/hostname", "/run/kiln/hostname");
     top.link("/etc/resolv.conf", "/run/kiln/resolv.conf");
@@ -162,11 +170,12 @@ fn directory_mode(base: &[Entry], path: &str) -> Option<u32> {
     base.iter().find(|entry| entry.path == path && entry.kind == Kind::Directory).map(|entry| entry.mode)
 }
 
+/// The agent mounts it before the image's init runs; the unit is for whoever starts the root otherwise. It is not
+/// unmounted at the end: it is memory, there is nothing to be written back, and the machine is away for as long.
 fn mount_unit(mount: &WritableMount, mode: u32) -> String {
     let WritableMount { path, size } = mount;
     format!(
-        "[Unit]\nDescription=Writable {path}, in memory\nDefaultDependencies=no\nConflicts=umount.target\n\
-         Before=local-fs.target umount.target\n\n\
+        "[Unit]\nDescription=Writable {path}, in memory\nDefaultDependencies=no\nBefore=local-fs.target\n\n\
          [Mount]\nWhat=tmpfs\nWhere={path}\nType=tmpfs\nOptions=mode={mode:04o},size={size},noexec,nosuid,nodev\n",
     )
 }

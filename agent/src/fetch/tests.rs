@@ -35,6 +35,10 @@ fn download(expected: &Expected, to: Option<&Path>) -> Download {
     Download { patience: QUICK, ..download }
 }
 
+fn documents(base: &str) -> Documents<'_> {
+    Documents { patience: QUICK, ..Documents::of(base) }
+}
+
 /// One way to keep a client busy, without ever giving it what it asked for.
 type Attack = fn(&mut Socket) -> std::io::Result<()>;
 
@@ -160,7 +164,7 @@ fn every_attack_ends_in_time_with_a_typed_reason() {
         std::thread::spawn(move || {
             runtime().block_on(async {
                 let begun = Instant::now();
-                let error = document_with(&QUICK, &url, "metadata/timestamp.json", 16 << 10).await.unwrap_err();
+                let error = documents(&url).get("metadata/timestamp.json", 16 << 10).await.unwrap_err();
                 assert!(kinds.contains(&error.kind()), "a server that {name}: {error} ({})", error.kind());
                 let took = begun.elapsed();
                 assert!(took < QUICK.deadline(16 << 10) + SLACK, "a server that {name} took {took:?}");
@@ -200,7 +204,7 @@ fn no_server_makes_the_agent_hold_more_than_it_means_to() {
         let before = facts::own_memory().unwrap().peak_bytes;
         for url in urls.split(' ') {
             runtime().block_on(async {
-                document_with(&QUICK, url, "metadata/timestamp.json", 16 << 10).await.unwrap_err();
+                documents(url).get("metadata/timestamp.json", 16 << 10).await.unwrap_err();
                 download(&expected, None).run(url).await.unwrap_err();
             });
         }

@@ -2,6 +2,7 @@
 
 use super::secure_boot;
 use super::switch_root::{NEW_ROOT, switch_root};
+use crate::coldplug::Drivers;
 use crate::disk::machine::{SharedDisk, on_disk};
 use crate::error::{AgentError, ROOT, Result};
 use crate::fetch::Expected;
@@ -9,7 +10,7 @@ use crate::flow::Flow;
 use crate::handoff::{Handoff, OnDisk};
 use crate::net::Uplink;
 use crate::verifier::Verified;
-use crate::{kexec, local, log, verity};
+use crate::{kexec, local, log, mounts, verity};
 use kiln_protocol::slot::{Event, SlotId};
 use kiln_protocol::{Class, Stage};
 use kiln_release::hex;
@@ -19,12 +20,14 @@ use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
 
-/// The root artifact, in a tmpfs that moves to the new root's /run.
+/// The root artifact as it was downloaded, in a tmpfs that moves to the new root's /run. One that crossed a kexec stays
+/// where the kernel unpacked it: it is memory there as well, and a copy would be twice as much.
 const ROOT_FILE: &str = "/run/kiln/root";
 
 /// Fetches, verifies, mounts and starts the release that this UKI embeds.
 pub(super) async fn start(
     flow: &mut Flow,
+    drivers: &mut Option<Drivers>,
     verified: Verified,
     uplink: Option<Uplink>,
     disk: Option<SharedDisk>,
@@ -35,6 +38,7 @@ pub(super) async fn start(
     let disk = disk.filter(|_| verified.manifest.class == Class::Normal.as_str());
     flow.journal.started(Stage::Root);
     flow.report().await;
+    drivers.iter_mut().for_each(Drivers::settle);
     if let Some(disk) = disk {
         match local::install_here(flow, &verified, &disk).await {
             Ok(slot) => {
@@ -45,22 +49,27 @@ pub(super) async fn start(
             Err(error) => flow.journal.failed(Stage::Root, &error, 1, Some(Duration::ZERO)),
         }
     }
-    let root = Path::new(ROOT_FILE);
     let expected =
         Expected { what: ROOT, sha256: verified.manifest.root.sha256.clone(), length: verified.manifest.root.length };
-    match take_prefetched(root, &expected) {
-        Some(Ok(())) => {}
+    let crossed = match prefetched(&expected) {
+        Some(Ok(root)) => Some(root),
         Some(Err(error)) => {
             flow.after_failure(Stage::Root, error, 1).await?;
-            flow.fetch_to(Stage::Root, expected, root).await?;
+            None
         }
-        None => flow.fetch_to(Stage::Root, expected, root).await?,
-    }
+        None => None,
+    };
+    let root = if let Some(root) = crossed {
+        root
+    } else {
+        flow.fetch_to(Stage::Root, expected, Path::new(ROOT_FILE)).await?;
+        File::open(ROOT_FILE).map_err(AgentError::file(ROOT_FILE))?
+    };
     flow.journal.done(Stage::Root);
 
     flow.journal.started(Stage::Verity);
-    let device =
-        verity::open(root, &verified.manifest.verity, &flow.verifier.boot.root_hash, secure_boot(&flow.verifier.boot))?;
+    let boot = &flow.verifier.boot;
+    let device = verity::open(&root, &verified.manifest.verity, &boot.root_hash, secure_boot(boot))?;
     mount_and_leave(flow, verified, uplink, &device, None).await
 }
 
@@ -105,6 +114,7 @@ async fn mount_and_leave(
     if running != flow.verifier.boot.root_hash {
         return Err(AgentError::RunningRoot { expected: flow.verifier.boot.root_hash.clone(), got: running });
     }
+    mounts::writable(Path::new(NEW_ROOT), &verified.manifest.writable);
     flow.journal.done(Stage::Verity);
     if std::mem::take(&mut flow.verifier.memory.failed_boots) > 0 {
         flow.verifier.place.remember(&flow.verifier.memory)?;
@@ -128,32 +138,31 @@ async fn mount_and_leave(
     switch_root()
 }
 
-/// The root that crossed a kexec in the initrd: copied out of the initramfs and verified again. One that does not verify
-/// is removed, so that the next try downloads.
-fn take_prefetched(root: &Path, expected: &Expected) -> Option<Result<()>> {
-    let from = Path::new(kexec::PREFETCHED).join(&expected.sha256);
-    if !from.exists() {
-        return None;
+/// The root that crossed a kexec in the initrd, verified again where it lies. One that does not verify is removed, so that
+/// the next try downloads.
+fn prefetched(expected: &Expected) -> Option<Result<File>> {
+    let path = Path::new(kexec::PREFETCHED).join(&expected.sha256);
+    let file = File::open(&path).ok()?;
+    let verified = verify(&file, &path, expected);
+    if verified.is_err()
+        && let Err(error) = std::fs::remove_file(&path)
+    {
+        println!("kiln-agent: {} stays in memory: {error}", path.display());
     }
-    let copied = copy_verified(&from, root, expected);
-    // Its memory is wanted, whatever came of it.
-    let removed = std::fs::remove_file(&from).map_err(AgentError::file(&from));
-    Some(copied.and(removed))
+    Some(verified.map(|()| file))
 }
 
-fn copy_verified(from: &Path, to: &Path, expected: &Expected) -> Result<()> {
-    use std::io::{Read, Write};
-    let mut source = File::open(from).map_err(AgentError::file(from))?;
-    let mut target = File::create(to).map_err(AgentError::file(to))?;
+fn verify(mut file: &File, path: &Path, expected: &Expected) -> Result<()> {
+    use std::io::Read;
     let mut hash = ring::digest::Context::new(&ring::digest::SHA256);
-    let mut buffer = vec![0; 256 * 1024];
+    // Small enough for the processor's cache: what is read into it is hashed from there.
+    let mut buffer = vec![0; 64 * 1024];
     loop {
-        let n = source.read(&mut buffer).map_err(AgentError::file(from))?;
+        let n = file.read(&mut buffer).map_err(AgentError::file(path))?;
         if n == 0 {
             break;
         }
         hash.update(&buffer[..n]);
-        target.write_all(&buffer[..n]).map_err(AgentError::file(to))?;
     }
     let got = hex::encode(hash.finish().as_ref());
     if got == expected.sha256 {

@@ -160,9 +160,14 @@ impl Service {
         let mut look = self.watch.look();
         let mut selects: Option<Selects> = None;
         self.order_boot();
+        let mut works = false;
         loop {
             let event = tokio::select! {
                 (mut checks, health, turns) = &mut round => {
+                    // The end of the machine's downtime; that it is no accident is said by the soak.
+                    if checks.all_pass() && !std::mem::replace(&mut works, true) && !health.healthy {
+                        self.journal.waiting(Stage::Health, &health.detail);
+                    }
                     self.watch.turned(turns);
                     self.watch.refused(checks.set_thresholds(&self.watch.thresholds));
                     round = Box::pin(check(checks, if health.healthy { WATCH_EVERY } else { CHECK_EVERY }));

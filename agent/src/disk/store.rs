@@ -178,7 +178,9 @@ impl<B: Block> Store<B> {
         let install = |esp: &mut Fat<Part<'_, B>>| -> io::Result<()> {
             let files = LOADERS.map(|path| (path, loader));
             let texts = [("loader/loader.conf", LOADER_CONF), ("loader/entries.srel", "type1\n")];
-            for (path, bytes) in files.into_iter().chain(texts.map(|(path, text)| (path, text.as_bytes()))) {
+            // The settings first: a loader that finds neither them nor an entry goes into the firmware's setup and stays
+            // there; with them it ends, and the firmware goes on to the network.
+            for (path, bytes) in texts.map(|(path, text)| (path, text.as_bytes())).into_iter().chain(files) {
                 let there = esp.read(path, LOADER_LIMIT).ok().flatten();
                 if there.as_deref() != Some(bytes) {
                     let mut from = bytes;

@@ -220,6 +220,9 @@ impl Judge {
         if let Some(loader) = loader.as_ref().filter(|loader| **loader != self.loader) {
             return Err(format!("the boot loader is {loader}"));
         }
+        if loader.is_some() && self.file_on_esp(disk, esp, "loader/loader.conf").is_none() {
+            return Err("a loader without its settings and without entries goes into the firmware's setup".into());
+        }
         // With no tries left: behind all others. Then the highest number. An entry without its UKI is none.
         let ukis: Vec<&str> = lines.iter().filter(|l| l[0] == "uki").map(|l| l[1]).collect();
         let entries = lines.iter().filter(|l| l[0] == "entry" && l[1].ends_with(".conf") && ukis.contains(&l[4]));

@@ -5,7 +5,7 @@ use crate::error::Result;
 use crate::facts;
 use crate::journal::monotonic_ms;
 use crate::run::{self, Gate, Said, in_time};
-use crate::{sys, systemd};
+use crate::sys;
 use futures_util::future::join_all;
 use kiln_protocol::{Health, Rule, Turn, Verdict};
 use kiln_release::{HealthCheck, HealthKind, Threshold};
@@ -27,8 +27,6 @@ const FAILED_UNITS: &[&str] = &["list-units", "--state=failed", "--plain", "--no
 pub struct Probe {
     /// The root hash in the kernel's table.
     pub root_hash: fn() -> Result<String>,
-    /// systemd's own socket; where nobody listens there, the program is asked.
-    pub systemd: PathBuf,
     /// The program that speaks to systemd.
     pub systemctl: PathBuf,
     /// The verified root, of which alone programs are run.
@@ -37,7 +35,7 @@ pub struct Probe {
 
 impl Probe {
     pub fn new(root_hash: fn() -> Result<String>, systemctl: impl Into<PathBuf>) -> Self {
-        Self { root_hash, systemd: systemd::SOCKET.into(), systemctl: systemctl.into(), root: "/".into() }
+        Self { root_hash, systemctl: systemctl.into(), root: "/".into() }
     }
 }
 
@@ -128,7 +126,7 @@ impl Checks {
         let target = check.target.as_str();
         match check.kind {
             HealthKind::Systemd => self.systemd(gate).await,
-            HealthKind::Unit => match self.unit(gate, target).await?.as_str() {
+            HealthKind::Unit => match self.systemctl(gate, &["is-active", target]).await?.as_str() {
                 "active" => Ok(()),
                 other => Err(format!("{target} is {}", cut(other))),
             },
@@ -164,20 +162,9 @@ impl Checks {
         }
     }
 
-    async fn unit(&self, gate: &Gate, name: &str) -> Said<String> {
-        let (object, interface) = systemd::unit(name);
-        match systemd::property(&self.probe.systemd, (&object, interface), "ActiveState").await {
-            Ok(state) => Ok(state),
-            Err(_) => self.systemctl(gate, &["is-active", name]).await,
-        }
-    }
-
-    /// Whether the system is `running`; for `degraded` the failed units are named.
+    /// `systemctl is-system-running`: `running` is health; for `degraded` the failed units are named.
     async fn systemd(&self, gate: &Gate) -> Said<()> {
-        let state = match systemd::property(&self.probe.systemd, systemd::MANAGER, "SystemState").await {
-            Ok(state) => state,
-            Err(_) => self.systemctl(gate, &["is-system-running"]).await?,
-        };
+        let state = self.systemctl(gate, &["is-system-running"]).await?;
         match state.as_str() {
             "running" => Ok(()),
             "degraded" => {

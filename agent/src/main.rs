@@ -47,7 +47,6 @@ mod service;
 mod spool;
 mod stage;
 mod sys;
-mod systemd;
 #[cfg(test)]
 mod testing;
 mod tls;

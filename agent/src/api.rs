@@ -13,8 +13,8 @@ use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use kiln_protocol::{
-    INTRODUCTION_PATH, INVENTORY_PATH, Introduction, IntroductionReply, InventoryReport, KeyId, LOG_PATH, LogBatch,
-    LogReply, RECEIPT_PATH, REPORT_PATH, Reply, Report,
+    ATTESTATION_PATH, Attestation, INTRODUCTION_PATH, INVENTORY_PATH, Introduction, IntroductionReply, InventoryReport,
+    KeyId, LOG_PATH, LogBatch, LogReply, RECEIPT_PATH, REPORT_PATH, Reply, Report,
 };
 use kiln_release::certificate::{certificate_spki, self_signed_certificate, spki_key_id};
 use kiln_release::{AGENT_API_NAME, Signer, with_causes};
@@ -106,6 +106,11 @@ impl Api {
     /// Posts a step of the introduction.
     pub async fn introduce(&mut self, step: &Introduction) -> Result<IntroductionReply> {
         self.exchange(INTRODUCTION_PATH, step, ANSWER, "the answer to an introduction").await
+    }
+
+    /// Posts a step of a proof.
+    pub async fn attest<T: DeserializeOwned>(&mut self, step: &Attestation) -> Result<T> {
+        self.exchange(ATTESTATION_PATH, step, 2 * ANSWER, "the answer to a proof").await
     }
 
     /// Posts lines of the log.

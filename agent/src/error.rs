@@ -123,6 +123,12 @@ pub enum AgentError {
     NoWayOut,
     #[error("{0}")]
     Disk(#[from] crate::disk::DiskError),
+    #[error("the TPM: {0}")]
+    Tpm(#[from] crate::tpm::TpmFault),
+    #[error("there is no TPM")]
+    NoTpm,
+    #[error("the TPM gave no answer within {seconds} s")]
+    SilentTpm { seconds: u64 },
     #[error("hook {hook} holds the machine: {reason}")]
     DrainHook { hook: String, reason: String },
     #[error("{0}")]
@@ -211,6 +217,7 @@ kinds!({
     Self::BootLoop { .. } => "boot-loop", Machine;
     Self::NoWayOut => "safe-mode-no-memory", Machine;
     Self::DrainHook { .. } => "drain-hook", Machine;
+    Self::Tpm(_) | Self::NoTpm | Self::SilentTpm { .. } => "machine-tpm", Machine;
     Self::Usage(_) => "usage", Usage;
 } of {
     Metadata(kiln_release::TufError), Verification;

@@ -6,7 +6,7 @@ use kiln_protocol::{
 };
 use std::path::Path;
 
-/// Reads the facts; key, memory and protection are the caller's to say.
+/// Reads the facts; key, memory, protection and TPM are the caller's to say.
 pub fn read(key_storage: KeyStorage, rollback_memory: RollbackMemory) -> Result<MachineFacts> {
     let macs = mac_addresses();
     Ok(MachineFacts {
@@ -20,6 +20,7 @@ pub fn read(key_storage: KeyStorage, rollback_memory: RollbackMemory) -> Result<
         rollback_memory,
         protection: ProtectionClass::Unprotected,
         memory_bytes: memory("MemTotal:"),
+        tpm: None,
     })
 }
 

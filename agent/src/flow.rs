@@ -9,7 +9,7 @@ use crate::journal::Journal;
 use crate::memory::random;
 use crate::retry::{self, Next};
 use crate::verifier::{Answer, Verified, Verifier};
-use crate::{console, introduce, log};
+use crate::{attest, console, introduce, log};
 use kiln_protocol::{Assignment, Stage, Via};
 use std::path::Path;
 use std::sync::Arc;
@@ -117,9 +117,13 @@ impl Flow {
             let ca = &self.verifier.boot.site.agent_api_ca_pem;
             let mut api = Api::new(std::slice::from_ref(url), ca, &self.verifier.key, &self.verifier.clock)?;
             match self.journal.send(&mut api, 0).await {
-                Ok(_) => {
+                Ok((reply, _)) => {
                     console::server(url);
                     self.api = Some(api);
+                    // Before anything may end this boot: what it booted is the reason, perhaps.
+                    if reply.attest {
+                        self.attest().await;
+                    }
                     return Ok(());
                 }
                 Err(error) => last = error,
@@ -131,11 +135,27 @@ impl Flow {
     /// Asks the server and verifies what it answers: both signatures, the machine, the sequence, the nonce.
     pub async fn ask(&mut self, verified: &Verified, wait_s: u32) -> Result<Answer> {
         let api = self.api.as_mut().ok_or(AgentError::NoServer)?;
-        let (reply, nonce) = self.journal.send(api, wait_s).await?;
+        let (mut reply, mut nonce) = self.journal.send(api, wait_s).await?;
         if reply.about.as_ref().is_some_and(|about| about.introduce) {
             self.introduce().await;
         }
+        if reply.attest {
+            self.attest().await;
+            // What it waited for may have been this proof.
+            let api = self.api.as_mut().ok_or(AgentError::NoServer)?;
+            (reply, nonce) = self.journal.send(api, 0).await?;
+        }
         self.verifier.check_reply(verified, reply, &nonce)
+    }
+
+    /// Proves to the server what was booted. Without it the machine is shown as not attested, and goes on.
+    async fn attest(&mut self) {
+        let Some(api) = &mut self.api else { return };
+        let (key, journal) = (self.verifier.key_id(), &self.journal);
+        match attest::prove(api, &journal.machine.id, &journal.state.boot_id, &key).await {
+            Ok(judged) => println!("kiln-agent: {}: {}", judged.state, judged.reason),
+            Err(error) => println!("kiln-agent: no proof of this boot: {error} ({})", error.kind()),
+        }
     }
 
     /// Shows the approval code. Without it the machine waits as well, and is asked again with the next report.

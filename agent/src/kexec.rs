@@ -3,7 +3,7 @@
 //! again after the jump.
 
 use crate::error::{AgentError, Result};
-use crate::sys;
+use crate::{sys, tpm};
 use kiln_protocol::Via;
 use kiln_release::newc::{Header, TRAILER, padding};
 use kiln_release::{Artifact, Manifest, hex, pe};
@@ -109,6 +109,8 @@ pub fn load(uki: &File, manifest: &Manifest, root: Option<(&Path, &str)>) -> Res
         write_segment(&mut initrd, &mut BufReader::new(file), length, sha256)
             .map_err(failed("writing the root artifact to memory"))?;
     }
+    // A kernel that comes by kexec is past the initramfs that firmware started, also when it is started from there.
+    tpm::leave_initramfs();
     sys::kexec_file_load(&kernel, &initrd, &manifest.command_line).map_err(failed("kexec_file_load"))?;
     std::fs::write(DISABLED, "1").map_err(AgentError::file(DISABLED))
 }

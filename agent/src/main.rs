@@ -13,6 +13,7 @@ macro_rules! eprintln {
 
 mod acceptance;
 mod api;
+mod attest;
 mod change;
 mod coldplug;
 mod console;
@@ -50,6 +51,7 @@ mod sys;
 #[cfg(test)]
 mod testing;
 mod tls;
+mod tpm;
 mod uplink;
 mod verifier;
 mod verity;

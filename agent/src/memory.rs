@@ -1,10 +1,12 @@
 //! What outlives a boot: the machine's identity key and the highest versions seen. On UEFI both are EFI variables
 //! (root can read them, nobody else: a weak identity, shown as such); for `kiln-agent stage` they are files; else they are gone with
-//! the power. Source: Linux Documentation/filesystems/efivarfs.rst.
+//! the power. Where there is a TPM, the versions are in its own memory, and the key's variable is sealed by it. Source:
+//! Linux Documentation/filesystems/efivarfs.rst.
 
 use crate::error::{AgentError, Result};
 use crate::net::trial::Known;
 use crate::sys;
+use crate::tpm::Tpm;
 use jiff::Timestamp;
 use kiln_protocol::{Assignment, KeyStorage, Order, OrderError, OrderMark, RollbackMemory};
 use kiln_release::tuf::Seen;
@@ -22,6 +24,10 @@ const EFIVARS: &str = "/sys/firmware/efi/efivars";
 const GUID: &str = "6b696c6e-0000-4000-8000-6b696c6e0001";
 /// Non-volatile, boot-service and run-time access (UEFI 2.10 §8.2).
 const ATTRIBUTES: u32 = 7;
+
+/// The identity key's seed, and the same sealed by the TPM.
+const KEY: &str = "Key";
+const SEALED: &str = "Sealed";
 
 /// Orders remembered until they expire: what an EFI variable holds.
 const ORDERS: usize = 16;
@@ -141,15 +147,25 @@ pub enum Place {
     Directory(PathBuf),
     /// This boot's /run: the key and the memory are handed to the running system, and gone with the power.
     Boot(PathBuf),
+    /// Versions in the TPM; all else in this place, the key sealed.
+    Tpm(Box<Place>),
 }
 
 impl Place {
     /// EFI variables where the firmware has them, else this boot only.
     pub fn of_this_machine() -> Self {
-        if Path::new(EFIVARS).read_dir().is_ok_and(|mut d| d.next().is_some()) {
+        let place = if Path::new(EFIVARS).read_dir().is_ok_and(|mut d| d.next().is_some()) {
             Self::Efi
         } else {
             Self::Boot("/run/kiln".into())
+        };
+        match Tpm::open().and_then(|tpm| tpm.map(|mut tpm| tpm.make_memory()).transpose()) {
+            Ok(Some(())) => Self::Tpm(Box::new(place)),
+            Ok(None) => place,
+            Err(fault) => {
+                println!("kiln-agent: the TPM keeps no versions, {} does: {fault}", place.rollback_memory());
+                place
+            }
         }
     }
 
@@ -159,6 +175,12 @@ impl Place {
             Self::Efi => KeyStorage::EfiVariable,
             Self::Directory(_) => KeyStorage::File,
             Self::Boot(_) => KeyStorage::Ephemeral,
+            Self::Tpm(place) => match **place {
+                // Of an earlier release that could not seal it: the machine is known by it.
+                Self::Efi if place.path(KEY).exists() => KeyStorage::EfiVariable,
+                Self::Efi => KeyStorage::Tpm,
+                Self::Directory(_) | Self::Boot(_) | Self::Tpm(_) => place.key_storage(),
+            },
         }
     }
 
@@ -168,25 +190,61 @@ impl Place {
             Self::Efi => RollbackMemory::EfiVariable,
             Self::Directory(_) => RollbackMemory::File,
             Self::Boot(_) => RollbackMemory::None,
+            Self::Tpm(_) => RollbackMemory::TpmNv,
         }
     }
 
     /// The identity key, made at the first call.
     pub fn key(&self) -> Result<Signer> {
-        if let Some(stored) = self.read("Key")? {
+        if self.key_storage() == KeyStorage::Tpm {
+            return self.sealed_key();
+        }
+        if let Some(stored) = self.read(KEY)? {
             let seed: [u8; 32] = stored.as_slice().try_into().map_err(|_| AgentError::Format {
-                path: self.path("Key"),
+                path: self.path(KEY),
                 reason: format!("{} bytes, an Ed25519 seed has 32: delete it to get a new identity", stored.len()),
             })?;
             return Ok(Signer::from_seed(&seed));
         }
         let seed = random()?;
-        self.write("Key", &seed)?;
+        self.write(KEY, &seed)?;
+        Ok(Signer::from_seed(&seed))
+    }
+
+    /// The same, sealed by the TPM. A TPM that refuses what is there is another one, or was cleared: then this is another
+    /// machine, with another key.
+    fn sealed_key(&self) -> Result<Signer> {
+        let mut tpm = open_tpm()?;
+        if let Some(sealed) = self.read(SEALED)? {
+            match tpm.unseal(&sealed) {
+                Ok(seed) => {
+                    let seed: [u8; 32] = seed.try_into().map_err(|_| AgentError::Format {
+                        path: self.path(SEALED),
+                        reason: "no Ed25519 seed is sealed in it: delete it to get a new identity".into(),
+                    })?;
+                    return Ok(Signer::from_seed(&seed));
+                }
+                Err(fault) if fault.code().is_none() => return Err(fault.into()),
+                Err(fault) => {
+                    println!("kiln-agent: the identity key was sealed by another TPM, a new one is made: {fault}")
+                }
+            }
+        }
+        let seed = random()?;
+        self.write(SEALED, &tpm.seal(&seed)?)?;
         Ok(Signer::from_seed(&seed))
     }
 
     /// The memory. One that cannot be parsed is an error, not an empty one: it would forget what it has seen.
     pub fn memory(&self) -> Result<Memory> {
+        if let Self::Tpm(place) = self {
+            return match open_tpm()?.recall()? {
+                Some(bytes) => serde_json::from_slice(&bytes)
+                    .map_err(|e| AgentError::Format { path: "the TPM's memory".into(), reason: e.to_string() }),
+                // Before its first writing there: what was seen without a TPM counts on.
+                None => place.memory(),
+            };
+        }
         match self.read("Seen")? {
             None => Ok(Memory::default()),
             Some(bytes) => serde_json::from_slice(&bytes)
@@ -200,6 +258,9 @@ impl Place {
             return Ok(());
         }
         let bytes = serde_json::to_vec(memory).expect("a map of numbers and strings always becomes JSON");
+        if let Self::Tpm(_) = self {
+            return Ok(open_tpm()?.memorise(&bytes)?);
+        }
         self.write("Seen", &bytes)
     }
 
@@ -222,14 +283,18 @@ impl Place {
         match self {
             Self::Efi => format!("{EFIVARS}/Kiln{what}-{GUID}").into(),
             Self::Directory(dir) | Self::Boot(dir) => dir.join(what.to_lowercase()),
+            Self::Tpm(place) => place.path(what),
         }
     }
 
     fn read(&self, what: &str) -> Result<Option<Vec<u8>>> {
+        if let Self::Tpm(place) = self {
+            return place.read(what);
+        }
         let path = self.path(what);
         match (std::fs::read(&path), self) {
             (Ok(bytes), Self::Efi) => Ok(bytes.get(4..).map(<[u8]>::to_vec)),
-            (Ok(bytes), Self::Directory(_) | Self::Boot(_)) => Ok(Some(bytes)),
+            (Ok(bytes), Self::Directory(_) | Self::Boot(_) | Self::Tpm(_)) => Ok(Some(bytes)),
             (Err(e), _) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             (Err(e), _) => Err(AgentError::file(path)(e)),
         }
@@ -240,9 +305,15 @@ impl Place {
         let done = match self {
             Self::Efi => write_variable(&path, data),
             Self::Directory(dir) | Self::Boot(dir) => write_file(dir, &path, data),
+            Self::Tpm(place) => return place.write(what, data),
         };
         done.map_err(AgentError::file(path))
     }
+}
+
+/// The TPM that was there a moment ago.
+fn open_tpm() -> Result<Tpm> {
+    Tpm::open()?.ok_or(AgentError::NoTpm)
 }
 
 /// One write(2) of attributes and data, as efivarfs demands.

@@ -23,6 +23,11 @@ pub fn pseudo_filesystems() -> Result<()> {
         mount(Some(source), target, Some(kind), flags, data)
             .map_err(AgentError::system(format!("mounting {target}")))?;
     }
+    // Firmware's event log is here, and the doors of IPE and IMA. A kernel without it boots all the same.
+    let securityfs = mount(Some("securityfs"), "/sys/kernel/security", Some("securityfs"), safe, None::<&str>);
+    if let Err(error) = securityfs {
+        println!("kiln-agent: mounting securityfs: {error}: no event log, no IPE");
+    }
     std::fs::create_dir_all("/run/kiln").map_err(AgentError::file("/run/kiln"))?;
     // Where the resolver looks (resolv.conf(5)).
     std::fs::create_dir_all("/etc").map_err(AgentError::file("/etc"))?;

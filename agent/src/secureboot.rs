@@ -7,7 +7,6 @@ use crate::sys;
 use kiln_protocol::ProtectionClass;
 use kiln_release::efi::{Entry, entries};
 use kiln_release::{IPE_POLICY_PATH, ROOT_SIGNATURE_PATH, hex};
-use nix::mount::{MsFlags, mount};
 use std::path::Path;
 
 const EFIVARS: &str = "/sys/firmware/efi/efivars";
@@ -86,11 +85,6 @@ impl SecureBoot {
         let path = Path::new(IPE_POLICY_PATH);
         if !self.vouches() || !path.exists() {
             return Ok(());
-        }
-        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-        if !Path::new(IPE).exists() {
-            mount(Some("securityfs"), SECURITYFS, Some("securityfs"), flags, None::<&str>)
-                .map_err(AgentError::system(format!("mounting {SECURITYFS}")))?;
         }
         if !Path::new(IPE).exists() {
             println!("kiln-agent: this kernel has no IPE: noexec mounts alone keep foreign programs from running");

@@ -292,7 +292,7 @@ impl Verifier {
         let (storage, memory) = (self.place.key_storage(), self.place.rollback_memory());
         let name = match storage {
             KeyStorage::Ephemeral => Some(crate::facts::read(storage, memory)?.id),
-            KeyStorage::EfiVariable | KeyStorage::File => None,
+            KeyStorage::Tpm | KeyStorage::EfiVariable | KeyStorage::File => None,
         };
         let (key, mark) = (self.key_id(), self.memory.mark(order));
         let me = Ordered { key: &key, name_only: name.as_ref(), now: self.now, mark, sequence };

@@ -40,6 +40,10 @@ pub struct MachineView {
     #[serde(default)]
     pub protection: Option<String>,
     #[serde(default)]
+    pub other_key: Option<String>,
+    #[serde(default)]
+    pub attestation: Option<AttestationView>,
+    #[serde(default)]
     pub agent_memory: Option<AgentMemory>,
     #[serde(default)]
     pub exec: Option<ExecState>,
@@ -48,6 +52,17 @@ pub struct MachineView {
     pub last_words: Option<Value>,
     #[serde(default)]
     pub boots: Vec<Boot>,
+}
+
+/// What a machine's TPM proved of its boot.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct AttestationView {
+    pub state: String,
+    pub reason: String,
+    #[serde(default)]
+    pub carried: bool,
+    #[serde(default)]
+    pub endorsement: Option<String>,
 }
 
 /// One boot of a machine.

@@ -3,7 +3,7 @@
 use crate::error::LabError;
 use std::path::{Path, PathBuf};
 
-const FILES: [(&str, &str); 8] = [
+const FILES: [(&str, &str); 9] = [
     ("/usr/bin/qemu-system-x86_64", "qemu-system-x86"),
     ("/usr/share/OVMF/OVMF_CODE_4M.fd", "ovmf"),
     ("/usr/share/OVMF/OVMF_CODE_4M.secboot.fd", "ovmf"),
@@ -12,6 +12,7 @@ const FILES: [(&str, &str); 8] = [
     ("/usr/lib/ipxe/qemu/efi-virtio.rom", "ipxe-qemu"),
     ("/usr/lib/ipxe/undionly.kpxe", "ipxe"),
     ("/usr/sbin/dnsmasq", "dnsmasq-base"),
+    ("/usr/bin/swtpm", "swtpm"),
 ];
 
 /// Everything a rack needs that can be seen from outside the namespaces.

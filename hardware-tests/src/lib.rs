@@ -28,5 +28,6 @@ pub mod server;
 pub mod site;
 pub mod story;
 pub mod testing;
+pub mod tpm;
 pub mod trunk;
 pub mod variables;

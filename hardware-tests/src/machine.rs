@@ -7,6 +7,7 @@ use crate::error::{AtPath, LabError};
 use crate::nbd::Nbd;
 use crate::net;
 use crate::qmp::Qmp;
+use crate::tpm::SoftwareTpm;
 use crate::trunk::{self, Trunk};
 use crate::variables::{self, NetworkBoot};
 use serde_json::json;
@@ -57,6 +58,10 @@ pub struct MachineSpec {
     pub screen: bool,
     /// What its clock says when it is switched on, as `1970-01-01`; none: the time.
     pub clock: Option<&'static str>,
+    /// It has a TPM 2.0.
+    pub tpm: bool,
+    /// Strings for SMBIOS type 11, which systemd's stub takes settings from.
+    pub smbios: Vec<String>,
 }
 
 /// How a disk of [`DISK_BYTES`] is attached.
@@ -95,6 +100,8 @@ impl MachineSpec {
             trunk: false,
             screen: false,
             clock: None,
+            tpm: false,
+            smbios: Vec::new(),
         }
     }
 
@@ -166,6 +173,8 @@ struct Power {
     console: Arc<Console>,
     /// Its serial console's keyboard.
     keyboard: ChildStdin,
+    /// Its TPM; goes with the power.
+    _tpm: Option<SoftwareTpm>,
 }
 
 impl Disk {
@@ -244,6 +253,9 @@ impl Machine {
             arg(&["-rtc", &format!("base={clock}")]);
         }
         arg(&["-smbios", &format!("type=1,manufacturer=Kiln,product=Virtual rack machine,serial={}", spec.name)]);
+        for text in &spec.smbios {
+            arg(&["-smbios", &format!("type=11,value={text}")]);
+        }
         arg(&["-chardev", "stdio,id=serial,signal=off", "-serial", "chardev:serial"]);
         arg(&["-qmp", &format!("unix:{},server=on,wait=off", monitor.display())]);
         for (card, model) in spec.numbered_cards() {
@@ -319,6 +331,17 @@ impl Machine {
         Ok(nbd)
     }
 
+    /// Takes its TPM out, or puts a new one in, while it is off.
+    pub fn replace_tpm(&mut self, present: bool) -> Result<(), LabError> {
+        self.power_off();
+        let dir = self.dir.join("tpm");
+        if dir.exists() {
+            std::fs::remove_dir_all(&dir).at(&dir)?;
+        }
+        self.spec.tpm = present;
+        Ok(())
+    }
+
     /// Other disks, all of them blank, while it is off.
     pub fn set_disks(&mut self, disks: Vec<Disk>) -> Result<(), LabError> {
         self.power_off();
@@ -345,7 +368,9 @@ impl Machine {
         self.power_off();
         let monitor = self.dir.join("monitor");
         let _ = std::fs::remove_file(&monitor);
+        let tpm = self.spec.tpm.then(|| SoftwareTpm::start(&self.dir.join("tpm"))).transpose()?;
         let mut qemu = self.qemu(&monitor);
+        qemu.args(tpm.iter().flat_map(SoftwareTpm::arguments));
         qemu.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = qemu.spawn().map_err(|source| LabError::Spawn { command: command::shown(&qemu), source })?;
         let keyboard = child.stdin.take().expect("asked for above");
@@ -360,7 +385,7 @@ impl Machine {
         self.booted_before = true;
         match Qmp::connect(&self.spec.name, &monitor) {
             Ok(qmp) => {
-                self.power = Some(Power { child, qmp, console, keyboard });
+                self.power = Some(Power { child, qmp, console, keyboard, _tpm: tpm });
                 Ok(())
             }
             Err(error) => {

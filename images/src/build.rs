@@ -13,6 +13,7 @@ use crate::site::SiteDir;
 use crate::{host, initramfs, root, sbom, tarball, uki};
 use jiff::Timestamp;
 use kiln_release::hex::sha256;
+use kiln_release::measured::measured;
 use kiln_release::{Artifact, BootInfo, DiskSettings, MANIFEST_TYPE, Manifest, Mode, SiteSettings};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -241,6 +242,9 @@ impl Inputs<'_> {
             Some(key) => key.image(&uki, Path::new("kiln.efi"))?,
             None => uki,
         };
+        let certificate = self.site.key.as_ref().map(SigningKey::fingerprint);
+        let measured =
+            measured(&uki, &kernel, signed.loader(), certificate).map_err(|source| BuildError::Measured { source })?;
         if let Some(disk) = &self.recipe.disk {
             fits(disk, uki.len() as u64, root.bytes.len() as u64)?;
         }
@@ -267,6 +271,7 @@ impl Inputs<'_> {
             health: self.recipe.declared.health.clone(),
             writable: self.recipe.writable.clone(),
             sbom: Some(named(&sbom)),
+            measured: Some(measured),
         };
         let files = FILES.into_iter().zip([uki, kernel, initramfs, root.bytes, sbom]).collect();
         Ok(Parts { manifest, files })

@@ -220,6 +220,8 @@ pub enum BuildError {
     /// The UKI cannot be put together.
     #[error(transparent)]
     Uki(#[from] crate::uki::UkiError),
+    #[error("what a TPM will measure cannot be predicted: {source}")]
+    Measured { source: kiln_release::pe::PeError },
     /// The root file system cannot be protected.
     #[error("cannot make the verity tree: {0}")]
     Verity(String),

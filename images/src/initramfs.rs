@@ -53,6 +53,11 @@ impl Signed {
             policy: key.map(|key| key.enclosing(IPE_POLICY.as_bytes())),
         })
     }
+
+    /// The boot loader for disks.
+    pub(crate) fn loader(&self) -> Option<&[u8]> {
+        self.loader.as_deref()
+    }
 }
 
 /// Puts it together and compresses it.

@@ -195,6 +195,24 @@ pub enum OidcError {
     NoGroup { subject: String },
 }
 
+/// A proof by a TPM that is not taken, or not even looked at.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum AttestationError {
+    #[error("this key has not reported this boot: proofs come after its first report")]
+    NotReported,
+    #[error("proofs come too fast: eight in a minute")]
+    TooOften,
+    #[error("nothing was asked, or it was answered: begin again")]
+    NotAsked,
+    #[error("{0}")]
+    Key(kiln_protocol::tpm::TpmError),
+    #[error("the endorsement key is no point of P-256")]
+    Point,
+    #[error("no random numbers on this host")]
+    Random,
+}
+
 /// An order that is refused.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
@@ -259,6 +277,8 @@ pub enum ControlError {
     Code(#[from] CodeError),
     #[error(transparent)]
     Expected(#[from] ExpectedError),
+    #[error(transparent)]
+    Attestation(#[from] AttestationError),
     #[error("too many unknown machines: approve or retire some")]
     TooManyUnknown,
     #[error("{0} has not reported yet: its report comes first")]

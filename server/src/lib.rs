@@ -12,6 +12,7 @@ pub mod catalog;
 pub mod cli;
 pub mod config;
 pub mod control;
+mod credential;
 pub mod error;
 pub mod expected;
 pub mod expiry;

@@ -6,8 +6,9 @@ use jiff::Timestamp;
 use kiln_fleet::access::{AccessRole, ProposalState};
 use kiln_fleet::{AcceptanceRun, Comparison, ExpectedMachine, Millis, Sku};
 use kiln_protocol::{
-    AgentMemory, ApprovalCode, DbxState, Difference, Draining, ExecState, Firmware, Inventory, KeyId, KeyStorage,
-    MachineId, OrderId, Prefetch, ProtectionClass, Receipt, ReleaseId, RollbackMemory, Sha256Hex, Stage, Via,
+    AgentMemory, ApprovalCode, AttestationState, DbxState, Difference, Draining, ExecState, Firmware, Inventory, KeyId,
+    KeyStorage, MachineId, OrderId, Prefetch, ProtectionClass, Receipt, ReleaseId, RollbackMemory, Sha256Hex, Stage,
+    Via,
 };
 use serde::{Deserialize, Serialize};
 
@@ -87,6 +88,9 @@ pub struct MachineView {
     pub rollback_memory: Option<RollbackMemory>,
     /// What its boot can promise.
     pub protection: Option<ProtectionClass>,
+    /// What its TPM proved of this boot.
+    #[serde(default)]
+    pub attestation: Option<AttestationView>,
     /// Manufacturer and product.
     pub product: String,
     /// Serial number.
@@ -121,6 +125,27 @@ pub struct DbxLackingView {
     pub machine: String,
     /// Why.
     pub why: String,
+}
+
+/// What a machine's TPM proved.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttestationView {
+    /// The verdict on this boot.
+    pub state: AttestationState,
+    /// Why, in a sentence.
+    pub reason: String,
+    /// A kexec after the cold boot that was attested.
+    #[serde(default)]
+    pub carried: bool,
+    /// When it was proven.
+    #[serde(default)]
+    pub at_ms: Option<i64>,
+    /// SHA-256 of the TPM's endorsement key (SPKI), proven in this boot.
+    #[serde(default)]
+    pub endorsement: Option<Sha256Hex>,
+    /// The one that was approved.
+    #[serde(default)]
+    pub approved_endorsement: Option<Sha256Hex>,
 }
 
 /// What a running machine says besides its health.

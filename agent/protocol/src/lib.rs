@@ -8,6 +8,7 @@
 
 mod acceptance;
 mod assignment;
+mod attestation;
 mod condition;
 mod dbx;
 pub mod drift;
@@ -22,6 +23,7 @@ pub mod slot;
 mod smbios;
 mod spool;
 mod stage;
+pub mod tpm;
 mod verdict;
 mod wire;
 
@@ -29,6 +31,10 @@ pub use acceptance::{Acceptance, Least, Outcome, RESULTS_LIMIT, TestKind, TestRe
 pub use assignment::{
     ASSIGNMENT_TYPE, Assignment, AssignmentError, BootFirst, BoundMachine, ExecChoice, FRESHNESS_TYPE, Freshness,
     FreshnessError, RoleSettings, Running, check_assignment, check_freshness,
+};
+pub use attestation::{
+    ATTESTATION_LIMIT, ATTESTATION_PATH, Attestation, AttestationState, Challenge, EVENT_LOG_LIMIT, HexBytes, Judged,
+    TpmPresence,
 };
 pub use condition::{Condition, DRIFT_LIMIT, Difference, Draining, DriftKind};
 pub use dbx::{DbxOffer, DbxOutcome, DbxState, dbx_hold};

@@ -3,6 +3,7 @@
 //! Both sides ignore fields they do not know, so that either may be newer.
 
 use crate::acceptance::Acceptance;
+use crate::attestation::TpmPresence;
 use crate::condition::Condition;
 use crate::dbx::{DbxOffer, DbxState};
 use crate::exec::ExecState;
@@ -37,6 +38,8 @@ word_enum! {
 word_enum! {
     /// Where the machine's identity key lives: how strong its name is.
     KeyStorage {
+        /// Sealed by the TPM in an EFI variable: of no use without that TPM.
+        Tpm = "tpm",
         /// An EFI variable: survives reboots, readable by root; shown as weak.
         EfiVariable = "efi-variable",
         /// A file, given with `kiln-agent stage --state`.
@@ -49,6 +52,8 @@ word_enum! {
 word_enum! {
     /// Where the highest versions seen are kept.
     RollbackMemory {
+        /// The TPM's own memory.
+        TpmNv = "tpm-nv",
         /// An EFI variable.
         EfiVariable = "efi-variable",
         /// A file, given with `kiln-agent stage --state`.
@@ -103,6 +108,9 @@ pub struct MachineFacts {
     pub protection: ProtectionClass,
     /// `MemTotal` in bytes.
     pub memory_bytes: u64,
+    /// What it found of a TPM; none: an agent that does not look for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tpm: Option<TpmPresence>,
 }
 
 /// A release that runs, or that the UKI embeds.
@@ -255,6 +263,9 @@ pub struct Reply {
     /// The site's list of revoked boot programs, as long as the machine's firmware lacks it and may have it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dbx: Option<DbxOffer>,
+    /// The server has no proof of this boot and would take one: see [`crate::Attestation`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub attest: bool,
 }
 
 /// What a machine shows of itself that only the server knows. Nothing of it is believed in any decision.
@@ -354,6 +365,7 @@ mod tests {
             about: None,
             thresholds: BTreeMap::new(),
             dbx: None,
+            attest: false,
         };
         let golden = r#"{"desired":{"etag":"7-hold","decision":"assigned","assignment":"{}","freshness":"{}","via":"kexec","grant":{"grant":"hold","reason":"1 of 1 machines may be unavailable"}},"again_ms":30000,"may_wait":true}"#;
         assert_eq!(serde_json::to_string(&reply).unwrap(), golden);
@@ -371,6 +383,10 @@ mod tests {
         let with = golden.replace(r#""may_wait":true"#, r#""may_wait":true,"thresholds":{"disk./var":"10%"}"#);
         assert_eq!(serde_json::to_string(&set).unwrap(), with);
         assert_eq!(serde_json::from_str::<Reply>(&with).unwrap(), set);
+        let asked = Reply { attest: true, ..reply.clone() };
+        let with = golden.replace(r#""may_wait":true"#, r#""may_wait":true,"attest":true"#);
+        assert_eq!(serde_json::to_string(&asked).unwrap(), with);
+        assert_eq!(serde_json::from_str::<Reply>(&with).unwrap(), asked);
         let order = Some(OrderGiven { order: "{}".into(), freshness: "{}".into() });
         let ordered = Reply { desired: Desired { order, ..reply.desired.clone() }, ..reply };
         let golden = golden.replace(r#"}},"again_ms""#, r#"},"order":{"order":"{}","freshness":"{}"}},"again_ms""#);
@@ -399,6 +415,12 @@ mod tests {
             old,
             "an agent that says no more is read and written as ever"
         );
+        let mut looks = report.clone();
+        looks.machine.tpm = Some(TpmPresence::Absent);
+        let told = old.replace(r#""memory_bytes":1"#, r#""memory_bytes":1,"tpm":"absent""#);
+        assert_eq!(serde_json::to_string(&looks).unwrap(), told);
+        assert_eq!(serde_json::from_str::<Report>(&told).unwrap(), looks);
+
         report.agent_memory = Some(AgentMemory { rss_bytes: 3, peak_bytes: 4, cpu_ms: None, ran_ms: None });
         let new = old.replace(r#""wait_s""#, r#""agent_memory":{"rss_bytes":3,"peak_bytes":4},"wait_s""#);
         assert_eq!(serde_json::to_string(&report).unwrap(), new);

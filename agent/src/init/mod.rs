@@ -17,7 +17,7 @@ use crate::plan::{self, Plan};
 use crate::uplink::Network;
 use crate::verifier::{Answer, Servers, Verified, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{change, console, facts, local, log, mounts, safe, wipe};
+use crate::{change, console, facts, local, log, mounts, safe, tpm, wipe};
 use embedded::{read_boot_info, tell_command_line_drift};
 use kiln_protocol::{Assignment, ReleaseId, Stage, Via};
 use kiln_release::BootInfo;
@@ -95,6 +95,7 @@ async fn go(boot: BootInfo, journal: JournalState, drivers: Drivers) -> Result<I
     let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));
     let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
     machine.protection = secure_boot(&boot).class();
+    machine.tpm = Some(tpm::presence());
     console::open(machine.id.as_str(), &format!("{}/{}", boot.image, boot.release));
     let journal = Journal {
         state: journal,

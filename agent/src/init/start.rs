@@ -10,7 +10,7 @@ use crate::flow::Flow;
 use crate::handoff::{Handoff, OnDisk};
 use crate::net::Uplink;
 use crate::verifier::Verified;
-use crate::{kexec, local, log, mounts, verity};
+use crate::{kexec, local, log, mounts, tpm, verity};
 use kiln_protocol::slot::{Event, SlotId};
 use kiln_protocol::{Class, Stage};
 use kiln_release::hex;
@@ -135,6 +135,7 @@ async fn mount_and_leave(
     handoff.write()?;
     log::hand_over()?;
     secure_boot(&flow.verifier.boot).restrict()?;
+    tpm::leave_initramfs();
     switch_root()
 }
 

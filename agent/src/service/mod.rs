@@ -21,7 +21,7 @@ use crate::journal::{Journal, monotonic_ms};
 use crate::memory::random;
 use crate::spool::Keeper;
 use crate::verifier::Verifier;
-use crate::{dbx, exec};
+use crate::{attest, dbx, exec};
 use duty::{Action, Duty, Event};
 use kiln_protocol::{
     Condition, DbxOutcome, DbxState, Health, Nonce, ReleaseId, Reply, Report, RoleSettings, Stage, Turn,
@@ -108,6 +108,8 @@ struct Service {
     refused: Option<(String, Instant)>,
     /// What came of the list of revoked boot programs that was offered last, and when.
     dbx: Option<(DbxState, Instant)>,
+    /// The proof on its way.
+    proof: Option<tokio::task::JoinHandle<()>>,
 }
 
 /// What the slots know of the release that runs.
@@ -144,6 +146,7 @@ impl Service {
             proven: Proof::Trial(Instant::now()),
             refused: None,
             dbx: None,
+            proof: None,
         })
     }
 
@@ -282,6 +285,9 @@ impl Service {
         };
         self.journal.answered(&reply);
         self.claimed = claimed_settings(&reply);
+        if reply.attest {
+            self.attest();
+        }
         let more = self.watch.heard(&reply);
         let wanted = claimed(&reply);
         let wanted = wanted.filter(|(rebuild, wanted)| wanted.target.release != self.here || *rebuild > self.put_up);
@@ -289,6 +295,29 @@ impl Service {
         let answer = duty::Answer { again_ms: if more { 0 } else { reply.again_ms }, may_wait: reply.may_wait, wanted };
         self.newest = self.nonce.take().map(|nonce| (reply, nonce));
         Event::Answered(answer)
+    }
+
+    /// Proves to the server what was booted: where it could not be asked in the initramfs.
+    fn attest(&mut self) {
+        // A job that holds the verifier goes on; the next reply asks again.
+        let Ok(verifier) = self.verifier.try_lock() else { return };
+        if self.proof.as_ref().is_some_and(|proof| !proof.is_finished()) {
+            return;
+        }
+        let (site, key) = (&verifier.boot.site, &verifier.key);
+        let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, key, &verifier.clock);
+        let (machine, boot_id) = (self.journal.machine.id.clone(), self.journal.state.boot_id.clone());
+        let key = verifier.key_id();
+        self.proof = Some(tokio::spawn(async move {
+            let proven = match api {
+                Ok(mut api) => attest::prove(&mut api, &machine, &boot_id, &key).await,
+                Err(error) => Err(error),
+            };
+            match proven {
+                Ok(judged) => eprintln!("kiln-agent: {}: {}", judged.state, judged.reason),
+                Err(error) => eprintln!("kiln-agent: no proof of this boot: {error} ({})", error.kind()),
+            }
+        }));
     }
 
     fn report(&mut self, hold_s: u32) -> Post {

@@ -14,7 +14,7 @@ use crate::memory::Place;
 use crate::net::Uplink;
 use crate::verifier::Verifier;
 use crate::watchdog::Watchdog;
-use crate::{console, exec, facts, init, inventory, local, log, uplink, verity};
+use crate::{console, exec, facts, init, inventory, local, log, tpm, uplink, verity};
 use kiln_protocol::{RunningRelease, Stage, slot};
 use kiln_release::EXEC_PATH;
 use std::path::Path;
@@ -114,6 +114,7 @@ fn resume(handoff: Handoff, disk: Option<&SharedDisk>) -> Result<(Verifier, Jour
     let key = place.key()?;
     let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
     machine.protection = init::secure_boot(&handoff.boot).class();
+    machine.tpm = Some(tpm::presence());
     let embedded = init::embedded(&handoff.boot)?;
     let root_hash = verity::running_root_hash()?;
     if root_hash != handoff.manifest.verity.root_hash {

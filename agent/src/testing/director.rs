@@ -254,6 +254,14 @@ impl Shared {
         });
         let etag = format!("{etag}-{}", order.as_ref().map_or(String::new(), |o| hex::sha256(o.order.as_bytes())));
         let desired = Desired { etag, decision, order };
-        Reply { desired, again_ms: 1000, may_wait: true, about: None, thresholds: BTreeMap::new(), dbx: None }
+        Reply {
+            desired,
+            again_ms: 1000,
+            may_wait: true,
+            about: None,
+            thresholds: BTreeMap::new(),
+            dbx: None,
+            attest: false,
+        }
     }
 }

@@ -195,6 +195,7 @@ impl TestSite {
             health: vec![HealthCheck::of(HealthKind::Systemd, 0)],
             writable: Vec::new(),
             sbom: None,
+            measured: None,
         }
     }
 
@@ -247,6 +248,7 @@ pub fn journal(verifier: &Verifier) -> Journal {
         rollback_memory: RollbackMemory::File,
         protection: ProtectionClass::Unprotected,
         memory_bytes: 1 << 30,
+        tpm: None,
     };
     let state = JournalState::begin(boot_id().unwrap(), monotonic_ms());
     Journal {

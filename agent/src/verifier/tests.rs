@@ -122,8 +122,15 @@ impl Machine {
         };
         let order = order.map(|order| OrderGiven { freshness: fresh(&order), order });
         let desired = Desired { etag: String::new(), decision, order };
-        let reply =
-            Reply { desired, again_ms: 1000, may_wait: false, about: None, thresholds: BTreeMap::new(), dbx: None };
+        let reply = Reply {
+            desired,
+            again_ms: 1000,
+            may_wait: false,
+            about: None,
+            thresholds: BTreeMap::new(),
+            dbx: None,
+            attest: false,
+        };
         self.verifier.check_reply(&self.verified, reply, &nonce).map_err(|e| e.kind())
     }
 

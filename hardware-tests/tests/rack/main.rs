@@ -10,6 +10,7 @@ mod cuts;
 mod disk;
 mod exec;
 mod hardware;
+mod measured;
 mod network;
 mod orders;
 mod screen;

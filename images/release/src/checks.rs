@@ -7,7 +7,7 @@ use crate::canonical::parse_strict;
 use crate::declared;
 use crate::envelope::{KeySet, Unverified};
 use crate::error::{DirectorError, FormatError, OperatorError};
-use crate::formats::{Artifact, BootInfo, DbxUpdate, MANIFEST_TYPE, Manifest, SITE_TYPE, Site};
+use crate::formats::{Artifact, BootInfo, DbxUpdate, MANIFEST_TYPE, Manifest, Measured, SITE_TYPE, Site};
 use crate::hex;
 use crate::key::{PublicKey, object_id};
 use crate::network::NetworkConfig;
@@ -86,6 +86,18 @@ impl Check {
     }
 }
 
+impl Measured {
+    fn check(&self, check: &Check) -> Result<(), FormatError> {
+        let optional = [("measured.loader", &self.loader), ("measured.certificate", &self.certificate)];
+        let optional = optional.into_iter().filter_map(|(field, value)| Some((field, value.as_ref()?)));
+        let all = [("measured.pcr11", &self.pcr11), ("measured.uki", &self.uki), ("measured.kernel", &self.kernel)];
+        for (field, value) in all.into_iter().chain(optional) {
+            check.field(field, hex::is_sha256(value), value, "a SHA-256 in lower-case hex")?;
+        }
+        Ok(())
+    }
+}
+
 impl Manifest {
     /// Reads a verified target's bytes and checks them: [`Self::check`].
     pub fn read(bytes: &[u8], image: &str, release: u64) -> Result<Self, FormatError> {
@@ -102,6 +114,9 @@ impl Manifest {
         if self.image != image || self.release != release {
             let (expected, got) = (format!("{image}/{release}"), format!("{}/{}", self.image, self.release));
             return Err(FormatError::WrongRelease { expected, got });
+        }
+        if let Some(measured) = &self.measured {
+            measured.check(&check)?;
         }
         let product = &self.product;
         let word =

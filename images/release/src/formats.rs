@@ -104,6 +104,26 @@ pub struct Manifest {
     pub writable: Vec<WritableMount>,
     /// List of packages in the root.
     pub sbom: Option<Artifact>,
+    /// What a TPM measures of it; none: built before Kiln predicted it, so that no machine is attested with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<Measured>,
+}
+
+/// What a machine's TPM measures when it boots a release. Hashes are SHA-256, lower-case hex.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Measured {
+    /// PCR 11 in the initramfs.
+    pub pcr11: String,
+    /// Authenticode digest of the UKI, which firmware measures into PCR 4.
+    pub uki: String,
+    /// The same of the kernel inside: the stub lets firmware load it.
+    pub kernel: String,
+    /// The same of the boot loader that it puts on a disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loader: Option<String>,
+    /// The site's Secure Boot certificate (DER); none: not signed for Secure Boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<String>,
 }
 
 /// The agent API as the site signs it.

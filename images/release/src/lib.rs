@@ -19,6 +19,7 @@ mod exec;
 mod formats;
 pub mod hex;
 pub mod key;
+pub mod measured;
 pub mod network;
 pub mod newc;
 pub mod pe;
@@ -38,7 +39,7 @@ pub use error::{
 pub use exec::{EXEC_PATH, EXEC_TYPE, ExecFail, ExecMode, ExecPolicy, ExecRule, MAX_EXEC_HASHES, MAX_EXEC_RULES};
 pub use formats::{
     AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, DbxUpdate, DiskSettings, FilePolicy, HANDOFF_PATH,
-    IPE_POLICY_PATH, MANIFEST_TYPE, Manifest, Mode, ROOT_SIGNATURE_PATH, RevokedProgram, SITE_TYPE, Site, SiteSettings,
-    VerityParams, WipePolicy, WritableMount,
+    IPE_POLICY_PATH, MANIFEST_TYPE, Manifest, Measured, Mode, ROOT_SIGNATURE_PATH, RevokedProgram, SITE_TYPE, Site,
+    SiteSettings, VerityParams, WipePolicy, WritableMount,
 };
 pub use key::{PublicKey, Scheme, Signer};

@@ -256,12 +256,12 @@ impl<'a> Uki<'a> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use proptest::prelude::*;
 
     /// A PE32+ file of headers and the given sections, 512-aligned.
-    fn image(sections: &[(&str, &[u8])]) -> Vec<u8> {
+    pub(crate) fn image(sections: &[(&str, &[u8])]) -> Vec<u8> {
         let mut file = vec![0_u8; 512];
         file[..2].copy_from_slice(b"MZ");
         file[0x3c] = 0x40;

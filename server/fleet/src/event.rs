@@ -1,5 +1,6 @@
 //! What can happen to a machine, and what follows.
 
+use crate::attestation::Proven;
 use crate::boots::StageAt;
 use crate::expected::Comparison;
 use crate::hardware::HardwareEvent;
@@ -35,6 +36,10 @@ pub enum Event {
     Downloaded,
     /// Its agent reported.
     Report(Box<Reported>),
+    /// What its TPM proved was checked.
+    Proven(Box<Proven>),
+    /// A person accepts its TPM and firmware as they are now.
+    AcceptTpm,
     /// A person, or the pre-loaded list, said what it is for.
     Approve {
         /// Its name.

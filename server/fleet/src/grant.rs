@@ -56,6 +56,9 @@ pub fn desire(machine: &Machine, key: &KeyId) -> Desire {
             "another identity key is {title}'s: if this is {title} itself, run `kiln machine clear {title}`"
         ));
     }
+    if let Some(reason) = machine.unproven() {
+        return Desire::Wait(reason);
+    }
     if machine.is_held_for_acceptance() {
         return Desire::Wait(machine.acceptance_words().unwrap_or_default());
     }

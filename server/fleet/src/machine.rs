@@ -1,6 +1,7 @@
 //! Everything the server remembers of one machine.
 
 use crate::acceptance::{AcceptanceRun, Demand};
+use crate::attestation::Attestations;
 use crate::boots::Boot;
 use crate::condition::KnownCondition;
 use crate::drift::{DriftPolicy, KnownDrift};
@@ -146,6 +147,12 @@ pub struct Machine {
     /// Firmware packets that came in its name while its agent spoke; at most [`crate::HELD_KEPT`] boots.
     #[serde(default)]
     pub held_packets: Vec<HeldBoot>,
+    /// What its TPM proved.
+    #[serde(default)]
+    pub attestations: Attestations,
+    /// Its role gives releases only to attested boots, by the configuration; not stored.
+    #[serde(skip)]
+    pub attested_only: bool,
     /// The boot that ends when it is put up anew.
     #[serde(default)]
     pub rebuilding: Option<String>,
@@ -214,6 +221,8 @@ impl Machine {
             last_seen: now,
             agent_seen: None,
             held_packets: Vec::new(),
+            attestations: Attestations::default(),
+            attested_only: false,
             rebuilding: None,
             rebuild_for: crate::rebuild::age(),
             drift: KnownDrift::default(),

@@ -127,7 +127,7 @@ impl Machine {
         let two = "two machines with different identity keys report under this id";
         let act = format!("find the false one, then run `kiln machine clear {}`", self.title());
         let keeps = self.facts.as_ref().is_some_and(|f| match f.key_storage {
-            KeyStorage::EfiVariable | KeyStorage::File => true,
+            KeyStorage::Tpm | KeyStorage::EfiVariable | KeyStorage::File => true,
             KeyStorage::Ephemeral => false,
         });
         let current = self.boots.back().is_some_and(|b| b.boot_id == reported.report.boot_id);

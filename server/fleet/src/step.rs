@@ -35,6 +35,8 @@ impl Machine {
             | Event::Retire
             | Event::Replaced { .. }
             | Event::Excuse { .. }
+            | Event::Proven(_)
+            | Event::AcceptTpm
             | Event::Tick => self.lapse(limits, now, &mut out),
         }
         let speaks = self.agent_seen.is_some();
@@ -63,6 +65,8 @@ impl Machine {
             Event::Retire => self.retire("a person took it out of service", now, &mut out),
             Event::Replaced { by } => self.retire(&format!("{by} took its place"), now, &mut out),
             Event::Excuse { reason } => self.excuse(reason, &mut out),
+            Event::Proven(proven) => self.proven(*proven, now, &mut out),
+            Event::AcceptTpm => self.accept_tpm(&mut out),
             Event::Tick => self.tick(limits, now, &mut out),
             Event::ServerStarted => {
                 // The server was deaf: nobody is late before a full deadline has passed again.
@@ -255,6 +259,9 @@ impl Machine {
                     Some(Assigned { release, sequence: self.next_sequence(), via: Via::Cold, order: None, rebuild: 0 });
                 self.unproven = true;
                 self.attempts = 0;
+                // Who approves it, approves the TPM that it has proven.
+                self.attestations.pinned = None;
+                self.pin_tpm();
                 self.held_packets.iter_mut().for_each(|held| held.superseded = true);
                 out.push(Action::Sign);
                 wake(out);

@@ -73,6 +73,7 @@ pub const CALLS: &[Call] = &[
     change("POST", "/api/v1/machines/{machine}/excuse", Technician, "excuse"),
     change("PUT", "/api/v1/machines/{machine}/assignment", Operator, "assign"),
     change("POST", "/api/v1/machines/{machine}/clear", Operator, "clear"),
+    change("POST", "/api/v1/machines/{machine}/accept", Operator, "accept"),
     change("POST", "/api/v1/machines/{machine}/retire", Operator, "retire"),
     change("POST", "/api/v1/machines/{machine}/replace", Operator, "replace"),
     change("POST", "/api/v1/machines/{machine}/revoke-key", Operator, "revoke-key"),

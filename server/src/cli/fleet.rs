@@ -6,6 +6,7 @@ use super::table::{ago, ahead, table};
 use super::{Assign, At, Machine, order};
 use crate::view::{MachineView, ReleaseView};
 use jiff::Timestamp;
+use kiln_protocol::AttestationState;
 use reqwest::Method;
 use serde_json::json;
 use std::fmt::Write as _;
@@ -41,6 +42,11 @@ pub(super) async fn machine(command: Machine) -> Result<(), CliError> {
             let excused: MachineView =
                 Client::new(&at)?.change(Method::POST, &path, &json!({ "reason": reason })).await?;
             print(&format!("{} is {}: {}\n", excused.name, excused.state, excused.reason))
+        }
+        Machine::Accept { machine, at } => {
+            let path = format!("machines/{}/accept", segment(&machine));
+            let accepted: MachineView = Client::new(&at)?.change(Method::POST, &path, &json!({})).await?;
+            print(&format!("{}: the TPM and the firmware that it proves next are its own\n", accepted.name))
         }
         Machine::Replace { old, new, at } => {
             let path = format!("machines/{}/replace", segment(&old));
@@ -156,7 +162,7 @@ fn list(machines: &[MachineView], now_ms: i64) -> String {
                 m.stage_label.clone(),
                 release(m),
                 assigned,
-                m.protection.map_or("-", kiln_protocol::ProtectionClass::as_str).to_owned(),
+                protection(m),
                 ago(m.last_seen_ms, now_ms),
                 m.last_words.clone(),
             ]
@@ -228,16 +234,41 @@ fn condition(text: &mut String, m: &MachineView) {
     }
 }
 
+/// The class, and beside it what a person must not overlook.
+fn protection(m: &MachineView) -> String {
+    let class = m.protection.map_or("-", kiln_protocol::ProtectionClass::as_str);
+    match m.attestation.as_ref() {
+        Some(a) if a.state == AttestationState::Failed => format!("{class}, ATTESTATION FAILED"),
+        Some(a) if a.carried => format!("{class}, by kexec"),
+        Some(_) | None => class.to_owned(),
+    }
+}
+
+fn tpm(m: &MachineView) -> String {
+    let endorsement = m.attestation.as_ref().and_then(|a| a.endorsement.as_ref());
+    let approved = m.attestation.as_ref().and_then(|a| a.approved_endorsement.as_ref());
+    match (endorsement, approved) {
+        (Some(is), Some(was)) if is == was => format!("endorsement key {is}, as approved"),
+        (Some(is), Some(was)) => format!("endorsement key {is}; approved is {was}"),
+        (Some(is), None) => format!("endorsement key {is}"),
+        (None, Some(was)) => format!("not proven; approved is endorsement key {was}"),
+        (None, None) => "-".to_owned(),
+    }
+}
+
 fn show(m: &MachineView, now_ms: i64) -> String {
     let mut text = String::new();
     let dash = || "-".to_owned();
     let identity = m.key_storage.map_or_else(dash, |k| match k {
         kiln_protocol::KeyStorage::Ephemeral => "name only (its key is new at each boot)".into(),
+        kiln_protocol::KeyStorage::Tpm => "key sealed by its TPM".into(),
         kiln_protocol::KeyStorage::EfiVariable | kiln_protocol::KeyStorage::File => format!("key in {k} (weak)"),
     });
     let memory = m.rollback_memory.map_or_else(dash, |r| match r {
         kiln_protocol::RollbackMemory::None => "no rollback memory".into(),
-        kiln_protocol::RollbackMemory::EfiVariable | kiln_protocol::RollbackMemory::File => r.to_string(),
+        kiln_protocol::RollbackMemory::TpmNv
+        | kiln_protocol::RollbackMemory::EfiVariable
+        | kiln_protocol::RollbackMemory::File => r.to_string(),
     });
     let assigned = m.assigned.as_ref();
     let assigned =
@@ -272,6 +303,8 @@ fn show(m: &MachineView, now_ms: i64) -> String {
         ("prefetch", prefetch),
         ("last good", m.last_good.as_ref().map_or_else(dash, ToString::to_string)),
         ("protection", m.protection.map_or_else(dash, |p| p.to_string())),
+        ("attestation", m.attestation.as_ref().map_or_else(dash, |a| format!("{}: {}", a.state, a.reason))),
+        ("TPM", tpm(m)),
         ("identity", identity),
         ("key", m.key.as_ref().map_or_else(dash, ToString::to_string)),
         ("other key", m.other_key.as_ref().map_or_else(dash, ToString::to_string)),
@@ -499,6 +532,7 @@ mod tests {
             key_storage: Some(kiln_protocol::KeyStorage::Ephemeral),
             rollback_memory: Some(kiln_protocol::RollbackMemory::None),
             protection: None,
+            attestation: None,
             product: String::new(),
             serial: String::new(),
             macs: Vec::new(),

@@ -266,6 +266,13 @@ enum Machine {
         #[command(flatten)]
         at: At,
     },
+    /// Accept a machine's TPM and firmware as they are now, after a change that you know of
+    Accept {
+        /// Name or id
+        machine: String,
+        #[command(flatten)]
+        at: At,
+    },
     /// Say why a machine is away: it holds no other machine up until it is healthy again
     Excuse {
         /// Name or id

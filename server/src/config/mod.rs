@@ -123,13 +123,15 @@ pub struct Role {
     pub settings: RoleSettings,
     /// New machines are held until they passed an acceptance run with these numbers; none: they are not.
     pub acceptance: Option<Least>,
+    /// It gives releases only to boots that a TPM attests.
+    pub attested: bool,
 }
 
 impl Role {
     /// With nothing but an image.
     pub fn of(image: ImageName) -> Self {
         let (drift, settings) = (DriftPolicy::default(), RoleSettings::default());
-        Self { image, thresholds: BTreeMap::new(), drift, settings, acceptance: None }
+        Self { image, thresholds: BTreeMap::new(), drift, settings, acceptance: None, attested: false }
     }
 }
 
@@ -168,7 +170,7 @@ impl Config {
         self.machines.get(id)?.key.as_ref()
     }
 
-    /// Tells a machine what its role says of its age, its drift, and of new hardware.
+    /// Tells a machine what its role says of its age, its drift, its boots, and of new hardware.
     pub fn rule(&self, machine: &mut kiln_fleet::Machine) {
         let role = machine.role.as_ref();
         machine.max_age = role.and_then(|role| self.max_ages.get(role)).copied();
@@ -176,6 +178,7 @@ impl Config {
         machine.drift_policy = role.map(|role| role.drift).unwrap_or_default();
         let least = role.and_then(|role| role.acceptance);
         machine.demand = kiln_fleet::Demand { required: least.is_some(), least: least.unwrap_or_default() };
+        machine.attested_only = role.is_some_and(|role| role.attested);
     }
 
     /// A role's image.

@@ -115,6 +115,8 @@ struct RawRole {
     image: String,
     max_age: Option<String>,
     #[serde(default)]
+    attested: bool,
+    #[serde(default)]
     boot_first: BootFirst,
     #[serde(default)]
     exec: ExecChoice,
@@ -292,7 +294,10 @@ impl TryFrom<Raw> for Config {
                 }
             };
             if roles
-                .insert(role.name.clone(), Role { image, thresholds, drift: role.drift, settings, acceptance })
+                .insert(
+                    role.name.clone(),
+                    Role { image, thresholds, drift: role.drift, settings, acceptance, attested: role.attested },
+                )
                 .is_some()
             {
                 return Err(bad("role.name", format!("{:?} is there twice", role.name)));

@@ -3,6 +3,7 @@
 //! One lock holds all machines. A step is taken under it and its rows are handed to the store in the same order; then
 //! the lock is given up, the commit awaited, and only after that anybody is answered or told.
 
+mod attestation;
 mod crowd;
 mod dbx;
 mod director;
@@ -73,6 +74,7 @@ pub(crate) struct Inner {
     /// What unknown machines may still change.
     crowd: crowd::Crowd,
     introductions: introductions::Introductions,
+    attestations: attestation::Questions,
     wrong: introductions::Wrong,
     comparing: expected::Comparing,
 }
@@ -168,6 +170,7 @@ impl Control {
             order_texts: Self::load_orders(&store, now).await?,
             crowd: crowd::Crowd::new(now),
             introductions: introductions::Introductions::default(),
+            attestations: attestation::Questions::default(),
             wrong: introductions::Wrong::default(),
             comparing: expected::Comparing::default(),
         };

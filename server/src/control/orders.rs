@@ -160,6 +160,11 @@ impl Control {
         self.order(machine, Event::Excuse { reason: reason.to_owned() }, by, &format!("excused: {reason}")).await
     }
 
+    /// A person accepts a machine's TPM and firmware as they are now: what it proves next is pinned.
+    pub async fn accept_tpm(&self, machine: &str, by: &str) -> Result<(), ControlError> {
+        self.order(machine, Event::AcceptTpm, by, "accepted: its TPM and firmware, as it proves them next").await
+    }
+
     async fn order(&self, machine: &str, event: Event, by: &str, what: &str) -> Result<(), ControlError> {
         let pending = {
             let mut inner = self.lock();

@@ -65,6 +65,7 @@ impl Control {
             let (wanted, pending) = self.wanted(&id, &key)?;
             let order = Self::order_for(&self.lock(), &id, &key).filter(|_| !self.access.is_revoked(&key));
             let wanted = wanted.with_order(order);
+            let wanted = Wanted { attest: self.wants_proof(&id, &key), ..wanted };
             self.finish(pending).await?;
             let may_wait = self.held.load(Ordering::Relaxed) < MAX_HELD;
             let again_ms = match (wait_s > 0 && may_wait, wanted.busy) {
@@ -216,8 +217,8 @@ impl Control {
             None => None,
         };
         let desired = Desired { etag: wanted.etag, decision, order };
-        let Wanted { thresholds, dbx, .. } = wanted;
-        Ok(Reply { desired, again_ms, may_wait, about: None, thresholds, dbx })
+        let Wanted { thresholds, dbx, attest, .. } = wanted;
+        Ok(Reply { desired, again_ms, may_wait, about: None, thresholds, dbx, attest })
     }
 }
 
@@ -231,6 +232,8 @@ struct Wanted {
     thresholds: BTreeMap<String, String>,
     /// What its firmware may have and lacks.
     dbx: Option<DbxOffer>,
+    /// Its TPM is asked what it booted.
+    attest: bool,
     what: What,
     /// An operator's order that goes with it.
     order: Option<String>,
@@ -245,7 +248,7 @@ impl Wanted {
     fn wait(reason: String, busy: bool) -> Self {
         let etag = hex::sha256(reason.as_bytes())[..16].to_owned();
         let thresholds = BTreeMap::new();
-        Self { etag, busy, thresholds, dbx: None, what: What::Wait(reason), order: None }
+        Self { etag, busy, thresholds, dbx: None, attest: false, what: What::Wait(reason), order: None }
     }
 
     fn run(envelope: Envelope, via: Via, grant: Grant, busy: bool) -> Self {
@@ -253,7 +256,7 @@ impl Wanted {
             serde_json::to_vec(&(&envelope.text, via, &grant)).expect("strings and words always become JSON");
         let what = What::Run { envelope, via, grant };
         let etag = hex::sha256(&identity)[..16].to_owned();
-        Self { etag, busy, thresholds: BTreeMap::new(), dbx: None, what, order: None }
+        Self { etag, busy, thresholds: BTreeMap::new(), dbx: None, attest: false, what, order: None }
     }
 
     fn with_order(mut self, order: Option<String>) -> Self {

@@ -1,6 +1,8 @@
 //! A machine as the operator API shows it.
 
-use crate::view::{AssignedView, BootView, ConditionView, EventView, MachineView, ReleaseView, StageView};
+use crate::view::{
+    AssignedView, AttestationView, BootView, ConditionView, EventView, MachineView, ReleaseView, StageView,
+};
 use kiln_fleet::{Boot, EventAt, KnownCondition, Machine, Millis, StageAt, StateKind};
 use kiln_protocol::{ApprovalCode, Sha256Hex, StageState};
 use kiln_release::Manifest;
@@ -56,7 +58,8 @@ impl MachineView {
             code: code(m),
             key_storage: facts.map(|f| f.key_storage),
             rollback_memory: facts.map(|f| f.rollback_memory),
-            protection: facts.map(|f| f.protection),
+            protection: m.protection(),
+            attestation: facts.map(|_| attestation(m)),
             product: facts.map_or_else(String::new, |f| f.product.clone()),
             serial: facts.map_or_else(String::new, |f| f.serial.clone()),
             macs: facts.map_or_else(Vec::new, |f| f.macs.clone()),
@@ -72,6 +75,19 @@ impl MachineView {
 fn code(m: &Machine) -> Option<ApprovalCode> {
     let (of, code) = m.code.as_ref()?;
     (m.state.kind == StateKind::Discovered && m.key.as_ref() == Some(of)).then(|| code.clone())
+}
+
+fn attestation(m: &Machine) -> AttestationView {
+    let (state, reason) = m.attestation();
+    let proof = m.proof();
+    AttestationView {
+        state,
+        reason,
+        carried: proof.is_some_and(|proof| proof.carried),
+        at_ms: proof.map(|proof| signed(proof.at)),
+        endorsement: proof.and_then(|proof| proof.endorsement.clone()),
+        approved_endorsement: m.attestations.pinned.as_ref().map(|pinned| pinned.endorsement.clone()),
+    }
 }
 
 fn condition(m: &Machine) -> ConditionView {

@@ -4,7 +4,7 @@ use super::authorize::{Failure, caller};
 use super::{App, Peer};
 use crate::catalog::Release;
 use crate::control::{LogQuery, Told, now_ms};
-use crate::error::{AccessError, CodeError, ControlError, ExpectedError, LogError, StoreError};
+use crate::error::{AccessError, AttestationError, CodeError, ControlError, ExpectedError, LogError, StoreError};
 use crate::view::{HardwareView, LogView, MachineView, OrderView, ReceiptView, ReleaseView};
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
@@ -44,6 +44,7 @@ pub(super) fn changes() -> Router<App> {
         .route("/api/v1/machines/{machine}/retire", post(retire))
         .route("/api/v1/machines/{machine}/replace", post(replace))
         .route("/api/v1/machines/{machine}/excuse", post(excuse))
+        .route("/api/v1/machines/{machine}/accept", post(accept))
         .layer(DefaultBodyLimit::max(16 << 10))
         .route("/api/v1/orders", get(orders).post(submit).layer(DefaultBodyLimit::max(128 << 10)))
 }
@@ -90,6 +91,7 @@ impl From<ControlError> for ApiError {
             ControlError::Log(e) => log_status(e),
             ControlError::Code(e) => code_status(e),
             ControlError::Expected(e) => expected_status(e),
+            ControlError::Attestation(e) => attestation_status(e),
             ControlError::NotItsKey(_) => StatusCode::FORBIDDEN,
             ControlError::TooLongForAStranger { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ControlError::TooManyUnknown | ControlError::TooManyOrders { .. } => StatusCode::TOO_MANY_REQUESTS,
@@ -112,6 +114,15 @@ fn expected_status(e: &ExpectedError) -> StatusCode {
         ExpectedError::File(_) => StatusCode::UNPROCESSABLE_ENTITY,
         ExpectedError::NotListed(_) => StatusCode::NOT_FOUND,
         ExpectedError::Task(_) => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+fn attestation_status(e: &AttestationError) -> StatusCode {
+    match e {
+        AttestationError::TooOften => StatusCode::TOO_MANY_REQUESTS,
+        AttestationError::NotReported | AttestationError::NotAsked => StatusCode::CONFLICT,
+        AttestationError::Key(_) | AttestationError::Point => StatusCode::UNPROCESSABLE_ENTITY,
+        AttestationError::Random => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 
@@ -360,6 +371,15 @@ async fn excuse(
 ) -> Result<Json<MachineView>, ApiError> {
     let Json(order) = body?;
     app.control.excuse(&machine, &order.reason, &who(&peer)).await?;
+    Ok(Json(app.control.view(&machine)?))
+}
+
+async fn accept(
+    State(app): State<App>,
+    Extension(peer): Extension<Peer>,
+    Path(machine): Path<String>,
+) -> Result<Json<MachineView>, ApiError> {
+    app.control.accept_tpm(&machine, &who(&peer)).await?;
     Ok(Json(app.control.view(&machine)?))
 }
 

@@ -2,6 +2,7 @@
 //! operator API for this host's own users on the Unix socket.
 
 mod agent;
+mod agent_attestation;
 mod agent_body;
 mod agent_introduction;
 mod agent_log;

@@ -191,7 +191,11 @@ function show(machine) {
   const fetched = way ? `, ${Math.floor((100 * way.received_bytes) / Math.max(1, way.total_bytes))} % fetched` : "";
   cell(row, "assigned", release(machine.assigned) + fetched);
   const weak = machine.key_storage === "ephemeral" ? "name only, " : "";
-  cell(row, "protection", weak + (machine.protection || "–"), machine.rollback_memory === "none" ? "no rollback memory" : "");
+  const proof = machine.attestation;
+  const proven = !proof ? "" : proof.state === "failed" ? ", attestation failed" : proof.carried ? ", by kexec" : "";
+  const memory = machine.rollback_memory === "none" ? "no rollback memory" : "";
+  const verdict = proof ? `${proof.state}: ${proof.reason}` : "";
+  cell(row, "protection", weak + (machine.protection || "–") + proven, [verdict, memory].filter(Boolean).join("; "));
   cell(row, "words", machine.last_words || machine.reason || "");
   cell(row, "seen", ago(machine.last_seen_ms));
 }

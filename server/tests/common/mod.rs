@@ -10,7 +10,9 @@ use kiln_images::{Memory, SiteDir, init_lab};
 use kiln_protocol::*;
 use kiln_release::certificate::self_signed_certificate;
 use kiln_release::verity::{BLOCK, TreeBuilder};
-use kiln_release::{Artifact, FilePolicy, HealthCheck, HealthKind, MANIFEST_TYPE, Manifest, Signer, VerityParams, hex};
+use kiln_release::{
+    Artifact, FilePolicy, HealthCheck, HealthKind, MANIFEST_TYPE, Manifest, Measured, Signer, VerityParams, hex,
+};
 use kiln_server::catalog::Catalog;
 use kiln_server::config::Config;
 use kiln_server::control::Control;
@@ -74,9 +76,18 @@ pub fn build(site: &SiteDir, release: u64) -> Manifest {
         health: vec![HealthCheck::of(HealthKind::Systemd, 5)],
         writable: vec![],
         sbom: None,
+        measured: Some(measured(release)),
     };
     fs::write(folder.join("manifest.json"), serde_json::to_vec_pretty(&manifest).unwrap()).unwrap();
     manifest
+}
+
+/// What a TPM measures of such a release.
+pub fn measured(release: u64) -> Measured {
+    let parts: [u8; 32] = hex::decode(&hex::sha256(format!("parts {release}").as_bytes())).unwrap().try_into().unwrap();
+    let pcr11 = hex::encode(&kiln_release::measured::extend(&[0; 32], &parts));
+    let [uki, kernel] = ["uki", "kernel"].map(|what| hex::sha256(format!("{what} {release}").as_bytes()));
+    Measured { pcr11, uki, kernel, loader: None, certificate: Some(hex::sha256(b"site")) }
 }
 
 pub struct TestSite {
@@ -395,6 +406,7 @@ impl Agent {
                 rollback_memory: RollbackMemory::EfiVariable,
                 protection: ProtectionClass::Unprotected,
                 memory_bytes: 1 << 30,
+                tpm: None,
             },
             nonce: format!("{:062x}{:02x}", self.seq, self.n).parse().unwrap(),
             embedded: self.embedded.clone(),

@@ -225,6 +225,7 @@ impl Forgery {
             about: None,
             thresholds: std::collections::BTreeMap::new(),
             dbx: None,
+            attest: false,
         }
     }
 }

@@ -37,6 +37,7 @@ pub fn report(machine: u8, boot: &str, seq: u64, release: u64) -> Report {
             rollback_memory: RollbackMemory::EfiVariable,
             protection: ProtectionClass::Unprotected,
             memory_bytes: 1 << 30,
+            tpm: None,
         },
         nonce: "00".repeat(32).parse().unwrap(),
         embedded: RunningRelease { image: "minimal".parse().unwrap(), release, root_hash: root(release) },

@@ -1,0 +1,59 @@
+//! The machine's side of a proof: its TPM opens the server's credential and quotes its PCRs. See
+//! `kiln_protocol::Attestation`. A proof that fails stops nothing here: what follows from it is the server's to say.
+
+use crate::api::Api;
+use crate::change::blocking;
+use crate::error::{AgentError, Result};
+use crate::tpm::{self, Tpm};
+use kiln_protocol::tpm::qualifying_data;
+use kiln_protocol::{Attestation, Challenge, HexBytes, Judged, KeyId, MachineId, Sha256Hex};
+use kiln_release::hex;
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// A TPM that has not answered after so long is given up; some take seconds to make a key.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Both steps.
+pub async fn prove(api: &mut Api, machine: &MachineId, boot_id: &str, key: &KeyId) -> Result<Judged> {
+    let (mut tpm, keys) = work(|| {
+        let mut tpm = Tpm::open()?.ok_or(AgentError::NoTpm)?;
+        let keys = tpm.keys()?;
+        Ok((tpm, keys))
+    })
+    .await?;
+    let hello = Attestation::Hello {
+        machine: machine.clone(),
+        boot_id: boot_id.to_owned(),
+        endorsement: HexBytes(keys.endorsement_public.clone()),
+        attestation: HexBytes(keys.attestation_public.clone()),
+    };
+    let challenge: Challenge = api.attest(&hello).await?;
+    let qualifying = qualifying_data(challenge.nonce.as_str(), key.as_str(), boot_id);
+    let (secret, proof, log) = work(move || {
+        let Challenge { id_object, encrypted_secret, .. } = challenge;
+        let secret = tpm.open_credential(&keys, &id_object.0, &encrypted_secret.0)?;
+        let proof = tpm.prove(&keys, &qualifying)?;
+        Ok((secret, proof, tpm::event_log()))
+    })
+    .await?;
+    let digits = |bytes: &[u8]| hex::encode(bytes).parse::<Sha256Hex>();
+    let secret = digits(&secret).map_err(|_| AgentError::Unreachable {
+        url: api.server().to_owned(),
+        reason: "its credential holds no secret of 32 bytes".into(),
+    })?;
+    let prove = Attestation::Prove {
+        machine: machine.clone(),
+        boot_id: boot_id.to_owned(),
+        secret,
+        pcrs: proof.pcrs.iter().map(|value| digits(value).expect("32 bytes are 64 hex digits")).collect(),
+        quoted: HexBytes(proof.quote.attest),
+        signature: HexBytes(proof.quote.signature),
+        event_log: HexBytes(log),
+    };
+    api.attest(&prove).await
+}
+
+async fn work<T: Send + 'static>(task: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    timeout(PATIENCE, blocking(task)).await.unwrap_or(Err(AgentError::SilentTpm { seconds: PATIENCE.as_secs() }))
+}

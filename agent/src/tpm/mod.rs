@@ -1,0 +1,142 @@
+//! This machine's TPM: which keys it has, its quote, what the server's credential gives, and the cap that says that the
+//! initramfs was left. What is said to it is `kiln_protocol::tpm`.
+
+mod device;
+mod nv;
+mod sealed;
+#[cfg(test)]
+mod tests;
+
+pub use device::{Tpm, TpmFault};
+
+use crate::memory::random;
+use kiln_protocol::tpm::command;
+use kiln_protocol::tpm::{ENDORSEMENT, QUOTED, Quote, Template};
+use kiln_protocol::{EVENT_LOG_LIMIT, TpmPresence};
+use std::io::Read;
+use std::path::Path;
+
+/// The PCR that names the UKI, and takes the cap.
+const UKI_PCR: u8 = 11;
+/// Where firmware's event log is (Linux Documentation/security/tpm/tpm_event_log.rst).
+const EVENT_LOG: &str = "/sys/kernel/security/tpm0/binary_bios_measurements";
+
+type Result<T> = std::result::Result<T, TpmFault>;
+
+/// The keys that prove which TPM this is, made of its seeds anew at each boot.
+#[derive(Debug)]
+pub struct Keys {
+    endorsement: u32,
+    attestation: u32,
+    /// Public areas.
+    pub endorsement_public: Vec<u8>,
+    pub attestation_public: Vec<u8>,
+}
+
+/// A quote and what it is over.
+#[derive(Debug)]
+pub struct Proof {
+    pub quote: Quote,
+    pub pcrs: Vec<[u8; 32]>,
+}
+
+/// What there is of a TPM.
+pub fn presence() -> TpmPresence {
+    match Tpm::open() {
+        Ok(None) => TpmPresence::Absent,
+        Ok(Some(mut tpm)) => match tpm.run(&command::pcr_read(UKI_PCR)) {
+            Ok(_) => TpmPresence::Ready,
+            Err(_) => TpmPresence::Unusable,
+        },
+        Err(_) => TpmPresence::Unusable,
+    }
+}
+
+/// From here on this boot is past its initramfs ([`Tpm::cap`]). A TPM that fails costs no boot.
+pub fn leave_initramfs() {
+    match Tpm::open() {
+        Ok(None) => {}
+        Ok(Some(mut tpm)) => {
+            if let Err(error) = tpm.cap() {
+                println!("kiln-agent: PCR {UKI_PCR} could not be capped: {error}");
+            }
+        }
+        Err(error) => println!("kiln-agent: PCR {UKI_PCR} could not be capped: {error}"),
+    }
+}
+
+/// Firmware's event log; empty where the kernel has none, or one that is too long to be sent.
+pub fn event_log() -> Vec<u8> {
+    let mut log = Vec::new();
+    let limit = EVENT_LOG_LIMIT as u64;
+    let read = std::fs::File::open(Path::new(EVENT_LOG)).and_then(|file| file.take(limit + 1).read_to_end(&mut log));
+    match read {
+        Ok(length) if length <= EVENT_LOG_LIMIT => log,
+        Ok(_) => {
+            println!("kiln-agent: the firmware's event log is longer than {EVENT_LOG_LIMIT} bytes, and not sent");
+            Vec::new()
+        }
+        Err(error) => {
+            println!("kiln-agent: {EVENT_LOG}: {error}: firmware left no event log");
+            Vec::new()
+        }
+    }
+}
+
+impl Tpm {
+    /// Makes both keys.
+    pub fn keys(&mut self) -> Result<Keys> {
+        let (endorsement, endorsement_public) =
+            self.run(&command::create_primary(ENDORSEMENT, Template::Endorsement))?;
+        let (attestation, attestation_public) =
+            self.run(&command::create_primary(ENDORSEMENT, Template::Attestation))?;
+        Ok(Keys { endorsement, attestation, endorsement_public, attestation_public })
+    }
+
+    /// What a credential for these keys holds.
+    pub fn open_credential(&mut self, keys: &Keys, id_object: &[u8], encrypted_secret: &[u8]) -> Result<Vec<u8>> {
+        let nonce = random().map_err(|e| std::io::Error::other(e.to_string()))?;
+        let session = self.run(&command::start_policy(&nonce))?;
+        let Keys { endorsement, attestation, .. } = *keys;
+        let opened = self.run(&command::policy_secret(ENDORSEMENT, session)).and_then(|()| {
+            self.run(&command::activate_credential(attestation, endorsement, session, id_object, encrypted_secret))
+        });
+        if opened.is_err() {
+            // It ends with the command that uses it; this one was not done.
+            let _ = self.run(&command::flush(session));
+        }
+        opened
+    }
+
+    /// Quotes. A PCR that is extended between the quote and the reading of its value would make the two differ: then it is
+    /// done again.
+    pub fn prove(&mut self, keys: &Keys, qualifying: &[u8; 32]) -> Result<Proof> {
+        let mut before = self.pcrs()?;
+        for _ in 0..3 {
+            let quote = self.run(&command::quote(keys.attestation, qualifying))?;
+            let after = self.pcrs()?;
+            if after == before {
+                return Ok(Proof { quote, pcrs: after });
+            }
+            before = after;
+        }
+        Err(std::io::Error::other("its PCRs change while they are quoted").into())
+    }
+
+    fn pcrs(&mut self) -> Result<Vec<[u8; 32]>> {
+        QUOTED.iter().map(|pcr| self.run(&command::pcr_read(*pcr))).collect()
+    }
+
+    /// Forgets the keys, where no resource manager does.
+    #[cfg(test)]
+    pub fn forget(&mut self, keys: &Keys) -> Result<()> {
+        self.run(&command::flush(keys.endorsement))?;
+        self.run(&command::flush(keys.attestation))
+    }
+
+    /// From here on this boot is past its initramfs: what was sealed to the state before is no longer given out, and a quote
+    /// says so.
+    pub fn cap(&mut self) -> Result<()> {
+        self.run(&command::pcr_extend(UKI_PCR, &kiln_release::measured::cap()))
+    }
+}

@@ -1,0 +1,147 @@
+//! Against a real software TPM. Its socket carries the same commands and answers as the kernel's device, without a resource
+//! manager: what is loaded is flushed here.
+
+use super::*;
+use kiln_protocol::tpm::{Auth, OWNER, pcr_digest, qualifying_data};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+struct Software {
+    child: Child,
+    dir: tempfile::TempDir,
+}
+
+impl Drop for Software {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Software {
+    /// None, with a line that says why, where swtpm is not installed.
+    fn start() -> Option<(Self, Tpm)> {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("tpm");
+        let child = Command::new("swtpm")
+            .args(["socket", "--tpm2", "--flags", "not-need-init,startup-clear", "--tpmstate"])
+            .arg(format!("dir={}", dir.path().display()))
+            .args(["--server", &format!("type=unixio,path={}", socket.display())])
+            .stdin(Stdio::null())
+            .spawn();
+        let Ok(child) = child else {
+            println!("skipped: swtpm is not installed (make setup)");
+            return None;
+        };
+        let this = Self { child, dir };
+        let limit = Instant::now() + Duration::from_secs(20);
+        let stream = loop {
+            match UnixStream::connect(this.dir.path().join("tpm")) {
+                Ok(stream) => break stream,
+                Err(_) if Instant::now() < limit => std::thread::yield_now(),
+                Err(error) => panic!("swtpm does not listen: {error}"),
+            }
+        };
+        Some((this, Tpm::over(stream)))
+    }
+}
+
+#[test]
+fn keys_are_the_same_at_each_making_and_a_quote_of_theirs_verifies() {
+    let Some((_running, mut tpm)) = Software::start() else { return };
+    assert_eq!(tpm.run(&command::get_random(16)).unwrap().len(), 16);
+    let keys = tpm.keys().unwrap();
+    let point = Template::Attestation.point(&keys.attestation_public).unwrap();
+    Template::Endorsement.point(&keys.endorsement_public).unwrap();
+
+    let nonce = "ab".repeat(32);
+    let before = tpm.prove(&keys, &qualifying_data(&nonce, &nonce, "boot")).unwrap();
+    let read = before.quote.verify(&point).unwrap();
+    assert_eq!(read.qualifying, qualifying_data(&nonce, &nonce, "boot"));
+    assert_eq!(read.pcr_digest, pcr_digest(before.pcrs.iter()));
+
+    tpm.cap().unwrap();
+    let after = tpm.prove(&keys, &[1; 32]).unwrap();
+    let expected = kiln_release::measured::extend(&[0; 32], &kiln_release::measured::cap());
+    let at = QUOTED.iter().position(|pcr| *pcr == UKI_PCR).unwrap();
+    assert_eq!((before.pcrs[at], after.pcrs[at]), ([0; 32], expected));
+    assert_eq!(after.quote.verify(&point).unwrap().pcr_digest, pcr_digest(after.pcrs.iter()));
+
+    tpm.forget(&keys).unwrap();
+    let again = tpm.keys().unwrap();
+    assert_eq!(again.attestation_public, keys.attestation_public);
+    assert_eq!(again.endorsement_public, keys.endorsement_public);
+    // What is no credential is refused, and the session that it was for is gone: the TPM has few.
+    for _ in 0..8 {
+        let error = tpm.open_credential(&again, &[0; 68], &[0; 68]).unwrap_err();
+        assert!(error.code().is_some(), "{error}");
+    }
+}
+
+#[test]
+fn what_is_sealed_to_pcrs_is_given_out_before_the_cap_and_not_after() {
+    let Some((_running, mut tpm)) = Software::start() else { return };
+    let (parent, _) = tpm.run(&command::create_primary(OWNER, Template::Storage)).unwrap();
+    let policy = |tpm: &mut Tpm| {
+        let session = tpm.run(&command::start_policy(&[7; 16])).unwrap();
+        tpm.run(&command::policy_pcr(session, &[UKI_PCR])).unwrap();
+        session
+    };
+    let session = policy(&mut tpm);
+    let digest = tpm.run(&command::policy_digest(session)).unwrap();
+    tpm.run(&command::flush(session)).unwrap();
+    let (private, public) = tpm.run(&command::seal(parent, b"secret", &digest)).unwrap();
+    let item = tpm.run(&command::load(parent, &private, &public)).unwrap();
+    let session = policy(&mut tpm);
+    assert_eq!(tpm.run(&command::unseal(item, Auth::Session(session))).unwrap(), b"secret");
+    // Its password is empty, and does not do.
+    assert!(tpm.run(&command::unseal(item, Auth::Password)).unwrap_err().code().is_some());
+    tpm.cap().unwrap();
+    let session = policy(&mut tpm);
+    let refused = tpm.run(&command::unseal(item, Auth::Session(session))).unwrap_err();
+    assert_eq!(refused.code(), Some(kiln_protocol::tpm::code::POLICY_FAIL));
+}
+
+#[test]
+fn its_memory_keeps_the_last_of_two_writings_and_outlives_a_cut_between() {
+    let Some((_running, mut tpm)) = Software::start() else { return };
+    assert_eq!(
+        tpm.run(&command::nv_size(0x0180_4b01)).unwrap_err().code(),
+        Some(kiln_protocol::tpm::code::NO_SUCH_HANDLE)
+    );
+    tpm.make_memory().unwrap();
+    tpm.make_memory().unwrap();
+    assert_eq!(tpm.recall().unwrap(), None);
+    let texts: Vec<Vec<u8>> = (1..=5_u8).map(|n| vec![n; usize::from(n) * 300]).collect();
+    for text in &texts {
+        tpm.memorise(text).unwrap();
+        assert_eq!(tpm.recall().unwrap().as_ref(), Some(text));
+    }
+    // The fifth lies in the first place. A sixth that was cut before its head was written leaves the fifth.
+    tpm.run(&command::nv_write(0x0180_4b02, &[9; 100], 1024)).unwrap();
+    assert_eq!(tpm.recall().unwrap().as_ref(), Some(&texts[4]));
+    tpm.memorise(b"sixth").unwrap();
+    assert_eq!(tpm.recall().unwrap().unwrap(), b"sixth");
+    // Of a damaged one the older is believed.
+    tpm.run(&command::nv_write(0x0180_4b02, b"x", 0)).unwrap();
+    assert_eq!(tpm.recall().unwrap().as_ref(), Some(&texts[4]));
+    assert!(tpm.memorise(&[0; 1600]).is_err(), "longer than a place");
+}
+
+#[test]
+fn what_one_tpm_sealed_no_other_unseals() {
+    let Some((_running, mut tpm)) = Software::start() else { return };
+    let Some((_other_running, mut other)) = Software::start() else { return };
+    let sealed = tpm.seal(&[42; 32]).unwrap();
+    // More often than a TPM has room for: nothing stays loaded.
+    for _ in 0..5 {
+        assert_eq!(tpm.unseal(&sealed).unwrap(), [42; 32]);
+    }
+    for _ in 0..5 {
+        assert!(other.unseal(&sealed).unwrap_err().code().is_some());
+    }
+    assert!(!sealed.windows(8).any(|piece| piece == [42; 8]));
+    assert!(tpm.unseal(&sealed[..1]).is_err() && tpm.unseal(&[0xff, 0xff, 0]).is_err());
+    assert_eq!(tpm.unseal(&sealed).unwrap(), [42; 32]);
+}

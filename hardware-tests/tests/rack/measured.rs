@@ -1,0 +1,87 @@
+//! Measured boot with real firmware, a software TPM and the real stub: what firmware and stub measure is what the release
+//! predicts, and what is not the release is named.
+
+use crate::secure_boot::secure;
+use kiln_lab::api::{AttestationView, MachineView};
+use kiln_lab::machine::{Firmware, MachineSpec};
+use kiln_lab::rack::{Rack, RackOptions};
+use kiln_lab::variables::NetworkBoot;
+use kiln_lab::{site, testing};
+
+const NAME: &str = "rack-1";
+const OPEN: &str = "rack-2";
+
+fn proof(view: &MachineView) -> &AttestationView {
+    view.attestation.as_ref().unwrap()
+}
+
+/// Switches it on, and waits for a verdict on this boot that is not the one before.
+fn boots(rack: &mut Rack, name: &str, case: &str, done: impl Fn(&AttestationView) -> bool) -> MachineView {
+    rack.machine(name).power_on().unwrap();
+    let judged = |v: &MachineView| v.attestation.as_ref().is_some_and(&done);
+    let view = rack.wait(name, case, judged).unwrap();
+    println!("{case}: {:?}", proof(&view));
+    view
+}
+
+/// Attested where the site's key alone may boot, over a kexec too. An addition to the command line, an altered boot program
+/// and another TPM fail with their reasons; without Secure Boot there is no proof.
+#[test]
+#[ignore = "slow: five boots of the firmware; make test-slow"]
+fn a_tpm_says_what_was_booted() {
+    testing::rack(|paths| {
+        let locked = MachineSpec { tpm: true, ..secure(paths, NetworkBoot::Pxe) };
+        let open = MachineSpec { tpm: true, ..MachineSpec::new(2, Firmware::Uefi(NetworkBoot::Pxe)) };
+        let mut options = RackOptions::scenario(paths, "measured-boot", locked);
+        options.machines.push(open);
+        let mut rack = Rack::start(paths, &options).unwrap();
+
+        rack.machine(NAME).power_on().unwrap();
+        let view = rack.wait_healthy(NAME, 1).unwrap();
+        println!("cold boot: {:?}", proof(&view));
+        assert_eq!(proof(&view).state, "attested", "{:?}", proof(&view));
+        assert_eq!(view.protection.as_deref(), Some("attested"));
+        let endorsement = proof(&view).endorsement.clone().unwrap();
+
+        rack.kiln(&["release", "publish", "minimal/2"]).unwrap();
+        rack.kiln(&["assign", NAME, "minimal/2", "--via", "kexec"]).unwrap();
+        let view = rack.wait_healthy(NAME, 2).unwrap();
+        println!("kexec: {:?}", proof(&view));
+        assert_eq!(proof(&view).reason, "attested at cold boot (minimal/1), carried by kexec");
+        assert!(proof(&view).carried && view.protection.as_deref() == Some("attested"));
+
+        // The same TPM, its key and its firmware's measurements, after the power was off.
+        let again = |v: &AttestationView| v.state != "unattested" && !v.carried;
+        let view = boots(&mut rack, NAME, "cold boot of release 2", again);
+        assert_eq!(proof(&view).state, "attested", "{:?}", proof(&view));
+        assert_eq!(proof(&view).endorsement.as_ref(), Some(&endorsement));
+
+        rack.machine(NAME).spec.smbios = vec!["io.systemd.stub.kernel-cmdline-extra=kiln.extra=1".into()];
+        let view = boots(&mut rack, NAME, "an addition by SMBIOS", |v| v.state == "failed");
+        assert!(proof(&view).reason.contains("PCR 12"), "{:?}", proof(&view));
+        assert_eq!(view.protection.as_deref(), Some("unprotected"));
+        rack.machine(NAME).spec.smbios.clear();
+
+        // Another TPM: what the old one sealed is of no use, and whoever speaks then is a stranger.
+        assert_eq!(view.key_storage.as_deref(), Some("tpm"));
+        rack.machine(NAME).replace_tpm(true).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        rack.wait(NAME, "another TPM", |v| v.other_key.is_some()).unwrap();
+        rack.machine(NAME).power_off();
+
+        // No Secure Boot: firmware starts anything, and its TPM says what.
+        let off = |v: &AttestationView| v.reason.contains("Secure Boot is off");
+        let view = boots(&mut rack, OPEN, "Secure Boot is off", off);
+        assert_eq!((proof(&view).state.as_str(), view.protection.as_deref()), ("unattested", Some("unprotected")));
+        let manifest = site::manifest(&rack.site, 1).unwrap();
+        let program = rack.site.join("repo/b").join(manifest["uki"]["sha256"].as_str().unwrap()).join("kiln.efi");
+        let mut bytes = std::fs::read(&program).unwrap();
+        // In the UKI's os-release, which nobody reads at boot: the machine comes up, and only the TPM tells.
+        let at = bytes.windows(9).position(|w| w == b"HOME_URL=").unwrap();
+        bytes[at] ^= 1;
+        std::fs::remove_file(&program).unwrap();
+        std::fs::write(&program, bytes).unwrap();
+        let view = boots(&mut rack, OPEN, "an altered boot program", |v| v.state == "failed");
+        assert!(proof(&view).reason.contains("no release published here (PCR 4)"), "{:?}", proof(&view));
+    });
+}

@@ -226,7 +226,7 @@ impl Place {
                 }
                 Err(fault) if fault.code().is_none() => return Err(fault.into()),
                 Err(fault) => {
-                    println!("kiln-agent: the identity key was sealed by another TPM, a new one is made: {fault}")
+                    println!("kiln-agent: the identity key was sealed by another TPM, a new one is made: {fault}");
                 }
             }
         }

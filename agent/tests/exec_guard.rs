@@ -518,11 +518,11 @@ fn what_is_not_covered() {
 fn source(unit: usize) -> String {
     let mut text = String::from("#include <stdio.h>\n#include <stdlib.h>\n#include <string.h>\n");
     for n in 0..70 {
-        text += &format!(
+        text.extend([format!(
             "int f{unit}_{n}(const char *s, int *out, int many) {{\n    int sum = {n};\n    for (int i = 0; i < many; i++) {{\n        \
              size_t length = strlen(s);\n        if (length > {n}) sum += s[i % length] * (i ^ {n});\n        else out[i & 7] -= sum;\n    \
              }}\n    if (sum < 0) fprintf(stderr, \"%d %s\\n\", sum, s);\n    return sum;\n}}\n"
-        );
+        )]);
     }
     if unit == 0 {
         text += "int main(int n, char **words) { int out[8] = {0}; return f0_0(words[0], out, n) == 7; }\n";

@@ -26,8 +26,9 @@ pub enum Part {
     Rest,
 }
 
-/// Medians of one way to reimage.
+/// Medians of one way to reimage, all in seconds.
 #[derive(Debug, Serialize)]
+#[allow(clippy::struct_field_names)] // the unit is in the report's names
 struct Way {
     downtime_s: Option<f64>,
     proven_s: Option<f64>,
@@ -121,7 +122,7 @@ fn reimage(paths: &Paths, rounds: u8) -> Result<Reimage, LabError> {
 fn at_rest(paths: &Paths, rest: Duration) -> Result<Rest, LabError> {
     let spec = MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe));
     let mut options = RackOptions::scenario(paths, "bench-rest", spec);
-    options.image = site::EXEC.to_owned();
+    site::EXEC.clone_into(&mut options.image);
     let mut rack = Rack::start(paths, &options)?;
     rack.kiln(&["release", "publish", &format!("{}/1", site::EXEC)])?;
     rack.machine(NAME).power_on()?;

@@ -124,10 +124,27 @@ impl Console {
 
     /// Waits until `pattern` stands in the text after `mark`. Any text resets the deadline `idle`.
     pub fn wait_for(&self, pattern: &str, mark: Mark, idle: Duration) -> Result<(), LabError> {
+        self.wait_until(pattern, mark, idle, |text| text.contains(pattern))
+    }
+
+    /// The same, to the end of the line that it stands in.
+    pub fn wait_for_line(&self, pattern: &str, mark: Mark, idle: Duration) -> Result<(), LabError> {
+        self.wait_until(pattern, mark, idle, |text| {
+            text.split_once(pattern).is_some_and(|(_, rest)| rest.contains('\n'))
+        })
+    }
+
+    fn wait_until(
+        &self,
+        pattern: &str,
+        mark: Mark,
+        idle: Duration,
+        found: impl Fn(&str) -> bool,
+    ) -> Result<(), LabError> {
         let mut state = self.lock();
         let begun = Instant::now();
         loop {
-            if plain(&state.text[mark.0..]).contains(pattern) {
+            if found(&plain(&state.text[mark.0..])) {
                 return Ok(());
             }
             if !state.open {

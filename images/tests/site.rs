@@ -275,7 +275,7 @@ fn a_foreign_timestamp_key_and_a_foreign_director_are_refused() {
     fs::copy(other.online("timestamp.key"), site.online("timestamp.key")).unwrap();
     let before = fs::read(site.metadata("timestamp.json")).unwrap();
     let error = adopt(&site, later(2)).unwrap_err();
-    assert!(matches!(error, SiteError::NoSnapshot { .. }), "{error}");
+    assert!(matches!(error, SiteError::NotTheTimestamp { .. }), "{error}");
     assert_eq!(fs::read(site.metadata("timestamp.json")).unwrap(), before);
     let signed = Repository::newest(&site, now()).unwrap().site;
     assert!(site.director_key(&signed).is_ok());

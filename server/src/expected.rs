@@ -69,8 +69,12 @@ impl<'a> Places<'a> {
 fn read_toml(text: &str) -> Result<Vec<Cells<'_>>, Flaws> {
     let places = Places::new(text);
     let one = |offset: usize, text: String| Flaws::one(places.at(offset), Problem::Syntax(text));
-    let document = DeTable::parse(text)
-        .map_err(|e| one(e.span().map_or(0, |span| span.start), e.message().trim_end().to_owned()))?;
+    let (document, errors) = DeTable::parse_recoverable(text);
+    // The first mistake is the cause of those behind it.
+    let place = |e: &toml::de::Error| e.span().map_or(0, |span| span.start);
+    if let Some(first) = errors.iter().min_by_key(|e| place(e)) {
+        return Err(one(place(first), first.message().trim_end().to_owned()));
+    }
     let mut rows = Vec::new();
     for (name, value) in document.into_inner() {
         let start = name.span().start;

@@ -136,7 +136,7 @@ fn bios_waits_for_approval_and_its_root_refuses_every_change() {
         let view = rack.wait_healthy(NAME, 1).unwrap();
         assert_eq!(view.root_hash, root_hash(&rack, site::PROBE, 1));
 
-        console.wait_for("KILN-PROBE flip", Mark::default(), IDLE).unwrap();
+        console.wait_for_line("KILN-PROBE flip", Mark::default(), IDLE).unwrap();
         let said = console.since(Mark::default());
         let lines: Vec<&str> = said.lines().filter_map(|l| l.split_once("KILN-PROBE ").map(|(_, rest)| rest)).collect();
         for check in ["system", "read-only", "exec-root", "memfd", "root-hash", "data", "flip"] {

@@ -251,6 +251,15 @@ impl Machine {
         }
     }
 
+    /// This release is of a class that only an order starts, also while the machine is sent home from it: nothing to fall
+    /// back to.
+    pub(crate) fn came_by_order(&self, id: &ReleaseId) -> bool {
+        self.orders.iter().any(|order| match &order.errand {
+            Errand::Run { release, class, .. } => release == id && *class != Class::Normal,
+            Errand::Wipe => false,
+        })
+    }
+
     /// A release that an operator ordered is no release to come back to.
     pub(crate) fn runs_by_order(&self) -> bool {
         self.runs_assigned() && self.assigned.as_ref().is_some_and(|a: &Assigned| a.order.is_some())

@@ -272,7 +272,6 @@ impl Machine {
             }
         }
         new |= self.note_condition(report.condition.as_ref(), now, out);
-        new |= self.note_acceptance(reported, now, out);
         if self.health != report.health {
             new |= self.health.as_ref().map(|h| h.healthy) != report.health.as_ref().map(|h| h.healthy);
             self.health.clone_from(&report.health);
@@ -280,6 +279,7 @@ impl Machine {
                 self.last_words.clear();
             }
         }
+        new |= self.note_acceptance(reported, now, out);
         new
     }
 
@@ -331,7 +331,11 @@ impl Machine {
             let id = ReleaseId { image: r.image.clone(), release: r.release };
             // It works in the fleet: a role that asks for a run from now on asks others.
             self.unproven &= self.runs_by_order() || self.demand.required;
-            if !self.is_refused(&id) && self.good.last() != Some(&id) && !self.runs_by_order() {
+            if !self.is_refused(&id)
+                && self.good.last() != Some(&id)
+                && !self.runs_by_order()
+                && !self.came_by_order(&id)
+            {
                 self.good.retain(|g| *g != id);
                 self.good.push(id);
                 if self.good.len() > GOOD_KEPT {

@@ -167,7 +167,7 @@ mod tests {
         assert_eq!(logins.0.len(), PLACE_LOGINS + 1);
         assert!(logins.end("mine", "b", 5_000).is_some(), "one address pushes nobody else out");
         for n in 0..5_000 {
-            logins.begin(&format!("{n}"), none(), "b", &format!("{n}"), n);
+            logins.begin(&format!("place {n}"), none(), "b", &format!("{n}"), n);
         }
         assert_eq!(logins.0.len(), MAX_LOGINS);
     }

@@ -304,7 +304,10 @@ ca = "/etc/kiln/ca.pem"
             ("[access]\nassign_alone = 0", "access.assign_alone"),
             ("[https]\nlisten = \"127.0.0.1:1\"\ncertificate = \"c\"", "name both, or neither"),
             ("[https]\nlisten = \"127.0.0.1:1\"\nnames = [\"kiln agent\"]", "https.names: \"kiln agent\""),
-            (&oidc.replace("https://i", "http://id.example"), "oidc.issuer: \"http://id.example\""),
+            (
+                &format!("{}[oidc.roles]\na = \"viewer\"", oidc.replace("https://i", "http://id.example")),
+                "oidc.issuer: \"http://id.example\"",
+            ),
             (oidc, "oidc.roles: 1 to 256"),
             (&format!("{oidc}[oidc.roles]\na = \"root\""), "\"root\" is no access role"),
         ] {

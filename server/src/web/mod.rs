@@ -47,7 +47,7 @@ mod tests {
         let files: Vec<String> =
             ["/", "/app.js", "/actions.js", "/style.css"].iter().map(|p| asset(p).unwrap().body).collect();
         assert!(files.iter().map(String::len).sum::<usize>() <= 100 * 1024);
-        assert!(files.iter().all(|f| !f.contains("http:") && !f.contains("https:") && !f.contains("//cdn")));
+        assert!(files.iter().all(|f| !f.contains("http://") && !f.contains("https://") && !f.contains("//cdn")));
         assert!(asset("/other").is_none());
     }
 

@@ -254,10 +254,11 @@ impl Machine {
     /// This release is of a class that only an order starts, also while the machine is sent home from it: nothing to fall
     /// back to.
     pub(crate) fn came_by_order(&self, id: &ReleaseId) -> bool {
-        self.orders.iter().any(|order| match &order.errand {
-            Errand::Run { release, class, .. } => release == id && *class != Class::Normal,
-            Errand::Wipe => false,
-        })
+        let class = |order: &MachineOrder| match &order.errand {
+            Errand::Run { release, class, .. } => (release == id).then_some(*class),
+            Errand::Wipe => None,
+        };
+        self.orders.iter().rev().find_map(class).is_some_and(|class| class != Class::Normal)
     }
 
     /// A release that an operator ordered is no release to come back to.

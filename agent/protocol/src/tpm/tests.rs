@@ -86,14 +86,11 @@ fn what_another_program_made_is_read_as_it_was_meant() {
     let eleven: [u8; 32] = eleven.as_ref().try_into().unwrap();
     let values = QUOTED.map(|pcr| if pcr == 11 { eleven } else { [0; 32] });
     assert_eq!(read.pcr_digest, pcr_digest(values.iter()));
-    // The key's qualified name (TPM 2.0 Part 1, 26.5), by which the quote names its signer: it lies below the endorsement key.
-    let below = |parent: &[u8], name: &[u8]| {
-        let hash = ring::digest::digest(&ring::digest::SHA256, &[parent, name].concat());
-        [&[0, 0x0b], hash.as_ref()].concat()
-    };
-    let endorsement_hierarchy = 0x4000_000B_u32.to_be_bytes();
-    let parent = below(&endorsement_hierarchy, &name_of(&bytes(EK)));
-    assert_eq!(quote.attest[8..42], below(&parent, &name_of(&bytes(AK))));
+    // The key's qualified name (TPM 2.0 Part 1, clause 16), by which the quote names its signer: a primary key of the
+    // endorsement hierarchy.
+    let hierarchy = 0x4000_000B_u32.to_be_bytes();
+    let hash = ring::digest::digest(&ring::digest::SHA256, &[&hierarchy[..], &name_of(&bytes(AK))].concat());
+    assert_eq!(quote.attest[8..42], [&[0, 0x0b], hash.as_ref()].concat());
     let endorsement = Template::Endorsement.point(&bytes(EK)).unwrap();
     assert_eq!(endorsement.x, bytes(&EK[EK.len() - 132..EK.len() - 68])[..]);
     assert!(Template::Attestation.point(&bytes(EK)).is_err());

@@ -1,0 +1,85 @@
+//! What follows for a machine from what its TPM proved, or did not.
+
+use crate::common::*;
+use kiln_fleet::*;
+use kiln_protocol::*;
+
+fn hash(n: u8) -> Sha256Hex {
+    format!("{n:02x}").repeat(32).parse().unwrap()
+}
+
+fn reports(boot: &str, seq: u64, tpm: TpmPresence) -> Event {
+    let mut report = report(1, boot, seq, 1);
+    report.machine.tpm = Some(tpm);
+    by(1, report)
+}
+
+fn cold(boot: &str, firmware: [u8; 4]) -> ColdBoot {
+    let firmware = firmware.map(hash);
+    let boot_id = boot.to_owned();
+    ColdBoot { boot_id, resets: 1, restarts: 0, release: rel(1), pcr11: hash(9), pcrs: Vec::new(), firmware }
+}
+
+fn proven(boot: &str, tpm: u8, firmware: [u8; 4]) -> Event {
+    let booted = Ok(ProvenBoot { cold: cold(boot, firmware), carried: false });
+    Event::Proven(Box::new(Proven { key: key(1), boot_id: boot.into(), endorsement: Some(hash(tpm)), booted }))
+}
+
+fn gets_a_release(m: &Machine) -> bool {
+    matches!(desire(m, &key(1)), Desire::Run(_))
+}
+
+#[test]
+fn the_tpm_that_was_proven_is_pinned_at_approval_and_demanded_at_each_boot() {
+    let mut s = Story::new();
+    s.then(reports("a", 1, TpmPresence::Ready));
+    assert!(s.m.wants_proof(&key(1)) && !s.m.wants_proof(&key(2)));
+    s.then(proven("a", 7, [1, 2, 3, 4]));
+    assert_eq!((s.m.attestation().0, s.m.protection()), (AttestationState::Attested, Some(ProtectionClass::Attested)));
+    assert_eq!(s.m.attestations.pinned, None, "nobody has approved it");
+    s.approve();
+    assert_eq!(s.m.attestations.pinned.as_ref().unwrap().endorsement, hash(7));
+    assert!(gets_a_release(&s.m) && !s.m.wants_proof(&key(1)));
+
+    // The next boot has proven nothing yet; the one that has no TPM never will.
+    s.then(reports("b", 1, TpmPresence::Ready));
+    assert!(!gets_a_release(&s.m) && s.m.wants_proof(&key(1)));
+    s.then(reports("c", 1, TpmPresence::Absent));
+    assert_eq!((s.m.attestation().0, gets_a_release(&s.m)), (AttestationState::Failed, false));
+    // A proof of a boot that is over, and of another key.
+    s.then(proven("b", 7, [1, 2, 3, 4]));
+    assert!(!gets_a_release(&s.m));
+    s.then(reports("d", 1, TpmPresence::Ready)).then(proven("d", 8, [1, 2, 3, 4]));
+    assert!(s.m.attestation().1.starts_with("another TPM") && !gets_a_release(&s.m));
+    s.then(Event::AcceptTpm);
+    assert!(s.m.wants_proof(&key(1)));
+    s.then(proven("d", 8, [1, 2, 3, 4]));
+    assert_eq!(s.m.attestations.pinned.as_ref().unwrap().endorsement, hash(8));
+    assert!(gets_a_release(&s.m));
+}
+
+#[test]
+fn changed_firmware_fails_and_keeps_its_release_unless_the_role_demands_more() {
+    let mut s = Story::new();
+    s.then(reports("a", 1, TpmPresence::Ready)).approve().then(proven("a", 7, [1, 2, 3, 4]));
+    s.then(reports("b", 1, TpmPresence::Ready)).then(proven("b", 7, [1, 5, 3, 6]));
+    let (state, reason) = s.m.attestation();
+    assert_eq!(state, AttestationState::Failed);
+    assert!(reason.starts_with("firmware changed: its settings (PCR 1), their settings (PCR 3)"), "{reason}");
+    assert_eq!(s.m.protection(), Some(ProtectionClass::Unprotected));
+    assert!(gets_a_release(&s.m), "it is the machine; what it is given is the role's to say");
+    s.m.attested_only = true;
+    assert!(!gets_a_release(&s.m));
+    let stored: Machine = serde_json::from_str(&serde_json::to_string(&s.m).unwrap()).unwrap();
+    assert_eq!((stored.attestations, stored.attested_only), (s.m.attestations.clone(), false));
+}
+
+#[test]
+fn a_machine_without_a_tpm_works_as_before() {
+    let mut s = Story::good_on_1();
+    assert_eq!((s.m.attestation().0, gets_a_release(&s.m)), (AttestationState::Unattested, true));
+    s.then(reports("b", 1, TpmPresence::Absent));
+    assert_eq!((s.m.attestation().0, gets_a_release(&s.m)), (AttestationState::NoTpm, true));
+    s.m.attested_only = true;
+    assert!(matches!(desire(&s.m, &key(1)), Desire::Wait(why) if why.contains("no-tpm")));
+}

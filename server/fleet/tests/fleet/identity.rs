@@ -1,0 +1,71 @@
+//! A machine whose key the configuration names.
+
+use crate::common::*;
+use kiln_fleet::*;
+use proptest::prelude::*;
+
+fn pinned() -> Story {
+    let mut s = Story::new();
+    s.m.pin(Some(&key(1)));
+    s
+}
+
+#[test]
+fn only_the_named_key_may_claim_the_id() {
+    let mut s = pinned();
+    s.then(by(2, healthy(1, "x", 1, 1))).is(StateKind::Discovered);
+    assert_eq!((&s.m.key, &s.m.stranger, s.m.facts.is_some()), (&None, &Some(key(2)), false));
+    let said = "kiln.toml names the identity key of 00000000-0000-0000-0000-000000000001; another (020202020202…)";
+    assert!(s.m.last_words.starts_with(said), "{}", s.m.last_words);
+    s.then(by(2, healthy(1, "x", 2, 1)));
+    assert_eq!(s.last, [], "a stranger that repeats itself is no news");
+    s.approve().then(by(1, healthy(1, "a", 1, 1))).is(StateKind::Healthy);
+    assert!(matches!(desire(&s.m, &key(1)), Desire::Run(_)));
+    assert!(matches!(desire(&s.m, &key(2)), Desire::Wait(why) if why.contains("kiln.toml names")));
+    // A person's clear does not go past the file.
+    s.then(by(2, healthy(1, "y", 1, 1))).then(Event::Clear);
+    assert_eq!((s.m.key.clone(), s.m.stranger.clone()), (Some(key(1)), None));
+}
+
+#[test]
+fn a_key_that_came_first_is_let_go_when_the_file_names_another() {
+    let mut s = Story::good_on_1();
+    s.m.pin(Some(&key(1)));
+    assert_eq!(s.m.key, Some(key(1)), "its own stays");
+    s.m.pin(Some(&key(2)));
+    assert_eq!((&s.m.key, &s.m.stranger), (&None, &Some(key(1))));
+    assert!(matches!(desire(&s.m, &key(1)), Desire::Wait(_)));
+    s.then(by(1, healthy(1, "a", 9, 1)));
+    assert_eq!(s.m.key, None);
+    s.then(by(2, healthy(1, "b", 1, 1))).is(StateKind::Healthy);
+    assert!(matches!(desire(&s.m, &key(2)), Desire::Run(_)));
+    let mut back: Machine = serde_json::from_str(&serde_json::to_string(&s.m).unwrap()).unwrap();
+    assert_eq!(back.pinned, None, "the file is read at each start");
+    back.pin(None);
+    assert_eq!(back.key, Some(key(2)), "without it the key that is bound stays bound");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn whatever_happens_no_other_key_gets_anything(
+        events in proptest::collection::vec((any_event(), 0..400_000_u64), 1..60)
+    ) {
+        let mut m = pinned().m;
+        let mut now = m.last_seen;
+        for (event, pause) in events {
+            now += pause;
+            let other = matches!(&event, Event::Report(r) if r.key != key(1));
+            let before = m.clone();
+            let (after, _) = m.event(event, LIMITS, now);
+            prop_assert!(after.key.as_ref().is_none_or(|k| *k == key(1)));
+            prop_assert!(matches!(desire(&after, &key(2)), Desire::Wait(_)));
+            if other {
+                let (stranger, last_words) = (after.stranger.clone(), after.last_words.clone());
+                prop_assert_eq!(&Machine { stranger, last_words, ..before }, &after);
+            }
+            m = after;
+        }
+    }
+}

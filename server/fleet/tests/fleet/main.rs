@@ -1,0 +1,21 @@
+//! The fleet's decisions. One program, because each links the whole crate anew.
+#![allow(clippy::unwrap_used, clippy::disallowed_methods)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod acceptance;
+mod access;
+mod age;
+mod attestation;
+mod condition;
+mod drift;
+mod expected;
+mod hardware;
+mod held;
+mod identity;
+mod machine;
+mod orders;
+mod replace;
+mod silence;
+mod trial;

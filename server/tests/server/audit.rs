@@ -1,0 +1,83 @@
+//! The audit log of a running server: whole, altered in the database, cut off, written anew.
+
+use crate::common::*;
+use kiln_server::audit::Record;
+use serde_json::json;
+use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
+use std::str::FromStr;
+
+async fn database(site: &TestSite, statement: &'static str) {
+    sqlx::any::install_default_drivers();
+    let options = AnyConnectOptions::from_str(&format!("sqlite://{}", site.site.database().display())).unwrap();
+    let pool = AnyPoolOptions::new().max_connections(1).connect_with(options).await.unwrap();
+    let done = sqlx::query(statement).execute(&pool).await.unwrap();
+    assert!(done.rows_affected() > 0, "{statement}");
+    pool.close().await;
+}
+
+#[tokio::test]
+async fn whoever_alters_the_log_is_found_out() {
+    let site = TestSite::new();
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    agent.send(&server, &report).await;
+    for _ in 0..4 {
+        server.assign("rack-1", 1).await;
+    }
+    let ann = server.token("ann", "technician").await;
+    server.with(&ann, "POST", "machines/rack-1/retire", json!({})).await;
+    let dir = site.path().to_str().unwrap().to_owned();
+    let at = ["--site", &dir];
+    let file = |name: &str| site.path().join(name).to_str().unwrap().to_owned();
+    let run = |arguments: &[&str]| site.kiln(arguments);
+
+    // Whole, on the server, as an export, and against a head that the director signed.
+    let (ok, head, error) = run(&[&["audit", "head"][..], &at].concat());
+    assert!(ok, "{error}");
+    std::fs::write(file("head.json"), head).unwrap();
+    let (ok, out, error) = run(&[&["audit", "verify"][..], &at].concat());
+    assert!(ok && out.contains("7 records follow each other") && out.contains("not shown"), "{out}{error}");
+    let (ok, _, error) = run(&[&["audit", "export", "--out", &file("export")][..], &at].concat());
+    assert!(ok && error.contains("7 records"), "{error}");
+    let check = ["audit", "verify", "--file", &file("export"), "--head", &file("head.json")];
+    let (ok, out, error) = run(&[&check[..], &at].concat());
+    assert!(ok && out.contains("agree with 1 heads"), "{out}{error}");
+    let text = std::fs::read_to_string(file("export")).unwrap();
+    let records: Vec<Record> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    let refused = records.iter().find(|r| r.actor == "token ann").unwrap();
+    assert!(refused.result.contains("needs operator") && refused.origin == "127.0.0.1", "{refused:?}");
+    let (_, list, _) = run(&[&["audit", "list"][..], &at].concat());
+    assert!(list.contains("made token ann") && list.contains("assigned minimal/1 via kexec"), "{list}");
+    let log = std::fs::read_to_string(file("log")).unwrap();
+    assert!(log.contains("audit log: head 0"), "a head is in the log from the start on: {log}");
+
+    // A forged head is no head.
+    let forged = std::fs::read_to_string(file("head.json")).unwrap().replace("\"number\":7", "\"number\":6");
+    std::fs::write(file("forged.json"), forged).unwrap();
+    let (ok, _, error) = run(&[&["audit", "verify", "--head", &file("forged.json")][..], &at].concat());
+    assert!(!ok && error.contains("forged.json"), "{error}");
+
+    drop(server);
+    let verify = async |expected: &str| {
+        let server = Server::start(&site).await;
+        let (ok, out, error) = site.kiln(&[&["audit", "verify", "--head", &file("head.json")][..], &at].concat());
+        assert!(!ok && error.contains(expected), "{out}{error}");
+        drop(server);
+    };
+    database(&site, "UPDATE audit SET actor = 'uid 1000' WHERE number = 3").await;
+    verify("record 3 was changed").await;
+    let uid = records[2].actor.clone();
+    database(&site, Box::leak(format!("UPDATE audit SET actor = '{uid}' WHERE number = 3").into_boxed_str())).await;
+    database(&site, "DELETE FROM audit WHERE number > 5").await;
+    verify("its end was cut off").await;
+    // What is written behind the cut follows, and the head finds it.
+    let server = Server::start(&site).await;
+    for _ in 0..3 {
+        server.assign("rack-1", 1).await;
+    }
+    drop(server);
+    verify("the log was rewritten").await;
+    database(&site, "DELETE FROM audit WHERE number = 2").await;
+    verify("record 2 is missing").await;
+}

@@ -1,0 +1,27 @@
+//! The boot server's tests. One program, because each links the whole crate anew.
+#![allow(clippy::unwrap_used)]
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod access;
+mod agent_api;
+mod attestation;
+mod audit;
+mod condition;
+mod crowd;
+mod expected;
+mod held_reports;
+mod hostile;
+mod http;
+mod https;
+mod introductions;
+mod inventory;
+mod limits;
+mod logs;
+mod oidc;
+mod orders;
+mod prune;
+mod trial;
+mod trust;
+mod web;

@@ -1,0 +1,245 @@
+//! Log-in with an identity provider: a certified one (npm's oidc-provider, a test peer) and a browser that follows its
+//! redirects and fills in its forms.
+//!
+//! The provider is installed under the target folder, once. Where that cannot be done (no node, no npm, no network) the
+//! test says so and passes.
+
+use crate::common::*;
+use hyper::StatusCode;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+use tokio::net::TcpStream;
+
+const PACKAGE: &str = "oidc-provider@8.8.1";
+
+fn installed() -> Option<PathBuf> {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("oidc-provider");
+    let there = || dir.join("node_modules/oidc-provider/package.json").exists();
+    if !there() {
+        std::fs::create_dir_all(&dir).unwrap();
+        let npm = Command::new("npm")
+            .args(["install", "--no-audit", "--no-fund", "--fetch-retries=1", "--prefix"])
+            .arg(&dir)
+            .arg(PACKAGE)
+            .output();
+        if !there() {
+            let why = match npm {
+                Ok(output) => String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or("").to_owned(),
+                Err(error) => error.to_string(),
+            };
+            eprintln!("skipped: {PACKAGE} cannot be installed by npm: {why}");
+            return None;
+        }
+    }
+    std::fs::copy(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/oidc_provider.mjs"), dir.join("provider.mjs")).unwrap();
+    Some(dir)
+}
+
+struct Provider(Child);
+
+impl Drop for Provider {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn provider(dir: &Path, port: u16, redirect: &str, alg: &str, kid: &str) -> Provider {
+    let child = Command::new("node")
+        .arg(dir.join("provider.mjs"))
+        .args([&port.to_string(), redirect, alg, kid])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut provider = Provider(child);
+    let mut lines = BufReader::new(provider.0.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap() == "ready"), "the provider ended");
+    // Read on, so that it never blocks on a full pipe.
+    std::thread::spawn(move || lines.for_each(drop));
+    provider
+}
+
+/// A free port of loopback.
+fn port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// The provider's cookies, and nothing else of a browser.
+#[derive(Default)]
+struct Browser(BTreeMap<String, String>);
+
+impl Browser {
+    async fn ask(&mut self, port: u16, method: &str, path: &str, form: Option<&str>) -> Answer {
+        let cookies = self.0.iter().map(|(name, value)| format!("{name}={value}")).collect::<Vec<_>>().join("; ");
+        let host = format!("127.0.0.1:{port}");
+        let stream = TcpStream::connect(&host).await.unwrap();
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(hyper_util::rt::TokioIo::new(stream)).await.unwrap();
+        tokio::spawn(connection);
+        let request = hyper::Request::builder().method(method).uri(path).header("host", host).header("cookie", cookies);
+        let request = request.header("content-type", "application/x-www-form-urlencoded");
+        let body = http_body_util::Full::new(hyper::body::Bytes::from(form.unwrap_or_default().to_owned()));
+        let response = sender.send_request(request.body(body).unwrap()).await.unwrap();
+        let (status, headers) = (response.status(), response.headers().clone());
+        for set in headers.get_all("set-cookie") {
+            let pair = set.to_str().unwrap().split(';').next().unwrap();
+            let (name, value) = pair.split_once('=').unwrap();
+            self.0.insert(name.to_owned(), value.to_owned());
+        }
+        let body = http_body_util::BodyExt::collect(response.into_body()).await.unwrap().to_bytes().to_vec();
+        Answer { status, headers, body }
+    }
+
+    /// From the provider's authorization endpoint to the address it sends the browser back to.
+    async fn log_in(&mut self, port: u16, url: &str, who: &str) -> String {
+        let base = format!("http://127.0.0.1:{port}");
+        let mut at = url.to_owned();
+        for _ in 0..12 {
+            let Some(path) =
+                at.strip_prefix(&base).map(str::to_owned).or_else(|| at.starts_with('/').then(|| at.clone()))
+            else {
+                return at;
+            };
+            let page = self.ask(port, "GET", &path, None).await;
+            let answer = if page.status.is_redirection() {
+                page
+            } else {
+                let prompt = if page.text().contains("name=\"login\"") {
+                    format!("prompt=login&login={who}&password=x")
+                } else {
+                    "prompt=consent".into()
+                };
+                self.ask(port, "POST", &path, Some(&prompt)).await
+            };
+            assert!(answer.status.is_redirection(), "{path}: {} {}", answer.status, answer.text());
+            answer.header("location").clone_into(&mut at);
+        }
+        panic!("it leads in circles: {at}");
+    }
+}
+
+struct Begun {
+    url: String,
+    cookie: String,
+}
+
+async fn begin(server: &Server) -> Begun {
+    let answer = server.https("GET", "/login/oidc", &[], Value::Null).await;
+    assert_eq!(answer.status, StatusCode::SEE_OTHER, "{}", answer.text());
+    let set = answer.header("set-cookie");
+    assert!(set.starts_with("__Host-kiln-login=") && set.contains("HttpOnly") && set.contains("Secure"), "{set}");
+    let cookie = set.split(';').next().unwrap().to_owned();
+    Begun { url: answer.header("location").to_owned(), cookie }
+}
+
+/// The way back, as the browser takes it.
+async fn back(server: &Server, url: &str, cookie: &str) -> Answer {
+    let path = &url[url.find("/login/oidc/callback").unwrap_or_else(|| panic!("{url}"))..];
+    server.https("GET", path, &[("cookie", cookie)], Value::Null).await
+}
+
+fn session(answer: &Answer) -> String {
+    let all = answer.headers.get_all("set-cookie");
+    let set = all.iter().map(|v| v.to_str().unwrap()).find(|v| v.starts_with("__Host-kiln=")).unwrap();
+    set.split(';').next().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn people_log_in_with_a_certified_provider() {
+    let Some(dir) = installed() else { return };
+    let site = TestSite::new();
+    let (https, port) = (port(), port());
+    let secret = site.path().join("client-secret");
+    std::fs::write(&secret, "a secret & more\n").unwrap();
+    let configure = |role: &str| {
+        format!(
+            "[https]\nlisten = \"127.0.0.1:{https}\"\n[oidc]\nissuer = \"http://127.0.0.1:{port}\"\nclient_id = \"kiln\"\n\
+             client_secret_file = \"{}\"\nurl = \"https://localhost:{https}\"\n[oidc.roles]\n\"kiln-operators\" = \"{role}\"",
+            secret.display()
+        )
+    };
+    let plain = std::fs::read_to_string(site.path().join("kiln.toml")).unwrap();
+    site.configure(&configure("operator"));
+    let server = Server::start(&site).await;
+    let down = server.https("GET", "/login/oidc", &[], Value::Null).await;
+    assert_eq!(down.status, StatusCode::BAD_GATEWAY, "the provider does not run yet: {}", down.text());
+    let redirect = format!("https://localhost:{https}/login/oidc/callback");
+    let running = provider(&dir, port, &redirect, "RS256", "first");
+
+    // A person in a group that the configuration knows.
+    let begun = begin(&server).await;
+    for part in ["code_challenge_method=S256", "response_type=code", "state=", "nonce="] {
+        assert!(begun.url.contains(part), "{}", begun.url);
+    }
+    let mut browser = Browser::default();
+    let url = browser.log_in(port, &begun.url, "ann").await;
+    let other = back(&server, &url, "__Host-kiln-login=another-browser").await;
+    assert_eq!(other.status, StatusCode::FORBIDDEN, "another browser's: {}", other.text());
+    let spent = back(&server, &url, &begun.cookie).await;
+    assert_eq!(spent.status, StatusCode::FORBIDDEN, "each log-in takes one answer: {}", spent.text());
+    let begun = begin(&server).await;
+    let url = browser.log_in(port, &begun.url, "ann").await;
+    let done = back(&server, &url, &begun.cookie).await;
+    assert_eq!((done.status, done.header("location")), (StatusCode::SEE_OTHER, "/"), "{}", done.text());
+    let cookie = session(&done);
+    let known = server.https("GET", "/api/v1/session", &[("cookie", &cookie)], Value::Null).await.json();
+    assert_eq!((&known["name"], &known["role"]), (&json!("oidc ann"), &json!("operator")));
+    let orders = async |server: &Server, cookie: &str| {
+        server.https("GET", "/api/v1/orders", &[("cookie", cookie)], Value::Null).await.status
+    };
+    assert_eq!(orders(&server, &cookie).await, StatusCode::OK);
+    let replayed = back(&server, &url, &begun.cookie).await;
+    assert_eq!(replayed.status, StatusCode::FORBIDDEN);
+
+    // Another issuer's answer, an altered state, and a refusal.
+    let begun = begin(&server).await;
+    let url = browser.log_in(port, &begun.url, "ann").await;
+    let mixed = url.replace("iss=http", "iss=https");
+    assert_eq!(back(&server, &mixed, &begun.cookie).await.status, StatusCode::FORBIDDEN);
+    let begun = begin(&server).await;
+    let state = begun.url.split("state=").nth(1).unwrap().split('&').next().unwrap().to_owned();
+    let refusal = format!("/login/oidc/callback?error=access_denied&state={state}");
+    let refused = back(&server, &refusal, &begun.cookie).await;
+    assert!(refused.status == StatusCode::FORBIDDEN && refused.text().contains("access_denied"), "{}", refused.text());
+
+    // A person in no such group.
+    let begun = begin(&server).await;
+    let url = Browser::default().log_in(port, &begun.url, "eve").await;
+    let nobody = back(&server, &url, &begun.cookie).await;
+    assert!(
+        nobody.status == StatusCode::FORBIDDEN && nobody.text().contains("eve is in no group"),
+        "{}",
+        nobody.text()
+    );
+    let audit = server.audit().await;
+    let line = |actor: &str, done: bool| audit.iter().find(|r| r.actor == actor && (r.result == "done") == done);
+    assert!(line("oidc ann", true).unwrap().what.contains("logged in with the identity provider"));
+    assert!(line("oidc eve", false).unwrap().result.contains("no group") && line("nobody", false).is_some());
+
+    // The provider's keys are others, and of another kind.
+    drop(running);
+    let _running = provider(&dir, port, &redirect, "ES256", "second");
+    let begun_at = Instant::now();
+    loop {
+        let begun = begin(&server).await;
+        let url = Browser::default().log_in(port, &begun.url, "ann").await;
+        let answer = back(&server, &url, &begun.cookie).await;
+        if answer.status == StatusCode::SEE_OTHER {
+            break;
+        }
+        assert!(answer.text().contains("no key") && begun_at.elapsed() < PATIENCE, "{}", answer.text());
+        tokio::time::sleep(std::time::Duration::from_secs(4)).await;
+    }
+
+    // What groups may do is another: whoever logged in before logs in again.
+    drop(server);
+    std::fs::write(site.path().join("kiln.toml"), &plain).unwrap();
+    site.configure(&configure("admin"));
+    let server = Server::start(&site).await;
+    assert_eq!(orders(&server, &cookie).await, StatusCode::UNAUTHORIZED);
+}

@@ -1,0 +1,131 @@
+//! A trial that never becomes healthy: the network's side counts its boots, and the boot answer goes back by itself.
+
+use crate::common::*;
+use kiln_netboot::{BootAnswer, BootKind, BootQuery};
+use kiln_protocol::*;
+
+fn query(n: u8, kind: BootKind) -> BootQuery {
+    BootQuery {
+        id: Some(machine_id(n)),
+        id_plain: None,
+        mac: format!("52:54:00:00:00:{n:02x}").parse().unwrap(),
+        arch: Architecture::X86_64,
+        firmware: Firmware::Uefi,
+        kind,
+    }
+}
+
+#[tokio::test]
+async fn after_three_boots_without_healthy_the_last_good_release_is_booted() {
+    let site = TestSite::new();
+    let (one, two) = (site.manifest(1), site.publish(2));
+    let (control, _stop) = control(&site).await;
+    let q = query(1, BootKind::UefiPxe);
+    let uki = |m: &kiln_release::Manifest| BootAnswer::Uki { sha256: m.uki.sha256.parse().unwrap() };
+    assert_eq!(control.boot_answer(&q), uki(&two), "an unknown machine boots the default image's newest");
+
+    // It is known, and good on release 1.
+    let mut agent = Agent::new(1, &one);
+    let report = agent.healthy();
+    control.report(agent.key_id(), report).await.unwrap();
+    control.assign("rack-1", &"minimal/1".parse().unwrap(), Via::Cold, "test").await.unwrap();
+    let report = agent.healthy();
+    control.report(agent.key_id(), report).await.unwrap();
+    assert_eq!((control.boot_answer(&q), control.view("rack-1").unwrap().state.as_str()), (uki(&one), "healthy"));
+
+    control.assign("rack-1", &"minimal/2".parse().unwrap(), Via::Cold, "test").await.unwrap();
+    for n in 0..3 {
+        assert_eq!(control.boot_answer(&q), uki(&two), "try {n}");
+        control.asked(&q).await.unwrap();
+        control.asked(&q).await.unwrap();
+        control.downloads(Some(q.mac), q.id.as_ref(), &two.uki.sha256, false).await.unwrap();
+        control.downloads(Some(q.mac), q.id.as_ref(), &two.uki.sha256, true).await.unwrap();
+        agent.restart(&two);
+        let report = agent.report();
+        control.report(agent.key_id(), report).await.unwrap();
+    }
+    assert_eq!(control.boot_answer(&q), uki(&one), "decided before the packet is recorded");
+    control.asked(&q).await.unwrap();
+    control.downloads(Some(q.mac), q.id.as_ref(), &one.uki.sha256, false).await.unwrap();
+    let view = control.view("rack-1").unwrap();
+    assert_eq!((view.state.as_str(), view.assigned.unwrap().release), ("booting", 2), "only packets say so");
+    assert!(view.reason.contains("is not confirmed yet"), "{}", view.reason);
+
+    agent.restart(&one);
+    let report = agent.healthy();
+    let reply = control.report(agent.key_id(), report).await.unwrap();
+    let view = control.view("rack-1").unwrap();
+    assert_eq!((view.state.as_str(), view.assigned.unwrap().release), ("fell-back", 1));
+    assert!(view.reason.contains("minimal/2 was not healthy in 3 boots"), "{}", view.reason);
+    let (envelope, ..) = assigned(&reply);
+    let (assignment, _) = site.signed_site().verify_director::<Assignment>(envelope.as_bytes()).unwrap();
+    assert_eq!((assignment.release, assignment.sequence), (1, 4), "an older release under a higher sequence");
+    let again = control.assign("rack-1", &"minimal/2".parse().unwrap(), Via::Cold, "test").await;
+    assert!(again.unwrap_err().to_string().contains("kiln machine clear rack-1"));
+    control.clear("rack-1", "test").await.unwrap();
+    control.assign("rack-1", &"minimal/2".parse().unwrap(), Via::Cold, "test").await.unwrap();
+}
+
+#[tokio::test]
+async fn packets_in_the_name_of_a_machine_that_speaks_hold_nobody_and_cost_no_trial() {
+    let site = TestSite::new();
+    let (one, two) = (site.manifest(1), site.publish(2));
+    let (control, _stop) = control(&site).await;
+    let mut agents: Vec<Agent> = (1..=2).map(|n| Agent::new(n, &one)).collect();
+    for agent in &mut agents {
+        let report = agent.healthy();
+        control.report(agent.key_id(), report).await.unwrap();
+        control.assign(&format!("rack-{}", agent.n), &"minimal/2".parse().unwrap(), Via::Cold, "test").await.unwrap();
+    }
+    let q = query(1, BootKind::UefiPxe);
+    for _ in 0..4 {
+        control.asked(&q).await.unwrap();
+        control.downloads(Some(q.mac), q.id.as_ref(), &two.uki.sha256, false).await.unwrap();
+        control.downloads(Some(q.mac), q.id.as_ref(), &two.uki.sha256, true).await.unwrap();
+        control.tick().await.unwrap();
+    }
+    assert_eq!(control.view("rack-1").unwrap().state, "healthy");
+    let sequence = control.view("rack-2").unwrap().assigned.unwrap().sequence;
+    let report = agents[1].ready(2, sequence);
+    let reply = control.report(agents[1].key_id(), report).await.unwrap();
+    assert_eq!(*assigned(&reply).2, Grant::Go, "max_unavailable is 1 and nobody is away");
+    let report = agents[0].healthy();
+    control.report(agents[0].key_id(), report).await.unwrap();
+    let view = control.view("rack-1").unwrap();
+    assert_eq!((view.state.as_str(), view.assigned.unwrap().release, view.boots.len()), ("healthy", 2, 1));
+    assert_eq!(control.boot_answer(&q), BootAnswer::Uki { sha256: two.uki.sha256.parse().unwrap() });
+}
+
+#[tokio::test]
+async fn a_bios_machine_goes_by_ipxe_and_shows_both_of_its_downloads_as_one_stage() {
+    let site = TestSite::new();
+    let (control, _stop) = control(&site).await;
+    let one = site.manifest(1);
+    let q = query(2, BootKind::BiosIpxe);
+    assert_eq!(control.boot_answer(&q), BootAnswer::Ipxe);
+    control.asked(&q).await.unwrap();
+    for file in [&one.kernel.sha256, &one.initramfs.sha256] {
+        control.downloads(Some(q.mac), None, file, false).await.unwrap();
+        control.downloads(Some(q.mac), None, file, true).await.unwrap();
+    }
+    let view = control.view(machine_id(2).as_str()).unwrap();
+    let stages: Vec<_> = view.boots[0].stages.iter().map(|s| (s.stage, s.state.as_str())).collect();
+    assert_eq!(stages, [(Stage::Dhcp, "done"), (Stage::Program, "started"), (Stage::Program, "done")]);
+    assert_eq!(view.state, "discovered");
+}
+
+#[tokio::test]
+async fn a_rom_that_swaps_the_bytes_of_its_uuid_is_one_machine_not_two() {
+    let site = TestSite::new();
+    let (control, _stop) = control(&site).await;
+    let mut q = query(1, BootKind::BiosPxe);
+    q.id = Some("11111111-0000-0000-0000-000000000001".parse().unwrap());
+    control.asked(&q).await.unwrap();
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.report();
+    control.report(agent.key_id(), report).await.unwrap();
+    let views = control.views();
+    assert_eq!(views.len(), 1);
+    assert_eq!((views[0].name.as_str(), views[0].boots.len()), ("rack-1", 1));
+    assert_eq!(views[0].boots[0].stages[0].stage, Stage::Dhcp, "its firmware's part is kept");
+}

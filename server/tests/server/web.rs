@@ -1,0 +1,253 @@
+//! The web page in a real browser: headless Chromium, driven by WebDriver, against a running `kiln serve` and a machine
+//! that proves its key.
+
+use crate::common::*;
+use fantoccini::{Client, ClientBuilder, Locator};
+use kiln_protocol::{
+    INTRODUCTION_PATH, Introduction, LOG_PATH, LogBatch, LogLine, LogSource, Stage, StageRecord, StageState, commitment,
+};
+use serde_json::json;
+use std::io::{BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+
+/// Chromium's driver on a port of its own choice; ended with the test.
+struct Driver {
+    process: Child,
+    url: String,
+    _profile: tempfile::TempDir,
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // The browser is in the driver's process group: a failed test must not leave it behind.
+        let group = format!("-{}", self.process.id());
+        let _ = Command::new("kill").args(["-KILL", "--", &group]).status();
+        let _ = self.process.wait();
+    }
+}
+
+async fn browser() -> Option<(Driver, Client)> {
+    let spawned = Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).process_group(0).spawn();
+    let Ok(mut process) = spawned else {
+        println!("skipped: chromedriver is not installed (Debian's chromium-driver); `make setup` installs it");
+        return None;
+    };
+    let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
+    let port = lines
+        .find_map(|line| Some(line.ok()?.strip_suffix('.')?.rsplit_once("started successfully on port ")?.1.to_owned()))
+        .expect("chromedriver says its port");
+    // Read on, so that it never blocks on a full pipe.
+    std::thread::spawn(move || lines.for_each(drop));
+    let profile = tempfile::tempdir().unwrap();
+    let arguments = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-dev-shm-usage",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        &format!("--user-data-dir={}", profile.path().display()),
+    ];
+    let driver = Driver { process, url: format!("http://127.0.0.1:{port}"), _profile: profile };
+    let capabilities = json!({ "acceptInsecureCerts": true, "goog:chromeOptions": { "args": arguments },
+                "goog:loggingPrefs": { "browser": "ALL" } });
+    let capabilities = capabilities.as_object().unwrap().clone();
+    let client = ClientBuilder::new(hyper_util::client::legacy::connect::HttpConnector::new())
+        .capabilities(capabilities)
+        .connect(&driver.url)
+        .await
+        .unwrap();
+    Some((driver, client))
+}
+
+/// The text of one cell of one machine's row, once it satisfies `wanted`.
+async fn cell(page: &Client, machine: &str, name: &str, wanted: impl Fn(&str) -> bool) -> String {
+    let css = format!("tr[data-machine=\"{machine}\"] [data-cell=\"{name}\"]");
+    let begun = std::time::Instant::now();
+    loop {
+        // A row may be rewritten between finding and reading: it is looked for again.
+        if let Ok(element) = page.wait().at_most(PATIENCE).for_element(Locator::Css(&css)).await
+            && let Ok(text) = element.text().await
+            && wanted(&text)
+        {
+            return text;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{css} never became what it should");
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn the_rack_is_live_in_a_browser() {
+    let site = TestSite::new();
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let first = agent.report();
+    agent.send(&server, &first).await;
+    let Some((driver, page)) = browser().await else { return };
+    page.goto(&format!("http://{}/", server.http)).await.unwrap();
+
+    cell(&page, "rack-1", "state", |text| text == "booting").await;
+    // Measured in the page, from its own start to the first event.
+    let first_event = page.execute("return window.kilnFirstEventMs", vec![]).await.unwrap();
+    assert!(first_event.as_f64().is_some_and(|ms| ms > 0.0), "{first_event}");
+    println!("first event {first_event} ms after the page's start");
+
+    // What the machine says is on the page without a reload, and as text only.
+    let mut healthy = agent.healthy();
+    let (stage, state) = (Stage::Healthy, StageState::Done);
+    healthy.stages.push(StageRecord { stage, state, at_ms: healthy.at_ms });
+    agent.send(&server, &healthy).await;
+    cell(&page, "rack-1", "state", |text| text == "healthy").await;
+    assert_eq!(cell(&page, "rack-1", "release", |text| !text.is_empty()).await, "minimal/1");
+    let stage = cell(&page, "rack-1", "stage", |text| text.starts_with(Stage::Healthy.label())).await;
+    assert_eq!(stage.trim(), Stage::Healthy.label());
+    let summary = page.find(Locator::Id("summary")).await.unwrap().text().await.unwrap();
+    assert_eq!(summary, "1 of 1 machines healthy");
+
+    // The stages of the page are the stage enum, in order.
+    let labels = page.execute("return [...document.querySelectorAll('#stages li')].map((l) => l.textContent)", vec![]);
+    let expected: Vec<&str> = Stage::ALL.iter().map(|s| s.label()).collect();
+    assert_eq!(labels.await.unwrap(), json!(expected));
+
+    // The page of one machine: its newest boot, the kernel's lines and the stages in order, as text only.
+    let line = |at_us, text: &str| LogLine { source: LogSource::Kernel, level: 6, at_us, text: text.to_owned() };
+    let lines = vec![line(0, "Linux version 6.12"), line(9_000_000, "<b>late</b>")];
+    let (boot_id, machine) = (first.boot_id.clone(), first.machine.id.clone());
+    let batch = LogBatch { boot_id, machine, first: 0, at_us: 9_000_000, lines };
+    let body = serde_json::to_vec(&batch).unwrap();
+    let answer = server.post_to(LOG_PATH, server.tls(Some(agent.identity())), body).await.unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    page.find(Locator::Css("[data-cell=name] a")).await.unwrap().click().await.unwrap();
+    let last = page.wait().at_most(PATIENCE).for_element(Locator::Css("#boots li.kernel")).await;
+    last.unwrap();
+    let text = "return [...document.querySelectorAll('#boots li span')].map((s) => s.textContent).join('\\n')";
+    let text = page.execute(text, vec![]).await.unwrap();
+    let text = text.as_str().unwrap();
+    let at = |words: &str| text.find(words).unwrap_or_else(|| panic!("{words} is not in\n{text}"));
+    assert!(at("Linux version 6.12") < at("<b>late</b>"), "{text}");
+    at(&format!("{} done", Stage::Start.label()));
+    assert_eq!(page.title().await.unwrap(), "rack-1 – Kiln");
+
+    // Nothing came from another host, and the browser had nothing to complain of (its policy would).
+    let fetched = "return performance.getEntriesByType('resource').map((r) => new URL(r.name).host)";
+    let hosts = page.execute(fetched, vec![]).await.unwrap();
+    let own = server.http.to_string();
+    assert!(hosts.as_array().unwrap().iter().all(|host| *host == json!(own)), "{hosts}");
+
+    // A server that goes away is said, one that comes back is found.
+    server.signal("-TERM");
+    let lost = "#summary[data-connected=\"false\"]";
+    page.wait().at_most(PATIENCE).for_element(Locator::Css(lost)).await.unwrap();
+    page.close().await.unwrap();
+    drop(driver);
+}
+
+/// Enter, as a keyboard gives it to WebDriver.
+const ENTER: &str = "\u{e007}";
+
+/// The text of an element, once it satisfies `wanted`.
+async fn text_of(page: &Client, id: &str, wanted: impl Fn(&str) -> bool) -> String {
+    let begun = std::time::Instant::now();
+    loop {
+        if let Ok(element) = page.find(Locator::Id(id)).await
+            && let Ok(text) = element.text().await
+        {
+            if wanted(&text) {
+                return text;
+            }
+            assert!(begun.elapsed() < PATIENCE, "{id} says {text:?}");
+        }
+        assert!(begun.elapsed() < PATIENCE, "there is no {id}");
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Types into what is shown under this id.
+async fn keys(page: &Client, id: &str, text: &str) {
+    let css = format!("#{id}");
+    let begun = std::time::Instant::now();
+    loop {
+        let element = page.wait().at_most(PATIENCE).for_element(Locator::Css(&css)).await.unwrap();
+        // It is shown once the page has heard of the machine and of who looks at it.
+        match element.send_keys(text).await {
+            Ok(()) => return,
+            Err(error) => assert!(begun.elapsed() < PATIENCE, "{id}: {error}"),
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn a_person_logs_in_and_acts_with_the_keyboard_alone() {
+    let site = TestSite::new();
+    site.configure("[https]\nlisten = \"127.0.0.1:0\"");
+    let server = Server::start(&site).await;
+    let token = server.token("ann", "operator").await;
+    let mut agent = Agent::new(9, &site.manifest(1));
+    let report = agent.report();
+    agent.send(&server, &report).await;
+    let nonce: kiln_protocol::Nonce = "ab".repeat(32).parse().unwrap();
+    let commit = Introduction::Commit { machine: machine_id(9), commitment: commitment(&nonce) };
+    for step in [commit, Introduction::Reveal { machine: machine_id(9), nonce }] {
+        let body = serde_json::to_vec(&step).unwrap();
+        let answer = server.post_to(INTRODUCTION_PATH, server.tls(Some(agent.identity())), body).await.unwrap();
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+    let code = server.machine(machine_id(9).as_str()).await.code.unwrap().to_string();
+    let Some((driver, page)) = browser().await else { return };
+    let url = format!("https://{}/m/{}", server.https.unwrap(), machine_id(9));
+    page.goto(&url).await.unwrap();
+    text_of(&page, "code", |text| text.contains(&code)).await;
+    let actions = page.find(Locator::Id("actions")).await.unwrap();
+    assert!(!actions.is_displayed().await.unwrap(), "nobody is logged in");
+
+    keys(&page, "log-in", ENTER).await;
+    keys(&page, "token", "kiln_wrong").await;
+    keys(&page, "token", ENTER).await;
+    text_of(&page, "log-in-said", |text| text.contains("no token of this site")).await;
+    keys(&page, "token", &token).await;
+    keys(&page, "token", ENTER).await;
+    text_of(&page, "who", |text| text == "token ann (operator)").await;
+
+    keys(&page, "approve-name", "found").await;
+    keys(&page, "approve-code", "ABCD-EFGH").await;
+    keys(&page, "approve-code", ENTER).await;
+    text_of(&page, "said", |text| text.contains("not the code")).await;
+    page.find(Locator::Id("approve-code")).await.unwrap().clear().await.unwrap();
+    keys(&page, "approve-code", &code).await;
+    keys(&page, "approve-code", ENTER).await;
+    text_of(&page, "said", |text| text == "found: approved").await;
+    assert_eq!(server.machine("found").await.role.as_deref(), Some("lab"));
+
+    keys(&page, "assign-via", "cold").await;
+    let assign = page.wait().at_most(PATIENCE).for_element(Locator::Css("#assign button")).await.unwrap();
+    assign.send_keys(ENTER).await.unwrap();
+    text_of(&page, "said", |text| text == "found: assigned").await;
+    keys(&page, "excuse-reason", "disk ordered").await;
+    keys(&page, "excuse-reason", ENTER).await;
+    text_of(&page, "said", |text| text == "found: excused").await;
+    assert!(server.machine("found").await.reason.contains("disk ordered"));
+    let clear = page.find(Locator::Css("#clear button")).await.unwrap();
+    clear.send_keys(ENTER).await.unwrap();
+    text_of(&page, "said", |text| text == "found: cleared").await;
+    let audit = server.audit().await;
+    let did = |what: &str| audit.iter().any(|r| r.actor == "token ann" && r.what.contains(what) && r.result == "done");
+    assert!(
+        did("its code was compared") && did("via cold") && did("excused: disk ordered") && did("cleared"),
+        "{audit:?}"
+    );
+
+    // The session's cookie is not for scripts, and what is drawn needed no other host.
+    assert_eq!(page.execute("return document.cookie", vec![]).await.unwrap(), json!(""));
+    keys(&page, "log-out", ENTER).await;
+    text_of(&page, "who", str::is_empty).await;
+    let actions = page.find(Locator::Id("actions")).await.unwrap();
+    assert!(!actions.is_displayed().await.unwrap());
+    page.close().await.unwrap();
+    drop(driver);
+}

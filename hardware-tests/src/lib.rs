@@ -20,6 +20,7 @@ pub mod live;
 pub mod machine;
 pub mod nbd;
 pub mod net;
+pub mod newer_qemu;
 pub mod paths;
 pub mod qmp;
 pub mod rack;

@@ -18,6 +18,8 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// The host's QEMU.
+pub const QEMU: &str = "qemu-system-x86_64";
 const OVMF_CODE: &str = "/usr/share/OVMF/OVMF_CODE_4M.fd";
 /// The variable store of a machine that nobody has set up.
 pub const OVMF_VARS: &str = "/usr/share/OVMF/OVMF_VARS_4M.fd";
@@ -60,6 +62,8 @@ pub struct MachineSpec {
     pub clock: Option<&'static str>,
     /// It has a TPM 2.0.
     pub tpm: bool,
+    /// The QEMU that runs it.
+    pub qemu: PathBuf,
     /// Strings for SMBIOS type 11, which systemd's stub takes settings from.
     pub smbios: Vec<String>,
 }
@@ -101,6 +105,7 @@ impl MachineSpec {
             screen: false,
             clock: None,
             tpm: false,
+            qemu: QEMU.into(),
             smbios: Vec::new(),
         }
     }
@@ -239,7 +244,7 @@ impl Machine {
 
     fn qemu(&self, monitor: &Path) -> Command {
         let spec = &self.spec;
-        let mut qemu = Command::new("qemu-system-x86_64");
+        let mut qemu = Command::new(&spec.qemu);
         let mut arg = |words: &[&str]| {
             qemu.args(words);
         };

@@ -6,6 +6,7 @@
 use crate::command;
 use crate::error::{AtPath, LabError};
 use crate::machine::OVMF_VARS;
+use crate::newer_qemu;
 use crate::paths::Paths;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
@@ -43,6 +44,9 @@ pub fn prepare(paths: &Paths, further: &[String]) -> Result<(), LabError> {
             println!("lab: building {recipe}");
             build(paths, &site, recipe, release)?;
         }
+    }
+    if further.iter().any(|image| image == SERVERS) {
+        newer_qemu::prepare(paths, &["igb"])?;
     }
     // The test of disk mode goes from one release to another.
     if further.iter().any(|image| image == DISK) && !site.join(format!("build/{DISK}/2/manifest.json")).exists() {

@@ -24,7 +24,7 @@ fn new_hardware_joins_when_every_part_of_it_passed() {
         let disk = rack.machine(NAME).hold_disk(0).unwrap();
         disk.set_fault(Fault::Reads);
         rack.machine(NAME).power_on().unwrap();
-        rack.wait(&id, "its first report", |v| v.state == "discovered" && v.key_storage.is_some()).unwrap();
+        rack.wait(NAME, "its first report", |v| v.state == "discovered" && v.key_storage.is_some()).unwrap();
         rack.kiln(&["machine", "approve", &id, "--role", "tested", "--name", NAME]).unwrap();
         let shown = rack.kiln(&["machine", "show", NAME]).unwrap();
         assert!(shown.contains("held: role tested wants a passed acceptance run first"), "{shown}");

@@ -205,12 +205,16 @@ fn a_corrupt_root_is_refused_and_the_previous_release_boots() {
 #[ignore = "slow: two boots of the firmware; make test-slow"]
 fn a_wrong_clock_changes_nothing() {
     testing::rack(|paths| {
-        for clock in ["1970-01-02", "2099-01-01"] {
-            let spec = MachineSpec { clock: Some(clock), ..MachineSpec::new(1, PXE) };
-            let mut rack = Rack::start(paths, &RackOptions::scenario(paths, &format!("clock-{clock}"), spec)).unwrap();
-            rack.machine(NAME).power_on().unwrap();
-            let view = rack.wait_healthy(NAME, 1).unwrap();
-            assert!(view.failures().is_empty(), "{clock}: {view:#?}");
+        let spec = |number, clock| MachineSpec { clock: Some(clock), ..MachineSpec::new(number, PXE) };
+        let mut options = RackOptions::scenario(paths, "clock", spec(1, "1970-01-02"));
+        options.machines.push(spec(2, "2099-01-01"));
+        let mut rack = Rack::start(paths, &options).unwrap();
+        for name in ["rack-1", "rack-2"] {
+            rack.machine(name).power_on().unwrap();
+        }
+        for name in ["rack-1", "rack-2"] {
+            let view = rack.wait_healthy(name, 1).unwrap();
+            assert!(view.failures().is_empty(), "{name}: {view:#?}");
         }
     });
 }

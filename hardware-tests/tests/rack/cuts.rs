@@ -256,11 +256,12 @@ impl Judge {
 /// Which cuts: behind every step that is no part of a root artifact, and behind so many of the others that there are
 /// [`CUTS`] at least.
 fn cuts(steps: &[Step]) -> Vec<usize> {
-    let bulk = |step: &Step| matches!(step, Step::Write(_, bytes) if bytes.len() == PIECE);
-    let small = (1..=steps.len()).filter(|n| !bulk(&steps[n - 1])).count();
-    let large = steps.len() - small;
-    let every = (large / CUTS.saturating_sub(small).max(100)).max(1);
-    (1..=steps.len()).filter(|n| !bulk(&steps[n - 1]) || n % every == 0).collect()
+    let bulk = |n: &usize| matches!(&steps[n - 1], Step::Write(_, bytes) if bytes.len() == PIECE);
+    let (large, mut cuts): (Vec<usize>, Vec<usize>) = (1..=steps.len()).partition(bulk);
+    let every = (large.len() / CUTS.saturating_sub(cuts.len()).max(100)).max(1);
+    cuts.extend(large.into_iter().step_by(every));
+    cuts.sort_unstable();
+    cuts
 }
 
 const WAYS: [Unflushed; 3] = [Unflushed::Kept, Unflushed::Lost, Unflushed::Mixed];
@@ -379,53 +380,76 @@ fn killed_at(rack: &mut Rack, nbd: &Nbd, number: usize, end: &str) -> bool {
     killed
 }
 
-/// Kills in the install, and a third as many in the reimage; `KILN_KILLS` says another number. Each takes half a minute
-/// and more.
-const KILLS: usize = 24;
+/// Kills over the four tests, three in the install to one in the reimage; `KILN_KILLS` says another number. Each takes a
+/// quarter of a minute and more.
+const KILLS: usize = 500;
+const PARTS: usize = 4;
+
+fn kills() -> usize {
+    let asked = std::env::var("KILN_KILLS").ok();
+    asked.map_or(KILLS, |text| text.parse().expect("KILN_KILLS is a number of kills")).max(4 * PARTS)
+}
 
 /// QEMU is killed at the Nth write itself of an install, N from the first write to the last, again and again on the one
 /// disk: each start finds what the kill before left. Likewise while it reimages itself: there a trial that is cut off too
-/// often is given up, as it should be, so either release may be the one that comes up in the end.
-#[test]
-#[ignore = "slow: some thirty boots; make test-slow"]
-fn a_machine_killed_at_its_nth_write_comes_back() {
-    testing::rack(|paths| {
-        let mut rack = rack(paths, "killed");
-        let nbd = rack.machine(NAME).hold_disk(0).unwrap();
-        nbd.record();
-        rack.machine(NAME).power_on().unwrap();
-        let console = rack.machine(NAME).console().unwrap().clone();
-        let installed = "is healthy: vda: A Good disk/1";
-        console.wait_for(installed, Mark::default(), IDLE).unwrap();
-        rack.machine(NAME).power_off();
-        let writes = nbd.recorded().iter().filter(|step| **step != Step::Flush).count();
-        let asked = std::env::var("KILN_KILLS").ok();
-        let kills = asked.map_or(KILLS, |text| text.parse().expect("KILN_KILLS is a number of kills")).max(1);
-        let (mut killed, mut blank) = (0, true);
-        for n in 0..kills {
-            if blank {
-                rack.machine(NAME).set_disks(vec![Disk::VirtioBlk]).unwrap();
-            }
-            let nbd = rack.machine(NAME).hold_disk(0).unwrap();
-            blank = !killed_at(&mut rack, &nbd, n * writes / kills, installed);
-            killed += usize::from(!blank);
+/// often is given up, as it should be, so either release may be the one that comes up in the end. This is every
+/// [`PARTS`]th N, from `part` on.
+fn killed(paths: &Paths, part: usize) {
+    let mut rack = rack(paths, &format!("killed-{part}"));
+    let nbd = rack.machine(NAME).hold_disk(0).unwrap();
+    nbd.record();
+    rack.machine(NAME).power_on().unwrap();
+    let console = rack.machine(NAME).console().unwrap().clone();
+    let installed = "is healthy: vda: A Good disk/1";
+    console.wait_for(installed, Mark::default(), IDLE).unwrap();
+    rack.machine(NAME).power_off();
+    let writes = nbd.recorded().iter().filter(|step| **step != Step::Flush).count();
+    let (install, reimage) = (kills() * 3 / 4, kills() / 4);
+    let (mut done, mut started, mut blank) = (0, 0, true);
+    for n in (part..install).step_by(PARTS) {
+        if blank {
+            rack.machine(NAME).set_disks(vec![Disk::VirtioBlk]).unwrap();
         }
-        println!("{killed} kills in an install of {writes} writes; {} starts came up before", kills - killed);
-        assert!(killed >= kills / 2, "{killed} of {kills}");
-
         let nbd = rack.machine(NAME).hold_disk(0).unwrap();
-        nbd.set_fault(Fault::None);
-        rack.machine(NAME).power_on().unwrap();
-        rack.wait_healthy(NAME, 1).unwrap();
-        rack.kiln(&["release", "publish", "disk/2"]).unwrap();
-        rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
-        let kills = kills.div_ceil(3);
-        let killed = (0..kills).filter(|n| killed_at(&mut rack, &nbd, 1 + n * writes / kills, "B Good disk/2")).count();
-        println!("{killed} kills in the reimage; {} starts came up before", kills - killed);
-        assert!(killed > 0);
-        nbd.set_fault(Fault::None);
-        rack.machine(NAME).power_on().unwrap();
-        let console = rack.machine(NAME).console().unwrap().clone();
-        console.wait_for("is healthy: vda: ", Mark::default(), IDLE).unwrap();
-    });
+        blank = !killed_at(&mut rack, &nbd, n * writes / install, installed);
+        done += usize::from(!blank);
+        started += 1;
+        eprintln!("install: {done} kills in {started} starts, of {writes} writes");
+    }
+    assert!(done >= started / 2, "{done} of {started}");
+
+    let nbd = rack.machine(NAME).hold_disk(0).unwrap();
+    nbd.set_fault(Fault::None);
+    rack.machine(NAME).power_on().unwrap();
+    rack.wait_healthy(NAME, 1).unwrap();
+    rack.kiln(&["release", "publish", "disk/2"]).unwrap();
+    rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
+    let (mut done, mut started) = (0, 0);
+    for n in (part..reimage).step_by(PARTS) {
+        done += usize::from(killed_at(&mut rack, &nbd, 1 + n * writes / reimage, "B Good disk/2"));
+        started += 1;
+        eprintln!("reimage: {done} kills in {started} starts");
+    }
+    assert!(done > 0);
+    nbd.set_fault(Fault::None);
+    rack.machine(NAME).power_on().unwrap();
+    let console = rack.machine(NAME).console().unwrap().clone();
+    console.wait_for("is healthy: vda: ", Mark::default(), IDLE).unwrap();
+}
+
+macro_rules! kills {
+    ($($test:ident $part:literal)*) => {$(
+        #[test]
+        #[ignore = "slow: 125 boots; make test-slow"]
+        fn $test() {
+            testing::rack(|paths| killed(paths, $part));
+        }
+    )*};
+}
+
+kills! {
+    a_machine_killed_at_its_nth_write_comes_back_one 0
+    a_machine_killed_at_its_nth_write_comes_back_two 1
+    a_machine_killed_at_its_nth_write_comes_back_three 2
+    a_machine_killed_at_its_nth_write_comes_back_four 3
 }

@@ -73,7 +73,7 @@ fn a_tpm_says_what_was_booted() {
         let off = |v: &AttestationView| v.reason.contains("Secure Boot is off");
         let view = boots(&mut rack, OPEN, "Secure Boot is off", off);
         assert_eq!((proof(&view).state.as_str(), view.protection.as_deref()), ("unattested", Some("unprotected")));
-        let manifest = site::manifest(&rack.site, 1).unwrap();
+        let manifest = site::manifest(&rack.site, view.release.unwrap()).unwrap();
         let program = rack.site.join("repo/b").join(manifest["uki"]["sha256"].as_str().unwrap()).join("kiln.efi");
         let mut bytes = std::fs::read(&program).unwrap();
         // In the UKI's os-release, which nobody reads at boot: the machine comes up, and only the TPM tells.

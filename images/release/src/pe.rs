@@ -36,6 +36,8 @@ pub struct Pe {
     pub size_of_image: u32,
     /// Size of all headers in the file.
     pub size_of_headers: u32,
+    /// Data directories that the optional header has (`NumberOfRvaAndSizes`).
+    pub directories: u32,
     /// File offset and length of the attribute certificates (signatures); 0, 0 without.
     pub certificates: (u32, u32),
     /// The sections, in the table's order.
@@ -98,9 +100,9 @@ fn index(value: u32) -> usize {
 /// Length of one entry of the section table.
 pub const SECTION_ENTRY: usize = 40;
 /// Data directory of the attribute certificates.
-const SECURITY_DIRECTORY: usize = 4;
+pub(crate) const SECURITY_DIRECTORY: u32 = 4;
 /// Where in the optional header it is named.
-pub const CERTIFICATES: usize = 112 + SECURITY_DIRECTORY * 8;
+pub const CERTIFICATES: usize = 112 + SECURITY_DIRECTORY as usize * 8;
 /// Where in the optional header the checksum is.
 pub const CHECKSUM: usize = 64;
 
@@ -158,7 +160,7 @@ impl Pe {
                 return Err(PeError::BadAlignment { what, got });
             }
         }
-        let directories = index(optional(108, "NumberOfRvaAndSizes")?);
+        let directories = optional(108, "NumberOfRvaAndSizes")?;
         let certificates = if directories > SECURITY_DIRECTORY {
             let what = "the certificate directory";
             (optional(CERTIFICATES, what)?, optional(CERTIFICATES + 4, what)?)
@@ -195,6 +197,7 @@ impl Pe {
             file_alignment,
             size_of_image: optional(56, "SizeOfImage")?,
             size_of_headers: optional(60, "SizeOfHeaders")?,
+            directories,
             certificates,
             sections,
         })

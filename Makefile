@@ -45,7 +45,7 @@ test-slow: setup ## Every test of the rack, also those that take minutes, thousa
 	@$(MAKE) --no-print-directory -j2 agent tests
 	@$(LAB) prepare --image probe --image servers --image hangs --image disk --image rescue --image exec --image acceptance-lab
 	@$(TEST) --test rack -- --test-threads 32 --include-ignored
-	@$(TEST) --test differential -- --include-ignored
+	@$(TEST) --test images -- --include-ignored
 
 conformance: setup ## The TUF community's conformance suite against the client (TUF_CONFORMANCE=a checkout of the suite)
 	@$(CARGO) build --locked -p kiln-server -p kiln-lab

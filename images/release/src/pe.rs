@@ -54,7 +54,7 @@ pub enum PeError {
     CutShort { what: &'static str, offset: usize, length: usize },
     #[error("not a PE32+ image: optional header magic {got:#06x}, expected 0x020b")]
     NotPe32Plus { got: u16 },
-    #[error("{what} is {got}, which is not a power of two of at least 512")]
+    #[error("{what} is {got}; a power of two is needed, of at least 512, in the file of at most 65536")]
     BadAlignment { what: &'static str, got: u32 },
     #[error("section {index} has a name that is not ASCII")]
     BadName { index: usize },
@@ -155,8 +155,11 @@ impl Pe {
         };
         let section_alignment = optional(32, "SectionAlignment")?;
         let file_alignment = optional(36, "FileAlignment")?;
-        for (what, got) in [("SectionAlignment", section_alignment), ("FileAlignment", file_alignment)] {
-            if !got.is_power_of_two() || got < 512 {
+        // In the file at most 64 KiB (PE format, "Optional Header Windows-Specific Fields"): what is laid out anew grows by it.
+        for (what, got, most) in
+            [("SectionAlignment", section_alignment, u32::MAX), ("FileAlignment", file_alignment, 1 << 16)]
+        {
+            if !got.is_power_of_two() || got < 512 || got > most {
                 return Err(PeError::BadAlignment { what, got });
             }
         }

@@ -1,5 +1,5 @@
 //! The server's readers that need nothing else of it: without its store and its sockets the targets build in a third of
-//! the time. `server/tests/fuzzed.rs` has the crate's own in this place.
+//! the time. `server/tests/server/fuzzed.rs` has the crate's own in this place.
 #![allow(dead_code, unreachable_pub)] // what only the rest of the server uses
 
 #[path = "../../server/src/expected.rs"]

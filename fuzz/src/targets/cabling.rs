@@ -77,12 +77,12 @@ pub mod smbios {
 
 /// The kernel's and the system's texts, which programs of the image can shape. The first byte says which it is.
 pub mod proc_text {
-    use crate::targets::chosen;
+    use super::super::chosen;
     use kiln_protocol::{Usage, drift};
     use kiln_release::declared::users_of;
 
     pub fn run(data: &[u8]) {
-        let Some((choice, rest)) = crate::targets::choice(data) else { return };
+        let Some((choice, rest)) = super::super::choice(data) else { return };
         let text = String::from_utf8_lossy(rest);
         let declared = ["tcp/22".to_owned(), "/srv".to_owned()];
         let differences = match choice % 5 {

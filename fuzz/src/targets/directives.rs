@@ -2,7 +2,7 @@
 
 /// The first byte says which statement; 0x80 that the bytes are the envelope itself.
 pub mod directive {
-    use crate::targets::chosen;
+    use super::super::chosen;
     use jiff::Timestamp;
     use kiln_protocol::{
         Architecture, Assignment, Freshness, ImageName, KeyId, MachineId, Order, Ordered, Receipt, Running,
@@ -66,7 +66,7 @@ pub mod directive {
             highest_sequence: SEEN,
             floor: FLOOR,
         };
-        let _ = crate::targets::stable(&assignment);
+        let _ = super::super::stable(&assignment);
         if check_assignment(&assignment, &me).is_ok() {
             assert_eq!((&assignment.machine.key, &assignment.image), (&world.key, &world.image));
             assert!(
@@ -86,7 +86,7 @@ pub mod directive {
     fn order(text: &[u8]) {
         let world = &*WORLD;
         let Ok((order, _)) = world.site.verify_operator::<Order>(text, "kiln-order") else { return };
-        let _ = crate::targets::stable(&order);
+        let _ = super::super::stable(&order);
         let me = Ordered { key: &world.key, name_only: None, now: now(), mark: None, sequence: 1 };
         if check_order(&order, &me).is_ok() {
             assert!(
@@ -97,7 +97,7 @@ pub mod directive {
     }
 
     pub fn run(data: &[u8]) {
-        let Some((choice, rest)) = crate::targets::choice(data) else { return };
+        let Some((choice, rest)) = super::super::choice(data) else { return };
         let which = (choice & !RAW) % 4;
         let signer = if which == 2 { &WORLD.operator } else { &WORLD.director };
         let value = serde_json::from_slice::<Value>(rest).ok().filter(|_| choice & RAW == 0);

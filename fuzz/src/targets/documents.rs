@@ -2,13 +2,13 @@
 
 /// The first byte says which document it is.
 pub mod document {
-    use crate::targets::{chosen, stable};
+    use super::super::{chosen, stable};
     use kiln_release::network::NetworkConfig;
     use kiln_release::{AcceptancePlan, BootInfo, ExecPolicy, Expected, Manifest, Signer, Site};
     use serde_json::json;
 
     pub fn run(data: &[u8]) {
-        let Some((choice, rest)) = crate::targets::choice(data) else { return };
+        let Some((choice, rest)) = super::super::choice(data) else { return };
         match choice % 6 {
             0 => {
                 let Ok(manifest) = Manifest::read(rest, "minimal", 2) else { return };

@@ -268,7 +268,7 @@ pub mod verity {
 
     /// A first byte of 0: a superblock and a number of blocks. Else changes of an artifact, three bytes each.
     pub fn run(data: &[u8]) {
-        let Some((choice, rest)) = crate::targets::choice(data) else { return };
+        let Some((choice, rest)) = super::super::choice(data) else { return };
         if choice == 0 {
             if let Some(block) = rest.first_chunk::<BLOCK>()
                 && let Ok(read) = Superblock::parse(block)

@@ -2,8 +2,8 @@
 
 /// The list of expected machines, CSV and TOML. The first byte says which.
 pub mod expected_list {
-    use crate::server::expected::{Format, read};
-    use crate::targets::chosen;
+    use super::super::super::server::expected::{Format, read};
+    use super::super::chosen;
     use kiln_fleet::{ExpectedList, Flaws};
 
     const NOW: u64 = 1_800_000_000_000;
@@ -16,7 +16,7 @@ pub mod expected_list {
     }
 
     pub fn run(data: &[u8]) {
-        let Some((choice, rest)) = crate::targets::choice(data) else { return };
+        let Some((choice, rest)) = super::super::choice(data) else { return };
         let format = if choice % 2 == 0 { Format::Csv } else { Format::Toml };
         let rows = match read(rest, format) {
             Ok(rows) => rows,

@@ -2,7 +2,7 @@
 //! property does not hold; that a reader does not panic is the least of them.
 //!
 //! One piece of code for two drivers: libFuzzer (`make fuzz`, the programs in `fuzz_targets/`), and
-//! `server/tests/fuzzed.rs`, which gives the same functions a bounded number of mutations of the same seeds in every
+//! `server/tests/server/fuzzed.rs`, which gives the same functions a bounded number of mutations of the same seeds in every
 //! `make test`. Seeds are made here; none lies in the repository beside the fixtures of the tests.
 //!
 //! Where signatures would keep all mutations out, the target signs what was mutated: a stolen key is what the checks

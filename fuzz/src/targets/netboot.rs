@@ -50,7 +50,7 @@ pub mod dhcp {
 
     /// The first byte says how the boot is decided; packets follow, each with its length before it.
     pub fn run(data: &[u8]) {
-        let Some((choice, mut rest)) = crate::targets::choice(data) else { return };
+        let Some((choice, mut rest)) = super::super::choice(data) else { return };
         let answer = match choice % 4 {
             0 => BootAnswer::Ipxe,
             1 => BootAnswer::Uki { sha256: "ab".repeat(32).parse().expect("a hash") },

@@ -136,7 +136,7 @@ pub mod tuf_update {
     use super::*;
 
     pub fn run(data: &[u8]) {
-        let Some((choice, text)) = crate::targets::choice(data) else { return };
+        let Some((choice, text)) = super::super::choice(data) else { return };
         let which = ROLES[(choice & !RAW) % ROLES.len()];
         let signer = if which == "trusted root" { "root" } else { which };
         let signed = serde_json::from_slice::<Value>(text)

@@ -2,8 +2,8 @@
 
 /// The first byte 0: claims, signed by the provider. 1: a JWK set. Else: a token.
 pub mod oidc_token {
-    use crate::server::oidc::{Expected, Jwks, TokenError, verify};
-    use crate::targets::chosen;
+    use super::super::super::server::oidc::{Expected, Jwks, TokenError, verify};
+    use super::super::chosen;
     use ring::rand::SystemRandom;
     use ring::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair as _};
     use serde_json::{Value, json};
@@ -65,7 +65,7 @@ pub mod oidc_token {
     }
 
     pub fn run(data: &[u8]) {
-        let Some((choice, rest)) = crate::targets::choice(data) else { return };
+        let Some((choice, rest)) = super::super::choice(data) else { return };
         match choice {
             0 => accepted(rest),
             1 => {

@@ -27,7 +27,7 @@ pub mod tpm_answer {
     }
 
     pub fn run(data: &[u8]) {
-        let Some((choice, body)) = crate::targets::choice(data) else { return };
+        let Some((choice, body)) = super::super::choice(data) else { return };
         let raw = choice & RAW != 0;
         let _ = match (choice & !RAW) % 12 {
             0 => ask(&command::get_random(8), raw, body),
@@ -96,7 +96,7 @@ pub mod tpm_quote {
 
     /// The first byte says which of the three the rest is: what is signed, a signature, a public area.
     pub fn run(data: &[u8]) {
-        let Some((choice, rest)) = crate::targets::choice(data) else { return };
+        let Some((choice, rest)) = super::super::choice(data) else { return };
         match choice % 3 {
             0 => {
                 let quote = signed(rest);

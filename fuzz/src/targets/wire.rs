@@ -1,6 +1,6 @@
 //! What agents post to the server, and what they read of its replies.
 
-use crate::targets::{chosen, stable};
+use super::{chosen, stable};
 use kiln_protocol::{Report, printable};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -151,7 +151,7 @@ pub mod wire {
     }
 
     pub fn run(data: &[u8]) {
-        if let Some((choice, rest)) = crate::targets::choice(data) {
+        if let Some((choice, rest)) = super::super::choice(data) {
             take(choice, rest);
         }
     }

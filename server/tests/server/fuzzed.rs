@@ -1,11 +1,10 @@
 //! A short slice of `make fuzz`: every target of `fuzz/` on its seeds and on mutations of them, the same ones each time.
-#![allow(clippy::unwrap_used)]
 
 /// What the targets call the server's readers.
 mod server {
     pub use kiln_server::{expected, oidc};
 }
-#[path = "../../fuzz/src/targets/mod.rs"]
+#[path = "../../../fuzz/src/targets/mod.rs"]
 #[allow(dead_code, clippy::wildcard_imports, unreachable_pub)] // also for other tests; a module for each program
 mod targets;
 

@@ -39,12 +39,13 @@ test: setup ## Every test of the fast tier: pure, processes in network namespace
 	@$(LAB) prepare --image probe
 	@$(TEST) --test rack -- --test-threads 32
 
-test-slow: setup ## Every test of the rack, also those that take minutes, and cargo-deny's rules
+test-slow: setup ## Every test of the rack, also those that take minutes, thousands of random repositories, and cargo-deny's rules
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	@$(CARGO) deny check bans licenses sources
 	@$(MAKE) --no-print-directory -j2 agent tests
 	@$(LAB) prepare --image probe --image servers --image hangs --image disk --image rescue --image exec --image acceptance-lab
 	@$(TEST) --test rack -- --test-threads 32 --include-ignored
+	@$(TEST) --test images -- --include-ignored
 
 conformance: setup ## The TUF community's conformance suite against the client (TUF_CONFORMANCE=a checkout of the suite)
 	@$(CARGO) build --locked -p kiln-server -p kiln-lab
@@ -56,9 +57,8 @@ bench: setup build ## The figures of docs/benchmarks.md that a rack can give: ta
 	 $(TEST) --test exec_guard -- --ignored --exact what_it_costs --nocapture
 	@$(LAB) bench $(BENCH_ARGS)
 
-fuzz: ## The fuzz targets there are, 60 s each (needs cargo-fuzz and a nightly toolchain)
-	@if [ -f fuzz/Cargo.toml ]; then cd fuzz && for t in $$($(CARGO) fuzz list); do $(CARGO) fuzz run $$t -- -max_total_time=60 || exit 1; done; \
-	 else echo "no fuzz targets yet"; fi
+fuzz: ## Every reader of foreign bytes under libFuzzer, FUZZ_SECONDS (60) for each of its targets
+	@bash hardware-tests/fuzz
 
 lint: setup ## Formatting, clippy, purity of the pure crates, banned crates
 	@$(CARGO) fmt --all --check

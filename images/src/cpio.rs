@@ -65,7 +65,8 @@ impl Archive {
     /// Adds one entry. `path` is relative (`kiln/boot.json`), `mode` the permission bits.
     pub fn add(&mut self, path: &str, mode: u32, node: Node) -> Result<(), CpioError> {
         let plain = |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains('\0');
-        if path == TRAILER || !path.split('/').all(plain) {
+        // Nor a folder of the trailer's name: whatever stands behind it would be lost to the kernel.
+        if path.split('/').next() == Some(TRAILER) || !path.split('/').all(plain) {
             return Err(CpioError::Path { path: path.into() });
         }
         if let Node::File(bytes) = &node

@@ -202,11 +202,12 @@ pub struct Intake {
 impl Intake {
     /// What of a report is new, in order, and how many events were dropped before it for want of room.
     pub fn take(&mut self, report: &SpoolReport) -> (u64, Vec<Noted>) {
-        if self.id != report.id {
-            let known = self.before.iter().position(|(id, _)| *id == report.id);
+        // Cut before it is compared: a name longer than what is kept would be new each time, and all its events with it.
+        let id: String = report.id.chars().filter(|c| !c.is_control()).take(64).collect();
+        if self.id != id {
+            let known = self.before.iter().position(|(before, _)| *before == id);
             // A spool that is new here, not to the agent: what it knows to be taken was.
-            let new = || (report.id.chars().take(64).collect(), 0);
-            let (id, last) = known.and_then(|at| self.before.remove(at)).unwrap_or_else(new);
+            let (id, last) = known.and_then(|at| self.before.remove(at)).unwrap_or((id, 0));
             let (old, taken) = (std::mem::replace(&mut self.id, id), std::mem::replace(&mut self.last, last));
             if !old.is_empty() {
                 self.before.push_front((old, taken));

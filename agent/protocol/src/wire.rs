@@ -9,6 +9,7 @@ use crate::dbx::{DbxOffer, DbxState};
 use crate::exec::ExecState;
 use crate::ids::IdError;
 use crate::ids::{Architecture, ImageName, MachineId, Nonce, Sha256Hex, word_enum};
+use crate::log::printable;
 use crate::slot::Fallback;
 use crate::stage::StageRecord;
 use serde::{Deserialize, Serialize};
@@ -242,6 +243,38 @@ pub struct Report {
     /// [`Desired::etag`] of the last reply.
     #[serde(default)]
     pub desired_etag: String,
+}
+
+impl Report {
+    /// Cuts what an agent can make long, and makes visible what could pass for something else. The server's record of the
+    /// machine cuts the rest, each where it is kept.
+    pub fn tame(&mut self) {
+        fn cut(text: &mut String, max: usize) {
+            let tame: String = text.chars().filter(|c| !c.is_control()).take(max).collect();
+            *text = printable(&tame);
+        }
+        let machine = &mut self.machine;
+        machine.macs.truncate(32);
+        machine.macs.retain(|mac| is_mac(mac));
+        cut(&mut machine.product, 128);
+        cut(&mut machine.serial, 128);
+        self.stages.truncate(256);
+        cut(&mut self.boot_id, 64);
+        if let Some(health) = &mut self.health {
+            cut(&mut health.detail, 500);
+        }
+        self.exec.iter_mut().for_each(ExecState::tame);
+        self.dbx.iter_mut().for_each(DbxState::tame);
+    }
+}
+
+/// `52:54:00:00:00:01`, in lower case.
+fn is_mac(text: &str) -> bool {
+    text.len() == 17
+        && text.bytes().enumerate().all(|(i, b)| match i % 3 {
+            2 => b == b':',
+            _ => matches!(b, b'0'..=b'9' | b'a'..=b'f'),
+        })
 }
 
 /// The server's answer.

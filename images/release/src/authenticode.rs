@@ -3,7 +3,7 @@
 //! `kexec_file_load(2)` the kernel inside.
 
 use crate::certificate::der;
-use crate::pe::{CERTIFICATES, CHECKSUM, Pe, PeError, checksum};
+use crate::pe::{CERTIFICATES, CHECKSUM, Pe, PeError, SECURITY_DIRECTORY, checksum};
 use crate::pkcs7::{Certificate, Content, SHA_256, enveloped, signed_data};
 use ring::digest::{Context, SHA256};
 
@@ -35,7 +35,12 @@ struct Places {
 fn places(file: &[u8], pe: &Pe) -> Result<Places, PeError> {
     let directory = pe.optional_offset + CERTIFICATES;
     let headers = index(pe.size_of_headers);
-    if directory + 8 > pe.table_offset || headers < pe.table_offset || headers > file.len() {
+    // A reader passes over a directory that the headers do not count: a signature there would be none.
+    if pe.directories <= SECURITY_DIRECTORY
+        || directory + 8 > pe.table_offset
+        || headers < pe.table_offset
+        || headers > file.len()
+    {
         return Err(PeError::NoCertificateDirectory);
     }
     let (begin, length) = (index(pe.certificates.0), index(pe.certificates.1));

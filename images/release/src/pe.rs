@@ -36,6 +36,8 @@ pub struct Pe {
     pub size_of_image: u32,
     /// Size of all headers in the file.
     pub size_of_headers: u32,
+    /// Data directories that the optional header has (`NumberOfRvaAndSizes`).
+    pub directories: u32,
     /// File offset and length of the attribute certificates (signatures); 0, 0 without.
     pub certificates: (u32, u32),
     /// The sections, in the table's order.
@@ -52,7 +54,7 @@ pub enum PeError {
     CutShort { what: &'static str, offset: usize, length: usize },
     #[error("not a PE32+ image: optional header magic {got:#06x}, expected 0x020b")]
     NotPe32Plus { got: u16 },
-    #[error("{what} is {got}, which is not a power of two of at least 512")]
+    #[error("{what} is {got}; a power of two is needed, of at least 512, in the file of at most 65536")]
     BadAlignment { what: &'static str, got: u32 },
     #[error("section {index} has a name that is not ASCII")]
     BadName { index: usize },
@@ -98,9 +100,9 @@ fn index(value: u32) -> usize {
 /// Length of one entry of the section table.
 pub const SECTION_ENTRY: usize = 40;
 /// Data directory of the attribute certificates.
-const SECURITY_DIRECTORY: usize = 4;
+pub(crate) const SECURITY_DIRECTORY: u32 = 4;
 /// Where in the optional header it is named.
-pub const CERTIFICATES: usize = 112 + SECURITY_DIRECTORY * 8;
+pub const CERTIFICATES: usize = 112 + SECURITY_DIRECTORY as usize * 8;
 /// Where in the optional header the checksum is.
 pub const CHECKSUM: usize = 64;
 
@@ -153,12 +155,15 @@ impl Pe {
         };
         let section_alignment = optional(32, "SectionAlignment")?;
         let file_alignment = optional(36, "FileAlignment")?;
-        for (what, got) in [("SectionAlignment", section_alignment), ("FileAlignment", file_alignment)] {
-            if !got.is_power_of_two() || got < 512 {
+        // In the file at most 64 KiB (PE format, "Optional Header Windows-Specific Fields"): what is laid out anew grows by it.
+        for (what, got, most) in
+            [("SectionAlignment", section_alignment, u32::MAX), ("FileAlignment", file_alignment, 1 << 16)]
+        {
+            if !got.is_power_of_two() || got < 512 || got > most {
                 return Err(PeError::BadAlignment { what, got });
             }
         }
-        let directories = index(optional(108, "NumberOfRvaAndSizes")?);
+        let directories = optional(108, "NumberOfRvaAndSizes")?;
         let certificates = if directories > SECURITY_DIRECTORY {
             let what = "the certificate directory";
             (optional(CERTIFICATES, what)?, optional(CERTIFICATES + 4, what)?)
@@ -195,6 +200,7 @@ impl Pe {
             file_alignment,
             size_of_image: optional(56, "SizeOfImage")?,
             size_of_headers: optional(60, "SizeOfHeaders")?,
+            directories,
             certificates,
             sections,
         })

@@ -6,7 +6,9 @@ mod common;
 
 mod ceremony;
 mod cpio;
+mod differential;
 mod prune;
+mod python;
 mod python_tuf;
 mod recipes;
 mod site;

@@ -1,48 +1,14 @@
 //! The reference implementation of TUF reads what Kiln publishes, and Kiln's client reads what it writes.
 //!
-//! It is installed into a virtual environment under the target folder, once. Where that cannot be done (no Python, no
-//! network) the test says so and passes.
+//! Where it cannot be installed (no Python, no network) the test says so and passes.
 
 use crate::common::{build, new_site};
+use crate::python::python;
 use jiff::Timestamp;
 use kiln_images::publish;
 use kiln_release::tuf::{Client, ExpiryPolicy, Fetched, Limits, Outcome, Request, Seen, TargetPath};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
-
-fn python() -> Option<PathBuf> {
-    let venv = Path::new(env!("CARGO_TARGET_TMPDIR")).join("python-tuf");
-    let python = venv.join("bin/python");
-    let works = || {
-        let import = "import tuf.ngclient, securesystemslib, cryptography";
-        Command::new(&python).args(["-c", import]).output().is_ok_and(|output| output.status.success())
-    };
-    if !works() {
-        let _ = std::fs::remove_dir_all(&venv);
-        let make = Command::new("python3").args(["-m", "venv"]).arg(&venv).output();
-        let pip = [
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--retries=0",
-            "--timeout=20",
-            "tuf==7.0.1",
-            "cryptography",
-        ];
-        let install = Command::new(&python).args(pip).output();
-        if !works() {
-            let why = |output: &std::io::Result<Output>| match output {
-                Ok(output) => String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or("").to_owned(),
-                Err(error) => error.to_string(),
-            };
-            eprintln!("skipped: no python-tuf: venv: {}; pip: {}", why(&make), why(&install));
-            return None;
-        }
-    }
-    Some(python)
-}
+use std::path::Path;
+use std::process::Command;
 
 fn run(python: &Path, arguments: &[&str]) -> Result<String, String> {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/python_tuf.py");

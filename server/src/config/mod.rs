@@ -11,7 +11,7 @@ use crate::error::ConfigError;
 use crate::http;
 use crate::net::Shared;
 use kiln_fleet::{DriftPolicy, Limits};
-use kiln_protocol::{ImageName, KeyId, Least, MachineId, RoleSettings};
+use kiln_protocol::{ImageName, KeyId, Least, MachineId, RoleSettings, printable};
 use kiln_release::Threshold;
 use std::collections::BTreeMap;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -161,7 +161,9 @@ impl Config {
 
     /// Reads the text of a file.
     pub fn parse(text: &str) -> Result<Self, ConfigError> {
-        let raw: raw::Raw = toml::from_str(text).map_err(|e| ConfigError::Toml(e.to_string().trim_end().to_owned()))?;
+        // The message shows the line that is wrong, whatever is in it.
+        let shown = |e: toml::de::Error| e.to_string().trim_end().lines().map(printable).collect::<Vec<_>>().join("\n");
+        let raw: raw::Raw = toml::from_str(text).map_err(|e| ConfigError::Toml(shown(e)))?;
         Self::try_from(raw)
     }
 

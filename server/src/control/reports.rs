@@ -7,7 +7,7 @@ use crate::store::Envelope;
 use jiff::Timestamp;
 use kiln_fleet::{Desire, Event, Machine, Reported, StateKind, desire, grant};
 use kiln_protocol::{
-    DbxOffer, Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, Reply, Report, Sha256Hex, Via, printable,
+    DbxOffer, Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, Reply, Report, Sha256Hex, Via,
 };
 use kiln_release::hex;
 use std::collections::BTreeMap;
@@ -49,7 +49,7 @@ impl Drop for Held<'_> {
 impl Control {
     /// Takes a report in and answers it; held as long as it asks for and nothing changes.
     pub async fn report(&self, key: KeyId, mut report: Report) -> Result<Reply, ControlError> {
-        tame(&mut report);
+        report.tame();
         let id = report.machine.id.clone();
         let nonce = report.nonce.clone();
         let (wait_s, etag) = (report.wait_s.min(MAX_WAIT_S), report.desired_etag.clone());
@@ -266,33 +266,4 @@ impl Wanted {
         }
         Self { order, ..self }
     }
-}
-
-/// `52:54:00:00:00:01`, in lower case.
-fn is_mac(text: &str) -> bool {
-    text.len() == 17
-        && text.bytes().enumerate().all(|(i, b)| match i % 3 {
-            2 => b == b':',
-            _ => matches!(b, b'0'..=b'9' | b'a'..=b'f'),
-        })
-}
-
-/// Cuts what an agent can make long.
-fn tame(report: &mut Report) {
-    fn cut(text: &mut String, max: usize) {
-        let tame: String = text.chars().filter(|c| !c.is_control()).take(max).collect();
-        *text = printable(&tame);
-    }
-    let m = &mut report.machine;
-    m.macs.truncate(32);
-    m.macs.retain(|mac| is_mac(mac));
-    cut(&mut m.product, 128);
-    cut(&mut m.serial, 128);
-    report.stages.truncate(256);
-    cut(&mut report.boot_id, 64);
-    if let Some(health) = &mut report.health {
-        cut(&mut health.detail, 500);
-    }
-    report.exec.iter_mut().for_each(kiln_protocol::ExecState::tame);
-    report.dbx.iter_mut().for_each(kiln_protocol::DbxState::tame);
 }

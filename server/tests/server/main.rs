@@ -11,6 +11,7 @@ mod audit;
 mod condition;
 mod crowd;
 mod expected;
+mod fuzzed;
 mod held_reports;
 mod hostile;
 mod http;

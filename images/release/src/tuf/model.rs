@@ -46,6 +46,7 @@ pub struct Root {
     pub type_: String,
     pub spec_version: String,
     pub version: u64,
+    #[serde(deserialize_with = "date")]
     pub expires: Timestamp,
     pub consistent_snapshot: bool,
     pub keys: BTreeMap<String, Value>,
@@ -101,6 +102,7 @@ pub struct TimestampRole {
     pub type_: String,
     pub spec_version: String,
     pub version: u64,
+    #[serde(deserialize_with = "date")]
     pub expires: Timestamp,
     pub meta: BTreeMap<String, MetaFile>,
 }
@@ -129,6 +131,7 @@ pub struct Snapshot {
     pub type_: String,
     pub spec_version: String,
     pub version: u64,
+    #[serde(deserialize_with = "date")]
     pub expires: Timestamp,
     pub meta: BTreeMap<String, MetaFile>,
 }
@@ -219,6 +222,7 @@ pub struct Targets {
     pub type_: String,
     pub spec_version: String,
     pub version: u64,
+    #[serde(deserialize_with = "date")]
     pub expires: Timestamp,
     pub targets: BTreeMap<String, TargetFile>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -265,6 +269,21 @@ impl Targets {
 
 fn hashes_of(bytes: &[u8]) -> BTreeMap<String, String> {
     BTreeMap::from([("sha256".to_owned(), hex::sha256(bytes))])
+}
+
+/// TUF's dates have one form, `YYYY-MM-DDTHH:MM:SSZ` (section 4.2.1): another implementation refuses every other.
+fn date<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Timestamp, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let plain = text.len() == 20
+        && text.bytes().enumerate().all(|(at, byte)| match at {
+            4 | 7 => byte == b'-',
+            10 => byte == b'T',
+            13 | 16 => byte == b':',
+            19 => byte == b'Z',
+            _ => byte.is_ascii_digit(),
+        });
+    let at = text.parse().ok().filter(|_| plain);
+    at.ok_or_else(|| serde::de::Error::custom(format_args!("expires is {text:?}, expected YYYY-MM-DDTHH:MM:SSZ")))
 }
 
 /// TUF's dates have no fraction of a second.

@@ -36,7 +36,7 @@ fn ipxe_that_the_site_signed_boots_a_signed_release() {
         let ipxe = signed(paths, Path::new(SNPONLY));
         let mut options = RackOptions::scenario(paths, "ipxe-secure-boot", secure(paths, NetworkBoot::Pxe));
         options.boot = format!("uefi = \"ipxe\"\nsnponly = \"{}\"\n", ipxe.display());
-        options.config = "[fleet]\nfirmware_patience = \"5s\"\n".into();
+        options.config = "[fleet]\nfirmware_patience = \"30s\"\n".into();
         let mut rack = Rack::start(paths, &options).unwrap();
         rack.machine(NAME).power_on().unwrap();
         let view = rack.wait_healthy(NAME, 1).unwrap();
@@ -108,12 +108,13 @@ fn the_stock_shim_starts_ipxe_and_a_signed_release() {
         assert!(words.iter().all(|word| said.contains(word)), "{}", console.last_words(60));
         rack.machine(NAME).power_off();
 
-        // What the owner's key did not sign, shim does not start: iPXE as Debian has it; then a UKI.
+        // What the owner's key did not sign, shim does not start: iPXE as Debian has it, of which it tells whoever is at the
+        // screen; then a UKI.
         let good = std::fs::read(&ipxe).unwrap();
         std::fs::copy(SNPONLY, &ipxe).unwrap();
         rack.machine(NAME).power_on().unwrap();
         let console = rack.machine(NAME).console().unwrap().clone();
-        console.wait_for("Verification failed: Security Policy Violation", Mark::default(), IDLE).unwrap();
+        console.wait_for("Security Violation", Mark::default(), IDLE).unwrap();
         rack.machine(NAME).power_off();
         std::fs::write(&ipxe, good).unwrap();
         let uki = site::manifest(&rack.site, 1).unwrap()["uki"]["sha256"].as_str().unwrap().to_owned();

@@ -34,6 +34,8 @@ pub struct RackOptions {
     pub consoles: PathBuf,
     /// More lines for kiln.toml.
     pub config: String,
+    /// More lines for its `[boot]`.
+    pub boot: String,
 }
 
 /// A running rack. Dropping it cuts all power.
@@ -64,6 +66,7 @@ impl RackOptions {
             site: None,
             consoles: paths.consoles.join(name),
             config: String::new(),
+            boot: String::new(),
         }
     }
 }
@@ -91,7 +94,8 @@ impl Rack {
         };
         let known: Vec<&MachineSpec> = options.machines.iter().filter(|m| !options.unknown.contains(&m.name)).collect();
         let config = paths.scratch.join("kiln.toml");
-        std::fs::write(&config, server::config(options.dhcp, &options.image, &known, &options.config)).at(&config)?;
+        let text = server::config(options.dhcp, &options.image, &known, &options.boot, &options.config);
+        std::fs::write(&config, text).at(&config)?;
         let machines = options
             .machines
             .iter()

@@ -28,8 +28,8 @@ pub enum DhcpMode {
 /// The role whose machines ask the network before their disk.
 pub const NETWORK_FIRST: &str = "network-first";
 
-/// kiln.toml for a rack: who is known, what they run, and where it answers.
-pub fn config(mode: DhcpMode, image: &str, known: &[&MachineSpec], extra: &str) -> String {
+/// kiln.toml for a rack: who is known, what they run, and where it answers; more lines for its `[boot]`, and for its end.
+pub fn config(mode: DhcpMode, image: &str, known: &[&MachineSpec], boot: &str, extra: &str) -> String {
     let mut text = String::from("# Made by kiln-lab.\n");
     let _ = match mode {
         DhcpMode::Proxy => writeln!(text, "[dhcp]\nmode = \"proxy\"\ninterface = \"{}\"", net::BRIDGE),
@@ -44,7 +44,7 @@ pub fn config(mode: DhcpMode, image: &str, known: &[&MachineSpec], extra: &str) 
     if mode != DhcpMode::Off {
         let _ = writeln!(text, "address = \"{}\"", net::SERVER);
     }
-    let _ = writeln!(text, "default_image = \"{image}\"");
+    let _ = writeln!(text, "default_image = \"{image}\"\n{boot}");
     for (role, first) in [("lab", "disk"), (NETWORK_FIRST, "network")] {
         let _ = writeln!(text, "[[role]]\nname = \"{role}\"\nimage = \"{image}\"\nboot_first = \"{first}\"");
     }

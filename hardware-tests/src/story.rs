@@ -86,6 +86,7 @@ pub fn tell(paths: &Paths, options: &StoryOptions) -> Result<(Rack, Report), Lab
             site: Some(paths.site.clone()),
             consoles: paths.consoles.clone(),
             config: String::new(),
+            boot: String::new(),
         },
     )?;
     let mut live = Live::new(&specs);

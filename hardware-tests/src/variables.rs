@@ -15,8 +15,12 @@ const AUTHENTICATED_STORE: [u8; 16] =
     [0x78, 0x2c, 0xf3, 0xaa, 0x7b, 0x94, 0x9a, 0x43, 0xa1, 0x80, 0x2e, 0x14, 0x4e, 0xc3, 0x77, 0x92];
 const STORE_HEADER: usize = 28;
 const VARIABLE_HEADER: usize = 60;
+/// shim's own variables, 605dab50-e046-4300-abb6-3dd810dd8b23 as stored.
+const SHIM: [u8; 16] = [0x50, 0xab, 0x5d, 0x60, 0x46, 0xe0, 0x00, 0x43, 0xab, 0xb6, 0x3d, 0xd8, 0x10, 0xdd, 0x8b, 0x23];
 /// Non-volatile, boot-service and run-time access.
 const ATTRIBUTES: u32 = 7;
+/// Without run-time access: shim believes no other.
+const BOOT_ONLY: u32 = 3;
 
 /// Which of the firmware's ways to the network comes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,8 +35,16 @@ pub enum NetworkBoot {
 pub fn set_first_boot(path: &Path, way: NetworkBoot, slot: u8, mac: [u8; 6]) -> Result<(), LabError> {
     let mut store = std::fs::read(path).at(path)?;
     let wrong = |reason| LabError::VariableStore { path: path.to_owned(), reason };
-    append(&mut store, "Boot0000", &load_option(way, slot, mac)).map_err(wrong)?;
-    append(&mut store, "BootOrder", &[0, 0]).map_err(wrong)?;
+    append(&mut store, (GLOBAL, ATTRIBUTES), "Boot0000", &load_option(way, slot, mac)).map_err(wrong)?;
+    append(&mut store, (GLOBAL, ATTRIBUTES), "BootOrder", &[0, 0]).map_err(wrong)?;
+    std::fs::write(path, store).at(path)
+}
+
+/// Enrols a list of certificates (`.esl`) as the machine owner's keys, as a person at its screen does by `MokManager`.
+pub fn set_owner_keys(path: &Path, list: &[u8]) -> Result<(), LabError> {
+    let mut store = std::fs::read(path).at(path)?;
+    let wrong = |reason| LabError::VariableStore { path: path.to_owned(), reason };
+    append(&mut store, (SHIM, BOOT_ONLY), "MokList", list).map_err(wrong)?;
     std::fs::write(path, store).at(path)
 }
 
@@ -67,7 +79,12 @@ fn utf16(text: &str) -> Vec<u8> {
     text.encode_utf16().chain([0]).flat_map(u16::to_le_bytes).collect()
 }
 
-fn append(store: &mut [u8], name: &str, data: &[u8]) -> Result<(), &'static str> {
+fn append(
+    store: &mut [u8],
+    (vendor, attributes): ([u8; 16], u32),
+    name: &str,
+    data: &[u8],
+) -> Result<(), &'static str> {
     let u16_at = |s: &[u8], at: usize| s.get(at..at + 2).map(|b| usize::from(u16::from_le_bytes([b[0], b[1]])));
     let u32_at = |s: &[u8], at: usize| {
         s.get(at..at + 4).and_then(|b| usize::try_from(u32::from_le_bytes([b[0], b[1], b[2], b[3]])).ok())
@@ -87,11 +104,11 @@ fn append(store: &mut [u8], name: &str, data: &[u8]) -> Result<(), &'static str>
     let name = utf16(name);
     let length = |bytes: &[u8]| u32::try_from(bytes.len()).expect("a few dozen bytes").to_le_bytes();
     let mut variable = vec![0xaa, 0x55, 0x3f, 0];
-    variable.extend(ATTRIBUTES.to_le_bytes());
+    variable.extend(attributes.to_le_bytes());
     variable.extend([0; 8 + 16 + 4]); // monotonic count, time stamp, key index
     variable.extend(length(&name));
     variable.extend(length(data));
-    variable.extend(GLOBAL);
+    variable.extend(vendor);
     variable.extend(name);
     variable.extend(data);
     if at + variable.len() > end.min(store.len()) {
@@ -116,8 +133,8 @@ mod tests {
     #[test]
     fn variables_follow_each_other_on_four_byte_bounds() {
         let mut store = empty_store();
-        append(&mut store, "A", &[1]).unwrap();
-        append(&mut store, "BootOrder", &[0, 0]).unwrap();
+        append(&mut store, (GLOBAL, ATTRIBUTES), "A", &[1]).unwrap();
+        append(&mut store, (GLOBAL, ATTRIBUTES), "BootOrder", &[0, 0]).unwrap();
         let second = 72 + STORE_HEADER + (VARIABLE_HEADER + 4 + 1_usize).next_multiple_of(4);
         assert_eq!(store[second..second + 2], [0xaa, 0x55]);
         assert_eq!(store[second + VARIABLE_HEADER..second + VARIABLE_HEADER + 4], [b'B', 0, b'o', 0]);
@@ -125,8 +142,8 @@ mod tests {
 
     #[test]
     fn what_is_not_a_store_or_is_full_is_refused() {
-        assert!(append(&mut [0; 64], "A", &[]).is_err());
+        assert!(append(&mut [0; 64], (GLOBAL, ATTRIBUTES), "A", &[]).is_err());
         let mut store = empty_store();
-        assert_eq!(append(&mut store, "A", &[0; 2000]), Err("it is full"));
+        assert_eq!(append(&mut store, (GLOBAL, ATTRIBUTES), "A", &[0; 2000]), Err("it is full"));
     }
 }

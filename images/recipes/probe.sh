@@ -21,6 +21,13 @@ for path in / /etc /usr/lib/kiln; do
     fi
 done
 
+# What the firmware's tables say to a system that listens (SMBIOS type 11, as clouds pass user-data): nothing comes of it.
+if [ -e /run/kiln-user-data ] || [ -n "$(ls /run/credentials/@system 2>/dev/null)" ]; then
+    say user-data fail "the system took in: $(ls /run/credentials/@system /run/kiln-user-data 2>&1 | tr '\n' ' ')"
+else
+    say user-data ok "no credential came in, nothing was made of one"
+fi
+
 # Every place that can be written: a program that is copied there does not run. It runs from the root.
 /usr/bin/true && say exec-root ok "/usr/bin/true runs" || say exec-root fail "/usr/bin/true does not run"
 # What came of running something: only "Permission denied" is a refusal.

@@ -68,7 +68,7 @@ pub use prune::{PruneOptions, Pruned, prune};
 pub use publish::{Crowded, Published, publish};
 pub use repository::{Memory, Release, Repository};
 pub use revoke::{publish_dbx, revoke};
-pub use secure_boot::{Enrolment, KEYS, SigningKey, enroll, init_secure_boot};
+pub use secure_boot::{Enrolment, KEYS, SigningKey, enroll, init_secure_boot, sign_program};
 pub use signer::{SignerMemory, sign_request};
 pub use signing::{Changed, Waiting};
 pub use site::SiteDir;

@@ -19,6 +19,7 @@ use rcgen::{CertificateParams, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use ring::rand::SystemRandom;
 use ring::signature::{RSA_PKCS1_SHA256, RsaKeyPair};
 use std::convert::Infallible;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -232,6 +233,21 @@ pub(crate) fn dbx_change(kek: &SigningKey, digests: &[[u8; 32]], now: Timestamp)
 pub(crate) fn kernel(file: &[u8], key: Option<&SigningKey>, path: &Path) -> Result<Vec<u8>, SiteError> {
     let bare = authenticode::strip(file).map_err(|source| SiteError::Image { path: path.into(), source })?;
     key.map_or(Ok(bare.clone()), |key| key.image(&bare, path))
+}
+
+/// Most that a boot program of others has.
+const MAX_PROGRAM: u64 = 64 << 20;
+
+/// A boot program of others, iPXE say, with no signature but the site's, written to `out`. Gives back whether shim would
+/// start it too: that needs a `.sbat` section.
+pub fn sign_program(site: &SiteDir, program: &Path, out: &Path) -> Result<bool, SiteError> {
+    let key = SigningKey::open(site, "db")?;
+    let missing = || SiteError::io("read", program)(ErrorKind::NotFound.into());
+    let file = read_capped(program, MAX_PROGRAM)?.ok_or_else(missing)?;
+    let signed = kernel(&file, Some(&key), program)?;
+    write_atomic(out, &signed, PUBLIC)?;
+    let pe = pe::Pe::parse(&signed).map_err(|source| SiteError::Image { path: program.into(), source })?;
+    Ok(pe.sections.iter().any(|section| section.name == ".sbat"))
 }
 
 /// The Authenticode digest of a file: what dbx names.

@@ -150,7 +150,7 @@ async fn run(
     helpers.spawn(looks(control.clone()));
     let (events, inbox) = mpsc::channel(4096);
     helpers.spawn(net_events(control.clone(), inbox, listening));
-    let mut net_parts = start_net(control, boot_net, events);
+    let mut net_parts = start_net(control, boot_net, http_at.port(), events);
 
     let mut terminate =
         signal(SignalKind::terminate()).map_err(|e| ServeError::Net { what: "SIGTERM", reason: e.to_string() })?;
@@ -272,13 +272,19 @@ async fn boot_net(control: &Arc<Control>, http_port: u16, agent_port: u16) -> Re
         agent_port,
         http_boot: config.boot.http_boot,
         chain_ipxe: true, // the site's own undionly.kpxe rather than whatever age the ROM's iPXE has
+        uefi: config.boot.uefi,
     };
     BootNet::new(settings, leases).map_err(|e| fail(e.to_string()))
 }
 
 type NetPart = Result<(), (&'static str, net::NetError)>;
 
-fn start_net(control: &Arc<Control>, boot_net: BootNet, events: mpsc::Sender<NetEvent>) -> JoinSet<NetPart> {
+fn start_net(
+    control: &Arc<Control>,
+    boot_net: BootNet,
+    http_port: u16,
+    events: mpsc::Sender<NetEvent>,
+) -> JoinSet<NetPart> {
     let config = &control.config;
     let mut parts = JoinSet::new();
     let decide: Decide = {
@@ -295,6 +301,7 @@ fn start_net(control: &Arc<Control>, boot_net: BootNet, events: mpsc::Sender<Net
         repo: control.site.repo(),
         undionly: config.boot.undionly.clone(),
         snponly: config.boot.snponly.clone(),
+        shim: config.boot.shim.clone(),
     };
     match config.tftp {
         SocketAddr::V4(listen) => {
@@ -303,6 +310,8 @@ fn start_net(control: &Arc<Control>, boot_net: BootNet, events: mpsc::Sender<Net
                 max_transfers: config.tftp_transfers,
                 max_per_address: config.tftp_per_address,
                 shared: config.tftp_shared,
+                address: config.boot.address,
+                http_port,
                 ..net::tftp::Settings::default()
             };
             parts.spawn(async move {
@@ -332,7 +341,7 @@ async fn net_event(
 ) -> Result<(), crate::error::ControlError> {
     let hash = |file: &BootFile| match file {
         BootFile::Uki(sha256) => Some(sha256.to_string()),
-        BootFile::Undionly | BootFile::Snponly => None,
+        BootFile::Undionly | BootFile::Snponly | BootFile::Shim | BootFile::AfterShim | BootFile::Autoexec => None,
     };
     match event {
         NetEvent::Listening { what, address, why } => {

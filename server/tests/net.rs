@@ -40,7 +40,7 @@ impl Made {
         match file {
             BootFile::Uki(_) => (0..Self::SIZE).map(|i| u8::try_from((i ^ (i >> 9)) & 0xff).unwrap()).collect(),
             BootFile::Undionly => vec![7; 1024], // a whole number of blocks: the last one is empty
-            BootFile::Snponly => Vec::new(),
+            BootFile::Snponly | BootFile::Shim | BootFile::AfterShim | BootFile::Autoexec => Vec::new(),
         }
     }
 }
@@ -48,7 +48,9 @@ impl Made {
 impl BootFiles for Made {
     fn stamp(&self, file: &BootFile) -> io::Result<Stamp> {
         match file {
-            BootFile::Snponly => Err(io::ErrorKind::NotFound.into()),
+            BootFile::Snponly | BootFile::Shim | BootFile::AfterShim | BootFile::Autoexec => {
+                Err(io::ErrorKind::NotFound.into())
+            }
             BootFile::Uki(_) => Ok(Stamp { length: Self::SIZE as u64, modified: SystemTime::UNIX_EPOCH }),
             BootFile::Undionly => Ok(Stamp { length: 1024, modified: SystemTime::UNIX_EPOCH }),
         }
@@ -72,6 +74,7 @@ fn boot_net() -> BootNet {
         agent_port: 8443,
         http_boot: true,
         chain_ipxe: true,
+        uefi: kiln_netboot::UefiProgram::Uki,
     };
     BootNet::new(config, []).unwrap()
 }
@@ -153,6 +156,9 @@ async fn tftp_clients_get_exactly_the_bytes() {
         event(&mut events, refused).await;
         assert_eq!(fetch("curl -sS -o out tftp://127.0.0.1/snponly.efi").await, None, "a known name, not there");
         event(&mut events, |e| matches!(e, NetEvent::TftpRefused { name, .. } if name == "snponly.efi")).await;
+        let script = fetch("curl -sS -o out tftp://127.0.0.1/autoexec.ipxe").await.unwrap();
+        let asks = "chain http://127.0.0.1:8080/boot.ipxe?";
+        assert!(String::from_utf8_lossy(&script).contains(asks), "made for the address that it is asked at");
     }
 }
 

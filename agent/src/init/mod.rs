@@ -293,7 +293,7 @@ async fn read_anew(flow: &mut Flow, here: &ReleaseId, verified: &mut Verified) {
     let read = flow.verifier.verify_metadata(here).await;
     match read.and_then(|newest| Ok(newest.manifest.matches_boot(&flow.verifier.boot).map(|()| newest)?)) {
         Ok(newest) => *verified = newest,
-        Err(error) => println!("kiln-agent: no newer metadata: {error}"),
+        Err(error) => println!("kiln-agent: no newer metadata: {error} ({})", error.kind()),
     }
 }
 

@@ -15,6 +15,8 @@ mod network;
 mod orders;
 mod screen;
 mod secure_boot;
+mod shim;
 mod silence;
+mod stolen;
 mod support;
 mod thefts;

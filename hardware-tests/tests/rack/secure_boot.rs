@@ -137,13 +137,22 @@ fn rack_kiln(paths: &Paths, args: &[&str]) {
     site::kiln_quiet(paths, args).unwrap();
 }
 
+/// What clouds hand to a machine that asks: systemd's credentials, and where cloud-init finds its user-data.
+const USER_DATA: [&str; 3] = [
+    "io.systemd.credential:tmpfiles.extra=f /run/kiln-user-data 0644 - - - here",
+    "io.systemd.credential:systemd.extra-unit.kiln-user-data.service=[Service]",
+    "ds=nocloud-net;s=http://10.77.0.1:8080/",
+];
+
 /// IPE from inside: what the site's verity root holds runs; a copied program does not, even where root took noexec away,
 /// and memory that no file backs is not executed either. Scripts are data of an interpreter that the site signed.
 #[test]
 #[ignore = "slow: a boot of the probe image; make test-slow"]
 fn only_the_signed_root_is_executed() {
     testing::rack(|paths| {
-        let mut options = RackOptions::scenario(paths, "secure-boot-ipe", secure(paths, NetworkBoot::Pxe));
+        let mut spec = secure(paths, NetworkBoot::Pxe);
+        spec.smbios = USER_DATA.map(str::to_owned).to_vec();
+        let mut options = RackOptions::scenario(paths, "secure-boot-ipe", spec);
         options.image = site::PROBE.to_owned();
         let mut rack = Rack::start(paths, &options).unwrap();
         rack.kiln(&["release", "publish", "probe/1"]).unwrap();
@@ -153,7 +162,7 @@ fn only_the_signed_root_is_executed() {
         console.wait_for("KILN-PROBE script", Mark::default(), IDLE).unwrap();
         let said = console.since(Mark::default());
         let lines: Vec<&str> = said.lines().filter_map(|l| l.split_once("KILN-PROBE ").map(|(_, rest)| rest)).collect();
-        for expected in ["system ok", "exec-root ok", "memfd ok", "remount refused", "jit refused", "script ran"] {
+        for expected in ["system ok", "user-data ok", "exec-root ok", "memfd ok", "remount refused", "jit refused", "script ran"] {
             assert!(lines.iter().any(|l| l.starts_with(expected)), "{expected}: {lines:#?}");
         }
         assert!(!lines.iter().any(|l| l.contains(" fail ")), "{lines:#?}");

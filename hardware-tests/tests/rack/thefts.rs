@@ -1,6 +1,7 @@
 //! What a thief can do with each key of the site, and with time: as processes, like `attacks.rs`. Each case has the
 //! agent's own word, and what the boot server knows of it.
 
+use crate::support::files::{Files, Way};
 use crate::support::hostile::{Forgery, Hostile, sha256};
 use crate::support::{AgentMachine, Bench, newest_metadata};
 use kiln_lab::{site, testing};
@@ -8,17 +9,14 @@ use kiln_protocol::Report;
 use kiln_release::canonical::canonical_of;
 use kiln_release::{Signer, hex};
 use serde_json::{Value, json};
-use std::io::{Read, Write};
-use std::net::TcpListener;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
-fn key(site: &Path, file: &str) -> Signer {
+pub fn key(site: &Path, file: &str) -> Signer {
     Signer::from_pkcs8_pem(&std::fs::read_to_string(site.join(file)).unwrap()).unwrap()
 }
 
-fn hours(hours: i64) -> jiff::Timestamp {
+pub fn hours(hours: i64) -> jiff::Timestamp {
     let now = jiff::Timestamp::from_second(jiff::Timestamp::now().as_second()).unwrap();
     now + jiff::SignedDuration::from_hours(hours)
 }
@@ -34,12 +32,12 @@ fn signed(mut document: Value, signers: &[&Signer], change: impl FnOnce(&mut Val
     serde_json::to_vec(&json!({"signatures": signatures, "signed": document})).unwrap()
 }
 
-fn document(path: &Path) -> Value {
+pub fn document(path: &Path) -> Value {
     serde_json::from_slice::<Value>(&std::fs::read(path).unwrap()).unwrap()["signed"].clone()
 }
 
 /// Whoever has all keys but those of `role` makes its next version, signed by `thief`, and has it served.
-fn forge(site: &Path, role: &str, thief: &[&Signer], change: &dyn Fn(&mut Value)) {
+pub fn forge(site: &Path, role: &str, thief: &[&Signer], change: &dyn Fn(&mut Value)) {
     let metadata = site.join("repo/metadata");
     let old = document(&newest_metadata(site, role));
     let version = old["version"].as_u64().unwrap() + 1;
@@ -63,18 +61,18 @@ fn forge(site: &Path, role: &str, thief: &[&Signer], change: &dyn Fn(&mut Value)
     std::fs::write(metadata.join("timestamp.json"), timestamp).unwrap();
 }
 
-fn recorded(bench: &Bench, machine: &AgentMachine, kind: &str) {
+pub fn recorded(bench: &Bench, machine: &AgentMachine, kind: &str) {
     let view = bench.view(machine);
     assert!(view.failures().contains(&kind), "{kind} is not at the server: {view:#?}");
 }
 
 /// A boot server with the director's key in a thief's hands; it assigns `release`, changed by `change`.
-fn thief(
-    bench: &Bench,
+pub fn thief(
+    site: &Path,
     release: u64,
     change: fn(&mut Forgery),
 ) -> impl FnMut(&Report, &str) -> kiln_protocol::Reply + use<> {
-    let site = bench.site.clone();
+    let site = site.to_owned();
     move |report: &Report, key: &str| {
         let mut forgery = Forgery::honest(&site, report, key, release);
         change(&mut forgery);
@@ -123,11 +121,11 @@ fn an_assignment_that_has_expired_lets_a_machine_return_and_no_more() {
         let bench = Bench::start(paths);
         bench.publish_second();
         let old: fn(&mut Forgery) = |f| f.assignment.expires = hours(-30 * 24);
-        let hostile = Hostile::start(&bench.site, thief(&bench, 1, old));
+        let hostile = Hostile::start(&bench.site, thief(&bench.site, 1, old));
         let mut machine = bench.machine(1, 1);
         machine.look_at(&hostile.url);
         machine.accepts();
-        hostile.answer(thief(&bench, 2, old));
+        hostile.answer(thief(&bench.site, 2, old));
         machine.refuses("assignment-expired");
         assert!(hostile.failures().iter().any(|kind| kind == "assignment-expired"));
     });
@@ -143,7 +141,7 @@ fn a_thiefs_2099_ends_with_a_new_director() {
         let mut machine = bench.machine(1, 1);
         machine.accepts();
         let future: fn(&mut Forgery) = |f| f.freshness = |s| s.now = "2099-01-01T00:00:00Z".parse().unwrap();
-        let hostile = Hostile::start(&bench.site, thief(&bench, 1, future));
+        let hostile = Hostile::start(&bench.site, thief(&bench.site, 1, future));
         machine.look_at(&hostile.url);
         machine.accepts();
         let memory: Value = serde_json::from_slice(&std::fs::read(machine.state.join("seen")).unwrap()).unwrap();
@@ -156,7 +154,7 @@ fn a_thiefs_2099_ends_with_a_new_director() {
         let mut machine = bench.machine(1, 1);
         // The thief's assignment had a number of its own, above the honest ones.
         let name = machine.spec.name.clone();
-        hostile.answer(thief(&bench, 2, |f| f.assignment.expires = hours(2 * 365 * 24)));
+        hostile.answer(thief(&bench.site, 2, |f| f.assignment.expires = hours(2 * 365 * 24)));
         machine.look_at(&hostile.url);
         machine.refuses("metadata-stale");
         bench.kiln(&["trust", "rotate", "director"]);
@@ -183,12 +181,12 @@ fn a_frozen_repository_starts_nothing_new() {
             f.assignment.expires = hours(4 * 24);
             f.freshness = |s| s.now = hours(3 * 24);
         };
-        let hostile = Hostile::start(&bench.site, thief(&bench, 2, later));
+        let hostile = Hostile::start(&bench.site, thief(&bench.site, 2, later));
         let mut machine = bench.machine(1, 1);
         machine.look_at(&hostile.url);
         let ended = machine.refuses("metadata-stale");
         assert!(ended.said.contains("timestamp.json"), "{}", ended.said);
-        hostile.answer(thief(&bench, 1, later));
+        hostile.answer(thief(&bench.site, 1, later));
         machine.accepts();
     });
 }
@@ -198,16 +196,16 @@ fn a_frozen_repository_starts_nothing_new() {
 fn a_stolen_director_key_assigns_nothing_that_the_signers_did_not_sign() {
     testing::processes(|paths| {
         let bench = Bench::start(paths);
-        let hostile = Hostile::start(&bench.site, thief(&bench, 2, |_| {}));
+        let hostile = Hostile::start(&bench.site, thief(&bench.site, 2, |_| {}));
         let mut machine = bench.machine(1, 1);
         machine.look_at(&hostile.url);
         machine.refuses("target-not-listed");
         assert!(hostile.failures().iter().any(|kind| kind == "target-not-listed"));
         // A manifest of its own for a number that is signed.
         bench.publish_second();
-        hostile.answer(thief(&bench, 2, |f| f.assignment.manifest_sha256 = "ab".repeat(32).parse().unwrap()));
+        hostile.answer(thief(&bench.site, 2, |f| f.assignment.manifest_sha256 = "ab".repeat(32).parse().unwrap()));
         machine.refuses("assignment-manifest-mismatch");
-        hostile.answer(thief(&bench, 2, |_| {}));
+        hostile.answer(thief(&bench.site, 2, |_| {}));
         machine.accepts();
     });
 }
@@ -251,10 +249,10 @@ fn a_signers_key_below_the_threshold_a_revoked_and_a_rotated_one_sign_nothing() 
         let mallory = |document: &mut Value| document["targets"]["minimal/1/manifest.json"]["length"] = json!(1);
 
         // The honest server itself does not adopt it; a thief's would serve it.
-        let serve = crate::support::files::serve(bench.site.join("repo"));
+        let serve = Files::serve(bench.site.join("repo"));
         let mut machine = bench.machine(1, 1);
-        machine.fetch_from(&serve);
-        let hostile = Hostile::start(&bench.site, thief(&bench, 1, |_| {}));
+        machine.fetch_from(&serve.url);
+        let hostile = Hostile::start(&bench.site, thief(&bench.site, 1, |_| {}));
         machine.look_at(&hostile.url);
         machine.accepts();
         forge(&bench.site, "image-minimal", &[&ann], &mallory);
@@ -325,7 +323,7 @@ fn a_server_with_a_foreign_ca_hears_nothing() {
         let other = paths.scratch.join("other");
         let text = other.display().to_string();
         site::kiln_quiet(paths, &["trust", "init", "--lab", &text, "--name", "lab"]).unwrap();
-        let hostile = Hostile::start(&other, thief(&bench, 1, |_| {}));
+        let hostile = Hostile::start(&other, thief(&bench.site, 1, |_| {}));
         let mut machine = bench.machine(1, 1);
         machine.look_at(&hostile.url);
         let ended = machine.stage();
@@ -347,26 +345,12 @@ fn a_server_with_a_foreign_ca_hears_nothing() {
 fn endless_metadata_is_cut_at_its_cap() {
     testing::processes(|paths| {
         let bench = Bench::start(paths);
-        let sent = Arc::new(AtomicU64::new(0));
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap());
-        let theirs = Arc::clone(&sent);
-        std::thread::spawn(move || {
-            for mut stream in listener.incoming().flatten() {
-                let mut request = [0; 4096];
-                let got = stream.read(&mut request).unwrap_or(0);
-                let root = String::from_utf8_lossy(&request[..got]).contains(".root.json");
-                let head = if root { "404 Not Found\r\nContent-Length: 0" } else { "200 OK" };
-                let _ = stream.write_all(format!("HTTP/1.1 {head}\r\nConnection: close\r\n\r\n").as_bytes());
-                while !root && stream.write_all(&[b' '; 4096]).is_ok() {
-                    theirs.fetch_add(4096, Ordering::Relaxed);
-                }
-            }
-        });
+        let files = Files::serve(bench.site.join("repo"));
+        files.way(Way::Endless);
         let mut machine = bench.machine(1, 1);
-        machine.fetch_from(&url);
+        machine.fetch_from(&files.url);
         machine.refuses("metadata-too-long");
-        let (sent, cap) = (sent.load(Ordering::Relaxed), 1 << 20);
+        let (sent, cap) = (files.endless.load(Ordering::Relaxed), 1 << 20);
         // What lies in sockets' buffers is on top.
         assert!((cap..cap + (16 << 20)).contains(&sent), "{sent} bytes");
         recorded(&bench, &machine, "metadata-too-long");
@@ -397,7 +381,7 @@ fn below_the_floor_nothing_runs() {
 
         let mut newer = bench.machine(1, 2);
         newer.accepts(); // and has seen the floor
-        let hostile = Hostile::start(&bench.site, thief(&bench, 1, |_| {}));
+        let hostile = Hostile::start(&bench.site, thief(&bench.site, 1, |_| {}));
         newer.look_at(&hostile.url);
         newer.refuses("assignment-below-floor");
         assert!(hostile.failures().iter().any(|kind| kind == "assignment-below-floor"));

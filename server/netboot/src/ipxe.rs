@@ -6,6 +6,7 @@
 
 use crate::Mac;
 use crate::options::Options;
+use crate::tftp::BootFile;
 use kiln_protocol::{MachineId, Sha256Hex};
 
 /// Where the server answers with a script.
@@ -87,6 +88,35 @@ pub fn boot_script(
     ))
 }
 
+/// What an iPXE runs that a UEFI machine got by TFTP: it asks for an address, and here for its script. So it needs nothing
+/// of Kiln's DHCP: a site's own server may name no more than shim or iPXE.
+pub fn autoexec_script(http: &str) -> Result<String, ScriptError> {
+    check("the server's URL", http, |c| c.is_ascii_graphic() && c != '$')?;
+    Ok(format!(
+        "#!ipxe\n\
+         dhcp || goto failed\n\
+         chain {http}{SCRIPT_PATH}?uuid=${{uuid}}&mac=${{netX/mac}}&platform=${{platform}} || goto failed\n\
+         :failed\n\
+         echo Kiln: no script from {http}; trying again in 10 s\n\
+         sleep 10\n\
+         reboot\n"
+    ))
+}
+
+/// The script that starts a release's UKI on a UEFI machine: firmware, or shim in its place, checks its signature.
+pub fn uki_script(http: &str, uki: &Sha256Hex) -> Result<String, ScriptError> {
+    check("the server's URL", http, |c| c.is_ascii_graphic() && c != '$')?;
+    let path = BootFile::Uki(uki.clone()).path();
+    Ok(format!(
+        "#!ipxe\n\
+         chain {http}/{path} || goto failed\n\
+         :failed\n\
+         echo Kiln: the boot program from {http} did not start; trying again in 10 s\n\
+         sleep 10\n\
+         reboot\n"
+    ))
+}
+
 /// The script for a machine that must wait: says why, then starts over.
 pub fn wait_script(reason: &str) -> String {
     let reason: String = reason
@@ -120,6 +150,20 @@ mod tests {
             format!("kernel http://10.77.0.1:8080/a/{kernel} console=ttyS0 quiet initrd=initramfs || goto failed")
         );
         assert_eq!(lines[2], format!("initrd --name initramfs http://10.77.0.1:8080/a/{initramfs} || goto failed"));
+    }
+
+    #[test]
+    fn a_uefi_machine_is_sent_to_its_script_and_from_there_to_its_uki() {
+        let script = autoexec_script("http://10.77.0.1:8080").unwrap();
+        let asks =
+            "chain http://10.77.0.1:8080/boot.ipxe?uuid=${uuid}&mac=${netX/mac}&platform=${platform} || goto failed";
+        assert_eq!(script.lines().take(3).collect::<Vec<_>>(), ["#!ipxe", "dhcp || goto failed", asks]);
+        let hash: Sha256Hex = "aa".repeat(32).parse().unwrap();
+        let script = uki_script("http://10.77.0.1:8080", &hash).unwrap();
+        let chain = format!("chain http://10.77.0.1:8080/b/{hash}/kiln.efi || goto failed");
+        assert_eq!(script.lines().nth(1), Some(chain.as_str()));
+        assert!(!script.contains("initrd"), "a signature covers all that starts");
+        assert!(autoexec_script("http://a b").is_err() && uki_script("http://${x}", &hash).is_err());
     }
 
     #[test]

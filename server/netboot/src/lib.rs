@@ -29,7 +29,7 @@ mod watch;
 
 pub use boot::{BootAnswer, BootKind, BootQuery, Offer};
 pub use client::{Client, ClientArch, MessageType, VendorClass};
-pub use dhcp::{Arrival, Config, Datagram, Dhcp, Event, Mode, Output, Pending, Step};
+pub use dhcp::{Arrival, Config, Datagram, Dhcp, Event, Mode, Output, Pending, Step, UefiProgram};
 pub use error::{MacError, PacketError, RangeError, TftpError};
 pub use leases::{Lease, LeaseConfig, LeaseState};
 pub use mac::Mac;

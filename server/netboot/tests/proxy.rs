@@ -6,7 +6,7 @@ mod common;
 use common::*;
 use dhcproto::v4::MessageType;
 use kiln_netboot::tftp::BootFile;
-use kiln_netboot::{BootAnswer, BootKind, BootQuery, Dhcp, Event, Mac, Offer, Output, Step};
+use kiln_netboot::{BootAnswer, BootKind, BootQuery, Dhcp, Event, Mac, Offer, Output, Step, UefiProgram};
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 fn uki() -> BootAnswer {
@@ -140,6 +140,28 @@ fn rom_then_undionly_then_script() {
     let (_, outputs) = ask(&mut dhcp, 6_000, 67, &poor, BootAnswer::Ipxe);
     assert!(sent(&outputs).is_empty());
     assert!(matches!(events(&outputs)[..], [Event::Discover { .. }, Event::BootLoop { .. }, Event::Withheld { .. }]));
+}
+
+/// Where the site's key is not in db, or firmware loads no large program: another one first, by TFTP, for x86 alone.
+#[test]
+fn uefi_pxe_is_given_what_the_site_chose() {
+    for (uefi, file) in [(UefiProgram::Ipxe, "snponly.efi"), (UefiProgram::Shim, "shimx64.efi")] {
+        let config = kiln_netboot::Config { uefi, ..config(kiln_netboot::Mode::Proxy) };
+        let mut dhcp = Dhcp::new(config.clone(), []).unwrap();
+        let (query, outputs) = ask(&mut dhcp, 0, 67, &packet("ovmf-pxe-discover"), uki());
+        assert_eq!((query.kind, Reply::read(&sent(&outputs)[0].bytes).file().as_str()), (BootKind::UefiPxe, file));
+        // The iPXE that comes of it, and HTTP Boot, are sent to the release itself.
+        let release = format!("http://10.77.0.1:8080/b/{}/kiln.efi", "ab".repeat(32));
+        for client in ["snponly-discover", "ovmf-http-discover"] {
+            let mut dhcp = Dhcp::new(config.clone(), []).unwrap();
+            let (_, outputs) = ask(&mut dhcp, 0, 67, &packet(client), uki());
+            assert_eq!(Reply::read(&sent(&outputs)[0].bytes).file(), release, "{client}");
+        }
+        // Architecture 11: arm64.
+        let arm = with_option(&packet("ovmf-pxe-discover"), 93, &[0, 11]);
+        let (_, outputs) = ask(&mut Dhcp::new(config.clone(), []).unwrap(), 0, 67, &arm, uki());
+        assert!(Reply::read(&sent(&outputs)[0].bytes).file().ends_with("/kiln.efi"));
+    }
 }
 
 #[test]

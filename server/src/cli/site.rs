@@ -33,12 +33,24 @@ pub(super) enum SecureBoot {
         #[arg(long)]
         ovmf_vars: Option<PathBuf>,
     },
+    /// Sign a boot program of others, such as iPXE, for `[boot] snponly`: what it was signed with before is taken off
+    Sign {
+        /// The program: a PE file for UEFI
+        program: PathBuf,
+        /// The site directory, with offline/
+        #[arg(long, env = "KILN_SITE")]
+        site: PathBuf,
+        /// Where to write it
+        #[arg(long)]
+        out: PathBuf,
+    },
 }
 
 pub(super) fn secure_boot(command: SecureBoot) -> Result<(), CliError> {
     match command {
         SecureBoot::Init { site } => secure_boot_init(&site),
         SecureBoot::Enroll { site, out, ovmf_vars } => enroll(&site, &out, ovmf_vars.as_deref()),
+        SecureBoot::Sign { program, site, out } => sign(&program, &site, &out),
     }
 }
 
@@ -81,6 +93,15 @@ fn enroll(dir: &Path, out: &Path, ovmf: Option<&Path>) -> Result<(), CliError> {
         "dbx names {} releases. In setup mode enroll db, KEK and PK, in this order: with PK the machine is the site's",
         done.revoked
     );
+    Ok(())
+}
+
+fn sign(program: &Path, dir: &Path, out: &Path) -> Result<(), CliError> {
+    let sbat = kiln_images::sign_program(&SiteDir::open(dir)?, program, out)?;
+    println!("{} is signed with the site's key", out.display());
+    if !sbat {
+        println!("it has no .sbat section: firmware starts it, shim does not");
+    }
     Ok(())
 }
 

@@ -11,6 +11,7 @@ use crate::error::ConfigError;
 use crate::http;
 use crate::net::Shared;
 use kiln_fleet::{DriftPolicy, Limits};
+use kiln_netboot::UefiProgram;
 use kiln_protocol::{ImageName, KeyId, Least, MachineId, RoleSettings, printable};
 use kiln_release::Threshold;
 use std::collections::BTreeMap;
@@ -104,6 +105,10 @@ pub struct Boot {
     pub undionly: PathBuf,
     /// iPXE for UEFI machines.
     pub snponly: PathBuf,
+    /// What UEFI PXE firmware is given.
+    pub uefi: UefiProgram,
+    /// shim for UEFI machines.
+    pub shim: PathBuf,
     /// What an unknown machine is given, so that its agent can introduce itself.
     pub default_image: ImageName,
     /// Answer UEFI HTTP Boot.
@@ -249,6 +254,8 @@ page_url = "https://kiln.example:8000/"
 address = "10.77.0.1"
 undionly = "/u"
 snponly = "/s"
+uefi = "shim"
+shim = "/m"
 default_image = "minimal"
 http_boot = false
 [fleet]
@@ -302,6 +309,7 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
         let least = Least { disk_read_mib_s: Some(200), ..Least::default() };
         assert_eq!(c.roles["lab"].acceptance, Some(least));
         assert!(!c.boot.http_boot);
+        assert_eq!((c.boot.uefi, c.boot.shim.as_path()), (UefiProgram::Shim, std::path::Path::new("/m")));
         assert_eq!(c.max_ages["lab"], 30 * 24 * 3_600_000);
     }
 
@@ -334,6 +342,7 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
             ("[console]\npage_url = \"kiln.example\"", "console.page_url: \"kiln.example\""),
             ("[logs]\ntotal_mib = 3", "logs.total_mib: 3"),
             ("[fleet]\ntrial_attempts = 0", "fleet.trial_attempts"),
+            ("[boot]\nuefi = \"grub\"", "unknown variant `grub`, expected one of `uki`, `ipxe`, `shim`"),
             ("[fleet]\nfirmware_patience = \"soon\"", "fleet.firmware_patience: \"soon\": expected a time"),
             ("[fleet]\nfirmware_patience = \"60\"", "as \"60s\" or \"2m\""),
             ("[fleet]\nfirmware_patience = \"4s\"", "from 5s to 5m"),

@@ -6,6 +6,7 @@ use crate::error::ConfigError;
 use crate::http;
 use crate::net::{Shared, tftp};
 use kiln_fleet::{DriftPolicy, Limits};
+use kiln_netboot::UefiProgram;
 use kiln_protocol::{BootFirst, ExecChoice, ImageName, Least, MachineId, RoleSettings};
 use kiln_release::Threshold;
 use serde::Deserialize;
@@ -98,6 +99,17 @@ struct RawBoot {
     snponly: Option<PathBuf>,
     default_image: Option<String>,
     http_boot: Option<bool>,
+    uefi: RawUefi,
+    shim: Option<PathBuf>,
+}
+
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum RawUefi {
+    #[default]
+    Uki,
+    Ipxe,
+    Shim,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -371,6 +383,12 @@ impl TryFrom<Raw> for Config {
                 snponly: raw.boot.snponly.unwrap_or_else(|| "/usr/lib/ipxe/snponly.efi".into()),
                 default_image,
                 http_boot: raw.boot.http_boot.unwrap_or(true),
+                uefi: match raw.boot.uefi {
+                    RawUefi::Uki => UefiProgram::Uki,
+                    RawUefi::Ipxe => UefiProgram::Ipxe,
+                    RawUefi::Shim => UefiProgram::Shim,
+                },
+                shim: raw.boot.shim.unwrap_or_else(|| "/usr/lib/shim/shimx64.efi.signed".into()),
             },
             limits,
             roles,

@@ -13,6 +13,8 @@ use std::net::IpAddr;
 pub(super) struct Who {
     uuid: Option<String>,
     mac: Option<String>,
+    /// iPXE's own word: `efi`, or `pcbios`.
+    platform: Option<String>,
 }
 
 pub(super) async fn script(
@@ -31,7 +33,8 @@ pub(super) async fn script(
     let control = &app.control;
     let catalog = control.catalog();
     let machine = control.find(id.as_ref(), mac);
-    // iPXE's own script is for BIOS machines, which are x86.
+    let efi = who.platform.as_deref() == Some("efi");
+    // BIOS machines are x86, and so are the UEFI machines that are given iPXE.
     let script = control
         .boot_release(machine.as_ref(), &catalog, Architecture::X86_64)
         .and_then(|(_, release)| {
@@ -39,6 +42,10 @@ pub(super) async fn script(
             let http = format!("http://{}", std::net::SocketAddr::new(address, to.port()));
             let hash = |text: &str| text.parse::<Sha256Hex>().map_err(|e| e.to_string());
             let m = &release.manifest;
+            if efi {
+                // Kernel and initramfs one by one would start what no signature covers.
+                return ipxe::uki_script(&http, &hash(&m.uki.sha256)?).map_err(|e| e.to_string());
+            }
             ipxe::boot_script(&http, &hash(&m.kernel.sha256)?, &hash(&m.initramfs.sha256)?, &m.command_line)
                 .map_err(|e| e.to_string())
         })

@@ -37,6 +37,8 @@ pub struct SiteFiles {
     pub undionly: PathBuf,
     /// snponly.efi.
     pub snponly: PathBuf,
+    /// shimx64.efi.
+    pub shim: PathBuf,
 }
 
 impl SiteFiles {
@@ -45,7 +47,10 @@ impl SiteFiles {
             // The name holds nothing but a hash: it cannot lead out of repo/.
             BootFile::Uki(_) => self.repo.join(file.path()),
             BootFile::Undionly => self.undionly.clone(),
-            BootFile::Snponly => self.snponly.clone(),
+            BootFile::Snponly | BootFile::AfterShim => self.snponly.clone(),
+            BootFile::Shim => self.shim.clone(),
+            // No file: `tftp` makes it for the address that it is asked at.
+            BootFile::Autoexec => PathBuf::new(),
         }
     }
 }

@@ -6,8 +6,8 @@ use super::files::{BootFiles, Cache};
 use super::packet_socket::PacketSocket;
 use super::{BootNet, Download, NetError, NetEvent, PROGRESS, Shared as SharedAddresses, tell, unix_ms};
 use bytes::Bytes;
-use kiln_netboot::TftpError;
 use kiln_netboot::tftp::{Action, BootFile, Ending, Limits, Request, Transfer, error_packet};
+use kiln_netboot::{TftpError, ipxe};
 use nix::sys::socket::{MsgFlags, SockaddrStorage, sendmsg};
 use std::collections::BTreeSet;
 use std::io::{self, IoSlice};
@@ -36,6 +36,10 @@ pub struct Settings {
     pub shared: SharedAddresses,
     /// Bytes of files held in memory.
     pub cache_bytes: u64,
+    /// This server's address in the script for iPXE; none: the one a request came in on.
+    pub address: Option<Ipv4Addr>,
+    /// Port of the artifacts' HTTP.
+    pub http_port: u16,
 }
 
 impl Default for Settings {
@@ -47,6 +51,8 @@ impl Default for Settings {
             max_per_address: 64,
             shared: SharedAddresses::default(),
             cache_bytes: 512 << 20,
+            address: None,
+            http_port: 8080,
         }
     }
 }
@@ -55,6 +61,8 @@ struct Shared {
     net: BootNet,
     cache: Cache,
     limits: Limits,
+    address: Option<Ipv4Addr>,
+    http_port: u16,
     events: mpsc::Sender<NetEvent>,
     /// Clients with a download: a repeated request of one is dropped (its answer is on the way).
     active: Mutex<BTreeSet<SocketAddrV4>>,
@@ -75,6 +83,8 @@ pub async fn run(
         net,
         cache: Cache::new(files, settings.cache_bytes),
         limits: settings.limits,
+        address: settings.address,
+        http_port: settings.http_port,
         events,
         active: Mutex::new(BTreeSet::new()),
     });
@@ -145,7 +155,18 @@ impl Shared {
 
     async fn transfer(&self, local: Ipv4Addr, request: &Request, download: &Download) -> io::Result<()> {
         let socket = UdpSocket::bind((local, 0)).await?;
-        let bytes = match self.cache.get(&download.file).await {
+        let read = match &download.file {
+            BootFile::Autoexec => {
+                let http = format!("http://{}:{}", self.address.unwrap_or(local), self.http_port);
+                ipxe::autoexec_script(&http).map(Bytes::from).map_err(io::Error::other)
+            }
+            file @ (BootFile::Uki(_)
+            | BootFile::Undionly
+            | BootFile::Snponly
+            | BootFile::Shim
+            | BootFile::AfterShim) => self.cache.get(file).await,
+        };
+        let bytes = match read {
             Ok(bytes) => bytes,
             Err(error) => {
                 socket.send_to(&error_packet(&TftpError::NoSuchFile), download.peer).await?;

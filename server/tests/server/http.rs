@@ -67,6 +67,10 @@ async fn ipxe_gets_the_script_of_its_machine() {
     assert!(script.starts_with("#!ipxe\n") && script.contains(&kernel), "{script}");
     assert!(script.contains(&manifest.initramfs.sha256));
     assert!(server.http("GET", "/boot.ipxe", &[]).await.text().starts_with("#!ipxe"), "an unknown one boots, too");
+    // On UEFI what starts is one signed file.
+    let script = server.http("GET", &format!("{path}&platform=efi"), &[]).await.text();
+    assert!(script.contains(&format!("chain http://{}/b/{}/kiln.efi", server.http, manifest.uki.sha256)), "{script}");
+    assert!(!script.contains("initrd"), "{script}");
 }
 
 #[tokio::test]

@@ -1,23 +1,59 @@
-//! A repository in an attacker's hands: its files over HTTP, as they lie there.
+//! A repository in an attacker's hands: its files over HTTP, as they lie there, or as the attacker likes.
 
+use super::door::Door;
 use std::io::{BufRead, BufReader, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
-/// Serves the folder on a free loopback port; its base URL.
-pub fn serve(root: PathBuf) -> String {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let url = format!("http://{}", listener.local_addr().unwrap());
-    std::thread::spawn(move || {
-        for stream in listener.incoming().flatten() {
-            // A client that goes away in the middle is no concern of this server's.
-            let _ = answer(&root, stream);
-        }
-    });
-    url
+/// How metadata is served; artifacts always are as they lie there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Way {
+    /// As it lies there.
+    Honest,
+    /// timestamp.json never ends.
+    Endless,
+    /// Nothing comes after the headers.
+    Silent,
 }
 
-fn answer(root: &Path, stream: TcpStream) -> std::io::Result<()> {
+/// A running file server.
+pub struct Files {
+    /// Its base URL.
+    pub url: String,
+    way: Arc<Mutex<Way>>,
+    /// Bytes of endless files that were taken off its hands.
+    pub endless: Arc<AtomicU64>,
+    _door: Door,
+}
+
+impl Files {
+    /// Serves the folder until it is dropped.
+    pub fn serve_at(at: SocketAddr, root: PathBuf) -> Self {
+        let way = Arc::new(Mutex::new(Way::Honest));
+        let endless = Arc::new(AtomicU64::new(0));
+        let (how, sent) = (Arc::clone(&way), Arc::clone(&endless));
+        let door = Door::open(at, move |stream| {
+            let way = *how.lock().unwrap();
+            // A client that goes away in the middle is no concern of this server's.
+            let _ = answer(&root, stream, way, &sent);
+        });
+        Self { url: format!("http://{}", door.address), way, endless, _door: door }
+    }
+
+    /// The same on a free loopback port.
+    pub fn serve(root: PathBuf) -> Self {
+        Self::serve_at(([127, 0, 0, 1], 0).into(), root)
+    }
+
+    /// Serves differently from now on.
+    pub fn way(&self, way: Way) {
+        *self.way.lock().unwrap() = way;
+    }
+}
+
+fn answer(root: &Path, stream: TcpStream, way: Way, sent: &AtomicU64) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream);
     let mut request = String::new();
     reader.read_line(&mut request)?;
@@ -26,13 +62,25 @@ fn answer(root: &Path, stream: TcpStream) -> std::io::Result<()> {
         line.clear();
     }
     let path = request.split(' ').nth(1).unwrap_or_default().trim_start_matches('/');
+    let timestamp = path.ends_with("timestamp.json");
     let (status, body) = match std::fs::read(root.join(path)) {
         Ok(body) => ("200 OK", body),
         Err(_) => ("404 Not Found", Vec::new()),
     };
     let mut stream = reader.into_inner();
+    if timestamp && way == Way::Endless {
+        stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")?;
+        loop {
+            stream.write_all(&[b' '; 4096])?;
+            sent.fetch_add(4096, Ordering::Relaxed);
+        }
+    }
     let length = body.len();
     stream
         .write_all(format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n").as_bytes())?;
+    if timestamp && way == Way::Silent {
+        // Until the client has had enough.
+        return std::io::copy(&mut stream, &mut std::io::sink()).map(drop);
+    }
     stream.write_all(&body)
 }

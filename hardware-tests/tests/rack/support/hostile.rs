@@ -1,9 +1,11 @@
 //! A boot server in an attacker's hands: it has the agent API's TLS key, answers every report with what a test gives
 //! it, and writes down what it hears. Its answers are signed by whichever key the test chooses.
 
+use super::door::Door;
 use kiln_protocol::{
     ASSIGNMENT_TYPE, Architecture, Assignment, BoundMachine, Decision, Desired, FRESHNESS_TYPE, Freshness, Grant,
-    REPORT_PATH, Reply, Report, SPEC_VERSION, StageState, Via,
+    ORDER_TYPE, Order, OrderAction, OrderGiven, OrderedMachine, REPORT_PATH, Reply, Report, SPEC_VERSION, StageState,
+    Via, WipeMethod,
 };
 use kiln_release::certificate::certificate_key_id;
 use kiln_release::{Signer, sign_envelope};
@@ -13,9 +15,10 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{DigitallySignedStruct, DistinguishedName, ServerConfig, ServerConnection, SignatureScheme, StreamOwned};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
 
 /// What the attacker answers: made of the report and of the client's key id.
 type Answer = Box<dyn FnMut(&Report, &str) -> Reply + Send>;
@@ -24,25 +27,40 @@ type Answer = Box<dyn FnMut(&Report, &str) -> Reply + Send>;
 pub struct Hostile {
     pub url: String,
     pub heard: Arc<Mutex<Vec<Report>>>,
+    /// Told at each report.
+    came: Arc<Condvar>,
     answer: Arc<Mutex<Answer>>,
+    _door: Door,
 }
 
 impl Hostile {
     /// Serves on a free loopback port with the site's stolen TLS key.
     pub fn start(site: &Path, answer: impl FnMut(&Report, &str) -> Reply + Send + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let url = format!("https://{}", listener.local_addr().unwrap());
+        Self::start_at(([127, 0, 0, 1], 0).into(), site, answer)
+    }
+
+    /// The same in the place of the boot server itself, until it is dropped.
+    pub fn start_at(at: SocketAddr, site: &Path, answer: impl FnMut(&Report, &str) -> Reply + Send + 'static) -> Self {
         let config = Arc::new(tls(site));
         let heard = Arc::new(Mutex::new(Vec::new()));
+        let came = Arc::new(Condvar::new());
         let answer: Arc<Mutex<Answer>> = Arc::new(Mutex::new(Box::new(answer)));
-        let (theirs, their_answer) = (Arc::clone(&heard), Arc::clone(&answer));
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let (config, heard, answer) = (Arc::clone(&config), Arc::clone(&theirs), Arc::clone(&their_answer));
-                std::thread::spawn(move || serve(stream, config, &heard, &answer));
-            }
-        });
-        Self { url, heard, answer }
+        let (reports, told, how) = (Arc::clone(&heard), Arc::clone(&came), Arc::clone(&answer));
+        let door = Door::open(at, move |stream| serve(stream, Arc::clone(&config), (&reports, &told), &how));
+        Self { url: format!("https://{}", door.address), heard, came, answer, _door: door }
+    }
+
+    /// Waits until a failure of this kind was reported, also one of before.
+    #[track_caller]
+    pub fn wait_failure(&self, kind: &str, at_most: Duration) {
+        let end = Instant::now() + at_most;
+        while !self.failures().iter().any(|known| known == kind) {
+            let left = end.checked_duration_since(Instant::now());
+            let left = left.unwrap_or_else(|| panic!("{kind} was not reported: {:?}", self.failures()));
+            let heard = self.heard.lock().unwrap();
+            // It may have come between the look and the lock: no wait is longer than a moment.
+            drop(self.came.wait_timeout(heard, left.min(Duration::from_millis(500))).unwrap());
+        }
     }
 
     /// Answers differently from now on.
@@ -63,7 +81,12 @@ impl Hostile {
     }
 }
 
-fn serve(stream: TcpStream, config: Arc<ServerConfig>, heard: &Mutex<Vec<Report>>, answer: &Mutex<Answer>) {
+fn serve(
+    stream: TcpStream,
+    config: Arc<ServerConfig>,
+    (heard, came): (&Mutex<Vec<Report>>, &Condvar),
+    answer: &Mutex<Answer>,
+) {
     let Ok(connection) = ServerConnection::new(config) else { return };
     let mut stream = BufReader::new(StreamOwned::new(connection, stream));
     loop {
@@ -99,6 +122,7 @@ fn serve(stream: TcpStream, config: Arc<ServerConfig>, heard: &Mutex<Vec<Report>
         let key = certificate_key_id(&certificates[0]).unwrap();
         let reply = serde_json::to_string(&answer.lock().unwrap()(&report, &key)).unwrap();
         heard.lock().unwrap().push(report);
+        came.notify_all();
         let head =
             format!("HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n", reply.len());
         let out = stream.get_mut();
@@ -204,13 +228,7 @@ impl Forgery {
     /// Signs and packs it as a reply to `report`.
     pub fn reply(self, report: &Report) -> Reply {
         let assignment = (self.damage)(envelope(&self.assignment, &self.signer));
-        let mut freshness = Freshness {
-            type_: FRESHNESS_TYPE.into(),
-            spec_version: SPEC_VERSION.into(),
-            nonce: report.nonce.clone(),
-            assignment_sha256: sha256(assignment.as_bytes()).parse().unwrap(),
-            now: now(),
-        };
+        let mut freshness = freshness(report, &assignment);
         (self.freshness)(&mut freshness);
         let decision = Decision::Assigned {
             assignment,
@@ -218,15 +236,47 @@ impl Forgery {
             via: self.via,
             grant: Grant::Go,
         };
-        Reply {
-            desired: Desired { etag: "1".into(), decision, order: None },
-            again_ms: 1000,
-            may_wait: false,
-            about: None,
-            thresholds: std::collections::BTreeMap::new(),
-            dbx: None,
-            attest: false,
-        }
+        bare(decision)
+    }
+}
+
+/// A reply that says this and nothing else.
+pub fn bare(decision: Decision) -> Reply {
+    Reply {
+        desired: Desired { etag: "1".into(), decision, order: None },
+        again_ms: 1000,
+        may_wait: false,
+        about: None,
+        thresholds: std::collections::BTreeMap::new(),
+        dbx: None,
+        attest: false,
+    }
+}
+
+/// An order to wipe every disk of whoever asks, signed by `signer`, who is no operator.
+pub fn wipe_order(report: &Report, key: &str, signer: &Signer) -> OrderGiven {
+    let order = Order {
+        type_: ORDER_TYPE.into(),
+        spec_version: SPEC_VERSION.into(),
+        id: "ab".repeat(16).parse().unwrap(),
+        machines: vec![OrderedMachine { id: report.machine.id.clone(), key: Some(key.parse().unwrap()) }],
+        action: OrderAction::Wipe { disks: Vec::new(), method: WipeMethod::Best },
+        issued: now(),
+        expires: now() + jiff::SignedDuration::from_hours(24),
+    };
+    let order = envelope(&order, signer);
+    let freshness = envelope(&freshness(report, &order), signer);
+    OrderGiven { order, freshness }
+}
+
+/// What the director says of this document now.
+fn freshness(report: &Report, document: &str) -> Freshness {
+    Freshness {
+        type_: FRESHNESS_TYPE.into(),
+        spec_version: SPEC_VERSION.into(),
+        nonce: report.nonce.clone(),
+        assignment_sha256: sha256(document.as_bytes()).parse().unwrap(),
+        now: now(),
     }
 }
 

@@ -1,5 +1,6 @@
 //! The real agent as a process against the real boot server, in a network of their own, with a site to damage.
 
+pub mod door;
 pub mod files;
 pub mod hostile;
 pub mod loss;
@@ -44,7 +45,7 @@ impl Bench {
         let config = paths.scratch.join("kiln.toml");
         let known: Vec<MachineSpec> = (1..=2).map(|n| MachineSpec::new(n, Firmware::Bios)).collect();
         let known: Vec<&MachineSpec> = known.iter().collect();
-        std::fs::write(&config, server::config(DhcpMode::Off, site::IMAGE, &known, "")).unwrap();
+        std::fs::write(&config, server::config(DhcpMode::Off, site::IMAGE, &known, "", "")).unwrap();
         hide_hardware();
         Self { paths: paths.clone(), site, config, server: None }
     }

@@ -1,7 +1,7 @@
 //! The answer to a client: its boot program by the caller's decision, and where the reply goes.
 
 use super::Dhcp;
-use super::types::{Arrival, Datagram, Event, Output, Step};
+use super::types::{Arrival, Datagram, Event, Output, Step, UefiProgram};
 use crate::boot::{Place, classify};
 use crate::chain::{Link, Rung};
 use crate::reply::{ReplyType, Terms, build};
@@ -10,6 +10,7 @@ use crate::{
     BOOT_SERVER_PORT, BootAnswer, BootKind, BootQuery, CLIENT_PORT, Client, Lease, MessageType, Offer, SERVER_PORT,
     VendorClass,
 };
+use kiln_protocol::Architecture;
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 /// A request that waits for the caller's boot decision.
@@ -89,9 +90,14 @@ impl Dhcp {
                 self.withhold(&arrival, &client, reply, lease.as_ref(), reason, &mut outputs);
                 return outputs;
             }
-            (BootAnswer::Uki { sha256 }, BootKind::UefiPxe | BootKind::UefiHttp | BootKind::UefiIpxe) => {
-                place.uki(query.kind, &sha256)
-            }
+            (BootAnswer::Uki { sha256 }, BootKind::UefiPxe) => match (self.config.uefi, query.arch) {
+                (UefiProgram::Ipxe, Architecture::X86_64) => Offer::Tftp(BootFile::Snponly),
+                (UefiProgram::Shim, Architecture::X86_64) => Offer::Tftp(BootFile::Shim),
+                (UefiProgram::Uki, _) | (UefiProgram::Ipxe | UefiProgram::Shim, Architecture::Aarch64) => {
+                    place.uki(query.kind, &sha256)
+                }
+            },
+            (BootAnswer::Uki { sha256 }, BootKind::UefiHttp | BootKind::UefiIpxe) => place.uki(query.kind, &sha256),
             (BootAnswer::Ipxe, BootKind::UefiPxe) => Offer::Tftp(BootFile::Snponly),
             (BootAnswer::Ipxe, BootKind::UefiHttp) => {
                 Offer::Url(format!("{}/{}", place.http(), BootFile::Snponly.path()))

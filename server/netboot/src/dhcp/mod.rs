@@ -7,7 +7,7 @@ mod answer;
 mod types;
 
 pub use answer::Pending;
-pub use types::{Arrival, Config, Datagram, Event, Mode, Output, Step};
+pub use types::{Arrival, Config, Datagram, Event, Mode, Output, Step, UefiProgram};
 
 use crate::chain::Memory;
 use crate::leases::{Leases, Verdict};

@@ -31,6 +31,20 @@ pub struct Config {
     pub http_boot: bool,
     /// Whether an iPXE that could run the script is replaced by the site's undionly.kpxe first.
     pub chain_ipxe: bool,
+    /// What UEFI PXE firmware is given.
+    pub uefi: UefiProgram,
+}
+
+/// What UEFI PXE firmware of an x86 machine is given; others, and UEFI HTTP Boot, get the UKI.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum UefiProgram {
+    /// The release's UKI: nothing lies between.
+    #[default]
+    Uki,
+    /// iPXE, which fetches the UKI by HTTP.
+    Ipxe,
+    /// shim, which starts iPXE under Secure Boot where db trusts Microsoft and not the site.
+    Shim,
 }
 
 /// How a packet came in.

@@ -12,6 +12,12 @@ pub enum BootFile {
     Undionly,
     /// iPXE for UEFI: `snponly.efi`.
     Snponly,
+    /// shim: `shimx64.efi`.
+    Shim,
+    /// What shim starts, which is iPXE: `grubx64.efi`, a name that is fixed in shim.
+    AfterShim,
+    /// What that iPXE runs before it asks anybody: `autoexec.ipxe`, made by this server.
+    Autoexec,
 }
 
 impl BootFile {
@@ -21,6 +27,9 @@ impl BootFile {
             Self::Uki(sha256) => format!("b/{sha256}/kiln.efi"),
             Self::Undionly => "undionly.kpxe".into(),
             Self::Snponly => "snponly.efi".into(),
+            Self::Shim => "shimx64.efi".into(),
+            Self::AfterShim => "grubx64.efi".into(),
+            Self::Autoexec => "autoexec.ipxe".into(),
         }
     }
 
@@ -31,6 +40,9 @@ impl BootFile {
         match name.trim_start_matches('/') {
             "undionly.kpxe" => Ok(Self::Undionly),
             "snponly.efi" => Ok(Self::Snponly),
+            "shimx64.efi" => Ok(Self::Shim),
+            "grubx64.efi" => Ok(Self::AfterShim),
+            "autoexec.ipxe" => Ok(Self::Autoexec),
             other => {
                 let hash = other.strip_prefix("b/").and_then(|rest| rest.strip_suffix("/kiln.efi"));
                 hash.and_then(|h| h.parse().ok()).map(Self::Uki).ok_or(TftpError::NoSuchFile)
@@ -46,7 +58,8 @@ mod tests {
     #[test]
     fn only_listed_names_are_files() {
         let uki = BootFile::Uki("ab".repeat(32).parse().unwrap());
-        for file in [uki.clone(), BootFile::Undionly, BootFile::Snponly] {
+        let shim = [BootFile::Shim, BootFile::AfterShim, BootFile::Autoexec];
+        for file in [uki, BootFile::Undionly, BootFile::Snponly].into_iter().chain(shim) {
             assert_eq!(BootFile::parse(&file.path()), Ok(file.clone()));
             assert_eq!(BootFile::parse(&format!("/{}", file.path())), Ok(file.clone()));
             assert_eq!(BootFile::parse(&file.path().replace('/', "\\")), Ok(file));

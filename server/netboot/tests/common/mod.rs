@@ -3,7 +3,7 @@
 
 use dhcproto::v4::{DhcpOption, Message, OptionCode};
 use dhcproto::{Decodable, Decoder};
-use kiln_netboot::{Arrival, Config, Datagram, Dhcp, Event, Mode, Output};
+use kiln_netboot::{Arrival, Config, Datagram, Dhcp, Event, Mode, Output, UefiProgram};
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 pub const SERVER: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
@@ -48,7 +48,8 @@ pub fn arrival(port: u16) -> Arrival {
 }
 
 pub fn config(mode: Mode) -> Config {
-    Config { mode, address: None, http_port: 8080, agent_port: 8443, http_boot: true, chain_ipxe: true }
+    let (http_port, agent_port, uefi) = (8080, 8443, UefiProgram::Uki);
+    Config { mode, address: None, http_port, agent_port, http_boot: true, chain_ipxe: true, uefi }
 }
 
 pub fn proxy() -> Dhcp {

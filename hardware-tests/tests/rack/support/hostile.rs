@@ -226,6 +226,7 @@ impl Forgery {
             thresholds: std::collections::BTreeMap::new(),
             dbx: None,
             attest: false,
+            secrets: None,
         }
     }
 }

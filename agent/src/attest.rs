@@ -4,9 +4,10 @@
 use crate::api::Api;
 use crate::change::blocking;
 use crate::error::{AgentError, Result};
+use crate::secrets::{self, Opened};
 use crate::tpm::{self, Tpm};
 use kiln_protocol::tpm::qualifying_data;
-use kiln_protocol::{Attestation, Challenge, HexBytes, Judged, KeyId, MachineId, Sha256Hex};
+use kiln_protocol::{Attestation, Challenge, Delivered, HexBytes, Judged, KeyId, MachineId, Sha256Hex};
 use kiln_release::hex;
 use std::time::Duration;
 use tokio::time::timeout;
@@ -14,8 +15,17 @@ use tokio::time::timeout;
 /// A TPM that has not answered after so long is given up; some take seconds to make a key.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Both steps.
-pub async fn prove(api: &mut Api, machine: &MachineId, boot_id: &str, key: &KeyId) -> Result<Judged> {
+/// What came of a proof.
+#[derive(Debug)]
+pub struct Proved {
+    pub judged: Judged,
+    /// The secrets that were asked for, if the server gave them.
+    pub secrets: Option<Opened>,
+}
+
+/// Both steps. With `secrets` the server is asked for them, too: they come sealed to a key that this TPM uses only while its
+/// PCRs are as the proof quotes them.
+pub async fn prove(api: &mut Api, machine: &MachineId, boot_id: &str, key: &KeyId, secrets: bool) -> Result<Proved> {
     let (mut tpm, keys) = work(|| {
         let mut tpm = Tpm::open()?.ok_or(AgentError::NoTpm)?;
         let keys = tpm.keys()?;
@@ -30,11 +40,12 @@ pub async fn prove(api: &mut Api, machine: &MachineId, boot_id: &str, key: &KeyI
     };
     let challenge: Challenge = api.attest(&hello).await?;
     let qualifying = qualifying_data(challenge.nonce.as_str(), key.as_str(), boot_id);
-    let (secret, proof, log) = work(move || {
-        let Challenge { id_object, encrypted_secret, .. } = challenge;
+    let Challenge { nonce, id_object, encrypted_secret } = challenge;
+    let (mut tpm, keys, secret, proof, delivery, log) = work(move || {
         let secret = tpm.open_credential(&keys, &id_object.0, &encrypted_secret.0)?;
         let proof = tpm.prove(&keys, &qualifying)?;
-        Ok((secret, proof, tpm::event_log()))
+        let delivery = if secrets { Some(tpm.delivery_key(&proof.pcrs)?) } else { None };
+        Ok((tpm, keys, secret, proof, delivery, tpm::event_log()))
     })
     .await?;
     let digits = |bytes: &[u8]| hex::encode(bytes).parse::<Sha256Hex>();
@@ -50,8 +61,18 @@ pub async fn prove(api: &mut Api, machine: &MachineId, boot_id: &str, key: &KeyI
         quoted: HexBytes(proof.quote.attest),
         signature: HexBytes(proof.quote.signature),
         event_log: HexBytes(log),
+        delivery: delivery.as_ref().map(|key| HexBytes(key.public.clone())),
     };
-    api.attest(&prove).await
+    let mut judged: Judged = api.attest(&prove).await?;
+    let secrets = match (judged.secrets.take(), delivery) {
+        (Some(delivered), Some(key)) => {
+            let Delivered { id_object, encrypted_secret, sealed } = delivered;
+            let opens = move || Ok(tpm.open_delivery(&keys, &key, &id_object.0, &encrypted_secret.0)?);
+            Some(secrets::open(work(opens).await?, sealed.0, machine, boot_id, &nonce)?)
+        }
+        (Some(_) | None, _) => None,
+    };
+    Ok(Proved { judged, secrets })
 }
 
 async fn work<T: Send + 'static>(task: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

@@ -3,6 +3,7 @@
 //! this machine looks by itself whether it needs what the list names.
 //! Sources: UEFI 2.10 §8.2.2 (authenticated append), Linux Documentation/filesystems/efivarfs.rst.
 
+use crate::disk::data;
 use crate::error::{AgentError, Result};
 use crate::verifier::{Verified, Verifier};
 use crate::{fetch, init, sys};
@@ -56,6 +57,8 @@ async fn tried(
         return Ok(DbxOutcome::Installed);
     }
     let change = download(verifier, list).await?;
+    // The data's key is bound to what changes here.
+    data::carry_key()?;
     append(path, &change).map_err(AgentError::file(path))?;
     match lacks(path, list)? {
         0 => Ok(DbxOutcome::Installed),

@@ -43,6 +43,8 @@ pub enum AgentError {
     Format { path: PathBuf, reason: String },
     #[error("{what}: {source}")]
     System { what: String, source: std::io::Error },
+    #[error("secrets: {reason}")]
+    Secrets { reason: String },
     #[error("no network interface found: is the driver in the image's module list?")]
     NoInterface,
     #[error(
@@ -218,6 +220,7 @@ kinds!({
     Self::NoWayOut => "safe-mode-no-memory", Machine;
     Self::DrainHook { .. } => "drain-hook", Machine;
     Self::Tpm(_) | Self::NoTpm | Self::SilentTpm { .. } => "machine-tpm", Machine;
+    Self::Secrets { .. } => "machine-secrets", Machine;
     Self::Usage(_) => "usage", Usage;
 } of {
     Metadata(kiln_release::TufError), Verification;

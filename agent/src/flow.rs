@@ -2,6 +2,7 @@
 //! PID 1 and `kiln-agent stage`, which do one thing after the other; the running system's service does them side by side.
 
 use crate::api::Api;
+use crate::attest::{self, Proved};
 use crate::change::{Prefetch, Ready};
 use crate::error::{AgentError, FailureClass, Result};
 use crate::fetch::{Download, Expected};
@@ -9,7 +10,7 @@ use crate::journal::Journal;
 use crate::memory::random;
 use crate::retry::{self, Next};
 use crate::verifier::{Answer, Verified, Verifier};
-use crate::{attest, console, introduce, log};
+use crate::{console, introduce, log};
 use kiln_protocol::{Assignment, Stage, Via};
 use std::path::Path;
 use std::sync::Arc;
@@ -152,8 +153,8 @@ impl Flow {
     async fn attest(&mut self) {
         let Some(api) = &mut self.api else { return };
         let (key, journal) = (self.verifier.key_id(), &self.journal);
-        match attest::prove(api, &journal.machine.id, &journal.state.boot_id, &key).await {
-            Ok(judged) => println!("kiln-agent: {}: {}", judged.state, judged.reason),
+        match attest::prove(api, &journal.machine.id, &journal.state.boot_id, &key, false).await {
+            Ok(Proved { judged, .. }) => println!("kiln-agent: {}: {}", judged.state, judged.reason),
             Err(error) => println!("kiln-agent: no proof of this boot: {error} ({})", error.kind()),
         }
     }

@@ -30,6 +30,9 @@ pub struct Handoff {
     pub uplink: Option<Uplink>,
     /// In disk mode, the disk that the root lies on.
     pub disk: Option<OnDisk>,
+    /// Why what the image keeps is not there, if it keeps something and it is not.
+    #[serde(default)]
+    pub no_data: Option<String>,
     /// Sequence of the assignment under which the root was fetched and verified.
     #[serde(default)]
     pub sequence: u64,

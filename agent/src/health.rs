@@ -5,6 +5,7 @@ use crate::error::Result;
 use crate::facts;
 use crate::journal::monotonic_ms;
 use crate::run::{self, Gate, Said, in_time};
+use crate::secrets::{self, Keeper};
 use crate::sys;
 use futures_util::future::join_all;
 use kiln_protocol::{Health, Rule, Turn, Verdict};
@@ -14,6 +15,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::process::Stdio;
+use std::sync::{Arc, Mutex};
 use tokio::process::{Child, Command};
 
 /// Longest that the kernel may take to say what it runs.
@@ -47,6 +49,10 @@ pub struct Checks {
     probe: Probe,
     gate: Gate,
     verdict: Option<Verdict>,
+    /// The release's secrets, if it wants any.
+    secrets: Option<Arc<Mutex<Keeper>>>,
+    /// Why the machine's data is not there.
+    no_data: Option<String>,
     /// The role's, as they came.
     thresholds: BTreeMap<String, String>,
     /// Those of them that are declared.
@@ -69,7 +75,24 @@ impl Checks {
         let verdict = Verdict::new(std::iter::once(root).chain(checks.iter().map(rule)).collect());
         let declared = checks.into_iter().map(|check| (check, Gate::new())).collect();
         let (thresholds, set) = (BTreeMap::new(), BTreeMap::new());
-        Self { declared, root_hash, probe, gate: Gate::new(), verdict: Some(verdict), thresholds, set }
+        let (gate, verdict) = (Gate::new(), Some(verdict));
+        Self { declared, root_hash, probe, gate, verdict, secrets: None, no_data: None, thresholds, set }
+    }
+
+    /// The same, and a machine without the secrets that its release requires is not healthy.
+    #[must_use]
+    pub fn with_secrets(self, keeper: Arc<Mutex<Keeper>>) -> Self {
+        let rule = Rule { name: "secrets".into(), soak_ms: 0, fail_after: 1, pass_after: 1 };
+        let verdict = self.verdict.map(|verdict| verdict.and(rule));
+        Self { secrets: Some(keeper), verdict, ..self }
+    }
+
+    /// The same of a machine whose data is not there: it is not healthy in this boot.
+    #[must_use]
+    pub fn without_data(self, reason: String) -> Self {
+        let rule = Rule { name: "data".into(), soak_ms: 0, fail_after: 1, pass_after: 1 };
+        let verdict = self.verdict.map(|verdict| verdict.and(rule));
+        Self { no_data: Some(reason), verdict, ..self }
     }
 
     /// Takes the role's thresholds. Gives a sentence for each that is refused, once.
@@ -109,7 +132,13 @@ impl Checks {
                 in_time(&what, check.deadline, this.look(check, gate)).await
             }));
         }
-        let found = join_all(running).await;
+        let mut found = join_all(running).await;
+        found.extend(this.secrets.as_ref().map(|keeper| match secrets::lock(keeper).missing() {
+            Some(missing) => Err(missing),
+            None => Ok(()),
+        }));
+        // In the order in which the service adds them.
+        found.extend(this.no_data.clone().map(Err));
         let verdict = self.verdict.take().expect("it is put back below");
         let (verdict, health, turns) = verdict.round(found, monotonic_ms());
         self.verdict = Some(verdict);

@@ -157,6 +157,7 @@ impl Journal {
             dbx: None,
             condition: self.condition.clone(),
             acceptance: acceptance::state(),
+            secrets: None,
             wait_s,
             desired_etag: self.state.desired_etag.clone(),
         })

@@ -43,6 +43,7 @@ mod plan;
 mod retry;
 mod run;
 mod safe;
+mod secrets;
 mod secureboot;
 mod service;
 mod spool;

@@ -41,7 +41,7 @@ pub fn open_device(device: &str, params: &VerityParams, root_hash: &str, boot: S
     ask(DmCommand::Create, None, "creating the device-mapper device")?;
     ask(DmCommand::Load, Some((sectors, "verity", &table)), "loading the dm-verity table")?;
     ask(DmCommand::Resume, None, "starting dm-verity")?;
-    device_path()
+    device_path(DEVICE)
 }
 
 /// The root hash in the kernel's table: what really runs.
@@ -55,20 +55,21 @@ pub fn running_root_hash() -> Result<String> {
     })
 }
 
-fn mapper() -> Result<File> {
+/// The door of device-mapper.
+pub fn mapper() -> Result<File> {
     let path = "/dev/mapper/control";
     OpenOptions::new().read(true).write(true).open(path).map_err(AgentError::file(path))
 }
 
-/// The one device-mapper device's node: devtmpfs names it by number, nothing makes /dev/mapper links here.
-fn device_path() -> Result<String> {
+/// A device-mapper device's node: devtmpfs names it by number, nothing makes /dev/mapper links here.
+pub fn device_path(device: &str) -> Result<String> {
     let path = "/sys/class/block";
     for entry in std::fs::read_dir(path).map_err(AgentError::file(path))? {
         let entry = entry.map_err(AgentError::file(path))?;
         let name = std::fs::read_to_string(entry.path().join("dm/name")).unwrap_or_default();
-        if name.trim() == DEVICE {
+        if name.trim() == device {
             return Ok(format!("/dev/{}", entry.file_name().to_string_lossy()));
         }
     }
-    Err(AgentError::Format { path: path.into(), reason: format!("no device named {DEVICE}") })
+    Err(AgentError::Format { path: path.into(), reason: format!("no device named {device}") })
 }

@@ -28,6 +28,8 @@ pub const HANGS: &str = "hangs";
 pub const SERVERS: &str = "servers";
 /// The image of machines that live on their disk.
 pub const DISK: &str = "disk";
+/// The same with a secret and with data.
+pub const VAULT: &str = "vault";
 
 /// The image with an allow-list of programs.
 pub const EXEC: &str = "exec";
@@ -48,10 +50,13 @@ pub fn prepare(paths: &Paths, further: &[String]) -> Result<(), LabError> {
     if further.iter().any(|image| image == SERVERS) {
         newer_qemu::prepare(paths, &["igb"])?;
     }
-    // The test of disk mode goes from one release to another.
-    if further.iter().any(|image| image == DISK) && !site.join(format!("build/{DISK}/2/manifest.json")).exists() {
-        println!("lab: building {DISK}/2");
-        build(paths, &site, DISK, "2")?;
+    // The tests of these go from one release to another.
+    for image in [DISK, VAULT] {
+        let built = || site.join(format!("build/{image}/2/manifest.json")).exists();
+        if further.iter().any(|further| further == image) && !built() {
+            println!("lab: building {image}/2");
+            build(paths, &site, image, "2")?;
+        }
     }
     Ok(())
 }

@@ -270,6 +270,7 @@ impl Inputs<'_> {
             hooks: self.recipe.declared.hooks.clone(),
             health: self.recipe.declared.health.clone(),
             writable: self.recipe.writable.clone(),
+            secrets: self.recipe.declared.secrets.clone(),
             sbom: Some(named(&sbom)),
             measured: Some(measured),
         };

@@ -4,7 +4,8 @@
 use crate::error::RecipeError;
 use crate::recipe::{Source, bytes_of};
 use kiln_release::declared::{self, HOOK_EVENTS, is_unit};
-use kiln_release::{HealthCheck, HealthKind, Hook, HookKind, OnTimeout, Threshold, UnitLimit};
+use kiln_release::secrets::check_secrets;
+use kiln_release::{HealthCheck, HealthKind, Hook, HookKind, OnTimeout, Threshold, UnitLimit, WantedSecret};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use toml::Spanned;
@@ -67,6 +68,8 @@ pub struct Declared {
     pub hooks: BTreeMap<String, Vec<Hook>>,
     /// Limits of units.
     pub limits: Vec<UnitLimit>,
+    /// Secrets.
+    pub secrets: Vec<WantedSecret>,
     /// Ports that may be listened on.
     pub listen: Vec<String>,
     /// Further places that may be mounted.
@@ -207,6 +210,12 @@ impl Declared {
         }
         self.limits.push(UnitLimit { unit, memory, cpu });
         Ok(())
+    }
+
+    pub(crate) fn secret(&mut self, secret: Spanned<WantedSecret>, source: &Source<'_>) -> Result<(), RecipeError> {
+        let place = secret.span();
+        self.secrets.push(secret.into_inner());
+        check_secrets(&self.secrets).map_err(|(got, reason)| source.invalid(place, format!("{got}: {reason}")))
     }
 
     pub(crate) fn drift(&mut self, raw: RawDrift, source: &Source<'_>) -> Result<(), RecipeError> {

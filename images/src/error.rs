@@ -196,6 +196,14 @@ pub enum BuildError {
         /// Which unit.
         unit: String,
     },
+    /// The owner of a secret is nobody.
+    #[error("recipe {recipe}: [[secret]] names the owner {user}, and the root's /etc/passwd has no such user")]
+    NoSuchUser {
+        /// Recipe name.
+        recipe: String,
+        /// Which user.
+        user: String,
+    },
     /// The recipe leaves out a file of which another name stays.
     #[error(
         "recipe {recipe}: {target} is left out or replaced, and {path} is another name of the same file; exclude both"
@@ -259,6 +267,14 @@ pub enum RecipeError {
         column: usize,
         /// What is wrong and what is allowed.
         message: String,
+    },
+    /// A unit that needs a secret would start before it is there.
+    #[error("{path}: {unit} needs a secret, and `enable` would start it without: its secret's coming starts it")]
+    Starts {
+        /// Which file.
+        path: PathBuf,
+        /// Which unit.
+        unit: String,
     },
     /// A key that must be there is not.
     #[error("{path}: {key} is missing; {hint}")]

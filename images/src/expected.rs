@@ -34,6 +34,12 @@ pub(crate) fn entries(
         tar.get(entry.data.clone())
     });
     let users = kiln_release::declared::users_of(&String::from_utf8_lossy(passwd.unwrap_or_default()));
+    let owners = recipe.declared.secrets.iter().filter_map(|secret| secret.owner.as_ref());
+    for owner in owners {
+        if !users.iter().any(|user| user.rsplit_once(':').is_some_and(|(name, _)| name == owner)) {
+            return Err(BuildError::NoSuchUser { recipe: recipe.name.clone(), user: owner.clone() });
+        }
+    }
     let in_root = kept.iter().filter(|entry| entry.path.starts_with("/usr/lib/modules/")).map(|entry| &entry.path);
     let names = in_root.chain(modules).filter_map(|path| {
         let file = path.rsplit('/').next()?;
@@ -95,7 +101,8 @@ fn check_programs(recipe: &Recipe, kept: &[&Entry]) -> Result<(), BuildError> {
 fn check_units(recipe: &Recipe, services: &BTreeSet<String>) -> Result<(), BuildError> {
     let checks = recipe.declared.health.iter().filter(|check| check.kind == HealthKind::Unit);
     let limits = recipe.declared.limits.iter().map(|limit| ("[[limit]]", &limit.unit));
-    for (key, unit) in checks.map(|check| ("[[health]]", &check.target)).chain(limits) {
+    let needy = recipe.declared.secrets.iter().flat_map(|secret| &secret.units).map(|unit| ("[[secret]]", unit));
+    for (key, unit) in checks.map(|check| ("[[health]]", &check.target)).chain(limits).chain(needy) {
         let template = unit.split_once('@').map(|(before, _)| format!("{before}@.service"));
         let there = services.contains(unit) || template.is_some_and(|template| services.contains(&template));
         if is_service(unit) && !there {

@@ -10,7 +10,9 @@ use crate::network::read_network;
 pub use allow::ExecPlace;
 use allow::RawExec;
 use kiln_release::network::NetworkConfig;
-use kiln_release::{AcceptancePlan, DiskSettings, FilePolicy, WipePolicy, WritableMount, is_image_name};
+use kiln_release::{
+    AcceptancePlan, DataSettings, DiskSettings, FilePolicy, WantedSecret, WipePolicy, WritableMount, is_image_name,
+};
 use serde::Deserialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -18,6 +20,8 @@ use toml::Spanned;
 
 /// How many recipes may extend each other.
 const EXTENDS_LIMIT: usize = 4;
+/// What the data partition needs of the kernel: the agent loads them by these names.
+const DATA_MODULES: [&str; 5] = ["aes_generic", "aesni_intel", "dm_crypt", "ext4", "xts"];
 /// Most bytes of noise in one file.
 const MAX_NOISE: u64 = 1 << 20;
 
@@ -101,6 +105,7 @@ struct Raw {
     health: Vec<RawHealth>,
     hook: Vec<RawHook>,
     limit: Vec<RawLimit>,
+    secret: Vec<Spanned<WantedSecret>>,
     drift: Option<RawDrift>,
     writable: Vec<RawWritable>,
     exec: Vec<RawExec>,
@@ -119,6 +124,8 @@ struct RawDisk {
     slot: Option<Spanned<String>>,
     state: Option<Spanned<String>>,
     wipe: Option<Spanned<String>>,
+    data: Option<Spanned<String>>,
+    data_at: Option<Spanned<String>>,
     prefetch_rate: Option<Spanned<String>>,
 }
 
@@ -274,6 +281,9 @@ impl Partial {
         for limit in raw.limit {
             self.declared.limit(limit, source)?;
         }
+        for secret in raw.secret {
+            self.declared.secret(secret, source)?;
+        }
         if let Some(drift) = raw.drift {
             self.declared.drift(drift, source)?;
         }
@@ -356,7 +366,7 @@ impl Partial {
         Ok(())
     }
 
-    fn finish(self, path: &Path) -> Result<Recipe, RecipeError> {
+    fn finish(mut self, path: &Path) -> Result<Recipe, RecipeError> {
         let missing = |key, hint| move || RecipeError::Missing { path: path.into(), key, hint };
         let sorted = |mut list: Vec<String>| {
             list.sort();
@@ -367,6 +377,18 @@ impl Partial {
             return Err(missing("[[health]]", "without a health check no release would ever be called healthy")());
         }
         self.check_places(path)?;
+        let needy = self.declared.secrets.iter().flat_map(|secret| &secret.units);
+        if let Some(unit) = needy.into_iter().find(|unit| self.enable.contains(unit)) {
+            return Err(RecipeError::Starts { path: path.into(), unit: unit.clone() });
+        }
+        let data = self.disk.as_ref().and_then(|disk| disk.data.as_ref()).map(|data| data.path.clone());
+        if let Some(path) = data {
+            // The kernel's modules and the program that make use of it.
+            let packages = ["e2fsprogs"].map(str::to_owned);
+            self.packages.extend(packages);
+            self.modules.extend(DATA_MODULES.map(str::to_owned));
+            self.declared.mounts.push(path);
+        }
         let class = self.class.as_deref().unwrap_or("normal");
         if (class == "acceptance") != self.acceptance.is_some() {
             let hint = "an image of class acceptance, and no other, says what is tested and for how long";
@@ -417,7 +439,18 @@ fn disk_settings(raw: RawDisk, source: &Source<'_>) -> Result<DiskSettings, Reci
         },
     };
     let rate = raw.prefetch_rate.map(|rate| size(Some(rate), 0, DiskSettings::LEAST_RATE)).transpose()?;
+    let data = match (raw.data, raw.data_at) {
+        (None, None) => None,
+        (Some(bytes), Some(at)) => {
+            let path = source.check(at, is_root_path, "an absolute path without . or ..")?;
+            Some(DataSettings { size: size(Some(bytes), 0, DataSettings::LEAST)?, path })
+        }
+        (Some(one), None) | (None, Some(one)) => {
+            return Err(source.invalid(one.span(), "data (its size) and data_at (where it is mounted) come together"));
+        }
+    };
     Ok(DiskSettings {
+        data,
         esp: size(raw.esp, default.esp, DiskSettings::LEAST_ESP)?,
         slot: size(raw.slot, default.slot, DiskSettings::LEAST_SLOT)?,
         state: size(raw.state, default.state, DiskSettings::LEAST_STATE)?,

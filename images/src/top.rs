@@ -128,6 +128,12 @@ pub(crate) fn layer(
         top.file(&format!("/etc/systemd/system/{unit}"), 0o644, mount_unit(mount, mode));
         top.enable("local-fs.target.requires", &unit, "/etc/systemd/system");
     }
+    if let Some(data) = recipe.disk.as_ref().and_then(|disk| disk.data.as_ref())
+        && directory_mode(base, &data.path).is_none()
+    {
+        let (recipe, path) = (recipe.name.clone(), data.path.clone());
+        return Err(BuildError::NoSuchDirectory { recipe, key: "[disk] data_at", path });
+    }
     if let Some(exec) = exec {
         top.file(EXEC_PATH, 0o644, exec);
         top.file("/usr/lib/systemd/system/kiln-agent.service.d/exec.conf", 0o644, EXEC_DROP_IN);

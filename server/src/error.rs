@@ -213,6 +213,40 @@ pub enum AttestationError {
     Random,
 }
 
+/// A secret that is not kept, or not given.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum SecretError {
+    #[error("{0}")]
+    Name(kiln_protocol::IdError),
+    #[error("a secret is for a role or for a machine: say which one of them")]
+    ForWhom,
+    #[error("a secret has 1 to {} bytes; this one has {got}", kiln_protocol::SECRET_LIMIT)]
+    Length { got: usize },
+    #[error("{limit} secrets are kept: remove some")]
+    TooMany { limit: usize },
+    #[error("all secrets of a machine have at most {} bytes together", kiln_protocol::SECRETS_OF_A_MACHINE)]
+    Together,
+    #[error("there is no secret {name} of {of}: `kiln secret list` shows all")]
+    None { name: String, of: String },
+    #[error("{}: {source}", path.display())]
+    KeyFile { path: PathBuf, source: io::Error },
+    #[error("{}: not a key of 64 hex digits", .0.display())]
+    KeyForm(PathBuf),
+    #[error("{} is missing, and secrets are kept that it sealed: restore it, or remove them all and set them anew", .0.display())]
+    KeyMissing(PathBuf),
+    #[error(
+        "the secret {name} cannot be read from the database: it was altered, or sealed by another online/secrets.key"
+    )]
+    Unsealing { name: String },
+    #[error("no random numbers on this host, or its cryptography fails")]
+    Sealing,
+    #[error("what it wants its secrets sealed to is no key of its TPM under the PCRs that it quoted")]
+    DeliveryKey,
+    #[error("{0}")]
+    Withheld(String),
+}
+
 /// An order that is refused.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
@@ -279,6 +313,8 @@ pub enum ControlError {
     Expected(#[from] ExpectedError),
     #[error(transparent)]
     Attestation(#[from] AttestationError),
+    #[error(transparent)]
+    Secret(#[from] SecretError),
     #[error("too many unknown machines: approve or retire some")]
     TooManyUnknown,
     #[error("{0} has not reported yet: its report comes first")]

@@ -25,5 +25,6 @@ pub mod oidc;
 pub mod receipt;
 pub mod serve;
 pub mod store;
+mod vault;
 pub mod view;
 pub mod web;

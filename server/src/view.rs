@@ -7,8 +7,8 @@ use kiln_fleet::access::{AccessRole, ProposalState};
 use kiln_fleet::{AcceptanceRun, Comparison, ExpectedMachine, Millis, Sku};
 use kiln_protocol::{
     AgentMemory, ApprovalCode, AttestationState, DbxState, Difference, Draining, ExecState, Firmware, Inventory, KeyId,
-    KeyStorage, MachineId, OrderId, Prefetch, ProtectionClass, Receipt, ReleaseId, RollbackMemory, Sha256Hex, Stage,
-    Via,
+    KeyStorage, MachineId, OrderId, Prefetch, ProtectionClass, Receipt, ReleaseId, RollbackMemory, SecretName,
+    SecretVersions, Sha256Hex, Stage, Via,
 };
 use serde::{Deserialize, Serialize};
 
@@ -88,6 +88,9 @@ pub struct MachineView {
     pub rollback_memory: Option<RollbackMemory>,
     /// What its boot can promise.
     pub protection: Option<ProtectionClass>,
+    /// The secrets that it holds, by their versions.
+    #[serde(default)]
+    pub secrets: SecretVersions,
     /// What its TPM proved of this boot.
     #[serde(default)]
     pub attestation: Option<AttestationView>,
@@ -459,6 +462,38 @@ impl TokenView {
             state,
         }
     }
+}
+
+/// A secret, without its value.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretView {
+    /// Its name.
+    pub name: SecretName,
+    /// The role whose machines get it.
+    #[serde(default)]
+    pub role: Option<String>,
+    /// Or the one machine.
+    #[serde(default)]
+    pub machine: Option<String>,
+    /// Its newest version: a number that no other value of the site has.
+    pub version: u64,
+    /// When it was set.
+    pub set_ms: i64,
+    /// By whom.
+    pub by: String,
+    /// The machines that it is for.
+    pub machines: Vec<SecretHolderView>,
+}
+
+/// A machine that a secret is for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretHolderView {
+    /// Its name.
+    pub machine: String,
+    /// The version that it holds, by its own word.
+    pub version: Option<u64>,
+    /// Why it does not hold the newest, if it does not.
+    pub why: Option<String>,
 }
 
 /// What waits for a second person, or did.

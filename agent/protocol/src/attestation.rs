@@ -6,6 +6,7 @@
 //! names it ([`crate::tpm::qualifying_data`]), so that neither a copied key without the TPM nor a TPM lent to another key will do.
 
 use crate::ids::{IdError, MachineId, Nonce, Sha256Hex, word_enum};
+use crate::secrets::Delivered;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -108,6 +109,10 @@ pub enum Attestation {
         signature: HexBytes,
         /// The firmware's event log; empty where the kernel has none.
         event_log: HexBytes,
+        /// Public area of the key that its secrets shall be sealed to ([`crate::tpm::Template::Delivery`]); none: it asks for
+        /// none.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        delivery: Option<HexBytes>,
     },
 }
 
@@ -129,6 +134,12 @@ pub struct Judged {
     pub state: AttestationState,
     /// Why, in a sentence.
     pub reason: String,
+    /// What it asked for, if it may have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secrets: Option<Delivered>,
+    /// Why it does not get what it asked for, in a sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
 }
 
 #[cfg(test)]
@@ -157,6 +168,7 @@ mod tests {
             quoted: HexBytes(vec![1]),
             signature: HexBytes(vec![2]),
             event_log: HexBytes::default(),
+            delivery: None,
         };
         let golden = format!(
             r#"{{"step":"prove","machine":"{machine}","boot_id":"b","secret":"{}","pcrs":["{}"],"quoted":"01","signature":"02","event_log":""}}"#,

@@ -91,6 +91,14 @@ string_id! {
     }
 }
 string_id! {
+    /// A secret's name: it becomes a file name.
+    SecretName, "secret's name", "1 to 63 of a-z, 0-9, '.', '_' and '-', beginning with a letter or digit", |t| {
+        (1..=63).contains(&t.len())
+            && t.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
+            && t.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'.' | b'_' | b'-'))
+    }
+}
+string_id! {
     /// An image's name: it becomes a TUF role (`image-NAME`), a path and a file name.
     ImageName, "image name", "1 to 32 of a-z, 0-9 and '-', beginning with a letter", |t| {
         (1..=32).contains(&t.len())

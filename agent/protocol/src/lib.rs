@@ -19,6 +19,7 @@ mod inventory;
 mod lldp;
 mod log;
 mod order;
+mod secrets;
 pub mod slot;
 mod smbios;
 mod spool;
@@ -40,7 +41,9 @@ pub use condition::{Condition, DRIFT_LIMIT, Difference, Draining, DriftKind};
 pub use dbx::{DbxOffer, DbxOutcome, DbxState, dbx_hold};
 pub use drift::Usage;
 pub use exec::{EXEC_ANCESTORS, EXEC_PATH_LIMIT, EXEC_VIOLATIONS, ExecAncestor, ExecState, ExecVerdict, ExecViolation};
-pub use ids::{Architecture, Class, IdError, ImageName, KeyId, MachineId, Nonce, OrderId, ReleaseId, Sha256Hex};
+pub use ids::{
+    Architecture, Class, IdError, ImageName, KeyId, MachineId, Nonce, OrderId, ReleaseId, SecretName, Sha256Hex,
+};
 pub use introduction::{
     ApprovalCode, Committed, INTRODUCTION_LIMIT, INTRODUCTION_PATH, Introduction, IntroductionError, IntroductionReply,
     approval_code, commitment,
@@ -54,6 +57,10 @@ pub use log::{LOG_LIMIT, LOG_LINES, LOG_PATH, LOG_TEXT, LogBatch, LogLine, LogRe
 pub use order::{
     ORDER_DISKS, ORDER_MACHINES, ORDER_TYPE, Order, OrderAction, OrderError, OrderMark, Ordered, OrderedMachine,
     RECEIPT_PATH, RECEIPT_TYPE, Receipt, WipeMethod, WipeOutcome, WipedDisk, check_order,
+};
+pub use secrets::{
+    Delivered, SECRET_LIMIT, SECRETS_OF_A_MACHINE, SECRETS_OF_A_RELEASE, SecretSet, SecretSetError, SecretVersions,
+    SecretsWord, bound_to,
 };
 pub use smbios::{SMBIOS_LIMIT, Smbios, is_placeholder, parse_smbios};
 pub use spool::{Clocks, Intake, Kept, Noted, SPOOL_BATCH, SPOOL_LIMIT, SPOOL_TEXT, Spool, SpoolReport};

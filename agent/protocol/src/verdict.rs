@@ -58,6 +58,13 @@ impl Verdict {
         Self { checks: rules.into_iter().map(|rule| (rule, unseen())).collect() }
     }
 
+    /// One more, behind the others.
+    #[must_use]
+    pub fn and(mut self, rule: Rule) -> Self {
+        self.checks.push((rule, Standing::Bad { passes: 0, since: 0, words: None }));
+        self
+    }
+
     /// One round. `found` are the results in the order of the rules; a rule without one has failed.
     #[must_use]
     pub fn round(self, found: Vec<Found>, now: Millis) -> (Self, Health, Vec<Turn>) {

@@ -10,6 +10,7 @@ use crate::exec::ExecState;
 use crate::ids::IdError;
 use crate::ids::{Architecture, ImageName, MachineId, Nonce, Sha256Hex, word_enum};
 use crate::log::printable;
+use crate::secrets::{SECRETS_OF_A_RELEASE, SecretVersions, SecretsWord};
 use crate::slot::Fallback;
 use crate::stage::StageRecord;
 use serde::{Deserialize, Serialize};
@@ -237,6 +238,9 @@ pub struct Report {
     /// The acceptance run, of a release of class `acceptance`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub acceptance: Option<Acceptance>,
+    /// The secrets it holds; none: its release wants none, or its agent knows of none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secrets: Option<SecretVersions>,
     /// Seconds the server may hold this report until the desired state differs from [`Report::desired_etag`]; 0: none.
     #[serde(default)]
     pub wait_s: u32,
@@ -264,6 +268,11 @@ impl Report {
             cut(&mut health.detail, 500);
         }
         self.exec.iter_mut().for_each(ExecState::tame);
+        if let Some(held) = &mut self.secrets {
+            while held.len() > SECRETS_OF_A_RELEASE {
+                held.pop_last();
+            }
+        }
         self.dbx.iter_mut().for_each(DbxState::tame);
     }
 }
@@ -299,6 +308,9 @@ pub struct Reply {
     /// The server has no proof of this boot and would take one: see [`crate::Attestation`].
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub attest: bool,
+    /// What becomes of its secrets; none: it holds what it shall.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub secrets: Option<SecretsWord>,
 }
 
 /// What a machine shows of itself that only the server knows. Nothing of it is believed in any decision.
@@ -399,6 +411,7 @@ mod tests {
             thresholds: BTreeMap::new(),
             dbx: None,
             attest: false,
+            secrets: None,
         };
         let golden = r#"{"desired":{"etag":"7-hold","decision":"assigned","assignment":"{}","freshness":"{}","via":"kexec","grant":{"grant":"hold","reason":"1 of 1 machines may be unavailable"}},"again_ms":30000,"may_wait":true}"#;
         assert_eq!(serde_json::to_string(&reply).unwrap(), golden);

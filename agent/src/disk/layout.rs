@@ -11,10 +11,14 @@ use std::ops::Range;
 /// C12A7328-F81F-11D2-BA4B-00A0C93EC93B (UEFI 2.10 §5.3.3).
 const ESP: Guid =
     guid([0xc1, 0x2a, 0x73, 0x28, 0xf8, 0x1f, 0x11, 0xd2, 0xba, 0x4b, 0x00, 0xa0, 0xc9, 0x3e, 0xc9, 0x3b]);
-/// Kiln's own, so that nothing else mounts them: 6B696C6E-0001-4000-8000-6B696C6E0001, and -0002-.
+/// Kiln's own, so that nothing else mounts them: 6B696C6E-0001-4000-8000-6B696C6E0001, -0002- and -0003-.
 const SLOT: Guid = guid(*b"kiln\x00\x01\x40\x00\x80\x00kiln\x00\x01");
 const STATE: Guid = guid(*b"kiln\x00\x02\x40\x00\x80\x00kiln\x00\x01");
-const NAMES: [(&str, Guid); 4] = [("kiln-esp", ESP), ("kiln-a", SLOT), ("kiln-b", SLOT), ("kiln-state", STATE)];
+const DATA: Guid = guid(*b"kiln\x00\x03\x40\x00\x80\x00kiln\x00\x01");
+const NAMES: [(&str, Guid); 5] =
+    [("kiln-esp", ESP), ("kiln-a", SLOT), ("kiln-b", SLOT), ("kiln-state", STATE), ("kiln-data", DATA)];
+/// Those that every disk has; the last is there where the image keeps data.
+const ALWAYS: usize = 4;
 /// Partitions begin at multiples of 1 MiB.
 const ALIGN: u64 = (1 << 20) / SECTOR as u64;
 
@@ -34,7 +38,8 @@ impl Layout {
     /// For an empty disk of this size. The disk's id names the site: another site's disk is somebody else's.
     pub fn new(size: u64, settings: &DiskSettings, site: &str) -> Result<Self, DiskError> {
         let disk_id = derived("kiln-disk", site.as_bytes());
-        let sizes = [settings.esp, settings.slot, settings.slot, settings.state];
+        let data = settings.data.as_ref().map(|data| data.size);
+        let sizes = [settings.esp, settings.slot, settings.slot, settings.state].into_iter().chain(data);
         let mut start = gpt::FIRST_USABLE.next_multiple_of(ALIGN);
         let mut partitions = Vec::new();
         for (((name, kind), size), number) in NAMES.into_iter().zip(sizes).zip(0_u8..) {
@@ -52,7 +57,7 @@ impl Layout {
     /// The table, if it is Kiln's and this site's.
     pub fn of(table: Gpt, site: &str) -> Option<Self> {
         let ours = table.disk_id == derived("kiln-disk", site.as_bytes())
-            && table.partitions.len() == NAMES.len()
+            && (ALWAYS..=NAMES.len()).contains(&table.partitions.len())
             && table.partitions.iter().zip(NAMES).all(|(p, (name, kind))| p.name == name && p.kind == kind);
         ours.then_some(Self { table })
     }
@@ -79,6 +84,11 @@ impl Layout {
     /// In bytes.
     pub fn state(&self) -> Range<u64> {
         self.table.partitions[3].bytes()
+    }
+
+    /// In bytes; none: it was made for images that keep nothing.
+    pub fn data(&self) -> Option<Range<u64>> {
+        self.table.partitions.get(ALWAYS).map(Partition::bytes)
     }
 
     /// The ESP as firmware names it in a boot option: partition number, first sector, sectors, GUID.

@@ -212,9 +212,19 @@ impl MachineDisk {
         Ok(self.store.verify_slot(slot, &manifest.verity, manifest.root.length, &mut read)?)
     }
 
-    /// The kernel's device of a slot, found by where it begins.
+    /// Where the data partition is, in bytes.
+    pub fn data(&self) -> Option<std::ops::Range<u64>> {
+        self.store.layout.data()
+    }
+
+    /// The kernel's device of a slot.
     pub fn device(&self, slot: SlotId) -> Result<PathBuf> {
-        let start = self.store.layout.slot(slot).start / 512;
+        self.partition(self.store.layout.slot(slot).start)
+    }
+
+    /// The kernel's device of the partition that begins at this byte.
+    pub fn partition(&self, start: u64) -> Result<PathBuf> {
+        let start = start / 512;
         let folder = Path::new(BLOCKS).join(self.name());
         let entries = std::fs::read_dir(&folder).map_err(AgentError::file(&folder))?;
         for entry in entries.flatten() {

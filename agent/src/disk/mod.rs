@@ -7,6 +7,7 @@
 
 pub mod block;
 pub mod boot_order;
+pub mod data;
 pub mod fat;
 pub mod gpt;
 pub mod layout;
@@ -37,6 +38,15 @@ pub enum DiskError {
     SlotTooSmall { disk: String, size: u64, length: u64 },
     #[error("what was read back from {disk} is not what was written: {reason}")]
     ReadBack { disk: String, reason: String },
+    #[error(
+        "{disk} was partitioned without a place for data: wipe it (`kiln machine wipe`), and it is made anew with one"
+    )]
+    NoData { disk: String },
+    #[error(
+        "the data on {disk} is encrypted under a key that this machine's TPM does not hold: it is another machine's disk, or \
+         the TPM was cleared. It is not touched; `kiln machine wipe` gives it up"
+    )]
+    DataOfAnother { disk: String },
     #[error("{0}")]
     Refused(#[from] kiln_protocol::slot::Refusal),
 }
@@ -52,6 +62,8 @@ impl DiskError {
         "disk-io-error",
         "disk-slot-too-small",
         "disk-read-back",
+        "disk-no-data",
+        "disk-data-other-key",
         "slot-refused",
     ];
 
@@ -65,6 +77,8 @@ impl DiskError {
             Self::Io { .. } => "disk-io-error",
             Self::SlotTooSmall { .. } => "disk-slot-too-small",
             Self::ReadBack { .. } => "disk-read-back",
+            Self::NoData { .. } => "disk-no-data",
+            Self::DataOfAnother { .. } => "disk-data-other-key",
             Self::Refused(_) => "slot-refused",
         }
     }

@@ -578,3 +578,22 @@ thread_local! {
         32 + 2 * u64::from(u32::from_le_bytes([boot[36], boot[37], boot[38], boot[39]]))
     });
 }
+
+#[test]
+fn a_disk_has_a_place_for_data_where_its_image_keeps_some() {
+    let keeps = |size| {
+        let data = kiln_release::DataSettings { size, path: "/srv".into() };
+        DiskSettings { data: Some(data), ..settings() }
+    };
+    let layout = Layout::new(300 * MIB, &keeps(20 * MIB), SITE).unwrap();
+    let (state, data) = (layout.state(), layout.data().unwrap());
+    assert_eq!((data.start, data.end - data.start), (state.end, 20 * MIB));
+    // Read back from a disk it is ours, as one without is.
+    for settings in [keeps(20 * MIB), settings()] {
+        let layout = Layout::new(SIZE + 20 * MIB, &settings, SITE).unwrap();
+        assert_eq!(Layout::of(layout.table.clone(), SITE), Some(layout.clone()));
+        assert_eq!(layout.data().is_some(), settings.data.is_some());
+        assert_eq!(Layout::of(layout.table, "another"), None);
+    }
+    assert!(matches!(Layout::new(SIZE, &keeps(200 * MIB), SITE), Err(DiskError::TooSmall { .. })));
+}

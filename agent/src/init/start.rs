@@ -4,16 +4,17 @@ use super::secure_boot;
 use super::switch_root::{NEW_ROOT, switch_root};
 use crate::coldplug::Drivers;
 use crate::disk::machine::{SharedDisk, on_disk};
+use crate::disk::{DiskError, data};
 use crate::error::{AgentError, ROOT, Result};
 use crate::fetch::Expected;
 use crate::flow::Flow;
 use crate::handoff::{Handoff, OnDisk};
 use crate::net::Uplink;
 use crate::verifier::Verified;
-use crate::{kexec, local, log, mounts, tpm, verity};
+use crate::{kexec, local, log, mounts, secrets, tpm, verity};
 use kiln_protocol::slot::{Event, SlotId};
 use kiln_protocol::{Class, Stage};
-use kiln_release::hex;
+use kiln_release::{BootInfo, DataSettings, hex};
 use nix::mount::{MsFlags, mount};
 use std::convert::Infallible;
 use std::fs::File;
@@ -39,6 +40,9 @@ pub(super) async fn start(
     flow.journal.started(Stage::Root);
     flow.report().await;
     drivers.iter_mut().for_each(Drivers::settle);
+    if keeps_data(&flow.verifier.boot).is_some() {
+        drivers.iter_mut().for_each(|drivers| data::MODULES.into_iter().for_each(|module| drivers.load(module)));
+    }
     if let Some(disk) = disk {
         match local::install_here(flow, &verified, &disk).await {
             Ok(slot) => {
@@ -70,7 +74,7 @@ pub(super) async fn start(
     flow.journal.started(Stage::Verity);
     let boot = &flow.verifier.boot;
     let device = verity::open(&root, &verified.manifest.verity, &boot.root_hash, secure_boot(boot))?;
-    mount_and_leave(flow, verified, uplink, &device, None).await
+    mount_and_leave(flow, verified, uplink, &device, None, None).await
 }
 
 /// The same from a slot. A root that cannot be mounted is told to the slots: the next boot is another's.
@@ -87,7 +91,7 @@ async fn start_slot(
     let boot = &flow.verifier.boot;
     let device = verity::open_device(&device.display().to_string(), &params, &boot.root_hash, secure_boot(boot))?;
     let on = OnDisk { name, via: kexec::started_this() };
-    let error = match mount_and_leave(flow, verified, uplink, &device, Some(on)).await {
+    let error = match mount_and_leave(flow, verified, uplink, &device, Some(on), Some(disk)).await {
         Ok(never) => match never {},
         Err(error) => error,
     };
@@ -104,7 +108,8 @@ async fn mount_and_leave(
     verified: Verified,
     uplink: Option<Uplink>,
     device: &str,
-    disk: Option<OnDisk>,
+    on: Option<OnDisk>,
+    disk: Option<&SharedDisk>,
 ) -> Result<Infallible> {
     std::fs::create_dir_all(NEW_ROOT).map_err(AgentError::file(NEW_ROOT))?;
     let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
@@ -114,7 +119,11 @@ async fn mount_and_leave(
     if running != flow.verifier.boot.root_hash {
         return Err(AgentError::RunningRoot { expected: flow.verifier.boot.root_hash.clone(), got: running });
     }
+    if !verified.manifest.secrets.is_empty() {
+        secrets::mount_place()?;
+    }
     mounts::writable(Path::new(NEW_ROOT), &verified.manifest.writable);
+    let no_data = open_data(&flow.verifier.boot, disk).await;
     flow.journal.done(Stage::Verity);
     if std::mem::take(&mut flow.verifier.memory.failed_boots) > 0 {
         flow.verifier.place.remember(&flow.verifier.memory)?;
@@ -127,7 +136,8 @@ async fn mount_and_leave(
         servers: flow.verifier.servers.clone(),
         journal: flow.journal.state.clone(),
         uplink,
-        disk,
+        disk: on,
+        no_data,
         sequence: flow.verifier.memory.sequence,
         settings: flow.verifier.settings,
         now: flow.verifier.now,
@@ -137,6 +147,23 @@ async fn mount_and_leave(
     secure_boot(&flow.verifier.boot).restrict()?;
     tpm::leave_initramfs();
     switch_root()
+}
+
+/// What the image keeps over reimages, if it keeps anything.
+fn keeps_data(boot: &BootInfo) -> Option<&DataSettings> {
+    boot.site.disk.as_ref().and_then(|disk| disk.data.as_ref())
+}
+
+/// Opens it. A machine without it comes up, to say so: it is not healthy.
+async fn open_data(boot: &BootInfo, disk: Option<&SharedDisk>) -> Option<String> {
+    let settings = keeps_data(boot)?.clone();
+    let opened = match disk {
+        None => Err(DiskError::NoDisk.into()),
+        Some(disk) => on_disk(disk, move |disk| data::open(disk, &settings, Path::new(NEW_ROOT))).await,
+    };
+    let error = opened.err()?;
+    println!("kiln-agent: the machine's data is not there: {error} ({})", error.kind());
+    Some(format!("the machine's data is not there: {error}"))
 }
 
 /// The root that crossed a kexec in the initrd, verified again where it lies. One that does not verify is removed, so that

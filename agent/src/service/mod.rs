@@ -4,6 +4,7 @@
 mod duty;
 mod leave;
 mod next;
+mod secrets;
 mod slots;
 mod start;
 #[cfg(test)]
@@ -110,6 +111,8 @@ struct Service {
     dbx: Option<(DbxState, Instant)>,
     /// The proof on its way.
     proof: Option<tokio::task::JoinHandle<()>>,
+    /// The release's secrets.
+    secrets: secrets::Secrets,
 }
 
 /// What the slots know of the release that runs.
@@ -147,6 +150,7 @@ impl Service {
             refused: None,
             dbx: None,
             proof: None,
+            secrets: secrets::Secrets::default(),
         })
     }
 
@@ -164,6 +168,7 @@ impl Service {
         let mut selects: Option<Selects> = None;
         self.order_boot();
         let mut works = false;
+        let changed = self.secrets.changed();
         loop {
             let event = tokio::select! {
                 (mut checks, health, turns) = &mut round => {
@@ -216,6 +221,7 @@ impl Service {
                     Event::News
                 }
                 () = exec::news(exec.as_ref()) => Event::News,
+                () = changed.notified() => Event::News,
                 event = maybe(&mut hooks) => {
                     hooks = None;
                     event
@@ -285,8 +291,9 @@ impl Service {
         };
         self.journal.answered(&reply);
         self.claimed = claimed_settings(&reply);
-        if reply.attest {
-            self.attest();
+        let ask = self.secrets.heard(reply.secrets);
+        if reply.attest || ask {
+            self.attest(ask);
         }
         let more = self.watch.heard(&reply);
         let wanted = claimed(&reply);
@@ -297,8 +304,8 @@ impl Service {
         Event::Answered(answer)
     }
 
-    /// Proves to the server what was booted: where it could not be asked in the initramfs.
-    fn attest(&mut self) {
+    /// Proves to the server what was booted: where it could not be asked in the initramfs, and for the secrets.
+    fn attest(&mut self, ask: bool) {
         // A job that holds the verifier goes on; the next reply asks again.
         let Ok(verifier) = self.verifier.try_lock() else { return };
         if self.proof.as_ref().is_some_and(|proof| !proof.is_finished()) {
@@ -308,14 +315,22 @@ impl Service {
         let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, key, &verifier.clock);
         let (machine, boot_id) = (self.journal.machine.id.clone(), self.journal.state.boot_id.clone());
         let key = verifier.key_id();
+        let taker = self.secrets.taker(ask, &self.door.systemctl);
         self.proof = Some(tokio::spawn(async move {
             let proven = match api {
-                Ok(mut api) => attest::prove(&mut api, &machine, &boot_id, &key).await,
+                Ok(mut api) => attest::prove(&mut api, &machine, &boot_id, &key, ask).await,
                 Err(error) => Err(error),
             };
             match proven {
-                Ok(judged) => eprintln!("kiln-agent: {}: {}", judged.state, judged.reason),
-                Err(error) => eprintln!("kiln-agent: no proof of this boot: {error} ({})", error.kind()),
+                Ok(proved) => {
+                    let judged = &proved.judged;
+                    eprintln!("kiln-agent: {}: {}", judged.state, judged.reason);
+                    taker.take(judged.refused.clone(), proved.secrets).await;
+                }
+                Err(error) => {
+                    eprintln!("kiln-agent: no proof of this boot: {error} ({})", error.kind());
+                    taker.take(Some(error.to_string()), None).await;
+                }
             }
         }));
     }
@@ -328,7 +343,8 @@ impl Service {
         self.journal.condition = Some(Condition { put_up, ..self.watch.condition() });
         let report = self.journal.report(hold_s);
         let listed = self.dbx.as_ref().map(|(state, _)| state.clone());
-        let report = report.map(|report| Report { dbx: listed, ..report });
+        let secrets = self.secrets.held();
+        let report = report.map(|report| Report { dbx: listed, secrets, ..report });
         let report = match &self.exec {
             Some(post) => {
                 report.map(|r| Report { agent_memory: post.with_guard(r.agent_memory), exec: Some(post.state()), ..r })

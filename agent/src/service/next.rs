@@ -106,6 +106,9 @@ impl Service {
                         };
                     }
                     Ok((assignment, via, _)) => {
+                        // The TPM gives the data's key to a boot through firmware only.
+                        let keeps = verifier.boot.site.disk.as_ref().is_some_and(|disk| disk.data.is_some());
+                        let via = if keeps { Via::Cold } else { via };
                         let (disk, via) = match disk {
                             Some(_) if verifier.in_memory_only() => (None, Via::Kexec),
                             disk => (disk, via),

@@ -2,6 +2,7 @@
 
 use super::Service;
 use super::leave::{Door, restart};
+use super::secrets::Secrets;
 use super::watch::Watch;
 use crate::api::Api;
 use crate::change;
@@ -43,6 +44,12 @@ async fn serve() -> Result<()> {
     forget_an_earlier_start();
     let probe = Probe::new(verity::running_root_hash, "systemctl");
     let checks = Checks::new(handoff.manifest.health.clone(), handoff.manifest.verity.root_hash.clone(), probe);
+    let secrets = Secrets::of(&handoff.manifest.secrets);
+    let checks = if handoff.manifest.secrets.is_empty() { checks } else { checks.with_secrets(secrets.keeper()) };
+    let checks = match &handoff.no_data {
+        None => checks,
+        Some(reason) => checks.without_data(reason.clone()),
+    };
     let disk = slots(&handoff);
     console::open(facts_id()?.as_str(), &format!("{}/{}", handoff.boot.image, handoff.boot.release));
     if let Some(uplink) = &handoff.uplink {
@@ -67,7 +74,7 @@ async fn serve() -> Result<()> {
     let api = Api::new(servers, &boot.site.agent_api_ca_pem, &verifier.key, &verifier.clock)?;
     tokio::spawn(inventory::keep(api, journal.machine.id.clone(), journal.state.boot_id.clone()));
     let mut service = Service::new(verifier, journal, change::NEXT, door)?;
-    (service.disk, service.watch, service.exec) = (disk, watch, exec);
+    (service.disk, service.watch, service.exec, service.secrets) = (disk, watch, exec, secrets);
     Err(Box::pin(service.run(checks)).await)
 }
 

@@ -118,12 +118,17 @@ struct DmBuffer {
 const DM_READONLY_FLAG: u32 = 1;
 /// Asks `DM_TABLE_STATUS` for the table, not the status.
 const DM_STATUS_TABLE_FLAG: u32 = 1 << 4;
+/// The kernel wipes its copies of the buffer.
+const DM_SECURE_DATA_FLAG: u32 = 1 << 15;
 
 /// What to ask of device-mapper.
 #[derive(Clone, Copy)]
 pub enum DmCommand {
     Create,
     Load,
+    /// The two for a device that is written to. What is loaded may be a key: the kernel forgets the buffer.
+    CreateWritable,
+    LoadWritable,
     Resume,
     Table,
 }
@@ -132,9 +137,9 @@ impl DmCommand {
     /// `_IOWR(0xfd, N, struct dm_ioctl)`.
     fn request(self) -> libc::c_ulong {
         let number: u8 = match self {
-            Self::Create => 3,
+            Self::Create | Self::CreateWritable => 3,
             Self::Resume => 6,
-            Self::Load => 9,
+            Self::Load | Self::LoadWritable => 9,
             Self::Table => 12,
         };
         nix::request_code_readwrite!(0xfd, number, size_of::<DmIoctl>()) as libc::c_ulong
@@ -174,7 +179,8 @@ pub fn device_mapper(
     match command {
         DmCommand::Create | DmCommand::Load => buffer.header.flags = DM_READONLY_FLAG,
         DmCommand::Table => buffer.header.flags = DM_STATUS_TABLE_FLAG,
-        DmCommand::Resume => {}
+        DmCommand::LoadWritable => buffer.header.flags = DM_SECURE_DATA_FLAG,
+        DmCommand::Resume | DmCommand::CreateWritable => {}
     }
     if let Some((sectors, target_type, params)) = table {
         buffer.header.target_count = 1;
@@ -184,10 +190,12 @@ pub fn device_mapper(
     }
     // SAFETY: `buffer` has the kernel's layout, `data_size` is its whole size, and the kernel writes no further.
     let rc = unsafe { raw_ioctl(control.as_raw_fd(), command.request(), (&raw mut buffer).cast()) };
-    if rc < 0 {
-        return Err(Error::last_os_error());
-    }
-    Ok(CStr::from_bytes_until_nul(&buffer.params).map(|s| s.to_string_lossy().into_owned()).unwrap_or_default())
+    let error = Error::last_os_error();
+    let answer = CStr::from_bytes_until_nul(&buffer.params).map(|s| s.to_string_lossy().into_owned());
+    // A table may hold a key.
+    buffer.params.fill(0);
+    std::hint::black_box(&mut buffer.params);
+    if rc < 0 { Err(error) } else { Ok(answer.unwrap_or_default()) }
 }
 
 /// Copies `text` and keeps a NUL behind it.

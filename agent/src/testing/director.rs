@@ -262,6 +262,7 @@ impl Shared {
             thresholds: BTreeMap::new(),
             dbx: None,
             attest: false,
+            secrets: None,
         }
     }
 }

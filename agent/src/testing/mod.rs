@@ -195,6 +195,7 @@ impl TestSite {
             health: vec![HealthCheck::of(HealthKind::Systemd, 0)],
             writable: Vec::new(),
             sbom: None,
+            secrets: vec![],
             measured: None,
         }
     }

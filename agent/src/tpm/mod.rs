@@ -1,23 +1,27 @@
 //! This machine's TPM: which keys it has, its quote, what the server's credential gives, and the cap that says that the
 //! initramfs was left. What is said to it is `kiln_protocol::tpm`.
 
+mod data_key;
 mod device;
 mod nv;
 mod sealed;
 #[cfg(test)]
 mod tests;
 
+pub use data_key::DATA_KEY;
 pub use device::{Tpm, TpmFault};
 
 use crate::memory::random;
 use kiln_protocol::tpm::command;
-use kiln_protocol::tpm::{ENDORSEMENT, QUOTED, Quote, Template};
+use kiln_protocol::tpm::{Auth, DELIVERY, ENDORSEMENT, QUOTED, Quote, Template, delivery_policy};
 use kiln_protocol::{EVENT_LOG_LIMIT, TpmPresence};
 use std::io::Read;
 use std::path::Path;
 
 /// The PCR that names the UKI, and takes the cap.
 const UKI_PCR: u8 = 11;
+/// Extended by the agent alone, with the same cap: zero in every initramfs that firmware started, whatever the release.
+const LEFT_PCR: u8 = 15;
 /// Where firmware's event log is (Linux Documentation/security/tpm/tpm_event_log.rst).
 const EVENT_LOG: &str = "/sys/kernel/security/tpm0/binary_bios_measurements";
 
@@ -31,6 +35,14 @@ pub struct Keys {
     /// Public areas.
     pub endorsement_public: Vec<u8>,
     pub attestation_public: Vec<u8>,
+}
+
+/// The key of one delivery of secrets.
+#[derive(Debug)]
+pub struct DeliveryKey {
+    handle: u32,
+    /// Public area.
+    pub public: Vec<u8>,
 }
 
 /// A quote and what it is over.
@@ -95,11 +107,48 @@ impl Tpm {
 
     /// What a credential for these keys holds.
     pub fn open_credential(&mut self, keys: &Keys, id_object: &[u8], encrypted_secret: &[u8]) -> Result<Vec<u8>> {
+        self.activate((keys.attestation, Auth::Password), keys, id_object, encrypted_secret)
+    }
+
+    /// Makes the key that secrets are delivered to: of use only while the PCRs are as these values, which were quoted, say.
+    pub fn delivery_key(&mut self, quoted: &[[u8; 32]]) -> Result<DeliveryKey> {
+        let policy = delivery_policy(quoted).ok_or_else(|| std::io::Error::other("its quote lacks PCRs"))?;
+        let template = Template::Delivery(policy);
+        let (handle, public) = self.run(&command::create_primary(ENDORSEMENT, template))?;
+        Ok(DeliveryKey { handle, public })
+    }
+
+    /// What a credential for this key holds.
+    pub fn open_delivery(
+        &mut self,
+        keys: &Keys,
+        key: &DeliveryKey,
+        id_object: &[u8],
+        encrypted_secret: &[u8],
+    ) -> Result<Vec<u8>> {
+        let nonce = random().map_err(|e| std::io::Error::other(e.to_string()))?;
+        let bound = self.run(&command::start_policy(&nonce))?;
+        let opened = self
+            .run(&command::policy_pcr(bound, &DELIVERY))
+            .and_then(|()| self.run(&command::policy_command_code(bound, command::ACTIVATE_CREDENTIAL)))
+            .and_then(|()| self.activate((key.handle, Auth::Session(bound)), keys, id_object, encrypted_secret));
+        if opened.is_err() {
+            let _ = self.run(&command::flush(bound));
+        }
+        opened
+    }
+
+    fn activate(
+        &mut self,
+        object: (u32, Auth),
+        keys: &Keys,
+        id_object: &[u8],
+        encrypted_secret: &[u8],
+    ) -> Result<Vec<u8>> {
         let nonce = random().map_err(|e| std::io::Error::other(e.to_string()))?;
         let session = self.run(&command::start_policy(&nonce))?;
-        let Keys { endorsement, attestation, .. } = *keys;
         let opened = self.run(&command::policy_secret(ENDORSEMENT, session)).and_then(|()| {
-            self.run(&command::activate_credential(attestation, endorsement, session, id_object, encrypted_secret))
+            self.run(&command::activate_credential(object, keys.endorsement, session, id_object, encrypted_secret))
         });
         if opened.is_err() {
             // It ends with the command that uses it; this one was not done.
@@ -137,6 +186,8 @@ impl Tpm {
     /// From here on this boot is past its initramfs: what was sealed to the state before is no longer given out, and a quote
     /// says so.
     pub fn cap(&mut self) -> Result<()> {
+        // This one first: a cut between the two is an initramfs that is asked for nothing more.
+        self.run(&command::pcr_extend(LEFT_PCR, &kiln_release::measured::cap()))?;
         self.run(&command::pcr_extend(UKI_PCR, &kiln_release::measured::cap()))
     }
 }

@@ -2,7 +2,7 @@
 //! manager: what is loaded is flushed here.
 
 use super::*;
-use kiln_protocol::tpm::{Auth, OWNER, pcr_digest, qualifying_data};
+use kiln_protocol::tpm::{OWNER, pcr_digest, qualifying_data};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -23,10 +23,15 @@ impl Software {
     /// None, with a line that says why, where swtpm is not installed.
     fn start() -> Option<(Self, Tpm)> {
         let dir = tempfile::tempdir().unwrap();
-        let socket = dir.path().join("tpm");
+        let (child, tpm) = Self::on(dir.path())?;
+        Some((Self { child, dir }, tpm))
+    }
+
+    fn on(dir: &Path) -> Option<(Child, Tpm)> {
+        let socket = dir.join("tpm");
         let child = Command::new("swtpm")
             .args(["socket", "--tpm2", "--flags", "not-need-init,startup-clear", "--tpmstate"])
-            .arg(format!("dir={}", dir.path().display()))
+            .arg(format!("dir={}", dir.display()))
             .args(["--server", &format!("type=unixio,path={}", socket.display())])
             .stdin(Stdio::null())
             .spawn();
@@ -34,16 +39,14 @@ impl Software {
             println!("skipped: swtpm is not installed (make setup)");
             return None;
         };
-        let this = Self { child, dir };
         let limit = Instant::now() + Duration::from_secs(20);
-        let stream = loop {
-            match UnixStream::connect(this.dir.path().join("tpm")) {
-                Ok(stream) => break stream,
+        loop {
+            match UnixStream::connect(&socket) {
+                Ok(stream) => return Some((child, Tpm::over(stream))),
                 Err(_) if Instant::now() < limit => std::thread::yield_now(),
                 Err(error) => panic!("swtpm does not listen: {error}"),
             }
-        };
-        Some((this, Tpm::over(stream)))
+        }
     }
 }
 
@@ -144,4 +147,99 @@ fn what_one_tpm_sealed_no_other_unseals() {
     assert!(!sealed.windows(8).any(|piece| piece == [42; 8]));
     assert!(tpm.unseal(&sealed[..1]).is_err() && tpm.unseal(&[0xff, 0xff, 0]).is_err());
     assert_eq!(tpm.unseal(&sealed).unwrap(), [42; 32]);
+}
+
+impl Software {
+    /// Off and on again: PCRs are zero, what lies in its memory stays.
+    fn restart(&mut self) -> Tpm {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let socket = self.dir.path().join("tpm");
+        let _ = std::fs::remove_file(&socket);
+        let (child, tpm) = Self::on(self.dir.path()).unwrap();
+        self.child = child;
+        tpm
+    }
+}
+
+#[test]
+fn the_data_s_key_is_given_to_an_initramfs_under_its_secure_boot_state_and_to_nobody_once_it_is_destroyed() {
+    let Some((mut running, mut tpm)) = Software::start() else { return };
+    let secure_boot = |tpm: &mut Tpm, state: u8| tpm.run(&command::pcr_extend(7, &[state; 32])).unwrap();
+    secure_boot(&mut tpm, 1);
+    assert_eq!(tpm.data_key().unwrap(), None);
+    let key: [u8; DATA_KEY] = std::array::from_fn(|n| u8::try_from(n).unwrap());
+    tpm.make_data_key(&key).unwrap();
+    // More often than a TPM has sessions.
+    for _ in 0..5 {
+        assert_eq!(tpm.data_key().unwrap(), Some(key));
+    }
+    // The running system, and a kernel that it starts by kexec, which caps once more.
+    for _ in 0..2 {
+        tpm.cap().unwrap();
+        for _ in 0..5 {
+            assert!(tpm.data_key().unwrap_err().to_string().contains("does not give it out"));
+        }
+    }
+    // Nor does its password open it, which is empty.
+    assert!(tpm.run(&command::nv_read(0x0180_4b11, 64, 0)).unwrap_err().code().is_some());
+    let mut tpm = running.restart();
+    secure_boot(&mut tpm, 1);
+    assert_eq!(tpm.data_key().unwrap(), Some(key), "the next boot, of whatever release");
+
+    // Another system: Secure Boot is off, or lets other keys in.
+    let mut tpm = running.restart();
+    secure_boot(&mut tpm, 2);
+    assert!(tpm.data_key().is_err());
+    // A list of revoked programs goes in, which the running system says beforehand.
+    let mut tpm = running.restart();
+    secure_boot(&mut tpm, 1);
+    tpm.cap().unwrap();
+    tpm.carry_data_key(&key).unwrap();
+    assert!(tpm.data_key().is_err(), "not in this boot");
+    let mut tpm = running.restart();
+    secure_boot(&mut tpm, 3);
+    assert_eq!(tpm.data_key().unwrap(), Some(key));
+    assert!(tpm.run(&command::nv_size(0x0180_4b12)).is_err(), "the copy is gone");
+    let mut tpm = running.restart();
+    secure_boot(&mut tpm, 1);
+    assert!(tpm.data_key().is_err(), "the state before");
+
+    let mut tpm = running.restart();
+    secure_boot(&mut tpm, 3);
+    assert!(tpm.destroy_data_key().unwrap() && !tpm.destroy_data_key().unwrap());
+    assert_eq!(tpm.data_key().unwrap(), None);
+    // A cut between making the place and writing it leaves no key.
+    tpm.run(&command::nv_define_bound(0x0180_4b11, 64, &[0; 32])).unwrap();
+    assert!(matches!(tpm.data_key(), Ok(None) | Err(_)));
+    tpm.make_data_key(&key).unwrap();
+    assert_eq!(tpm.data_key().unwrap(), Some(key));
+}
+
+#[test]
+fn what_is_delivered_opens_in_this_state_only() {
+    let Some((_running, mut tpm)) = Software::start() else { return };
+    let keys = tpm.keys().unwrap();
+    let proof = tpm.prove(&keys, &[1; 32]).unwrap();
+    let delivery = tpm.delivery_key(&proof.pcrs).unwrap();
+    let name = kiln_protocol::tpm::name_of(&delivery.public);
+    let secret = [9; 32];
+    let make = command::make_credential(keys.endorsement, &secret, &name);
+    let (id_object, encrypted) = tpm.run(&make).unwrap();
+    // More often than a TPM has sessions.
+    for _ in 0..3 {
+        assert_eq!(tpm.open_delivery(&keys, &delivery, &id_object, &encrypted).unwrap(), secret);
+    }
+    // Made for the attestation key it is no delivery; and no password does for the delivery key.
+    let other =
+        command::make_credential(keys.endorsement, &secret, &kiln_protocol::tpm::name_of(&keys.attestation_public));
+    let (other_object, other_encrypted) = tpm.run(&other).unwrap();
+    assert!(tpm.open_delivery(&keys, &delivery, &other_object, &other_encrypted).is_err());
+    let by_password = tpm.activate((delivery.handle, Auth::Password), &keys, &id_object, &encrypted);
+    assert!(by_password.unwrap_err().code().is_some());
+    tpm.cap().unwrap();
+    for _ in 0..5 {
+        let refused = tpm.open_delivery(&keys, &delivery, &id_object, &encrypted).unwrap_err();
+        assert_eq!(refused.code(), Some(kiln_protocol::tpm::code::POLICY_FAIL));
+    }
 }

@@ -130,6 +130,7 @@ impl Machine {
             thresholds: BTreeMap::new(),
             dbx: None,
             attest: false,
+            secrets: None,
         };
         self.verifier.check_reply(&self.verified, reply, &nonce).map_err(|e| e.kind())
     }

@@ -10,6 +10,7 @@ mod disks;
 mod erase;
 mod nvme;
 
+use crate::disk::data;
 use crate::error::{AgentError, Result};
 use crate::flow::Flow;
 use crate::memory::random;
@@ -36,6 +37,12 @@ pub async fn obey(flow: &mut Flow, order: &Order) -> Result<()> {
     println!("kiln-agent: order {} is to {}", order.id, order.action);
     flow.journal.started(Stage::Wipe);
     flow.report().await;
+    // First: whatever a disk keeps of the data in some corner, and wherever this is cut, nobody reads it.
+    match data::destroy_key() {
+        Ok(true) => println!("kiln-agent: the key of this machine's data is destroyed"),
+        Ok(false) => {}
+        Err(error) => println!("kiln-agent: the key of this machine's data is not destroyed: {error}"),
+    }
     let (begun, meter) = (Instant::now(), Arc::new(Meter::default()));
     let mut work = {
         let meter = Arc::clone(&meter);

@@ -14,6 +14,7 @@ mod measured;
 mod network;
 mod orders;
 mod screen;
+mod secrets;
 mod secure_boot;
 mod shim;
 mod silence;

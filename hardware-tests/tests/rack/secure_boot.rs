@@ -162,7 +162,9 @@ fn only_the_signed_root_is_executed() {
         console.wait_for("KILN-PROBE script", Mark::default(), IDLE).unwrap();
         let said = console.since(Mark::default());
         let lines: Vec<&str> = said.lines().filter_map(|l| l.split_once("KILN-PROBE ").map(|(_, rest)| rest)).collect();
-        for expected in ["system ok", "user-data ok", "exec-root ok", "memfd ok", "remount refused", "jit refused", "script ran"] {
+        for expected in
+            ["system ok", "user-data ok", "exec-root ok", "memfd ok", "remount refused", "jit refused", "script ran"]
+        {
             assert!(lines.iter().any(|l| l.starts_with(expected)), "{expected}: {lines:#?}");
         }
         assert!(!lines.iter().any(|l| l.contains(" fail ")), "{lines:#?}");

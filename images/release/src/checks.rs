@@ -11,6 +11,7 @@ use crate::formats::{Artifact, BootInfo, DbxUpdate, MANIFEST_TYPE, Manifest, Mea
 use crate::hex;
 use crate::key::{PublicKey, object_id};
 use crate::network::NetworkConfig;
+use crate::secrets::check_secrets;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -139,6 +140,7 @@ impl Manifest {
             "nothing",
             "without a check no machine would ever be healthy",
         )?;
+        check_secrets(&self.secrets).or_else(|(got, reason)| check.field("secrets", false, &got, reason))?;
         declared::check_all(&self.health).or_else(|(got, reason)| check.field("health", false, &got, reason))?;
         for (event, hooks) in &self.hooks {
             declared::check_hooks(event, hooks).or_else(|(got, reason)| check.field("hooks", false, &got, reason))?;

@@ -5,6 +5,7 @@
 
 use crate::declared::{HealthCheck, Hook};
 use crate::network::NetworkConfig;
+use crate::secrets::WantedSecret;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -102,6 +103,9 @@ pub struct Manifest {
     pub health: Vec<HealthCheck>,
     /// Writable places.
     pub writable: Vec<WritableMount>,
+    /// Secrets that it wants; their values are the site's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub secrets: Vec<WantedSecret>,
     /// List of packages in the root.
     pub sbom: Option<Artifact>,
     /// What a TPM measures of it; none: built before Kiln predicted it, so that no machine is attested with it.
@@ -236,6 +240,24 @@ pub struct DiskSettings {
     /// Most bytes per second of a prefetch into the idle slot; none: as fast as it comes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefetch_rate: Option<u64>,
+    /// What the image keeps over reimages; none: nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<DataSettings>,
+}
+
+/// A partition of the image's own, encrypted under a key that the machine's TPM holds.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataSettings {
+    /// Bytes.
+    pub size: u64,
+    /// The directory of the root that it is mounted at.
+    pub path: String,
+}
+
+impl DataSettings {
+    /// Smallest: what ext4 and the partition's head take, and some room.
+    pub const LEAST: u64 = 16 << 20;
 }
 
 impl DiskSettings {
@@ -252,7 +274,14 @@ impl DiskSettings {
 impl Default for DiskSettings {
     /// For UKIs of up to 120 MiB and roots of up to 4 GiB.
     fn default() -> Self {
-        Self { esp: 256 << 20, slot: 4 << 30, state: 64 << 20, wipe: WipePolicy::Never, prefetch_rate: None }
+        Self {
+            esp: 256 << 20,
+            slot: 4 << 30,
+            state: 64 << 20,
+            wipe: WipePolicy::Never,
+            prefetch_rate: None,
+            data: None,
+        }
     }
 }
 

@@ -24,6 +24,7 @@ pub mod network;
 pub mod newc;
 pub mod pe;
 pub mod pkcs7;
+pub mod secrets;
 mod spki;
 pub mod tuf;
 pub mod verity;
@@ -38,8 +39,9 @@ pub use error::{
 };
 pub use exec::{EXEC_PATH, EXEC_TYPE, ExecFail, ExecMode, ExecPolicy, ExecRule, MAX_EXEC_HASHES, MAX_EXEC_RULES};
 pub use formats::{
-    AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, DbxUpdate, DiskSettings, FilePolicy, HANDOFF_PATH,
-    IPE_POLICY_PATH, MANIFEST_TYPE, Manifest, Measured, Mode, ROOT_SIGNATURE_PATH, RevokedProgram, SITE_TYPE, Site,
-    SiteSettings, VerityParams, WipePolicy, WritableMount,
+    AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, DataSettings, DbxUpdate, DiskSettings, FilePolicy,
+    HANDOFF_PATH, IPE_POLICY_PATH, MANIFEST_TYPE, Manifest, Measured, Mode, ROOT_SIGNATURE_PATH, RevokedProgram,
+    SITE_TYPE, Site, SiteSettings, VerityParams, WipePolicy, WritableMount,
 };
 pub use key::{PublicKey, Scheme, Signer};
+pub use secrets::{SECRETS_PATH, WantedSecret};

@@ -37,6 +37,7 @@ fn manifest() -> Manifest {
         health: vec![HealthCheck::of(HealthKind::Systemd, 5)],
         writable: vec![WritableMount { path: "/var/tmp".into(), size: 1 << 20 }],
         sbom: None,
+        secrets: vec![],
         measured: None,
     }
 }

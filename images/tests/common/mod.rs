@@ -51,6 +51,7 @@ pub fn build(site: &SiteDir, image: &str, release: u64, built: Timestamp) -> Man
         health: vec![HealthCheck::of(HealthKind::Systemd, 5)],
         writable: vec![],
         sbom: None,
+        secrets: vec![],
         measured: None,
     };
     write_manifest(site, &manifest);

@@ -217,3 +217,33 @@ fn the_probes_marker_is_in_its_data_and_nowhere_else() {
         assert_eq!(holds(&file.content), usize::from(file.path == data.path), "{}", file.path);
     }
 }
+
+#[test]
+fn secrets_and_data_are_checked() {
+    let secret = |more: &str| format!("{GOOD}[[secret]]\nname = \"db\"\n{more}");
+    let recipe = load(&secret("units = [\"db.service\"]\n")).unwrap();
+    assert!(recipe.declared.secrets[0].required && recipe.declared.secrets[0].owner.is_none());
+    for (more, words) in [
+        ("[[secret]]\nname = \"db\"\n", "db: two secrets have the same name"),
+        ("owner = \"0\"\n", "a secret's owner is a user of the root"),
+        ("units = [\"db.mount\"]\n", "at most 16 services"),
+        ("value = \"hush\"\n", "unknown field `value`"),
+    ] {
+        let refused = refusal(&secret(more));
+        assert!(refused.contains(words), "{refused}");
+    }
+    let early = format!("enable = [\"db.service\"]\n{}", secret("units = [\"db.service\"]\n"));
+    let error = load(&early).unwrap_err().to_string();
+    assert!(error.contains("db.service needs a secret"), "{error}");
+
+    let disk = |more: &str| format!("mode = \"disk\"\n{GOOD}[disk]\n{more}");
+    let recipe = load(&disk("data = \"64M\"\ndata_at = \"/srv\"\n")).unwrap();
+    let data = recipe.disk.unwrap().data.unwrap();
+    assert_eq!((data.size, data.path.as_str()), (64 << 20, "/srv"));
+    assert!(recipe.modules.iter().any(|module| module == "dm_crypt"));
+    assert!(recipe.packages.iter().any(|package| package == "e2fsprogs"));
+    assert_eq!(recipe.declared.mounts, ["/srv"], "no drift");
+    assert!(refusal(&disk("data = \"64M\"\n")).contains("come together"));
+    assert!(refusal(&disk("data = \"64K\"\ndata_at = \"/srv\"\n")).contains("at least \"16M\""));
+    assert!(refusal(&disk("data = \"64M\"\ndata_at = \"srv\"\n")).contains("not an absolute path"));
+}

@@ -63,7 +63,7 @@ pub fn desire(machine: &Machine, key: &KeyId) -> Desire {
         return Desire::Wait(machine.acceptance_words().unwrap_or_default());
     }
     match &machine.assigned {
-        Some(a) => Desire::Run(a.clone()),
+        Some(a) => Desire::Run(Assigned { via: machine.secrets_policy.via(a.via), ..a.clone() }),
         None => Desire::Wait("no release is assigned: run `kiln assign`".into()),
     }
 }

@@ -10,11 +10,12 @@ use crate::expected::Comparison;
 use crate::grant::Limits;
 use crate::held::HeldBoot;
 use crate::orders::MachineOrder;
+use crate::secrets::SecretsPolicy;
 use crate::state::{State, StateKind};
 use crate::{FORGET_MS, LIVE_MS, Millis};
 use kiln_protocol::{
     AgentMemory, ApprovalCode, DbxState, ExecState, Health, KeyId, MachineFacts, MachineId, OrderId, Prefetch,
-    ReleaseId, RunningRelease, Stage, StageState, Via,
+    ReleaseId, RunningRelease, SecretVersions, Stage, StageState, Via,
 };
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -153,6 +154,12 @@ pub struct Machine {
     /// Its role gives releases only to attested boots, by the configuration; not stored.
     #[serde(skip)]
     pub attested_only: bool,
+    /// What its role demands before it gives secrets, by the configuration; not stored.
+    #[serde(skip)]
+    pub secrets_policy: SecretsPolicy,
+    /// The secrets that it holds, by its own word.
+    #[serde(default)]
+    pub secrets: SecretVersions,
     /// The boot that ends when it is put up anew.
     #[serde(default)]
     pub rebuilding: Option<String>,
@@ -223,6 +230,8 @@ impl Machine {
             held_packets: Vec::new(),
             attestations: Attestations::default(),
             attested_only: false,
+            secrets_policy: SecretsPolicy::default(),
+            secrets: SecretVersions::new(),
             rebuilding: None,
             rebuild_for: crate::rebuild::age(),
             drift: KnownDrift::default(),

@@ -279,6 +279,7 @@ impl Machine {
                 self.last_words.clear();
             }
         }
+        new |= self.note_secrets(report, out);
         new |= self.note_acceptance(reported, now, out);
         new
     }

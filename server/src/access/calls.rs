@@ -68,6 +68,7 @@ pub const CALLS: &[Call] = &[
     read("/api/v1/audit/records", Operator, Kind::Read),
     read("/api/v1/audit/head", Operator, Kind::Read),
     read("/api/v1/pending", Technician, Kind::Read),
+    read("/api/v1/secrets", Operator, Kind::Read),
     read("/api/v1/tokens", Admin, Kind::Read),
     change("POST", "/api/v1/machines/{machine}/approve", Technician, "approve"),
     change("POST", "/api/v1/machines/{machine}/excuse", Technician, "excuse"),
@@ -80,6 +81,8 @@ pub const CALLS: &[Call] = &[
     change("POST", "/api/v1/expected", Operator, "expect"),
     change("DELETE", "/api/v1/expected/{machine}", Operator, "unexpect"),
     change("POST", "/api/v1/orders", Operator, "order"),
+    change("PUT", "/api/v1/secrets/{name}", Operator, "secret-set"),
+    change("DELETE", "/api/v1/secrets/{name}", Operator, "secret-remove"),
     change("POST", "/api/v1/tokens", Admin, "token"),
     change("POST", "/api/v1/tokens/{name}/revoke", Admin, "revoke-token"),
     // Whoever confirms needs the role of what is confirmed, too: control::access looks.
@@ -98,10 +101,11 @@ pub fn find(method: &str, path: &str) -> Option<&'static Call> {
     CALLS.iter().find(|call| call.method == method && call.path == path)
 }
 
-/// What `[access] four_eyes` may name: what changes something, but for the second person's own word.
+/// What `[access] four_eyes` may name: what changes something, but for the second person's own word, and for what sets a
+/// secret, whose value would lie in the open until somebody confirms it.
 pub fn four_eyes_actions() -> Vec<&'static str> {
     let all = CALLS.iter().filter(|call| call.changes()).map(|call| call.action);
-    all.filter(|action| !matches!(*action, "confirm" | "refuse")).chain(["admin-token"]).collect()
+    all.filter(|action| !matches!(*action, "confirm" | "refuse" | "secret-set")).chain(["admin-token"]).collect()
 }
 
 #[cfg(test)]
@@ -125,6 +129,7 @@ mod tests {
             include_str!("../http/api.rs"),
             include_str!("../http/expected.rs"),
             include_str!("../http/people.rs"),
+            include_str!("../http/secrets.rs"),
             include_str!("../http/login.rs"),
         ];
         let mut found = 0;

@@ -127,6 +127,15 @@ impl Client {
         self.changed(path, response).await
     }
 
+    /// Puts bytes as they are.
+    pub(super) async fn put<T: DeserializeOwned>(&self, path: &str, bytes: Vec<u8>) -> Result<T, CliError> {
+        let url = self.url(path);
+        let kind = "application/octet-stream";
+        let request = self.http.put(&url).header(reqwest::header::CONTENT_TYPE, kind).body(bytes).timeout(ANSWER);
+        let response = self.answer(request, url).await?;
+        self.read(path, response).await
+    }
+
     /// An answer that is text, as it is.
     pub(super) async fn get_text(&self, path: &str) -> Result<String, CliError> {
         let response = self.send(Method::GET, path, None::<&()>, Some(ANSWER)).await?;

@@ -36,6 +36,8 @@ pub(super) enum CliError {
     BelowFloor(Vec<String>),
     #[error("no terminal to ask at ({0}): name a file with --passphrase-file, or confirm with --yes")]
     NoTerminal(std::io::Error),
+    #[error("a secret's value is read from --file or from standard input, as `kiln secret set NAME --role R < FILE`")]
+    NoValue,
     #[error("the two passphrases differ: nothing was made")]
     PassphrasesDiffer,
     #[error("not confirmed: nothing was signed")]

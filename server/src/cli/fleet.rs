@@ -244,6 +244,11 @@ fn protection(m: &MachineView) -> String {
     }
 }
 
+fn secrets(m: &MachineView) -> String {
+    let held: Vec<String> = m.secrets.iter().map(|(name, version)| format!("{name} (version {version})")).collect();
+    if held.is_empty() { "-".to_owned() } else { held.join(", ") }
+}
+
 fn tpm(m: &MachineView) -> String {
     let endorsement = m.attestation.as_ref().and_then(|a| a.endorsement.as_ref());
     let approved = m.attestation.as_ref().and_then(|a| a.approved_endorsement.as_ref());
@@ -304,6 +309,7 @@ fn show(m: &MachineView, now_ms: i64) -> String {
         ("last good", m.last_good.as_ref().map_or_else(dash, ToString::to_string)),
         ("protection", m.protection.map_or_else(dash, |p| p.to_string())),
         ("attestation", m.attestation.as_ref().map_or_else(dash, |a| format!("{}: {}", a.state, a.reason))),
+        ("secrets", secrets(m)),
         ("TPM", tpm(m)),
         ("identity", identity),
         ("key", m.key.as_ref().map_or_else(dash, ToString::to_string)),
@@ -532,6 +538,7 @@ mod tests {
             key_storage: Some(kiln_protocol::KeyStorage::Ephemeral),
             rollback_memory: Some(kiln_protocol::RollbackMemory::None),
             protection: None,
+            secrets: kiln_protocol::SecretVersions::new(),
             attestation: None,
             product: String::new(),
             serial: String::new(),

@@ -11,6 +11,7 @@ mod log;
 mod order;
 mod people;
 mod secret;
+mod secrets;
 mod site;
 mod table;
 mod trust;
@@ -64,6 +65,9 @@ enum Command {
     /// Tokens of people and programs
     #[command(subcommand)]
     Token(people::Token),
+    /// What machines need to know and nobody else: passwords, keys
+    #[command(subcommand)]
+    Secret(secrets::Secret),
     /// What waits for a second person
     #[command(subcommand)]
     Pending(people::Pending),
@@ -366,6 +370,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
             Ok(runtime()?.block_on(crate::serve::serve(ServeOptions { site, config, log }))?)
         }
         Command::Token(token) => runtime()?.block_on(people::token(token)),
+        Command::Secret(command) => runtime()?.block_on(secrets::secret(command)),
         Command::Pending(pending) => runtime()?.block_on(people::pending(pending)),
         Command::Audit(command) => runtime()?.block_on(audit::audit(command)),
         Command::Machine(machine) => runtime()?.block_on(fleet::machine(machine)),

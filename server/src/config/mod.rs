@@ -10,7 +10,7 @@ pub use access::{Access, Https, Oidc};
 use crate::error::ConfigError;
 use crate::http;
 use crate::net::Shared;
-use kiln_fleet::{DriftPolicy, Limits};
+use kiln_fleet::{DriftPolicy, Limits, SecretsPolicy};
 use kiln_netboot::UefiProgram;
 use kiln_protocol::{ImageName, KeyId, Least, MachineId, RoleSettings, printable};
 use kiln_release::Threshold;
@@ -130,13 +130,16 @@ pub struct Role {
     pub acceptance: Option<Least>,
     /// It gives releases only to boots that a TPM attests.
     pub attested: bool,
+    /// What it demands of a boot before it gives secrets.
+    pub secrets: SecretsPolicy,
 }
 
 impl Role {
     /// With nothing but an image.
     pub fn of(image: ImageName) -> Self {
         let (drift, settings) = (DriftPolicy::default(), RoleSettings::default());
-        Self { image, thresholds: BTreeMap::new(), drift, settings, acceptance: None, attested: false }
+        let secrets = SecretsPolicy::default();
+        Self { image, thresholds: BTreeMap::new(), drift, settings, acceptance: None, attested: false, secrets }
     }
 }
 
@@ -186,6 +189,7 @@ impl Config {
         let least = role.and_then(|role| role.acceptance);
         machine.demand = kiln_fleet::Demand { required: least.is_some(), least: least.unwrap_or_default() };
         machine.attested_only = role.is_some_and(|role| role.attested);
+        machine.secrets_policy = role.map(|role| role.secrets).unwrap_or_default();
     }
 
     /// A role's image.
@@ -269,6 +273,7 @@ max_age = "30d"
 drift = "reimage"
 boot_first = "network"
 exec = "report"
+secrets = "cold"
 acceptance = "required"
 [role.acceptance_least]
 disk_read_mib_s = 200
@@ -304,6 +309,7 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
         assert_eq!(c.machines[&id], Listed { name: "rack-1".into(), role: "lab".into(), key });
         assert_eq!(c.roles["lab"].thresholds["disk./var"], Threshold::Percent(10));
         assert_eq!(c.roles["lab"].drift, DriftPolicy::Reimage);
+        assert_eq!(c.roles["lab"].secrets, SecretsPolicy::Cold);
         let settings = RoleSettings { boot_first: BootFirst::Network, exec: ExecChoice::Report };
         assert_eq!(c.roles["lab"].settings, settings);
         let least = Least { disk_read_mib_s: Some(200), ..Least::default() };
@@ -357,6 +363,7 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
             ("[[role]]\nname = \"a\"\nimage = \"x\"\nmax_age = \"1 month\"", "role a: max_age: \"1 month\""),
             ("[[role]]\nname = \"a\"\nimage = \"x\"\nmax_age = \"5m\"", "from 1h to 3650d"),
             ("[[role]]\nname = \"a\"\nimage = \"x\"\ndrift = \"wipe\"", "line 4"),
+            ("[[role]]\nname = \"a\"\nimage = \"x\"\nsecrets = \"enrolled\"", "line 4"),
             (
                 "[[role]]\nname = \"a\"\nimage = \"x\"\n[role.thresholds]\nmemory = \"lots\"",
                 "role a: thresholds.memory: \"lots\" is no threshold: expected \"10%\", \"64M\" or \"500ms\"",

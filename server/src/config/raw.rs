@@ -5,7 +5,7 @@ use super::{Boot, Config, Dhcp, DhcpMode, FullDhcp, Listed, Role, is_name};
 use crate::error::ConfigError;
 use crate::http;
 use crate::net::{Shared, tftp};
-use kiln_fleet::{DriftPolicy, Limits};
+use kiln_fleet::{DriftPolicy, Limits, SecretsPolicy};
 use kiln_netboot::UefiProgram;
 use kiln_protocol::{BootFirst, ExecChoice, ImageName, Least, MachineId, RoleSettings};
 use kiln_release::Threshold;
@@ -128,6 +128,8 @@ struct RawRole {
     max_age: Option<String>,
     #[serde(default)]
     attested: bool,
+    #[serde(default)]
+    secrets: SecretsPolicy,
     #[serde(default)]
     boot_first: BootFirst,
     #[serde(default)]
@@ -308,7 +310,15 @@ impl TryFrom<Raw> for Config {
             if roles
                 .insert(
                     role.name.clone(),
-                    Role { image, thresholds, drift: role.drift, settings, acceptance, attested: role.attested },
+                    Role {
+                        image,
+                        thresholds,
+                        drift: role.drift,
+                        settings,
+                        acceptance,
+                        attested: role.attested,
+                        secrets: role.secrets,
+                    },
                 )
                 .is_some()
             {

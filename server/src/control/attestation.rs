@@ -1,10 +1,11 @@
 //! Proofs of what machines booted: the question, and the verdict on its answer. What was asked is kept in memory only, and is
 //! good once: a server that starts again asks again.
 
+use super::secrets::Asks;
 use super::{Control, Pending, now_ms};
 use crate::catalog::Catalog;
 use crate::credential;
-use crate::error::{AttestationError, ControlError};
+use crate::error::{AttestationError, ControlError, SecretError};
 use kiln_fleet::{ColdBoot, Event, Machine, Millis, Proven, ProvenBoot};
 use kiln_protocol::tpm::{self, EccPoint, QUOTED, Quote, Template};
 use kiln_protocol::{
@@ -38,6 +39,7 @@ struct Asked {
     key: KeyId,
     boot_id: String,
     endorsement: Sha256Hex,
+    endorsement_point: EccPoint,
     attestation: EccPoint,
     nonce: Nonce,
     secret: [u8; 32],
@@ -65,6 +67,8 @@ struct Shown {
     pcrs: Vec<Sha256Hex>,
     quote: Quote,
     log: Vec<u8>,
+    /// Public area of what its secrets shall be sealed to.
+    delivery: Option<Vec<u8>>,
 }
 
 fn random() -> Result<[u8; 32], AttestationError> {
@@ -93,9 +97,10 @@ impl Control {
             Attestation::Hello { machine, boot_id, endorsement, attestation } => {
                 Ok(Answer::Challenge(self.ask_tpm(key, &machine, boot_id, &endorsement.0, &attestation.0)?))
             }
-            Attestation::Prove { machine, boot_id, secret, pcrs, quoted, signature, event_log } => {
+            Attestation::Prove { machine, boot_id, secret, pcrs, quoted, signature, event_log, delivery } => {
                 let quote = Quote { attest: quoted.0, signature: signature.0 };
-                let shown = Shown { secret, pcrs, quote, log: event_log.0 };
+                let delivery = delivery.map(|area| area.0);
+                let shown = Shown { secret, pcrs, quote, log: event_log.0, delivery };
                 Ok(Answer::Judged(self.judge(key, &machine, &boot_id, &shown).await?))
             }
         }
@@ -137,7 +142,15 @@ impl Control {
         let credential = credential::wrap(&secret, &endorsement, &name)?;
         let nonce: Nonce = hex::encode(&nonce).parse().expect("32 bytes are 64 hex digits");
         let spki = hex::sha256(&tpm::spki_of(&endorsement)).parse().expect("a SHA-256 in hex");
-        let asked = Asked { key: key.clone(), boot_id, endorsement: spki, attestation, nonce: nonce.clone(), secret };
+        let asked = Asked {
+            key: key.clone(),
+            boot_id,
+            endorsement: spki,
+            endorsement_point: endorsement,
+            attestation,
+            nonce: nonce.clone(),
+            secret,
+        };
         if let Some(question) = self.lock().attestations.0.get_mut(machine) {
             question.asked = Some(asked);
         }
@@ -173,9 +186,11 @@ impl Control {
             Err(reason) => (None, failed(&reason)),
             Ok(clock) => {
                 let booted = verdict(&known, boot_id, &self.catalog(), shown, clock);
-                (Some(asked.endorsement), booted)
+                (Some(asked.endorsement.clone()), booted)
             }
         };
+        // By this proof and no other: one that failed gets nothing, whatever was proven before it.
+        let holds = booted.is_ok();
         let proven = Proven { key: key.clone(), boot_id: boot_id.to_owned(), endorsement, booted };
         let (pending, judged) = {
             let mut inner = self.lock();
@@ -185,7 +200,21 @@ impl Control {
                 .machines
                 .get(machine)
                 .map_or_else(|| (AttestationState::Unattested, "it was forgotten".to_owned()), Machine::attestation);
-            (pending, Judged { state, reason })
+            let asks = shown.delivery.as_ref().map(|delivery| {
+                if !holds {
+                    return Err(SecretError::Withheld(format!("secrets go to attested boots only: {reason}")));
+                }
+                let pcrs: Vec<[u8; 32]> = shown.pcrs.iter().map(raw).collect();
+                let (nonce, endorsement) = (&asked.nonce, &asked.endorsement_point);
+                let asks = Asks { id: machine, key, boot_id, nonce, endorsement, pcrs: &pcrs, delivery };
+                self.deliver(&inner, &asks, &mut pending)
+            });
+            let (secrets, refused) = match asks {
+                None => (None, None),
+                Some(Ok(delivered)) => (Some(delivered), None),
+                Some(Err(error)) => (None, Some(error.to_string())),
+            };
+            (pending, Judged { state, reason, secrets, refused })
         };
         self.finish(pending).await?;
         Ok(judged)

@@ -17,6 +17,7 @@ mod orders;
 mod people;
 mod reports;
 mod roles;
+mod secrets;
 mod sessions;
 mod signed;
 mod views;
@@ -25,6 +26,7 @@ pub use crowd::MAX_DISCOVERED;
 pub use leases::{lease_from, lease_to};
 pub use logs::LogQuery;
 pub(crate) use people::{Asked, MAX_PENDING_BODY};
+pub use secrets::SecretFor;
 
 use crate::access::Access;
 use crate::audit;
@@ -116,6 +118,7 @@ pub struct Control {
     expected: expected::Expected,
     /// People and programs. Locked after the fleet, where both are.
     pub access: Access,
+    secrets: secrets::Secrets,
     /// The identity provider, if there is one.
     pub(crate) oidc: Option<Provider>,
     /// Held reports.
@@ -175,6 +178,7 @@ impl Control {
             comparing: expected::Comparing::default(),
         };
         let access = Access::load(&store).await?;
+        let secrets = secrets::Secrets::load(&store, site.online("secrets.key")).await?;
         let oidc = config.oidc.clone().map(Provider::new).transpose().map_err(AccessError::from)?;
         for (id, mut stored) in store.load().await? {
             stored.machine.pin(config.key_of(&id));
@@ -206,6 +210,7 @@ impl Control {
             hardware: hardware::HardwareLocks::default(),
             expected,
             access,
+            secrets,
             oidc,
             held: AtomicUsize::new(0),
             counts: Counts::default(),

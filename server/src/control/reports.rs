@@ -7,7 +7,7 @@ use crate::store::Envelope;
 use jiff::Timestamp;
 use kiln_fleet::{Desire, Event, Machine, Reported, StateKind, desire, grant};
 use kiln_protocol::{
-    DbxOffer, Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, Reply, Report, Sha256Hex, Via,
+    DbxOffer, Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, Reply, Report, SecretsWord, Sha256Hex, Via,
 };
 use kiln_release::hex;
 use std::collections::BTreeMap;
@@ -65,7 +65,8 @@ impl Control {
             let (wanted, pending) = self.wanted(&id, &key)?;
             let order = Self::order_for(&self.lock(), &id, &key).filter(|_| !self.access.is_revoked(&key));
             let wanted = wanted.with_order(order);
-            let wanted = Wanted { attest: self.wants_proof(&id, &key), ..wanted };
+            let word = self.secrets_word(&id, &key).filter(|_| !self.access.is_revoked(&key));
+            let wanted = Wanted { attest: self.wants_proof(&id, &key), ..wanted.with_secrets(word) };
             self.finish(pending).await?;
             let may_wait = self.held.load(Ordering::Relaxed) < MAX_HELD;
             let again_ms = match (wait_s > 0 && may_wait, wanted.busy) {
@@ -217,8 +218,8 @@ impl Control {
             None => None,
         };
         let desired = Desired { etag: wanted.etag, decision, order };
-        let Wanted { thresholds, dbx, attest, .. } = wanted;
-        Ok(Reply { desired, again_ms, may_wait, about: None, thresholds, dbx, attest })
+        let Wanted { thresholds, dbx, attest, secrets, .. } = wanted;
+        Ok(Reply { desired, again_ms, may_wait, about: None, thresholds, dbx, attest, secrets })
     }
 }
 
@@ -234,6 +235,8 @@ struct Wanted {
     dbx: Option<DbxOffer>,
     /// Its TPM is asked what it booted.
     attest: bool,
+    /// What becomes of its secrets.
+    secrets: Option<SecretsWord>,
     what: What,
     /// An operator's order that goes with it.
     order: Option<String>,
@@ -248,7 +251,8 @@ impl Wanted {
     fn wait(reason: String, busy: bool) -> Self {
         let etag = hex::sha256(reason.as_bytes())[..16].to_owned();
         let thresholds = BTreeMap::new();
-        Self { etag, busy, thresholds, dbx: None, attest: false, what: What::Wait(reason), order: None }
+        let what = What::Wait(reason);
+        Self { etag, busy, thresholds, dbx: None, attest: false, secrets: None, what, order: None }
     }
 
     fn run(envelope: Envelope, via: Via, grant: Grant, busy: bool) -> Self {
@@ -256,7 +260,17 @@ impl Wanted {
             serde_json::to_vec(&(&envelope.text, via, &grant)).expect("strings and words always become JSON");
         let what = What::Run { envelope, via, grant };
         let etag = hex::sha256(&identity)[..16].to_owned();
-        Self { etag, busy, thresholds: BTreeMap::new(), dbx: None, attest: false, what, order: None }
+        let thresholds = BTreeMap::new();
+        Self { etag, busy, thresholds, dbx: None, attest: false, secrets: None, what, order: None }
+    }
+
+    /// A held report ends when there are secrets for the machine.
+    fn with_secrets(mut self, secrets: Option<SecretsWord>) -> Self {
+        if let Some(word) = secrets {
+            let etag = hex::sha256(format!("{} secrets: {word}", self.etag).as_bytes());
+            etag[..16].clone_into(&mut self.etag);
+        }
+        Self { secrets, ..self }
     }
 
     fn with_order(mut self, order: Option<String>) -> Self {

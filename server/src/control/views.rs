@@ -59,6 +59,7 @@ impl MachineView {
             key_storage: facts.map(|f| f.key_storage),
             rollback_memory: facts.map(|f| f.rollback_memory),
             protection: m.protection(),
+            secrets: m.secrets.clone(),
             attestation: facts.map(|_| attestation(m)),
             product: facts.map_or_else(String::new, |f| f.product.clone()),
             serial: facts.map_or_else(String::new, |f| f.serial.clone()),

@@ -4,7 +4,9 @@ use super::authorize::{Failure, caller};
 use super::{App, Peer};
 use crate::catalog::Release;
 use crate::control::{LogQuery, Told, now_ms};
-use crate::error::{AccessError, AttestationError, CodeError, ControlError, ExpectedError, LogError, StoreError};
+use crate::error::{
+    AccessError, AttestationError, CodeError, ControlError, ExpectedError, LogError, SecretError, StoreError,
+};
 use crate::view::{HardwareView, LogView, MachineView, OrderView, ReceiptView, ReleaseView};
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
@@ -92,6 +94,7 @@ impl From<ControlError> for ApiError {
             ControlError::Code(e) => code_status(e),
             ControlError::Expected(e) => expected_status(e),
             ControlError::Attestation(e) => attestation_status(e),
+            ControlError::Secret(e) => secret_status(e),
             ControlError::NotItsKey(_) => StatusCode::FORBIDDEN,
             ControlError::TooLongForAStranger { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ControlError::TooManyUnknown | ControlError::TooManyOrders { .. } => StatusCode::TOO_MANY_REQUESTS,
@@ -123,6 +126,21 @@ fn attestation_status(e: &AttestationError) -> StatusCode {
         AttestationError::NotReported | AttestationError::NotAsked => StatusCode::CONFLICT,
         AttestationError::Key(_) | AttestationError::Point => StatusCode::UNPROCESSABLE_ENTITY,
         AttestationError::Random => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+fn secret_status(e: &SecretError) -> StatusCode {
+    match e {
+        SecretError::Name(_) | SecretError::ForWhom | SecretError::Length { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+        SecretError::None { .. } => StatusCode::NOT_FOUND,
+        SecretError::TooMany { .. } | SecretError::Together | SecretError::DeliveryKey | SecretError::Withheld(_) => {
+            StatusCode::CONFLICT
+        }
+        SecretError::KeyFile { .. }
+        | SecretError::KeyForm(_)
+        | SecretError::KeyMissing(_)
+        | SecretError::Unsealing { .. }
+        | SecretError::Sealing => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 

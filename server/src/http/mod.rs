@@ -17,6 +17,7 @@ mod login;
 mod pace;
 mod people;
 mod script;
+mod secrets;
 pub mod tls;
 
 pub use agent::router as agent_router;
@@ -47,7 +48,7 @@ pub struct App {
 /// The operator API, which each call enters by its access role.
 fn operator_api(app: &App) -> Router<App> {
     let reads = api::reads().merge(expected::reads());
-    people::guarded(reads.merge(changes()).merge(people::router()).merge(login::router()), app)
+    people::guarded(reads.merge(changes()).merge(secrets::router()).merge(people::router()).merge(login::router()), app)
 }
 
 /// What may wait for a second person.

@@ -1,6 +1,8 @@
 //! A real `kiln serve` on loopback with small releases in place of built ones, and machines that report to it.
 #![allow(dead_code)]
 
+pub mod chip;
+
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use hyper::{HeaderMap, Method, Request, StatusCode};
@@ -11,7 +13,8 @@ use kiln_protocol::*;
 use kiln_release::certificate::self_signed_certificate;
 use kiln_release::verity::{BLOCK, TreeBuilder};
 use kiln_release::{
-    Artifact, FilePolicy, HealthCheck, HealthKind, MANIFEST_TYPE, Manifest, Measured, Signer, VerityParams, hex,
+    Artifact, FilePolicy, HealthCheck, HealthKind, MANIFEST_TYPE, Manifest, Measured, Signer, VerityParams,
+    WantedSecret, hex,
 };
 use kiln_server::catalog::Catalog;
 use kiln_server::config::Config;
@@ -37,6 +40,11 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What `kiln image build` leaves.
 pub fn build(site: &SiteDir, release: u64) -> Manifest {
+    build_wanting(site, release, vec![])
+}
+
+/// A release that wants these secrets.
+pub fn build_wanting(site: &SiteDir, release: u64, secrets: Vec<WantedSecret>) -> Manifest {
     let folder = site.build("minimal", release);
     fs::create_dir_all(&folder).unwrap();
     let mut tree = TreeBuilder::new(b"salt", [1; 16]).unwrap();
@@ -76,6 +84,7 @@ pub fn build(site: &SiteDir, release: u64) -> Manifest {
         health: vec![HealthCheck::of(HealthKind::Systemd, 5)],
         writable: vec![],
         sbom: None,
+        secrets,
         measured: Some(measured(release)),
     };
     fs::write(folder.join("manifest.json"), serde_json::to_vec_pretty(&manifest).unwrap()).unwrap();
@@ -134,6 +143,13 @@ impl TestSite {
 
     pub fn publish(&self, release: u64) -> Manifest {
         let manifest = build(&self.site, release);
+        kiln_images::publish(self.path(), "minimal", release, Timestamp::now()).unwrap();
+        manifest
+    }
+
+    pub fn publish_wanting(&self, release: u64, secrets: &[&str]) -> Manifest {
+        let want = |name: &&str| WantedSecret { name: (*name).into(), owner: None, required: true, units: vec![] };
+        let manifest = build_wanting(&self.site, release, secrets.iter().map(want).collect());
         kiln_images::publish(self.path(), "minimal", release, Timestamp::now()).unwrap();
         manifest
     }
@@ -421,6 +437,7 @@ impl Agent {
             dbx: None,
             condition: None,
             acceptance: None,
+            secrets: None,
             wait_s: 0,
             desired_etag: String::new(),
         }

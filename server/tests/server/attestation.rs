@@ -1,188 +1,12 @@
 //! Proofs of a boot against a running `kiln serve`, by real TPMs in software: what is attested, and what fails and why.
 
+use crate::common::chip::*;
 use crate::common::*;
 use hyper::StatusCode;
-use kiln_protocol::tpm::command::{self, ANSWER_LIMIT, HEADER, answer_length};
-use kiln_protocol::tpm::{Command, ENDORSEMENT, QUOTED, Template, qualifying_data};
+use kiln_protocol::tpm::command;
+use kiln_protocol::tpm::{Auth, ENDORSEMENT, Template};
 use kiln_protocol::*;
-use kiln_release::efi::certificate_list;
 use kiln_release::{hex, measured as judged};
-use std::io::{Read, Write};
-use std::os::unix::net::UnixStream;
-use std::process::{Child, Stdio};
-use std::time::Instant;
-
-/// A software TPM, and firmware that measures into it and writes its log.
-struct Chip {
-    child: Child,
-    dir: tempfile::TempDir,
-    stream: UnixStream,
-    log: Vec<u8>,
-}
-
-impl Drop for Chip {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-fn sha256(bytes: &[u8]) -> [u8; 32] {
-    raw(&hex::sha256(bytes))
-}
-
-fn raw(text: &str) -> [u8; 32] {
-    hex::decode(text).unwrap().try_into().unwrap()
-}
-
-fn start(dir: &std::path::Path) -> Option<(Child, UnixStream)> {
-    let socket = dir.join("socket");
-    let _ = std::fs::remove_file(&socket);
-    let child = std::process::Command::new("swtpm")
-        .args(["socket", "--tpm2", "--flags", "not-need-init,startup-clear", "--tpmstate"])
-        .arg(format!("dir={}", dir.display()))
-        .args(["--server", &format!("type=unixio,path={}", socket.display())])
-        .stdin(Stdio::null())
-        .spawn();
-    let Ok(child) = child else {
-        println!("skipped: swtpm is not installed (make setup)");
-        return None;
-    };
-    let limit = Instant::now() + PATIENCE;
-    loop {
-        match UnixStream::connect(&socket) {
-            Ok(stream) => return Some((child, stream)),
-            Err(_) if Instant::now() < limit => std::thread::yield_now(),
-            Err(error) => panic!("swtpm does not listen: {error}"),
-        }
-    }
-}
-
-impl Chip {
-    fn new() -> Option<Self> {
-        let dir = tempfile::tempdir().unwrap();
-        let (child, stream) = start(dir.path())?;
-        Some(Self { child, dir, stream, log: Vec::new() })
-    }
-
-    /// Off and on again: PCRs are zero, the keys are the same.
-    fn restart(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        (self.child, self.stream) = start(self.dir.path()).unwrap();
-        self.log.clear();
-    }
-
-    fn run<T>(&mut self, command: &Command<T>) -> T {
-        self.stream.write_all(command.bytes()).unwrap();
-        let mut answer = [0; ANSWER_LIMIT];
-        self.stream.read_exact(&mut answer[..HEADER]).unwrap();
-        let length = answer_length(answer[..HEADER].try_into().unwrap());
-        self.stream.read_exact(&mut answer[HEADER..length]).unwrap();
-        command.answer(&answer[..length]).unwrap()
-    }
-
-    fn event(&mut self, pcr: u8, kind: u32, digest: [u8; 32], data: &[u8]) {
-        self.run(&command::pcr_extend(pcr, &digest));
-        self.log.extend(u32::from(pcr).to_le_bytes());
-        self.log.extend([&kind.to_le_bytes()[..], &[1, 0, 0, 0, 0x0b, 0], &digest].concat());
-        self.log.extend(u32::try_from(data.len()).unwrap().to_le_bytes());
-        self.log.extend(data);
-    }
-
-    fn variable(&mut self, name: &str, content: &[u8]) {
-        let units: Vec<u8> = name.encode_utf16().flat_map(u16::to_le_bytes).collect();
-        let number = |n: usize| u64::try_from(n).unwrap().to_le_bytes();
-        let data = [&[9; 16][..], &number(name.len()), &number(content.len()), &units, content].concat();
-        self.event(7, 0x8000_0001, sha256(&data), &data);
-    }
-
-    /// Firmware, then the stub of this release.
-    fn boot(&mut self, release: u64, firmware: &[u8], secure: u8) {
-        let mut spec = b"Spec ID Event03\0".to_vec();
-        spec.extend([0, 0, 0, 0, 0, 2, 0, 2, 1, 0, 0, 0, 0x0b, 0, 32, 0, 0]);
-        self.log = [&[0; 4][..], &3_u32.to_le_bytes(), &[0; 20]].concat();
-        self.log.extend(u32::try_from(spec.len()).unwrap().to_le_bytes());
-        self.log.extend(spec);
-        self.event(0, 8, sha256(firmware), b"firmware");
-        self.variable("SecureBoot", &[secure]);
-        self.variable("db", &certificate_list(b"site"));
-        for pcr in [0, 1, 2, 3, 4, 7] {
-            self.event(pcr, 4, sha256(&[0; 4]), &[0; 4]);
-        }
-        let measured = measured(release);
-        self.event(4, 0x8000_0003, raw(&measured.uki), b"path");
-        self.event(4, 0x8000_0003, raw(&measured.kernel), b"path");
-        self.run(&command::pcr_extend(11, &sha256(format!("parts {release}").as_bytes())));
-    }
-}
-
-async fn post(server: &Server, agent: &Agent, step: &Attestation) -> Answer {
-    let body = serde_json::to_vec(step).unwrap();
-    server.post_to(ATTESTATION_PATH, server.tls(Some(agent.identity())), body).await.unwrap()
-}
-
-fn boot_id(agent: &Agent) -> String {
-    format!("boot-{}-{}", agent.n, agent.boot)
-}
-
-/// Both steps, as the agent does them; what was shown is given back, so that it can be shown again.
-async fn prove(server: &Server, agent: &Agent, chip: &mut Chip) -> (Judged, Attestation) {
-    let (endorsement, endorsement_public) = chip.run(&command::create_primary(ENDORSEMENT, Template::Endorsement));
-    let (attestation, attestation_public) = chip.run(&command::create_primary(ENDORSEMENT, Template::Attestation));
-    let challenge = hello(server, agent, &endorsement_public, &attestation_public).await;
-    let session = chip.run(&command::start_policy(&[5; 16]));
-    chip.run(&command::policy_secret(ENDORSEMENT, session));
-    let Challenge { nonce, id_object, encrypted_secret } = challenge;
-    let activate = command::activate_credential(attestation, endorsement, session, &id_object.0, &encrypted_secret.0);
-    let secret = chip.run(&activate);
-    let qualifying = qualifying_data(nonce.as_str(), agent.key_id().as_str(), &boot_id(agent));
-    let quote = chip.run(&command::quote(attestation, &qualifying));
-    let pcrs = QUOTED.map(|pcr| hex::encode(&chip.run(&command::pcr_read(pcr))).parse().unwrap());
-    chip.run(&command::flush(endorsement));
-    chip.run(&command::flush(attestation));
-    let shown = Attestation::Prove {
-        machine: machine_id(agent.n),
-        boot_id: boot_id(agent),
-        secret: hex::encode(&secret).parse().unwrap(),
-        pcrs: pcrs.to_vec(),
-        quoted: HexBytes(quote.attest),
-        signature: HexBytes(quote.signature),
-        event_log: HexBytes(chip.log.clone()),
-    };
-    (judge(server, agent, &shown).await, shown)
-}
-
-async fn hello(server: &Server, agent: &Agent, endorsement: &[u8], attestation: &[u8]) -> Challenge {
-    let step = Attestation::Hello {
-        machine: machine_id(agent.n),
-        boot_id: boot_id(agent),
-        endorsement: HexBytes(endorsement.to_vec()),
-        attestation: HexBytes(attestation.to_vec()),
-    };
-    let answer = post(server, agent, &step).await;
-    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
-    serde_json::from_slice(&answer.body).unwrap()
-}
-
-async fn judge(server: &Server, agent: &Agent, shown: &Attestation) -> Judged {
-    let answer = post(server, agent, shown).await;
-    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
-    serde_json::from_slice(&answer.body).unwrap()
-}
-
-async fn report(server: &Server, agent: &mut Agent, tpm: TpmPresence) -> Reply {
-    let mut report = agent.report();
-    report.machine.tpm = Some(tpm);
-    agent.send(server, &report).await
-}
-
-/// Boots, reports, proves.
-async fn boots(server: &Server, agent: &mut Agent, chip: &mut Chip) -> Judged {
-    let reply = report(server, agent, TpmPresence::Ready).await;
-    assert!(reply.attest, "a new boot is asked");
-    prove(server, agent, chip).await.0
-}
 
 #[tokio::test]
 async fn a_machine_is_attested_boot_by_boot_and_over_a_kexec() {
@@ -245,12 +69,27 @@ async fn an_old_quote_a_copied_key_and_another_tpm_prove_nothing() {
     let session = chip.run(&command::start_policy(&[5; 16]));
     chip.run(&command::policy_secret(ENDORSEMENT, session));
     let (id_object, encrypted) = (&challenge.id_object.0, &challenge.encrypted_secret.0);
-    let new = chip.run(&command::activate_credential(attestation, endorsement, session, id_object, encrypted));
+    let new = chip.run(&command::activate_credential(
+        (attestation, Auth::Password),
+        endorsement,
+        session,
+        id_object,
+        encrypted,
+    ));
     chip.run(&command::flush(endorsement));
     chip.run(&command::flush(attestation));
     let Attestation::Prove { machine, pcrs, quoted, signature, event_log, .. } = old else { panic!("a proof") };
     let secret = hex::encode(&new).parse().unwrap();
-    let replayed = Attestation::Prove { machine, boot_id: boot_id(&agent), secret, pcrs, quoted, signature, event_log };
+    let replayed = Attestation::Prove {
+        machine,
+        boot_id: boot_id(&agent),
+        secret,
+        pcrs,
+        quoted,
+        signature,
+        event_log,
+        delivery: None,
+    };
     let judged = judge(&server, &agent, &replayed).await;
     assert_eq!(judged.state, AttestationState::Failed);
     assert!(judged.reason.contains("not of this question"), "{judged:?}");
@@ -296,6 +135,7 @@ async fn an_attestation_key_outside_the_tpm_opens_no_credential() {
         quoted: HexBytes::default(),
         signature: HexBytes::default(),
         event_log: HexBytes::default(),
+        delivery: None,
     };
     let judged = judge(&server, &agent, &guess).await;
     assert_eq!(judged.state, AttestationState::Failed);

@@ -23,6 +23,7 @@ mod logs;
 mod oidc;
 mod orders;
 mod prune;
+mod secrets;
 mod trial;
 mod trust;
 mod web;

@@ -225,22 +225,31 @@ pub fn policy_pcr(session: u32, pcrs: &[u8]) -> Command<()> {
     Command::new("PolicyPCR", 0x17f, &[session], &[], &parameters, nothing)
 }
 
+/// The session's policy: one command only.
+pub fn policy_command_code(session: u32, code: u32) -> Command<()> {
+    Command::new("PolicyCommandCode", 0x16c, &[session], &[], &code.to_be_bytes(), nothing)
+}
+
 /// What the session's policy has come to.
 pub fn policy_digest(session: u32) -> Command<Vec<u8>> {
     Command::new("PolicyGetDigest", 0x189, &[session], &[], &[], data)
 }
 
-/// Takes the secret out of a credential, if it was made for this attestation key and this endorsement key.
+/// `TPM_CC_ActivateCredential`.
+pub const ACTIVATE_CREDENTIAL: u32 = 0x147;
+
+/// Takes the secret out of a credential, if it was made for this object, used by `auth`, and this endorsement key, whose policy
+/// `session` has.
 pub fn activate_credential(
-    attestation: u32,
+    (object, auth): (u32, Auth),
     endorsement: u32,
     session: u32,
     id_object: &[u8],
     encrypted_secret: &[u8],
 ) -> Command<Vec<u8>> {
     let parameters = Writer::default().sized(id_object).sized(encrypted_secret).0;
-    let auths = [Auth::Password, Auth::Session(session)];
-    Command::new("ActivateCredential", 0x147, &[attestation, endorsement], &auths, &parameters, data)
+    let auths = [auth, Auth::Session(session)];
+    Command::new("ActivateCredential", ACTIVATE_CREDENTIAL, &[object, endorsement], &auths, &parameters, data)
 }
 
 /// Has the TPM sign [`QUOTED`] and these 32 bytes.
@@ -261,12 +270,21 @@ pub fn flush(handle: u32) -> Command<()> {
 // TPMA_NV (part 2, §13.4): written and read with the index's own (empty) password, no lock-out by wrong ones.
 const NV_AUTH_WRITE: u32 = 1 << 2;
 const NV_AUTH_READ: u32 = 1 << 18;
+const NV_POLICY_READ: u32 = 1 << 19;
 const NV_NO_DA: u32 = 1 << 25;
 
 /// Makes an NV index of `size` bytes in the owner's name.
 pub fn nv_define(index: u32, size: u16) -> Command<()> {
     let public = Writer::default().u32(index).u16(SHA256).u32(NV_AUTH_WRITE | NV_AUTH_READ | NV_NO_DA);
     let public = public.sized(&[]).u16(size).0;
+    let parameters = Writer::default().sized(&[]).sized(&public).0;
+    Command::new("NV_DefineSpace", 0x12a, &[super::OWNER], &[Auth::Password], &parameters, nothing)
+}
+
+/// The same, to be read under this policy only. Written by whoever may write others: what is read is what counts.
+pub fn nv_define_bound(index: u32, size: u16, policy: &[u8]) -> Command<()> {
+    let public = Writer::default().u32(index).u16(SHA256).u32(NV_AUTH_WRITE | NV_POLICY_READ | NV_NO_DA);
+    let public = public.sized(policy).u16(size).0;
     let parameters = Writer::default().sized(&[]).sized(&public).0;
     Command::new("NV_DefineSpace", 0x12a, &[super::OWNER], &[Auth::Password], &parameters, nothing)
 }
@@ -296,8 +314,24 @@ pub fn nv_write(index: u32, bytes: &[u8], offset: u16) -> Command<()> {
 
 /// Reads at most [`NV_CHUNK`] bytes.
 pub fn nv_read(index: u32, size: u16, offset: u16) -> Command<Vec<u8>> {
+    nv_read_by(index, Auth::Password, size, offset)
+}
+
+/// The same of an index that has a policy.
+pub fn nv_read_by(index: u32, auth: Auth, size: u16, offset: u16) -> Command<Vec<u8>> {
     let parameters = Writer::default().u16(size).u16(offset).0;
-    Command::new("NV_Read", 0x14e, &[index, index], &[Auth::Password], &parameters, data)
+    Command::new("NV_Read", 0x14e, &[index, index], &[auth], &parameters, data)
+}
+
+/// Has the TPM itself wrap a secret for this loaded endorsement key and an object of this name: what a server does without
+/// one. Gives credential and encrypted secret.
+pub fn make_credential(endorsement: u32, secret: &[u8], name: &[u8]) -> Command<(Vec<u8>, Vec<u8>)> {
+    let parameters = Writer::default().sized(secret).sized(name).0;
+    Command::new("MakeCredential", 0x168, &[endorsement], &[], &parameters, |answer| {
+        let mut parameters = answer.parameters()?;
+        let id_object = parameters.sized("credential")?.to_vec();
+        Ok((id_object, parameters.sized("encrypted secret")?.to_vec()))
+    })
 }
 
 /// The symmetric algorithm that a credential is wrapped with: (algorithm, bits, mode), as the templates name it.

@@ -7,11 +7,13 @@
 //! a probe on that bus is not kept out (docs/threat-model.md).
 
 pub mod command;
+mod delivery;
 mod public;
 mod quote;
 mod wire;
 
 pub use command::{Auth, Command};
+pub use delivery::{DELIVERY, delivery_policy, pcr_policy};
 pub use public::{EccPoint, Template, name_of, spki_of};
 pub use quote::{Attested, ClockInfo, QUOTED, Quote, pcr_digest, qualifying_data};
 
@@ -40,6 +42,8 @@ pub const ENDORSEMENT: u32 = 0x4000_000b;
 pub mod code {
     /// `TPM_RC_HANDLE`, for the first handle: there is nothing at that index.
     pub const NO_SUCH_HANDLE: u32 = 0x18b;
+    /// The same for the second handle.
+    pub const NO_SUCH_SECOND_HANDLE: u32 = 0x28b;
     /// `TPM_RC_NV_DEFINED`.
     pub const NV_DEFINED: u32 = 0x14c;
     /// `TPM_RC_NV_UNINITIALIZED`: defined and never written.

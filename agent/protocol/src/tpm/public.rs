@@ -31,6 +31,9 @@ pub enum Template {
     Attestation,
     /// Parent of what is sealed.
     Storage,
+    /// What secrets are delivered to: usable for nothing but opening a credential, and only under this policy
+    /// ([`super::delivery_policy`]).
+    Delivery([u8; 32]),
 }
 
 /// A point of P-256, both coordinates in 32 bytes.
@@ -59,21 +62,24 @@ impl Template {
             Self::Endorsement => "endorsement key (ECC P-256, L-2)",
             Self::Attestation => "attestation key (ECC P-256, restricted)",
             Self::Storage => "storage key (ECC P-256)",
+            Self::Delivery(_) => "delivery key (ECC P-256, restricted, bound to these PCRs)",
         }
     }
 
     /// Everything of the public area (`TPMT_PUBLIC`) but the point.
     fn head(self) -> Vec<u8> {
         let kind = FIXED_TPM | FIXED_PARENT | SENSITIVE_DATA_ORIGIN;
-        let (attributes, policy): (u32, &[u8]) = match self {
+        let (attributes, policy): (u32, &[u8]) = match &self {
             Self::Endorsement => (kind | ADMIN_WITH_POLICY | RESTRICTED | DECRYPT, &EK_POLICY),
             Self::Attestation => (kind | USER_WITH_AUTH | NO_DA | RESTRICTED | SIGN, &[]),
             Self::Storage => (kind | USER_WITH_AUTH | NO_DA | RESTRICTED | DECRYPT, &[]),
+            // No password opens it: its policy is asked for every use.
+            Self::Delivery(policy) => (kind | ADMIN_WITH_POLICY | NO_DA | RESTRICTED | SIGN, policy),
         };
         let head = Writer::default().u16(ECC).u16(SHA256).u32(attributes).sized(policy);
         let head = match self {
             Self::Endorsement | Self::Storage => head.u16(AES).u16(128).u16(CFB).u16(NULL),
-            Self::Attestation => head.u16(NULL).u16(ECDSA).u16(SHA256),
+            Self::Attestation | Self::Delivery(_) => head.u16(NULL).u16(ECDSA).u16(SHA256),
         };
         head.u16(P256).u16(NULL).0
     }
@@ -82,7 +88,7 @@ impl Template {
     pub(super) fn input(self) -> Vec<u8> {
         let zeros: &[u8] = match self {
             Self::Endorsement => &[0; 32],
-            Self::Attestation | Self::Storage => &[],
+            Self::Attestation | Self::Storage | Self::Delivery(_) => &[],
         };
         Writer(self.head()).sized(zeros).sized(zeros).0
     }

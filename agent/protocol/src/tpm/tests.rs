@@ -56,13 +56,13 @@ fn an_answer_is_read_only_as_what_was_asked_for() {
 
 #[test]
 fn a_public_area_is_its_template_and_a_point_or_nothing() {
-    for template in [Template::Endorsement, Template::Attestation, Template::Storage] {
+    for template in [Template::Endorsement, Template::Attestation, Template::Storage, Template::Delivery([3; 32])] {
         let input = template.input();
         let head = input.len() - if template == Template::Endorsement { 68 } else { 4 };
         let area = wire::Writer(input[..head].to_vec()).sized(&[7; 32]).sized(&[8; 31]).0;
         let point = template.point(&area).unwrap();
         assert_eq!((point.x, point.y[0], point.y[1]), ([7; 32], 0, 8), "a short number is padded in front");
-        for other in [Template::Endorsement, Template::Attestation, Template::Storage] {
+        for other in [Template::Endorsement, Template::Attestation, Template::Storage, Template::Delivery([3; 32])] {
             assert_eq!(other.point(&area).is_ok(), other == template);
         }
         // Whatever bit of the template differs: an attestation key that is not restricted signs anything.

@@ -250,6 +250,7 @@ pub fn bare(decision: Decision) -> Reply {
         thresholds: std::collections::BTreeMap::new(),
         dbx: None,
         attest: false,
+        secrets: None,
     }
 }
 

@@ -52,6 +52,7 @@ pub fn report(machine: u8, boot: &str, seq: u64, release: u64) -> Report {
         dbx: None,
         condition: None,
         acceptance: None,
+        secrets: None,
         wait_s: 0,
         desired_etag: String::new(),
     }

@@ -17,5 +17,6 @@ mod identity;
 mod machine;
 mod orders;
 mod replace;
+mod secrets;
 mod silence;
 mod trial;

@@ -1,0 +1,150 @@
+//! The key of the data partition: it lies in the TPM's own memory and nowhere else. The TPM gives it out in an initramfs only,
+//! before the cap, and only under the Secure Boot state (keys, lists, on or off) in which it was put there. Taken out of the
+//! memory it is gone: no disk holds a copy, sealed or not.
+//!
+//! A list of revoked boot programs changes that state. So that the key outlives it, a copy that asks for the initramfs alone
+//! is put beside it before such a change, and the next boot puts the key under the new state and takes the copy away.
+
+use super::{Result, Tpm, TpmFault};
+use kiln_protocol::tpm::command;
+use kiln_protocol::tpm::{Auth, code};
+
+/// Bytes of a key: two of AES-256, as XTS wants (IEEE 1619).
+pub const DATA_KEY: usize = 64;
+
+/// Owner-defined NV indices beside those of the versions seen.
+const KEY: u32 = 0x0180_4b11;
+const COPY: u32 = 0x0180_4b12;
+/// Secure Boot, and the PCR that only the agent extends, when it leaves the initramfs.
+const BOUND: &[u8] = &[7, super::LEFT_PCR];
+const BOUND_COPY: &[u8] = &[super::LEFT_PCR];
+const SIZE: u16 = 64;
+
+/// What a place gave.
+enum Given {
+    Key([u8; DATA_KEY]),
+    /// There is none, or it was never written.
+    Nothing,
+    /// It is there, and not for this state.
+    Locked,
+}
+
+impl Tpm {
+    /// The key; none: there is none. A TPM that has it and does not give it out is an error: what the key opens is not lost.
+    pub fn data_key(&mut self) -> Result<Option<[u8; DATA_KEY]>> {
+        let (key, copy) = (self.given(KEY, BOUND)?, self.given(COPY, BOUND_COPY)?);
+        match (key, copy) {
+            (Given::Key(key), Given::Nothing) => Ok(Some(key)),
+            (Given::Key(key), Given::Key(_) | Given::Locked) => {
+                self.remove(COPY)?;
+                Ok(Some(key))
+            }
+            (Given::Nothing | Given::Locked, Given::Key(key)) => {
+                self.put(KEY, BOUND, &key)?;
+                self.remove(COPY)?;
+                Ok(Some(key))
+            }
+            (Given::Nothing, Given::Nothing) => Ok(None),
+            (Given::Locked, Given::Nothing | Given::Locked) | (Given::Nothing, Given::Locked) => {
+                let words = "it has the data's key and does not give it out: this kernel was started by kexec, or Secure Boot's \
+                             state is another than the key was made under";
+                Err(std::io::Error::other(words).into())
+            }
+        }
+    }
+
+    /// Puts a new key there.
+    pub fn make_data_key(&mut self, key: &[u8; DATA_KEY]) -> Result<()> {
+        self.put(KEY, BOUND, key)
+    }
+
+    /// Puts the copy there that outlives one change of Secure Boot's state.
+    pub fn carry_data_key(&mut self, key: &[u8; DATA_KEY]) -> Result<()> {
+        // Its policy is that of an initramfs, whose digest is worked out here: this boot is past it.
+        self.define(COPY, &copy_policy())?;
+        self.write_key(COPY, key)
+    }
+
+    /// Takes it out: what it opened is gone. Whether there was one.
+    pub fn destroy_data_key(&mut self) -> Result<bool> {
+        let mut was = false;
+        for index in [KEY, COPY] {
+            was |= self.remove(index)?;
+        }
+        Ok(was)
+    }
+
+    fn given(&mut self, index: u32, pcrs: &[u8]) -> Result<Given> {
+        let session = self.policy(pcrs)?;
+        let read = self.run(&command::nv_read_by(index, Auth::Session(session), SIZE, 0));
+        if read.is_err() {
+            // It ends with the command that uses it; this one was not done.
+            let _ = self.run(&command::flush(session));
+        }
+        match read {
+            Ok(bytes) => {
+                let key = bytes.try_into().map_err(|_| std::io::Error::other("the data's key has another length"))?;
+                Ok(Given::Key(key))
+            }
+            Err(fault) => match fault.code() {
+                Some(code::NO_SUCH_HANDLE | code::NV_UNWRITTEN) => Ok(Given::Nothing),
+                Some(code::POLICY_FAIL) => Ok(Given::Locked),
+                Some(_) | None => Err(fault),
+            },
+        }
+    }
+
+    /// A session whose policy is these PCRs as they are now.
+    fn policy(&mut self, pcrs: &[u8]) -> Result<u32> {
+        let nonce = crate::memory::random().map_err(|e| std::io::Error::other(e.to_string()))?;
+        let session = self.run(&command::start_policy(&nonce))?;
+        match self.run(&command::policy_pcr(session, pcrs)) {
+            Ok(()) => Ok(session),
+            Err(fault) => {
+                let _ = self.run(&command::flush(session));
+                Err(fault)
+            }
+        }
+    }
+
+    fn put(&mut self, index: u32, pcrs: &[u8], key: &[u8; DATA_KEY]) -> Result<()> {
+        let session = self.policy(pcrs)?;
+        let digest = self.run(&command::policy_digest(session));
+        self.run(&command::flush(session))?;
+        self.define(index, &digest?)?;
+        self.write_key(index, key)?;
+        match self.given(index, pcrs)? {
+            Given::Key(read) if read == *key => Ok(()),
+            Given::Key(_) | Given::Nothing | Given::Locked => {
+                Err(std::io::Error::other("it does not give back the key that was put there").into())
+            }
+        }
+    }
+
+    fn define(&mut self, index: u32, policy: &[u8]) -> Result<()> {
+        self.remove(index)?;
+        self.run(&command::nv_define_bound(index, SIZE, policy))
+    }
+
+    fn write_key(&mut self, index: u32, key: &[u8; DATA_KEY]) -> Result<()> {
+        self.run(&command::nv_write(index, key, 0))
+    }
+
+    fn remove(&mut self, index: u32) -> Result<bool> {
+        match self.run(&command::nv_undefine(index)) {
+            Ok(()) => Ok(true),
+            // Undefine's first handle is the owner's: the index is its second.
+            Err(fault) if is_missing(&fault) => Ok(false),
+            Err(fault) => Err(fault),
+        }
+    }
+}
+
+fn is_missing(fault: &TpmFault) -> bool {
+    matches!(fault.code(), Some(code::NO_SUCH_HANDLE | code::NO_SUCH_SECOND_HANDLE))
+}
+
+/// `PolicyPCR` of a PCR that nobody has extended.
+fn copy_policy() -> [u8; 32] {
+    kiln_protocol::tpm::pcr_policy(BOUND_COPY, &[[0; 32]])
+}

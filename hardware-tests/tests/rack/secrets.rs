@@ -1,0 +1,97 @@
+//! Secrets and data with real firmware, a software TPM and a real disk: what the processes' tests show of the server and of
+//! the TPM, seen from inside the machine and from the disk.
+
+use crate::secure_boot::secure;
+use kiln_lab::console::Mark;
+use kiln_lab::machine::{Disk, MachineSpec};
+use kiln_lab::rack::{IDLE, Rack, RackOptions};
+use kiln_lab::variables::NetworkBoot;
+use kiln_lab::{site, testing};
+use std::path::Path;
+
+const NAME: &str = "rack-1";
+const FIRST: &str = "correct horse battery staple 41";
+const SECOND: &str = "wrong donkey capacitor paperclip 97";
+/// What the service writes, put together here as there.
+const KEPT: [&str; 2] = ["KILN-VAULT-KEEPS", "-3f9c1d70"];
+
+fn set(rack: &Rack, value: &str) {
+    let file = rack.paths().scratch.join("value");
+    std::fs::write(&file, value).unwrap();
+    rack.kiln(&["secret", "set", "db-password", "--role", "lab", "--file", file.to_str().unwrap()]).unwrap();
+    std::fs::remove_file(file).unwrap();
+}
+
+/// What the service says of this secret: its hash, its file's mode and owner, its file system.
+fn told(value: &str) -> String {
+    let hash = kiln_release::hex::sha256(value.as_bytes());
+    format!("KILN-VAULT secret {} 400 games tmpfs", &hash[..16])
+}
+
+/// None of them is in the file.
+fn has_none(file: &Path, pieces: &[&str]) {
+    let bytes = std::fs::read(file).unwrap();
+    assert!(bytes.len() > 1 << 10, "{}", file.display());
+    for piece in pieces {
+        let found = bytes.windows(piece.len()).any(|window| window == piece.as_bytes());
+        assert!(!found, "{} has {piece:?} in clear", file.display());
+    }
+}
+
+/// A machine without its secret says which is missing. Set, it reaches a service of the image as a file of its user in memory; set
+/// anew, too. What the service keeps outlives a reimage to the other slot, which goes through firmware whatever was asked
+/// for. On the disk nothing of either is in clear. Retired, the machine forgets at once, and after a restart gets nothing.
+#[test]
+#[ignore = "slow: an install, a reimage and a restart; make test-slow"]
+fn secrets_and_data_live_in_one_machine_and_end_with_it() {
+    testing::rack(|paths| {
+        let disks = vec![Disk::VirtioBlk];
+        let spec = MachineSpec { tpm: true, disks, ..secure(paths, NetworkBoot::Pxe) };
+        let mut options = RackOptions::scenario(paths, "secrets", spec);
+        options.image = site::VAULT.to_owned();
+        let mut rack = Rack::start(paths, &options).unwrap();
+        rack.kiln(&["release", "publish", "vault/1"]).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        let waits = |v: &kiln_lab::api::MachineView| {
+            v.last_words.as_ref().is_some_and(|words| words.to_string().contains("the secret db-password has not come"))
+        };
+        rack.wait(NAME, "its secret is missing", waits).unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        set(&rack, FIRST);
+        rack.wait_healthy(NAME, 1).unwrap();
+        console.wait_for(&told(FIRST), Mark::default(), IDLE).unwrap();
+        console.wait_for("KILN-VAULT data 1 20000 ext4", Mark::default(), IDLE).unwrap();
+
+        set(&rack, SECOND);
+        console.wait_for(&told(SECOND), Mark::default(), IDLE).unwrap();
+        console.wait_for("KILN-VAULT data 2 20000 ext4", Mark::default(), IDLE).unwrap();
+
+        rack.kiln(&["release", "publish", "vault/2"]).unwrap();
+        let (resets, begun) = (rack.machine(NAME).resets(), console.mark());
+        rack.kiln(&["assign", NAME, "vault/2", "--via", "kexec"]).unwrap();
+        rack.wait_healthy(NAME, 2).unwrap();
+        assert!(rack.machine(NAME).resets() > resets, "the TPM gives the data's key to a boot through firmware only");
+        console.wait_for(&told(SECOND), begun, IDLE).unwrap();
+        console.wait_for("KILN-VAULT data 3 20000 ext4", begun, IDLE).unwrap();
+
+        // Out of service.
+        rack.kiln(&["machine", "retire", NAME]).unwrap();
+        console.wait_for("no secrets for this machine any more: they are forgotten", begun, IDLE).unwrap();
+        rack.machine(NAME).power_off();
+        let kept = KEPT.concat();
+        let clear = [FIRST, SECOND, kept.as_str()];
+        has_none(&rack.machine(NAME).disk(0), &clear);
+        has_none(&rack.site.join("state/kiln.db"), &clear);
+        for file in std::fs::read_dir(&options.consoles).unwrap() {
+            let text = std::fs::read(file.unwrap().path()).unwrap();
+            assert!(clear.iter().all(|piece| !text.windows(piece.len()).any(|window| window == piece.as_bytes())));
+        }
+        // It starts what it has; nothing of the secrets is in it, and none come.
+        rack.machine(NAME).power_on().unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        let begun = console.mark();
+        console.wait_for("the machine's data, under its TPM's key", begun, IDLE).unwrap();
+        console.wait_for("the secret db-password has not come", begun, IDLE).unwrap();
+        assert!(!console.since(begun).contains("KILN-VAULT secret"));
+    });
+}

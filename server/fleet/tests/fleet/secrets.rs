@@ -1,0 +1,91 @@
+//! Who may have secrets.
+
+use crate::common::*;
+use kiln_fleet::*;
+use kiln_protocol::*;
+
+fn hash(n: u8) -> Sha256Hex {
+    format!("{n:02x}").repeat(32).parse().unwrap()
+}
+
+/// Reports that this release runs, and holds these.
+fn runs(boot: &str, seq: u64, release: u64, held: &SecretVersions) -> Event {
+    let mut report = report(1, boot, seq, release);
+    report.machine.tpm = Some(TpmPresence::Ready);
+    report.running = Some(report.embedded.clone());
+    report.secrets = Some(held.clone());
+    by(1, report)
+}
+
+fn proven(boot: &str, release: u64, carried: bool) -> Event {
+    let firmware = [1, 2, 3, 4].map(hash);
+    let release = rel(release);
+    let boot_id = boot.to_owned();
+    let cold = ColdBoot { boot_id, resets: 1, restarts: 0, release, pcr11: hash(9), pcrs: Vec::new(), firmware };
+    let booted = Ok(ProvenBoot { cold, carried });
+    Event::Proven(Box::new(Proven { key: key(1), boot_id: boot.into(), endorsement: Some(hash(7)), booted }))
+}
+
+fn versions(list: &[(&str, u64)]) -> SecretVersions {
+    list.iter().map(|(name, version)| (name.parse().unwrap(), *version)).collect()
+}
+
+fn withheld(m: &Machine) -> String {
+    m.secrets_withheld(&key(1)).unwrap_or_default()
+}
+
+#[test]
+fn only_a_proven_boot_in_service_may_have_them() {
+    let (none, wanted) = (SecretVersions::new(), versions(&[("a", 1)]));
+    let mut s = Story::new();
+    s.then(runs("a", 1, 1, &none)).then(proven("a", 1, false));
+    assert!(withheld(&s.m).contains("approve"), "{}", withheld(&s.m));
+    s.approve();
+    assert_eq!(s.m.secrets_withheld(&key(1)), None);
+    assert_eq!(s.m.secrets_word(&key(1), &wanted), Some(SecretsWord::Ask));
+    assert!(s.m.secrets_withheld(&key(2)).is_some() && s.m.secrets_word(&key(2), &wanted).is_none());
+    // It holds them, holds an older one, and there are none any more.
+    s.then(runs("a", 2, 1, &wanted));
+    assert_eq!(s.m.secrets_word(&key(1), &wanted), None);
+    assert_eq!(s.m.secrets_word(&key(1), &versions(&[("a", 2)])), Some(SecretsWord::Ask));
+    assert_eq!(s.m.secrets_word(&key(1), &none), Some(SecretsWord::Drop));
+
+    // In the next boot it holds none, and gets none before it has proven that one.
+    let mut initramfs = report(1, "b", 1, 1);
+    initramfs.machine.tpm = Some(TpmPresence::Ready);
+    s.then(by(1, initramfs));
+    assert_eq!((s.m.secrets.len(), s.m.secrets_word(&key(1), &wanted)), (0, None));
+    s.then(runs("b", 2, 1, &none));
+    assert!(!withheld(&s.m).is_empty() && s.m.secrets_word(&key(1), &wanted).is_none());
+    s.then(proven("b", 1, false));
+    assert_eq!(withheld(&s.m), "");
+    // Firmware started another release than the system says it is.
+    s.then(runs("b", 3, 2, &none));
+    assert!(withheld(&s.m).contains("firmware started minimal/1"), "{}", withheld(&s.m));
+    s.then(runs("b", 4, 1, &none));
+    s.m.key_revoked = true;
+    assert!(withheld(&s.m).contains("revoked"));
+    s.m.key_revoked = false;
+    s.then(Event::Retire);
+    assert!(withheld(&s.m).contains("out of service") && s.m.secrets_word(&key(1), &wanted).is_none());
+    s.then(runs("b", 5, 1, &wanted));
+    assert_eq!(s.m.secrets_word(&key(1), &none), Some(SecretsWord::Drop));
+}
+
+#[test]
+fn a_cold_policy_withholds_from_a_kexec_and_orders_none() {
+    let none = SecretVersions::new();
+    for policy in [SecretsPolicy::Attested, SecretsPolicy::Cold] {
+        let mut s = Story::new();
+        s.then(runs("a", 1, 1, &none)).then(proven("a", 1, false));
+        s.approve();
+        s.m.secrets_policy = policy;
+        assert_eq!(withheld(&s.m), "", "it booted through firmware");
+        s.then(Event::Assign { release: rel(2), via: Via::Kexec });
+        let Desire::Run(assigned) = desire(&s.m, &key(1)) else { panic!("it is assigned") };
+        assert_eq!(assigned.via, if policy == SecretsPolicy::Cold { Via::Cold } else { Via::Kexec });
+        s.then(runs("b", 1, 2, &none)).then(proven("b", 1, true));
+        assert_eq!(s.m.attestation().0, AttestationState::Attested);
+        assert_eq!(withheld(&s.m).contains("cold boots"), policy == SecretsPolicy::Cold, "{}", withheld(&s.m));
+    }
+}

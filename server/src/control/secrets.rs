@@ -1,0 +1,402 @@
+//! Secrets: set, listed and removed by people, sealed in the store, and given to machines that have just proven what they
+//! booted. Nothing here shows a value: names and versions are all that logs, answers and the audit log have.
+
+use super::{Control, Inner, Pending, now_ms};
+use crate::access::Caller;
+use crate::audit::Line;
+use crate::catalog::Catalog;
+use crate::credential;
+use crate::error::{ControlError, SecretError, StoreError};
+use crate::store::Store;
+use crate::vault::{OVERHEAD, Vault, forget, seal_once};
+use crate::view::{SecretHolderView, SecretView};
+use kiln_fleet::{Machine, Millis, StateKind};
+use kiln_protocol::tpm::{self, EccPoint, Template};
+use kiln_protocol::{
+    Delivered, HexBytes, KeyId, MachineId, Nonce, ReleaseId, SECRET_LIMIT, SECRETS_OF_A_MACHINE, SecretName, SecretSet,
+    SecretVersions, bound_to,
+};
+use ring::rand::{SecureRandom, SystemRandom};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+/// Secrets of a site.
+const MAX_SECRETS: usize = 512;
+/// The number that was given last. Its key is none that [`PREFIX`] finds.
+const NEWEST: &str = "newest-secret";
+const PREFIX: &str = "secret/";
+
+/// For whom a secret is.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SecretFor {
+    /// All machines of a role.
+    Role(String),
+    /// One machine; it comes before the role's of the same name.
+    Machine(MachineId),
+}
+
+impl SecretFor {
+    fn place(&self) -> String {
+        match self {
+            Self::Role(role) => format!("role/{role}"),
+            Self::Machine(id) => format!("machine/{id}"),
+        }
+    }
+
+    /// For people.
+    fn words(&self) -> String {
+        match self {
+            Self::Role(role) => format!("role {role}"),
+            Self::Machine(id) => format!("machine {id}"),
+        }
+    }
+
+    fn is_of(&self, machine: &Machine) -> bool {
+        match self {
+            Self::Role(role) => machine.role.as_ref() == Some(role),
+            Self::Machine(id) => machine.id == *id,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Kept {
+    of: SecretFor,
+    name: SecretName,
+    /// Site-wide: no two values ever have the same.
+    version: u64,
+    at: Millis,
+    by: String,
+    sealed: HexBytes,
+}
+
+impl Kept {
+    fn note(of: &SecretFor, name: &SecretName) -> String {
+        format!("{PREFIX}{}/{name}", of.place())
+    }
+
+    /// What its value is bound to.
+    fn place(of: &SecretFor, name: &SecretName, version: u64) -> Vec<u8> {
+        format!("kiln-secret-1\0{}\0{name}\0{version}", of.place()).into_bytes()
+    }
+
+    fn length(&self) -> usize {
+        self.sealed.0.len().saturating_sub(OVERHEAD)
+    }
+}
+
+#[derive(Debug)]
+struct Known {
+    kept: BTreeMap<(SecretFor, SecretName), Kept>,
+    newest: u64,
+    vault: Option<Arc<Vault>>,
+}
+
+/// All of a site. Locked after the fleet, where both are.
+#[derive(Debug)]
+pub(super) struct Secrets {
+    known: Mutex<Known>,
+    key: PathBuf,
+}
+
+impl Secrets {
+    /// What the store holds.
+    pub(super) async fn load(store: &Store, key: PathBuf) -> Result<Self, ControlError> {
+        let bad = |e: serde_json::Error| StoreError::Row { id: PREFIX.to_owned(), reason: e.to_string() };
+        let read = |note: String| serde_json::from_str::<Kept>(&note).map_err(bad);
+        let kept = store.notes(PREFIX).await?.into_iter().map(read).collect::<Result<Vec<_>, _>>()?;
+        let newest = store.note(NEWEST).await?.and_then(|text| text.parse().ok()).unwrap_or(0);
+        let newest = kept.iter().map(|kept| kept.version).fold(newest, u64::max);
+        // A key that is missing or cannot be read keeps the server from nothing but its secrets.
+        let vault = Vault::open(&key).unwrap_or_else(|error| {
+            tracing::error!(%error, "secrets are neither given nor taken");
+            None
+        });
+        if vault.is_none() && !kept.is_empty() {
+            tracing::error!("{} is missing: nobody is given the secrets that it sealed; restore it", key.display());
+        }
+        let kept = kept.into_iter().map(|kept| ((kept.of.clone(), kept.name.clone()), kept)).collect();
+        Ok(Self { known: Mutex::new(Known { kept, newest, vault: vault.map(Arc::new) }), key })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().expect("no code panics under this lock")
+    }
+}
+
+impl Known {
+    /// What there is for a machine whose release wants these.
+    fn of<'a>(&'a self, machine: &Machine, wanted: &[SecretName]) -> BTreeMap<SecretName, &'a Kept> {
+        let find = |of: SecretFor, name: &SecretName| self.kept.get(&(of, name.clone()));
+        let one = |name: &SecretName| {
+            let own = find(SecretFor::Machine(machine.id.clone()), name);
+            let role = || find(SecretFor::Role(machine.role.clone()?), name);
+            own.or_else(role).map(|kept| (name.clone(), kept))
+        };
+        wanted.iter().filter_map(one).collect()
+    }
+}
+
+/// What the release that it runs wants; none: it is not known.
+fn wants(machine: &Machine, catalog: &Catalog) -> Option<Vec<SecretName>> {
+    let Some(running) = &machine.running else { return Some(Vec::new()) };
+    let release = ReleaseId { image: running.image.clone(), release: running.release };
+    let manifest = &catalog.releases.get(&release)?.manifest;
+    let same = manifest.verity.root_hash == running.root_hash.as_str();
+    same.then(|| manifest.secrets.iter().filter_map(|wanted| wanted.name.parse().ok()).collect())
+}
+
+impl Control {
+    /// What a machine shall hold; none: nobody can say, so that it keeps what it has.
+    fn wanted_secrets(&self, machine: &Machine, catalog: &Catalog) -> Option<SecretVersions> {
+        match machine.state.kind {
+            // It gets nothing, and what it has is to go.
+            StateKind::Discovered | StateKind::Retired => return Some(SecretVersions::new()),
+            StateKind::Approved
+            | StateKind::Booting
+            | StateKind::Healthy
+            | StateKind::Degraded
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::Reimaging
+            | StateKind::FellBack
+            | StateKind::Quarantined => {}
+        }
+        let wanted = wants(machine, catalog)?;
+        let known = self.secrets.lock();
+        Some(known.of(machine, &wanted).into_iter().map(|(name, kept)| (name, kept.version)).collect())
+    }
+
+    /// What the machine that proved this key is told of its secrets.
+    pub(super) fn secrets_word(&self, id: &MachineId, key: &KeyId) -> Option<kiln_protocol::SecretsWord> {
+        let catalog = self.catalog();
+        let inner = self.lock();
+        let machine = inner.machines.get(id)?;
+        machine.secrets_word(key, &self.wanted_secrets(machine, &catalog)?)
+    }
+
+    /// Sets a secret, or gives it another value: machines get it at their next report.
+    pub async fn secret_set(
+        &self,
+        name: &str,
+        of: SecretFor,
+        mut value: Vec<u8>,
+        by: &Caller,
+    ) -> Result<SecretView, ControlError> {
+        let done = self.keep_secret(name, of, &value, by);
+        forget(&mut value);
+        let (key, commits) = done?;
+        for commit in commits {
+            commit.wait().await?;
+        }
+        self.wake();
+        self.secret_view(&key)
+    }
+
+    fn keep_secret(
+        &self,
+        name: &str,
+        of: SecretFor,
+        value: &[u8],
+        by: &Caller,
+    ) -> Result<((SecretFor, SecretName), Vec<crate::store::Commit>), ControlError> {
+        let name: SecretName = name.parse().map_err(SecretError::Name)?;
+        if value.is_empty() || value.len() > SECRET_LIMIT {
+            return Err(SecretError::Length { got: value.len() }.into());
+        }
+        let now = now_ms();
+        let mut known = self.secrets.lock();
+        let known = &mut *known;
+        let key = (of.clone(), name.clone());
+        if !known.kept.contains_key(&key) && known.kept.len() >= MAX_SECRETS {
+            return Err(SecretError::TooMany { limit: MAX_SECRETS }.into());
+        }
+        let beside = known.kept.iter().filter(|(other, _)| other.0 == of && **other != key);
+        if beside.map(|(_, kept)| kept.length()).sum::<usize>() + value.len() > SECRETS_OF_A_MACHINE {
+            return Err(SecretError::Together.into());
+        }
+        let vault = match &known.vault {
+            Some(vault) => Arc::clone(vault),
+            // A second key beside values of a lost one would hide that they are lost.
+            None if !known.kept.is_empty() => return Err(SecretError::KeyMissing(self.secrets.key.clone()).into()),
+            None => {
+                let found = Vault::open(&self.secrets.key)?;
+                let vault = Arc::new(found.map_or_else(|| Vault::make(&self.secrets.key), Ok)?);
+                known.vault = Some(Arc::clone(&vault));
+                vault
+            }
+        };
+        let version = known.newest + 1;
+        let sealed = HexBytes(vault.seal(&Kept::place(&of, &name, version), value)?);
+        let kept = Kept { of: of.clone(), name: name.clone(), version, at: now, by: by.name.clone(), sealed };
+        let note = serde_json::to_string(&kept).map_err(StoreError::from)?;
+        let what = format!("set the secret {name} of {}: version {version}", of.words());
+        let commits = vec![
+            self.store.remember(NEWEST, version.to_string()),
+            self.store.remember(Kept::note(&of, &name), note),
+            self.store.audit(Line::done(now, &by.who(), "", what)),
+        ];
+        known.newest = version;
+        known.kept.insert(key.clone(), kept);
+        Ok((key, commits))
+    }
+
+    /// Removes a secret: machines that hold it forget it at their next report.
+    pub async fn secret_remove(&self, name: &str, of: SecretFor, by: &Caller) -> Result<SecretView, ControlError> {
+        let name: SecretName = name.parse().map_err(SecretError::Name)?;
+        let key = (of, name);
+        let view = self.secret_view(&key)?;
+        let commits = {
+            let mut known = self.secrets.lock();
+            let (of, name) = &key;
+            let kept = known.kept.remove(&key);
+            let kept = kept.ok_or_else(|| SecretError::None { name: name.to_string(), of: of.words() })?;
+            let what = format!("removed the secret {name} of {}: version {}", of.words(), kept.version);
+            [self.store.erase(Kept::note(of, name)), self.store.audit(Line::done(now_ms(), &by.who(), "", what))]
+        };
+        for commit in commits {
+            commit.wait().await?;
+        }
+        self.wake();
+        Ok(view)
+    }
+
+    /// For whom a secret shall be, by what a person says.
+    pub fn secret_for(&self, role: Option<&str>, machine: Option<&str>) -> Result<SecretFor, ControlError> {
+        match (role, machine) {
+            (Some(role), None) => {
+                self.config.image_of(role)?;
+                Ok(SecretFor::Role(role.to_owned()))
+            }
+            (None, Some(machine)) => Ok(SecretFor::Machine(self.lock().resolve(machine)?)),
+            (Some(_), Some(_)) | (None, None) => Err(SecretError::ForWhom.into()),
+        }
+    }
+
+    /// All secrets, by name: who may have them, and who holds which version.
+    pub fn secrets(&self) -> Vec<SecretView> {
+        let keys: Vec<_> = self.secrets.lock().kept.keys().cloned().collect();
+        let mut views: Vec<SecretView> = keys.iter().filter_map(|key| self.secret_view(key).ok()).collect();
+        views.sort_by(|a, b| (&a.name, &a.role, &a.machine).cmp(&(&b.name, &b.role, &b.machine)));
+        views
+    }
+
+    fn secret_view(&self, key: &(SecretFor, SecretName)) -> Result<SecretView, ControlError> {
+        let catalog = self.catalog();
+        let inner = self.lock();
+        let known = self.secrets.lock();
+        let (of, name) = key;
+        let kept = known.kept.get(key);
+        let kept = kept.ok_or_else(|| SecretError::None { name: name.to_string(), of: of.words() })?;
+        let holders = inner.machines.values().filter(|machine| of.is_of(machine)).map(|machine| {
+            let held = machine.secrets.get(name).copied();
+            let wanted = wants(machine, &catalog);
+            let declared = wanted.as_ref().is_some_and(|wanted| wanted.contains(name));
+            let own =
+                known.of(machine, std::slice::from_ref(name)).get(name).is_some_and(|own| own.version == kept.version);
+            let why = match &machine.key {
+                _ if held == Some(kept.version) => None,
+                _ if !own => Some("it has one of its own of this name".to_owned()),
+                None => Some("it has proven no key yet".to_owned()),
+                Some(key) => machine.secrets_withheld(key).or_else(|| {
+                    let words = if declared {
+                        "it gets it with its next proof"
+                    } else {
+                        "the release that it runs does not declare it"
+                    };
+                    Some(words.to_owned())
+                }),
+            };
+            SecretHolderView { machine: machine.title().to_owned(), version: held, why }
+        });
+        let (role, machine) = match of {
+            SecretFor::Role(role) => (Some(role.clone()), None),
+            SecretFor::Machine(id) => {
+                let title = inner.machines.get(id).map_or_else(|| id.to_string(), |m| m.title().to_owned());
+                (None, Some(title))
+            }
+        };
+        Ok(SecretView {
+            name: name.clone(),
+            role,
+            machine,
+            version: kept.version,
+            set_ms: i64::try_from(kept.at).unwrap_or(i64::MAX),
+            by: kept.by.clone(),
+            machines: holders.collect(),
+        })
+    }
+}
+
+/// A machine that has just proven its boot, and asks for its secrets.
+pub(super) struct Asks<'a> {
+    pub(super) id: &'a MachineId,
+    pub(super) key: &'a KeyId,
+    pub(super) boot_id: &'a str,
+    /// Of the proof.
+    pub(super) nonce: &'a Nonce,
+    /// Whose TPM opens the credential.
+    pub(super) endorsement: &'a EccPoint,
+    /// The quoted values, which the quote's signature covers.
+    pub(super) pcrs: &'a [[u8; 32]],
+    /// Public area of its delivery key.
+    pub(super) delivery: &'a [u8],
+}
+
+impl Control {
+    /// Seals a machine's secrets to it. The caller has verified its proof just now; here is asked whether it may have them.
+    pub(super) fn deliver(
+        &self,
+        inner: &Inner,
+        asks: &Asks<'_>,
+        pending: &mut Pending,
+    ) -> Result<Delivered, SecretError> {
+        let machine = inner.machines.get(asks.id).ok_or(SecretError::Withheld("it was forgotten".into()))?;
+        if let Some(reason) = machine.secrets_withheld(asks.key) {
+            return Err(SecretError::Withheld(reason));
+        }
+        // The area is its template with a policy that is worked out here: nothing that it says of itself is believed.
+        let policy = tpm::delivery_policy(asks.pcrs).ok_or(SecretError::DeliveryKey)?;
+        Template::Delivery(policy).point(asks.delivery).map_err(|_| SecretError::DeliveryKey)?;
+        let wanted = wants(machine, &self.catalog()).unwrap_or_default();
+        let (set, names) = {
+            let known = self.secrets.lock();
+            let found = known.of(machine, &wanted);
+            if found.is_empty() {
+                return Err(SecretError::Withheld("there are none for it".into()));
+            }
+            let vault = known.vault.as_ref().ok_or_else(|| SecretError::KeyMissing(self.secrets.key.clone()))?;
+            let mut values = BTreeMap::new();
+            for (name, kept) in &found {
+                let place = Kept::place(&kept.of, name, kept.version);
+                let value = vault.unseal(&place, &kept.sealed.0);
+                let value = value.ok_or_else(|| SecretError::Unsealing { name: name.to_string() })?;
+                values.insert(name.clone(), (kept.version, value));
+            }
+            if values.values().map(|(_, value)| value.len()).sum::<usize>() > SECRETS_OF_A_MACHINE {
+                return Err(SecretError::Together);
+            }
+            let set = SecretSet(values.iter().map(|(name, (n, value))| (name.clone(), (*n, &value[..]))).collect());
+            let encoded = set.encode();
+            let names: Vec<String> = values.iter().map(|(name, (n, _))| format!("{name} (version {n})")).collect();
+            values.values_mut().for_each(|(_, value)| forget(value));
+            (encoded, names)
+        };
+        let mut once = [0; 32];
+        SystemRandom::new().fill(&mut once).map_err(|_| SecretError::Sealing)?;
+        let credential = credential::wrap(&once, asks.endorsement, &tpm::name_of(asks.delivery));
+        let sealed = seal_once(&once, &bound_to(asks.id, asks.boot_id, asks.nonce), set);
+        forget(&mut once);
+        let (credential, sealed) = (credential.map_err(|_| SecretError::Sealing)?, sealed?);
+        let what = format!("was given the secrets {}", names.join(", "));
+        self.audit(pending, machine, "kiln", what);
+        Ok(Delivered {
+            id_object: HexBytes(credential.id_object),
+            encrypted_secret: HexBytes(credential.encrypted_secret),
+            sealed: HexBytes(sealed),
+        })
+    }
+}

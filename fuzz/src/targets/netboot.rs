@@ -3,7 +3,7 @@
 /// DHCP: packets to a proxy and to a full server.
 pub mod dhcp {
     use kiln_netboot::{
-        Arrival, BootAnswer, Client, Config, Datagram, Dhcp, LeaseConfig, LeaseState, Mode, Output, Step,
+        Arrival, BootAnswer, Client, Config, Datagram, Dhcp, LeaseConfig, LeaseState, Mode, Output, Step, UefiProgram,
     };
     use std::net::{Ipv4Addr, SocketAddrV4};
 
@@ -16,8 +16,8 @@ pub mod dhcp {
         let (router, dns) = (Some(SERVER), vec![SERVER]);
         let range = LeaseConfig { start: FIRST, end: LAST, router, dns, lease_s: 60 };
         [Mode::Proxy, Mode::Full(range)].map(|mode| {
-            let (address, chain_ipxe) = (None, true);
-            let config = Config { mode, address, http_port: 8080, agent_port: 8443, http_boot: true, chain_ipxe };
+            let (address, chain_ipxe, uefi) = (None, true, UefiProgram::Shim);
+            let config = Config { mode, address, http_port: 8080, agent_port: 8443, http_boot: true, chain_ipxe, uefi };
             Dhcp::new(config, []).expect("a small range")
         })
     }

@@ -315,7 +315,7 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
         let least = Least { disk_read_mib_s: Some(200), ..Least::default() };
         assert_eq!(c.roles["lab"].acceptance, Some(least));
         assert!(!c.boot.http_boot);
-        assert_eq!((c.boot.uefi, c.boot.shim.as_path()), (UefiProgram::Shim, std::path::Path::new("/m")));
+        assert_eq!((c.boot.uefi, c.boot.shim.as_path()), (UefiProgram::Shim, Path::new("/m")));
         assert_eq!(c.max_ages["lab"], 30 * 24 * 3_600_000);
     }
 

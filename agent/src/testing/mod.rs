@@ -196,6 +196,7 @@ impl TestSite {
             writable: Vec::new(),
             sbom: None,
             measured: None,
+            role_may_report: None,
         }
     }
 

@@ -38,6 +38,7 @@ fn manifest() -> Manifest {
         writable: vec![WritableMount { path: "/var/tmp".into(), size: 1 << 20 }],
         sbom: None,
         measured: None,
+        role_may_report: None,
     }
 }
 

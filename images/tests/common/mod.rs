@@ -52,6 +52,7 @@ pub fn build(site: &SiteDir, image: &str, release: u64, built: Timestamp) -> Man
         writable: vec![],
         sbom: None,
         measured: None,
+        role_may_report: None,
     };
     write_manifest(site, &manifest);
     manifest

@@ -77,6 +77,7 @@ pub fn build(site: &SiteDir, release: u64) -> Manifest {
         writable: vec![],
         sbom: None,
         measured: Some(measured(release)),
+        role_may_report: Some(false),
     };
     fs::write(folder.join("manifest.json"), serde_json::to_vec_pretty(&manifest).unwrap()).unwrap();
     manifest
@@ -134,6 +135,16 @@ impl TestSite {
 
     pub fn publish(&self, release: u64) -> Manifest {
         let manifest = build(&self.site, release);
+        kiln_images::publish(self.path(), "minimal", release, Timestamp::now()).unwrap();
+        manifest
+    }
+
+    /// The same, with another manifest.
+    pub fn publish_as(&self, release: u64, change: impl FnOnce(&mut Manifest)) -> Manifest {
+        let mut manifest = build(&self.site, release);
+        change(&mut manifest);
+        let path = self.site.build("minimal", release).join("manifest.json");
+        fs::write(path, serde_json::to_vec_pretty(&manifest).unwrap()).unwrap();
         kiln_images::publish(self.path(), "minimal", release, Timestamp::now()).unwrap();
         manifest
     }

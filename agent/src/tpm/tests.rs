@@ -180,6 +180,8 @@ fn the_data_s_key_is_given_to_an_initramfs_under_its_secure_boot_state_and_to_no
         for _ in 0..5 {
             assert!(tpm.data_key().unwrap_err().to_string().contains("does not give it out"));
         }
+        // It puts none there either: that one no other boot would be given.
+        assert!(tpm.make_data_key(&[9; DATA_KEY]).unwrap_err().to_string().contains("started by kexec"));
     }
     // Nor does its password open it, which is empty.
     assert!(tpm.run(&command::nv_read(0x0180_4b11, 64, 0)).unwrap_err().code().is_some());

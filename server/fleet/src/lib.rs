@@ -50,7 +50,7 @@ pub use held::{HELD_KEPT, HeldBoot};
 pub use machine::{Assigned, Machine, Refused};
 pub use orders::{Errand, MachineOrder, ORDERS_KEPT, OrderState};
 pub use replace::Replacement;
-pub use secrets::SecretsPolicy;
+pub use secrets::{Barred, SecretsPolicy};
 pub use state::{State, StateKind};
 
 /// Unix time in milliseconds, on the server's clock.

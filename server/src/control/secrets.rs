@@ -10,7 +10,7 @@ use crate::error::{ControlError, SecretError, StoreError};
 use crate::store::Store;
 use crate::vault::{OVERHEAD, Vault, forget, seal_once};
 use crate::view::{SecretHolderView, SecretView};
-use kiln_fleet::{Machine, Millis, StateKind};
+use kiln_fleet::{Barred, Machine, Millis, StateKind};
 use kiln_protocol::tpm::{self, EccPoint, Template};
 use kiln_protocol::{
     Delivered, HexBytes, KeyId, MachineId, Nonce, ReleaseId, SECRET_LIMIT, SECRETS_OF_A_MACHINE, SecretName, SecretSet,
@@ -149,6 +149,15 @@ fn wants(machine: &Machine, catalog: &Catalog) -> Option<Vec<SecretName>> {
     same.then(|| manifest.secrets.iter().filter_map(|wanted| wanted.name.parse().ok()).collect())
 }
 
+/// Which releases the site has signed away.
+fn barred(catalog: &Catalog) -> Barred {
+    let revoked = catalog.site.dbx.iter().flat_map(|list| &list.revoked);
+    Barred {
+        floors: catalog.site.floors.clone(),
+        revoked: revoked.filter_map(|program| program.release.parse().ok()).collect(),
+    }
+}
+
 impl Control {
     /// What a machine shall hold; none: nobody can say, so that it keeps what it has.
     fn wanted_secrets(&self, machine: &Machine, catalog: &Catalog) -> Option<SecretVersions> {
@@ -175,7 +184,7 @@ impl Control {
         let catalog = self.catalog();
         let inner = self.lock();
         let machine = inner.machines.get(id)?;
-        machine.secrets_word(key, &self.wanted_secrets(machine, &catalog)?)
+        machine.secrets_word(key, &self.wanted_secrets(machine, &catalog)?, &barred(&catalog))
     }
 
     /// Sets a secret, or gives it another value: machines get it at their next report.
@@ -286,6 +295,7 @@ impl Control {
 
     fn secret_view(&self, key: &(SecretFor, SecretName)) -> Result<SecretView, ControlError> {
         let catalog = self.catalog();
+        let barred = barred(&catalog);
         let inner = self.lock();
         let known = self.secrets.lock();
         let (of, name) = key;
@@ -301,7 +311,7 @@ impl Control {
                 _ if held == Some(kept.version) => None,
                 _ if !own => Some("it has one of its own of this name".to_owned()),
                 None => Some("it has proven no key yet".to_owned()),
-                Some(key) => machine.secrets_withheld(key).or_else(|| {
+                Some(key) => machine.secrets_withheld(key, &barred).or_else(|| {
                     let words = if declared {
                         "it gets it with its next proof"
                     } else {
@@ -355,13 +365,14 @@ impl Control {
         pending: &mut Pending,
     ) -> Result<Delivered, SecretError> {
         let machine = inner.machines.get(asks.id).ok_or(SecretError::Withheld("it was forgotten".into()))?;
-        if let Some(reason) = machine.secrets_withheld(asks.key) {
+        let catalog = self.catalog();
+        if let Some(reason) = machine.secrets_withheld(asks.key, &barred(&catalog)) {
             return Err(SecretError::Withheld(reason));
         }
         // The area is its template with a policy that is worked out here: nothing that it says of itself is believed.
         let policy = tpm::delivery_policy(asks.pcrs).ok_or(SecretError::DeliveryKey)?;
         Template::Delivery(policy).point(asks.delivery).map_err(|_| SecretError::DeliveryKey)?;
-        let wanted = wants(machine, &self.catalog()).unwrap_or_default();
+        let wanted = wants(machine, &catalog).unwrap_or_default();
         let (set, names) = {
             let known = self.secrets.lock();
             let found = known.of(machine, &wanted);

@@ -406,3 +406,18 @@ async fn people_set_secrets_within_their_role_and_limits() {
     let (good, out, _) = site.kiln(&["secret", "list", "--site", site.path().to_str().unwrap()]);
     assert!(good && out.contains("role lab") && !out.contains("xxxxx"), "{out}");
 }
+
+#[tokio::test]
+async fn a_value_is_not_sent_over_an_unencrypted_connection() {
+    let site = TestSite::new();
+    let file = site.path().join("value");
+    std::fs::write(&file, FIRST).unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let file = file.to_str().unwrap();
+    let (good, out, err) =
+        site.kiln(&["secret", "set", "db-password", "--role", "lab", "--file", file, "--server", &url]);
+    assert!(!good && err.contains("is not encrypted: the secret would be shown"), "{out}{err}");
+    assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "nobody was asked anything");
+}

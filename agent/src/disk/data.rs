@@ -7,6 +7,7 @@
 
 use super::DiskError;
 use super::block::{Block, Device, SECTOR};
+use super::layout::{Found, look};
 use super::machine::MachineDisk;
 use crate::error::{AgentError, Result};
 use crate::sys::{self, DmCommand};
@@ -156,6 +157,12 @@ pub fn carry_key() -> Result<()> {
     let carried = Tpm::open()?.ok_or(AgentError::NoTpm)?.carry_data_key(&key);
     forget(&mut key);
     Ok(carried?)
+}
+
+/// Whether this disk has a place for this site's data.
+pub fn lies_on(disk: &Path, site: &str) -> bool {
+    let found = Device::open(disk).ok().and_then(|device| look(&device, site).ok());
+    matches!(found, Some(Found::Ours(layout)) if layout.data().is_some())
 }
 
 /// What was on the data partition of this machine can be read by nobody any more. Whether there was a key.

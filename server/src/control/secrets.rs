@@ -66,7 +66,7 @@ impl SecretFor {
 struct Kept {
     of: SecretFor,
     name: SecretName,
-    /// Site-wide: no two values ever have the same.
+    /// Site-wide: no two values ever have the same ([`next_version`]).
     version: u64,
     at: Millis,
     by: String,
@@ -138,6 +138,12 @@ impl Known {
         };
         wanted.iter().filter_map(one).collect()
     }
+}
+
+/// The time in milliseconds, or the number behind the newest: also a database that was restored from a backup, and knows nothing of
+/// what was given since, gives no number twice. It stays below 2^53, as JSON wants, for as long as clocks do.
+fn next_version(newest: u64, now: Millis) -> u64 {
+    now.max(newest + 1)
 }
 
 /// What the release that it runs wants; none: it is not known.
@@ -238,7 +244,7 @@ impl Control {
                 vault
             }
         };
-        let version = known.newest + 1;
+        let version = next_version(known.newest, now);
         let sealed = HexBytes(vault.seal(&Kept::place(&of, &name, version), value)?);
         let kept = Kept { of: of.clone(), name: name.clone(), version, at: now, by: by.name.clone(), sealed };
         let note = serde_json::to_string(&kept).map_err(StoreError::from)?;
@@ -409,5 +415,17 @@ impl Control {
             encrypted_secret: HexBytes(credential.encrypted_secret),
             sealed: HexBytes(sealed),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_only_grow_whatever_the_clock_says() {
+        assert_eq!(next_version(0, 1_800_000_000_000), 1_800_000_000_000);
+        assert_eq!(next_version(1_800_000_000_000, 1_800_000_000_000), 1_800_000_000_001, "twice in a millisecond");
+        assert_eq!(next_version(1_800_000_000_000, 5), 1_800_000_000_001, "a clock that was set back");
     }
 }

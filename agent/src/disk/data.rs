@@ -74,9 +74,12 @@ pub fn open(disk: &MachineDisk, settings: &DataSettings, root: &Path) -> Result<
     let known = tpm.data_key()?;
     let what = plan(&head, known.as_ref());
     let mut key = match (&what, known) {
-        (Plan::OfAnother, _) => return Err(DiskError::DataOfAnother { disk: disk.name().to_owned() }.into()),
-        (Plan::Open | Plan::Make, Some(key)) => key,
-        (Plan::Open | Plan::Make, None) => {
+        (Plan::OfAnother, _) | (Plan::Open, None) => {
+            return Err(DiskError::DataOfAnother { disk: disk.name().to_owned() }.into());
+        }
+        (Plan::Open, Some(key)) => key,
+        // Never under a key that was there before its partition: who has the machine in hand could have put it there.
+        (Plan::Make, _) => {
             let [mut first, mut second] = [crate::memory::random()?, crate::memory::random()?];
             let mut key = [0; DATA_KEY];
             key[..32].copy_from_slice(&first);

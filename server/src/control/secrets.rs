@@ -93,6 +93,8 @@ struct Known {
     kept: BTreeMap<(SecretFor, SecretName), Kept>,
     newest: u64,
     vault: Option<Arc<Vault>>,
+    /// What each machine was given last, in words and with its boot: the same again is no news.
+    given: BTreeMap<MachineId, String>,
 }
 
 /// All of a site. Locked after the fleet, where both are.
@@ -119,7 +121,7 @@ impl Secrets {
             tracing::error!("{} is missing: nobody is given the secrets that it sealed; restore it", key.display());
         }
         let kept = kept.into_iter().map(|kept| ((kept.of.clone(), kept.name.clone()), kept)).collect();
-        Ok(Self { known: Mutex::new(Known { kept, newest, vault: vault.map(Arc::new) }), key })
+        Ok(Self { known: Mutex::new(Known { kept, newest, vault: vault.map(Arc::new), given: BTreeMap::new() }), key })
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -409,7 +411,13 @@ impl Control {
         forget(&mut once);
         let (credential, sealed) = (credential.map_err(|_| SecretError::Sealing)?, sealed?);
         let what = format!("was given the secrets {}", names.join(", "));
-        self.audit(pending, machine, "kiln", what);
+        let given = format!("{} {what}", asks.boot_id);
+        let mut known = self.secrets.lock();
+        known.given.retain(|id, _| inner.machines.contains_key(id));
+        if known.given.insert(asks.id.clone(), given.clone()) != Some(given) {
+            self.audit(pending, machine, "kiln", what);
+        }
+        drop(known);
         Ok(Delivered {
             id_object: HexBytes(credential.id_object),
             encrypted_secret: HexBytes(credential.encrypted_secret),

@@ -53,6 +53,18 @@ impl Tpm {
         }
     }
 
+    /// Whether there is a key, for whatever state.
+    pub fn has_data_key(&mut self) -> Result<bool> {
+        for index in [KEY, COPY] {
+            match self.run(&command::nv_size(index)) {
+                Ok(_) => return Ok(true),
+                Err(fault) if is_missing(&fault) => {}
+                Err(fault) => return Err(fault),
+            }
+        }
+        Ok(false)
+    }
+
     /// Puts a new key there. Only in an initramfs that firmware started.
     pub fn make_data_key(&mut self, key: &[u8; DATA_KEY]) -> Result<()> {
         self.put(KEY, BOUND, key)

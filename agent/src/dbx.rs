@@ -3,7 +3,8 @@
 //! this machine looks by itself whether it needs what the list names.
 //! Sources: UEFI 2.10 §8.2.2 (authenticated append), Linux Documentation/filesystems/efivarfs.rst.
 
-use crate::disk::data;
+use crate::change::blocking;
+use crate::disk::data::{self, Carried};
 use crate::error::{AgentError, Result};
 use crate::verifier::{Verified, Verifier};
 use crate::{fetch, init, sys};
@@ -57,8 +58,10 @@ async fn tried(
         return Ok(DbxOutcome::Installed);
     }
     let change = download(verifier, list).await?;
-    // The data's key is bound to what changes here.
-    data::carry_key()?;
+    // The data's key is bound to what changes here. Behind it this machine's data would be locked for ever.
+    if let Carried::Not(reason) = blocking(data::carry_key).await? {
+        return Ok(DbxOutcome::Held { reason: format!("the key of its data would be lost: {reason}") });
+    }
     append(path, &change).map_err(AgentError::file(path))?;
     match lacks(path, list)? {
         0 => Ok(DbxOutcome::Installed),

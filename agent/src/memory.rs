@@ -61,6 +61,9 @@ pub struct Memory {
     /// Boots in a row that ended because what was served did not verify.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub failed_boots: u32,
+    /// The last boot of an image that keeps data was restarted through firmware, because a kexec had started it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub restarted_for_data: bool,
     /// Operators' orders that were taken and have not expired, by id: none is done twice.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub orders: BTreeMap<String, OrderMark>,
@@ -69,6 +72,11 @@ pub struct Memory {
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
 fn is_zero(number: &u32) -> bool {
     *number == 0
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
+fn is_false(value: &bool) -> bool {
+    !*value
 }
 
 /// So many boots may fail to verify before the pauses between them grow: as many as a trial has.
@@ -108,6 +116,13 @@ impl Memory {
             return Err(AgentError::BelowFloor { image: boot.image.clone(), release: boot.release, floor });
         }
         Ok(())
+    }
+
+    /// Whether this boot restarts through firmware, because its kernel is `past` the state in which the TPM gives the data's
+    /// key. Not twice in a row: firmware that leads here by kexec again would do so for ever.
+    pub fn restart_for_data(&mut self, past: bool) -> bool {
+        let restarted = std::mem::replace(&mut self.restarted_for_data, past);
+        past && !restarted
     }
 
     /// The floor of `image`; 1 where none was signed.
@@ -489,5 +504,19 @@ mod tests {
         assert_eq!((memory.sequence, memory.order(1)), (0, 8), "lower than 7, and newer");
         assert_eq!(memory.time_floor, None, "what the old one said of the time");
         assert_eq!((memory.sequence_of(8), memory.sequence_of(7)), (Some(1), None));
+    }
+
+    #[test]
+    fn a_boot_that_is_not_given_its_data_restarts_once() {
+        let mut memory = Memory::default();
+        assert!(!memory.restart_for_data(false));
+        assert!(!serde_json::to_string(&memory).unwrap().contains("restarted_for_data"));
+        assert!(memory.restart_for_data(true));
+        // It came by kexec again.
+        let text = serde_json::to_string(&memory).unwrap();
+        let mut memory: Memory = serde_json::from_str(&text).unwrap();
+        assert!(!memory.restart_for_data(true) && !memory.restart_for_data(true));
+        // After a boot through firmware it may once more.
+        assert!(!memory.restart_for_data(false) && memory.restart_for_data(true));
     }
 }

@@ -312,6 +312,7 @@ fn start_net(
                 shared: config.tftp_shared,
                 address: config.boot.address,
                 http_port,
+                uefi: config.boot.uefi,
                 ..net::tftp::Settings::default()
             };
             parts.spawn(async move {

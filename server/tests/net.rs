@@ -6,7 +6,7 @@
 mod network;
 
 use kiln_netboot::tftp::BootFile;
-use kiln_netboot::{BootAnswer, Config, Event, Mode};
+use kiln_netboot::{BootAnswer, Config, Event, Mode, UefiProgram};
 use kiln_protocol::Sha256Hex;
 use kiln_server::net::{BootFiles, BootNet, Decide, NetEvent, Stamp, dhcp, tftp};
 use network::{CABLE, PATIENCE, SERVER, firmware, inside, packet, sh};
@@ -74,7 +74,7 @@ fn boot_net() -> BootNet {
         agent_port: 8443,
         http_boot: true,
         chain_ipxe: true,
-        uefi: kiln_netboot::UefiProgram::Uki,
+        uefi: UefiProgram::Uki,
     };
     BootNet::new(config, []).unwrap()
 }
@@ -156,7 +156,14 @@ async fn tftp_clients_get_exactly_the_bytes() {
         event(&mut events, refused).await;
         assert_eq!(fetch("curl -sS -o out tftp://127.0.0.1/snponly.efi").await, None, "a known name, not there");
         event(&mut events, |e| matches!(e, NetEvent::TftpRefused { name, .. } if name == "snponly.efi")).await;
-        let script = fetch("curl -sS -o out tftp://127.0.0.1/autoexec.ipxe").await.unwrap();
+        for asked in ["shimx64.efi", "grubx64.efi", "autoexec.ipxe"] {
+            assert_eq!(fetch(&format!("curl -sS -o out tftp://127.0.0.1/{asked}")).await, None, "the site gives UKIs");
+            event(&mut events, |e| matches!(e, NetEvent::TftpRefused { name, .. } if name == asked)).await;
+        }
+        let listen = SocketAddrV4::new(Ipv4Addr::LOCALHOST, 6969);
+        let shim = tftp::Settings { listen, uefi: UefiProgram::Shim, ..tftp::Settings::default() };
+        let (_files, _events) = serve_tftp(shim).await;
+        let script = fetch("curl -sS -o out tftp://127.0.0.1:6969/autoexec.ipxe").await.unwrap();
         let asks = "chain http://127.0.0.1:8080/boot.ipxe?";
         assert!(String::from_utf8_lossy(&script).contains(asks), "made for the address that it is asked at");
     }

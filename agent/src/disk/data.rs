@@ -7,6 +7,7 @@
 
 use super::DiskError;
 use super::block::{Block, Device, SECTOR};
+use super::layout::{Found, look};
 use super::machine::MachineDisk;
 use crate::error::{AgentError, Result};
 use crate::sys::{self, DmCommand};
@@ -73,9 +74,12 @@ pub fn open(disk: &MachineDisk, settings: &DataSettings, root: &Path) -> Result<
     let known = tpm.data_key()?;
     let what = plan(&head, known.as_ref());
     let mut key = match (&what, known) {
-        (Plan::OfAnother, _) => return Err(DiskError::DataOfAnother { disk: disk.name().to_owned() }.into()),
-        (Plan::Open | Plan::Make, Some(key)) => key,
-        (Plan::Open | Plan::Make, None) => {
+        (Plan::OfAnother, _) | (Plan::Open, None) => {
+            return Err(DiskError::DataOfAnother { disk: disk.name().to_owned() }.into());
+        }
+        (Plan::Open, Some(key)) => key,
+        // Never under a key that was there before its partition: who has the machine in hand could have put it there.
+        (Plan::Make, _) => {
             let [mut first, mut second] = [crate::memory::random()?, crate::memory::random()?];
             let mut key = [0; DATA_KEY];
             key[..32].copy_from_slice(&first);
@@ -141,21 +145,67 @@ fn make(device: &str, root: &Path) -> Result<()> {
     ))))
 }
 
-/// Before Secure Boot's state changes: the key, as the kernel has it, goes where the next initramfs finds it. Without data
-/// nothing is done.
-pub fn carry_key() -> Result<()> {
-    let Ok(table) = sys::device_mapper(&verity::mapper()?, DmCommand::Table, DEVICE, None) else { return Ok(()) };
-    let key = table.split_whitespace().nth(1).and_then(hex::decode);
-    let mut table = table.into_bytes();
+/// What became of the data's key before Secure Boot's state changes.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Carried {
+    /// There is none.
+    NoKey,
+    /// The next initramfs finds it.
+    Over,
+    /// It stays bound to the state of now, and the reason says why.
+    Not(String),
+}
+
+/// Before Secure Boot's state changes: the key, as the kernel has it, goes where the next initramfs finds it.
+pub fn carry_key() -> Result<Carried> {
+    let mut table = match sys::device_mapper(&verity::mapper()?, DmCommand::Table, DEVICE, None) {
+        Ok(table) => table.into_bytes(),
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return without_device(),
+        Err(error) => return Err(AgentError::system("reading the data's dm-crypt table")(error)),
+    };
+    let key = table_key(&table);
     forget(&mut table);
-    let key: Option<Key> = key.and_then(|key| key.try_into().ok());
     let mut key = key.ok_or_else(|| AgentError::Format {
         path: "/dev/mapper/control".into(),
         reason: "the data's table holds no key of 64 bytes".into(),
     })?;
-    let carried = Tpm::open()?.ok_or(AgentError::NoTpm)?.carry_data_key(&key);
+    let carried = match Tpm::open() {
+        Ok(Some(mut tpm)) => tpm.carry_data_key(&key),
+        Ok(None) => Err(std::io::Error::from(std::io::ErrorKind::NotFound).into()),
+        Err(fault) => Err(fault),
+    };
     forget(&mut key);
-    Ok(carried?)
+    Ok(match carried {
+        Ok(()) => Carried::Over,
+        Err(fault) => Carried::Not(fault.to_string()),
+    })
+}
+
+fn table_key(table: &[u8]) -> Option<Key> {
+    let digits = std::str::from_utf8(table).ok()?.split_whitespace().nth(1)?;
+    let mut bytes = hex::decode(digits)?;
+    let key = bytes.as_slice().try_into().ok();
+    forget(&mut bytes);
+    key
+}
+
+/// The partition is not open in this boot. Another boot may have put a key there.
+fn without_device() -> Result<Carried> {
+    let there = match Tpm::open()? {
+        Some(mut tpm) => tpm.has_data_key()?,
+        None => false,
+    };
+    Ok(if there {
+        Carried::Not("the TPM has it, and the data is not open in this boot".into())
+    } else {
+        Carried::NoKey
+    })
+}
+
+/// Whether this disk has a place for this site's data.
+pub fn lies_on(disk: &Path, site: &str) -> bool {
+    let found = Device::open(disk).ok().and_then(|device| look(&device, site).ok());
+    matches!(found, Some(Found::Ours(layout)) if layout.data().is_some())
 }
 
 /// What was on the data partition of this machine can be read by nobody any more. Whether there was a key.
@@ -182,6 +232,12 @@ mod tests {
         assert_eq!(plan(&[0; 512], Some(&mine)), Plan::Make);
         assert_eq!(plan(&[0; 512], None), Plan::Make);
         assert_eq!(plan(&[], None), Plan::Make);
+        assert_eq!(table_key(format!("aes-xts-plain64 {} 0 8:5 2048", hex::encode(mine)).as_bytes()), Some(mine));
+        for other in
+            ["", "aes-xts-plain64", "aes-xts-plain64 :64:logon:x 0 8:5 2048", "aes-xts-plain64 0101 0 8:5 2048"]
+        {
+            assert_eq!(table_key(other.as_bytes()), None, "{other}");
+        }
         assert!(!head(&mine).windows(8).any(|piece| piece == [1; 8]), "its name is not it");
     }
 }

@@ -2,6 +2,7 @@
 
 use super::secure_boot;
 use super::switch_root::{NEW_ROOT, switch_root};
+use crate::change::blocking;
 use crate::coldplug::Drivers;
 use crate::disk::machine::{SharedDisk, on_disk};
 use crate::disk::{DiskError, data};
@@ -47,6 +48,7 @@ pub(super) async fn start(
         match local::install_here(flow, &verified, &disk).await {
             Ok(slot) => {
                 flow.journal.done(Stage::Root);
+                through_firmware(flow).await;
                 return start_slot(flow, verified, uplink, &disk, slot).await;
             }
             // A disk that fails costs the slots, not the boot.
@@ -152,6 +154,30 @@ async fn mount_and_leave(
 /// What the image keeps over reimages, if it keeps anything.
 fn keeps_data(boot: &BootInfo) -> Option<&DataSettings> {
     boot.site.disk.as_ref().and_then(|disk| disk.data.as_ref())
+}
+
+/// The TPM gives the data's key to no kernel that a kexec started: the first release that keeps data may have come so. It lies in
+/// its slot by now, and firmware starts it from there. Comes back where that is not needed, or did not help the last time.
+async fn through_firmware(flow: &mut Flow) {
+    if keeps_data(&flow.verifier.boot).is_none() {
+        return;
+    }
+    let past = blocking(|| Ok(tpm::is_past_initramfs())).await.unwrap_or(false);
+    let before = flow.verifier.memory.restarted_for_data;
+    let restart = flow.verifier.memory.restart_for_data(past);
+    if before != past
+        && let Err(error) = flow.verifier.place.remember(&flow.verifier.memory)
+    {
+        println!("kiln-agent: a restart for the machine's data is not remembered, and not made: {error}");
+        return;
+    }
+    if restart {
+        println!(
+            "kiln-agent: a kexec started this kernel, and its data's key is for boots through firmware: it restarts"
+        );
+        log::sent().await;
+        super::restart();
+    }
 }
 
 /// Opens it. A machine without it comes up, to say so: it is not healthy.

@@ -7,7 +7,7 @@
 
 use super::{Result, Tpm, TpmFault};
 use kiln_protocol::tpm::command;
-use kiln_protocol::tpm::{Auth, code};
+use kiln_protocol::tpm::{Auth, code, pcr_policy};
 
 /// Bytes of a key: two of AES-256, as XTS wants (IEEE 1619).
 pub const DATA_KEY: usize = 64;
@@ -53,7 +53,19 @@ impl Tpm {
         }
     }
 
-    /// Puts a new key there.
+    /// Whether there is a key, for whatever state.
+    pub fn has_data_key(&mut self) -> Result<bool> {
+        for index in [KEY, COPY] {
+            match self.run(&command::nv_size(index)) {
+                Ok(_) => return Ok(true),
+                Err(fault) if is_missing(&fault) => {}
+                Err(fault) => return Err(fault),
+            }
+        }
+        Ok(false)
+    }
+
+    /// Puts a new key there. Only in an initramfs that firmware started.
     pub fn make_data_key(&mut self, key: &[u8; DATA_KEY]) -> Result<()> {
         self.put(KEY, BOUND, key)
     }
@@ -107,11 +119,27 @@ impl Tpm {
         }
     }
 
+    /// What these PCRs come to in every initramfs that firmware starts under this state. A kernel that is past it is refused: what
+    /// it put there no other boot would be given.
+    fn initramfs_policy(&mut self, pcrs: &[u8]) -> Result<[u8; 32]> {
+        if self.is_past_initramfs()? {
+            return Err(std::io::Error::other("this kernel was started by kexec: restart through firmware").into());
+        }
+        let mut values = Vec::with_capacity(pcrs.len());
+        for pcr in pcrs {
+            values.push(if *pcr == super::LEFT_PCR { [0; 32] } else { self.run(&command::pcr_read(*pcr))? });
+        }
+        Ok(pcr_policy(pcrs, &values))
+    }
+
+    /// Whether the initramfs that firmware started was left: this is the running system, or a kexec started this kernel.
+    pub fn is_past_initramfs(&mut self) -> Result<bool> {
+        Ok(self.run(&command::pcr_read(super::LEFT_PCR))? != [0; 32])
+    }
+
     fn put(&mut self, index: u32, pcrs: &[u8], key: &[u8; DATA_KEY]) -> Result<()> {
-        let session = self.policy(pcrs)?;
-        let digest = self.run(&command::policy_digest(session));
-        self.run(&command::flush(session))?;
-        self.define(index, &digest?)?;
+        let policy = self.initramfs_policy(pcrs)?;
+        self.define(index, &policy)?;
         self.write_key(index, key)?;
         match self.given(index, pcrs)? {
             Given::Key(read) if read == *key => Ok(()),
@@ -146,5 +174,5 @@ fn is_missing(fault: &TpmFault) -> bool {
 
 /// `PolicyPCR` of a PCR that nobody has extended.
 fn copy_policy() -> [u8; 32] {
-    kiln_protocol::tpm::pcr_policy(BOUND_COPY, &[[0; 32]])
+    pcr_policy(BOUND_COPY, &[[0; 32]])
 }

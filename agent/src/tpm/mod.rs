@@ -77,6 +77,14 @@ pub fn leave_initramfs() {
     }
 }
 
+/// Whether a kexec started this kernel, as the TPM knows it. One that does not answer gives no key either.
+pub fn is_past_initramfs() -> bool {
+    match Tpm::open() {
+        Ok(Some(mut tpm)) => tpm.is_past_initramfs().unwrap_or(false),
+        Ok(None) | Err(_) => false,
+    }
+}
+
 /// Firmware's event log; empty where the kernel has none, or one that is too long to be sent.
 pub fn event_log() -> Vec<u8> {
     let mut log = Vec::new();

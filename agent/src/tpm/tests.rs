@@ -180,6 +180,8 @@ fn the_data_s_key_is_given_to_an_initramfs_under_its_secure_boot_state_and_to_no
         for _ in 0..5 {
             assert!(tpm.data_key().unwrap_err().to_string().contains("does not give it out"));
         }
+        // It puts none there either: that one no other boot would be given.
+        assert!(tpm.make_data_key(&[9; DATA_KEY]).unwrap_err().to_string().contains("started by kexec"));
     }
     // Nor does its password open it, which is empty.
     assert!(tpm.run(&command::nv_read(0x0180_4b11, 64, 0)).unwrap_err().code().is_some());
@@ -190,7 +192,7 @@ fn the_data_s_key_is_given_to_an_initramfs_under_its_secure_boot_state_and_to_no
     // Another system: Secure Boot is off, or lets other keys in.
     let mut tpm = running.restart();
     secure_boot(&mut tpm, 2);
-    assert!(tpm.data_key().is_err());
+    assert!(tpm.data_key().is_err() && tpm.has_data_key().unwrap());
     // A list of revoked programs goes in, which the running system says beforehand.
     let mut tpm = running.restart();
     secure_boot(&mut tpm, 1);
@@ -207,8 +209,9 @@ fn the_data_s_key_is_given_to_an_initramfs_under_its_secure_boot_state_and_to_no
 
     let mut tpm = running.restart();
     secure_boot(&mut tpm, 3);
+    assert!(tpm.has_data_key().unwrap());
     assert!(tpm.destroy_data_key().unwrap() && !tpm.destroy_data_key().unwrap());
-    assert_eq!(tpm.data_key().unwrap(), None);
+    assert_eq!((tpm.data_key().unwrap(), tpm.has_data_key().unwrap()), (None, false));
     // A cut between making the place and writing it leaves no key.
     tpm.run(&command::nv_define_bound(0x0180_4b11, 64, &[0; 32])).unwrap();
     assert!(matches!(tpm.data_key(), Ok(None) | Err(_)));

@@ -30,6 +30,9 @@ use tokio::time::{sleep, timeout};
 const TELL_EVERY: Duration = Duration::from_secs(15);
 /// Disks wiped side by side.
 const AT_ONCE: usize = 16;
+/// So often the TPM is asked to give up the data's key, and the pause between.
+const KEY_TRIES: u32 = 5;
+const KEY_PAUSE: Duration = Duration::from_secs(3);
 
 /// Wipes, and delivers the receipt. Comes back when it is delivered: the machine then starts anew.
 pub async fn obey(flow: &mut Flow, order: &Order) -> Result<()> {
@@ -37,16 +40,17 @@ pub async fn obey(flow: &mut Flow, order: &Order) -> Result<()> {
     println!("kiln-agent: order {} is to {}", order.id, order.action);
     flow.journal.started(Stage::Wipe);
     flow.report().await;
-    // First: whatever a disk keeps of the data in some corner, and wherever this is cut, nobody reads it.
-    match data::destroy_key() {
-        Ok(true) => println!("kiln-agent: the key of this machine's data is destroyed"),
-        Ok(false) => {}
-        Err(error) => println!("kiln-agent: the key of this machine's data is not destroyed: {error}"),
-    }
     let (begun, meter) = (Instant::now(), Arc::new(Meter::default()));
     let mut work = {
-        let meter = Arc::clone(&meter);
-        spawn_blocking(move || wipe_all(&disks, method, &meter))
+        let (meter, site) = (Arc::clone(&meter), flow.verifier.boot.site.name.clone());
+        spawn_blocking(move || {
+            let kept = give_up_data(&disks, &site);
+            let mut report = wipe_all(&disks, method, &meter);
+            if let Some(kept) = kept {
+                kept.tell(&mut report);
+            }
+            report
+        })
     };
     let done = loop {
         if let Ok(done) = timeout(TELL_EVERY, &mut work).await {
@@ -101,6 +105,55 @@ async fn deliver(flow: &mut Flow, text: &str) -> Result<()> {
     }
 }
 
+/// A key that is still in the TPM although its disks are wiped.
+struct Kept {
+    disks: Vec<String>,
+    why: String,
+}
+
+impl Kept {
+    /// Such a disk does not count as wiped: what it keeps in some corner can be read.
+    fn tell(&self, report: &mut [WipedDisk]) {
+        for disk in report.iter_mut().filter(|disk| self.disks.contains(&disk.name)) {
+            disk.outcome = WipeOutcome::Failed;
+            disk.detail = format!("the key of its data is still in this machine's TPM: {}; {}", self.why, disk.detail);
+        }
+    }
+}
+
+/// First: whatever a disk keeps of the data in some corner, and wherever this is cut, nobody reads it. An order for other
+/// disks leaves the data as it is.
+fn give_up_data(serials: &[String], site: &str) -> Option<Kept> {
+    let ordered = disks::all().into_iter().filter(|disk| disk.reason_to_skip(serials).is_none());
+    let holders: Vec<String> = ordered.filter(|disk| data::lies_on(&disk.path(), site)).map(|disk| disk.name).collect();
+    if !is_for_data(serials, &holders) {
+        return None;
+    }
+    match tried(KEY_PAUSE, data::destroy_key) {
+        Ok(true) => println!("kiln-agent: the key of this machine's data is destroyed"),
+        Ok(false) => {}
+        Err(error) => return Some(Kept { disks: holders, why: error.to_string() }),
+    }
+    None
+}
+
+/// An order that names no disk is for everything; one that names some, for the data if they hold it.
+fn is_for_data(serials: &[String], holders: &[String]) -> bool {
+    serials.is_empty() || !holders.is_empty()
+}
+
+/// A TPM may be busy, or say that it wants to be asked again.
+fn tried<T>(pause: Duration, mut work: impl FnMut() -> Result<T>) -> Result<T> {
+    for _ in 1..KEY_TRIES {
+        match work() {
+            Ok(done) => return Ok(done),
+            Err(error) => println!("kiln-agent: the key of this machine's data is not destroyed: {error}"),
+        }
+        std::thread::sleep(pause);
+    }
+    work()
+}
+
 /// Every disk of this machine, and what became of it; besides them the ordered ones that it does not have.
 fn wipe_all(serials: &[String], method: WipeMethod, meter: &Meter) -> Vec<WipedDisk> {
     let (mut chosen, mut report) = (Vec::new(), Vec::new());
@@ -145,5 +198,47 @@ fn wipe(disk: &Disk, method: WipeMethod, meter: &Meter) -> WipedDisk {
     match erase::erase(disk, method, &mut methods, meter) {
         Ok(how) => disk.became(methods, WipeOutcome::Wiped, how),
         Err(error) => disk.became(methods, WipeOutcome::Failed, error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_data_s_key_goes_with_its_disk_and_with_no_other() {
+        let (named, holders) = (["S1".to_owned()], ["sda".to_owned()]);
+        assert!(is_for_data(&[], &holders) && is_for_data(&[], &[]) && is_for_data(&named, &holders));
+        assert!(!is_for_data(&named, &[]));
+    }
+
+    #[test]
+    fn a_disk_whose_key_stays_is_not_wiped() {
+        let failed = || AgentError::system("asking the TPM")(std::io::Error::other("busy"));
+        let mut asked = 0;
+        let third = tried(Duration::ZERO, || {
+            asked += 1;
+            if asked < 3 { Err(failed()) } else { Ok(true) }
+        });
+        assert!(third.unwrap() && asked == 3);
+        asked = 0;
+        let never: Result<bool> = tried(Duration::ZERO, || {
+            asked += 1;
+            Err(failed())
+        });
+        assert_eq!(asked, KEY_TRIES);
+        let kept = Kept { disks: vec!["sda".into()], why: never.unwrap_err().to_string() };
+        let disk = |name: &str| Disk {
+            name: name.into(),
+            model: String::new(),
+            serial: name.into(),
+            bytes: 1,
+            removable: false,
+        };
+        let mut report = ["sda", "sdb"].map(|name| disk(name).became(Vec::new(), WipeOutcome::Wiped, "zeros".into()));
+        kept.tell(&mut report);
+        assert_eq!((report[0].outcome, report[1].outcome), (WipeOutcome::Failed, WipeOutcome::Wiped));
+        assert!(report[0].detail.contains("still in this machine's TPM") && report[0].detail.contains("busy"));
+        assert!(report[0].detail.ends_with("zeros") && report[1].detail == "zeros");
     }
 }

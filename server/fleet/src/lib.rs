@@ -52,7 +52,7 @@ pub use machine::{Assigned, Machine, Refused};
 pub use orders::{Errand, MachineOrder, ORDERS_KEPT, OrderState};
 pub use protection::Recorded;
 pub use replace::Replacement;
-pub use secrets::SecretsPolicy;
+pub use secrets::{Barred, SecretsPolicy};
 pub use state::{State, StateKind};
 
 /// Unix time in milliseconds, on the server's clock.

@@ -1,11 +1,12 @@
-//! Who may have secrets: a machine that is in service, whose TPM proved this boot, and no other. Which secrets there are is the
-//! caller's.
+//! Who may have secrets: a machine that is in service, whose TPM proved this boot, and that runs what it shall; no other. Which
+//! secrets there are is the caller's.
 
 use crate::event::Action;
 use crate::grant::{Desire, desire};
 use crate::machine::Machine;
 use kiln_protocol::{AttestationState, KeyId, ReleaseId, Report, SecretVersions, SecretsWord, Via};
 use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What a role demands of a boot before it gives it secrets. There is no weaker one: a machine without a proven TPM gets
 /// none.
@@ -29,9 +30,28 @@ impl SecretsPolicy {
     }
 }
 
+/// Which releases the site has signed away: they may be genuine, and are known to be weak.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Barred {
+    /// Lowest release that may run, by image.
+    pub floors: BTreeMap<String, u64>,
+    /// Whose boot programs firmware shall not start any more.
+    pub revoked: BTreeSet<ReleaseId>,
+}
+
+impl Barred {
+    fn reason(&self, release: &ReleaseId) -> Option<String> {
+        let floor = self.floors.get(release.image.as_str()).copied().unwrap_or(1);
+        if release.release < floor {
+            return Some(format!("{release} is below the floor of its image, {floor}"));
+        }
+        self.revoked.contains(release).then(|| format!("{release} is revoked"))
+    }
+}
+
 impl Machine {
     /// Why the machine that proved this key gets no secrets now; none: it may have them.
-    pub fn secrets_withheld(&self, key: &KeyId) -> Option<String> {
+    pub fn secrets_withheld(&self, key: &KeyId, barred: &Barred) -> Option<String> {
         if self.key_revoked {
             return Some("its identity key was revoked".to_owned());
         }
@@ -45,27 +65,33 @@ impl Machine {
         let Some(proof) = self.proof().filter(|_| state == AttestationState::Attested) else {
             return Some(format!("secrets go to attested boots only, and this one is {state}: {reason}"));
         };
-        if proof.carried {
-            return match self.secrets_policy {
-                SecretsPolicy::Attested => None,
-                SecretsPolicy::Cold => Some(
-                    "its role gives secrets only to cold boots, and this one came by kexec: restart the machine"
-                        .to_owned(),
-                ),
-            };
-        }
+        let Some(cold) = &self.attestations.cold else {
+            return Some("no boot of it was proven".to_owned());
+        };
         let running = ReleaseId { image: running.image.clone(), release: running.release };
-        match &self.attestations.cold {
-            Some(cold) if cold.release == running => None,
-            Some(cold) => {
-                Some(format!("its TPM says that firmware started {}, and it says it runs {running}", cold.release))
-            }
-            None => Some("no boot of it was proven".to_owned()),
+        if !proof.carried && cold.release != running {
+            return Some(format!("its TPM says that firmware started {}, and it says it runs {running}", cold.release));
+        }
+        let assigned = self.assigned.as_ref().is_some_and(|assigned| assigned.release == running);
+        if !assigned && self.last_good() != Some(&running) {
+            return Some(format!(
+                "it runs {running}, which is neither assigned to it nor the last that was good on it"
+            ));
+        }
+        // What firmware started could have begun anything in place of the next one, if it is weak.
+        if let Some(reason) = [&running, &cold.release].into_iter().find_map(|release| barred.reason(release)) {
+            return Some(reason);
+        }
+        match (proof.carried, self.secrets_policy) {
+            (false, _) | (true, SecretsPolicy::Attested) => None,
+            (true, SecretsPolicy::Cold) => Some(
+                "its role gives secrets only to cold boots, and this one came by kexec: restart the machine".to_owned(),
+            ),
         }
     }
 
     /// What a machine that proved this key is told, where `wanted` is what there is for it.
-    pub fn secrets_word(&self, key: &KeyId, wanted: &SecretVersions) -> Option<SecretsWord> {
+    pub fn secrets_word(&self, key: &KeyId, wanted: &SecretVersions, barred: &Barred) -> Option<SecretsWord> {
         // Somebody else's report changes nothing here, and gets no word.
         if self.key.as_ref() != Some(key) || self.secrets == *wanted {
             return None;
@@ -73,7 +99,7 @@ impl Machine {
         if wanted.is_empty() {
             return Some(SecretsWord::Drop);
         }
-        self.secrets_withheld(key).is_none().then_some(SecretsWord::Ask)
+        self.secrets_withheld(key, barred).is_none().then_some(SecretsWord::Ask)
     }
 
     /// Takes in what it says that it holds. Whether that is news.

@@ -17,6 +17,8 @@ pub(super) struct Client {
     http: reqwest::Client,
     base: String,
     token: Option<String>,
+    /// Nobody on the way reads what is sent.
+    private: bool,
 }
 
 #[derive(serde::Deserialize)]
@@ -52,14 +54,14 @@ impl Client {
     pub(super) fn new(at: &At) -> Result<Self, CliError> {
         // A token goes where it was meant to, and not where an answer says.
         let builder = reqwest::Client::builder().connect_timeout(ANSWER).redirect(reqwest::redirect::Policy::none());
-        let (builder, base, token) = match (&at.site, &at.server) {
+        let (builder, base, token, private) = match (&at.site, &at.server) {
             (Some(site), _) => {
                 let socket = site.join("state/kiln.sock");
                 if !socket.exists() {
                     return Err(CliError::NoSocket(socket));
                 }
                 // The host part is not looked up: the socket is the address.
-                (builder.unix_socket(socket), "http://kiln".to_owned(), None)
+                (builder.unix_socket(socket), "http://kiln".to_owned(), None, true)
             }
             (None, server) => {
                 let base = server.clone().unwrap_or_default().trim_end_matches('/').to_owned();
@@ -67,7 +69,8 @@ impl Client {
                 if token.is_some() && !may_show_token(&base) {
                     return Err(CliError::TokenInTheClear(base));
                 }
-                (builder, base, token)
+                let encrypted = reqwest::Url::parse(&base).is_ok_and(|url| url.scheme() == "https");
+                (builder, base, token, encrypted)
             }
         };
         let fail = |e: reqwest::Error| CliError::Request { url: base.clone(), reason: with_causes(&e) };
@@ -79,7 +82,7 @@ impl Client {
             None => builder,
         };
         let http = builder.build().map_err(fail)?;
-        Ok(Self { http, base, token })
+        Ok(Self { http, base, token, private })
     }
 
     pub(super) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, CliError> {
@@ -127,8 +130,11 @@ impl Client {
         self.changed(path, response).await
     }
 
-    /// Puts bytes as they are.
+    /// Puts bytes as they are. They are a secret: nothing is sent where somebody could read it on the way.
     pub(super) async fn put<T: DeserializeOwned>(&self, path: &str, bytes: Vec<u8>) -> Result<T, CliError> {
+        if !self.private {
+            return Err(CliError::SecretInTheClear(self.base.clone()));
+        }
         let url = self.url(path);
         let kind = "application/octet-stream";
         let request = self.http.put(&url).header(reqwest::header::CONTENT_TYPE, kind).body(bytes).timeout(ANSWER);

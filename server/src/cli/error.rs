@@ -28,6 +28,11 @@ pub(super) enum CliError {
         "{0} is not encrypted: a token would be shown to everybody on the way. Use https://, or --site on the boot server"
     )]
     TokenInTheClear(String),
+    #[error(
+        "{0} is not encrypted: the secret would be shown to everybody on the way, and nothing was sent. Use https://, or --site \
+         on the boot server"
+    )]
+    SecretInTheClear(String),
     #[error("not done yet: another person confirms it until {until} with `kiln pending confirm {id}` ({what})")]
     Kept { id: String, what: String, until: jiff::Timestamp },
     #[error("the audit log is not whole: {0}")]

@@ -291,13 +291,20 @@ fn verdict(
         return Err(fault(format!("firmware started {release}, and its agent says that it is {says}")));
     }
     let before = machine.attestations.cold.as_ref().filter(|cold| same_start(cold, clock));
-    let carried = booted.caps > 0 && before.map_or(!here, |cold| cold.boot_id != boot_id);
+    let carried = by_kexec(booted.caps, before.map(|cold| cold.boot_id.as_str()), boot_id, here);
     let boot_id = before.filter(|_| carried).map_or_else(|| boot_id.to_owned(), |cold| cold.boot_id.clone());
     let pcr11 = named.pcr11.parse().map_err(|_| fault("its manifest's PCR 11 is no SHA-256".into()))?;
     let firmware = booted.firmware.map(|part| part.parse().expect("measured::judge gives SHA-256 in hex"));
     let (resets, restarts) = (clock.resets, clock.restarts);
     let cold = ColdBoot { boot_id, resets, restarts, release, pcr11, pcrs: shown.pcrs.clone(), firmware };
     Ok(ProvenBoot { cold, carried })
+}
+
+/// Whether a kexec started this kernel, by how often PCR 11 was capped: once where an initramfs is left, and once more before a
+/// kexec, whatever boot it calls itself by then. `cold` is the cold boot that was proven under the same start of the TPM; `here`:
+/// it embeds what firmware started.
+fn by_kexec(caps: u32, cold: Option<&str>, boot_id: &str, here: bool) -> bool {
+    caps > 1 || (caps > 0 && cold.map_or(!here, |cold| cold != boot_id))
 }
 
 /// The published release whose UKI firmware started last.
@@ -348,12 +355,29 @@ fn without_log(
     let pcr11 = quoted.value(11).unwrap_or_default();
     match measured::caps(raw(&cold.pcr11), pcr11) {
         Some(caps) => {
-            let carried = caps > 0 && cold.boot_id != boot_id;
+            let carried = by_kexec(caps, Some(&cold.boot_id), boot_id, false);
             Ok(ProvenBoot { cold: ColdBoot { pcrs: pcrs.to_vec(), ..cold.clone() }, carried })
         }
         None => {
             let (expected, got) = (cold.pcr11.to_string(), id(&pcr11).to_string());
             Err(told(measured::Fault::Pcr11 { expected, got }.into()))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::by_kexec;
+
+    #[test]
+    fn a_kexec_is_seen_by_its_cap_whatever_the_kernel_calls_itself() {
+        // In the initramfs, and in the system that it started.
+        assert!(!by_kexec(0, None, "a", true) && !by_kexec(1, None, "a", true) && !by_kexec(1, Some("a"), "a", true));
+        // In the next kernel's initramfs, before its cap.
+        assert!(by_kexec(1, Some("a"), "b", true) && by_kexec(1, None, "b", false));
+        // And after: also of the same release, and under the name of the boot before.
+        for (cold, boot_id, here) in [(Some("a"), "b", true), (Some("a"), "a", true), (None, "b", true)] {
+            assert!(by_kexec(2, cold, boot_id, here) && by_kexec(3, cold, boot_id, here));
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::error::{ControlError, SecretError, StoreError};
 use crate::store::Store;
 use crate::vault::{OVERHEAD, Vault, forget, seal_once};
 use crate::view::{SecretHolderView, SecretView};
-use kiln_fleet::{Machine, Millis, StateKind};
+use kiln_fleet::{Barred, Machine, Millis, StateKind};
 use kiln_protocol::tpm::{self, EccPoint, Template};
 use kiln_protocol::{
     Delivered, HexBytes, KeyId, MachineId, Nonce, ReleaseId, SECRET_LIMIT, SECRETS_OF_A_MACHINE, SecretName, SecretSet,
@@ -66,7 +66,7 @@ impl SecretFor {
 struct Kept {
     of: SecretFor,
     name: SecretName,
-    /// Site-wide: no two values ever have the same.
+    /// Site-wide: no two values ever have the same ([`next_version`]).
     version: u64,
     at: Millis,
     by: String,
@@ -93,6 +93,8 @@ struct Known {
     kept: BTreeMap<(SecretFor, SecretName), Kept>,
     newest: u64,
     vault: Option<Arc<Vault>>,
+    /// What each machine was given last, in words and with its boot: the same again is no news.
+    given: BTreeMap<MachineId, String>,
 }
 
 /// All of a site. Locked after the fleet, where both are.
@@ -119,7 +121,7 @@ impl Secrets {
             tracing::error!("{} is missing: nobody is given the secrets that it sealed; restore it", key.display());
         }
         let kept = kept.into_iter().map(|kept| ((kept.of.clone(), kept.name.clone()), kept)).collect();
-        Ok(Self { known: Mutex::new(Known { kept, newest, vault: vault.map(Arc::new) }), key })
+        Ok(Self { known: Mutex::new(Known { kept, newest, vault: vault.map(Arc::new), given: BTreeMap::new() }), key })
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -140,6 +142,12 @@ impl Known {
     }
 }
 
+/// The time in milliseconds, or the number behind the newest: also a database that was restored from a backup, and knows nothing of
+/// what was given since, gives no number twice. It stays below 2^53, as JSON wants, for as long as clocks do.
+fn next_version(newest: u64, now: Millis) -> u64 {
+    now.max(newest + 1)
+}
+
 /// What the release that it runs wants; none: it is not known.
 fn wants(machine: &Machine, catalog: &Catalog) -> Option<Vec<SecretName>> {
     let Some(running) = &machine.running else { return Some(Vec::new()) };
@@ -147,6 +155,15 @@ fn wants(machine: &Machine, catalog: &Catalog) -> Option<Vec<SecretName>> {
     let manifest = &catalog.releases.get(&release)?.manifest;
     let same = manifest.verity.root_hash == running.root_hash.as_str();
     same.then(|| manifest.secrets.iter().filter_map(|wanted| wanted.name.parse().ok()).collect())
+}
+
+/// Which releases the site has signed away.
+fn barred(catalog: &Catalog) -> Barred {
+    let revoked = catalog.site.dbx.iter().flat_map(|list| &list.revoked);
+    Barred {
+        floors: catalog.site.floors.clone(),
+        revoked: revoked.filter_map(|program| program.release.parse().ok()).collect(),
+    }
 }
 
 impl Control {
@@ -175,7 +192,7 @@ impl Control {
         let catalog = self.catalog();
         let inner = self.lock();
         let machine = inner.machines.get(id)?;
-        machine.secrets_word(key, &self.wanted_secrets(machine, &catalog)?)
+        machine.secrets_word(key, &self.wanted_secrets(machine, &catalog)?, &barred(&catalog))
     }
 
     /// Sets a secret, or gives it another value: machines get it at their next report.
@@ -229,7 +246,7 @@ impl Control {
                 vault
             }
         };
-        let version = known.newest + 1;
+        let version = next_version(known.newest, now);
         let sealed = HexBytes(vault.seal(&Kept::place(&of, &name, version), value)?);
         let kept = Kept { of: of.clone(), name: name.clone(), version, at: now, by: by.name.clone(), sealed };
         let note = serde_json::to_string(&kept).map_err(StoreError::from)?;
@@ -286,6 +303,7 @@ impl Control {
 
     fn secret_view(&self, key: &(SecretFor, SecretName)) -> Result<SecretView, ControlError> {
         let catalog = self.catalog();
+        let barred = barred(&catalog);
         let inner = self.lock();
         let known = self.secrets.lock();
         let (of, name) = key;
@@ -301,7 +319,7 @@ impl Control {
                 _ if held == Some(kept.version) => None,
                 _ if !own => Some("it has one of its own of this name".to_owned()),
                 None => Some("it has proven no key yet".to_owned()),
-                Some(key) => machine.secrets_withheld(key).or_else(|| {
+                Some(key) => machine.secrets_withheld(key, &barred).or_else(|| {
                     let words = if declared {
                         "it gets it with its next proof"
                     } else {
@@ -355,13 +373,14 @@ impl Control {
         pending: &mut Pending,
     ) -> Result<Delivered, SecretError> {
         let machine = inner.machines.get(asks.id).ok_or(SecretError::Withheld("it was forgotten".into()))?;
-        if let Some(reason) = machine.secrets_withheld(asks.key) {
+        let catalog = self.catalog();
+        if let Some(reason) = machine.secrets_withheld(asks.key, &barred(&catalog)) {
             return Err(SecretError::Withheld(reason));
         }
         // The area is its template with a policy that is worked out here: nothing that it says of itself is believed.
         let policy = tpm::delivery_policy(asks.pcrs).ok_or(SecretError::DeliveryKey)?;
         Template::Delivery(policy).point(asks.delivery).map_err(|_| SecretError::DeliveryKey)?;
-        let wanted = wants(machine, &self.catalog()).unwrap_or_default();
+        let wanted = wants(machine, &catalog).unwrap_or_default();
         let (set, names) = {
             let known = self.secrets.lock();
             let found = known.of(machine, &wanted);
@@ -392,11 +411,29 @@ impl Control {
         forget(&mut once);
         let (credential, sealed) = (credential.map_err(|_| SecretError::Sealing)?, sealed?);
         let what = format!("was given the secrets {}", names.join(", "));
-        self.audit(pending, machine, "kiln", what);
+        let given = format!("{} {what}", asks.boot_id);
+        let mut known = self.secrets.lock();
+        known.given.retain(|id, _| inner.machines.contains_key(id));
+        if known.given.insert(asks.id.clone(), given.clone()) != Some(given) {
+            self.audit(pending, machine, "kiln", what);
+        }
+        drop(known);
         Ok(Delivered {
             id_object: HexBytes(credential.id_object),
             encrypted_secret: HexBytes(credential.encrypted_secret),
             sealed: HexBytes(sealed),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_only_grow_whatever_the_clock_says() {
+        assert_eq!(next_version(0, 1_800_000_000_000), 1_800_000_000_000);
+        assert_eq!(next_version(1_800_000_000_000, 1_800_000_000_000), 1_800_000_000_001, "twice in a millisecond");
+        assert_eq!(next_version(1_800_000_000_000, 5), 1_800_000_000_001, "a clock that was set back");
     }
 }

@@ -7,7 +7,7 @@ use super::packet_socket::PacketSocket;
 use super::{BootNet, Download, NetError, NetEvent, PROGRESS, Shared as SharedAddresses, tell, unix_ms};
 use bytes::Bytes;
 use kiln_netboot::tftp::{Action, BootFile, Ending, Limits, Request, Transfer, error_packet};
-use kiln_netboot::{TftpError, ipxe};
+use kiln_netboot::{TftpError, UefiProgram, ipxe};
 use nix::sys::socket::{MsgFlags, SockaddrStorage, sendmsg};
 use std::collections::BTreeSet;
 use std::io::{self, IoSlice};
@@ -40,6 +40,8 @@ pub struct Settings {
     pub address: Option<Ipv4Addr>,
     /// Port of the artifacts' HTTP.
     pub http_port: u16,
+    /// What UEFI firmware is given: what else there is for it is no file of this server.
+    pub uefi: UefiProgram,
 }
 
 impl Default for Settings {
@@ -53,6 +55,7 @@ impl Default for Settings {
             cache_bytes: 512 << 20,
             address: None,
             http_port: 8080,
+            uefi: UefiProgram::default(),
         }
     }
 }
@@ -122,6 +125,9 @@ impl Shared {
     ) -> Result<Option<(Request, BootFile)>, TftpError> {
         let request = Request::parse(bytes)?;
         let file = BootFile::parse(&request.name)?;
+        if !settings.uefi.serves(&file) {
+            return Err(TftpError::NoSuchFile);
+        }
         let mut active = self.active.lock().expect("no code that holds this lock panics");
         if active.contains(&peer) {
             return Ok(None);

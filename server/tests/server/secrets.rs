@@ -53,6 +53,12 @@ fn set(site: &TestSite, name: &str, whom: [&str; 2], value: &str) -> (bool, Stri
     (good, out + &err)
 }
 
+/// The number that a value was given.
+fn version(said: &str) -> u64 {
+    let number = said.split("is version ").nth(1).and_then(|rest| rest.split(' ').next());
+    number.and_then(|number| number.parse().ok()).unwrap_or_else(|| panic!("no version: {said}"))
+}
+
 /// The policy of a delivery key under the PCRs as they are.
 fn policy_now(chip: &mut Chip) -> [u8; 32] {
     let values: Vec<[u8; 32]> = QUOTED.iter().map(|pcr| chip.run(&command::pcr_read(*pcr))).collect();
@@ -110,7 +116,8 @@ fn contains(bytes: &[u8], piece: &str) -> bool {
 async fn an_attested_machine_gets_its_secrets_their_rotation_and_their_removal() {
     let Some((site, server, mut agent, mut chip)) = rack("").await else { return };
     let (good, said) = set(&site, "db-password", ["--role", "lab"], FIRST);
-    assert!(good && said.contains("db-password is version 1 for role lab"), "{said}");
+    assert!(good && said.starts_with("db-password is version ") && said.contains(" for role lab"), "{said}");
+    let first = version(&said);
     assert_eq!(report(&server, &mut agent, &[]).await.secrets, Some(SecretsWord::Ask));
     // Recorded, as a thief would.
     let (judged, shown, nonce) = prove_for(&server, &agent, &mut chip, true).await;
@@ -118,45 +125,46 @@ async fn an_attested_machine_gets_its_secrets_their_rotation_and_their_removal()
     let policy = policy_now(&mut chip);
     let key = chip.open(&delivered, policy).unwrap();
     let got = unseal(&key, &delivered, &agent, &nonce);
-    assert_eq!(got, [("db-password".to_owned(), (1, FIRST.to_owned()))].into());
-    assert_eq!(report(&server, &mut agent, &[("db-password", 1)]).await.secrets, None);
+    assert_eq!(got, [("db-password".to_owned(), (first, FIRST.to_owned()))].into());
+    assert_eq!(report(&server, &mut agent, &[("db-password", first)]).await.secrets, None);
     let listed = list(&server).await;
     let holder = listed[0].machines.iter().find(|m| m.machine == "rack-1").unwrap();
-    assert_eq!((holder.version, &holder.why), (Some(1), &None));
-    assert_eq!(server.machine("rack-1").await.secrets, [("db-password".parse().unwrap(), 1)].into());
+    assert_eq!((holder.version, &holder.why), (Some(first), &None));
+    assert_eq!(server.machine("rack-1").await.secrets, [("db-password".parse().unwrap(), first)].into());
 
     // The machine's own comes before its role's; one that the release does not want is not sent.
-    assert!(set(&site, "db-password", ["--machine", "rack-1"], "own").0);
-    assert!(set(&site, "unwanted", ["--role", "lab"], "x").0);
-    assert!(set(&site, "tls.key", ["--role", "lab"], "key").0);
+    let own = version(&set(&site, "db-password", ["--machine", "rack-1"], "own").1);
+    let unwanted = version(&set(&site, "unwanted", ["--role", "lab"], "x").1);
+    let tls = version(&set(&site, "tls.key", ["--role", "lab"], "key").1);
+    assert!(first < own && own < unwanted && unwanted < tls, "no number twice");
     let got = fetch(&server, &agent, &mut chip).await;
-    assert_eq!(got["db-password"], (2, "own".to_owned()));
-    assert_eq!((got["tls.key"].clone(), got.len()), ((4, "key".to_owned()), 2));
+    assert_eq!(got["db-password"], (own, "own".to_owned()));
+    assert_eq!((got["tls.key"].clone(), got.len()), ((tls, "key".to_owned()), 2));
     let (good, ..) =
         site.kiln(&["secret", "remove", "db-password", "--machine", "rack-1", "--site", site.path().to_str().unwrap()]);
     assert!(good);
 
     // Rotation ends a held report.
-    let held = [("db-password", 1), ("tls.key", 4)];
+    let held = [("db-password", first), ("tls.key", tls)];
     let reply = report(&server, &mut agent, &held).await;
     assert_eq!(reply.secrets, None);
     let secrets = Some(held.iter().map(|(name, version)| (name.parse().unwrap(), *version)).collect());
     let mut waits = Report { secrets, wait_s: 25, desired_etag: reply.desired.etag, ..agent.healthy() };
     waits.machine.tpm = Some(TpmPresence::Ready);
-    let (reply, ()) = tokio::join!(agent.send(&server, &waits), async {
+    let (reply, second) = tokio::join!(agent.send(&server, &waits), async {
         until(&server, |status| status["held_reports"] == 1).await;
-        assert!(set(&site, "db-password", ["--role", "lab"], SECOND).0);
+        version(&set(&site, "db-password", ["--role", "lab"], SECOND).1)
     });
     assert_eq!(reply.secrets, Some(SecretsWord::Ask));
     let got = fetch(&server, &agent, &mut chip).await;
-    assert_eq!(got["db-password"], (5, SECOND.to_owned()));
+    assert_eq!(got["db-password"], (second, SECOND.to_owned()));
 
     // A server that starts again has them, and gives them for a new proof only.
     drop(server);
     let server = Server::start(&site).await;
     assert_eq!(post(&server, &agent, &shown).await.status, StatusCode::CONFLICT, "an old proof");
     assert_eq!(report(&server, &mut agent, &held).await.secrets, Some(SecretsWord::Ask));
-    assert_eq!(fetch(&server, &agent, &mut chip).await["db-password"], (5, SECOND.to_owned()));
+    assert_eq!(fetch(&server, &agent, &mut chip).await["db-password"], (second, SECOND.to_owned()));
 
     for name in ["db-password", "tls.key"] {
         let answer = server.order("DELETE", &format!("secrets/{name}?role=lab"), Value::Null).await;
@@ -180,9 +188,9 @@ async fn an_attested_machine_gets_its_secrets_their_rotation_and_their_removal()
     }
     let audit = server.audit().await;
     let has = |what: &str| audit.iter().any(|record| record.what.contains(what));
-    assert!(has("set the secret db-password of role lab: version 1"));
-    assert!(has("was given the secrets db-password (version 5), tls.key (version 4)"));
-    assert!(has("removed the secret tls.key of role lab: version 4"));
+    assert!(has(&format!("set the secret db-password of role lab: version {first}")));
+    assert!(has(&format!("was given the secrets db-password (version {second}), tls.key (version {tls})")));
+    assert!(has(&format!("removed the secret tls.key of role lab: version {tls}")));
     let secret = std::fs::metadata(site.path().join("online/secrets.key")).unwrap();
     assert_eq!(std::os::unix::fs::PermissionsExt::mode(&secret.permissions()) & 0o777, 0o600);
 }
@@ -405,4 +413,46 @@ async fn people_set_secrets_within_their_role_and_limits() {
     assert!(audit.contains("PUT /api/v1/secrets/e") && !audit.contains("xxxxx"));
     let (good, out, _) = site.kiln(&["secret", "list", "--site", site.path().to_str().unwrap()]);
     assert!(good && out.contains("role lab") && !out.contains("xxxxx"), "{out}");
+}
+
+#[tokio::test]
+async fn a_value_is_not_sent_over_an_unencrypted_connection() {
+    let site = TestSite::new();
+    let file = site.path().join("value");
+    std::fs::write(&file, FIRST).unwrap();
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let file = file.to_str().unwrap();
+    let (good, out, err) =
+        site.kiln(&["secret", "set", "db-password", "--role", "lab", "--file", file, "--server", &url]);
+    assert!(!good && err.contains("is not encrypted: the secret would be shown"), "{out}{err}");
+    assert_eq!(listener.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock, "nobody was asked anything");
+}
+
+#[tokio::test]
+async fn no_version_comes_back_with_an_older_database() {
+    let site = TestSite::new();
+    let database = || {
+        let files = std::fs::read_dir(site.path().join("state")).unwrap().map(|entry| entry.unwrap().path());
+        files.filter(|path| path.file_name().unwrap().to_string_lossy().starts_with("kiln.db")).collect::<Vec<_>>()
+    };
+    let server = Server::start(&site).await;
+    let first = version(&set(&site, "db-password", ["--role", "lab"], FIRST).1);
+    drop(server);
+    let backup: Vec<_> = database().into_iter().map(|path| (std::fs::read(&path).unwrap(), path)).collect();
+    let server = Server::start(&site).await;
+    let lost = version(&set(&site, "db-password", ["--role", "lab"], SECOND).1);
+    drop(server);
+    for path in database() {
+        std::fs::remove_file(path).unwrap();
+    }
+    for (bytes, path) in &backup {
+        std::fs::write(path, bytes).unwrap();
+    }
+    let server = Server::start(&site).await;
+    assert_eq!(list(&server).await[0].version, first, "it is the older one");
+    // A machine that holds what was lost must not take it for this.
+    let next = version(&set(&site, "db-password", ["--role", "lab"], "another value").1);
+    assert!(first < lost && lost < next, "{first} {lost} {next}");
 }

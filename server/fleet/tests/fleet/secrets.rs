@@ -30,8 +30,13 @@ fn versions(list: &[(&str, u64)]) -> SecretVersions {
     list.iter().map(|(name, version)| (name.parse().unwrap(), *version)).collect()
 }
 
+/// Every release may run.
+fn open() -> Barred {
+    Barred::default()
+}
+
 fn withheld(m: &Machine) -> String {
-    m.secrets_withheld(&key(1)).unwrap_or_default()
+    m.secrets_withheld(&key(1), &open()).unwrap_or_default()
 }
 
 #[test]
@@ -41,22 +46,22 @@ fn only_a_proven_boot_in_service_may_have_them() {
     s.then(runs("a", 1, 1, &none)).then(proven("a", 1, false));
     assert!(withheld(&s.m).contains("approve"), "{}", withheld(&s.m));
     s.approve();
-    assert_eq!(s.m.secrets_withheld(&key(1)), None);
-    assert_eq!(s.m.secrets_word(&key(1), &wanted), Some(SecretsWord::Ask));
-    assert!(s.m.secrets_withheld(&key(2)).is_some() && s.m.secrets_word(&key(2), &wanted).is_none());
+    assert_eq!(s.m.secrets_withheld(&key(1), &open()), None);
+    assert_eq!(s.m.secrets_word(&key(1), &wanted, &open()), Some(SecretsWord::Ask));
+    assert!(s.m.secrets_withheld(&key(2), &open()).is_some() && s.m.secrets_word(&key(2), &wanted, &open()).is_none());
     // It holds them, holds an older one, and there are none any more.
     s.then(runs("a", 2, 1, &wanted));
-    assert_eq!(s.m.secrets_word(&key(1), &wanted), None);
-    assert_eq!(s.m.secrets_word(&key(1), &versions(&[("a", 2)])), Some(SecretsWord::Ask));
-    assert_eq!(s.m.secrets_word(&key(1), &none), Some(SecretsWord::Drop));
+    assert_eq!(s.m.secrets_word(&key(1), &wanted, &open()), None);
+    assert_eq!(s.m.secrets_word(&key(1), &versions(&[("a", 2)]), &open()), Some(SecretsWord::Ask));
+    assert_eq!(s.m.secrets_word(&key(1), &none, &open()), Some(SecretsWord::Drop));
 
     // In the next boot it holds none, and gets none before it has proven that one.
     let mut initramfs = report(1, "b", 1, 1);
     initramfs.machine.tpm = Some(TpmPresence::Ready);
     s.then(by(1, initramfs));
-    assert_eq!((s.m.secrets.len(), s.m.secrets_word(&key(1), &wanted)), (0, None));
+    assert_eq!((s.m.secrets.len(), s.m.secrets_word(&key(1), &wanted, &open())), (0, None));
     s.then(runs("b", 2, 1, &none));
-    assert!(!withheld(&s.m).is_empty() && s.m.secrets_word(&key(1), &wanted).is_none());
+    assert!(!withheld(&s.m).is_empty() && s.m.secrets_word(&key(1), &wanted, &open()).is_none());
     s.then(proven("b", 1, false));
     assert_eq!(withheld(&s.m), "");
     // Firmware started another release than the system says it is.
@@ -67,9 +72,9 @@ fn only_a_proven_boot_in_service_may_have_them() {
     assert!(withheld(&s.m).contains("revoked"));
     s.m.key_revoked = false;
     s.then(Event::Retire);
-    assert!(withheld(&s.m).contains("out of service") && s.m.secrets_word(&key(1), &wanted).is_none());
+    assert!(withheld(&s.m).contains("out of service") && s.m.secrets_word(&key(1), &wanted, &open()).is_none());
     s.then(runs("b", 5, 1, &wanted));
-    assert_eq!(s.m.secrets_word(&key(1), &none), Some(SecretsWord::Drop));
+    assert_eq!(s.m.secrets_word(&key(1), &none, &open()), Some(SecretsWord::Drop));
 }
 
 #[test]
@@ -88,4 +93,41 @@ fn a_cold_policy_withholds_from_a_kexec_and_orders_none() {
         assert_eq!(s.m.attestation().0, AttestationState::Attested);
         assert_eq!(withheld(&s.m).contains("cold boots"), policy == SecretsPolicy::Cold, "{}", withheld(&s.m));
     }
+}
+
+#[test]
+fn a_release_that_it_shall_not_run_gets_none() {
+    let none = SecretVersions::new();
+    let mut s = Story::good_on_1();
+    s.then(runs("a", 3, 1, &none)).then(proven("a", 1, false));
+    let why = |s: &Story, barred: &Barred| s.m.secrets_withheld(&key(1), barred).unwrap_or_default();
+    let floor = |release| Barred { floors: [("minimal".to_owned(), release)].into(), ..Barred::default() };
+    let revoked = |release| Barred { revoked: [rel(release)].into(), ..Barred::default() };
+    assert_eq!(why(&s, &open()), "");
+    assert_eq!((why(&s, &floor(1)), why(&s, &revoked(2))), (String::new(), String::new()));
+    assert!(why(&s, &floor(2)).contains("below the floor"), "{}", why(&s, &floor(2)));
+    assert!(why(&s, &revoked(1)).contains("minimal/1 is revoked"), "{}", why(&s, &revoked(1)));
+    let wanted = versions(&[("a", 1)]);
+    assert_eq!(s.m.secrets_word(&key(1), &wanted, &open()), Some(SecretsWord::Ask));
+    assert_eq!(s.m.secrets_word(&key(1), &wanted, &revoked(1)), None, "it is not asked to try");
+
+    // The last good one still gets them while another is assigned; any other, however genuine, does not. In brackets: what
+    // firmware started.
+    s.assign(3, Via::Cold);
+    let after = |running: u64, cold: u64, carried: bool| {
+        let mut s = Story { m: s.m.clone(), now: s.now, last: Vec::new() };
+        s.then(runs("b", 1, running, &none)).then(proven("b", cold, carried));
+        s
+    };
+    for (running, cold, carried) in [(1, 1, false), (3, 3, false), (3, 1, true), (1, 1, true)] {
+        assert_eq!(why(&after(running, cold, carried), &open()), "", "{running} ({cold})");
+    }
+    for carried in [false, true] {
+        let s = after(2, 2, carried);
+        assert!(why(&s, &open()).contains("neither assigned"), "{}", why(&s, &open()));
+    }
+    // By kexec from a release that is revoked: it could have started anything.
+    let s = after(3, 1, true);
+    assert!(why(&s, &revoked(1)).contains("minimal/1 is revoked"), "{}", why(&s, &revoked(1)));
+    assert!(why(&s, &floor(2)).contains("below the floor"), "{}", why(&s, &floor(2)));
 }

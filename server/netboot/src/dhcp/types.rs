@@ -1,6 +1,7 @@
 //! What the DHCP side is told, and what it answers.
 
 use super::answer::Pending;
+use crate::tftp::BootFile;
 use crate::{BootQuery, Lease, LeaseConfig, Mac, Offer};
 use kiln_protocol::MachineId;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -45,6 +46,18 @@ pub enum UefiProgram {
     Ipxe,
     /// shim, which starts iPXE under Secure Boot where db trusts Microsoft and not the site.
     Shim,
+}
+
+impl UefiProgram {
+    /// Whether TFTP gives this file out. What a site does not use it does not offer either: an iPXE that finds an
+    /// `autoexec.ipxe` runs it before it looks at what DHCP answers.
+    pub fn serves(self, file: &BootFile) -> bool {
+        match (file, self) {
+            (BootFile::Uki(_) | BootFile::Undionly | BootFile::Snponly, _)
+            | (BootFile::Shim | BootFile::AfterShim | BootFile::Autoexec, Self::Ipxe | Self::Shim) => true,
+            (BootFile::Shim | BootFile::AfterShim | BootFile::Autoexec, Self::Uki) => false,
+        }
+    }
 }
 
 /// How a packet came in.
@@ -129,4 +142,21 @@ pub enum Step {
     Done(Vec<Output>),
     /// Do this, decide, then call [`Dhcp::answered`].
     Ask(Vec<Output>, Box<Pending>),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ways_by_shim_and_ipxe_are_offered_where_they_are_chosen() {
+        let ways = [UefiProgram::Uki, UefiProgram::Ipxe, UefiProgram::Shim];
+        for file in [BootFile::Shim, BootFile::AfterShim, BootFile::Autoexec] {
+            assert_eq!(ways.map(|way| way.serves(&file)), [false, true, true], "{file:?}");
+        }
+        // A machine that waits may need these, whatever the way.
+        for file in [BootFile::Undionly, BootFile::Snponly, BootFile::Uki("ab".repeat(32).parse().unwrap())] {
+            assert_eq!(ways.map(|way| way.serves(&file)), [true; 3], "{file:?}");
+        }
+    }
 }

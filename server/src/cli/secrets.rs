@@ -4,7 +4,7 @@
 use super::At;
 use super::client::Client;
 use super::error::CliError;
-use super::fleet::{now_ms, pretty, print, segment, tame};
+use super::output::{now_ms, pretty, print, segment, tame};
 use super::table::{ago, table};
 use crate::view::SecretView;
 use clap::{Args, Subcommand};

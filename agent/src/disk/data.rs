@@ -63,15 +63,15 @@ fn plan(head: &[u8], key: Option<&Key>) -> Plan {
     }
 }
 
-/// Opens the partition and mounts it in the new root. In the initramfs only, before its cap.
-pub fn open(disk: &MachineDisk, settings: &DataSettings, root: &Path) -> Result<()> {
+/// Opens the partition and mounts it in the new root. In the initramfs only, before its cap. `vouches`: see [`Tpm::data_key`].
+pub fn open(disk: &MachineDisk, settings: &DataSettings, root: &Path, vouches: bool) -> Result<()> {
     let range = disk.data().ok_or_else(|| DiskError::NoData { disk: disk.name().to_owned() })?;
     let partition = disk.partition(range.start)?;
     let mut device = Device::open(&partition)?;
     let mut head = vec![0; SECTOR];
     device.read_at(0, &mut head).map_err(AgentError::file(&partition))?;
     let mut tpm = Tpm::open()?.ok_or(AgentError::NoTpm)?;
-    let known = tpm.data_key()?;
+    let known = tpm.data_key(vouches)?;
     let what = plan(&head, known.as_ref());
     let mut key = match (&what, known) {
         (Plan::OfAnother, _) | (Plan::Open, None) => {
@@ -156,8 +156,9 @@ pub enum Carried {
     Not(String),
 }
 
-/// Before Secure Boot's state changes: the key, as the kernel has it, goes where the next initramfs finds it.
-pub fn carry_key() -> Result<Carried> {
+/// Before Secure Boot's state changes: the key, as the kernel has it, goes where the next initramfs finds it. Afterwards once
+/// more, bound to PCR 7 as it will be, where that is known.
+pub fn carry_key(pcr7: Option<[u8; 32]>) -> Result<Carried> {
     let mut table = match sys::device_mapper(&verity::mapper()?, DmCommand::Table, DEVICE, None) {
         Ok(table) => table.into_bytes(),
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return without_device(),
@@ -170,7 +171,7 @@ pub fn carry_key() -> Result<Carried> {
         reason: "the data's table holds no key of 64 bytes".into(),
     })?;
     let carried = match Tpm::open() {
-        Ok(Some(mut tpm)) => tpm.carry_data_key(&key),
+        Ok(Some(mut tpm)) => tpm.carry_data_key(&key, pcr7.as_ref()),
         Ok(None) => Err(std::io::Error::from(std::io::ErrorKind::NotFound).into()),
         Err(fault) => Err(fault),
     };
@@ -200,6 +201,14 @@ fn without_device() -> Result<Carried> {
     } else {
         Carried::NoKey
     })
+}
+
+/// The state did not change.
+pub fn drop_copy() -> Result<()> {
+    match Tpm::open()? {
+        Some(mut tpm) => Ok(tpm.drop_data_key_copy()?),
+        None => Ok(()),
+    }
 }
 
 /// Whether this disk has a place for this site's data.

@@ -185,7 +185,10 @@ async fn open_data(boot: &BootInfo, disk: Option<&SharedDisk>) -> Option<String>
     let settings = keeps_data(boot)?.clone();
     let opened = match disk {
         None => Err(DiskError::NoDisk.into()),
-        Some(disk) => on_disk(disk, move |disk| data::open(disk, &settings, Path::new(NEW_ROOT))).await,
+        Some(disk) => {
+            let vouches = secure_boot(boot).vouches();
+            on_disk(disk, move |disk| data::open(disk, &settings, Path::new(NEW_ROOT), vouches)).await
+        }
     };
     let error = opened.err()?;
     println!("kiln-agent: the machine's data is not there: {error} ({})", error.kind());

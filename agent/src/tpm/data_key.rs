@@ -3,7 +3,8 @@
 //! memory it is gone: no disk holds a copy, sealed or not.
 //!
 //! A list of revoked boot programs changes that state. So that the key outlives it, a copy that asks for the initramfs alone
-//! is put beside it before such a change, and the next boot puts the key under the new state and takes the copy away.
+//! is put beside it before such a change, and bound to the state that it makes as soon as that is known. The next boot puts the
+//! key under the new state and takes the copies away.
 
 use super::{Result, Tpm, TpmFault};
 use kiln_protocol::tpm::command;
@@ -15,6 +16,8 @@ pub const DATA_KEY: usize = 64;
 /// Owner-defined NV indices beside those of the versions seen.
 const KEY: u32 = 0x0180_4b11;
 const COPY: u32 = 0x0180_4b12;
+const NEXT: u32 = 0x0180_4b13;
+const PLACES: [u32; 3] = [KEY, COPY, NEXT];
 /// Secure Boot, and the PCR that only the agent extends, when it leaves the initramfs.
 const BOUND: &[u8] = &[7, super::LEFT_PCR];
 const BOUND_COPY: &[u8] = &[super::LEFT_PCR];
@@ -31,21 +34,19 @@ enum Given {
 
 impl Tpm {
     /// The key; none: there is none. A TPM that has it and does not give it out is an error: what the key opens is not lost.
-    pub fn data_key(&mut self) -> Result<Option<[u8; DATA_KEY]>> {
-        let (key, copy) = (self.given(KEY, BOUND)?, self.given(COPY, BOUND_COPY)?);
-        match (key, copy) {
-            (Given::Key(key), Given::Nothing) => Ok(Some(key)),
-            (Given::Key(key), Given::Key(_) | Given::Locked) => {
-                self.remove(COPY)?;
-                Ok(Some(key))
-            }
-            (Given::Nothing | Given::Locked, Given::Key(key)) => {
-                self.put(KEY, BOUND, &key)?;
-                self.remove(COPY)?;
-                Ok(Some(key))
-            }
-            (Given::Nothing, Given::Nothing) => Ok(None),
-            (Given::Locked, Given::Nothing | Given::Locked) | (Given::Nothing, Given::Locked) => {
+    /// `vouches`: Secure Boot let this boot in under the site's key. Only such a boot installs lists, and only such a one takes
+    /// over the copy that is bound to no state.
+    pub fn data_key(&mut self, vouches: bool) -> Result<Option<[u8; DATA_KEY]>> {
+        let key = self.given(KEY, BOUND)?;
+        if let Given::Key(key) = key {
+            self.remove_copies()?;
+            return Ok(Some(key));
+        }
+        match (key, self.given(NEXT, BOUND)?, self.given(COPY, BOUND_COPY)?) {
+            (_, Given::Key(key), _) => self.take_over(key),
+            (_, _, Given::Key(key)) if vouches => self.take_over(key),
+            (Given::Nothing, Given::Nothing, Given::Nothing) => Ok(None),
+            (Given::Key(_) | Given::Locked | Given::Nothing, Given::Locked | Given::Nothing, _) => {
                 let words = "it has the data's key and does not give it out: this kernel was started by kexec, or Secure Boot's \
                              state is another than the key was made under";
                 Err(std::io::Error::other(words).into())
@@ -53,9 +54,21 @@ impl Tpm {
         }
     }
 
+    /// Secure Boot's state has changed as it was said: the key is bound to the new one.
+    fn take_over(&mut self, key: [u8; DATA_KEY]) -> Result<Option<[u8; DATA_KEY]>> {
+        self.put(KEY, BOUND, &key)?;
+        self.remove_copies()?;
+        Ok(Some(key))
+    }
+
+    fn remove_copies(&mut self) -> Result<()> {
+        self.remove(NEXT)?;
+        self.remove(COPY).map(drop)
+    }
+
     /// Whether there is a key, for whatever state.
     pub fn has_data_key(&mut self) -> Result<bool> {
-        for index in [KEY, COPY] {
+        for index in PLACES {
             match self.run(&command::nv_size(index)) {
                 Ok(_) => return Ok(true),
                 Err(fault) if is_missing(&fault) => {}
@@ -70,17 +83,31 @@ impl Tpm {
         self.put(KEY, BOUND, key)
     }
 
-    /// Puts the copy there that outlives one change of Secure Boot's state.
-    pub fn carry_data_key(&mut self, key: &[u8; DATA_KEY]) -> Result<()> {
-        // Its policy is that of an initramfs, whose digest is worked out here: this boot is past it.
-        self.define(COPY, &copy_policy())?;
-        self.write_key(COPY, key)
+    /// Puts the copy there that outlives one change of Secure Boot's state: to PCR 7 as it will be, if that is known by now,
+    /// else to no state at all. Their policies are those of an initramfs, worked out here: this boot is past it.
+    pub fn carry_data_key(&mut self, key: &[u8; DATA_KEY], pcr7: Option<&[u8; 32]>) -> Result<()> {
+        match pcr7 {
+            None => {
+                self.define(COPY, &pcr_policy(BOUND_COPY, &[[0; 32]]))?;
+                self.write_key(COPY, key)
+            }
+            Some(pcr7) => {
+                self.define(NEXT, &pcr_policy(BOUND, &[*pcr7, [0; 32]]))?;
+                self.write_key(NEXT, key)?;
+                self.remove(COPY).map(drop)
+            }
+        }
+    }
+
+    /// Secure Boot's state did not change: nobody needs the copy that every state is given.
+    pub fn drop_data_key_copy(&mut self) -> Result<()> {
+        self.remove(COPY).map(drop)
     }
 
     /// Takes it out: what it opened is gone. Whether there was one.
     pub fn destroy_data_key(&mut self) -> Result<bool> {
         let mut was = false;
-        for index in [KEY, COPY] {
+        for index in PLACES {
             was |= self.remove(index)?;
         }
         Ok(was)
@@ -170,9 +197,4 @@ impl Tpm {
 
 fn is_missing(fault: &TpmFault) -> bool {
     matches!(fault.code(), Some(code::NO_SUCH_HANDLE | code::NO_SUCH_SECOND_HANDLE))
-}
-
-/// `PolicyPCR` of a PCR that nobody has extended.
-fn copy_policy() -> [u8; 32] {
-    pcr_policy(BOUND_COPY, &[[0; 32]])
 }

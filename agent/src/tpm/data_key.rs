@@ -1,5 +1,6 @@
 //! The key of the data partition: it lies in the TPM's own memory and nowhere else. The TPM gives it out in an initramfs only,
-//! before the cap, and only under the Secure Boot state (keys, lists, on or off) in which it was put there. Taken out of the
+//! before the cap, with nothing added to its command line, and only under the Secure Boot state (keys, lists, on or off) in which
+//! it was put there. Taken out of the
 //! memory it is gone: no disk holds a copy, sealed or not.
 //!
 //! A list of revoked boot programs changes that state. So that the key outlives it, a copy that asks for the initramfs alone
@@ -18,9 +19,12 @@ const KEY: u32 = 0x0180_4b11;
 const COPY: u32 = 0x0180_4b12;
 const NEXT: u32 = 0x0180_4b13;
 const PLACES: [u32; 3] = [KEY, COPY, NEXT];
-/// Secure Boot, and the PCR that only the agent extends, when it leaves the initramfs.
-const BOUND: &[u8] = &[7, super::LEFT_PCR];
-const BOUND_COPY: &[u8] = &[super::LEFT_PCR];
+/// What was added to the signed command line, or given to the boot beside the UKI.
+const ADDED_PCR: u8 = 12;
+/// Secure Boot, what was added, and the PCR that only the agent extends, when it leaves the initramfs.
+const BOUND: &[u8] = &[7, ADDED_PCR, super::LEFT_PCR];
+/// The two that are zero in every initramfs that is as it was signed.
+const BOUND_COPY: &[u8] = &[ADDED_PCR, super::LEFT_PCR];
 const SIZE: u16 = 64;
 
 /// What a place gave.
@@ -47,8 +51,8 @@ impl Tpm {
             (_, _, Given::Key(key)) if vouches => self.take_over(key),
             (Given::Nothing, Given::Nothing, Given::Nothing) => Ok(None),
             (Given::Key(_) | Given::Locked | Given::Nothing, Given::Locked | Given::Nothing, _) => {
-                let words = "it has the data's key and does not give it out: this kernel was started by kexec, or Secure Boot's \
-                             state is another than the key was made under";
+                let words = "it has the data's key and does not give it out: this kernel was started by kexec, something was \
+                             added to its command line, or Secure Boot's state is another than the key was made under";
                 Err(std::io::Error::other(words).into())
             }
         }
@@ -88,11 +92,11 @@ impl Tpm {
     pub fn carry_data_key(&mut self, key: &[u8; DATA_KEY], pcr7: Option<&[u8; 32]>) -> Result<()> {
         match pcr7 {
             None => {
-                self.define(COPY, &pcr_policy(BOUND_COPY, &[[0; 32]]))?;
+                self.define(COPY, &pcr_policy(BOUND_COPY, &[[0; 32]; 2]))?;
                 self.write_key(COPY, key)
             }
             Some(pcr7) => {
-                self.define(NEXT, &pcr_policy(BOUND, &[*pcr7, [0; 32]]))?;
+                self.define(NEXT, &pcr_policy(BOUND, &[*pcr7, [0; 32], [0; 32]]))?;
                 self.write_key(NEXT, key)?;
                 self.remove(COPY).map(drop)
             }
@@ -152,9 +156,14 @@ impl Tpm {
         if self.is_past_initramfs()? {
             return Err(std::io::Error::other("this kernel was started by kexec: restart through firmware").into());
         }
+        if self.run(&command::pcr_read(ADDED_PCR))? != [0; 32] {
+            let words =
+                "something was added to this boot's signed command line: the data's key is for boots without that";
+            return Err(std::io::Error::other(words).into());
+        }
         let mut values = Vec::with_capacity(pcrs.len());
         for pcr in pcrs {
-            values.push(if *pcr == super::LEFT_PCR { [0; 32] } else { self.run(&command::pcr_read(*pcr))? });
+            values.push(if BOUND_COPY.contains(pcr) { [0; 32] } else { self.run(&command::pcr_read(*pcr))? });
         }
         Ok(pcr_policy(pcrs, &values))
     }

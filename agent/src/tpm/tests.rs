@@ -193,12 +193,22 @@ fn the_data_s_key_is_given_to_an_initramfs_under_its_secure_boot_state_and_to_no
     let mut tpm = running.restart();
     secure_boot(&mut tpm, 2);
     assert!(tpm.data_key(true).is_err() && tpm.has_data_key().unwrap());
+    // The release itself, with a word added to its command line: no key is given, and none is made.
+    let mut tpm = running.restart();
+    secure_boot(&mut tpm, 1);
+    tpm.run(&command::pcr_extend(12, &[1; 32])).unwrap();
+    assert!(tpm.data_key(true).unwrap_err().to_string().contains("does not give it out"));
+    assert!(tpm.make_data_key(&[9; DATA_KEY]).unwrap_err().to_string().contains("command line"));
     // A list of revoked programs goes in, which the running system says beforehand.
     let mut tpm = running.restart();
     secure_boot(&mut tpm, 1);
     tpm.cap().unwrap();
     tpm.carry_data_key(&key, None).unwrap();
     assert!(tpm.data_key(true).is_err(), "not in this boot");
+    let mut tpm = running.restart();
+    secure_boot(&mut tpm, 3);
+    tpm.run(&command::pcr_extend(12, &[1; 32])).unwrap();
+    assert!(tpm.data_key(true).is_err(), "the copy is for a command line as it was signed, too");
     let mut tpm = running.restart();
     secure_boot(&mut tpm, 3);
     assert!(tpm.data_key(false).is_err(), "nothing says that the site let this boot in");

@@ -1,7 +1,6 @@
 //! The key of the data partition: it lies in the TPM's own memory and nowhere else. The TPM gives it out in an initramfs only,
 //! before the cap, with nothing added to its command line, and only under the Secure Boot state (keys, lists, on or off) in which
-//! it was put there. Taken out of the
-//! memory it is gone: no disk holds a copy, sealed or not.
+//! it was put there. Taken out of the memory it is gone: no disk holds a copy, sealed or not.
 //!
 //! A list of revoked boot programs changes that state. So that the key outlives it, a copy that asks for the initramfs alone
 //! is put beside it before such a change, and bound to the state that it makes as soon as that is known. The next boot puts the

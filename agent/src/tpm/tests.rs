@@ -2,7 +2,7 @@
 //! manager: what is loaded is flushed here.
 
 use super::*;
-use kiln_protocol::tpm::{OWNER, pcr_digest, qualifying_data};
+use kiln_protocol::tpm::{OWNER, pcr_digest, pcr_policy, qualifying_data};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -247,9 +247,13 @@ fn the_data_s_key_is_given_to_an_initramfs_under_its_secure_boot_state_and_to_no
     assert!(tpm.has_data_key().unwrap());
     assert!(tpm.destroy_data_key().unwrap() && !tpm.destroy_data_key().unwrap());
     assert_eq!((tpm.data_key(true).unwrap(), tpm.has_data_key().unwrap()), (None, false));
-    // A cut between making the place and writing it leaves no key.
-    tpm.run(&command::nv_define_bound(0x0180_4b11, 64, &[0; 32])).unwrap();
-    assert!(matches!(tpm.data_key(true), Ok(None) | Err(_)));
+    // A cut between making a place and writing it leaves no key.
+    let bound = pcr_policy(&[7, 12, 15], &[pcr7, [0; 32], [0; 32]]);
+    let unbound = pcr_policy(&[12, 15], &[[0; 32]; 2]);
+    for (index, policy) in [(0x0180_4b11, bound), (0x0180_4b12, unbound), (0x0180_4b13, bound)] {
+        tpm.run(&command::nv_define_bound(index, 64, &policy)).unwrap();
+        assert_eq!(tpm.data_key(true).unwrap(), None, "{index:x}");
+    }
     tpm.make_data_key(&key).unwrap();
     assert_eq!(tpm.data_key(true).unwrap(), Some(key));
 }

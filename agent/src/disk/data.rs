@@ -2,8 +2,9 @@
 //! ([`crate::tpm`]). dm-crypt, aes-xts-plain64; ext4 on it, made by the image's own mke2fs.
 //! Source: Linux Documentation/admin-guide/device-mapper/dm-crypt.rst.
 //!
-//! XTS hides what is written; it does not notice what somebody writes into the partition while the machine is off: that
-//! becomes noise, a block of 16 bytes at a time, and older content of a sector can be put back.
+//! XTS hides what is written; it does not notice what somebody writes into the partition while the machine is off: without the
+//! key that becomes noise, a block of 16 bytes at a time, and older content of a sector can be put back. Whoever had the machine in
+//! hand can have put partition and key there (docs/adr/0017).
 
 use super::DiskError;
 use super::block::{Block, Device, SECTOR};

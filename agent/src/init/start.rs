@@ -42,7 +42,11 @@ pub(super) async fn start(
     flow.report().await;
     drivers.iter_mut().for_each(Drivers::settle);
     if keeps_data(&flow.verifier.boot).is_some() {
-        drivers.iter_mut().for_each(|drivers| data::MODULES.into_iter().for_each(|module| drivers.load(module)));
+        for drivers in drivers.iter_mut() {
+            for module in data::MODULES {
+                drivers.load(module);
+            }
+        }
     }
     if let Some(disk) = disk {
         match local::install_here(flow, &verified, &disk).await {

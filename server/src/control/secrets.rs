@@ -375,7 +375,9 @@ impl Control {
             let set = SecretSet(values.iter().map(|(name, (n, value))| (name.clone(), (*n, &value[..]))).collect());
             let encoded = set.encode();
             let names: Vec<String> = values.iter().map(|(name, (n, _))| format!("{name} (version {n})")).collect();
-            values.values_mut().for_each(|(_, value)| forget(value));
+            for (_, value) in values.values_mut() {
+                forget(value);
+            }
             (encoded, names)
         };
         let mut once = [0; 32];

@@ -242,7 +242,7 @@ mod tests {
         assert_eq!(plan(&[0; 512], Some(&mine)), Plan::Make);
         assert_eq!(plan(&[0; 512], None), Plan::Make);
         assert_eq!(plan(&[], None), Plan::Make);
-        assert_eq!(table_key(format!("aes-xts-plain64 {} 0 8:5 2048", hex::encode(mine)).as_bytes()), Some(mine));
+        assert_eq!(table_key(format!("aes-xts-plain64 {} 0 8:5 2048", hex::encode(&mine)).as_bytes()), Some(mine));
         for other in
             ["", "aes-xts-plain64", "aes-xts-plain64 :64:logon:x 0 8:5 2048", "aes-xts-plain64 0101 0 8:5 2048"]
         {

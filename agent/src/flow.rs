@@ -6,12 +6,14 @@ use crate::attest::{self, Proved};
 use crate::change::{Prefetch, Ready};
 use crate::error::{AgentError, FailureClass, Result};
 use crate::fetch::{Download, Expected};
-use crate::journal::Journal;
-use crate::memory::random;
+use crate::init::embedded;
+use crate::journal::{Journal, JournalState};
+use crate::memory::{Memory, Place, random};
 use crate::retry::{self, Next};
-use crate::verifier::{Answer, Verified, Verifier};
-use crate::{console, introduce, log};
-use kiln_protocol::{Assignment, Stage, Via};
+use crate::verifier::{Answer, Servers, Verified, Verifier};
+use crate::{console, facts, introduce, log};
+use kiln_protocol::{Assignment, Stage, TpmPresence, Via};
+use kiln_release::BootInfo;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,6 +36,36 @@ pub struct Flow {
 }
 
 impl Flow {
+    /// At its beginning, by what the boot image says and this machine remembers. The floor comes before anything else is
+    /// believed.
+    pub fn begin(
+        boot: BootInfo,
+        state: JournalState,
+        place: Place,
+        memory: Memory,
+        tpm: Option<TpmPresence>,
+    ) -> Result<Self> {
+        memory.may_boot(&boot)?;
+        let key = place.key()?;
+        let embedded = embedded(&boot)?;
+        let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));
+        let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
+        machine.tpm = tpm;
+        let journal = Journal {
+            state,
+            machine,
+            embedded,
+            running: None,
+            health: None,
+            prefetch: None,
+            fallback: None,
+            condition: None,
+        };
+        let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
+        let verifier = Verifier::new(boot, place, key, memory, servers, now);
+        Ok(Self { verifier, journal, api: None, tries: None, tell_every: TELL_EVERY })
+    }
+
     /// After a failed try: tells the journal and, if it answers, the server; waits, or gives the error back.
     pub async fn after_failure(&mut self, stage: Stage, error: AgentError, attempt: u32) -> Result<()> {
         let class = error.class();

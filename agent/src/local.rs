@@ -119,10 +119,7 @@ pub async fn read_back(flow: &mut Flow, disk: &SharedDisk) -> Result<()> {
 fn may_run(flow: &Flow, verified: &Verified) -> Result<()> {
     let boot = &flow.verifier.boot;
     verified.manifest.matches_boot(boot)?;
-    let floor = flow.verifier.memory.floor(&boot.image);
-    if boot.release < floor {
-        return Err(AgentError::BelowFloor { image: boot.image.clone(), release: boot.release, floor });
-    }
+    flow.verifier.memory.may_boot(boot)?;
     let running = init::running_command_line();
     if verified.manifest.policy.refuse_foreign_command_line && !plan::command_line_is(&running, &boot.command_line) {
         return Err(AgentError::CommandLine { expected: boot.command_line.clone(), got: running });
@@ -135,9 +132,13 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
     let (manifest, via) = (verified.manifest.clone(), kexec::started_this());
     let content = machine::content(&manifest)?;
     let root_hash = content.root_hash.clone();
+    let network_first = flow.verifier.settings.boot_first == BootFirst::Network;
     let started = on_disk(disk, move |disk| {
         let known = disk.boots(&root_hash);
         let rest = if known { disk.event(Event::Started(root_hash, via), None)? } else { Vec::new() };
+        if known {
+            disk.mend_loader(network_first);
+        }
         Ok((disk.slots().running.as_ref().map(|running| running.slot), rest))
     });
     if let (Some(slot), rest) = started.await? {
@@ -158,7 +159,6 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
     // A release that the loader knows and whose root is gone comes back under the entry that it has.
     let known = machine::lock(disk).slots().disk.listed(&content.root_hash).map(|entry| entry.name.sequence);
     let order = known.unwrap_or(flow.verifier.memory.order(flow.verifier.memory.sequence));
-    let network_first = flow.verifier.settings.boot_first == BootFirst::Network;
     let assign = Event::Assign(content, order, Go::Here(via));
     let mut slot = None;
     for action in on_disk(disk, move |disk| disk.event(assign, None)).await? {
@@ -177,9 +177,11 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
     };
     on_disk(disk, move |disk| {
         disk.finish_install(slot, &manifest, &record, &uki)?;
-        disk.install_loader(network_first)?;
         disk.keep_put_up(&machine::content(&manifest)?.root_hash, order)?;
+        // What the loader starts, then the loader, then the firmware that starts the loader: whatever is cut, nothing points
+        // to what is not there.
         disk.event(Event::Granted, None)?;
+        disk.install_loader(network_first)?;
         std::fs::remove_file(&uki).map_err(AgentError::file(&uki))
     })
     .await?;

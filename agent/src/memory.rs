@@ -6,11 +6,11 @@
 use crate::error::{AgentError, Result};
 use crate::net::trial::Known;
 use crate::sys;
-use crate::tpm::Tpm;
+use crate::tpm::{Tpm, TpmFault};
 use jiff::Timestamp;
 use kiln_protocol::{Assignment, KeyStorage, Order, OrderError, OrderMark, RollbackMemory};
 use kiln_release::tuf::Seen;
-use kiln_release::{Signer, Site, hex};
+use kiln_release::{BootInfo, Signer, Site, hex};
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -20,11 +20,15 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+/// Goes with the power.
+const BOOT_PLACE: &str = "/run/kiln";
 const EFIVARS: &str = "/sys/firmware/efi/efivars";
 const GUID: &str = "6b696c6e-0000-4000-8000-6b696c6e0001";
 /// Non-volatile, boot-service and run-time access (UEFI 2.10 §8.2).
 const ATTRIBUTES: u32 = 7;
 
+/// Further tries of a busy TPM, a second apart.
+const UNSEAL_TRIES: u32 = 3;
 /// The identity key's seed, and the same sealed by the TPM.
 const KEY: &str = "Key";
 const SEALED: &str = "Sealed";
@@ -80,6 +84,20 @@ const QUICK_FAILURES: u32 = 3;
 /// Longest pause between them, besides that of every restart.
 const LONGEST_PAUSE: Duration = Duration::from_secs(290);
 
+/// Shortest pause of a machine that cannot count them, and so much more at most.
+const UNCOUNTED_PAUSE: Duration = Duration::from_secs(60);
+const UNCOUNTED_MORE: Duration = Duration::from_secs(230);
+
+/// How long a boot that did not verify rests before it restarts the machine. One that is not remembered may be the first or
+/// the thousandth: it rests for one to five minutes, by chance, so that a rack does not come back in step. Whoever stands
+/// before it reads the reason meanwhile; it verifies again at the next boot.
+pub fn rest(counted: Duration, is_kept: bool, jitter: u8) -> Duration {
+    if is_kept {
+        return counted;
+    }
+    counted.max(UNCOUNTED_PAUSE + UNCOUNTED_MORE * u32::from(jitter) / u32::from(u8::MAX))
+}
+
 impl Memory {
     /// One more boot ended because what was served did not verify. So long it rests before it restarts: somebody on the
     /// network who serves nonsense gets a slow, told loop, and storage does not wear.
@@ -89,6 +107,15 @@ impl Memory {
             None => Duration::ZERO,
             Some(more) => Duration::from_secs(10).saturating_mul(1 << more.min(16)).min(LONGEST_PAUSE),
         }
+    }
+
+    /// That this boot image is not below the floor of its image.
+    pub fn may_boot(&self, boot: &BootInfo) -> Result<()> {
+        let floor = self.floor(&boot.image);
+        if boot.release < floor {
+            return Err(AgentError::BelowFloor { image: boot.image.clone(), release: boot.release, floor });
+        }
+        Ok(())
     }
 
     /// Whether this boot restarts through firmware, because its kernel is `past` the state in which the TPM gives the data's
@@ -153,6 +180,17 @@ impl Memory {
     }
 }
 
+/// Which key a machine with EFI variables has. One that was sealed is the machine's, whatever lies beside it: an agent that
+/// knows no TPM, or does not reach it for one boot, must not make it another machine for ever. One that was never sealed is
+/// of an earlier release: the machine is known by it.
+fn efi_key(sealed: bool, plain: bool, tpm: bool) -> KeyStorage {
+    match (tpm, sealed, plain) {
+        (true, true, _) | (true, false, false) => KeyStorage::Tpm,
+        (true | false, false, true) | (false, false, false) => KeyStorage::EfiVariable,
+        (false, true, _) => KeyStorage::Ephemeral,
+    }
+}
+
 /// Where key and memory are kept.
 #[derive(Debug, Clone)]
 pub enum Place {
@@ -172,7 +210,7 @@ impl Place {
         let place = if Path::new(EFIVARS).read_dir().is_ok_and(|mut d| d.next().is_some()) {
             Self::Efi
         } else {
-            Self::Boot("/run/kiln".into())
+            Self::Boot(BOOT_PLACE.into())
         };
         match Tpm::open().and_then(|tpm| tpm.map(|mut tpm| tpm.make_memory()).transpose()) {
             Ok(Some(())) => Self::Tpm(Box::new(place)),
@@ -187,13 +225,11 @@ impl Place {
     /// How strong the name is.
     pub fn key_storage(&self) -> KeyStorage {
         match self {
-            Self::Efi => KeyStorage::EfiVariable,
+            Self::Efi => efi_key(self.path(SEALED).exists(), self.path(KEY).exists(), false),
             Self::Directory(_) => KeyStorage::File,
             Self::Boot(_) => KeyStorage::Ephemeral,
             Self::Tpm(place) => match **place {
-                // Of an earlier release that could not seal it: the machine is known by it.
-                Self::Efi if place.path(KEY).exists() => KeyStorage::EfiVariable,
-                Self::Efi => KeyStorage::Tpm,
+                Self::Efi => efi_key(place.path(SEALED).exists(), place.path(KEY).exists(), true),
                 Self::Directory(_) | Self::Boot(_) | Self::Tpm(_) => place.key_storage(),
             },
         }
@@ -211,8 +247,16 @@ impl Place {
 
     /// The identity key, made at the first call.
     pub fn key(&self) -> Result<Signer> {
-        if self.key_storage() == KeyStorage::Tpm {
-            return self.sealed_key();
+        match (self.key_storage(), self) {
+            (KeyStorage::Tpm, _) => return self.sealed_key(),
+            (KeyStorage::Ephemeral, Self::Efi) => {
+                println!(
+                    "kiln-agent: this machine's identity key is sealed in its TPM, which does not answer: another key, for this \
+                     boot only, makes it a stranger. Is the TPM switched off in the firmware's setup?"
+                );
+                return Self::Boot(BOOT_PLACE.into()).key();
+            }
+            (KeyStorage::EfiVariable | KeyStorage::File | KeyStorage::Ephemeral, _) => {}
         }
         if let Some(stored) = self.read(KEY)? {
             let seed: [u8; 32] = stored.as_slice().try_into().map_err(|_| AgentError::Format {
@@ -227,11 +271,11 @@ impl Place {
     }
 
     /// The same, sealed by the TPM. A TPM that refuses what is there is another one, or was cleared: then this is another
-    /// machine, with another key.
+    /// machine, with another key. One that is only busy is asked again by the next boot: the key stays what it is.
     fn sealed_key(&self) -> Result<Signer> {
         let mut tpm = open_tpm()?;
         if let Some(sealed) = self.read(SEALED)? {
-            match tpm.unseal(&sealed) {
+            match unsealed(&mut tpm, &sealed) {
                 Ok(seed) => {
                     let seed: [u8; 32] = seed.try_into().map_err(|_| AgentError::Format {
                         path: self.path(SEALED),
@@ -239,7 +283,7 @@ impl Place {
                     })?;
                     return Ok(Signer::from_seed(&seed));
                 }
-                Err(fault) if fault.code().is_none() => return Err(fault.into()),
+                Err(fault) if !fault.is_refusal() => return Err(fault.into()),
                 Err(fault) => {
                     println!("kiln-agent: the identity key was sealed by another TPM, a new one is made: {fault}");
                 }
@@ -326,6 +370,21 @@ impl Place {
     }
 }
 
+/// A TPM that is busy is asked a few times more.
+fn unsealed(tpm: &mut Tpm, sealed: &[u8]) -> std::result::Result<Vec<u8>, TpmFault> {
+    let mut tries = 0;
+    loop {
+        match tpm.unseal(sealed) {
+            Err(fault) if tries < UNSEAL_TRIES && fault.code().is_some() && !fault.is_refusal() => {
+                println!("kiln-agent: the TPM does not give the identity key out yet: {fault}");
+                tries += 1;
+                std::thread::sleep(Duration::from_secs(1));
+            }
+            done => return done,
+        }
+    }
+}
+
 /// The TPM that was there a moment ago.
 fn open_tpm() -> Result<Tpm> {
     Tpm::open()?.ok_or(AgentError::NoTpm)
@@ -376,6 +435,39 @@ mod tests {
         assert_eq!(pauses, [0, 0, 0, 20, 40, 80, 160, 290, 290, 290]);
         memory.failed_boots = u32::MAX;
         assert_eq!(memory.boot_failed(), LONGEST_PAUSE);
+    }
+
+    #[test]
+    fn a_machine_that_cannot_count_its_failed_boots_rests_after_each() {
+        let mut memory = Memory::default();
+        let first = memory.boot_failed();
+        assert_eq!(rest(first, true, 200), Duration::ZERO, "it counts: the first restarts at once");
+        let all: Vec<u64> = (0..=u8::MAX).map(|jitter| rest(first, false, jitter).as_secs()).collect();
+        assert_eq!((all[0], all[255]), (60, 290));
+        assert!(all.iter().collect::<std::collections::BTreeSet<_>>().len() > 100, "{all:?}");
+        // One whose memory fails later keeps what it had counted.
+        assert_eq!(rest(Duration::from_secs(160), false, 0), Duration::from_secs(160));
+        assert_eq!(Place::Boot("/run/kiln".into()).rollback_memory(), RollbackMemory::None);
+    }
+
+    #[test]
+    fn a_sealed_key_stays_the_machines_whatever_happens_to_its_tpm() {
+        use KeyStorage::{EfiVariable, Ephemeral, Tpm};
+        for (tpm, sealed, plain, storage) in [
+            (true, false, false, Tpm),
+            (true, true, false, Tpm),
+            // An older agent was here in between, and left a key of its own.
+            (true, true, true, Tpm),
+            // Of a release before TPMs were used.
+            (true, false, true, EfiVariable),
+            (false, false, true, EfiVariable),
+            (false, false, false, EfiVariable),
+            // The TPM is off: nothing is written that would count once it is on again.
+            (false, true, false, Ephemeral),
+            (false, true, true, Ephemeral),
+        ] {
+            assert_eq!(efi_key(sealed, plain, tpm), storage, "{tpm} {sealed} {plain}");
+        }
     }
 
     #[test]

@@ -2,15 +2,14 @@
 //! lies in the output directory; its exit status says which class of check refused.
 
 use crate::error::{AgentError, ROOT, Result};
-use crate::facts;
 use crate::fetch::Expected;
-use crate::flow::{Flow, TELL_EVERY};
-use crate::init::{embedded, parse_boot_info};
-use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
+use crate::flow::Flow;
+use crate::init::parse_boot_info;
+use crate::journal::{JournalState, boot_id, monotonic_ms};
 use crate::log;
 use crate::memory::Place;
 use crate::plan::{self, Plan};
-use crate::verifier::{Answer, Servers, Verifier};
+use crate::verifier::Answer;
 use kiln_protocol::Stage;
 use std::path::{Path, PathBuf};
 
@@ -69,30 +68,10 @@ async fn stage(options: &Options) -> Result<()> {
     println!("kiln-agent {}: image {} release {}", env!("CARGO_PKG_VERSION"), boot.image, boot.release);
     std::fs::create_dir_all(&options.out).map_err(AgentError::file(&options.out))?;
     let place = Place::Directory(options.state.clone());
-    let key = place.key()?;
     let memory = place.memory()?;
-    let floor = memory.floor(&boot.image);
-    if boot.release < floor {
-        return Err(AgentError::BelowFloor { image: boot.image, release: boot.release, floor });
-    }
-    let machine = facts::read(place.key_storage(), place.rollback_memory())?;
-    let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));
     let state = JournalState::begin(boot_id()?, started_ms);
-    let embedded = embedded(&boot)?;
-    let journal = Journal {
-        state,
-        machine,
-        embedded,
-        running: None,
-        health: None,
-        prefetch: None,
-        fallback: None,
-        condition: None,
-    };
-    let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
-    let tries = Some(options.tries);
-    let verifier = Verifier::new(boot, place, key, memory, servers, now);
-    let mut flow = Flow { verifier, journal, api: None, tries, tell_every: TELL_EVERY };
+    let mut flow = Flow::begin(boot, state, place, memory, None)?;
+    flow.tries = Some(options.tries);
     flow.journal.done(Stage::Start);
     flow.find_server().await?;
     flow.ship_log()?;

@@ -21,7 +21,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// Grows when the same inputs would give other bytes.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
 /// What was built from what, in a release's folder.
 const STAMP: &str = "build.json";
 
@@ -273,6 +273,7 @@ impl Inputs<'_> {
             secrets: self.recipe.declared.secrets.clone(),
             sbom: Some(named(&sbom)),
             measured: Some(measured),
+            role_may_report: Some(self.recipe.exec.iter().any(|place| place.rule.may_report)),
         };
         let files = FILES.into_iter().zip([uki, kernel, initramfs, root.bytes, sbom]).collect();
         Ok(Parts { manifest, files })

@@ -51,13 +51,13 @@ pub struct Pruned {
     pub request: Option<Waiting>,
 }
 
-/// Takes old releases out of an image's list. `needed` says which ones machines need; it is asked when the list is read
-/// and nobody else can publish.
+/// Takes old releases out of an image's list. `needed` says which ones of those machines need; it is asked when the list is
+/// read and nobody else can publish.
 pub fn prune<E: From<SiteError>>(
     site: &SiteDir,
     options: &PruneOptions,
     now: Timestamp,
-    needed: impl FnOnce() -> Result<BTreeSet<u64>, E>,
+    needed: impl FnOnce(&[u64]) -> Result<BTreeSet<u64>, E>,
 ) -> Result<Pruned, E> {
     let PruneOptions { image, keep, grace, dry_run } = options;
     let _lock = site.lock_offline()?;
@@ -67,7 +67,7 @@ pub fn prune<E: From<SiteError>>(
     let mut listed: Vec<u64> = role.targets.keys().filter_map(|path| release_of(path)).map(|(_, n)| n).collect();
     listed.sort_unstable();
     listed.truncate(listed.len().saturating_sub((*keep).max(1)));
-    let needed = needed()?;
+    let needed = needed(&listed)?;
     let (needed, removed): (Vec<u64>, Vec<u64>) = listed.into_iter().partition(|release| needed.contains(release));
     let mut pruned = Pruned { removed, needed, ..Pruned::default() };
     if *dry_run {

@@ -101,9 +101,15 @@ pub(crate) fn called(keyid: &str, names: &BTreeMap<String, String>) -> String {
     names.get(keyid).map_or_else(|| short.clone(), |name| format!("{} ({short})", plain(name)))
 }
 
-/// Text of a file, fit for a terminal.
+/// Text of a file, fit for a terminal: nothing in it that a terminal obeys, nothing that turns the line round (Unicode UAX #9)
+/// or takes no room.
 pub(crate) fn plain(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() { '?' } else { c }).collect()
+    let odd = |c: char| {
+        c.is_control()
+            || matches!(c, '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}')
+    };
+    text.chars().map(|c| if odd(c) { '?' } else { c }).collect()
 }
 
 pub(crate) fn wrong(reason: impl Into<String>) -> SiteError {
@@ -204,8 +210,16 @@ impl Request {
 
     /// Paths lead nowhere but into the repository, and each document lies where its role and version say.
     fn check(&self) -> Result<(), SiteError> {
-        if self.name.chars().count() > MAX_NAME {
-            return Err(wrong("its name is too long"));
+        if [&self.name, &self.site].into_iter().chain(self.names.values()).any(|name| name.chars().count() > MAX_NAME) {
+            return Err(wrong("a name in it is too long"));
+        }
+        for (at, document) in self.documents.iter().enumerate() {
+            if self.documents[..at].iter().any(|other| other.role == document.role) {
+                return Err(wrong(format!(
+                    "{} is in it twice: one document of each kind is signed",
+                    plain(&document.role)
+                )));
+            }
         }
         for document in &self.documents {
             let version = document.envelope["signed"]["version"].as_u64();
@@ -286,6 +300,29 @@ impl Request {
         let (Some(targets), Some(text)) = (self.base_targets()?, self.base.get(role)) else { return Ok(None) };
         let need = Need::of_delegation(&targets, role).ok_or_else(|| wrong("a list that nobody delegated to"))?;
         need.verify(text, Targets::TYPE).map(Some)
+    }
+
+    /// That it has what each document replaces, signed, and of the version just before: what is told is the difference, and
+    /// without the one before, or with an older one, it would not tell what is taken away.
+    pub(crate) fn check_bases(&self) -> Result<(), SiteError> {
+        for document in &self.documents {
+            let before = match document.role.as_str() {
+                Root::TYPE => self.base_root()?.map(|root| root.version),
+                // What it names is told whole.
+                Snapshot::TYPE => continue,
+                Targets::TYPE => self.base_targets()?.map(|targets| targets.version),
+                role => self.base_role(role)?.map(|list| list.version),
+            };
+            let version = document.envelope["signed"]["version"].as_u64().unwrap_or(0);
+            if before.unwrap_or(0).checked_add(1) != Some(version) {
+                let before = before.map_or_else(|| "nothing".to_owned(), |before| format!("version {before}"));
+                let role = plain(&document.role);
+                return Err(wrong(format!(
+                    "{role} version {version} shall replace {before} of it: it does not follow"
+                )));
+            }
+        }
+        Ok(())
     }
 
     /// The root that will be in force.

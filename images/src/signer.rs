@@ -58,6 +58,7 @@ impl SignerMemory {
     /// That the request goes on from what was believed, and says nothing else of a version that was signed. With
     /// `instead` the latter is allowed: an earlier request was dropped.
     pub fn check(&self, request: &Request, instead: bool) -> Result<(), SiteError> {
+        request.check_bases()?;
         let chain = request.root_chain()?;
         if let Some(pinned) = &self.root {
             let known = request.roots.iter().any(|text| text == pinned);

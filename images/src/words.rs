@@ -16,6 +16,7 @@ use std::collections::{BTreeMap, BTreeSet};
 impl Request {
     /// Line by line.
     pub fn words(&self, now: Timestamp) -> Result<Vec<String>, SiteError> {
+        self.check_bases()?;
         let mut lines = vec![format!("site {}: {}", self.site, self.name)];
         for document in &self.documents {
             let (version, expires) = (&document.envelope["signed"]["version"], &document.envelope["signed"]["expires"]);
@@ -102,6 +103,9 @@ impl Request {
             }
             let new = self.new_site(path, file)?;
             let known = self.base.get(path.as_str()).filter(|_| old.contains_key(path.as_str()));
+            if known.is_none() && old.contains_key(path.as_str()) {
+                return Err(wrong("site.json before is not in the request: what is taken away would not be told"));
+            }
             if let Some(text) = known {
                 let listed = old.get(path.as_str()).and_then(TargetFile::sha256);
                 if listed != Some(hex::sha256(text.as_bytes()).as_str()) {

@@ -128,7 +128,7 @@ fn a_full_disk_changes_nothing_that_is_served() {
         }
         let keep = if release == 4 { 3 } else { 2 };
         let options = PruneOptions { image: "minimal".into(), keep, grace: None, dry_run: false };
-        let work = || prune(&site, &options, now(), || Ok::<_, SiteError>([].into())).map(|_| ());
+        let work = || prune(&site, &options, now(), |_: &[u64]| Ok::<_, SiteError>([].into())).map(|_| ());
         let refused = until_it_fits(&site, room, work);
         assert!(refused.0 >= 2, "the prune was refused {refused:?} times only");
         late += refused.1;

@@ -271,6 +271,21 @@ pub enum ControlError {
          [role.thresholds] in kiln.toml, or build a release whose recipe declares it"
     )]
     Threshold { role: String, name: String, threshold: Threshold, release: ReleaseId, known: String },
+    #[error(
+        "role {role} says exec = \"report\", and {release} lets no role say so: take it out of the role in kiln.toml, or build a \
+         release with role_may_report = true in an [[exec]] of its recipe"
+    )]
+    NoReport { role: String, release: ReleaseId },
+    #[error(
+        "the identity key of {machine} is sealed in its TPM, and the agent of {release} is older than Kiln's use of TPMs: it would \
+         make another key, and the machine would be a stranger. Build the image anew and assign that release"
+    )]
+    ForgetsKey { machine: String, release: ReleaseId },
+    #[error(
+        "{release} is about to be taken out of the repository (`kiln release prune`): take another. If that prune was given up, \
+         it can be assigned again in {minutes} min"
+    )]
+    BeingPruned { release: ReleaseId, minutes: u64 },
     #[error("{release} is below the floor {floor} that the release signers set for its image")]
     BelowFloor { release: ReleaseId, floor: u64 },
     #[error(

@@ -135,7 +135,7 @@ async fn run(
     ));
     let mut helpers = JoinSet::new();
     if let Some((listener, _, certificates, acceptor)) = https {
-        let router = http::public_router(app.clone());
+        let router = http::strict(http::public_router(app.clone()));
         servers.spawn(http::serve_https(listener, acceptor, router, config.http_limits, stopped.clone()));
         helpers.spawn(certificates.renew());
     }

@@ -1,10 +1,10 @@
 // A certified OpenID provider (npm's oidc-provider) on loopback, with two people and the log-in form that it brings for
-// development. Arguments: port, redirect URI, algorithm of ID tokens, name of its signing keys.
+// development. Arguments: port, redirect URI, algorithm of ID tokens, name of its signing keys, a group of one of the two.
 import { generateKeyPairSync } from "node:crypto";
 import Provider from "oidc-provider";
 
-const [port, redirect, alg, kid] = process.argv.slice(2);
-const people = { ann: ["staff", "kiln-operators"], eve: ["staff"] };
+const [port, redirect, alg, kid, group] = process.argv.slice(2);
+const people = { ann: ["staff", group], eve: ["staff"] };
 const made = (type, options, alg) => ({
   ...generateKeyPairSync(type, options).privateKey.export({ format: "jwk" }),
   kid: `${kid}-${alg}`, alg, use: "sig",

@@ -248,6 +248,21 @@ impl MachineDisk {
         Ok(())
     }
 
+    /// The loader where an install was cut before it: its entry is there, so that no other install follows. A loader that is
+    /// there stays as it is.
+    pub fn mend_loader(&mut self, network_first: bool) {
+        let mended = match self.store.has_loader() {
+            Ok(true) => Ok(()),
+            Ok(false) => self.install_loader(network_first),
+            Err(error) => Err(error.into()),
+        };
+        if let Err(error) = mended {
+            println!(
+                "kiln-agent: the boot loader is not on the disk, which starts nothing without the network: {error}"
+            );
+        }
+    }
+
     /// The disk's place in the firmware's boot order.
     pub fn order_boot(&self, network_first: bool) -> Result<()> {
         if boot_order::put(self.store.layout.esp_address(), network_first)? {

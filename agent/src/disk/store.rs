@@ -17,6 +17,7 @@ const UKIS: &str = "EFI/kiln";
 pub const LOADERS: [&str; 2] = ["EFI/BOOT/BOOTX64.EFI", "EFI/systemd/systemd-bootx64.efi"];
 /// No menu, no editor, and nothing but Kiln's own entries.
 const LOADER_CONF: &str = "timeout 0\neditor no\nauto-entries no\nauto-firmware no\n";
+const LOADER_TEXTS: [(&str, &str); 2] = [("loader/loader.conf", LOADER_CONF), ("loader/entries.srel", "type1\n")];
 const TEXT_LIMIT: u32 = 4096;
 const LOADER_LIMIT: u32 = 4 << 20;
 /// Events, on the state partition.
@@ -177,10 +178,9 @@ impl<B: Block> Store<B> {
     pub fn install_loader(&mut self, loader: &[u8]) -> Result<(), DiskError> {
         let install = |esp: &mut Fat<Part<'_, B>>| -> io::Result<()> {
             let files = LOADERS.map(|path| (path, loader));
-            let texts = [("loader/loader.conf", LOADER_CONF), ("loader/entries.srel", "type1\n")];
             // The settings first: a loader that finds neither them nor an entry goes into the firmware's setup and stays
             // there; with them it ends, and the firmware goes on to the network.
-            for (path, bytes) in texts.map(|(path, text)| (path, text.as_bytes())).into_iter().chain(files) {
+            for (path, bytes) in LOADER_TEXTS.map(|(path, text)| (path, text.as_bytes())).into_iter().chain(files) {
                 let there = esp.read(path, LOADER_LIMIT).ok().flatten();
                 if there.as_deref() != Some(bytes) {
                     let mut from = bytes;
@@ -191,6 +191,20 @@ impl<B: Block> Store<B> {
         };
         let installed = install(&mut self.esp()?);
         installed.map_err(|e| self.io("installing the boot loader", &e))
+    }
+
+    /// Whether the loader and its settings are there, whichever they are.
+    pub fn has_loader(&mut self) -> Result<bool, DiskError> {
+        let look = |esp: &Fat<Part<'_, B>>| -> io::Result<bool> {
+            for path in LOADERS.into_iter().chain(LOADER_TEXTS.map(|(path, _)| path)) {
+                if esp.read(path, LOADER_LIMIT)?.is_none() {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        };
+        let there = look(&self.esp()?);
+        there.map_err(|e| self.io("looking for the boot loader", &e))
     }
 
     /// What was kept for the release with this root hash.

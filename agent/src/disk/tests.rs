@@ -276,6 +276,48 @@ fn every_cut_of_an_install_leaves_something_whole_that_boots() {
     assert!(booted.len() == 3 && steps.len() > 200, "{} steps, {booted:?}", steps.len());
 }
 
+/// A first install, in the order of `local::install_here`: wherever it is cut, a loader on the disk has its settings, and
+/// starts something whole.
+#[test]
+fn every_cut_of_a_first_install_leaves_no_loader_without_what_it_starts() {
+    let (mut store, mut slots) = opened(Recorded::default());
+    let first = release(1);
+    slots = step(&mut store, slots, Event::Assign(first.content.clone(), 4, Go::Here(Via::Cold)), &first);
+    let begun = store.disk().steps.len();
+    slots = step(&mut store, slots, Event::Fetched, &first);
+    step(&mut store, slots, Event::Granted, &first);
+    assert!(!store.has_loader().unwrap());
+    store.install_loader(b"the boot loader").unwrap();
+    assert!(store.has_loader().unwrap());
+    let steps = &store.disk().steps;
+    let (mut with, mut without) = (0, 0);
+    for count in begun..=steps.len() {
+        for keep in [true, false] {
+            let (mut store, slots) = opened(Recorded::cut(&Recorded::default(), &steps[..count], &mut || keep));
+            let range = store.layout.esp();
+            let mut disk = store.disk().clone();
+            let esp = Fat::open(Part::new(&mut disk, &range)).unwrap();
+            let loaders: Vec<_> = LOADERS.iter().filter_map(|path| esp.read(path, 1 << 20).unwrap()).collect();
+            if loaders.is_empty() {
+                without += 1;
+                continue;
+            }
+            with += 1;
+            assert!(loaders.iter().all(|loader| loader == b"the boot loader"), "cut behind {count}");
+            assert!(esp.read("loader/loader.conf", 1 << 20).unwrap().is_some(), "cut behind {count}");
+            let listed: Vec<_> = slots.disk.entries_of(SlotId::A).map(|entry| entry.name.kind).collect();
+            let starts = matches!(listed[..], [EntryKind::Trial(_) | EntryKind::Good]);
+            assert!(starts && slots.disk.ukis == [first.content.uki.clone()], "cut behind {count}: {:?}", slots.disk);
+            // What was cut off is taken up again.
+            if !store.has_loader().unwrap() {
+                store.install_loader(b"the boot loader").unwrap();
+            }
+            assert_eq!(boots(store.disk().clone()), Some(1), "cut behind {count}");
+        }
+    }
+    assert!(with > 3 && without > 10, "{with} {without}");
+}
+
 /// A blank disk that is cut while it is partitioned is still nobody's: the next start makes it anew.
 #[test]
 fn every_cut_of_the_first_partitioning_can_be_taken_up_again() {

@@ -10,16 +10,16 @@ pub use embedded::{embedded, parse_boot_info, running_command_line, secure_boot}
 use crate::coldplug::Drivers;
 use crate::disk::machine::{self, on_disk};
 use crate::error::{AgentError, FailureClass, Result};
-use crate::flow::{Flow, RESTART_PAUSE, TELL_EVERY};
-use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
-use crate::memory::Place;
+use crate::flow::{Flow, RESTART_PAUSE};
+use crate::journal::{JournalState, boot_id, monotonic_ms};
+use crate::memory::{self, Memory, Place};
 use crate::plan::{self, Plan};
 use crate::uplink::Network;
-use crate::verifier::{Answer, Servers, Verified, Verifier};
+use crate::verifier::{Answer, Verified, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{change, console, facts, local, log, mounts, safe, tpm, wipe};
+use crate::{change, console, local, log, mounts, safe, tpm, wipe};
 use embedded::{read_boot_info, tell_command_line_drift};
-use kiln_protocol::{Assignment, ReleaseId, Stage, Via};
+use kiln_protocol::{Assignment, ReleaseId, RollbackMemory, Stage, Via};
 use kiln_release::BootInfo;
 use nix::sys::reboot::{RebootMode, reboot};
 use start::start;
@@ -82,34 +82,17 @@ fn boot() -> Result<Infallible> {
     })
 }
 
-async fn go(boot: BootInfo, journal: JournalState, drivers: Drivers) -> Result<Infallible> {
+async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Infallible> {
     let place = Place::of_this_machine();
-    let key = place.key()?;
-    let memory = place.memory()?;
-    // The floor comes before anything else is believed.
-    let floor = memory.floor(&boot.image);
-    if boot.release < floor {
-        return Err(AgentError::BelowFloor { image: boot.image.clone(), release: boot.release, floor });
+    let mut memory = place.memory()?;
+    if let Err(error) = memory.may_boot(&boot) {
+        rest(&place, &mut memory, &error).await;
+        return Err(error);
     }
-    let embedded = embedded(&boot)?;
-    let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));
-    let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
-    machine.protection = secure_boot(&boot).class();
-    machine.tpm = Some(tpm::presence());
-    console::open(machine.id.as_str(), &format!("{}/{}", boot.image, boot.release));
-    let journal = Journal {
-        state: journal,
-        machine,
-        embedded,
-        running: None,
-        health: None,
-        prefetch: None,
-        fallback: None,
-        condition: None,
-    };
-    let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
-    let verifier = Verifier::new(boot, place, key, memory, servers, now);
-    let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: TELL_EVERY };
+    let protection = secure_boot(&boot).class();
+    let mut flow = Flow::begin(boot, state, place, memory, Some(tpm::presence()))?;
+    flow.journal.machine.protection = protection;
+    console::open(flow.journal.machine.id.as_str(), &flow.verifier.here()?.to_string());
 
     let error = match Box::pin(travel(&mut flow, &mut Some(drivers))).await {
         Ok(never) => match never {},
@@ -120,25 +103,42 @@ async fn go(boot: BootInfo, journal: JournalState, drivers: Drivers) -> Result<I
         restart();
     }
     flow.give_up(&error).await;
-    rest(&mut flow, &error).await;
+    let Verifier { place, memory, .. } = &mut flow.verifier;
+    rest(place, memory, &error).await;
     Err(error)
 }
 
 /// A boot that ends because what was served does not verify: the more of them in a row, the longer the pause.
-async fn rest(flow: &mut Flow, error: &AgentError) {
+async fn rest(place: &Place, memory: &mut Memory, error: &AgentError) {
     match error.class() {
         FailureClass::Verification => {}
         FailureClass::Unreachable | FailureClass::Machine | FailureClass::Usage => return,
     }
-    let pause = flow.verifier.memory.boot_failed();
-    if let Err(error) = flow.verifier.place.remember(&flow.verifier.memory) {
-        println!("kiln-agent: that this boot failed is not remembered: {error}");
+    let counted = memory.boot_failed();
+    let is_kept = match place.remember(memory) {
+        Ok(()) => place.rollback_memory() != RollbackMemory::None,
+        Err(error) => {
+            println!("kiln-agent: that this boot failed is not remembered: {error}");
+            false
+        }
+    };
+    let jitter = memory::random().map_or(u8::MAX, |bytes| bytes[0]);
+    let pause = memory::rest(counted, is_kept, jitter);
+    if pause.is_zero() {
+        return;
     }
-    if !pause.is_zero() {
-        let boots = flow.verifier.memory.failed_boots;
-        println!("kiln-agent: {boots} boots in a row did not verify; this machine rests for {} s", pause.as_secs());
-        tokio::time::sleep(pause).await;
+    let seconds = pause.as_secs();
+    if is_kept {
+        println!(
+            "kiln-agent: {} boots in a row did not verify; this machine rests for {seconds} s",
+            memory.failed_boots
+        );
+    } else {
+        println!(
+            "kiln-agent: this boot did not verify, and how many did before is not known; it rests for {seconds} s"
+        );
     }
+    tokio::time::sleep(pause).await;
 }
 
 /// From the network to the image's init.

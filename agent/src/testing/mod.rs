@@ -197,6 +197,7 @@ impl TestSite {
             sbom: None,
             secrets: vec![],
             measured: None,
+            role_may_report: None,
         }
     }
 

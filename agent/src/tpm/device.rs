@@ -21,6 +21,12 @@ pub enum TpmFault {
 }
 
 impl TpmFault {
+    /// It is said of what it was given: a parameter, a handle or a session (a code of format 1, part 2, §6.6.2). Not that it is
+    /// busy, short of room for the moment, or in failure mode (format 0), nor that the device fails.
+    pub fn is_refusal(&self) -> bool {
+        self.code().is_some_and(|code| code & 0x80 != 0)
+    }
+
     /// The code with which it refused.
     pub fn code(&self) -> Option<u32> {
         match self {
@@ -71,5 +77,22 @@ impl Tpm {
             return Err(TpmError::Surplus(have.saturating_sub(length)).into());
         }
         Ok(command.answer(&answer[..length])?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_busy_tpm_refuses_nothing() {
+        let fault = |code| TpmFault::from(TpmError::Refused { command: "TPM2_Load", code });
+        // TPM_RC_INTEGRITY of the first parameter, TPM_RC_HANDLE.
+        assert!(fault(0x1df).is_refusal() && fault(0x18b).is_refusal());
+        // Failure mode; out of memory for objects, lockout, being tested, retry; the kernel's resource manager out of room.
+        for code in [0x101, 0x902, 0x921, 0x90a, 0x922, 0x904] {
+            assert!(!fault(code).is_refusal(), "{code:#x}");
+        }
+        assert!(!TpmFault::from(io::Error::from(io::ErrorKind::TimedOut)).is_refusal());
     }
 }

@@ -231,8 +231,11 @@ impl Judge {
             let (sequence, tries) = stem.split_once('+').map_or((stem, "1"), |(sequence, tries)| (sequence, tries));
             (!tries.starts_with('0'), sequence.parse::<u64>().unwrap())
         };
-        let Some(entry) = entries.max_by_key(|l| order(l[1])).filter(|_| loader.is_some()) else {
-            return Ok(Starts::Network);
+        let entry = match (entries.max_by_key(|l| order(l[1])), &loader) {
+            (Some(entry), Some(_)) => entry,
+            (Some(_) | None, None) => return Ok(Starts::Network),
+            // The firmware is sent to the disk last of all.
+            (None, Some(_)) => return Err(format!("a loader without anything to start:\n{text}")),
         };
         let (release, root_hash, uki) = (entry[2], entry[3], entry[4]);
         let number: u64 = release.strip_prefix("disk/").unwrap().parse().unwrap();

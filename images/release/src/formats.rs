@@ -111,6 +111,10 @@ pub struct Manifest {
     /// What a TPM measures of it; none: built before Kiln predicted it, so that no machine is attested with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measured: Option<Measured>,
+    /// Whether a role may say that programs on no allow-list start and are told, of one place at least; none: built before
+    /// manifests said so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub role_may_report: Option<bool>,
 }
 
 /// What a machine's TPM measures when it boots a release. Hashes are SHA-256, lower-case hex.

@@ -39,6 +39,7 @@ fn manifest() -> Manifest {
         sbom: None,
         secrets: vec![],
         measured: None,
+        role_may_report: None,
     }
 }
 

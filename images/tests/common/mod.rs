@@ -53,6 +53,7 @@ pub fn build(site: &SiteDir, image: &str, release: u64, built: Timestamp) -> Man
         sbom: None,
         secrets: vec![],
         measured: None,
+        role_may_report: None,
     };
     write_manifest(site, &manifest);
     manifest

@@ -246,6 +246,55 @@ fn killed_after_any_file_the_same_command_does_the_rest() {
     }
 }
 
+/// What a request says of the state before decides which differences are told.
+#[test]
+fn what_is_taken_away_is_told_or_nothing_is_signed() {
+    let ceremonial = Ceremonial::finished();
+    let site = &ceremonial.site;
+    for release in [1, 2] {
+        ceremonial.publish(release, later(1));
+        let first: &[&str] = if release == 1 { &["targets-ann", "targets-bob"] } else { &[] };
+        ceremonial.all_sign(&[first, &["image-ann", "image-bob", "snapshot-ann"]].concat(), later(1));
+    }
+    let prune = kiln_images::PruneOptions { image: "minimal".into(), keep: 1, grace: None, dry_run: false };
+    let done = kiln_images::prune::<SiteError>(site, &prune, later(1), |_| Ok([].into())).unwrap();
+    assert!(done.request.is_some());
+    let good: serde_json::Value = serde_json::from_slice(&fs::read(ceremonial.carried()).unwrap()).unwrap();
+    let bad = ceremonial.dir.path().join("bad.json");
+    let write = |request: &serde_json::Value| fs::write(&bad, request.to_string()).unwrap();
+    write(&good);
+    let words = Request::read(&bad).unwrap().words(later(1)).unwrap().join("\n");
+    assert!(words.contains("REMOVES minimal/1/manifest.json"), "{words}");
+    let refused = |request: &serde_json::Value, reason: &str| {
+        write(request);
+        let read = Request::read(&bad);
+        let told = read.and_then(|request| request.words(later(1))).unwrap_err();
+        let signed = ceremonial.sign(&bad, "image-ann").unwrap_err();
+        assert!([&told, &signed].iter().all(|error| error.to_string().contains(reason)), "{told}; {signed}");
+    };
+    // Without the list before, or with an older one that was signed all the same.
+    let mut without = good.clone();
+    without["base"].as_object_mut().unwrap().remove("image-minimal");
+    refused(&without, "image-minimal version 3 shall replace nothing of it");
+    let mut older = good.clone();
+    older["base"]["image-minimal"] =
+        fs::read_to_string(site.repo().join("metadata/1.image-minimal.json")).unwrap().into();
+    refused(&older, "shall replace version 1 of it");
+    // Two of a kind: one that is read, and one that is signed with it.
+    let mut twice = good.clone();
+    let documents = twice["documents"].as_array_mut().unwrap();
+    documents.push(documents[0].clone());
+    refused(&twice, "is in it twice");
+    drop_request(&site.path).unwrap();
+    // The same of the site's own object.
+    assert!(raise_floor(&site.path, "minimal", 2, later(1)).unwrap().waiting.is_some());
+    let mut floors: serde_json::Value = serde_json::from_slice(&fs::read(ceremonial.carried()).unwrap()).unwrap();
+    floors["base"].as_object_mut().unwrap().remove("site.json");
+    write(&floors);
+    let told = Request::read(&bad).unwrap().words(later(1)).unwrap_err();
+    assert!(told.to_string().contains("site.json before is not in the request"), "{told}");
+}
+
 #[test]
 fn what_is_altered_on_the_way_gets_no_signature_in() {
     let ceremonial = Ceremonial::finished();
@@ -294,6 +343,10 @@ fn what_is_altered_on_the_way_gets_no_signature_in() {
     write(&text.replace("\"name\": \"publish", "\"name\": \"\\u001b[2Jpublish"));
     let words = Request::read(&bad).unwrap().words(later(1)).unwrap().join("\n");
     assert!(!words.contains('\u{1b}') && words.contains("?[2Jpublish"), "{words}");
+    // Nor turn a line round: a key's name could make another fingerprint of it.
+    write(&text.replace("\"image-ann\"", "\"image-\u{202e}nna\""));
+    let words = Request::read(&bad).unwrap().words(later(1)).unwrap().join("\n");
+    assert!(!words.contains('\u{202e}') && words.contains("image-?nna"), "{words}");
     // Whoever has no part in it signs nothing.
     let stranger = Ceremonial::person(ceremonial.dir.path(), "stranger");
     let ask = || Ok::<_, SiteError>(Passphrase::of_line(PASSPHRASE));

@@ -26,7 +26,7 @@ fn at_once(keep: usize) -> PruneOptions {
 }
 
 fn prune_at(site: &SiteDir, options: &PruneOptions, at: Timestamp, needed: &[u64]) -> Result<Pruned, SiteError> {
-    prune(site, options, at, || Ok(needed.iter().copied().collect()))
+    prune(site, options, at, |_| Ok(needed.iter().copied().collect()))
 }
 
 /// A site with these releases of `minimal`.
@@ -199,7 +199,7 @@ fn what_is_refused_or_only_asked_for_changes_nothing() {
     assert!(matches!(prune_at(&site, &unknown, now(), &[]), Err(SiteError::NoSuchImage { .. })));
     let dry = PruneOptions { dry_run: true, ..at_once(1) };
     assert_eq!(prune_at(&site, &dry, now(), &[2]).unwrap().removed, [1]);
-    let refused = || Err(SiteError::NotASite { dir: "the server does not answer".into() });
+    let refused = |_: &[u64]| Err(SiteError::NotASite { dir: "the server does not answer".into() });
     assert!(matches!(prune(&site, &at_once(1), now(), refused), Err(SiteError::NotASite { .. })));
     // The lock of publishers is the one file that may be new.
     assert_eq!(names_below(&site.path), before);

@@ -3,6 +3,7 @@
 use crate::Millis;
 use crate::event::Action;
 use crate::machine::Machine;
+use crate::protection::Recorded;
 use crate::state::StateKind;
 use crate::step::{save, wake};
 use kiln_protocol::{AttestationState, KeyId, ProtectionClass, ReleaseId, Sha256Hex, TpmPresence};
@@ -71,6 +72,9 @@ pub struct Attestations {
     /// Of the cold boot before, or of this one.
     #[serde(default)]
     pub cold: Option<ColdBoot>,
+    /// What the audit log says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recorded: Option<Recorded>,
 }
 
 /// A proof that was checked, good or not.
@@ -220,7 +224,7 @@ impl Machine {
 
     /// A person accepts TPM and firmware as they are: what the next proof shows is pinned.
     pub(crate) fn accept_tpm(&mut self, out: &mut Vec<Action>) {
-        self.attestations = Attestations::default();
+        self.attestations = Attestations { recorded: self.attestations.recorded.take(), ..Attestations::default() };
         save(out);
         wake(out);
     }

@@ -107,4 +107,6 @@ pub enum Action {
         /// The words.
         text: String,
     },
+    /// A line for the audit log, which this server itself writes.
+    Record(String),
 }

@@ -73,8 +73,16 @@ pub fn desire(machine: &Machine, key: &KeyId) -> Desire {
 /// The caller gives the machine [`crate::Event::Granted`] when the answer is go and it is new, before it asks for
 /// another.
 pub fn grant(id: &MachineId, machines: &BTreeMap<MachineId, Machine>, limits: Limits) -> Grant {
+    match machines.get(id) {
+        Some(machine) => grant_among(machine, machines.values(), limits),
+        None => Grant::Hold { reason: "not known".into(), until_ms: None::<Millis> },
+    }
+}
+
+/// The same for a caller that keeps account of who is missing: `missing` has every machine that counts and is not
+/// available; others among them do not matter.
+pub fn grant_among<'a>(machine: &Machine, missing: impl Iterator<Item = &'a Machine>, limits: Limits) -> Grant {
     let hold = |reason: String| Grant::Hold { reason, until_ms: None::<Millis> };
-    let Some(machine) = machines.get(id) else { return hold("not known".into()) };
     let Some(assigned) = &machine.assigned else { return hold("nothing is assigned".into()) };
     if machine.runs_assigned() {
         return hold(format!("it runs {} as assigned", assigned.release));
@@ -98,9 +106,8 @@ pub fn grant(id: &MachineId, machines: &BTreeMap<MachineId, Machine>, limits: Li
     if unwell && machine.fell_back.is_some() && machine.good.contains(&assigned.release) {
         return Grant::Go;
     }
-    let missing: Vec<&Machine> = machines
-        .values()
-        .filter(|m| m.id != *id && m.counts() && !m.is_available())
+    let missing: Vec<&Machine> = missing
+        .filter(|m| m.id != machine.id && m.counts() && !m.is_available())
         .filter(|m| !(unwell && m.is_up_unwell()))
         .collect();
     if missing.len() < limits.max_unavailable {

@@ -23,6 +23,7 @@ mod hardware;
 mod held;
 mod machine;
 mod orders;
+mod protection;
 mod rebuild;
 mod replace;
 mod report;
@@ -44,11 +45,12 @@ pub use expected::{
     ExpectedMachine, Flaw, Flaws, MACHINES, Overdue, Parts, PartsError, Port, Position, Problem, Sheet, Sku, compare,
     read_csv, serial_key,
 };
-pub use grant::{Desire, Limits, desire, grant};
+pub use grant::{Desire, Limits, desire, grant, grant_among};
 pub use hardware::{EVENTS_AT_ONCE, HARDWARE_EVENTS_KEPT, Hardware, HardwareEvent, changes, summary};
 pub use held::{HELD_KEPT, HeldBoot};
 pub use machine::{Assigned, Machine, Refused};
 pub use orders::{Errand, MachineOrder, ORDERS_KEPT, OrderState};
+pub use protection::Recorded;
 pub use replace::Replacement;
 pub use secrets::{Barred, SecretsPolicy};
 pub use state::{State, StateKind};

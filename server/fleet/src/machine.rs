@@ -9,7 +9,7 @@ use crate::error::Refusal;
 use crate::expected::Comparison;
 use crate::grant::Limits;
 use crate::held::HeldBoot;
-use crate::orders::MachineOrder;
+use crate::orders::{Errand, MachineOrder};
 use crate::secrets::SecretsPolicy;
 use crate::state::{State, StateKind};
 use crate::{FORGET_MS, LIVE_MS, Millis};
@@ -18,7 +18,7 @@ use kiln_protocol::{
     ReleaseId, RunningRelease, SecretVersions, Stage, StageState, Via,
 };
 use serde::{Deserialize, Serialize};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 
 /// The one answer to "which release does this machine run".
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -354,6 +354,19 @@ impl Machine {
     /// What runs, or failing that what its UKI embeds.
     pub fn current(&self) -> Option<&RunningRelease> {
         self.running.as_ref().or(self.embedded.as_ref())
+    }
+
+    /// Releases that it runs, or may come to without anybody's asking anew: what it is assigned, where it would go back to,
+    /// and where an open order or a passed acceptance run takes it.
+    pub fn needs(&self) -> BTreeSet<ReleaseId> {
+        let current = self.current().map(|r| ReleaseId { image: r.image.clone(), release: r.release });
+        let assigned = self.assigned.as_ref().map(|assigned| &assigned.release);
+        let ordered = self.orders.iter().filter(|order| order.is_open()).filter_map(|order| match &order.errand {
+            Errand::Run { release, .. } => Some(release),
+            Errand::Wipe => None,
+        });
+        let known = [assigned, self.last_good(), self.home.as_ref()];
+        known.into_iter().flatten().chain(ordered).cloned().chain(current).collect()
     }
 
     /// Runs (or boots) exactly what is assigned, put up as it should be.

@@ -7,7 +7,7 @@ use crate::machine::{Machine, words};
 use crate::state::StateKind;
 use crate::step::{save, wake};
 use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
-use kiln_protocol::{DbxOutcome, DbxState, KeyStorage, ReleaseId, Report, Stage, StageState, Via};
+use kiln_protocol::{DbxOutcome, DbxState, KeyStorage, ReleaseId, Report, Stage, StageState, TpmPresence, Via};
 
 /// Good releases remembered.
 const GOOD_KEPT: usize = 8;
@@ -131,7 +131,15 @@ impl Machine {
             KeyStorage::Ephemeral => false,
         });
         let current = self.boots.back().is_some_and(|b| b.boot_id == reported.report.boot_id);
-        if keeps {
+        if let Some(cause) = self.cannot_unseal(&reported.report).filter(|_| keeps) {
+            Claim::Stranger(format!(
+                "another identity key ({}…) reports under this id and gets nothing: {cause}. If that is {title} itself, whose key \
+                 is sealed in its TPM, nothing is lost, and its own key speaks again then. Do not clear it: that would make the \
+                 new key the machine's",
+                &reported.key.as_str()[..12],
+                title = self.title(),
+            ))
+        } else if keeps {
             // The machine has proven its own key before; a stranger's word must not take it out of service.
             Claim::Stranger(format!(
                 "another identity key ({}…) reports under this id and gets nothing: a second machine, or its firmware \
@@ -144,6 +152,25 @@ impl Machine {
         } else {
             // Only a name: a new boot brings a new key. If the old one speaks again, there are two.
             Claim::NewKey
+        }
+    }
+
+    /// This machine's key is sealed in its TPM, and who reports under its id says that it cannot use one: why, and what to do.
+    fn cannot_unseal(&self, report: &Report) -> Option<String> {
+        self.facts.as_ref().filter(|f| f.key_storage == KeyStorage::Tpm)?;
+        let (title, release) = (self.title(), &report.embedded);
+        match report.machine.tpm {
+            None => Some(format!(
+                "it says that it booted {image}/{}, whose agent is too old to use a TPM: assign a newer release (`kiln assign \
+                 {title} {image}/NUMBER`) and restart it",
+                release.release,
+                image = release.image,
+            )),
+            Some(TpmPresence::Absent | TpmPresence::Unusable) => Some(
+                "it says that it has no TPM, or none that answers: switch the TPM on in its firmware's setup, and restart it"
+                    .to_owned(),
+            ),
+            Some(TpmPresence::Ready) => None,
         }
     }
 

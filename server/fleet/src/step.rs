@@ -78,6 +78,7 @@ impl Machine {
                 }
             }
         }
+        self.record_protection(now, &mut out);
         if self.is_available() {
             self.excused = None;
         }

@@ -83,6 +83,7 @@ pub const CALLS: &[Call] = &[
     change("POST", "/api/v1/orders", Operator, "order"),
     change("PUT", "/api/v1/secrets/{name}", Operator, "secret-set"),
     change("DELETE", "/api/v1/secrets/{name}", Operator, "secret-remove"),
+    change("POST", "/api/v1/releases/{image}/withhold", Operator, "prune"),
     change("POST", "/api/v1/tokens", Admin, "token"),
     change("POST", "/api/v1/tokens/{name}/revoke", Admin, "revoke-token"),
     // Whoever confirms needs the role of what is confirmed, too: control::access looks.
@@ -128,6 +129,7 @@ mod tests {
         let sources = [
             include_str!("../http/api.rs"),
             include_str!("../http/expected.rs"),
+            include_str!("../http/releases.rs"),
             include_str!("../http/people.rs"),
             include_str!("../http/secrets.rs"),
             include_str!("../http/login.rs"),

@@ -10,6 +10,15 @@ pub(crate) const MAX_OPEN: usize = 100;
 /// Proposals that are remembered; the oldest that are over are forgotten.
 pub(crate) const MAX_KEPT: usize = 500;
 
+/// A person whom the identity provider named, as it last did.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Asker {
+    /// Its groups that the configuration knew.
+    pub groups: Vec<String>,
+    /// What the configuration made of groups then.
+    pub mapping: String,
+}
+
 /// A proposal and its call.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Kept {
@@ -19,6 +28,9 @@ pub struct Kept {
     pub least: AccessRole,
     /// The token that asked, if it was one: if it does not hold any more, nothing is done in its name.
     pub token: Option<String>,
+    /// What is known of the person who asked, if the identity provider named it.
+    #[serde(default)]
+    pub asker: Option<Asker>,
     /// The call's method.
     pub method: String,
     /// The call's path and query.
@@ -42,7 +54,7 @@ pub(crate) fn behind(name: &str, tokens: &BTreeMap<String, super::Token>) -> BTr
     while let Some(name) = next.pop() {
         // A name may have been given more than once over time: each maker counts.
         for token in tokens.values().filter(|token| token.actor() == name) {
-            for maker in std::iter::once(&token.by).chain(&token.second) {
+            for maker in std::iter::once(&token.by).chain(&token.second).chain(&token.behind) {
                 if all.insert(maker.clone()) {
                     next.push(maker.clone());
                 }
@@ -75,5 +87,10 @@ mod tests {
         assert_eq!(names("token ben"), ["token ben", "uid 0"]);
         assert_eq!(names("token ring"), ["token ring"]);
         assert_eq!(names("oidc x"), ["oidc x"]);
+        // Who stood behind a maker is known when the maker's own token is forgotten.
+        let (mut doll, _) = Token::make("doll", AccessRole::Admin, "token ann", 0, 1).unwrap();
+        doll.behind = behind("token ann", &all);
+        let later = BTreeMap::from([(doll.id.clone(), doll)]);
+        assert_eq!(behind("token doll", &later).into_iter().collect::<Vec<_>>(), ["token ann", "token doll", "uid 0"]);
     }
 }

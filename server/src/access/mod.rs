@@ -6,10 +6,10 @@ mod foureyes;
 mod sessions;
 mod tokens;
 
-pub use foureyes::Kept;
+pub use foureyes::{Asker, Kept};
 pub(crate) use foureyes::{MAX_OPEN, behind, surplus};
-pub(crate) use sessions::MAX_SESSIONS;
 pub use sessions::{Login, Session, SessionKey, SessionOf, csrf_of};
+pub(crate) use sessions::{MAX_OWN_SESSIONS, MAX_SESSIONS};
 pub(crate) use tokens::MAX_TOKENS;
 pub use tokens::Token;
 
@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::{Mutex, MutexGuard};
+use tokio::sync::watch;
 
 /// By what somebody is known.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -111,7 +112,11 @@ pub(crate) struct Known {
 
 /// Everything that is known of people and programs. Bounded in every part.
 #[derive(Debug)]
-pub struct Access(Mutex<Known>);
+pub struct Access {
+    known: Mutex<Known>,
+    /// Counts what ended before its time: tokens that were revoked, sessions that were left.
+    ends: watch::Sender<u64>,
+}
 
 impl Access {
     /// From what the store holds.
@@ -120,7 +125,7 @@ impl Access {
         let sessions: Vec<(SessionKey, Session)> = read(store, "session/").await?;
         let proposals: Vec<Kept> = read(store, "pending/").await?;
         let revoked: Vec<RevokedKey> = read(store, "revoked-key/").await?;
-        Ok(Self(Mutex::new(Known {
+        let known = Mutex::new(Known {
             tokens: tokens.into_iter().map(|token| (token.id.clone(), token)).collect(),
             sessions: sessions.into_iter().collect(),
             logins: sessions::Logins::default(),
@@ -129,11 +134,22 @@ impl Access {
             by_address: attempts(),
             by_account: attempts(),
             spree: Spree::default(),
-        })))
+        });
+        Ok(Self { known, ends: watch::channel(0).0 })
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Known> {
-        self.0.lock().expect("no code panics under this lock")
+        self.known.lock().expect("no code panics under this lock")
+    }
+
+    /// Told when a token or session ends before its time.
+    pub(crate) fn ends(&self) -> watch::Receiver<u64> {
+        self.ends.subscribe()
+    }
+
+    /// One did.
+    pub(crate) fn tell_end(&self) {
+        self.ends.send_modify(|n| *n = n.wrapping_add(1));
     }
 
     /// A person took this key away from its machine: nobody who holds it is heard.

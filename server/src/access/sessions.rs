@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 
 /// Sessions at once; the one that was idle for longest gives way.
 pub(crate) const MAX_SESSIONS: usize = 1_000;
+/// And of one person or program, so that none pushes all others out.
+pub(crate) const MAX_OWN_SESSIONS: usize = 20;
 /// Log-ins that are under way at once, and how long each may take.
 const MAX_LOGINS: usize = 1_000;
 const LOGIN_MS: Millis = 10 * 60_000;
@@ -71,7 +73,12 @@ pub struct Session {
 impl Session {
     /// It is neither too old nor unused for too long. A clock that went back ends it: its age is not known.
     pub fn holds(&self, now: Millis, idle: Millis, most: Millis) -> bool {
-        now >= self.began && now < self.began.saturating_add(most) && now < self.used.saturating_add(idle)
+        now >= self.began && now < self.end(idle, most)
+    }
+
+    /// When it ends, if it is not used any more.
+    pub fn end(&self, idle: Millis, most: Millis) -> Millis {
+        self.began.saturating_add(most).min(self.used.saturating_add(idle))
     }
 
     /// Notes that it was used; whether that is to be stored.
@@ -144,6 +151,7 @@ mod tests {
         assert!(session.holds(5_999, 1_000, 10_000) && !session.holds(6_000, 1_000, 10_000));
         assert!(session.holds(10_999, 100_000, 10_000) && !session.holds(11_000, 100_000, 10_000));
         assert!(!session.holds(999, 100_000, 100_000), "the clock went back");
+        assert_eq!((session.end(1_000, 10_000), session.end(100_000, 10_000)), (6_000, 11_000));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use kiln_fleet::Millis;
 use kiln_fleet::access::AccessRole;
 use kiln_release::hex;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 
 /// Tokens that are kept, those that ended included.
 pub(crate) const MAX_TOKENS: usize = 1_000;
@@ -31,6 +32,9 @@ pub struct Token {
     /// Who confirmed that, where two were needed.
     #[serde(default)]
     pub second: Option<String>,
+    /// All who could act as its makers then: their own tokens may be forgotten before this one.
+    #[serde(default)]
+    pub behind: BTreeSet<String>,
     /// When it ends.
     pub expires: Millis,
     /// When it was last used.
@@ -58,6 +62,7 @@ impl Token {
             made: now,
             by: by.to_owned(),
             second: None,
+            behind: BTreeSet::new(),
             expires: now.saturating_add(lifetime),
             used: None,
             revoked: None,

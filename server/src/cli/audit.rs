@@ -4,7 +4,8 @@
 use super::At;
 use super::client::Client;
 use super::error::CliError;
-use super::fleet::{pretty, print};
+use super::file;
+use super::output::{pretty, print};
 use super::table::table;
 use crate::audit::{Checker, HEAD_TYPE, Head, Record};
 use clap::Subcommand;
@@ -132,9 +133,12 @@ async fn verify(file: Option<&Path>, heads: &[PathBuf], at: &At) -> Result<(), C
     ))
 }
 
+/// Longest head that is read.
+const HEAD_LIMIT: u64 = 64 << 10;
+
 /// A head, if the site's director signed it.
 fn read_head(path: &Path, at: &At) -> Result<(u64, String), CliError> {
-    let bytes = std::fs::read(path).map_err(|source| CliError::Read { path: path.to_owned(), source })?;
+    let bytes = file::read(path, HEAD_LIMIT)?;
     let wrong = |reason: String| CliError::Broken(format!("{}: {reason}", path.display()));
     let Some(dir) = &at.site else {
         return Err(wrong("whose director signed it is said by the site directory: use --site".to_owned()));

@@ -3,13 +3,13 @@
 use super::At;
 use super::client::Client;
 use super::error::CliError;
-use super::fleet::{pretty, print, segment};
+use super::file;
+use super::output::{pretty, print, segment};
 use super::table::table;
 use crate::expected::CSV_LIMIT;
 use crate::view::{ExpectedView, ExpectedWhole, ImportView};
 use clap::Subcommand;
 use std::fmt::Write as _;
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 #[derive(Debug, Subcommand)]
@@ -82,10 +82,7 @@ pub(super) async fn run(command: Expected) -> Result<(), CliError> {
 }
 
 async fn import(file: &Path, dry_run: bool, replace: bool, at: &At) -> Result<(), CliError> {
-    let cannot = |source| CliError::File { path: file.to_owned(), source };
-    let mut bytes = Vec::new();
-    let limit = CSV_LIMIT as u64 + 1;
-    std::fs::File::open(file).and_then(|f| f.take(limit).read_to_end(&mut bytes)).map_err(cannot)?;
+    let bytes = file::read(file, CSV_LIMIT as u64)?;
     let toml = file.extension().is_some_and(|ending| ending.eq_ignore_ascii_case("toml"));
     let kind = if toml { "application/toml" } else { "text/csv" };
     let path = format!("expected?dry_run={dry_run}&replace={replace}");

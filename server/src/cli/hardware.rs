@@ -3,7 +3,7 @@
 use super::At;
 use super::client::Client;
 use super::error::CliError;
-use super::fleet::{print, segment};
+use super::output::{print, segment};
 use super::table::{ago, table};
 use crate::view::HardwareView;
 use kiln_protocol::{binary_size, decimal_size, speed};

@@ -3,7 +3,7 @@
 use super::At;
 use super::client::Client;
 use super::error::CliError;
-use super::fleet::{pretty, print, segment};
+use super::output::{pretty, print, segment};
 use crate::view::{BootView, LogEntry, LogView, MachineView};
 
 /// Prints a boot; with `follow` goes on until it is interrupted.

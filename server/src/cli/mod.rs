@@ -1,28 +1,33 @@
 //! The command line: `kiln`. Commands about machines and releases are clients of the operator API and never open the
 //! store; `trust`, `image build`, `release publish` and `release prune` work on the site directory itself.
 
+mod ask;
 mod audit;
 mod client;
 mod error;
 mod expected;
+mod file;
 mod fleet;
 mod hardware;
 mod log;
 mod order;
+mod output;
 mod people;
 mod secret;
 mod secrets;
+mod show;
 mod site;
 mod table;
 mod trust;
+mod trust_status;
 mod tuf_client;
 
 use crate::serve::{LogFormat, ServeOptions};
 use clap::{Args, Parser, Subcommand};
 use error::CliError;
-pub(crate) use fleet::tame;
 use jiff::SignedDuration;
 use kiln_protocol::{ImageName, ReleaseId, Via};
+pub(crate) use output::tame;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -142,7 +147,7 @@ struct Prune {
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     keep: u32,
     #[command(flatten)]
-    ask: trust::Ask,
+    ask: ask::Ask,
     /// Delete artifacts whose release was taken out so long ago, as 0s, 12h or 7d [default: by an earlier prune]
     #[arg(long, value_parser = site::grace)]
     grace: Option<SignedDuration>,
@@ -184,10 +189,6 @@ struct At {
 impl At {
     fn site(dir: PathBuf) -> Self {
         Self { site: Some(dir), server: None, token_file: None, ca: None }
-    }
-
-    fn server(url: String) -> Self {
-        Self { site: None, server: Some(url), token_file: None, ca: None }
     }
 }
 

@@ -2,7 +2,8 @@
 
 use super::client::Client;
 use super::error::CliError;
-use super::fleet::{now_ms, pretty, print, segment};
+use super::file;
+use super::output::{now_ms, pretty, print, segment};
 use super::table::{ago, table};
 use super::{Assign, At, site};
 use crate::receipt;
@@ -394,12 +395,7 @@ fn public_key(path: &Path) -> Result<PublicKey, CliError> {
 
 /// Orders, receipts and keys are small.
 fn read(path: &Path) -> Result<String, CliError> {
-    use std::io::Read as _;
-    let file = |source| CliError::File { path: path.to_owned(), source };
-    let mut text = String::new();
-    let limit = receipt::MAX_RECEIPT as u64 + 1;
-    std::fs::File::open(path).and_then(|f| f.take(limit).read_to_string(&mut text)).map_err(file)?;
-    Ok(text)
+    file::read_text(path, receipt::MAX_RECEIPT as u64)
 }
 
 /// A new file; one that is there is not written over.

@@ -3,7 +3,7 @@
 use super::At;
 use super::client::Client;
 use super::error::CliError;
-use super::fleet::{now_ms, pretty, print, segment, tame};
+use super::output::{now_ms, pretty, print, segment, tame};
 use super::site::grace;
 use super::table::{ago, ahead, table};
 use crate::view::{PendingView, TokenView};

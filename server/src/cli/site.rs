@@ -1,9 +1,12 @@
 //! Commands that work on the site directory: no server needs to run.
 
+use super::ask::whom;
 use super::client::Client;
 use super::error::CliError;
-use super::trust::{said, waits, whom};
+use super::output::segment;
+use super::trust::{said, waits};
 use super::{At, Build, Prune};
+use crate::http::releases::Numbers;
 use crate::view::ReleaseView;
 use clap::Subcommand;
 use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
@@ -189,8 +192,8 @@ pub(super) fn prune(prune: Prune, runtime: &Runtime) -> Result<(), CliError> {
     let (ask, _alone) = whom(&asked)?;
     let options =
         PruneOptions { image: image.to_string(), keep: usize::try_from(keep).unwrap_or(usize::MAX), grace, dry_run };
-    let needed = || match &ask {
-        Some(at) => runtime.block_on(needed(at, &site, &image)),
+    let needed = |going: &[u64]| match &ask {
+        Some(at) => runtime.block_on(needed(at, &site, &image, going, dry_run)),
         None => Ok(BTreeSet::new()),
     };
     let done = kiln_images::prune::<CliError>(&site, &options, Timestamp::now(), needed)?;
@@ -203,12 +206,28 @@ pub(super) fn prune(prune: Prune, runtime: &Runtime) -> Result<(), CliError> {
     Ok(())
 }
 
-async fn needed(at: &At, site: &SiteDir, image: &ImageName) -> Result<BTreeSet<u64>, CliError> {
+/// Which of those that are to go machines need. The server gives the others to nobody from then on.
+async fn needed(
+    at: &At,
+    site: &SiteDir,
+    image: &ImageName,
+    going: &[u64],
+    dry_run: bool,
+) -> Result<BTreeSet<u64>, CliError> {
     let client = Client::new(at)?;
     client.is_of(site, at).await?;
-    let releases: Vec<ReleaseView> = client.get("releases").await?;
-    let needed = releases.into_iter().filter(|r| r.image == image.as_str() && r.needed_by > 0);
-    Ok(needed.map(|r| r.release).collect())
+    if dry_run {
+        let releases: Vec<ReleaseView> = client.get("releases").await?;
+        let needed = releases.into_iter().filter(|r| r.image == image.as_str() && r.needed_by > 0);
+        return Ok(needed.map(|r| r.release).collect());
+    }
+    if going.is_empty() {
+        return Ok(BTreeSet::new());
+    }
+    let path = format!("releases/{}/withhold", segment(image.as_str()));
+    let numbers = Numbers { releases: going.iter().copied().collect() };
+    let Numbers { releases } = client.change(reqwest::Method::POST, &path, &numbers).await?;
+    Ok(releases)
 }
 
 fn pruned(image: &ImageName, done: &Pruned, dry_run: bool) -> Vec<String> {

@@ -1,25 +1,19 @@
 //! `kiln trust`: a site's keys and signed metadata. What signs works without a network, on a machine that sees no server;
 //! what raises a floor asks the running server first.
 
-use super::At;
-use super::client::Client;
+use super::ask::{Ask, nobody_below};
 use super::error::CliError;
-use super::fleet::{pretty, print};
+use super::output::print;
 use super::secret::{consent, new_passphrase, passphrase};
 use super::site::{NOT_SERVED, SecureBoot};
-use super::table::table;
-use super::{order, site, tuf_client};
-use crate::view::{DbxView, MachineView};
+use super::{order, site, trust_status, tuf_client};
 use clap::{Args, Subcommand};
 use jiff::{SignedDuration, Timestamp};
 use kiln_images::request::Request;
 use kiln_images::sealed::{self, KeyFile, fingerprint};
-use kiln_images::status::{KeyStatus, Nearness, RoleStatus, TrustStatus, trust_status};
 use kiln_images::{Applied, Ceremony, Changed, RoleHolders, SignerMemory, SiteDir, SiteError, Waiting};
 use kiln_protocol::{ImageName, ReleaseId};
-use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use tokio::runtime::Runtime;
@@ -175,21 +169,6 @@ pub(super) struct Init {
     days: u32,
 }
 
-/// Whom to ask which releases machines need.
-#[derive(Debug, Args)]
-pub(super) struct Ask {
-    /// The site directory, with offline/
-    #[arg(long, env = "KILN_SITE")]
-    pub(super) site: PathBuf,
-    /// Ask this boot server which releases machines need, as http://10.0.0.1:8080 [default: the one that runs on the
-    /// site]
-    #[arg(long, conflicts_with = "without_server")]
-    pub(super) server: Option<String>,
-    /// Ask nobody: a machine that needs a release below the floor cannot boot again
-    #[arg(long)]
-    pub(super) without_server: bool,
-}
-
 /// Public keys by file, and how many must sign.
 #[derive(Debug, Clone)]
 pub(super) struct Holders {
@@ -277,7 +256,7 @@ pub(super) fn run(command: Trust, runtime: impl Fn() -> Result<Runtime, CliError
             Ok(())
         }
         Trust::Floor { image, floor, ask } => raise(&image, floor, &ask, &runtime()?),
-        Trust::Status { site, json } => status(&site, json, now, &runtime()?),
+        Trust::Status { site, json } => trust_status::status(&site, json, now, &runtime()?),
         Trust::Operators { keys, threshold, site } => order::operators(&keys, threshold, &site),
         Trust::Network { file, site } => site::network(&file, &site),
         Trust::TufClient(command) => tuf_client::run(&command, &runtime()?),
@@ -422,129 +401,4 @@ fn raise(image: &ImageName, floor: u64, ask: &Ask, runtime: &Runtime) -> Result<
     }
     said(&changed);
     Ok(())
-}
-
-/// That no machine runs, shall run or would fall back to a release below these floors. Where nobody was to be asked, the
-/// site's lock comes with it, to be held to the end: a server that starts meanwhile would not have been asked.
-fn nobody_below(
-    site: &SiteDir,
-    ask: &Ask,
-    floors: &BTreeMap<String, u64>,
-    runtime: &Runtime,
-) -> Result<Option<File>, CliError> {
-    let (at, alone) = whom(ask)?;
-    let Some(at) = at else { return Ok(alone) };
-    let machines: Vec<MachineView> = runtime.block_on(async {
-        let client = Client::new(&at)?;
-        client.is_of(site, &at).await?;
-        client.get("machines").await
-    })?;
-    let below = |image: &str, release: u64| floors.get(image).is_some_and(|floor| release < *floor);
-    let mut needed = Vec::new();
-    for machine in machines.iter().filter(|machine| machine.state != "retired") {
-        let good = machine.last_good.as_ref().filter(|good| below(good.image.as_str(), good.release));
-        let shall = machine.assigned.as_ref().filter(|assigned| below(&assigned.image, assigned.release));
-        let runs = machine.image.as_deref().zip(machine.release).filter(|(image, release)| below(image, *release));
-        let why = match (good, shall, runs) {
-            (Some(good), _, _) => format!("{}'s last-known-good is {good}", machine.name),
-            (None, Some(shall), _) => format!("{} shall run {}/{}", machine.name, shall.image, shall.release),
-            (None, None, Some((image, release))) => format!("{} runs {image}/{release}", machine.name),
-            (None, None, None) => continue,
-        };
-        needed.push(why);
-    }
-    if needed.is_empty() { Ok(alone) } else { Err(CliError::BelowFloor(needed)) }
-}
-
-/// Whom to ask: the server that runs on the site, the one that was named, or, with the site to oneself, nobody.
-pub(super) fn whom(ask: &Ask) -> Result<(Option<At>, Option<File>), CliError> {
-    let Ask { site: dir, server, without_server } = ask;
-    match (server, SiteDir::open(dir)?.lock_state()) {
-        (Some(server), _) => Ok((Some(At::server(server.clone())), None)),
-        (None, Err(SiteError::Served { .. })) => Ok((Some(At::site(dir.clone())), None)),
-        (None, Ok(alone)) if *without_server => Ok((None, Some(alone))),
-        (None, Ok(_)) => Err(CliError::NobodyToAsk(dir.clone())),
-        (None, Err(error)) => Err(error.into()),
-    }
-}
-
-/// What the running server knows besides.
-#[derive(Debug, Deserialize)]
-struct Served {
-    dbx: Option<DbxView>,
-}
-
-#[derive(Debug, Serialize)]
-struct Status<'a> {
-    #[serde(flatten)]
-    trust: &'a TrustStatus,
-    /// Machines without the list of revoked boot programs; none where no server runs, or nothing is revoked.
-    dbx: Option<DbxView>,
-}
-
-fn status(dir: &Path, json: bool, now: Timestamp, runtime: &Runtime) -> Result<(), CliError> {
-    let site = SiteDir::open(dir)?;
-    let trust = trust_status(&site, now)?;
-    let dbx = if matches!(site.lock_state(), Err(SiteError::Served { .. })) {
-        let at = At::site(dir.to_owned());
-        runtime.block_on(async { Client::new(&at)?.get::<Served>("status").await })?.dbx
-    } else {
-        None
-    };
-    if json {
-        return print(&pretty(&Status { trust: &trust, dbx })?);
-    }
-    print(&(status_text(&trust) + &dbx.as_ref().map_or_else(String::new, dbx_text)))
-}
-
-fn dbx_text(dbx: &DbxView) -> String {
-    let revoked: Vec<String> = dbx.revoked.iter().map(ToString::to_string).collect();
-    let mut text = format!("revoked boot programs: {}\n", revoked.join(", "));
-    if dbx.lacking.is_empty() {
-        text += "  every machine in service has them in its firmware's dbx\n";
-    }
-    text.extend(dbx.lacking.iter().map(|machine| format!("  {} lacks them: {}\n", machine.machine, machine.why)));
-    text
-}
-
-fn status_text(status: &TrustStatus) -> String {
-    let row = |role: &RoleStatus| {
-        let signed = role.keys.iter().filter(|key| key.signed).count();
-        vec![
-            role.role.clone(),
-            role.version.to_string(),
-            role.expires.to_string(),
-            format!("{} days", role.days_left),
-            format!("{} of {}", role.threshold, role.keys.len()),
-            signed.to_string(),
-            role.nearness.warning().unwrap_or_default().to_owned(),
-        ]
-    };
-    let rows: Vec<Vec<String>> = status.roles.iter().map(row).collect();
-    let mut text = format!("site {}\n", status.site);
-    text += &table(&["ROLE", "VERSION", "EXPIRES", "LEFT", "THRESHOLD", "SIGNED BY", "WARNING"], &rows);
-    let key = |key: &KeyStatus, mark: &str| {
-        format!("  {}  {}{mark}\n", fingerprint(&key.keyid), key.name.as_deref().unwrap_or("-"))
-    };
-    for role in &status.roles {
-        text.extend([format!("keys of {}\n", role.role)]);
-        text.extend(role.keys.iter().map(|k| key(k, if k.signed { "  signed" } else { "" })));
-    }
-    for keyid in &status.directors {
-        text.extend([format!("key of the director\n  {}\n", fingerprint(keyid))]);
-    }
-    let (operators, threshold) = &status.operators;
-    if !operators.is_empty() {
-        text.extend([format!("keys of operators, {threshold} sign an order\n")]);
-        text.extend(operators.iter().map(|operator| key(operator, "")));
-    }
-    text.extend(status.floors.iter().map(|(image, floor)| format!("floor of {image}: {floor}\n")));
-    if let Some(request) = &status.request {
-        text.extend([format!("waits for signatures: {}\n", request.name)]);
-        text.extend(request.lacking.iter().map(|lacking| format!("  {}\n", lacking.words(&status.names))));
-    }
-    if status.roles.iter().any(|role| role.nearness != Nearness::Far) {
-        text += "`kiln trust renew` signs anew what is about to expire\n";
-    }
-    text
 }

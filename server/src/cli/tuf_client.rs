@@ -4,6 +4,7 @@
 //! but keep versions instead of files.
 
 use super::error::CliError;
+use super::file;
 use clap::{Args, Subcommand};
 use jiff::Timestamp;
 use kiln_release::tuf::{
@@ -85,7 +86,7 @@ fn limits() -> Limits {
 }
 
 fn init(dir: &Path, root: &Path) -> Result<(), CliError> {
-    let bytes = read(root, limits().root)?;
+    let bytes = file::read(root, limits().root)?;
     client(&bytes, Vec::new())?;
     fs::create_dir_all(dir).map_err(at(dir))?;
     write(&dir.join(kept_file_name("root")), &bytes)
@@ -191,14 +192,6 @@ async fn fetch(http: &reqwest::Client, url: &str, max_bytes: u64) -> Result<Fetc
         bytes.extend_from_slice(&chunk);
     }
     Ok(Fetched::Bytes(bytes))
-}
-
-fn read(path: &Path, limit: u64) -> Result<Vec<u8>, CliError> {
-    let length = fs::metadata(path).map_err(at(path))?.len();
-    if length > limit {
-        return Err(CliError::TooLong { path: path.to_owned(), limit });
-    }
-    fs::read(path).map_err(at(path))
 }
 
 /// Whole or not at all.

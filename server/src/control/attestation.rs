@@ -26,6 +26,13 @@ const PATIENCE_MS: Millis = 120_000;
 #[derive(Debug, Default)]
 pub(crate) struct Questions(BTreeMap<MachineId, Question>);
 
+impl Questions {
+    /// A machine was forgotten.
+    pub(super) fn forget(&mut self, id: &MachineId) {
+        self.0.remove(id);
+    }
+}
+
 #[derive(Debug)]
 struct Question {
     /// The minute that is counted began then.
@@ -126,7 +133,6 @@ impl Control {
                 return Err(AttestationError::NotReported);
             }
             let questions = &mut inner.attestations.0;
-            questions.retain(|id, _| inner.machines.contains_key(id));
             let new = Question { since: now, count: 0, at: now, asked: None };
             let question = questions.entry(machine.clone()).or_insert(new);
             if now >= question.since.saturating_add(MINUTE_MS) {

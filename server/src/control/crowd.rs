@@ -62,7 +62,7 @@ impl Control {
         pending: &mut Pending,
     ) -> bool {
         let stranger = inner.machines.get(id).map_or_else(|| !self.is_listed(id), |machine| self.is_stranger(machine));
-        if !stranger && inner.macs.contains_key(mac) {
+        if !stranger && inner.macs.owner(mac).is_some() {
             return true;
         }
         let room =
@@ -126,7 +126,11 @@ impl Control {
     pub(super) fn forget(&self, inner: &mut Inner, id: &MachineId, pending: &mut Pending) {
         inner.machines.remove(id);
         inner.envelopes.remove(id);
-        inner.macs.retain(|_, owner| owner != id);
+        inner.macs.forget(id);
+        inner.names.forget(id);
+        inner.missing.forget(id);
+        inner.attestations.forget(id);
+        inner.introductions.forget(id);
         inner.seen.remove(id);
         inner.comparing.drop(id);
         pending.commits.push(self.store.forget(id));

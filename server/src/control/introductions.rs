@@ -20,6 +20,13 @@ pub(crate) struct Introductions {
     machines: BTreeMap<MachineId, Known>,
 }
 
+impl Introductions {
+    /// A machine was forgotten.
+    pub(super) fn forget(&mut self, id: &MachineId) {
+        self.machines.remove(id);
+    }
+}
+
 #[derive(Debug)]
 struct Known {
     committed: Option<Committed>,
@@ -63,8 +70,6 @@ impl Control {
         match step {
             Introduction::Commit { commitment, .. } => {
                 let known = &mut inner.introductions.machines;
-                // What is no longer known has no introduction either.
-                known.retain(|id, _| inner.machines.contains_key(id));
                 if known.get(id).is_some_and(|known| now < known.at.saturating_add(PAUSE_MS)) {
                     return Err(CodeError::TooOften.into());
                 }

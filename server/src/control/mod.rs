@@ -9,14 +9,17 @@ mod dbx;
 mod director;
 mod expected;
 mod hardware;
+mod index;
 mod introductions;
 mod leases;
 mod logs;
 mod netboot;
 mod orders;
 mod people;
+mod releases;
 mod reports;
 mod roles;
+mod second;
 mod secrets;
 mod sessions;
 mod signed;
@@ -25,7 +28,7 @@ mod views;
 pub use crowd::MAX_DISCOVERED;
 pub use leases::{lease_from, lease_to};
 pub use logs::LogQuery;
-pub(crate) use people::{Asked, MAX_PENDING_BODY};
+pub(crate) use second::{Asked, MACHINES, MAX_PENDING_BODY};
 pub use secrets::SecretFor;
 
 use crate::access::Access;
@@ -37,9 +40,9 @@ use crate::logs::Logs;
 use crate::oidc::Provider;
 use crate::store::{Commit, Envelope, Store};
 use crate::view::MachineView;
-use kiln_fleet::{Action, Event, LIVE_MS, Machine, Millis, StateKind};
+use kiln_fleet::{Action, Event, LIVE_MS, Limits, Machine, Millis, StateKind, grant_among};
 use kiln_images::{SiteDir, SiteError};
-use kiln_protocol::{KeyId, MachineId, StageState};
+use kiln_protocol::{Grant, KeyId, MachineId, StageState};
 use kiln_release::Signer;
 use kiln_release::certificate::{certificate_spki, spki_key_id};
 use rustls::pki_types::CertificateDer;
@@ -67,8 +70,10 @@ pub enum Told {
 pub(crate) struct Inner {
     pub(crate) machines: BTreeMap<MachineId, Machine>,
     pub(crate) envelopes: BTreeMap<MachineId, Envelope>,
-    /// Which machine has an Ethernet address, as packets and reports say.
-    pub(crate) macs: BTreeMap<String, MachineId>,
+    /// Which machine has an Ethernet address.
+    pub(crate) macs: index::Macs,
+    names: index::Names,
+    missing: index::Missing,
     /// Last-seen times that are not stored yet.
     seen: BTreeMap<MachineId, Millis>,
     /// Texts of the operators' orders in force.
@@ -79,6 +84,7 @@ pub(crate) struct Inner {
     attestations: attestation::Questions,
     wrong: introductions::Wrong,
     comparing: expected::Comparing,
+    withheld: releases::Withheld,
 }
 
 /// What reports cost, since the start.
@@ -168,7 +174,9 @@ impl Control {
         let mut inner = Inner {
             machines: BTreeMap::new(),
             envelopes: BTreeMap::new(),
-            macs: BTreeMap::new(),
+            macs: index::Macs::default(),
+            names: index::Names::default(),
+            missing: index::Missing::default(),
             seen: BTreeMap::new(),
             order_texts: Self::load_orders(&store, now).await?,
             crowd: crowd::Crowd::new(now),
@@ -176,6 +184,7 @@ impl Control {
             attestations: attestation::Questions::default(),
             wrong: introductions::Wrong::default(),
             comparing: expected::Comparing::default(),
+            withheld: releases::Withheld::default(),
         };
         let access = Access::load(&store).await?;
         let secrets = secrets::Secrets::load(&store, site.online("secrets.key")).await?;
@@ -351,8 +360,8 @@ impl Control {
         let machine = inner.machines.remove(id).unwrap_or_else(|| {
             // A listed machine has its name from the first packet on, so that the log reads as one story.
             let name = self.config.machines.get(id).map(|listed| listed.name.clone());
-            let taken = inner.machines.values().any(|m| m.name == name);
-            let mut machine = Machine { name: name.filter(|_| !taken), ..Machine::discovered(id.clone(), now) };
+            let name = name.filter(|name| !inner.names.is_taken(name, id));
+            let mut machine = Machine { name, ..Machine::discovered(id.clone(), now) };
             machine.pin(self.config.key_of(id));
             machine
         });
@@ -393,6 +402,9 @@ impl Control {
                 }
                 Action::Say { warn, text } => {
                     pending.lines.push(Line { warn, machine: title.clone(), stage: "", text });
+                }
+                Action::Record(what) => {
+                    pending.commits.push(self.store.audit(audit::Line::done(now, "kiln", &title, what)));
                 }
                 Action::Forget => {
                     self.forget(inner, id, pending);
@@ -488,15 +500,21 @@ impl Drop for Untold<'_> {
 impl Inner {
     fn index(&mut self, machine: &Machine) {
         self.comparing.note(machine);
+        self.names.note(&machine.id, machine.name.as_ref());
+        self.missing.note(machine);
         let Some(facts) = &machine.facts else { return };
-        // What it no longer names is let go, so that the index holds no more than the machines do.
-        self.macs.retain(|mac, owner| *owner != machine.id || facts.macs.contains(mac));
-        for mac in &facts.macs {
-            // A machine that a person knows keeps its address against one that only claims it.
-            let known = |id: &MachineId| self.machines.get(id).is_some_and(|m| m.state.kind != StateKind::Discovered);
-            if self.macs.get(mac).is_none_or(|owner| *owner != machine.id && !known(owner)) {
-                self.macs.insert(mac.clone(), machine.id.clone());
-            }
+        let machines = &self.machines;
+        // A machine that a person knows keeps its address against one that only claims it.
+        let known = |id: &MachineId| machines.get(id).is_some_and(|m| m.state.kind != StateKind::Discovered);
+        self.macs.names(&machine.id, &facts.macs, known);
+    }
+
+    /// May this machine leave for what it is assigned? Only those that are missing are looked at.
+    fn grant(&self, id: &MachineId, limits: Limits) -> Grant {
+        let missing = self.missing.ids().filter_map(|id| self.machines.get(id));
+        match self.machines.get(id) {
+            Some(machine) => grant_among(machine, missing, limits),
+            None => Grant::Hold { reason: "not known".into(), until_ms: None },
         }
     }
 
@@ -505,8 +523,8 @@ impl Inner {
     }
 
     pub(crate) fn resolve(&self, name: &str) -> Result<MachineId, ControlError> {
-        if let Some(m) = self.machines.values().find(|m| m.name.as_deref() == Some(name)) {
-            return Ok(m.id.clone());
+        if let Some(id) = self.names.find(name) {
+            return Ok(id.clone());
         }
         // A name that was freed, and is nobody's now.
         let mut former = self.machines.values().filter(|m| m.former_name.as_deref() == Some(name));

@@ -65,7 +65,7 @@ impl Control {
                 return Ok(());
             }
             if inner.macs.len() < 4 * MAX_DISCOVERED + 8 * inner.machines.len() {
-                inner.macs.entry(mac).or_insert_with(|| id.clone());
+                inner.macs.claim(&mac, &id);
             }
             self.step(&mut inner, &id, Event::Asked, now, &mut pending)?;
             pending
@@ -138,7 +138,7 @@ impl Inner {
     fn find(&self, ids: &[Option<&MachineId>], mac: Option<Mac>) -> Option<MachineId> {
         let by_id = ids.iter().flatten().find(|id| self.machines.contains_key(**id)).map(|id| (*id).clone());
         by_id.or_else(|| {
-            let owner = self.macs.get(&mac?.to_string())?;
+            let owner = self.macs.owner(&mac?.to_string())?;
             self.machines.contains_key(owner).then(|| owner.clone())
         })
     }

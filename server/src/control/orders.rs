@@ -4,7 +4,7 @@ use super::{Control, Pending, now_ms};
 use crate::config::is_name;
 use crate::error::ControlError;
 use kiln_fleet::{Event, Replacement};
-use kiln_protocol::{MachineId, ReleaseId, Via};
+use kiln_protocol::{KeyStorage, MachineId, ReleaseId, Via};
 
 impl Control {
     /// Says what a machine is for. Without a name it keeps the one it has, or gets one from its id. With the code that
@@ -27,7 +27,7 @@ impl Control {
         let pending = {
             let mut inner = self.lock();
             let id = inner.resolve(machine)?;
-            let free = |name: &String| inner.machines.values().all(|m| m.name.as_ref() != Some(name));
+            let free = |name: &String| inner.names.find(name).is_none();
             let known = inner.machines.get(&id).and_then(|m| m.name.clone().or(m.former_name.clone().filter(free)));
             let listed = self.config.machines.get(&id).map(|l| l.name.clone());
             let made_up = || format!("machine-{}", &id.as_str()[24..]);
@@ -35,11 +35,11 @@ impl Control {
             if !is_name(&name) {
                 return Err(ControlError::BadName(name));
             }
-            if inner.machines.values().any(|m| m.id != id && m.name.as_ref() == Some(&name)) {
+            if inner.names.is_taken(&name, &id) {
                 return Err(ControlError::NameTaken(name));
             }
             self.check_fits(&inner, &id, &release)?;
-            self.check_thresholds(role, &release)?;
+            self.check_role(role, &release)?;
             if let Some(code) = code {
                 inner.check_code(&id, code, now_ms())?;
             }
@@ -88,7 +88,7 @@ impl Control {
             }
             self.check_fits(&inner, &id, release)?;
             if let Some(role) = inner.machines.get(&id).and_then(|m| m.role.as_ref()) {
-                self.check_thresholds(role, release)?;
+                self.check_role(role, release)?;
             }
             let mut pending = Pending::default();
             self.step(&mut inner, &id, Event::Assign { release: release.clone(), via }, now_ms(), &mut pending)?;
@@ -121,7 +121,7 @@ impl Control {
             let becomes = inner.machines.get(&new).ok_or_else(|| unknown(&new))?;
             let Replacement { name, role, release } = was.replaced_by(becomes)?;
             // A name that was freed may be another's by now.
-            if inner.machines.values().any(|m| m.id != old && m.name.as_ref() == Some(&name)) {
+            if inner.names.is_taken(&name, &old) {
                 return Err(ControlError::NameTaken(name));
             }
             self.config.image_of(&role)?;
@@ -129,6 +129,7 @@ impl Control {
                 return Err(ControlError::NoSuchRelease { release });
             }
             self.check_fits(&inner, &new, &release)?;
+            self.check_role(&role, &release)?;
             let (now, mut pending) = (now_ms(), Pending::default());
             let what = format!("takes the place of {old} as {name} with role {role}, to run {release}");
             self.step(&mut inner, &old, Event::Replaced { by: new.clone() }, now, &mut pending)?;
@@ -185,17 +186,24 @@ impl Control {
         id: &MachineId,
         release: &ReleaseId,
     ) -> Result<(), ControlError> {
+        inner.check_stays(release, now_ms())?;
         let Some(machine) = inner.machines.get(id) else { return Ok(()) };
         let Some(facts) = &machine.facts else { return Ok(()) };
         let catalog = self.catalog();
-        match catalog.releases.get(release) {
-            Some(r) if r.manifest.architecture != facts.arch.as_str() => Err(ControlError::WrongArchitecture {
-                machine: machine.title().to_owned(),
+        let Some(published) = catalog.releases.get(release) else { return Ok(()) };
+        let (title, manifest) = (|| machine.title().to_owned(), &published.manifest);
+        if manifest.architecture != facts.arch.as_str() {
+            return Err(ControlError::WrongArchitecture {
+                machine: title(),
                 release: release.clone(),
                 expected: facts.arch.to_string(),
-                got: r.manifest.architecture.clone(),
-            }),
-            Some(_) | None => Ok(()),
+                got: manifest.architecture.clone(),
+            });
         }
+        // Kiln predicts what a TPM measures since its agent uses TPMs.
+        if facts.key_storage == KeyStorage::Tpm && manifest.measured.is_none() {
+            return Err(ControlError::ForgetsKey { machine: title(), release: release.clone() });
+        }
+        Ok(())
     }
 }

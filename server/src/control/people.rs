@@ -1,37 +1,24 @@
-//! People and programs: who a caller is, tokens, second persons, and identity keys that are taken away. What is decided
-//! here is in the audit log, wrong credentials included.
+//! People and programs: who a caller is, for how long, tokens, and identity keys that are taken away. What is decided here is
+//! in the audit log, wrong credentials included.
 
 use super::{Control, now_ms};
-use crate::access::calls::Call;
-use crate::access::{Caller, Credential, Kept, RevokedKey, SessionKey, SessionOf, Token, place};
-use crate::access::{behind, random, surplus};
+use crate::access::{Caller, Credential, Known, RevokedKey, Session, SessionKey, SessionOf, Token, behind, place};
 use crate::audit::Line;
 use crate::config::is_name;
 use crate::error::{AccessError, ControlError, StoreError};
-use crate::view::{PendingView, TokenView};
+use crate::view::TokenView;
 use kiln_fleet::Millis;
-use kiln_fleet::access::{AccessRole, Proposal, ProposalEvent, ProposalState};
-use kiln_protocol::{KeyId, cut_at, printable};
+use kiln_fleet::access::AccessRole;
+use kiln_protocol::KeyId;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::time::Duration;
 
-/// Of what somebody asks for, so much is shown.
-const SHOWN: usize = 600;
-/// Longest call that waits for a second person.
-pub(crate) const MAX_PENDING_BODY: usize = 128 << 10;
+/// Whether a credential still holds is looked at so often, besides when one ends: clocks are set.
+const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
-fn json(value: &impl serde::Serialize) -> Result<String, ControlError> {
+pub(super) fn json(value: &impl serde::Serialize) -> Result<String, ControlError> {
     Ok(serde_json::to_string(value).map_err(StoreError::from)?)
-}
-
-/// A call as it came.
-#[derive(Debug)]
-pub(crate) struct Asked<'a> {
-    pub(crate) call: &'static Call,
-    /// The machine of its path, if it names one.
-    pub(crate) machine: Option<&'a str>,
-    pub(crate) path: &'a str,
-    pub(crate) content_type: &'a str,
-    pub(crate) body: &'a str,
 }
 
 impl Control {
@@ -90,22 +77,10 @@ impl Control {
     /// Whose session this is.
     pub(crate) fn session_of(&self, id: &str, from: IpAddr) -> Result<Caller, AccessError> {
         let (now, key) = (now_ms(), SessionKey::of(id));
-        let access = &self.config.access;
         let mut known = self.access.lock();
         let known = &mut *known;
         let session = known.sessions.get_mut(&key).ok_or(AccessError::SessionOver)?;
-        let role = if session.holds(now, access.session_idle, access.session_max) {
-            match &session.of {
-                SessionOf::Token(token) => known.tokens.get(token).filter(|t| t.holds(now).is_ok()).map(|t| t.role),
-                SessionOf::Oidc { groups, mapping, .. } => {
-                    let oidc = self.config.oidc.as_ref().filter(|oidc| oidc.mapping() == *mapping);
-                    oidc.and_then(|oidc| oidc.role_of(groups))
-                }
-            }
-        } else {
-            None
-        };
-        let Some(role) = role else {
+        let Some(role) = self.session_role(session, &known.tokens, now) else {
             known.sessions.remove(&key);
             drop(self.store.erase(key.note()));
             return Err(AccessError::SessionOver);
@@ -118,6 +93,58 @@ impl Control {
         let origin = from.to_canonical().to_string();
         let credential = Credential::Session(key);
         Ok(Caller { name: session.name.clone(), role: Some(role), origin, credential, second: None })
+    }
+
+    /// What a session still allows; none: it is over.
+    fn session_role(&self, session: &Session, tokens: &BTreeMap<String, Token>, now: Millis) -> Option<AccessRole> {
+        let access = &self.config.access;
+        if !session.holds(now, access.session_idle, access.session_max) {
+            return None;
+        }
+        match &session.of {
+            SessionOf::Token(token) => tokens.get(token).filter(|t| t.holds(now).is_ok()).map(|t| t.role),
+            SessionOf::Oidc { groups, mapping, .. } => self.oidc_role(groups, mapping),
+        }
+    }
+
+    /// What these groups may do, if the configuration still makes of groups what it made of them then.
+    pub(super) fn oidc_role(&self, groups: &[String], mapping: &str) -> Option<AccessRole> {
+        self.config.oidc.as_ref().filter(|oidc| oidc.mapping() == mapping)?.role_of(groups)
+    }
+
+    /// Resolves when what this caller was let in by holds no longer: its token was revoked or has expired, it logged out, or
+    /// its session is over. Whoever needed none is let in for ever.
+    pub(crate) async fn lapsed(&self, caller: &Caller) {
+        let mut ends = self.access.ends();
+        loop {
+            // Before the look: what ends from here on ends the wait below.
+            ends.mark_unchanged();
+            let now = now_ms();
+            let holds = self.holds(&self.access.lock(), caller, now);
+            let Some(until) = holds else { return };
+            let wait = Duration::from_millis(until.saturating_sub(now).saturating_add(1)).min(LOOK_AGAIN);
+            // A time-out is the passing of time.
+            let _ = tokio::time::timeout(wait, ends.changed()).await;
+        }
+    }
+
+    /// Until when it holds, if nothing happens; a session that is used holds for longer.
+    fn holds(&self, known: &Known, caller: &Caller, now: Millis) -> Option<Millis> {
+        let token_end = |id: &String| known.tokens.get(id).filter(|t| t.holds(now).is_ok()).map(|t| t.expires);
+        match &caller.credential {
+            Credential::None | Credential::Local => Some(Millis::MAX),
+            Credential::Token(id) => token_end(id),
+            Credential::Session(key) => {
+                let session = known.sessions.get(key)?;
+                self.session_role(session, &known.tokens, now)?;
+                let access = &self.config.access;
+                let own = session.end(access.session_idle, access.session_max);
+                match &session.of {
+                    SessionOf::Token(id) => Some(own.min(token_end(id)?)),
+                    SessionOf::Oidc { .. } => Some(own),
+                }
+            }
+        }
     }
 
     /// Makes a token. Its text is in the answer and nowhere else.
@@ -141,6 +168,10 @@ impl Control {
         token.second.clone_from(&by.second);
         let commits = {
             let mut known = self.access.lock();
+            token.behind = behind(&by.name, &known.tokens);
+            if let Some(second) = &by.second {
+                token.behind.append(&mut behind(second, &known.tokens));
+            }
             if known.tokens.values().any(|t| t.name == name && t.holds(now).is_ok()) {
                 return Err(AccessError::TokenTaken(name.to_owned()).into());
             }
@@ -194,215 +225,11 @@ impl Control {
             commits.push(self.store.audit(Line::done(now, &by.who(), "", format!("revoked token {name}"))));
             (TokenView::of(token, now), commits)
         };
+        self.access.tell_end();
         for commit in commits {
             commit.wait().await?;
         }
         Ok(view)
-    }
-
-    /// Whether a call of this kind may need a second person, so that its body has to be looked at.
-    pub(crate) fn may_need_second(&self, action: &str) -> bool {
-        let access = &self.config.access;
-        access.four_eyes.contains(action)
-            || (action == "token" && access.four_eyes.contains("admin-token"))
-            || (action == "assign" && access.assign_alone.is_some())
-    }
-
-    /// Whether a call needs a second person: its kind does, or so many machines in an hour.
-    pub(crate) fn needs_second(&self, caller: &Caller, asked: &Asked<'_>) -> bool {
-        let access = &self.config.access;
-        let action = asked.call.action;
-        if access.four_eyes.contains(action) {
-            return true;
-        }
-        if action == "token" && access.four_eyes.contains("admin-token") {
-            // What cannot be read is refused by the call itself.
-            let body: Option<serde_json::Value> = serde_json::from_str(asked.body).ok();
-            return body.is_some_and(|body| body["role"] == AccessRole::Admin.as_str());
-        }
-        match (action, access.assign_alone, asked.machine) {
-            ("assign", Some(alone), Some(machine)) => {
-                let id = self.lock().resolve(machine).map_or_else(|_| machine.to_owned(), |id| id.to_string());
-                !self.access.lock().spree.take(&caller.name, &id, alone, now_ms())
-            }
-            _ => false,
-        }
-    }
-
-    /// Keeps a call until a second person confirms it.
-    pub(crate) async fn propose(&self, caller: &Caller, asked: &Asked<'_>) -> Result<PendingView, ControlError> {
-        let now = now_ms();
-        let Asked { call, machine, path, content_type, body } = asked;
-        let title = machine.map_or_else(String::new, |m| format!(" {m}"));
-        let what = format!("{}{title}: {}", call.action, printable(cut_at(body, SHOWN)));
-        let (kept, commits) = {
-            let mut known = self.access.lock();
-            let limit = crate::access::MAX_OPEN;
-            if known.proposals.values().filter(|kept| kept.proposal.is_open(now)).count() >= limit {
-                return Err(AccessError::TooManyProposals { limit }.into());
-            }
-            let proposal = Proposal {
-                id: random::<4>()?,
-                action: call.action.to_owned(),
-                what: what.clone(),
-                by: caller.name.clone(),
-                behind: behind(&caller.name, &known.tokens),
-                at: now,
-                deadline: now.saturating_add(self.config.access.pending),
-                state: ProposalState::Open,
-            };
-            let token = match &caller.credential {
-                Credential::Token(id) => Some(id.clone()),
-                Credential::Session(key) => known.sessions.get(key).and_then(|session| match &session.of {
-                    SessionOf::Token(id) => Some(id.clone()),
-                    SessionOf::Oidc { .. } => None,
-                }),
-                Credential::None | Credential::Local => None,
-            };
-            let kept = Kept {
-                proposal,
-                least: call.least,
-                token,
-                method: call.method.to_owned(),
-                path: (*path).to_owned(),
-                content_type: (*content_type).to_owned(),
-                body: (*body).to_owned(),
-            };
-            let mut commits = vec![self.store.remember(kept.note(), json(&kept)?)];
-            known.proposals.insert(kept.proposal.id.clone(), kept.clone());
-            for id in surplus(&known.proposals, now) {
-                if let Some(old) = known.proposals.remove(&id) {
-                    commits.push(self.store.erase(old.note()));
-                }
-            }
-            let line =
-                Line::done(now, &caller.who(), "", format!("asked for a second person ({}): {what}", kept.proposal.id));
-            commits.push(self.store.audit(line));
-            (kept, commits)
-        };
-        for commit in commits {
-            commit.wait().await?;
-        }
-        tracing::info!(
-            "{} asks for a second person: {what} (`kiln pending confirm {}`)",
-            caller.name,
-            kept.proposal.id
-        );
-        Ok(PendingView::of(&kept, now))
-    }
-
-    /// What waits for a second person, or did; the newest first.
-    pub fn pending(&self) -> Vec<PendingView> {
-        let now = now_ms();
-        let mut views: Vec<_> = self.access.lock().proposals.values().map(|kept| PendingView::of(kept, now)).collect();
-        views.sort_by_key(|view| std::cmp::Reverse(view.at_ms));
-        views
-    }
-
-    /// A second person's word. `Ok`: the call is closed, and the one who gets it does it, once.
-    pub(crate) async fn confirm(&self, id: &str, by: &Caller) -> Result<(Kept, Caller), ControlError> {
-        let now = now_ms();
-        let (kept, commits) = {
-            let mut known = self.access.lock();
-            let known = &mut *known;
-            let kept = known.proposals.get(id).ok_or_else(|| AccessError::NoSuchProposal(cut_at(id, 64).to_owned()))?;
-            let has = by.role.unwrap_or(AccessRole::Viewer);
-            if has < kept.least {
-                return Err(AccessError::TooLow { who: by.name.clone(), has, needs: kept.least }.into());
-            }
-            if let Some(token) = &kept.token {
-                let gone = match known.tokens.get(token) {
-                    Some(token) if token.role < kept.least => Some("its access role is too low".to_owned()),
-                    Some(token) => token.holds(now).err().map(|e| e.to_string()),
-                    None => Some("its token is gone".to_owned()),
-                };
-                if let Some(reason) = gone {
-                    return Err(AccessError::ProposerGone { reason }.into());
-                }
-            }
-            let event = ProposalEvent::Confirm { by: by.name.clone(), behind: behind(&by.name, &known.tokens) };
-            let proposal = kept.proposal.clone().event(event, now).map_err(AccessError::from)?;
-            let kept = Kept { proposal, ..kept.clone() };
-            let what = format!("confirmed what {} asked for ({id}): {}", kept.proposal.by, kept.proposal.what);
-            let commits = [
-                self.store.remember(kept.note(), json(&kept)?),
-                self.store.audit(Line::done(now, &by.who(), "", what)),
-            ];
-            known.proposals.insert(id.to_owned(), kept.clone());
-            (kept, commits)
-        };
-        // Closed on the disk before anything is done: after a crash it is not done a second time.
-        for commit in commits {
-            commit.wait().await?;
-        }
-        let caller = Caller {
-            name: kept.proposal.by.clone(),
-            role: by.role,
-            origin: by.origin.clone(),
-            credential: Credential::None,
-            second: Some(by.name.clone()),
-        };
-        Ok((kept, caller))
-    }
-
-    /// What came of what was confirmed.
-    pub(crate) async fn confirmed(&self, id: &str, outcome: String) -> Result<PendingView, ControlError> {
-        self.proposal_step(id, ProposalEvent::Done { outcome }, None).await
-    }
-
-    /// A person says no, or takes back what it asked for.
-    pub async fn refuse(&self, id: &str, by: &Caller) -> Result<PendingView, ControlError> {
-        self.proposal_step(id, ProposalEvent::Refuse { by: by.name.clone() }, Some(by)).await
-    }
-
-    async fn proposal_step(
-        &self,
-        id: &str,
-        event: ProposalEvent,
-        by: Option<&Caller>,
-    ) -> Result<PendingView, ControlError> {
-        let now = now_ms();
-        let (view, commits) = {
-            let mut known = self.access.lock();
-            let kept = known.proposals.get(id).ok_or_else(|| AccessError::NoSuchProposal(cut_at(id, 64).to_owned()))?;
-            let proposal = kept.proposal.clone().event(event, now).map_err(AccessError::from)?;
-            let kept = Kept { proposal, ..kept.clone() };
-            let mut commits = vec![self.store.remember(kept.note(), json(&kept)?)];
-            if let Some(by) = by {
-                let what = format!("refused what {} asked for ({id}): {}", kept.proposal.by, kept.proposal.what);
-                commits.push(self.store.audit(Line::done(now, &by.who(), "", what)));
-            }
-            let view = PendingView::of(&kept, now);
-            known.proposals.insert(id.to_owned(), kept);
-            (view, commits)
-        };
-        for commit in commits {
-            commit.wait().await?;
-        }
-        Ok(view)
-    }
-
-    /// Lets time pass for what waits for a second person.
-    pub(crate) async fn expire_pending(&self) -> Result<(), ControlError> {
-        let now = now_ms();
-        let commits = {
-            let mut known = self.access.lock();
-            let mut commits = Vec::new();
-            for kept in known.proposals.values_mut() {
-                let Ok(proposal) = kept.proposal.clone().event(ProposalEvent::Tick, now) else { continue };
-                if proposal != kept.proposal {
-                    kept.proposal = proposal;
-                    commits.push(self.store.remember(kept.note(), json(kept)?));
-                    let what = format!("nobody confirmed in time ({}): {}", kept.proposal.id, kept.proposal.what);
-                    commits.push(self.store.audit(Line::done(now, "kiln", "", what)));
-                }
-            }
-            commits
-        };
-        for commit in commits {
-            commit.wait().await?;
-        }
-        Ok(())
     }
 
     /// Takes an identity key away from its machine: whoever holds it is not heard any more. The machine needs another key,

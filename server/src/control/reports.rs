@@ -5,7 +5,7 @@ use crate::catalog::Catalog;
 use crate::error::ControlError;
 use crate::store::Envelope;
 use jiff::Timestamp;
-use kiln_fleet::{Desire, Event, Machine, Reported, StateKind, desire, grant};
+use kiln_fleet::{Desire, Event, Machine, Reported, StateKind, desire};
 use kiln_protocol::{
     DbxOffer, Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, Reply, Report, SecretsWord, Sha256Hex, Via,
 };
@@ -121,7 +121,7 @@ impl Control {
     /// A machine whose firmware was heard under another id than its agent gives: some ROMs swap the UUID's bytes.
     fn drop_ghosts(&self, inner: &mut Inner, id: &MachineId, report: &Report, pending: &mut Pending) {
         for mac in &report.machine.macs {
-            let Some(ghost) = inner.macs.get(mac).filter(|g| *g != id).cloned() else { continue };
+            let Some(ghost) = inner.macs.owner(mac).filter(|g| *g != id).cloned() else { continue };
             let unproven = |m: &Machine| m.key.is_none() && m.state.kind == StateKind::Discovered;
             if inner.machines.get(&ghost).is_some_and(unproven)
                 && let Some(mut machine) = inner.machines.remove(&ghost)
@@ -130,8 +130,11 @@ impl Control {
                 machine.pin(self.config.key_of(id));
                 machine.state = Machine::discovered(id.clone(), machine.state.since).state;
                 inner.comparing.drop(&ghost);
+                inner.names.forget(&ghost);
+                inner.macs.forget(&ghost);
+                inner.names.note(id, machine.name.as_ref());
                 inner.machines.insert(id.clone(), machine);
-                inner.macs.insert(mac.clone(), id.clone());
+                inner.macs.put(mac, id);
                 pending.commits.push(self.store.forget(&ghost));
                 pending.gone.push(ghost);
             }
@@ -190,7 +193,7 @@ impl Control {
                 envelope
             }
         };
-        let granted = grant(id, &inner.machines, self.config.limits);
+        let granted = inner.grant(id, self.config.limits);
         let is_new = inner.machines.get(id).is_some_and(|m| m.granted != Some(assigned.sequence));
         if granted == Grant::Go && is_new {
             self.step(&mut inner, id, Event::Granted, now_ms(), &mut pending)?;

@@ -2,7 +2,7 @@
 
 use super::Control;
 use crate::error::ControlError;
-use kiln_protocol::ReleaseId;
+use kiln_protocol::{ExecChoice, ReleaseId};
 use std::collections::BTreeMap;
 
 impl Control {
@@ -13,12 +13,16 @@ impl Control {
         each.map(|(name, threshold)| (name.clone(), threshold.to_string())).collect()
     }
 
-    /// A role sets only numbers of health checks that the release declares.
-    pub(super) fn check_thresholds(&self, role: &str, release: &ReleaseId) -> Result<(), ControlError> {
+    /// A role selects only what the release lets it: numbers of health checks that it declares, and programs on no list that
+    /// start and are told. Of a release that says nothing of that, the agent tells.
+    pub(super) fn check_role(&self, role: &str, release: &ReleaseId) -> Result<(), ControlError> {
         let catalog = self.catalog();
         let (Some(settings), Some(published)) = (self.config.roles.get(role), catalog.releases.get(release)) else {
             return Ok(());
         };
+        if settings.settings.exec == ExecChoice::Report && published.manifest.role_may_report == Some(false) {
+            return Err(ControlError::NoReport { role: role.to_owned(), release: release.clone() });
+        }
         let checks = &published.manifest.health;
         for (name, threshold) in &settings.thresholds {
             let fits = checks

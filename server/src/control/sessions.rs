@@ -1,7 +1,9 @@
 //! Log-ins of people, and the audit log's head that is handed out.
 
+use super::second::OIDC;
 use super::{Control, now_ms};
-use crate::access::{Caller, Credential, MAX_SESSIONS, Session, SessionKey, SessionOf, place, random};
+use crate::access::{Asker, Caller, Credential, Session, SessionKey, SessionOf};
+use crate::access::{MAX_OWN_SESSIONS, MAX_SESSIONS, place, random};
 use crate::audit::{HEAD_TYPE, Head, Line};
 use crate::error::{AccessError, ControlError, OidcError, StoreError};
 use crate::oidc::Answer;
@@ -32,6 +34,7 @@ impl Control {
         let key = SessionKey::of(&id);
         let session = Session { name: name.clone(), of, began: now, used: now };
         let doc = serde_json::to_string(&(&key, &session)).map_err(StoreError::from)?;
+        let ended;
         let commits = {
             let mut known = self.access.lock();
             let mut commits = Vec::new();
@@ -39,9 +42,14 @@ impl Control {
             let over = |s: &Session| !s.holds(now, access.session_idle, access.session_max);
             let mut gone: Vec<SessionKey> =
                 known.sessions.iter().filter(|(_, s)| over(s)).map(|(key, _)| key.clone()).collect();
-            if known.sessions.len() - gone.len() >= MAX_SESSIONS {
-                gone.extend(known.sessions.iter().min_by_key(|(_, s)| s.used).map(|(key, _)| key.clone()));
+            let stays = |s: &Session| !over(s);
+            let own = |s: &Session| stays(s) && s.name == name;
+            let crowded = known.sessions.values().filter(|s| own(s)).count() >= MAX_OWN_SESSIONS;
+            if crowded || known.sessions.len() - gone.len() >= MAX_SESSIONS {
+                let all = known.sessions.iter().filter(|(_, s)| if crowded { own(s) } else { stays(s) });
+                gone.extend(all.min_by_key(|(_, s)| s.used).map(|(key, _)| key.clone()));
             }
+            ended = !gone.is_empty();
             for key in gone {
                 known.sessions.remove(&key);
                 commits.push(self.store.erase(key.note()));
@@ -52,6 +60,9 @@ impl Control {
             commits.push(self.store.audit(Line::done(now, &by, "", format!("logged in {how}"))));
             commits
         };
+        if ended {
+            self.access.tell_end();
+        }
         for commit in commits {
             commit.wait().await?;
         }
@@ -62,6 +73,7 @@ impl Control {
     pub(crate) async fn session_end(&self, caller: &Caller) -> Result<(), ControlError> {
         let Credential::Session(key) = &caller.credential else { return Ok(()) };
         self.access.lock().sessions.remove(key);
+        self.access.tell_end();
         let commits =
             [self.store.erase(key.note()), self.store.audit(Line::done(now_ms(), &caller.who(), "", "logged out"))];
         for commit in commits {
@@ -122,16 +134,19 @@ impl Control {
         let login = self.access.lock().logins.end(state, browser, now_ms()).ok_or(OidcError::State)?;
         let person = provider.end(&login, answer, jiff::Timestamp::now().as_second()).await?;
         let subject = person.subject;
-        let name = format!("oidc {subject}");
+        let name = format!("{OIDC}{subject}");
         if let Some(wait) = self.access.lock().by_account.wait(&name, now_ms()) {
             return Err(AccessError::TooOften { seconds: wait.div_ceil(1000) });
         }
         account.clone_from(&name);
         let groups: Vec<String> = person.groups.into_iter().filter(|group| config.roles.contains_key(group)).collect();
+        let asker = Asker { groups, mapping: config.mapping() };
+        self.named(&mut self.access.lock(), &name, &asker, now_ms());
+        let Asker { groups, mapping } = asker;
         if groups.is_empty() {
             return Err(OidcError::NoGroup { subject }.into());
         }
-        Ok((name, SessionOf::Oidc { subject, groups, mapping: config.mapping() }))
+        Ok((name, SessionOf::Oidc { subject, groups, mapping }))
     }
 
     /// Number and hash of the newest record, signed by the director.

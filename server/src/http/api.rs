@@ -2,12 +2,11 @@
 
 use super::authorize::{Failure, caller};
 use super::{App, Peer};
-use crate::catalog::Release;
 use crate::control::{LogQuery, Told, now_ms};
 use crate::error::{
     AccessError, AttestationError, CodeError, ControlError, ExpectedError, LogError, SecretError, StoreError,
 };
-use crate::view::{HardwareView, LogView, MachineView, OrderView, ReceiptView, ReleaseView};
+use crate::view::{HardwareView, LogView, MachineView, OrderView, ReceiptView};
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
 use axum::http::StatusCode;
@@ -19,7 +18,7 @@ use futures_util::stream::{self, Stream};
 use kiln_protocol::{ImageName, ReleaseId, Via};
 use serde::Deserialize;
 use serde_json::json;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::time::Duration;
 use tokio::sync::broadcast::error::RecvError;
@@ -32,7 +31,6 @@ pub(super) fn reads() -> Router<App> {
         .route("/api/v1/machines/{machine}/receipts", get(receipts))
         .route("/api/v1/machines/{machine}/log", get(log))
         .route("/api/v1/machines/{machine}/inventory", get(inventory))
-        .route("/api/v1/releases", get(releases))
         .route("/api/v1/status", get(status))
         .route("/api/v1/events", get(events))
 }
@@ -83,9 +81,12 @@ impl From<ControlError> for ApiError {
             | ControlError::Receipt(_)
             | ControlError::ReceiptOfAnother { .. }
             | ControlError::ReceiptWithoutOrder { .. }
-            | ControlError::OtherImage { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+            | ControlError::OtherImage { .. }
+            | ControlError::NoReport { .. }
+            | ControlError::ForgetsKey { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             ControlError::NothingPublished { .. }
             | ControlError::NameTaken(_)
+            | ControlError::BeingPruned { .. }
             | ControlError::Refused(_)
             | ControlError::NoReportYet(_)
             | ControlError::OrderKnown { .. } => StatusCode::CONFLICT,
@@ -226,29 +227,6 @@ async fn inventory(State(app): State<App>, Path(machine): Path<String>) -> Resul
     Ok(Json(app.control.hardware_of(&machine).await?))
 }
 
-async fn releases(State(app): State<App>) -> Json<Vec<ReleaseView>> {
-    // Running, and needed.
-    let mut counts: BTreeMap<(String, u64), (u64, u64)> = BTreeMap::new();
-    for view in app.control.views() {
-        let running = view.image.zip(view.release);
-        let assigned = view.assigned.map(|a| (a.image, a.release));
-        let last_good = view.last_good.map(|r| (r.image.to_string(), r.release));
-        let needed: BTreeSet<_> = [&running, &assigned, &last_good].into_iter().flatten().cloned().collect();
-        for release in needed {
-            counts.entry(release).or_default().1 += 1;
-        }
-        if let Some(release) = running {
-            counts.entry(release).or_default().0 += 1;
-        }
-    }
-    let catalog = app.control.catalog();
-    let view = |(id, release): (&ReleaseId, &Release)| {
-        let (running, needed) = counts.get(&(id.image.to_string(), id.release)).copied().unwrap_or_default();
-        ReleaseView::of(&release.manifest, running, needed)
-    };
-    Json(catalog.releases.iter().map(view).collect())
-}
-
 async fn status(State(app): State<App>) -> Response {
     let control = &app.control;
     let catalog = control.catalog();
@@ -275,12 +253,21 @@ async fn status(State(app): State<App>) -> Response {
     .into_response()
 }
 
-async fn events(State(app): State<App>) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
+/// What happens, as long as whoever reads it may: until the server ends, or what the reader was let in by.
+async fn events(
+    State(app): State<App>,
+    Extension(peer): Extension<Peer>,
+) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
     let mut told = app.control.watch();
     let first = hello(&app);
     let stop = {
-        let app = app.clone();
-        Box::pin(async move { app.control.stopped().await })
+        let (app, reader) = (app.clone(), caller(&peer));
+        Box::pin(async move {
+            tokio::select! {
+                () = app.control.stopped() => {}
+                () = app.control.lapsed(&reader) => {}
+            }
+        })
     };
     let stream =
         stream::unfold((Some(first), told.resubscribe(), app, stop), |(first, mut told, app, mut stop)| async {
@@ -288,8 +275,9 @@ async fn events(State(app): State<App>) -> Sse<impl Stream<Item = Result<Event, 
                 return Some((Ok(first), (None, told, app, stop)));
             }
             let event = tokio::select! {
-                event = told.recv() => event,
+                biased;
                 () = &mut stop => return None,
+                event = told.recv() => event,
             };
             let event = match event {
                 Ok(Told::Machine(view)) => Event::default().event("machine").json_data(&*view),

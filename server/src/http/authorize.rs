@@ -7,7 +7,7 @@ use super::{App, Peer, text};
 use crate::access::calls::{self, Call, Kind};
 use crate::access::{Caller, csrf_of};
 use crate::audit::Line;
-use crate::control::{Asked, MAX_PENDING_BODY, now_ms};
+use crate::control::{Asked, MACHINES, MAX_PENDING_BODY, now_ms};
 use crate::error::AccessError;
 use axum::Json;
 use axum::body::{Body, to_bytes};
@@ -169,7 +169,7 @@ async fn second_person(
         return Err(ApiError::from(AccessError::ProposalForm).into_response());
     };
     // The routes name a machine in one place only.
-    let machine = uri.strip_prefix("/api/v1/machines/").and_then(|rest| rest.split('/').next());
+    let machine = uri.strip_prefix(MACHINES).and_then(|rest| rest.split('/').next());
     let path = parts.uri.path_and_query().map_or(uri, PathAndQuery::as_str);
     let content_type = parts.headers.get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
     let asked = Asked { call, machine, path, content_type, body };

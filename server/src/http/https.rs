@@ -3,6 +3,11 @@
 //! handshake asks for the certificate of now.
 
 use super::tls::provider;
+use axum::Router;
+use axum::http::HeaderValue;
+use axum::http::header::STRICT_TRANSPORT_SECURITY;
+use axum::middleware::map_response;
+use axum::response::Response;
 use kiln_images::{SiteDir, SiteError};
 use rustls::ServerConfig;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
@@ -11,6 +16,20 @@ use rustls::sign::CertifiedKey;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 use std::time::{Duration, SystemTime};
+
+/// RFC 6797: a browser that was here once over TLS comes over TLS for a year, whatever it is told to type. It is for this name
+/// alone, and for all its ports.
+const STRICT: &str = "max-age=31536000";
+
+/// What is served over TLS says that it is not to be had otherwise.
+pub fn strict(router: Router) -> Router {
+    router.layer(map_response(say_strict))
+}
+
+async fn say_strict(mut answer: Response) -> Response {
+    answer.headers_mut().insert(STRICT_TRANSPORT_SECURITY, HeaderValue::from_static(STRICT));
+    answer
+}
 
 /// Files are looked at so often.
 const LOOK: Duration = Duration::from_secs(2);

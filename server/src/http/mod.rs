@@ -16,12 +16,13 @@ mod listen;
 mod login;
 mod pace;
 mod people;
+pub(crate) mod releases;
 mod script;
 mod secrets;
 pub mod tls;
 
 pub use agent::router as agent_router;
-pub use https::{Certificates, HttpsError};
+pub use https::{Certificates, HttpsError, strict};
 pub use limits::Limits;
 pub use listen::{Listening, Peer, serve_https, serve_tcp, serve_tls, serve_unix};
 
@@ -47,13 +48,13 @@ pub struct App {
 
 /// The operator API, which each call enters by its access role.
 fn operator_api(app: &App) -> Router<App> {
-    let reads = api::reads().merge(expected::reads());
+    let reads = api::reads().merge(expected::reads()).merge(releases::reads());
     people::guarded(reads.merge(changes()).merge(secrets::router()).merge(people::router()).merge(login::router()), app)
 }
 
 /// What may wait for a second person.
 fn changes() -> Router<App> {
-    api::changes().merge(expected::changes())
+    api::changes().merge(expected::changes()).merge(releases::changes())
 }
 
 /// Everything that TCP serves, plain or over TLS.

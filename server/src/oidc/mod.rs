@@ -154,13 +154,21 @@ impl Provider {
             now,
         };
         match verify(&id_token, &known.keys, &expected) {
-            // It may have a new key since.
-            Err(TokenError::UnknownKey(_)) if known.at.elapsed() >= KEYS_AGAIN => {
-                *self.known.lock().await = None;
-                Ok(verify(&id_token, &self.known().await?.keys, &expected)?)
-            }
+            // It may have a new key since. Whoever logs in waits until it may be asked again.
+            Err(TokenError::UnknownKey(_)) => Ok(verify(&id_token, &self.newer(known.at).await?.keys, &expected)?),
             other => Ok(other?),
         }
+    }
+
+    /// What the provider says of itself, asked for after `old`.
+    async fn newer(&self, old: Instant) -> Result<Known, OidcError> {
+        tokio::time::sleep_until(old + KEYS_AGAIN).await;
+        let mut known = self.known.lock().await;
+        if known.as_ref().is_some_and(|known| known.at <= old) {
+            *known = None;
+        }
+        drop(known);
+        self.known().await
     }
 
     async fn exchange(&self, discovery: &Discovery, code: &str, verifier: &str) -> Result<String, OidcError> {

@@ -86,6 +86,7 @@ pub fn build_wanting(site: &SiteDir, release: u64, secrets: Vec<WantedSecret>) -
         sbom: None,
         secrets,
         measured: Some(measured(release)),
+        role_may_report: Some(false),
     };
     fs::write(folder.join("manifest.json"), serde_json::to_vec_pretty(&manifest).unwrap()).unwrap();
     manifest
@@ -150,6 +151,16 @@ impl TestSite {
     pub fn publish_wanting(&self, release: u64, secrets: &[&str]) -> Manifest {
         let want = |name: &&str| WantedSecret { name: (*name).into(), owner: None, required: true, units: vec![] };
         let manifest = build_wanting(&self.site, release, secrets.iter().map(want).collect());
+        kiln_images::publish(self.path(), "minimal", release, Timestamp::now()).unwrap();
+        manifest
+    }
+
+    /// The same, with another manifest.
+    pub fn publish_as(&self, release: u64, change: impl FnOnce(&mut Manifest)) -> Manifest {
+        let mut manifest = build(&self.site, release);
+        change(&mut manifest);
+        let path = self.site.build("minimal", release).join("manifest.json");
+        fs::write(path, serde_json::to_vec_pretty(&manifest).unwrap()).unwrap();
         kiln_images::publish(self.path(), "minimal", release, Timestamp::now()).unwrap();
         manifest
     }

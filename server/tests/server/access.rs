@@ -39,6 +39,7 @@ async fn each_access_role_is_tried_on_each_call() {
         }
         for call in CALLS.iter().filter(|call| call.kind != Kind::LogIn) {
             let path = call.path.replace("{machine}", "nothing").replace("{name}", "nobody").replace("{id}", "none");
+            let path = path.replace("{image}", "nothing");
             for (role, token) in &callers {
                 let got = status(&server, call.method, &path, token.as_deref()).await;
                 let open = call.kind == Kind::Open && anonymous == "read";
@@ -259,6 +260,10 @@ async fn a_second_person_confirms_and_it_is_done_once() {
     assert_eq!(asked.status, StatusCode::ACCEPTED, "{}", asked.text());
     let id = asked.json()["pending"]["id"].as_str().unwrap().to_owned();
     assert_eq!(server.machine("rack-1").await.assigned.unwrap().release, 1, "not yet");
+    let path = format!("/api/v1/machines/{}/assignment", machine_id(1));
+    assert_eq!(asked.json()["pending"]["path"], path, "a name may be another's when it is done");
+    let unknown = server.with(&ann, "PUT", "machines/rack-9/assignment", body.clone()).await;
+    assert_eq!(unknown.status, StatusCode::NOT_FOUND, "nobody confirms what cannot be done");
     let confirm = format!("pending/{id}/confirm");
     let refused = async |token: &str, status: StatusCode, words: &str| {
         let answer = server.with(token, "POST", &confirm, json!({})).await;

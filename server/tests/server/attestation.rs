@@ -46,6 +46,13 @@ async fn a_machine_is_attested_boot_by_boot_and_over_a_kexec() {
     assert!(judged.reason.contains("PCR 11"), "{judged:?}");
     let view = server.machine("rack-1").await;
     assert_eq!(view.protection, Some(ProtectionClass::Unprotected));
+    // What became of it is in the chained log: that it was attested, and from when on it was not.
+    let audit = server.audit().await;
+    let told: Vec<_> = audit.iter().filter(|r| r.what.starts_with("boots ")).collect();
+    let (first, last) = (told[0], told[1]);
+    assert!(told.len() == 2 && first.what.starts_with("boots are attested (attested): "), "{told:?}");
+    assert!(last.what.starts_with("boots were attested (attested) and are failed (unprotected): "), "{last:?}");
+    assert_eq!((last.actor.as_str(), last.machine.as_str()), ("kiln", "rack-1"));
 }
 
 #[tokio::test]

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 fn site_with(more: &str) -> TestSite {
@@ -30,10 +31,13 @@ async fn a_lab_has_a_certificate_of_its_own_ca() {
         ("x-content-type-options", "nosniff"),
         ("referrer-policy", "no-referrer"),
         ("cross-origin-opener-policy", "same-origin"),
+        ("strict-transport-security", "max-age=31536000"),
     ] {
         assert_eq!(page.header(name), value);
     }
+    assert_eq!(server.http("GET", "/", &[]).await.header("strict-transport-security"), "", "RFC 6797, section 7.2");
     let answer = server.https("GET", "/api/v1/machines", &[], Value::Null).await;
+    assert_eq!(answer.header("strict-transport-security"), "max-age=31536000");
     assert_eq!((answer.status, answer.header("cache-control")), (StatusCode::OK, "no-store"));
 
     // The command line takes the site's CA, and nobody else's.
@@ -194,4 +198,76 @@ async fn a_session_changes_things_from_its_own_page_only_and_ends_with_its_token
     let audit = server.audit().await;
     let count = |what: &str| audit.iter().filter(|r| r.actor == "token ann" && r.what == what).count();
     assert_eq!((count("logged in with a token"), count("logged out")), (5, 1), "{audit:?}");
+}
+
+/// Reads on until this was said.
+async fn until_said(stream: &mut (impl AsyncRead + Unpin), words: &str) {
+    let mut read = Vec::new();
+    while !String::from_utf8_lossy(&read).contains(words) {
+        let more = tokio::time::timeout(PATIENCE, stream.read_buf(&mut read)).await.unwrap().unwrap();
+        assert!(more > 0, "it ended: {}", String::from_utf8_lossy(&read));
+    }
+}
+
+/// An event stream whose first event has come.
+async fn events<S: AsyncRead + AsyncWrite + Unpin>(mut stream: S, header: &str) -> S {
+    let head = format!("GET /api/v1/events HTTP/1.1\r\nHost: kiln\r\n{header}\r\nConnection: close\r\n\r\n");
+    stream.write_all(head.as_bytes()).await.unwrap();
+    until_said(&mut stream, "event: hello").await;
+    stream
+}
+
+async fn ends(mut stream: impl AsyncRead + Unpin) {
+    // How a connection ends is the transport's; that it does is what counts.
+    let _ = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut Vec::new())).await.expect("the stream goes on");
+}
+
+#[tokio::test]
+async fn an_event_stream_ends_with_what_its_reader_was_let_in_by() {
+    let site = site_with("[access]\nanonymous = \"none\"");
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    agent.send(&server, &report).await;
+    let (ann, ben) = (server.token("ann", "viewer").await, server.token("ben", "viewer").await);
+    let by_token = async |token: &str| {
+        let stream = TcpStream::connect(server.http).await.unwrap();
+        events(stream, &format!("Authorization: Bearer {token}")).await
+    };
+    let by_session = async |session: &Session| {
+        let connector = tokio_rustls::TlsConnector::from(Arc::new(server.tls(None)));
+        let stream = TcpStream::connect(server.https.unwrap()).await.unwrap();
+        let stream = connector.connect(ServerName::try_from("localhost").unwrap(), stream).await.unwrap();
+        events(stream, &format!("Cookie: {}", session.cookie)).await
+    };
+    let (left, kept) = (log_in(&server, &ann).await, log_in(&server, &ann).await);
+    let (anns, mut bens) = (by_token(&ann).await, by_token(&ben).await);
+    let (lefts, kepts) = (by_session(&left).await, by_session(&kept).await);
+
+    assert_eq!(change(&server, &left, "DELETE", "/api/v1/session").await.status, StatusCode::OK);
+    ends(lefts).await;
+    server.order("POST", "tokens/ann/revoke", json!({})).await;
+    tokio::join!(ends(anns), ends(kepts));
+    // Whoever may goes on reading.
+    server.order("POST", "machines/rack-1/clear", json!({})).await;
+    until_said(&mut bens, "event: machine").await;
+}
+
+#[tokio::test]
+async fn nobody_pushes_others_out_by_logging_in() {
+    let site = site_with("");
+    let server = Server::start(&site).await;
+    let (ann, eve) = (server.token("ann", "operator").await, server.token("eve", "viewer").await);
+    let session = log_in(&server, &ann).await;
+    let first = log_in(&server, &eve).await;
+    for _ in 0..20 {
+        log_in(&server, &eve).await;
+    }
+    assert_eq!(change(&server, &session, "GET", "/api/v1/orders").await.status, StatusCode::OK);
+    let own = server.https("GET", "/api/v1/machines/x", &[("cookie", &first.cookie)], Value::Null).await;
+    assert_eq!(own.status, StatusCode::NOT_FOUND, "an old cookie is nobody's, and reading needs none");
+    assert_eq!(
+        change(&server, &first, "POST", "/api/v1/machines/rack-1/excuse").await.status,
+        StatusCode::UNAUTHORIZED
+    );
 }

@@ -6,6 +6,7 @@ mod common;
 
 mod access;
 mod agent_api;
+mod assign;
 mod attestation;
 mod audit;
 mod condition;

@@ -47,7 +47,13 @@ async fn what_machines_run_shall_run_or_would_fall_back_to_stays() {
     let there = format!("/a/{}", site.manifest(3).root.sha256);
     assert_eq!(server.http("HEAD", &there, &[]).await.status, hyper::StatusCode::OK);
     // Another server that can be asked does as well; one that cannot be is no answer.
-    let (done, text) = prune(&site, &["--keep", "1", "--server", &format!("http://{}", server.http)]);
+    let url = format!("http://{}", server.http);
+    let (done, text) = prune(&site, &["--keep", "1", "--server", &url]);
+    assert!(!done && text.contains("needs the access role operator"), "what goes is withheld there: {text}");
+    let file = site.path().join("token");
+    std::fs::write(&file, server.token("ann", "operator").await).unwrap();
+    let there = ["--server", &url, "--token-file", file.to_str().unwrap()];
+    let (done, text) = prune(&site, &[&["--keep", "1"][..], &there].concat());
     assert!(done && text.starts_with("no release of minimal is to be taken out\n"), "{text}");
     let (done, text) = prune(&site, &["--keep", "1", "--server", "http://127.0.0.1:1"]);
     assert!(!done && text.contains("http://127.0.0.1:1"), "{text}");

@@ -160,12 +160,9 @@ impl Duty {
                 Way::Leaves { target }
             }
             (Way::Drains { target, failed }, Some(trouble)) => {
-                let failed = failed.saturating_add(1);
-                let (pause, _) = pause(trouble.class, failed, jitter);
-                out.push(failure(trouble, failed, Some(pause)));
+                let way = self.tries_to_go_again(target, failed, trouble, now, jitter, out);
                 out.push(Action::Undrain);
-                self.news = true;
-                Way::Ready { target, grant: Some(Grant::Go), failed, until: now + millis(pause) }
+                way
             }
             (
                 way @ (Way::Stays
@@ -189,13 +186,7 @@ impl Duty {
                 self.news = true;
                 Way::Rests { target, failed, until: now + millis(pause), gave_up }
             }
-            Way::Asks { target, failed } => {
-                let failed = failed.saturating_add(1);
-                let (pause, _) = pause(trouble.class, failed, jitter);
-                out.push(failure(trouble, failed, Some(pause)));
-                self.news = true;
-                Way::Ready { target, grant: Some(Grant::Go), failed, until: now + millis(pause) }
-            }
+            Way::Asks { target, failed } => self.tries_to_go_again(target, failed, trouble, now, jitter, out),
             way @ (Way::Stays
             | Way::Rests { .. }
             | Way::Ready { .. }
@@ -203,6 +194,23 @@ impl Duty {
             | Way::Leaves { .. }
             | Way::Gone) => way,
         };
+    }
+
+    /// It may go, and could not: it does its work until the next try.
+    fn tries_to_go_again(
+        &mut self,
+        target: Target,
+        failed: u32,
+        trouble: &Trouble,
+        now: Millis,
+        jitter: u8,
+        out: &mut Vec<Action>,
+    ) -> Way {
+        let failed = failed.saturating_add(1);
+        let (pause, _) = pause(trouble.class, failed, jitter);
+        out.push(failure(trouble, failed, Some(pause)));
+        self.news = true;
+        Way::Ready { target, grant: Some(Grant::Go), failed, until: now + millis(pause) }
     }
 
     pub(super) fn loaded(&mut self, trouble: Option<Trouble>, out: &mut Vec<Action>) {

@@ -83,3 +83,57 @@ fn a_machine_without_a_tpm_works_as_before() {
     s.m.attested_only = true;
     assert!(matches!(desire(&s.m, &key(1)), Desire::Wait(why) if why.contains("no-tpm")));
 }
+
+fn recorded(s: &Story) -> Vec<&str> {
+    s.last
+        .iter()
+        .filter_map(|action| if let Action::Record(text) = action { Some(text.as_str()) } else { None })
+        .collect()
+}
+
+#[test]
+fn changes_of_what_boots_can_promise_are_recorded_once_each() {
+    let mut s = Story::new();
+    s.then(reports("a", 1, TpmPresence::Ready)).then(proven("a", 7, [1, 2, 3, 4]));
+    assert!(recorded(&s).is_empty(), "nobody approved it: it may be made up");
+    s.approve();
+    assert!(recorded(&s)[0].starts_with("boots are attested (attested): "), "{:?}", s.last);
+    // The next boot has proven nothing yet: that is no news; nor is the same verdict again.
+    s.then(reports("b", 1, TpmPresence::Ready));
+    assert!(recorded(&s).is_empty());
+    s.then(proven("b", 7, [1, 2, 3, 4]));
+    assert!(recorded(&s).is_empty());
+    s.then(reports("c", 1, TpmPresence::Ready)).then(proven("c", 7, [9, 2, 3, 4]));
+    let text = "boots were attested (attested) and are failed (unprotected): firmware changed: firmware (PCR 0)";
+    assert!(recorded(&s)[0].starts_with(text), "{:?}", s.last);
+    // A person accepts it: that is known from the person's own record, and what follows is a change of what was recorded.
+    s.then(Event::AcceptTpm).then(proven("c", 7, [9, 2, 3, 4]));
+    assert!(recorded(&s)[0].starts_with("boots were failed (unprotected) and are attested"), "{:?}", s.last);
+    // One that could prove something, and does not.
+    s.then(reports("d", 1, TpmPresence::Ready));
+    assert!(recorded(&s).is_empty());
+    s.now += 10 * 60_000;
+    s.then(reports("d", 2, TpmPresence::Ready));
+    assert!(recorded(&s)[0].contains("are unattested (unprotected): its TPM has proven nothing"), "{:?}", s.last);
+    let stored: Machine = serde_json::from_str(&serde_json::to_string(&s.m).unwrap()).unwrap();
+    assert_eq!(stored.attestations, s.m.attestations, "it outlives the server");
+}
+
+#[test]
+fn whoever_holds_a_machines_key_does_not_fill_the_audit_log() {
+    let mut s = Story::good_on_1();
+    let mut lines = 0;
+    let says = |s: &mut Story, seq: u64, class| {
+        let mut report = healthy(1, "a", seq, 1);
+        report.machine.protection = class;
+        s.then(by(1, report));
+        recorded(s).len()
+    };
+    for seq in 3..203 {
+        let class = if seq % 2 == 0 { ProtectionClass::Unprotected } else { ProtectionClass::Enforced };
+        lines += says(&mut s, seq, class);
+    }
+    assert_eq!(lines, 10);
+    s.now += 3_600_000;
+    assert_eq!(says(&mut s, 300, ProtectionClass::Enforced), 1, "what it came to is recorded");
+}

@@ -11,7 +11,7 @@ fn with(seq: u64, condition: Condition) -> Event {
 fn said(story: &Story) -> Vec<(bool, String)> {
     let said = story.last.iter().filter_map(|action| match action {
         Action::Say { warn, text } => Some((*warn, text.clone())),
-        Action::Save | Action::Forget | Action::Sign | Action::Wake | Action::Stage(_) => None,
+        Action::Save | Action::Forget | Action::Sign | Action::Wake | Action::Stage(_) | Action::Record(_) => None,
     });
     said.collect()
 }

@@ -266,7 +266,7 @@ fn a_difference_is_told_when_it_comes_and_when_it_goes() {
     let told = |s: &Story| -> Vec<(bool, String)> {
         let said = |a: &Action| match a {
             Action::Say { warn, text } => Some((*warn, text.clone())),
-            Action::Save | Action::Forget | Action::Sign | Action::Wake | Action::Stage(_) => None,
+            Action::Save | Action::Forget | Action::Sign | Action::Wake | Action::Stage(_) | Action::Record(_) => None,
         };
         s.last.iter().filter_map(said).collect()
     };

@@ -2,6 +2,7 @@
 
 use crate::common::*;
 use kiln_fleet::*;
+use kiln_protocol::*;
 use proptest::prelude::*;
 
 fn pinned() -> Story {
@@ -43,6 +44,35 @@ fn a_key_that_came_first_is_let_go_when_the_file_names_another() {
     assert_eq!(back.pinned, None, "the file is read at each start");
     back.pin(None);
     assert_eq!(back.key, Some(key(2)), "without it the key that is bound stays bound");
+}
+
+#[test]
+fn an_agent_that_knows_no_tpm_does_not_make_a_machine_another_without_saying_so() {
+    let says = |key: u8, boot: &str, tpm: Option<TpmPresence>, storage: KeyStorage| {
+        let mut report = healthy(1, boot, 1, 1);
+        (report.machine.tpm, report.machine.key_storage) = (tpm, storage);
+        by(key, report)
+    };
+    let ready = Some(TpmPresence::Ready);
+    let mut s = Story::new();
+    s.then(says(1, "a", ready, KeyStorage::Tpm)).approve();
+    s.then(says(2, "b", None, KeyStorage::EfiVariable));
+    let words = s.m.last_words.clone();
+    assert!(words.contains("booted minimal/1, whose agent is too old") && words.contains("Do not clear"), "{words}");
+    assert_eq!((&s.m.key, &s.m.stranger), (&Some(key(1)), &Some(key(2))));
+    for off in [TpmPresence::Absent, TpmPresence::Unusable] {
+        s.m.stranger = None;
+        s.then(says(4, "o", Some(off), KeyStorage::Ephemeral));
+        assert!(s.m.last_words.contains("switch the TPM on"), "{}", s.m.last_words);
+    }
+    s.then(says(1, "c", ready, KeyStorage::Tpm));
+    assert!(matches!(desire(&s.m, &key(1)), Desire::Run(_)), "its own key speaks again");
+    // Another TPM, or a machine that never sealed its key: no such excuse.
+    s.then(says(3, "d", ready, KeyStorage::Tpm));
+    assert!(s.m.last_words.contains("firmware settings were erased"), "{}", s.m.last_words);
+    let mut s = Story::good_on_1();
+    s.then(says(2, "b", None, KeyStorage::EfiVariable));
+    assert!(s.m.last_words.contains("firmware settings were erased"), "{}", s.m.last_words);
 }
 
 proptest! {

@@ -1,0 +1,77 @@
+//! Releases that a machine or its role cannot be given.
+
+use crate::common::*;
+use hyper::StatusCode;
+use kiln_protocol::*;
+use serde_json::json;
+
+async fn refused(server: &Server, release: u64, words: &str) {
+    let answer = server.try_assign("rack-1", release).await;
+    assert!(answer.status == StatusCode::UNPROCESSABLE_ENTITY && answer.text().contains(words), "{}", answer.text());
+}
+
+#[tokio::test]
+async fn a_key_that_a_tpm_seals_goes_to_no_release_whose_agent_knows_no_tpm() {
+    let site = TestSite::new();
+    site.publish_as(2, |manifest| manifest.measured = None);
+    let server = Server::start(&site).await;
+    let mut agent = Agent { storage: KeyStorage::Tpm, ..Agent::new(1, &site.manifest(1)) };
+    let report = agent.healthy();
+    agent.send(&server, &report).await;
+    refused(&server, 2, "sealed in its TPM").await;
+    server.assign("rack-1", 1).await;
+    // Another machine's key lies in a variable: any agent finds it there.
+    let mut agent = Agent::new(2, &site.manifest(1));
+    let report = agent.healthy();
+    agent.send(&server, &report).await;
+    server.assign("rack-2", 2).await;
+}
+
+#[tokio::test]
+async fn a_role_that_only_reports_gets_no_release_that_forbids_it() {
+    let site = TestSite::new();
+    let toml = std::fs::read_to_string(site.path().join("kiln.toml")).unwrap();
+    let reports = toml.replace("name = \"lab\"\n", "name = \"lab\"\nexec = \"report\"\n");
+    std::fs::write(site.path().join("kiln.toml"), reports).unwrap();
+    site.publish_as(2, |manifest| manifest.role_may_report = Some(true));
+    site.publish_as(3, |manifest| manifest.role_may_report = None);
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    agent.send(&server, &report).await;
+    server.assign("rack-1", 2).await;
+    refused(&server, 1, "exec = \\\"report\\\"").await;
+    server.assign("rack-1", 3).await;
+}
+
+#[tokio::test]
+async fn what_is_about_to_be_pruned_is_given_to_nobody_and_what_machines_need_is_not_pruned() {
+    let site = TestSite::new();
+    (2..=4).for_each(|release| drop(site.publish(release)));
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    agent.send(&server, &report).await;
+    server.assign("rack-1", 3).await;
+    let withhold = async |token: Option<&str>| {
+        let (path, body) = ("releases/minimal/withhold", json!({ "releases": [1, 2, 3] }));
+        match token {
+            Some(token) => server.with(token, "POST", path, body).await,
+            None => server.order("POST", path, body).await,
+        }
+    };
+    let viewer = server.token("ann", "viewer").await;
+    assert_eq!(withhold(Some(&viewer)).await.status, StatusCode::FORBIDDEN);
+    assert_eq!(withhold(None).await.json(), json!({ "releases": [1, 3] }));
+    let answer = server.try_assign("rack-1", 2).await;
+    assert!(
+        answer.status == StatusCode::CONFLICT && answer.text().contains("about to be taken out"),
+        "{}",
+        answer.text()
+    );
+    for release in [1, 3, 4] {
+        server.assign("rack-1", release).await;
+    }
+    let audit = server.audit().await;
+    assert!(audit.iter().any(|r| r.what == "withheld, to be pruned: minimal/2"), "{audit:?}");
+}

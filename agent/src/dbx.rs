@@ -7,7 +7,7 @@ use crate::change::blocking;
 use crate::disk::data::{self, Carried};
 use crate::error::{AgentError, Result};
 use crate::verifier::{Verified, Verifier};
-use crate::{fetch, init, sys};
+use crate::{fetch, init, sys, tpm};
 use kiln_protocol::{DbxOffer, DbxOutcome, DbxState, ReleaseId, dbx_hold};
 use kiln_release::efi::{APPEND, Entry, entries};
 use kiln_release::{DbxUpdate, hex};
@@ -58,11 +58,17 @@ async fn tried(
         return Ok(DbxOutcome::Installed);
     }
     let change = download(verifier, list).await?;
+    let before = value(path)?;
     // The data's key is bound to what changes here. Behind it this machine's data would be locked for ever.
-    if let Carried::Not(reason) = blocking(data::carry_key).await? {
+    let carried = blocking(|| data::carry_key(None)).await?;
+    if let Carried::Not(reason) = &carried {
         return Ok(DbxOutcome::Held { reason: format!("the key of its data would be lost: {reason}") });
     }
-    append(path, &change).map_err(AgentError::file(path))?;
+    let appended = append(path, &change).map_err(AgentError::file(path));
+    if carried == Carried::Over {
+        narrow(before, value(path)?, appended.is_ok()).await;
+    }
+    appended?;
     match lacks(path, list)? {
         0 => Ok(DbxOutcome::Installed),
         missing => {
@@ -79,15 +85,40 @@ fn named<'a>(verified: &'a Verified, offer: &DbxOffer) -> Result<&'a DbxUpdate> 
     })
 }
 
+/// The copy that outlives the change is one that any system is given which starts here before the next boot of this one. It is
+/// bound to the new state where that can be told, and taken away where nothing changed.
+async fn narrow(before: Vec<u8>, after: Vec<u8>, appended: bool) {
+    let narrowed = blocking(move || {
+        if !appended && before == after {
+            return data::drop_copy().map(|()| Carried::NoKey);
+        }
+        match tpm::pcr7_with_dbx(&before, &after) {
+            Some(pcr7) => data::carry_key(Some(pcr7)),
+            None => Ok(Carried::Not("firmware's event log does not tell what PCR 7 will be".into())),
+        }
+    })
+    .await;
+    let why = match narrowed {
+        Ok(Carried::Over | Carried::NoKey) => return,
+        Ok(Carried::Not(reason)) => reason,
+        Err(error) => error.to_string(),
+    };
+    eprintln!("kiln-agent: dbx: until the next boot the key of the data is bound to no Secure Boot state: {why}");
+}
+
+/// The variable as the firmware has it; empty where there is none.
+fn value(path: &Path) -> Result<Vec<u8>> {
+    match std::fs::read(path) {
+        // Four bytes of attributes go before the value.
+        Ok(bytes) => Ok(bytes.get(4..).unwrap_or_default().to_vec()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(error) => Err(AgentError::file(path)(error)),
+    }
+}
+
 /// How many of the list's entries the firmware does not have.
 fn lacks(path: &Path, list: &DbxUpdate) -> Result<usize> {
-    let bytes = match std::fs::read(path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Vec::new(),
-        Err(error) => return Err(AgentError::file(path)(error)),
-    };
-    // Four bytes of attributes go before the value.
-    let known = entries(bytes.get(4..).unwrap_or_default()).unwrap_or_default();
+    let known = entries(&value(path)?).unwrap_or_default();
     let has = |digest: &str| known.iter().any(|e| matches!(e, Entry::Sha256(known) if hex::encode(known) == digest));
     Ok(list.revoked.iter().filter(|program| !has(&program.digest)).count())
 }

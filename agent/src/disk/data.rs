@@ -2,8 +2,9 @@
 //! ([`crate::tpm`]). dm-crypt, aes-xts-plain64; ext4 on it, made by the image's own mke2fs.
 //! Source: Linux Documentation/admin-guide/device-mapper/dm-crypt.rst.
 //!
-//! XTS hides what is written; it does not notice what somebody writes into the partition while the machine is off: that
-//! becomes noise, a block of 16 bytes at a time, and older content of a sector can be put back.
+//! XTS hides what is written; it does not notice what somebody writes into the partition while the machine is off: without the
+//! key that becomes noise, a block of 16 bytes at a time, and older content of a sector can be put back. Whoever had the machine in
+//! hand can have put partition and key there (docs/adr/0017).
 
 use super::DiskError;
 use super::block::{Block, Device, SECTOR};
@@ -63,15 +64,15 @@ fn plan(head: &[u8], key: Option<&Key>) -> Plan {
     }
 }
 
-/// Opens the partition and mounts it in the new root. In the initramfs only, before its cap.
-pub fn open(disk: &MachineDisk, settings: &DataSettings, root: &Path) -> Result<()> {
+/// Opens the partition and mounts it in the new root. In the initramfs only, before its cap. `vouches`: see [`Tpm::data_key`].
+pub fn open(disk: &MachineDisk, settings: &DataSettings, root: &Path, vouches: bool) -> Result<()> {
     let range = disk.data().ok_or_else(|| DiskError::NoData { disk: disk.name().to_owned() })?;
     let partition = disk.partition(range.start)?;
     let mut device = Device::open(&partition)?;
     let mut head = vec![0; SECTOR];
     device.read_at(0, &mut head).map_err(AgentError::file(&partition))?;
     let mut tpm = Tpm::open()?.ok_or(AgentError::NoTpm)?;
-    let known = tpm.data_key()?;
+    let known = tpm.data_key(vouches)?;
     let what = plan(&head, known.as_ref());
     let mut key = match (&what, known) {
         (Plan::OfAnother, _) | (Plan::Open, None) => {
@@ -156,8 +157,9 @@ pub enum Carried {
     Not(String),
 }
 
-/// Before Secure Boot's state changes: the key, as the kernel has it, goes where the next initramfs finds it.
-pub fn carry_key() -> Result<Carried> {
+/// Before Secure Boot's state changes: the key, as the kernel has it, goes where the next initramfs finds it. Afterwards once
+/// more, bound to PCR 7 as it will be, where that is known.
+pub fn carry_key(pcr7: Option<[u8; 32]>) -> Result<Carried> {
     let mut table = match sys::device_mapper(&verity::mapper()?, DmCommand::Table, DEVICE, None) {
         Ok(table) => table.into_bytes(),
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => return without_device(),
@@ -170,7 +172,7 @@ pub fn carry_key() -> Result<Carried> {
         reason: "the data's table holds no key of 64 bytes".into(),
     })?;
     let carried = match Tpm::open() {
-        Ok(Some(mut tpm)) => tpm.carry_data_key(&key),
+        Ok(Some(mut tpm)) => tpm.carry_data_key(&key, pcr7.as_ref()),
         Ok(None) => Err(std::io::Error::from(std::io::ErrorKind::NotFound).into()),
         Err(fault) => Err(fault),
     };
@@ -200,6 +202,14 @@ fn without_device() -> Result<Carried> {
     } else {
         Carried::NoKey
     })
+}
+
+/// The state did not change.
+pub fn drop_copy() -> Result<()> {
+    match Tpm::open()? {
+        Some(mut tpm) => Ok(tpm.drop_data_key_copy()?),
+        None => Ok(()),
+    }
 }
 
 /// Whether this disk has a place for this site's data.

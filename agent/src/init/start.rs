@@ -42,7 +42,11 @@ pub(super) async fn start(
     flow.report().await;
     drivers.iter_mut().for_each(Drivers::settle);
     if keeps_data(&flow.verifier.boot).is_some() {
-        drivers.iter_mut().for_each(|drivers| data::MODULES.into_iter().for_each(|module| drivers.load(module)));
+        for drivers in drivers.iter_mut() {
+            for module in data::MODULES {
+                drivers.load(module);
+            }
+        }
     }
     if let Some(disk) = disk {
         match local::install_here(flow, &verified, &disk).await {
@@ -185,7 +189,10 @@ async fn open_data(boot: &BootInfo, disk: Option<&SharedDisk>) -> Option<String>
     let settings = keeps_data(boot)?.clone();
     let opened = match disk {
         None => Err(DiskError::NoDisk.into()),
-        Some(disk) => on_disk(disk, move |disk| data::open(disk, &settings, Path::new(NEW_ROOT))).await,
+        Some(disk) => {
+            let vouches = secure_boot(boot).vouches();
+            on_disk(disk, move |disk| data::open(disk, &settings, Path::new(NEW_ROOT), vouches)).await
+        }
     };
     let error = opened.err()?;
     println!("kiln-agent: the machine's data is not there: {error} ({})", error.kind());

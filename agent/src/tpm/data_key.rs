@@ -1,9 +1,10 @@
 //! The key of the data partition: it lies in the TPM's own memory and nowhere else. The TPM gives it out in an initramfs only,
-//! before the cap, and only under the Secure Boot state (keys, lists, on or off) in which it was put there. Taken out of the
-//! memory it is gone: no disk holds a copy, sealed or not.
+//! before the cap, with nothing added to its command line, and only under the Secure Boot state (keys, lists, on or off) in which
+//! it was put there. Taken out of the memory it is gone: no disk holds a copy, sealed or not.
 //!
 //! A list of revoked boot programs changes that state. So that the key outlives it, a copy that asks for the initramfs alone
-//! is put beside it before such a change, and the next boot puts the key under the new state and takes the copy away.
+//! is put beside it before such a change, and bound to the state that it makes as soon as that is known. The next boot puts the
+//! key under the new state and takes the copies away.
 
 use super::{Result, Tpm, TpmFault};
 use kiln_protocol::tpm::command;
@@ -15,9 +16,14 @@ pub const DATA_KEY: usize = 64;
 /// Owner-defined NV indices beside those of the versions seen.
 const KEY: u32 = 0x0180_4b11;
 const COPY: u32 = 0x0180_4b12;
-/// Secure Boot, and the PCR that only the agent extends, when it leaves the initramfs.
-const BOUND: &[u8] = &[7, super::LEFT_PCR];
-const BOUND_COPY: &[u8] = &[super::LEFT_PCR];
+const NEXT: u32 = 0x0180_4b13;
+const PLACES: [u32; 3] = [KEY, COPY, NEXT];
+/// What was added to the signed command line, or given to the boot beside the UKI.
+const ADDED_PCR: u8 = 12;
+/// Secure Boot, what was added, and the PCR that only the agent extends, when it leaves the initramfs.
+const BOUND: &[u8] = &[7, ADDED_PCR, super::LEFT_PCR];
+/// The two that are zero in every initramfs that is as it was signed.
+const BOUND_COPY: &[u8] = &[ADDED_PCR, super::LEFT_PCR];
 const SIZE: u16 = 64;
 
 /// What a place gave.
@@ -31,31 +37,41 @@ enum Given {
 
 impl Tpm {
     /// The key; none: there is none. A TPM that has it and does not give it out is an error: what the key opens is not lost.
-    pub fn data_key(&mut self) -> Result<Option<[u8; DATA_KEY]>> {
-        let (key, copy) = (self.given(KEY, BOUND)?, self.given(COPY, BOUND_COPY)?);
-        match (key, copy) {
-            (Given::Key(key), Given::Nothing) => Ok(Some(key)),
-            (Given::Key(key), Given::Key(_) | Given::Locked) => {
-                self.remove(COPY)?;
-                Ok(Some(key))
-            }
-            (Given::Nothing | Given::Locked, Given::Key(key)) => {
-                self.put(KEY, BOUND, &key)?;
-                self.remove(COPY)?;
-                Ok(Some(key))
-            }
-            (Given::Nothing, Given::Nothing) => Ok(None),
-            (Given::Locked, Given::Nothing | Given::Locked) | (Given::Nothing, Given::Locked) => {
-                let words = "it has the data's key and does not give it out: this kernel was started by kexec, or Secure Boot's \
-                             state is another than the key was made under";
+    /// `vouches`: Secure Boot let this boot in under the site's key. Only such a boot installs lists, and only such a one takes
+    /// over the copy that is bound to no state.
+    pub fn data_key(&mut self, vouches: bool) -> Result<Option<[u8; DATA_KEY]>> {
+        let key = self.given(KEY, BOUND)?;
+        if let Given::Key(key) = key {
+            self.remove_copies()?;
+            return Ok(Some(key));
+        }
+        match (key, self.given(NEXT, BOUND)?, self.given(COPY, BOUND_COPY)?) {
+            (_, Given::Key(key), _) => self.take_over(key),
+            (_, _, Given::Key(key)) if vouches => self.take_over(key),
+            (Given::Nothing, Given::Nothing, Given::Nothing) => Ok(None),
+            (Given::Key(_) | Given::Locked | Given::Nothing, Given::Locked | Given::Nothing, _) => {
+                let words = "it has the data's key and does not give it out: this kernel was started by kexec, something was \
+                             added to its command line, or Secure Boot's state is another than the key was made under";
                 Err(std::io::Error::other(words).into())
             }
         }
     }
 
+    /// Secure Boot's state has changed as it was said: the key is bound to the new one.
+    fn take_over(&mut self, key: [u8; DATA_KEY]) -> Result<Option<[u8; DATA_KEY]>> {
+        self.put(KEY, BOUND, &key)?;
+        self.remove_copies()?;
+        Ok(Some(key))
+    }
+
+    fn remove_copies(&mut self) -> Result<()> {
+        self.remove(NEXT)?;
+        self.remove(COPY).map(drop)
+    }
+
     /// Whether there is a key, for whatever state.
     pub fn has_data_key(&mut self) -> Result<bool> {
-        for index in [KEY, COPY] {
+        for index in PLACES {
             match self.run(&command::nv_size(index)) {
                 Ok(_) => return Ok(true),
                 Err(fault) if is_missing(&fault) => {}
@@ -70,17 +86,31 @@ impl Tpm {
         self.put(KEY, BOUND, key)
     }
 
-    /// Puts the copy there that outlives one change of Secure Boot's state.
-    pub fn carry_data_key(&mut self, key: &[u8; DATA_KEY]) -> Result<()> {
-        // Its policy is that of an initramfs, whose digest is worked out here: this boot is past it.
-        self.define(COPY, &copy_policy())?;
-        self.write_key(COPY, key)
+    /// Puts the copy there that outlives one change of Secure Boot's state: to PCR 7 as it will be, if that is known by now,
+    /// else to no state at all. Their policies are those of an initramfs, worked out here: this boot is past it.
+    pub fn carry_data_key(&mut self, key: &[u8; DATA_KEY], pcr7: Option<&[u8; 32]>) -> Result<()> {
+        match pcr7 {
+            None => {
+                self.define(COPY, &pcr_policy(BOUND_COPY, &[[0; 32]; 2]))?;
+                self.write_key(COPY, key)
+            }
+            Some(pcr7) => {
+                self.define(NEXT, &pcr_policy(BOUND, &[*pcr7, [0; 32], [0; 32]]))?;
+                self.write_key(NEXT, key)?;
+                self.remove(COPY).map(drop)
+            }
+        }
+    }
+
+    /// Secure Boot's state did not change: nobody needs the copy that every state is given.
+    pub fn drop_data_key_copy(&mut self) -> Result<()> {
+        self.remove(COPY).map(drop)
     }
 
     /// Takes it out: what it opened is gone. Whether there was one.
     pub fn destroy_data_key(&mut self) -> Result<bool> {
         let mut was = false;
-        for index in [KEY, COPY] {
+        for index in PLACES {
             was |= self.remove(index)?;
         }
         Ok(was)
@@ -125,9 +155,14 @@ impl Tpm {
         if self.is_past_initramfs()? {
             return Err(std::io::Error::other("this kernel was started by kexec: restart through firmware").into());
         }
+        if self.run(&command::pcr_read(ADDED_PCR))? != [0; 32] {
+            let words =
+                "something was added to this boot's signed command line: the data's key is for boots without that";
+            return Err(std::io::Error::other(words).into());
+        }
         let mut values = Vec::with_capacity(pcrs.len());
         for pcr in pcrs {
-            values.push(if *pcr == super::LEFT_PCR { [0; 32] } else { self.run(&command::pcr_read(*pcr))? });
+            values.push(if BOUND_COPY.contains(pcr) { [0; 32] } else { self.run(&command::pcr_read(*pcr))? });
         }
         Ok(pcr_policy(pcrs, &values))
     }
@@ -170,9 +205,4 @@ impl Tpm {
 
 fn is_missing(fault: &TpmFault) -> bool {
     matches!(fault.code(), Some(code::NO_SUCH_HANDLE | code::NO_SUCH_SECOND_HANDLE))
-}
-
-/// `PolicyPCR` of a PCR that nobody has extended.
-fn copy_policy() -> [u8; 32] {
-    pcr_policy(BOUND_COPY, &[[0; 32]])
 }

@@ -15,6 +15,7 @@ use crate::memory::random;
 use kiln_protocol::tpm::command;
 use kiln_protocol::tpm::{Auth, DELIVERY, ENDORSEMENT, QUOTED, Quote, Template, delivery_policy};
 use kiln_protocol::{EVENT_LOG_LIMIT, TpmPresence};
+use kiln_release::measured::{Log, after_change};
 use std::io::Read;
 use std::path::Path;
 
@@ -101,6 +102,15 @@ pub fn event_log() -> Vec<u8> {
             Vec::new()
         }
     }
+}
+
+/// PCR 7 at the next start, now that firmware's list of revoked programs is `after` and was `before`; none where its event log
+/// does not tell.
+pub fn pcr7_with_dbx(before: &[u8], after: &[u8]) -> Option<[u8; 32]> {
+    let log = event_log();
+    let log = Log::read(&log).ok()?;
+    let pcr7 = Tpm::open().ok()??.run(&command::pcr_read(7)).ok()?;
+    after_change(&log, &pcr7, "dbx", before, after)
 }
 
 impl Tpm {

@@ -2,7 +2,7 @@
 //! manager: what is loaded is flushed here.
 
 use super::*;
-use kiln_protocol::tpm::{OWNER, pcr_digest, qualifying_data};
+use kiln_protocol::tpm::{OWNER, pcr_digest, pcr_policy, qualifying_data};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -167,18 +167,18 @@ fn the_data_s_key_is_given_to_an_initramfs_under_its_secure_boot_state_and_to_no
     let Some((mut running, mut tpm)) = Software::start() else { return };
     let secure_boot = |tpm: &mut Tpm, state: u8| tpm.run(&command::pcr_extend(7, &[state; 32])).unwrap();
     secure_boot(&mut tpm, 1);
-    assert_eq!(tpm.data_key().unwrap(), None);
+    assert_eq!(tpm.data_key(true).unwrap(), None);
     let key: [u8; DATA_KEY] = std::array::from_fn(|n| u8::try_from(n).unwrap());
     tpm.make_data_key(&key).unwrap();
     // More often than a TPM has sessions.
     for _ in 0..5 {
-        assert_eq!(tpm.data_key().unwrap(), Some(key));
+        assert_eq!(tpm.data_key(true).unwrap(), Some(key));
     }
     // The running system, and a kernel that it starts by kexec, which caps once more.
     for _ in 0..2 {
         tpm.cap().unwrap();
         for _ in 0..5 {
-            assert!(tpm.data_key().unwrap_err().to_string().contains("does not give it out"));
+            assert!(tpm.data_key(true).unwrap_err().to_string().contains("does not give it out"));
         }
         // It puts none there either: that one no other boot would be given.
         assert!(tpm.make_data_key(&[9; DATA_KEY]).unwrap_err().to_string().contains("started by kexec"));
@@ -187,36 +187,75 @@ fn the_data_s_key_is_given_to_an_initramfs_under_its_secure_boot_state_and_to_no
     assert!(tpm.run(&command::nv_read(0x0180_4b11, 64, 0)).unwrap_err().code().is_some());
     let mut tpm = running.restart();
     secure_boot(&mut tpm, 1);
-    assert_eq!(tpm.data_key().unwrap(), Some(key), "the next boot, of whatever release");
+    assert_eq!(tpm.data_key(true).unwrap(), Some(key), "the next boot, of whatever release");
 
     // Another system: Secure Boot is off, or lets other keys in.
     let mut tpm = running.restart();
     secure_boot(&mut tpm, 2);
-    assert!(tpm.data_key().is_err() && tpm.has_data_key().unwrap());
+    assert!(tpm.data_key(true).is_err() && tpm.has_data_key().unwrap());
+    // The release itself, with a word added to its command line: no key is given, and none is made.
+    let mut tpm = running.restart();
+    secure_boot(&mut tpm, 1);
+    tpm.run(&command::pcr_extend(12, &[1; 32])).unwrap();
+    assert!(tpm.data_key(true).unwrap_err().to_string().contains("does not give it out"));
+    assert!(tpm.make_data_key(&[9; DATA_KEY]).unwrap_err().to_string().contains("command line"));
     // A list of revoked programs goes in, which the running system says beforehand.
     let mut tpm = running.restart();
     secure_boot(&mut tpm, 1);
     tpm.cap().unwrap();
-    tpm.carry_data_key(&key).unwrap();
-    assert!(tpm.data_key().is_err(), "not in this boot");
+    tpm.carry_data_key(&key, None).unwrap();
+    assert!(tpm.data_key(true).is_err(), "not in this boot");
     let mut tpm = running.restart();
     secure_boot(&mut tpm, 3);
-    assert_eq!(tpm.data_key().unwrap(), Some(key));
+    tpm.run(&command::pcr_extend(12, &[1; 32])).unwrap();
+    assert!(tpm.data_key(true).is_err(), "the copy is for a command line as it was signed, too");
+    let mut tpm = running.restart();
+    secure_boot(&mut tpm, 3);
+    assert!(tpm.data_key(false).is_err(), "nothing says that the site let this boot in");
+    assert_eq!(tpm.data_key(true).unwrap(), Some(key));
     assert!(tpm.run(&command::nv_size(0x0180_4b12)).is_err(), "the copy is gone");
     let mut tpm = running.restart();
     secure_boot(&mut tpm, 1);
-    assert!(tpm.data_key().is_err(), "the state before");
+    assert!(tpm.data_key(true).is_err(), "the state before");
 
+    // Another list, and it is known what PCR 7 comes to: the copy is nobody else's, and the first one is gone at once.
     let mut tpm = running.restart();
     secure_boot(&mut tpm, 3);
+    tpm.cap().unwrap();
+    tpm.carry_data_key(&key, None).unwrap();
+    let pcr7 = kiln_release::measured::extend(&[0; 32], &[4; 32]);
+    tpm.carry_data_key(&key, Some(&pcr7)).unwrap();
+    let mut tpm = running.restart();
+    secure_boot(&mut tpm, 5);
+    assert!(tpm.data_key(true).is_err(), "a thief's system, with the copy in hand");
+    let mut tpm = running.restart();
+    secure_boot(&mut tpm, 4);
+    assert_eq!(tpm.data_key(true).unwrap(), Some(key));
+    for copy in [0x0180_4b12, 0x0180_4b13] {
+        assert!(tpm.run(&command::nv_size(copy)).is_err(), "{copy:x}");
+    }
+    // And one that did not go in: the copy is taken back, the key is as it was.
+    let mut tpm = running.restart();
+    secure_boot(&mut tpm, 4);
+    tpm.carry_data_key(&key, None).unwrap();
+    tpm.drop_data_key_copy().unwrap();
+    assert!(tpm.run(&command::nv_size(0x0180_4b12)).is_err());
+    assert_eq!(tpm.data_key(true).unwrap(), Some(key));
+
+    let mut tpm = running.restart();
+    secure_boot(&mut tpm, 4);
     assert!(tpm.has_data_key().unwrap());
     assert!(tpm.destroy_data_key().unwrap() && !tpm.destroy_data_key().unwrap());
-    assert_eq!((tpm.data_key().unwrap(), tpm.has_data_key().unwrap()), (None, false));
-    // A cut between making the place and writing it leaves no key.
-    tpm.run(&command::nv_define_bound(0x0180_4b11, 64, &[0; 32])).unwrap();
-    assert!(matches!(tpm.data_key(), Ok(None) | Err(_)));
+    assert_eq!((tpm.data_key(true).unwrap(), tpm.has_data_key().unwrap()), (None, false));
+    // A cut between making a place and writing it leaves no key.
+    let bound = pcr_policy(&[7, 12, 15], &[pcr7, [0; 32], [0; 32]]);
+    let unbound = pcr_policy(&[12, 15], &[[0; 32]; 2]);
+    for (index, policy) in [(0x0180_4b11, bound), (0x0180_4b12, unbound), (0x0180_4b13, bound)] {
+        tpm.run(&command::nv_define_bound(index, 64, &policy)).unwrap();
+        assert_eq!(tpm.data_key(true).unwrap(), None, "{index:x}");
+    }
     tpm.make_data_key(&key).unwrap();
-    assert_eq!(tpm.data_key().unwrap(), Some(key));
+    assert_eq!(tpm.data_key(true).unwrap(), Some(key));
 }
 
 #[test]

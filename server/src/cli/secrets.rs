@@ -125,7 +125,9 @@ fn secret_table(all: &[SecretView], now_ms: i64) -> String {
     let mut rows = Vec::new();
     for secret in all {
         let set = format!("{} by {}", ago(secret.set_ms, now_ms), secret.by);
-        rows.push(vec![secret.name.to_string(), secret.version.to_string(), whom(secret), set, String::new()]);
+        let all = secret.holding + secret.lacking;
+        let hold = format!("{} of {all} machines hold it", secret.holding);
+        rows.push(vec![secret.name.to_string(), secret.version.to_string(), whom(secret), set, hold]);
         for holder in &secret.machines {
             let held = match (holder.version, &holder.why) {
                 (Some(version), None) => format!("holds version {version}"),
@@ -133,6 +135,9 @@ fn secret_table(all: &[SecretView], now_ms: i64) -> String {
                 (None, why) => why.clone().unwrap_or_default(),
             };
             rows.push(vec![String::new(), String::new(), format!("  {}", holder.machine), String::new(), held]);
+        }
+        if let Some(more) = all.checked_sub(secret.machines.len()).filter(|more| *more > 0) {
+            rows.push(vec![String::new(), String::new(), format!("  and {more} more"), String::new(), String::new()]);
         }
     }
     let rows: Vec<Vec<String>> = rows.into_iter().map(|row| row.iter().map(|cell| tame(cell)).collect()).collect();

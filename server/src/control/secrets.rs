@@ -1,6 +1,8 @@
 //! Secrets: set, listed and removed by people, sealed in the store, and given to machines that have just proven what they
 //! booted. Nothing here shows a value: names and versions are all that logs, answers and the audit log have.
 
+mod survey;
+
 use super::{Control, Inner, Pending, now_ms};
 use crate::access::Caller;
 use crate::audit::Line;
@@ -9,7 +11,7 @@ use crate::credential;
 use crate::error::{ControlError, SecretError, StoreError};
 use crate::store::Store;
 use crate::vault::{OVERHEAD, Vault, forget, seal_once};
-use crate::view::{SecretHolderView, SecretView};
+use crate::view::SecretView;
 use kiln_fleet::{Barred, Machine, Millis, StateKind};
 use kiln_protocol::tpm::{self, EccPoint, Template};
 use kiln_protocol::{
@@ -21,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
+use survey::Survey;
 
 /// Secrets of a site.
 const MAX_SECRETS: usize = 512;
@@ -295,57 +298,28 @@ impl Control {
 
     /// All secrets, by name: who may have them, and who holds which version.
     pub fn secrets(&self) -> Vec<SecretView> {
-        let keys: Vec<_> = self.secrets.lock().kept.keys().cloned().collect();
-        let mut views: Vec<SecretView> = keys.iter().filter_map(|key| self.secret_view(key).ok()).collect();
+        let mut views = self.secret_views(None);
         views.sort_by(|a, b| (&a.name, &a.role, &a.machine).cmp(&(&b.name, &b.role, &b.machine)));
         views
     }
 
     fn secret_view(&self, key: &(SecretFor, SecretName)) -> Result<SecretView, ControlError> {
+        let (of, name) = key;
+        let none = || SecretError::None { name: name.to_string(), of: of.words() };
+        Ok(self.secret_views(Some(key)).pop().ok_or_else(none)?)
+    }
+
+    /// All, or only one.
+    fn secret_views(&self, only: Option<&(SecretFor, SecretName)>) -> Vec<SecretView> {
         let catalog = self.catalog();
         let barred = barred(&catalog);
         let inner = self.lock();
         let known = self.secrets.lock();
-        let (of, name) = key;
-        let kept = known.kept.get(key);
-        let kept = kept.ok_or_else(|| SecretError::None { name: name.to_string(), of: of.words() })?;
-        let holders = inner.machines.values().filter(|machine| of.is_of(machine)).map(|machine| {
-            let held = machine.secrets.get(name).copied();
-            let wanted = wants(machine, &catalog);
-            let declared = wanted.as_ref().is_some_and(|wanted| wanted.contains(name));
-            let own =
-                known.of(machine, std::slice::from_ref(name)).get(name).is_some_and(|own| own.version == kept.version);
-            let why = match &machine.key {
-                _ if held == Some(kept.version) => None,
-                _ if !own => Some("it has one of its own of this name".to_owned()),
-                None => Some("it has proven no key yet".to_owned()),
-                Some(key) => machine.secrets_withheld(key, &barred).or_else(|| {
-                    let words = if declared {
-                        "it gets it with its next proof"
-                    } else {
-                        "the release that it runs does not declare it"
-                    };
-                    Some(words.to_owned())
-                }),
-            };
-            SecretHolderView { machine: machine.title().to_owned(), version: held, why }
-        });
-        let (role, machine) = match of {
-            SecretFor::Role(role) => (Some(role.clone()), None),
-            SecretFor::Machine(id) => {
-                let title = inner.machines.get(id).map_or_else(|| id.to_string(), |m| m.title().to_owned());
-                (None, Some(title))
-            }
-        };
-        Ok(SecretView {
-            name: name.clone(),
-            role,
-            machine,
-            version: kept.version,
-            set_ms: i64::try_from(kept.at).unwrap_or(i64::MAX),
-            by: kept.by.clone(),
-            machines: holders.collect(),
-        })
+        let concerned = |machine: &&Machine| only.is_none_or(|(of, _)| of.is_of(machine));
+        let machines = inner.machines.values().filter(concerned);
+        let survey = Survey::of(machines, known.kept.keys(), &barred, |machine| wants(machine, &catalog));
+        let kept = known.kept.iter().filter(|(key, _)| only.is_none_or(|only| *key == only));
+        kept.map(|(_, kept)| survey.view(kept)).collect()
     }
 }
 
@@ -401,7 +375,9 @@ impl Control {
             let set = SecretSet(values.iter().map(|(name, (n, value))| (name.clone(), (*n, &value[..]))).collect());
             let encoded = set.encode();
             let names: Vec<String> = values.iter().map(|(name, (n, _))| format!("{name} (version {n})")).collect();
-            values.values_mut().for_each(|(_, value)| forget(value));
+            for (_, value) in values.values_mut() {
+                forget(value);
+            }
             (encoded, names)
         };
         let mut once = [0; 32];

@@ -437,7 +437,13 @@ pub struct SecretView {
     pub set_ms: i64,
     /// By whom.
     pub by: String,
-    /// The machines that it is for.
+    /// How many of the machines that it is for hold this version.
+    #[serde(default)]
+    pub holding: usize,
+    /// And how many do not.
+    #[serde(default)]
+    pub lacking: usize,
+    /// At most a hundred of them, those first that do not hold it.
     pub machines: Vec<SecretHolderView>,
 }
 

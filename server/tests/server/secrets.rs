@@ -128,6 +128,7 @@ async fn an_attested_machine_gets_its_secrets_their_rotation_and_their_removal()
     assert_eq!(got, [("db-password".to_owned(), (first, FIRST.to_owned()))].into());
     assert_eq!(report(&server, &mut agent, &[("db-password", first)]).await.secrets, None);
     let listed = list(&server).await;
+    assert_eq!(listed[0].holding, 1);
     let holder = listed[0].machines.iter().find(|m| m.machine == "rack-1").unwrap();
     assert_eq!((holder.version, &holder.why), (Some(first), &None));
     assert_eq!(server.machine("rack-1").await.secrets, [("db-password".parse().unwrap(), first)].into());

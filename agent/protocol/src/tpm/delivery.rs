@@ -15,7 +15,9 @@ const POLICY_COMMAND_CODE: u32 = 0x16c;
 
 fn hash(parts: &[&[u8]]) -> [u8; 32] {
     let mut context = Context::new(&HASH);
-    parts.iter().for_each(|part| context.update(part));
+    for part in parts {
+        context.update(part);
+    }
     context.finish().as_ref().try_into().expect("SHA-256 has 32 bytes")
 }
 

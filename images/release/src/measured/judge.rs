@@ -172,7 +172,7 @@ fn is_boot_order(event: &LogEvent<'_>) -> bool {
 }
 
 /// `UEFI_VARIABLE_DATA` (§10.2.6): name and content.
-fn variable_data<'a>(event: &LogEvent<'a>) -> Option<(String, &'a [u8])> {
+pub(super) fn variable_data<'a>(event: &LogEvent<'a>) -> Option<(String, &'a [u8])> {
     let number = |at: usize| {
         let bytes: [u8; 8] = event.data.get(at..at.checked_add(8)?)?.try_into().ok()?;
         usize::try_from(u64::from_le_bytes(bytes)).ok()

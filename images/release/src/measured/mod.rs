@@ -5,12 +5,14 @@
 //! Measurements"): 0–3 firmware and its settings, 4 what firmware starts, 7 Secure Boot, 11 the UKI's parts, 12 what was added to
 //! its command line. The quote proves the values, the log explains them, and only what replays to the values is believed.
 
+mod change;
 mod judge;
 mod log;
 mod predict;
 #[cfg(test)]
 mod tests;
 
+pub use change::after_change;
 pub use judge::{Booted, Doubt, Evidence, Fault, Finding, MAX_CAPS, Quoted, caps, judge, read};
 pub use log::{Log, LogError, LogEvent};
 pub use predict::{measured, pcr11};

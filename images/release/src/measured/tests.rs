@@ -304,3 +304,41 @@ proptest! {
         let _ = machine.judged();
     }
 }
+
+/// One whose firmware has this dbx, and names db again for the program that it lets in.
+fn with_dbx(dbx: &[u8]) -> Machine {
+    let mut machine = Machine::new();
+    machine.variable(7, 0x8000_0001, "SecureBoot", &[1]).variable(7, 0x8000_0001, "db", b"keys");
+    machine.variable(7, 0x8000_0001, "dbx", dbx).hashed(7, 4, &[0; 4]).variable(7, 0x8000_00e0, "db", b"key");
+    machine
+}
+
+#[test]
+fn what_pcr_7_comes_to_with_another_dbx_is_what_the_next_start_measures() {
+    let pcr7 = |machine: &Machine| machine.quoted().value(7).unwrap();
+    for (before, after) in
+        [("", "one"), ("one", "one and another"), ("one", "")].map(|(a, b)| (a.as_bytes(), b.as_bytes()))
+    {
+        let (now, next) = (with_dbx(before), with_dbx(after));
+        let log = Log::read(&now.log).unwrap();
+        assert_eq!(after_change(&log, &pcr7(&now), "dbx", before, after), Some(pcr7(&next)));
+        // The log is not of this boot, the variable was another, or is none that was measured.
+        assert_eq!(after_change(&log, &pcr7(&next), "dbx", before, after), None);
+        assert_eq!(after_change(&log, &pcr7(&now), "dbx", b"other", after), None);
+        assert_eq!(after_change(&log, &pcr7(&now), "dbr", before, after), None);
+    }
+    // Named twice, or only where it is no setting.
+    let mut twice = Machine::new();
+    twice.variable(7, 0x8000_0001, "dbx", b"one").variable(7, 0x8000_0001, "dbx", b"one").hashed(7, 4, &[0; 4]);
+    let mut late = Machine::new();
+    late.hashed(7, 4, &[0; 4]).variable(7, 0x8000_0001, "dbx", b"one");
+    for machine in [twice, late] {
+        let log = Log::read(&machine.log).unwrap();
+        assert_eq!(after_change(&log, &pcr7(&machine), "dbx", b"one", b"two"), None);
+    }
+    // Its content is not what was measured.
+    let mut false_word = Machine::new();
+    false_word.event(7, 0x8000_0001, [5; 32], &variable("dbx", b"one"));
+    let log = Log::read(&false_word.log).unwrap();
+    assert_eq!(after_change(&log, &pcr7(&false_word), "dbx", b"one", b"two"), None);
+}

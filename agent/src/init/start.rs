@@ -41,11 +41,11 @@ pub(super) async fn start(
     flow.journal.started(Stage::Root);
     flow.report().await;
     drivers.iter_mut().for_each(Drivers::settle);
-    if keeps_data(&flow.verifier.boot).is_some() {
-        for drivers in drivers.iter_mut() {
-            for module in data::MODULES {
-                drivers.load(module);
-            }
+    if keeps_data(&flow.verifier.boot).is_some()
+        && let Some(drivers) = drivers
+    {
+        for module in data::MODULES {
+            drivers.load(module);
         }
     }
     if let Some(disk) = disk {

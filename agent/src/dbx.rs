@@ -118,7 +118,8 @@ fn value(path: &Path) -> Result<Vec<u8>> {
 
 /// How many of the list's entries the firmware does not have.
 fn lacks(path: &Path, list: &DbxUpdate) -> Result<usize> {
-    let known = entries(&value(path)?).unwrap_or_default();
+    let value = value(path)?;
+    let known = entries(&value).unwrap_or_default();
     let has = |digest: &str| known.iter().any(|e| matches!(e, Entry::Sha256(known) if hex::encode(known) == digest));
     Ok(list.revoked.iter().filter(|program| !has(&program.digest)).count())
 }

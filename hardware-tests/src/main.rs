@@ -5,11 +5,11 @@ use kiln_lab::bench::{self, Part};
 use kiln_lab::error::LabError;
 use kiln_lab::paths::Paths;
 use kiln_lab::story::{self, StoryOptions};
-use kiln_lab::{checks, enclosure, forward, net, server, site};
+use kiln_lab::{checks, command, enclosure, forward, net, server, site};
 use std::ffi::OsString;
 use std::net::TcpListener;
 use std::path::PathBuf;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
@@ -116,8 +116,12 @@ fn run(what: What) -> anyhow::Result<u8> {
                 let word = part.to_possible_value().expect("no part is hidden").get_name().to_owned();
                 let (rounds, rest) = (rounds.to_string(), rest.to_string());
                 let words = ["bench", "--rounds", &rounds, "--rest", &rest, "--part", &word].map(OsString::from);
-                let argv: Vec<OsString> = [paths.program.clone().into_os_string()].into_iter().chain(words).collect();
-                code |= enclosure::exit_code(enclosure::run(&paths.program, &argv, None, &paths.scratch)?);
+                // A process of its own, because namespaces are entered once.
+                let mut command = Command::new(&paths.program);
+                command.args(["inside", "--"]).arg(&paths.program).args(words);
+                let shown = command::shown(&command);
+                let status = command.status().map_err(|source| LabError::Spawn { command: shown, source })?;
+                code |= enclosure::exit_code(status);
             }
             println!("\n{}figures: {}", bench::collect(&paths)?, paths.lab.join("report.json").display());
             Ok(code)

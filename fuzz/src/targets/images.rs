@@ -278,7 +278,7 @@ pub mod verity {
             if let Some(number) = rest.first_chunk::<8>() {
                 let blocks = u64::from_le_bytes(*number) >> 16;
                 let length = hash_area_length(blocks);
-                assert!(length % BLOCK as u64 == 0 && length / (BLOCK as u64) <= 2 + blocks / 64);
+                assert!(length.is_multiple_of(BLOCK as u64) && length / (BLOCK as u64) <= 2 + blocks / 64);
                 let params = VerityParams { data_blocks: blocks, hash_offset: blocks << 12, ..ARTIFACT.0.clone() };
                 let whole = params.hash_offset + length;
                 assert_eq!(params.check(whole).is_ok(), blocks > 0);

@@ -34,7 +34,7 @@ pub mod canonical_json {
     pub fn seeds() -> Vec<Vec<u8>> {
         let texts: [&[u8]; 6] = [
             br#"{"b": 1, "a": [true, false, null], "": "", "\"": "\\"}"#,
-            br#"[-1, 0, 18446744073709551615, -9223372036854775808]"#,
+            br"[-1, 0, 18446744073709551615, -9223372036854775808]",
             r#"{"𐀀": 1, "￿": 2, "x": "\u00e9\n\t"}"#.as_bytes(),
             include_bytes!("../../../images/release/tests/golden/envelope.json"),
             include_bytes!("../../../images/release/tests/golden/manifest.json"),

@@ -68,7 +68,7 @@ fn a_changed_hook_or_setting_is_refused() {
         let good = std::fs::read(&file).unwrap();
         let mut manifest: Value = serde_json::from_slice(&good).unwrap();
         manifest["hooks"] = json!({"drain": [{"kind": "command", "command": ["/bin/sh", "-c", "id"], "timeout": 5}]});
-        let changed = serde_json::to_vec(&manifest).unwrap();
+        let changed = serde_json::to_vec_pretty(&manifest).unwrap();
         std::fs::write(&file, &changed).unwrap();
         // The signers listed its length: nothing behind that is even read.
         machine.refuses("metadata-too-long");
@@ -130,7 +130,7 @@ fn a_dhcp_server_that_points_at_an_attacker_wins_nothing() {
     });
 }
 
-/// The power comes back after the targets' date: the whole rack boots what it ran, and says that its metadata is stale.
+/// The power comes back after the targets' date: the whole rack boots what it ran.
 /// What was never here before comes up too, because what it embeds is what is assigned; nothing else starts.
 #[test]
 fn a_rack_that_is_switched_on_with_expired_targets_comes_up() {
@@ -143,9 +143,7 @@ fn a_rack_that_is_switched_on_with_expired_targets_comes_up() {
         forge(&bench.site, "targets", &[&targets], &|document| document["expires"] = json!(hours(-1)));
         bench.start_server();
         for number in [1, 2] {
-            let ended = bench.machine(number, 1).accepts();
-            assert!(ended.said.contains("metadata is stale: "), "{}", ended.said);
-            assert!(ended.said.contains("targets.json expired at"), "{}", ended.said);
+            bench.machine(number, 1).accepts();
         }
         let machine = bench.machine(2, 1);
         bench.kiln(&["assign", &machine.spec.name, "minimal/2"]);

@@ -230,11 +230,12 @@ impl Control {
         let now = now_ms();
         let mut known = self.secrets.lock();
         let known = &mut *known;
-        let key = (of.clone(), name.clone());
+        let key = (of, name);
+        let (of, name) = &key;
         if !known.kept.contains_key(&key) && known.kept.len() >= MAX_SECRETS {
             return Err(SecretError::TooMany { limit: MAX_SECRETS }.into());
         }
-        let beside = known.kept.iter().filter(|(other, _)| other.0 == of && **other != key);
+        let beside = known.kept.iter().filter(|(other, _)| other.0 == *of && **other != key);
         if beside.map(|(_, kept)| kept.length()).sum::<usize>() + value.len() > SECRETS_OF_A_MACHINE {
             return Err(SecretError::Together.into());
         }
@@ -250,13 +251,13 @@ impl Control {
             }
         };
         let version = next_version(known.newest, now);
-        let sealed = HexBytes(vault.seal(&Kept::place(&of, &name, version), value)?);
+        let sealed = HexBytes(vault.seal(&Kept::place(of, name, version), value)?);
         let kept = Kept { of: of.clone(), name: name.clone(), version, at: now, by: by.name.clone(), sealed };
         let note = serde_json::to_string(&kept).map_err(StoreError::from)?;
         let what = format!("set the secret {name} of {}: version {version}", of.words());
         let commits = vec![
             self.store.remember(NEWEST, version.to_string()),
-            self.store.remember(Kept::note(&of, &name), note),
+            self.store.remember(Kept::note(of, name), note),
             self.store.audit(Line::done(now, &by.who(), "", what)),
         ];
         known.newest = version;

@@ -5,7 +5,8 @@ mod server {
     pub use kiln_server::{expected, oidc};
 }
 #[path = "../../../fuzz/src/targets/mod.rs"]
-#[allow(dead_code, clippy::wildcard_imports, unreachable_pub)] // also for other tests; a module for each program
+#[allow(dead_code, clippy::wildcard_imports, clippy::module_inception, unreachable_pub)]
+// also for other tests; a module for each program
 mod targets;
 
 use kiln_server::config::Config;

@@ -108,7 +108,7 @@ fn files(dir: &Path, but: &[&str], out: &mut Vec<(String, Vec<u8>)>) {
 }
 
 fn contains(bytes: &[u8], piece: &str) -> bool {
-    let hex: String = piece.bytes().map(|b| format!("{b:02x}")).collect();
+    let hex = kiln_release::hex::encode(piece.as_bytes());
     [piece, &hex].iter().any(|piece| bytes.windows(piece.len()).any(|window| window == piece.as_bytes()))
 }
 

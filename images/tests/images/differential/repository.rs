@@ -8,6 +8,7 @@ use kiln_release::canonical::canonical;
 use kiln_release::{Signer, hex};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
 
 /// What a client is given, and what was done to it.
 pub struct Case {
@@ -264,7 +265,9 @@ impl Maker {
         if self.has(role, ForeignSignature) {
             let foreign = key("nobody", 0);
             let sig = hex::encode(&foreign.sign(&message));
-            signatures.iter_mut().for_each(|entry| entry["sig"] = sig.clone().into());
+            for entry in &mut signatures {
+                entry["sig"] = sig.clone().into();
+            }
         }
         if self.has(role, SignatureTwice) {
             signatures.extend(first.clone());
@@ -334,7 +337,7 @@ impl Maker {
             if byte.is_ascii_alphanumeric() || byte == b'-' {
                 quoted.push(char::from(byte));
             } else {
-                quoted.push_str(&format!("%{byte:02X}"));
+                write!(quoted, "%{byte:02X}").unwrap();
             }
         }
         match role {

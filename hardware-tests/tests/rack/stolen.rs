@@ -130,30 +130,6 @@ fn a_dhcp_server_that_points_at_an_attacker_wins_nothing() {
     });
 }
 
-/// The power comes back after the targets' date: the whole rack boots what it ran.
-/// What was never here before comes up too, because what it embeds is what is assigned; nothing else starts.
-#[test]
-fn a_rack_that_is_switched_on_with_expired_targets_comes_up() {
-    testing::processes(|paths| {
-        let mut bench = Bench::start(paths);
-        bench.machine(1, 1).accepts();
-        bench.publish_second();
-        bench.stop_server();
-        let targets = key(&bench.site, "offline/targets.key");
-        forge(&bench.site, "targets", &[&targets], &|document| document["expires"] = json!(hours(-1)));
-        bench.start_server();
-        for number in [1, 2] {
-            bench.machine(number, 1).accepts();
-        }
-        let machine = bench.machine(2, 1);
-        bench.kiln(&["assign", &machine.spec.name, "minimal/2"]);
-        machine.refuses("metadata-stale");
-        recorded(&bench, &machine, "metadata-stale");
-        bench.kiln(&["assign", &machine.spec.name, "minimal/1"]);
-        machine.accepts();
-    });
-}
-
 const NAME: &str = "rack-1";
 
 /// What it is, what the agent says of it, the release it names, and what is wrong with it.

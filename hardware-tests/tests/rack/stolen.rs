@@ -356,7 +356,7 @@ fn a_machine_meets_one_attack_after_the_other_and_comes_up() {
         // What was signed during the siege had numbers of its own; what is signed now goes beyond.
         rack.start_server().unwrap();
         for _ in 0..3 {
-            rack.kiln(&["trust", "renew"]).unwrap();
+            rack.kiln(&["trust", "renew", "--within", "3650d"]).unwrap();
         }
         rack.kiln(&["trust", "rotate", "director"]).unwrap();
         rack.kiln(&["machine", "approve", &id, "--role", "lab"]).unwrap();

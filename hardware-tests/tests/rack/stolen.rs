@@ -362,7 +362,7 @@ fn a_machine_meets_one_attack_after_the_other_and_comes_up() {
         rack.kiln(&["machine", "approve", &id, "--role", "lab"]).unwrap();
         rack.wait_healthy(NAME, 2).unwrap();
         // Nor does the thief's clock hold it any longer.
-        rack.kiln(&["assign", NAME, "minimal/1", "--via", "kexec"]).unwrap();
+        rack.kiln(&["assign", &id, "minimal/1", "--via", "kexec"]).unwrap();
         rack.wait_healthy(NAME, 1).unwrap();
         assert_eq!(rack.machine(NAME).resets(), resets, "in one boot of the firmware");
     });

@@ -52,7 +52,7 @@ conformance: setup ## The TUF community's conformance suite against the client (
 	@bash hardware-tests/conformance
 
 # The allow-list's costs are measured on this host, as root; the rest in the rack. BENCH_ARGS: see kiln-lab bench --help.
-bench: setup build ## The figures of docs/benchmarks.md that a rack can give: target/lab/report.json
+bench: setup agent tests ## The figures of docs/benchmarks.md that a rack can give: target/lab/report.json
 	@KILN_AGENT=$(CURDIR)/target/$(MUSL)/agent/kiln-agent KILN_FIGURES=$(CURDIR)/target/lab/bench/exec.json \
 	 $(TEST) --test exec_cost -- --ignored --exact what_it_costs --nocapture
 	@$(LAB) bench $(BENCH_ARGS)

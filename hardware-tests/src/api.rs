@@ -49,6 +49,8 @@ pub struct MachineView {
     pub exec: Option<ExecState>,
     pub dbx: Option<DbxState>,
     #[serde(default)]
+    pub condition: Option<Value>,
+    #[serde(default)]
     pub last_words: Option<Value>,
     #[serde(default)]
     pub boots: Vec<Boot>,

@@ -119,6 +119,25 @@ fn reimage(paths: &Paths, rounds: u8) -> Result<Reimage, LabError> {
     Ok(Reimage { accelerator, kexec, cold, kexec_of_cold, sizes, boots })
 }
 
+/// What the agent's reports say of it, once they say another than `known` and that long has passed. A report in which
+/// nothing else changed is no event, so it is asked for.
+fn memory_after(rack: &Rack, known: Option<AgentMemory>, rest: Duration) -> Result<Option<AgentMemory>, LabError> {
+    let begun = Instant::now();
+    loop {
+        let path = format!("/api/v1/machines/{NAME}");
+        let view = rack.get(&path)?;
+        let memory: Option<AgentMemory> = serde_json::from_value(view["agent_memory"].clone())
+            .map_err(|e| LabError::Api { method: "GET", path, reason: format!("agent_memory: {e}") })?;
+        if memory != known && begun.elapsed() >= rest {
+            return Ok(memory);
+        }
+        if begun.elapsed() > rest + IDLE {
+            return Err(LabError::Stalled { who: NAME.to_owned(), what: "a report at rest".to_owned(), idle: IDLE });
+        }
+        std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
 fn at_rest(paths: &Paths, rest: Duration) -> Result<Rest, LabError> {
     let spec = MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe));
     let mut options = RackOptions::scenario(paths, "bench-rest", spec);
@@ -129,9 +148,9 @@ fn at_rest(paths: &Paths, rest: Duration) -> Result<Rest, LabError> {
     // Its probe kills guard and service; from then on it has nothing to do.
     rack.machine(NAME).console()?.clone().wait_for("KILN-EXEC done", Mark::default(), IDLE)?;
     let first = rack.wait_healthy(NAME, 1)?.agent_memory;
-    let before = rack.wait(NAME, "at rest", |v| v.agent_memory != first)?.agent_memory;
+    let before = memory_after(&rack, first, Duration::ZERO)?;
     let begun = Instant::now();
-    let after = rack.wait(NAME, "at rest", |v| v.agent_memory != before && begun.elapsed() >= rest)?.agent_memory;
+    let after = memory_after(&rack, before, rest)?;
     let seconds = begun.elapsed().as_secs_f64();
     let share = |figure: fn(&AgentMemory) -> Option<u64>| {
         let of = |memory: Option<AgentMemory>| memory.as_ref().and_then(figure);

@@ -62,6 +62,8 @@ pub struct MachineSpec {
     pub clock: Option<&'static str>,
     /// It has a TPM 2.0.
     pub tpm: bool,
+    /// It has a management controller, which no network leads to.
+    pub bmc: bool,
     /// The QEMU that runs it.
     pub qemu: PathBuf,
     /// Strings for SMBIOS type 11, which systemd's stub takes settings from.
@@ -105,6 +107,7 @@ impl MachineSpec {
             screen: false,
             clock: None,
             tpm: false,
+            bmc: false,
             qemu: QEMU.into(),
             smbios: Vec::new(),
         }
@@ -303,6 +306,9 @@ impl Machine {
         }
         arg(&["-device", "virtio-rng-pci"]);
         arg(&["-device", "i6300esb", "-action", "watchdog=reset"]);
+        if spec.bmc {
+            arg(&["-device", "ipmi-bmc-sim,id=bmc", "-device", "isa-ipmi-kcs,bmc=bmc"]);
+        }
         if spec.screen {
             arg(&["-device", "VGA"]);
         }

@@ -31,6 +31,8 @@ pub const DISK: &str = "disk";
 /// The same with a secret and with data.
 pub const VAULT: &str = "vault";
 
+/// The image that can be made to differ from its release.
+pub const DRIFTS: &str = "drifts";
 /// The image with an allow-list of programs.
 pub const EXEC: &str = "exec";
 

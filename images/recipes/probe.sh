@@ -39,6 +39,8 @@ verdict() {
 }
 while read -r _ place kind options _; do
     case ,$options, in *,ro,*) continue ;; esac
+    case ,$options, in *,nosuid,*) ;; *) say mounts fail "$place ($kind): $options" ;; esac
+    case $kind,$options, in devtmpfs,* | devpts,* | *,nodev,*) ;; *) say mounts fail "$place ($kind): $options" ;; esac
     copy=$place/kiln-probe-true
     if cp /usr/bin/true "$copy" 2>/dev/null && chmod 755 "$copy" 2>/dev/null; then
         verdict exec "$place ($kind)" "$("$copy" 2>&1 && echo ran)"
@@ -50,6 +52,7 @@ while read -r _ place kind options _; do
     fi
     rm -f "$copy"
 done </proc/mounts
+say mounts ok "all that can be written is nosuid and nodev"
 
 # A program in memory that no file system has: made executable on purpose, and as older programs do it.
 for flags in 16 0; do

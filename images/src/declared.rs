@@ -246,3 +246,19 @@ pub(crate) fn drop_in(limit: &UnitLimit) -> (String, String) {
 fn kind_of(unit: &str) -> &str {
     unit.rsplit('.').next().unwrap_or("")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_is_a_drop_in_of_its_unit() {
+        let limit = |unit: &str, memory, cpu| drop_in(&UnitLimit { unit: unit.into(), memory, cpu });
+        let (path, text) = limit("web.service", Some(1000), Some(150));
+        assert_eq!(path, "/etc/systemd/system/web.service.d/50-kiln-limit.conf");
+        assert_eq!(text, "[Service]\nMemoryHigh=900\nMemoryMax=1000\nMemorySwapMax=0\nCPUQuota=150%\n");
+        let (path, text) = limit("apps.slice", None, Some(10));
+        assert_eq!(path, "/etc/systemd/system/apps.slice.d/50-kiln-limit.conf");
+        assert_eq!(text, "[Slice]\nCPUQuota=10%\n");
+    }
+}

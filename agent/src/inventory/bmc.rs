@@ -10,6 +10,25 @@ use std::net::Ipv4Addr;
 /// Channels that makers give to the network, the usual one first.
 const CHANNELS: [u8; 4] = [1, 2, 8, 3];
 
+/// What a controller says of one of its channels.
+#[derive(Debug, PartialEq, Eq)]
+enum Lan {
+    /// It is no LAN channel, or the controller has none.
+    None,
+    /// It has no address yet.
+    Unset,
+    At(Ipv4Addr),
+}
+
+/// The answer to Get LAN Configuration Parameters, parameter 3: completion code, parameter revision, address.
+fn lan_address(answer: &[u8]) -> Lan {
+    match *answer {
+        [0, _, a, b, c, d, ..] if [a, b, c, d] != [0; 4] => Lan::At([a, b, c, d].into()),
+        [0, ..] => Lan::Unset,
+        _ => Lan::None,
+    }
+}
+
 /// Fills in what SMBIOS does not say. An address that is not known has its reason in the note.
 pub fn ask(root: &Root, bmc: &mut Bmc) {
     let platform = root.sys.join("bus/platform/devices");
@@ -26,17 +45,14 @@ pub fn ask(root: &Root, bmc: &mut Bmc) {
         Ok(file) => {
             let mut last = "it has no LAN channel".to_owned();
             for channel in CHANNELS {
-                // Transport, Get LAN Configuration Parameters: completion code, revision, address.
-                match sys::ipmi_command(&file, 0x0c, 0x02, &[channel, 3, 0, 0]) {
-                    Ok(answer) => match answer[..] {
-                        [0, _, a, b, c, d, ..] if [a, b, c, d] != [0; 4] => {
-                            bmc.address = Ipv4Addr::from([a, b, c, d]).to_string();
-                            bmc.note = format!("IPMI, LAN channel {channel}");
-                            return;
-                        }
-                        [0, ..] => "its LAN channel has no address".clone_into(&mut last),
-                        _ => {}
-                    },
+                match sys::ipmi_command(&file, 0x0c, 0x02, &[channel, 3, 0, 0]).map(|answer| lan_address(&answer)) {
+                    Ok(Lan::At(address)) => {
+                        bmc.address = address.to_string();
+                        bmc.note = format!("IPMI, LAN channel {channel}");
+                        return;
+                    }
+                    Ok(Lan::Unset) => "its LAN channel has no address".clone_into(&mut last),
+                    Ok(Lan::None) => {}
                     Err(error) => {
                         last = error.to_string();
                         break;
@@ -48,4 +64,22 @@ pub fn ask(root: &Root, bmc: &mut Bmc) {
     };
     let comma = if bmc.note.is_empty() { "" } else { "; " };
     bmc.note = format!("{}{comma}{why}", bmc.note);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_read_only_from_an_answer_that_has_one() {
+        assert_eq!(lan_address(&[0, 0x11, 10, 0, 7, 21]), Lan::At([10, 0, 7, 21].into()));
+        assert_eq!(lan_address(&[0, 0x11, 10, 0, 7, 21, 0xff]), Lan::At([10, 0, 7, 21].into()));
+        for unset in [&[0, 0x11, 0, 0, 0, 0][..], &[0, 0x11, 10], &[0]] {
+            assert_eq!(lan_address(unset), Lan::Unset, "{unset:?}");
+        }
+        // 0xc1: no such command; 0xcc: no such channel.
+        for none in [&[0xc1][..], &[0xcc, 0x11, 10, 0, 7, 21], &[]] {
+            assert_eq!(lan_address(none), Lan::None, "{none:?}");
+        }
+    }
 }

@@ -24,7 +24,11 @@ pub struct Neighbours {
 impl Neighbours {
     /// Listens on every card in the background. A card that cannot be listened on is told and passed over.
     pub fn listen(&self) {
-        for name in facts::interfaces().into_iter().take(CARDS) {
+        self.listen_on(facts::interfaces());
+    }
+
+    fn listen_on(&self, cards: Vec<String>) {
+        for name in cards.into_iter().take(CARDS) {
             let open = || {
                 let index = nix::net::if_::if_nametoindex(name.as_str())?;
                 UdpSocket::from_std(sys::frames(index, LLDP_ETHERTYPE, &LLDP_ADDRESSES)?.into())
@@ -80,6 +84,47 @@ impl Neighbours {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::namespace::enter;
+    use std::path::Path;
+    use std::process::Command;
+
+    /// Waits until the daemon knows its card, then gives it a name and a port, and has it speak each second.
+    const SWITCH: &str = "mount -t tmpfs tmpfs /run; mkdir /run/lldpd
+        ip link set lo up; ip link add a0 type veth peer name b0; ip link set a0 up; ip link set b0 up
+        lldpd -d -I b0 -u /run/switch 2>/run/said &
+        n=0; until lldpcli -u /run/switch show interfaces ports b0 2>/dev/null | grep -q PortID
+        do n=$((n + 1)); [ $n -lt 500 ] || { cat /run/said >&2; exit 1; }; sleep 0.02; done
+        lldpcli -u /run/switch configure system hostname sw1
+        lldpcli -u /run/switch configure ports b0 lldp portidsubtype local Eth1/7
+        lldpcli -u /run/switch configure lldp tx-interval 1
+        lldpcli -u /run/switch resume";
+
+    #[test]
+    fn a_real_neighbour_is_heard() {
+        if !Path::new("/usr/sbin/lldpd").exists() || !nix::unistd::geteuid().is_root() {
+            println!(
+                "skipped: lldpd is not installed, or this is not root: lldpd gives its rights to a user of its own"
+            );
+            return;
+        }
+        // Its processes end with the namespace.
+        if !enter("inventory::lldp::tests::a_real_neighbour_is_heard", "-nmpf") {
+            return;
+        }
+        assert!(Command::new("sh").args(["-ec", SWITCH]).status().unwrap().success());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let heard = runtime.block_on(async {
+            let all = Neighbours::default();
+            all.listen_on(vec!["a0".into()]);
+            let told = |neighbour: &Neighbour| neighbour.system_name == "sw1" && neighbour.port == "Eth1/7";
+            while !all.of("a0").as_ref().is_some_and(told) {
+                let news = tokio::time::timeout(Duration::from_secs(20), all.news()).await;
+                news.unwrap_or_else(|_| panic!("heard {:?}, and nothing for 20 s", all.of("a0")));
+            }
+            all.of("a0").unwrap()
+        });
+        assert!(!heard.chassis.is_empty() && !heard.earlier, "{heard:?}");
+    }
 
     #[test]
     fn a_neighbour_counts_for_as_long_as_it_says() {

@@ -164,6 +164,13 @@ fn static_addresses_come_and_go_with_their_section() {
             let left = Netlink::open().unwrap().addresses().unwrap();
             assert!(left.iter().all(|a| !a.ip.to_string().starts_with("2001:db8:1::7")), "{left:?}");
         }
+        // A section that says only: ask.
+        let leased = section(serde_json::json!({ "link": [
+            { "name": "x", "kind": "card", "card": ["any"], "dhcp4": true } ] }));
+        let _server = Dnsmasq::start("--interface=b0 --dhcp-range=10.9.0.50,10.9.0.90,1h");
+        let uplink = up(&leased, &mut HashSet::new()).await.unwrap();
+        let [IpAddr::V4(leased)] = uplink.addresses[..] else { panic!("{uplink:?}") };
+        assert!((50..=90).contains(&leased.octets()[3]) && reaches("10.9.0.1:9"), "{uplink:?}");
     });
 }
 

@@ -60,6 +60,11 @@ fn pxe_survives_a_dead_server_and_reimages_by_kexec() {
         let reimage = view.boot().unwrap();
         assert_eq!(reimage.via.as_deref(), Some("kexec"));
         assert!(reimage.at(Stage::Dhcp, "done").is_none(), "no firmware was heard: {reimage:#?}");
+        // Its own words of this start: from the kernel's first on, and on from where the image's system took over.
+        let log = rack.kiln(&["machine", "log", NAME]).unwrap();
+        let at = |words: &str| log.find(words).unwrap_or_else(|| panic!("no {words:?} in {log}"));
+        assert!(at("Linux version") < at("Command line: ") && at("Linux version") < at("systemd["), "{log}");
+        assert!(at(Stage::Start.label()) < at(Stage::Health.label()), "the stages stand between: {log}");
 
         let list: Value = serde_json::from_str(&rack.kiln(&["machine", "list", "--json"]).unwrap()).unwrap();
         let row = list.as_array().unwrap().iter().find(|m| m["name"] == NAME).unwrap();
@@ -139,7 +144,7 @@ fn bios_waits_for_approval_and_its_root_refuses_every_change() {
         console.wait_for_line("KILN-PROBE flip", Mark::default(), IDLE).unwrap();
         let said = console.since(Mark::default());
         let lines: Vec<&str> = said.lines().filter_map(|l| l.split_once("KILN-PROBE ").map(|(_, rest)| rest)).collect();
-        for check in ["system", "read-only", "exec-root", "memfd", "root-hash", "data", "flip"] {
+        for check in ["system", "read-only", "mounts", "exec-root", "memfd", "root-hash", "data", "flip"] {
             assert!(lines.iter().any(|l| l.starts_with(&format!("{check} ok"))), "{check}: {lines:#?}");
         }
         assert!(!lines.iter().any(|l| l.contains(" fail ")), "{lines:#?}");

@@ -362,9 +362,9 @@ fn cut_disks_really_boot_three() {
     testing::rack(|paths| booted(paths, 2));
 }
 
-/// Switches it on and kills it at the write of this number; or lets it come to where its console says `end`, if it needs
-/// fewer. Whether it was killed. That it comes as far as either is what has to follow on the kill before.
-fn killed_at(rack: &mut Rack, nbd: &Nbd, number: usize, end: &str) -> bool {
+/// Switches it on and kills it at the write of this number; or lets it come to where its console says one of `ends`, if
+/// it needs fewer. Whether it was killed. That it comes as far as either is what has to follow on the kill before.
+fn killed_at(rack: &mut Rack, nbd: &Nbd, number: usize, ends: &[&str]) -> bool {
     nbd.set_fault(Fault::Hold(number));
     rack.machine(NAME).power_on().unwrap();
     let console = rack.machine(NAME).console().unwrap().clone();
@@ -373,7 +373,8 @@ fn killed_at(rack: &mut Rack, nbd: &Nbd, number: usize, end: &str) -> bool {
         if nbd.wait_held(Duration::from_secs(1)).is_ok() {
             break true;
         }
-        if console.since(Mark::default()).contains(end) {
+        let said = console.since(Mark::default());
+        if ends.iter().any(|end| said.contains(end)) {
             break false;
         }
         let silence = console.last_change().max(begun).elapsed();
@@ -393,10 +394,28 @@ fn kills() -> usize {
     asked.map_or(KILLS, |text| text.parse().expect("KILN_KILLS is a number of kills")).max(4 * PARTS)
 }
 
+/// Kills it at every [`PARTS`]th of `all` numbers of writes, from `part` on. A start that needed fewer writes than that
+/// is no kill: `again` makes the disk as it was at the beginning, and the same number has its turn anew.
+fn kill_at_each(rack: &mut Rack, (part, all): (usize, usize), writes: usize, ends: &[&str], again: impl Fn(&mut Rack)) {
+    let mut starts = 0;
+    let numbers: Vec<usize> = (part..all).step_by(PARTS).map(|n| n * writes / all).collect();
+    for (done, number) in numbers.iter().enumerate() {
+        loop {
+            let nbd = rack.machine(NAME).hold_disk(0).unwrap();
+            starts += 1;
+            if killed_at(rack, &nbd, *number, ends) {
+                break;
+            }
+            assert!(starts < 3 * (done + 2), "{done} kills in {starts} starts: it needs fewer writes than {writes}");
+            again(rack);
+        }
+        eprintln!("{ends:?}: {} kills of {} in {starts} starts, of {writes} writes", done + 1, numbers.len());
+    }
+}
+
 /// QEMU is killed at the Nth write itself of an install, N from the first write to the last, again and again on the one
 /// disk: each start finds what the kill before left. Likewise while it reimages itself: there a trial that is cut off too
-/// often is given up, as it should be, so either release may be the one that comes up in the end. This is every
-/// [`PARTS`]th N, from `part` on.
+/// often is given up, as it should be, so either release may be the one that comes up in the end.
 fn killed(paths: &Paths, part: usize) {
     let mut rack = rack(paths, &format!("killed-{part}"));
     let nbd = rack.machine(NAME).hold_disk(0).unwrap();
@@ -407,33 +426,30 @@ fn killed(paths: &Paths, part: usize) {
     console.wait_for(installed, Mark::default(), IDLE).unwrap();
     rack.machine(NAME).power_off();
     let writes = nbd.recorded().iter().filter(|step| **step != Step::Flush).count();
-    let (install, reimage) = (kills() * 3 / 4, kills() / 4);
-    let (mut done, mut started, mut blank) = (0, 0, true);
-    for n in (part..install).step_by(PARTS) {
-        if blank {
-            rack.machine(NAME).set_disks(vec![Disk::VirtioBlk]).unwrap();
-        }
-        let nbd = rack.machine(NAME).hold_disk(0).unwrap();
-        blank = !killed_at(&mut rack, &nbd, n * writes / install, installed);
-        done += usize::from(!blank);
-        started += 1;
-        eprintln!("install: {done} kills in {started} starts, of {writes} writes");
-    }
-    assert!(done >= started / 2, "{done} of {started}");
+    let blank = |rack: &mut Rack| rack.machine(NAME).set_disks(vec![Disk::VirtioBlk]).unwrap();
+    blank(&mut rack);
+    kill_at_each(&mut rack, (part, kills() * 3 / 4), writes, &[installed], blank);
 
     let nbd = rack.machine(NAME).hold_disk(0).unwrap();
     nbd.set_fault(Fault::None);
     rack.machine(NAME).power_on().unwrap();
     rack.wait_healthy(NAME, 1).unwrap();
+    let console = rack.machine(NAME).console().unwrap().clone();
+    console.wait_for(installed, Mark::default(), IDLE).unwrap();
+    rack.machine(NAME).power_off();
+    let (disk, before) = (rack.machine(NAME).disk(0), paths.scratch.join(format!("before-{part}")));
+    std::fs::copy(&disk, &before).unwrap();
     rack.kiln(&["release", "publish", "disk/2"]).unwrap();
     rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
-    let (mut done, mut started) = (0, 0);
-    for n in (part..reimage).step_by(PARTS) {
-        done += usize::from(killed_at(&mut rack, &nbd, 1 + n * writes / reimage, "B Good disk/2"));
-        started += 1;
-        eprintln!("reimage: {done} kills in {started} starts");
-    }
-    assert!(done > 0);
+    let as_before = |rack: &mut Rack| {
+        std::fs::copy(&before, &disk).unwrap();
+        // It may have fallen back from the release, and would not be offered it any more.
+        let _ = rack.kiln(&["machine", "clear", NAME]);
+        rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
+    };
+    let ended = ["B Good disk/2", "B Failed disk/2"];
+    kill_at_each(&mut rack, (part, kills() / 4), writes, &ended, as_before);
+    let nbd = rack.machine(NAME).hold_disk(0).unwrap();
     nbd.set_fault(Fault::None);
     rack.machine(NAME).power_on().unwrap();
     let console = rack.machine(NAME).console().unwrap().clone();

@@ -121,6 +121,36 @@ fn starts_and_says(rack: &mut Rack, line: &str) -> String {
     console.since(Mark::default())
 }
 
+/// A trial that is switched off each time before it is up: the loader counts its starts on the disk, and the one after the
+/// last try is the release before, by itself.
+#[test]
+#[ignore = "slow: an install and five boots from the disk; make test-slow"]
+fn a_trial_that_never_gets_up_is_left_by_the_loaders_counter() {
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-tries");
+        let mut console = installed(&mut rack);
+        rack.kiln(&["release", "publish", "disk/2"]).unwrap();
+        let (resets, mut begun) = (rack.machine(NAME).resets(), console.mark());
+        rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
+        rack.machine(NAME).wait_reset(resets, IDLE).unwrap();
+        let mut tries = 0;
+        loop {
+            console.wait_for_line("image disk release ", begun, IDLE).unwrap();
+            if console.since(begun).contains("image disk release 1") {
+                break;
+            }
+            tries += 1;
+            assert!(tries <= 3, "it is started again and again");
+            rack.machine(NAME).power_off();
+            rack.machine(NAME).power_on().unwrap();
+            (console, begun) = (rack.machine(NAME).console().unwrap().clone(), Mark::default());
+        }
+        assert_eq!(tries, 3, "as often as the loader lets it");
+        console.wait_for("disk/1 is healthy: vda: A Good disk/1, B Failed disk/2", begun, IDLE).unwrap();
+        rack.wait(NAME, "told why", |v| v.reason.as_ref().is_some_and(|r| r.contains("trial-tries-used-up"))).unwrap();
+    });
+}
+
 /// By kexec into the other slot: no firmware, and the trial keeps its counter. From there another kexec is asked for, and
 /// it is a cold boot: two kernels in a row that no firmware has started are never stacked.
 #[test]

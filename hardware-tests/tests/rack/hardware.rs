@@ -19,13 +19,15 @@ const DISKS: [(Disk, &str, &str, &str); 6] = [
     (Disk::Usb, "usb-storage", "usb", "QEMU HARDDISK"),
 ];
 /// QEMU's cards and the kernel's drivers of them.
-const CARDS: [(&str, &str); 6] = [
+const CARDS: [(&str, &str); 7] = [
     ("virtio-net-pci", "virtio_net"),
     ("e1000", "e1000"),
     ("e1000e", "e1000e"),
     ("igb", "igb"),
     ("rtl8139", "8139cp"),
     ("vmxnet3", "vmxnet3"),
+    // Of the first generation that takes firmware when it is brought up.
+    ("i82559c", "e100"),
 ];
 
 fn start(paths: &kiln_lab::paths::Paths, name: &str, spec: MachineSpec) -> Rack {
@@ -73,17 +75,21 @@ fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
         spec.qemu = newer_qemu::with(paths, "igb").expect("`kiln-lab prepare --image servers` unpacks one");
         spec.cards.extend(CARDS.iter().skip(1).map(|(card, _)| *card));
         spec.disks = DISKS.map(|(disk, ..)| disk).to_vec();
+        (spec.tpm, spec.bmc) = (true, true);
         let cards = spec.cards.clone();
         let macs: Vec<String> = (0..).zip(&cards).map(|(n, _)| text(spec.mac_of(n))).collect();
         let mut rack = start(paths, "devices", spec);
         rack.machine(NAME).power_on().unwrap();
         let view = rack.wait_healthy(NAME, 1).unwrap();
         assert_eq!(view.macs, macs, "every card has a driver");
+        // All of them ask at once; the firmware asked for the first one's address, too.
         let site_dhcp = std::fs::read_to_string(paths.consoles.join("devices/site-dhcp.log")).unwrap();
-        let given: Vec<&str> = site_dhcp.lines().filter(|l| l.contains("DHCPACK")).collect();
-        assert!(given.last().unwrap().contains(&macs[0]), "{given:#?}");
-        let console = rack.machine(NAME).console().unwrap();
-        assert!(!console.since(Mark::default()).contains("kiln-agent: driver "), "a driver did not load");
+        let given = site_dhcp.lines().find(|l| l.contains("DHCPACK") && l.contains(&macs[0])).unwrap();
+        let address = given.split(' ').find(|word| word.parse::<std::net::Ipv4Addr>().is_ok()).unwrap();
+        let said = rack.machine(NAME).console().unwrap().since(Mark::default());
+        assert!(said.contains(&format!("has [{address}]")), "{given}");
+        assert!(!said.contains("kiln-agent: driver "), "a driver did not load");
+        assert!(!said.contains("d101m_ucode.bin"), "a card's firmware did not load");
 
         let (socket, path) = (rack.site.join("state/kiln.sock"), format!("/api/v1/machines/{NAME}/inventory"));
         rack.wait(NAME, "its inventory", |_| api::get(&socket, &path).is_ok()).unwrap();
@@ -104,6 +110,13 @@ fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
             let driver = CARDS.iter().find(|(known, _)| known == card).unwrap().1;
             assert_eq!(nic.driver, driver, "{nic:?}");
         }
+        for healthy in ["nvme", "ahci"] {
+            let disk = found.disks.iter().find(|disk| disk.driver == healthy).unwrap();
+            assert!(disk.health.as_ref().is_some_and(|health| health.passed), "{disk:?}");
+        }
+        assert_eq!(found.tpm.as_ref().map(|tpm| &*tpm.version), Some("2.0"), "{said}");
+        // This controller has no network: that it was asked is to be seen by its answer.
+        assert!(found.bmc.present && found.bmc.note.contains("no address: it has no LAN channel"), "{:?}", found.bmc);
         println!("{said}");
     });
 }
@@ -136,8 +149,22 @@ fn a_kernel_that_hangs_after_kexec_is_ended_by_the_watchdog() {
     });
 }
 
+/// One file that needs nothing beside it, and no more of it than an initramfs should carry.
+#[test]
+fn the_agent_is_small_and_static() {
+    let agent = std::fs::read(kiln_lab::paths::Paths::find().unwrap().agent).unwrap();
+    assert!(agent.len() <= 4_000_000, "{} bytes", agent.len());
+    // ELF-64 (System V ABI, chapters 4 and 5): a program header of type 3 names an interpreter.
+    let half = |at: usize| usize::from(u16::from_le_bytes(agent[at..at + 2].try_into().unwrap()));
+    let headers = usize::try_from(u64::from_le_bytes(agent[32..40].try_into().unwrap())).unwrap();
+    let (size, count) = (half(54), half(56));
+    assert!(agent.starts_with(b"\x7fELF\x02\x01") && count > 0);
+    let kinds: Vec<u16> = (0..count).map(|n| u16::try_from(half(headers + n * size)).unwrap()).collect();
+    assert!(!kinds.contains(&3), "it asks for a dynamic loader: {kinds:?}");
+}
+
 /// Cards and controllers that hold no firmware of their own, by the folder where the kernel looks for it.
-const FIRMWARE: [&str; 8] = ["bnx2", "bnx2x", "cxgb4", "intel/ice/ddp", "netronome", "qed", "rtl_nic", "tigon"];
+const FIRMWARE: [&str; 9] = ["bnx2", "bnx2x", "cxgb4", "e100", "intel/ice/ddp", "netronome", "qed", "rtl_nic", "tigon"];
 
 /// The image `servers` as it was built: its initramfs has files of every driver that needs some, and its UKI is no larger
 /// than firmware is known to take by network.

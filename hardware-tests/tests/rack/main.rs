@@ -8,6 +8,7 @@ mod boots;
 mod cleanup;
 mod cuts;
 mod disk;
+mod drift;
 mod exec;
 mod hardware;
 mod measured;

@@ -120,6 +120,8 @@ fn nothing_is_left_on_a_wiped_disk() {
             assert!(row.contains("wiped") && row.contains(&BYTES.to_string()), "{row}");
         }
         assert!(checked.contains("nvme-format"), "the controller's own way: {checked}");
+        let virtio = checked.lines().find(|line| line.contains("rack-1-disk0")).unwrap();
+        assert!(virtio.contains("discard"), "what the disk offers: {virtio}");
 
         // It starts anew. Somebody uses a disk; then an order for that one, and for one that the machine does not have.
         rack.wait_healthy(NAME, 1).unwrap();

@@ -3,6 +3,8 @@
 use super::*;
 use kiln_protocol::Intake;
 use kiln_release::{Hook, HookKind, OnTimeout};
+use std::io::Write;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A site whose release 1 has hooks: programs in the machine's own folder, made when it is known.
 struct Hooked {
@@ -150,6 +152,41 @@ fn a_late_hook_lets_go_or_keeps_as_it_says_and_either_is_told() {
                 assert!(machine.left.try_recv().is_err());
             }
         }
+    }
+}
+
+#[test]
+fn a_hook_by_http_is_asked_again_while_it_says_not_yet() {
+    let (later, done, broken) = ("202 Accepted", "200 OK", "500 Internal Server Error");
+    for (answers, words) in [
+        (vec![later, later, done], "drain hook asks is through"),
+        (vec![later, broken], "status 500; going on without it"),
+    ] {
+        let (asked, all) = (Arc::<AtomicUsize>::default(), answers.len());
+        let count = Arc::clone(&asked);
+        let (url, _heard) = web::serve(move |_, _, stream| {
+            let answer = answers.get(count.fetch_add(1, Ordering::SeqCst)).unwrap_or(&broken);
+            let _ = write!(stream, "HTTP/1.1 {answer}\r\nContent-Length: 0\r\n\r\n");
+        });
+        let mut hooked = Hooked::new(&[]);
+        let hook = Hook {
+            name: "asks".into(),
+            kind: HookKind::Http,
+            target: format!("{url}/drain"),
+            arguments: vec![],
+            deadline: 60,
+            on_timeout: OnTimeout::Go,
+        };
+        hooked.site.manifests.get_mut(&1).unwrap().hooks.insert("drain".into(), vec![hook]);
+        let (http, _hear) = web::honest(hooked.site.files.clone(), BTreeMap::new());
+        let (director, machine) = hooked.start(&http, (1, 4, Via::Cold, false));
+        let begun = Instant::now();
+        director.order((2, 5, Via::Cold, true));
+        director.wait(words, begun, PATIENCE, |r| {
+            r.condition.as_ref().is_some_and(|c| c.spool.events.iter().any(|e| e.text.contains(words)))
+        });
+        assert_eq!(machine.left.recv_timeout(PATIENCE).unwrap(), "reboot");
+        assert_eq!(asked.load(Ordering::SeqCst), all, "each answer was waited for, and no more were asked for");
     }
 }
 

@@ -31,6 +31,9 @@ pub const DISK: &str = "disk";
 /// The same with a secret and with data.
 pub const VAULT: &str = "vault";
 
+/// The image whose root loads a foreign initramfs.
+pub const THIEF: &str = "thief";
+
 /// The image with an allow-list of programs.
 pub const EXEC: &str = "exec";
 
@@ -51,7 +54,7 @@ pub fn prepare(paths: &Paths, further: &[String]) -> Result<(), LabError> {
         newer_qemu::prepare(paths, &["igb"])?;
     }
     // The tests of these go from one release to another.
-    for image in [DISK, VAULT] {
+    for image in [DISK, VAULT, THIEF] {
         let built = || site.join(format!("build/{image}/2/manifest.json")).exists();
         if further.iter().any(|further| further == image) && !built() {
             println!("lab: building {image}/2");

@@ -34,10 +34,14 @@ for part in kernel initramfs; do
     hash=$(said "\"$part\":{\"sha256\":\"")
     busybox wget -q -O "$place/$part" "$server/a/$hash" || say fail "$part does not come from $server"
 done
+# Open before anybody is told, so that no word is lost.
+exec 3</dev/ttyS0
 say ready "$(wc -c <"$place/kernel") and $(wc -c <"$place/initramfs") bytes"
 
-read -r word </dev/ttyS0
-[ "$word" = steal ] || say fail "told '$word'"
+until [ "$word" = steal ]; do
+    # Its end is a hang-up of the line.
+    read -r word <&3 || { sleep 1; exec 3</dev/ttyS0; }
+done
 echo "not the site's" >"$place/more/kiln/foreign"
 truncate -s %4 "$place/initramfs"
 (cd "$place/more" && find kiln | busybox cpio -o -H newc 2>/dev/null) >>"$place/initramfs"

@@ -138,7 +138,8 @@ pub mod wire {
     use super::*;
     use kiln_protocol::{
         ATTESTATION_LIMIT, Acceptance, Attestation, Challenge, DbxState, EVENT_LOG_LIMIT, ExecState, IMA_LIST_LIMIT,
-        INVENTORY_LIMIT, Introduction, IntroductionReply, Inventory, InventoryReport, Judged, LogBatch, LogReply, Reply, cut_at,
+        INVENTORY_LIMIT, Introduction, IntroductionReply, Inventory, InventoryReport, Judged, LogBatch, LogReply,
+        Reply, cut_at,
     };
 
     fn tamed<T: Clone + PartialEq + std::fmt::Debug>(value: &T, tame: impl Fn(&mut T)) -> T {

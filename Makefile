@@ -39,11 +39,13 @@ test: setup ## Every test of the fast tier: pure, processes in network namespace
 	@$(LAB) prepare --image probe
 	@$(TEST) --test rack -- --test-threads 32
 
+SLOW_IMAGES := probe servers hangs disk vault thief rescue exec drifts acceptance acceptance-lab
+
 test-slow: setup ## Every test of the rack, also those that take minutes, thousands of random repositories, and cargo-deny's rules
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	@$(CARGO) deny check bans licenses sources
 	@$(MAKE) --no-print-directory -j2 agent tests
-	@$(LAB) prepare --image probe --image servers --image hangs --image disk --image vault --image rescue --image exec --image drifts --image acceptance --image acceptance-lab
+	@$(LAB) prepare $(SLOW_IMAGES:%=--image %)
 	@$(TEST) --test rack -- --test-threads 32 --include-ignored
 	@$(TEST) --test images -- --include-ignored
 

@@ -4,10 +4,13 @@
 use crate::api::Api;
 use crate::change::blocking;
 use crate::error::{AgentError, Result};
+use crate::ima;
 use crate::secrets::{self, Opened};
 use crate::tpm::{self, Tpm};
 use kiln_protocol::tpm::qualifying_data;
-use kiln_protocol::{Attestation, Challenge, Delivered, HexBytes, Judged, KeyId, MachineId, Sha256Hex};
+use kiln_protocol::{
+    Attestation, AttestationState, Challenge, Delivered, HexBytes, Judged, KeyId, MachineId, Sha256Hex,
+};
 use kiln_release::hex;
 use std::time::Duration;
 use tokio::time::timeout;
@@ -41,11 +44,12 @@ pub async fn prove(api: &mut Api, machine: &MachineId, boot_id: &str, key: &KeyI
     let challenge: Challenge = api.attest(&hello).await?;
     let qualifying = qualifying_data(challenge.nonce.as_str(), key.as_str(), boot_id);
     let Challenge { nonce, id_object, encrypted_secret } = challenge;
-    let (mut tpm, keys, secret, proof, delivery, log) = work(move || {
+    let (mut tpm, keys, secret, proof, delivery, [log, measured]) = work(move || {
         let secret = tpm.open_credential(&keys, &id_object.0, &encrypted_secret.0)?;
         let proof = tpm.prove(&keys, &qualifying)?;
         let delivery = if secrets { Some(tpm.delivery_key(&proof.pcrs)?) } else { None };
-        Ok((tpm, keys, secret, proof, delivery, tpm::event_log()))
+        // The list after the quote: it has all that the quote has.
+        Ok((tpm, keys, secret, proof, delivery, [tpm::event_log(), ima::list()]))
     })
     .await?;
     let digits = |bytes: &[u8]| hex::encode(bytes).parse::<Sha256Hex>();
@@ -61,6 +65,7 @@ pub async fn prove(api: &mut Api, machine: &MachineId, boot_id: &str, key: &KeyI
         quoted: HexBytes(proof.quote.attest),
         signature: HexBytes(proof.quote.signature),
         event_log: HexBytes(log),
+        measured: HexBytes(measured),
         delivery: delivery.as_ref().map(|key| HexBytes(key.public.clone())),
     };
     let mut judged: Judged = api.attest(&prove).await?;
@@ -73,6 +78,28 @@ pub async fn prove(api: &mut Api, machine: &MachineId, boot_id: &str, key: &KeyI
         (Some(_) | None, _) => None,
     };
     Ok(Proved { judged, secrets })
+}
+
+/// Before a kexec, once the next kernel is loaded: tells the server what this one has measured, which nobody can read afterwards.
+/// Whether the next boot is attested if this one is; it is not where the server does not hear it.
+pub async fn may_carry(api: &mut Api, machine: &MachineId, boot_id: &str) -> bool {
+    let told = async {
+        let list = work(|| {
+            ima::settle();
+            Ok(ima::list())
+        });
+        let (machine, boot_id) = (machine.clone(), boot_id.to_owned());
+        let leave = Attestation::Leave { machine, boot_id, measured: HexBytes(list.await?) };
+        api.attest::<Judged>(&leave).await
+    };
+    let refused = match told.await {
+        Ok(judged) => (judged.state == AttestationState::Failed).then_some(judged.reason),
+        Err(error) => Some(format!("{error} ({})", error.kind())),
+    };
+    if let Some(reason) = &refused {
+        println!("kiln-agent: the next boot would not be attested by kexec: {reason}");
+    }
+    refused.is_none()
 }
 
 async fn work<T: Send + 'static>(task: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

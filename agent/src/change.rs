@@ -70,6 +70,12 @@ impl Ready {
         }
     }
 
+    /// What becomes of its kexec if that is not attested. On a machine with a disk a release that is not in a slot is reached in no
+    /// other way.
+    pub fn otherwise(&self, has_disk: bool) -> Otherwise {
+        if has_disk && self.installed.is_none() { Otherwise::Kexec } else { Otherwise::Cold }
+    }
+
     /// Leaves the files where they are.
     pub fn keep(self) {
         if let Some(Files { uki, root }) = self.kexec {
@@ -409,13 +415,29 @@ pub fn load(ready: &Ready) -> Result<()> {
     kexec::load(&uki, &ready.manifest, Some((root.path(), ready.manifest.root.sha256.as_str())))
 }
 
+/// What becomes of a kexec after which the next boot would not be attested.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Otherwise {
+    /// A cold boot leads to the same release.
+    Cold,
+    /// Nothing else leads there.
+    Kexec,
+}
+
 /// From the initramfs: fetches, tells the server, and goes. Comes back when the caller must restart the machine.
-pub async fn now(flow: &mut Flow, assignment: &Assignment, via: Via) -> Result<()> {
+pub async fn now(flow: &mut Flow, assignment: &Assignment, via: Via, otherwise: Otherwise) -> Result<()> {
     let ready = flow.prefetch(assignment, via, Path::new(NEXT)).await?;
     load(&ready)?;
     flow.journal.started(Stage::Going);
+    let via = match ready.via() {
+        Via::Cold => Via::Cold,
+        Via::Kexec => match (flow.may_carry().await, otherwise) {
+            (false, Otherwise::Cold) => Via::Cold,
+            (true, Otherwise::Cold) | (_, Otherwise::Kexec) => Via::Kexec,
+        },
+    };
     flow.report().await;
-    match ready.via() {
+    match via {
         Via::Cold => Ok(()),
         Via::Kexec => {
             let error = nix::sys::reboot::reboot(nix::sys::reboot::RebootMode::RB_KEXEC);

@@ -191,6 +191,15 @@ impl Flow {
         }
     }
 
+    /// Before a kexec, once the next kernel is loaded: whether the next boot is attested if this one is.
+    pub async fn may_carry(&mut self) -> bool {
+        if self.journal.machine.tpm != Some(TpmPresence::Ready) {
+            return true;
+        }
+        let Some(api) = &mut self.api else { return false };
+        attest::may_carry(api, &self.journal.machine.id, &self.journal.state.boot_id).await
+    }
+
     /// Shows the approval code. Without it the machine waits as well, and is asked again with the next report.
     async fn introduce(&mut self) {
         let Some(api) = &mut self.api else { return };

@@ -5,7 +5,8 @@
 use crate::error::{AgentError, Result};
 use crate::{sys, tpm};
 use kiln_protocol::Via;
-use kiln_release::newc::{Header, TRAILER, padding};
+use kiln_release::crossing::{self, NO_ROOT, PREFETCHED_PATH};
+use kiln_release::newc::padding;
 use kiln_release::{Artifact, Manifest, hex, pe};
 use ring::digest::{Context, SHA256};
 use std::fs::File;
@@ -14,8 +15,6 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// Directory of the initramfs in which a prefetched root lies, named by its SHA-256.
-pub const PREFETCHED: &str = "/kiln/prefetched";
 const DISABLED: &str = "/proc/sys/kernel/kexec_load_disabled";
 /// So much of a UKI is read to find its parts, and so long may its command line be: the parts themselves stay in the
 /// file, because the agent's memory is the image's.
@@ -84,7 +83,7 @@ fn copy(uki: &File, place: Range<usize>, what: &'static str, signed: &Artifact, 
 
 /// Whether a kexec started this kernel: only then is there a segment behind the UKI's own initramfs.
 pub fn started_this() -> Via {
-    if Path::new(PREFETCHED).exists() { Via::Kexec } else { Via::Cold }
+    if Path::new(PREFETCHED_PATH).exists() { Via::Kexec } else { Via::Cold }
 }
 
 /// Loads the UKI's kernel and initramfs, with `root` (path, SHA-256) as a further segment, and closes the door behind
@@ -100,7 +99,7 @@ pub fn load(uki: &File, manifest: &Manifest, root: Option<(&Path, &str)>) -> Res
     let gap = padding(parts.initramfs.len() as u64);
     initrd.write_all(gap).map_err(failed("writing the initramfs to memory"))?;
     if root.is_none() {
-        write_segment(&mut initrd, &mut std::io::empty(), 0, "none")
+        write_segment(&mut initrd, &mut std::io::empty(), 0, NO_ROOT)
             .map_err(failed("writing the segment of a kexec to memory"))?;
     }
     if let Some((path, sha256)) = root {
@@ -115,20 +114,17 @@ pub fn load(uki: &File, manifest: &Manifest, root: Option<(&Path, &str)>) -> Res
     std::fs::write(DISABLED, "1").map_err(AgentError::file(DISABLED))
 }
 
-/// A newc cpio of the one file and its directories.
-fn write_segment(out: &mut dyn Write, file: &mut dyn Read, length: u64, sha256: &str) -> std::io::Result<()> {
-    let too_long = || std::io::Error::other("a newc cpio holds files of less than 4 GiB");
-    let size = u32::try_from(length).map_err(|_| too_long())?;
-    let header = |mode, size| Header { mode, links: 1, size, ..Header::default() };
-    out.write_all(&header(0o040_700, 0).to_bytes("kiln"))?;
-    out.write_all(&header(0o040_700, 0).to_bytes(&PREFETCHED[1..]))?;
-    out.write_all(&header(0o100_400, size).to_bytes(&format!("{}/{sha256}", &PREFETCHED[1..])))?;
+/// A newc cpio of the one file and its directories. Not a byte of it may depend on anything but the release: what the kernel
+/// measures of the whole is predicted when the release is built ([`kiln_release::Crossing`]).
+fn write_segment(out: &mut dyn Write, file: &mut dyn Read, length: u64, name: &str) -> std::io::Result<()> {
+    let too_long = |_| std::io::Error::other("a newc cpio holds files of less than 4 GiB");
+    let size = u32::try_from(length).map_err(too_long)?;
+    out.write_all(&crossing::head(name, size))?;
     let copied = std::io::copy(&mut file.take(length), out)?;
     if copied != length {
         return Err(std::io::Error::other("the root artifact became shorter while it was read"));
     }
-    out.write_all(padding(length))?;
-    out.write_all(&header(0, 0).to_bytes(TRAILER))
+    out.write_all(&crossing::tail(size))
 }
 
 #[cfg(test)]
@@ -143,6 +139,8 @@ mod tests {
         let sha256 = hex::sha256(&root);
         let mut segment = Vec::new();
         write_segment(&mut segment, &mut root.as_slice(), root.len() as u64, &sha256).unwrap();
+        let crossing = kiln_release::Crossing::of(b"", &root);
+        assert!(crossing.is(&hex::sha256(&segment)), "it is what the builder predicts");
         let child = Command::new("cpio").args(["-i", "--quiet"]).current_dir(dir.path()).stdin(Stdio::piped()).spawn();
         let Ok(mut child) = child else {
             println!("skipped: cpio is not installed");

@@ -28,6 +28,7 @@ mod flow;
 mod handoff;
 mod health;
 mod hooks;
+mod ima;
 mod init;
 mod introduce;
 mod inventory;

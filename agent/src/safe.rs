@@ -55,7 +55,7 @@ async fn wait(
                 Plan::Stay => return on_disk(disk, move |disk| disk.forget_starts(&root_hash)).await,
                 // The firmware would start the disk again: only a kexec leads elsewhere.
                 Plan::Change(_) => {
-                    change::now(flow, &assignment, Via::Kexec).await?;
+                    change::now(flow, &assignment, Via::Kexec, change::Otherwise::Kexec).await?;
                     return Err(AgentError::NoWayOut);
                 }
             }

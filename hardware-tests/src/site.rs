@@ -33,6 +33,8 @@ pub const VAULT: &str = "vault";
 
 /// The image that can be made to differ from its release.
 pub const DRIFTS: &str = "drifts";
+/// The image whose root loads a foreign initramfs.
+pub const THIEF: &str = "thief";
 /// The image with an allow-list of programs.
 pub const EXEC: &str = "exec";
 
@@ -53,7 +55,7 @@ pub fn prepare(paths: &Paths, further: &[String]) -> Result<(), LabError> {
         newer_qemu::prepare(paths, &["igb"])?;
     }
     // The tests of these go from one release to another.
-    for image in [DISK, VAULT] {
+    for image in [DISK, VAULT, THIEF] {
         let built = || site.join(format!("build/{image}/2/manifest.json")).exists();
         if further.iter().any(|further| further == image) && !built() {
             println!("lab: building {image}/2");

@@ -14,14 +14,14 @@ use crate::{host, initramfs, root, sbom, tarball, uki};
 use jiff::Timestamp;
 use kiln_release::hex::sha256;
 use kiln_release::measured::measured;
-use kiln_release::{Artifact, BootInfo, DiskSettings, MANIFEST_TYPE, Manifest, Mode, SiteSettings};
+use kiln_release::{Artifact, BootInfo, Crossing, DiskSettings, MANIFEST_TYPE, Manifest, Measured, Mode, SiteSettings};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// Grows when the same inputs would give other bytes.
-const FORMAT: u32 = 3;
+const FORMAT: u32 = 4;
 /// What was built from what, in a release's folder.
 const STAMP: &str = "build.json";
 
@@ -245,6 +245,7 @@ impl Inputs<'_> {
         let certificate = self.site.key.as_ref().map(SigningKey::fingerprint);
         let measured =
             measured(&uki, &kernel, signed.loader(), certificate).map_err(|source| BuildError::Measured { source })?;
+        let measured = Measured { kexec: Some(Crossing::of(&initramfs, &root.bytes)), ..measured };
         if let Some(disk) = &self.recipe.disk {
             fits(disk, uki.len() as u64, root.bytes.len() as u64)?;
         }

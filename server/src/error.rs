@@ -4,6 +4,7 @@ use kiln_fleet::access::AccessRole;
 use kiln_images::SiteError;
 use kiln_protocol::ReleaseId;
 use kiln_release::Threshold;
+use kiln_release::measured::{ForeignKexec, ImaError};
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -211,6 +212,32 @@ pub enum AttestationError {
     Point,
     #[error("no random numbers on this host")]
     Random,
+    #[error("this boot has proven nothing yet: what its kernel measured is judged from its proof on")]
+    NotProven,
+}
+
+/// What PCR 10, or the list that explains it, says against a boot.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum KexecFault {
+    #[error("the list of what its kernel measured cannot be read: {0}")]
+    List(#[from] ImaError),
+    #[error("{0}")]
+    Foreign(#[from] ForeignKexec),
+    #[error("its release has every kexec measured, and it shows no list of what its kernel measured")]
+    NoList,
+    #[error(
+        "PCR 10 is {}…, and neither its kernel's list nor that and what the kernel before said explains it: something else was \
+         loaded, or that kernel's word did not come. A cold boot begins anew",
+        &quoted[..12]
+    )]
+    Pcr10 { quoted: String },
+    #[error("a kexec started this kernel, and PCR 10 knows of none")]
+    NotListed,
+    #[error("the kernel before loaded something foreign: {0}")]
+    Before(String),
+    #[error("the kernel before loaded {loaded}, and this one's agent says that it is {says}")]
+    Elsewhere { loaded: String, says: String },
 }
 
 /// A secret that is not kept, or not given.

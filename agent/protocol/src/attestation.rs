@@ -1,4 +1,4 @@
-//! How a machine proves what it booted and which TPM it has: two posts over mutual TLS.
+//! How a machine proves what it booted and which TPM it has: two posts over mutual TLS, and one before it goes by kexec.
 //!
 //! The machine says which endorsement and attestation keys its TPM has. The server answers with a nonce, and with a
 //! *credential*: a secret that only the TPM with that endorsement key gives out, and only while the attestation key lies in
@@ -11,12 +11,14 @@ use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
 
-/// Where both steps are posted.
+/// Where each step is posted.
 pub const ATTESTATION_PATH: &str = "/agent/v1/attestation";
 /// Longest step, bytes of JSON.
-pub const ATTESTATION_LIMIT: usize = 384 << 10;
+pub const ATTESTATION_LIMIT: usize = 512 << 10;
 /// Longest event log that is sent, in bytes. One that is longer is not sent: a part of it replays to nothing.
 pub const EVENT_LOG_LIMIT: usize = 128 << 10;
+/// Longest list of what the kernel measured, in bytes: some five hundred modules. One that is longer is not sent, for the same reason.
+pub const IMA_LIST_LIMIT: usize = 96 << 10;
 
 word_enum! {
     /// What the agent found of a TPM.
@@ -48,6 +50,12 @@ word_enum! {
 #[derive(Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct HexBytes(pub Vec<u8>);
+
+impl HexBytes {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
 
 impl fmt::Debug for HexBytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -109,10 +117,24 @@ pub enum Attestation {
         signature: HexBytes,
         /// The firmware's event log; empty where the kernel has none.
         event_log: HexBytes,
+        /// What the kernel that runs has measured (`binary_runtime_measurements`), with the agent's own word in it where it measures no
+        /// kexec; empty: an agent that asks for no measuring.
+        #[serde(default, skip_serializing_if = "HexBytes::is_empty")]
+        measured: HexBytes,
         /// Public area of the key that its secrets shall be sealed to ([`crate::tpm::Template::Delivery`]); none: it asks for
         /// none.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         delivery: Option<HexBytes>,
+    },
+    /// Before it goes by kexec, once the next kernel is loaded: answered with a [`Judged`] of the boot that comes. What the kernel that
+    /// goes has measured is known to nobody afterwards, and PCR 10 goes on.
+    Leave {
+        /// Who it is.
+        machine: MachineId,
+        /// As before.
+        boot_id: String,
+        /// As in a proof.
+        measured: HexBytes,
     },
 }
 
@@ -168,6 +190,7 @@ mod tests {
             quoted: HexBytes(vec![1]),
             signature: HexBytes(vec![2]),
             event_log: HexBytes::default(),
+            measured: HexBytes::default(),
             delivery: None,
         };
         let golden = format!(
@@ -177,6 +200,10 @@ mod tests {
         );
         assert_eq!(serde_json::to_string(&prove).unwrap(), golden);
         assert_eq!(serde_json::from_str::<Attestation>(&golden).unwrap(), prove);
+        let leave = Attestation::Leave { machine: machine.clone(), boot_id: "b".into(), measured: HexBytes(vec![10]) };
+        let golden = format!(r#"{{"step":"leave","machine":"{machine}","boot_id":"b","measured":"0a"}}"#);
+        assert_eq!(serde_json::to_string(&leave).unwrap(), golden);
+        assert_eq!(serde_json::from_str::<Attestation>(&golden).unwrap(), leave);
         let judged = r#"{"state":"no-tpm","reason":"r"}"#;
         assert_eq!(serde_json::from_str::<Judged>(judged).unwrap().state, AttestationState::NoTpm);
     }

@@ -34,8 +34,8 @@ pub use assignment::{
     FreshnessError, RoleSettings, Running, check_assignment, check_freshness,
 };
 pub use attestation::{
-    ATTESTATION_LIMIT, ATTESTATION_PATH, Attestation, AttestationState, Challenge, EVENT_LOG_LIMIT, HexBytes, Judged,
-    TpmPresence,
+    ATTESTATION_LIMIT, ATTESTATION_PATH, Attestation, AttestationState, Challenge, EVENT_LOG_LIMIT, HexBytes,
+    IMA_LIST_LIMIT, Judged, TpmPresence,
 };
 pub use condition::{Condition, DRIFT_LIMIT, Difference, Draining, DriftKind};
 pub use dbx::{DbxOffer, DbxOutcome, DbxState, dbx_hold};

@@ -7,6 +7,7 @@ mod switch_root;
 
 pub use embedded::{embedded, parse_boot_info, running_command_line, secure_boot};
 
+use crate::change::Otherwise;
 use crate::coldplug::Drivers;
 use crate::disk::machine::{self, on_disk};
 use crate::error::{AgentError, FailureClass, Result};
@@ -17,7 +18,7 @@ use crate::plan::{self, Plan};
 use crate::uplink::Network;
 use crate::verifier::{Answer, Verified, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{change, console, local, log, mounts, safe, tpm, wipe};
+use crate::{change, console, ima, local, log, mounts, safe, tpm, wipe};
 use embedded::{read_boot_info, tell_command_line_drift};
 use kiln_protocol::{Assignment, ReleaseId, RollbackMemory, Stage, Via};
 use kiln_release::BootInfo;
@@ -62,6 +63,7 @@ fn boot() -> Result<Infallible> {
     drivers.load_always();
     drivers.coldplug();
     drivers.load_for_root();
+    ima::measure_kexecs();
     // The variables' file system may have been a module.
     mounts::efivars();
     mounts::pstore();
@@ -199,7 +201,7 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
             }
             Plan::Change(release) => {
                 println!("kiln-agent: {release} is assigned, this is {here}: going there");
-                match change::now(flow, &assignment, via).await {
+                match change::now(flow, &assignment, via, Otherwise::Cold).await {
                     Ok(()) => {
                         log::sent().await;
                         restart()

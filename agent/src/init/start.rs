@@ -15,6 +15,7 @@ use crate::verifier::Verified;
 use crate::{kexec, local, log, mounts, secrets, tpm, verity};
 use kiln_protocol::slot::{Event, SlotId};
 use kiln_protocol::{Class, Stage};
+use kiln_release::crossing::PREFETCHED_PATH;
 use kiln_release::{BootInfo, DataSettings, hex};
 use nix::mount::{MsFlags, mount};
 use std::convert::Infallible;
@@ -202,7 +203,7 @@ async fn open_data(boot: &BootInfo, disk: Option<&SharedDisk>) -> Option<String>
 /// The root that crossed a kexec in the initrd, verified again where it lies. One that does not verify is removed, so that
 /// the next try downloads.
 fn prefetched(expected: &Expected) -> Option<Result<File>> {
-    let path = Path::new(kexec::PREFETCHED).join(&expected.sha256);
+    let path = Path::new(PREFETCHED_PATH).join(&expected.sha256);
     let file = File::open(&path).ok()?;
     let verified = verify(&file, &path, expected);
     if verified.is_err()

@@ -2,10 +2,11 @@
 
 use super::Service;
 use super::slots::DISK_DEADLINE;
-use crate::change::{Ready, blocking};
+use crate::api::Api;
+use crate::change::{Otherwise, Ready, blocking};
 use crate::error::AgentError;
-use crate::log;
-use kiln_protocol::Via;
+use crate::{attest, log};
+use kiln_protocol::{TpmPresence, Via};
 use nix::sys::reboot::{RebootMode, reboot};
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -31,10 +32,31 @@ pub(super) fn restart(mode: RebootMode) -> std::io::Error {
 }
 
 impl Service {
+    /// How a kexec that is loaded becomes the next boot: if that would not be attested although this one is, the firmware starts it.
+    async fn carried(&self) -> Via {
+        if self.journal.machine.tpm != Some(TpmPresence::Ready) {
+            return Via::Kexec;
+        }
+        let verifier = self.verifier.lock().await;
+        let (site, servers) = (&verifier.boot.site, &verifier.servers.agent);
+        let carries = match Api::new(servers, &site.agent_api_ca_pem, &verifier.key, &verifier.clock) {
+            Ok(mut api) => attest::may_carry(&mut api, &self.journal.machine.id, &self.journal.state.boot_id).await,
+            Err(error) => {
+                eprintln!("kiln-agent: what this kernel measured cannot be told: {error}");
+                false
+            }
+        };
+        let otherwise = self.ready.as_deref().map(|ready| ready.otherwise(self.disk.is_some()));
+        match otherwise {
+            Some(Otherwise::Cold) if !carries => Via::Cold,
+            Some(Otherwise::Cold | Otherwise::Kexec) | None => Via::Kexec,
+        }
+    }
+
     /// Leaves. The server hears of it first; then the image's init stops what runs.
     pub(super) async fn leave(mut self, cold: bool) -> AgentError {
         let via = match self.ready.as_deref().map(Ready::via) {
-            Some(Via::Kexec) if !cold => Via::Kexec,
+            Some(Via::Kexec) if !cold => self.carried().await,
             Some(Via::Kexec | Via::Cold) | None => Via::Cold,
         };
         // From here there is no way back: a loaded kernel cannot be unloaded. A server that does not hear it hears the
@@ -55,7 +77,9 @@ impl Service {
         };
         let systemctl = self.door.systemctl.clone();
         let asked = blocking(move || {
-            let status = Command::new(&systemctl).arg(verb).stdin(Stdio::null()).status();
+            // Where a kernel is loaded, systemd's restart would be a kexec as well (its ENVIRONMENT.md).
+            let status =
+                Command::new(&systemctl).arg(verb).env("SYSTEMCTL_SKIP_AUTO_KEXEC", "1").stdin(Stdio::null()).status();
             status.map_err(AgentError::file(systemctl))
         });
         match timeout(STOP_DEADLINE, asked).await {

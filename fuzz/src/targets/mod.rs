@@ -12,6 +12,7 @@ mod cabling;
 mod certificates;
 mod directives;
 mod documents;
+mod ima;
 mod images;
 mod lists;
 mod metadata;
@@ -56,6 +57,7 @@ targets! {
     envelope: metadata,
     event_log: tpm,
     expected_list: lists,
+    ima_list: ima,
     key_file: certificates,
     lldp: cabling,
     names: names,

@@ -170,6 +170,7 @@ pub mod event_log {
             kernel: hex::encode(&[0xbb; 32]),
             loader: None,
             certificate: Some(hex::sha256(b"site")),
+            kexec: None,
         }
     }
 

@@ -137,8 +137,9 @@ pub mod report {
 pub mod wire {
     use super::*;
     use kiln_protocol::{
-        ATTESTATION_LIMIT, Acceptance, Attestation, Challenge, DbxState, EVENT_LOG_LIMIT, ExecState, INVENTORY_LIMIT,
-        Introduction, IntroductionReply, Inventory, InventoryReport, Judged, LogBatch, LogReply, Reply, cut_at,
+        ATTESTATION_LIMIT, Acceptance, Attestation, Challenge, DbxState, EVENT_LOG_LIMIT, ExecState, IMA_LIST_LIMIT,
+        INVENTORY_LIMIT, Introduction, IntroductionReply, Inventory, InventoryReport, Judged, LogBatch, LogReply,
+        Reply, cut_at,
     };
 
     fn tamed<T: Clone + PartialEq + std::fmt::Debug>(value: &T, tame: impl Fn(&mut T)) -> T {
@@ -174,7 +175,8 @@ pub mod wire {
             2 => {
                 let step = message::<Attestation>(rest);
                 if let Some(Attestation::Prove { event_log, .. }) = &step {
-                    assert!(event_log.0.len() * 2 <= rest.len() && EVENT_LOG_LIMIT * 2 < ATTESTATION_LIMIT);
+                    assert!(event_log.0.len() * 2 <= rest.len());
+                    assert!((EVENT_LOG_LIMIT + IMA_LIST_LIMIT) * 2 < ATTESTATION_LIMIT);
                 }
                 step.is_some()
             }

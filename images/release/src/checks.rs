@@ -89,8 +89,15 @@ impl Check {
 
 impl Measured {
     fn check(&self, check: &Check) -> Result<(), FormatError> {
-        let optional = [("measured.loader", &self.loader), ("measured.certificate", &self.certificate)];
-        let optional = optional.into_iter().filter_map(|(field, value)| Some((field, value.as_ref()?)));
+        let with_root = self.kexec.as_ref().and_then(|kexec| kexec.with_root.as_ref());
+        let without_root = self.kexec.as_ref().map(|kexec| &kexec.without_root);
+        let optional = [
+            ("measured.loader", self.loader.as_ref()),
+            ("measured.certificate", self.certificate.as_ref()),
+            ("measured.kexec.with_root", with_root),
+            ("measured.kexec.without_root", without_root),
+        ];
+        let optional = optional.into_iter().filter_map(|(field, value)| Some((field, value?)));
         let all = [("measured.pcr11", &self.pcr11), ("measured.uki", &self.uki), ("measured.kernel", &self.kernel)];
         for (field, value) in all.into_iter().chain(optional) {
             check.field(field, hex::is_sha256(value), value, "a SHA-256 in lower-case hex")?;

@@ -132,6 +132,20 @@ pub struct Measured {
     /// The site's Secure Boot certificate (DER); none: not signed for Secure Boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub certificate: Option<String>,
+    /// What a kexec of it loads as its initramfs. Its agent has kexecs measured, or says in PCR 10 that they are not; none: built
+    /// before agents did so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kexec: Option<Crossing>,
+}
+
+/// SHA-256 of what a kexec of a release loads as its initramfs: its own, and the segment behind it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Crossing {
+    /// With the root artifact, for memory; none: it has 4 GiB or more, and does not cross.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub with_root: Option<String>,
+    /// For a release that lies in a slot.
+    pub without_root: String,
 }
 
 /// The agent API as the site signs it.

@@ -11,6 +11,7 @@ pub mod authenticode;
 pub mod canonical;
 pub mod certificate;
 mod checks;
+pub mod crossing;
 pub mod declared;
 pub mod efi;
 pub mod envelope;
@@ -39,9 +40,9 @@ pub use error::{
 };
 pub use exec::{EXEC_PATH, EXEC_TYPE, ExecFail, ExecMode, ExecPolicy, ExecRule, MAX_EXEC_HASHES, MAX_EXEC_RULES};
 pub use formats::{
-    AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, DataSettings, DbxUpdate, DiskSettings, FilePolicy,
-    HANDOFF_PATH, IPE_POLICY_PATH, MANIFEST_TYPE, Manifest, Measured, Mode, ROOT_SIGNATURE_PATH, RevokedProgram,
-    SITE_TYPE, Site, SiteSettings, VerityParams, WipePolicy, WritableMount,
+    AGENT_API_NAME, AgentApi, Artifact, BOOT_PATH, BootInfo, Crossing, DataSettings, DbxUpdate, DiskSettings,
+    FilePolicy, HANDOFF_PATH, IPE_POLICY_PATH, MANIFEST_TYPE, Manifest, Measured, Mode, ROOT_SIGNATURE_PATH,
+    RevokedProgram, SITE_TYPE, Site, SiteSettings, VerityParams, WipePolicy, WritableMount,
 };
 pub use key::{PublicKey, Scheme, Signer};
 pub use secrets::{SECRETS_PATH, WantedSecret};

@@ -58,6 +58,33 @@ pub struct ColdBoot {
     pub pcrs: Vec<Sha256Hex>,
     /// Of PCRs 0 to 3.
     pub firmware: [Sha256Hex; 4],
+    /// Its release's agent has kexecs measured, or says in PCR 10 that they are not.
+    #[serde(default)]
+    pub measures: bool,
+}
+
+/// How PCR 10 stood when a kernel began, by a proof of its boot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Began {
+    /// The kernel's boot id.
+    pub boot_id: String,
+    /// The value before all that this kernel measured.
+    pub pcr10: Sha256Hex,
+    /// This kernel and those before it since the cold boot measured what they loaded.
+    pub measured: bool,
+}
+
+/// What a kernel said before a kexec. It is a claim: the next kernel's proof bears it out, or does not.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Left {
+    /// Which kernel.
+    pub boot_id: String,
+    /// PCR 10, after all that it measured.
+    pub pcr10: Sha256Hex,
+    /// As [`Began::measured`].
+    pub measured: bool,
+    /// The releases that it has loaded; or what it loaded besides, in a sentence.
+    pub loaded: Result<Vec<ReleaseId>, String>,
 }
 
 /// All that is remembered of it.
@@ -72,6 +99,12 @@ pub struct Attestations {
     /// Of the cold boot before, or of this one.
     #[serde(default)]
     pub cold: Option<ColdBoot>,
+    /// How the kernel began that was proven last, where its list was judged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub began: Option<Began>,
+    /// The newest word before a kexec.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left: Option<Left>,
     /// What the audit log says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recorded: Option<Recorded>,
@@ -97,6 +130,26 @@ pub struct ProvenBoot {
     pub cold: ColdBoot,
     /// It is a later kernel that was started by kexec.
     pub carried: bool,
+    /// What its kernel's list says; none: the release that firmware started has nothing measured.
+    pub began: Option<Began>,
+}
+
+impl ProvenBoot {
+    /// In a sentence.
+    fn reason(&self) -> String {
+        let release = &self.cold.release;
+        let measured = self.began.as_ref().map(|began| began.measured);
+        match (self.carried, measured) {
+            (true, Some(true)) => format!("attested at cold boot ({release}), carried by kexec"),
+            (true, Some(false) | None) => format!("attested at cold boot ({release}), carried by kexec, unmeasured"),
+            (false, Some(true) | None) => format!("firmware started {release} as it was signed, under the site's key"),
+            (false, Some(false)) => {
+                format!(
+                    "firmware started {release} as it was signed, under the site's key; its kernel measures no kexec"
+                )
+            }
+        }
+    }
 }
 
 impl Machine {
@@ -168,12 +221,10 @@ impl Machine {
         }
         let Proven { boot_id, endorsement, booted, .. } = proven;
         let (mut state, mut reason, carried, firmware) = match booted {
-            Ok(ProvenBoot { cold, carried }) => {
-                let words = if carried {
-                    format!("attested at cold boot ({}), carried by kexec", cold.release)
-                } else {
-                    format!("firmware started {} as it was signed, under the site's key", cold.release)
-                };
+            Ok(booted) => {
+                let words = booted.reason();
+                let ProvenBoot { cold, carried, began } = booted;
+                self.attestations.began = began;
                 let firmware = cold.firmware.clone();
                 self.attestations.cold = Some(cold);
                 (AttestationState::Attested, words, carried, Some(firmware))
@@ -207,6 +258,19 @@ impl Machine {
         wake(out);
     }
 
+    /// It says what its kernel measured, before a kexec.
+    pub(crate) fn leaves(&mut self, left: Left, out: &mut Vec<Action>) {
+        if self.boots.back().is_none_or(|boot| boot.boot_id != left.boot_id) {
+            // Another boot has begun since.
+            return;
+        }
+        if let Err(reason) = &left.loaded {
+            out.push(Action::Say { warn: true, text: reason.clone() });
+        }
+        self.attestations.left = Some(left);
+        save(out);
+    }
+
     /// What was proven in this boot is what a person approved, where nothing was pinned before.
     pub(crate) fn pin_tpm(&mut self) {
         let Some(proof) = self.proof() else { return };
@@ -224,7 +288,8 @@ impl Machine {
 
     /// A person accepts TPM and firmware as they are: what the next proof shows is pinned.
     pub(crate) fn accept_tpm(&mut self, out: &mut Vec<Action>) {
-        self.attestations = Attestations { recorded: self.attestations.recorded.take(), ..Attestations::default() };
+        let Attestations { recorded, left, .. } = std::mem::take(&mut self.attestations);
+        self.attestations = Attestations { recorded, left, ..Attestations::default() };
         save(out);
         wake(out);
     }

@@ -1,6 +1,6 @@
 //! What can happen to a machine, and what follows.
 
-use crate::attestation::Proven;
+use crate::attestation::{Left, Proven};
 use crate::boots::StageAt;
 use crate::expected::Comparison;
 use crate::hardware::HardwareEvent;
@@ -38,6 +38,8 @@ pub enum Event {
     Report(Box<Reported>),
     /// What its TPM proved was checked.
     Proven(Box<Proven>),
+    /// It goes by kexec, and said before what its kernel measured.
+    Leaves(Box<Left>),
     /// A person accepts its TPM and firmware as they are now.
     AcceptTpm,
     /// A person, or the pre-loaded list, said what it is for.

@@ -34,7 +34,7 @@ mod step;
 mod trial;
 
 pub use acceptance::{ACCEPTANCE_KEPT, AcceptanceRun, Demand};
-pub use attestation::{Attestations, BootProof, ColdBoot, Pinned, Proven, ProvenBoot};
+pub use attestation::{Attestations, Began, BootProof, ColdBoot, Left, Pinned, Proven, ProvenBoot};
 pub use boots::{BOOTS_KEPT, Boot, RECORDS_KEPT, StageAt};
 pub use condition::{EVENTS_KEPT, EventAt, KnownCondition};
 pub use drift::{DRIFT_PATIENCE_MS, DRIFT_REBUILDS, DRIFT_WINDOW_MS, DriftPolicy, KnownDrift};

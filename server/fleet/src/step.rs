@@ -36,6 +36,7 @@ impl Machine {
             | Event::Replaced { .. }
             | Event::Excuse { .. }
             | Event::Proven(_)
+            | Event::Leaves(_)
             | Event::AcceptTpm
             | Event::Tick => self.lapse(limits, now, &mut out),
         }
@@ -66,6 +67,7 @@ impl Machine {
             Event::Replaced { by } => self.retire(&format!("{by} took its place"), now, &mut out),
             Event::Excuse { reason } => self.excuse(reason, &mut out),
             Event::Proven(proven) => self.proven(*proven, now, &mut out),
+            Event::Leaves(left) => self.leaves(*left, &mut out),
             Event::AcceptTpm => self.accept_tpm(&mut out),
             Event::Tick => self.tick(limits, now, &mut out),
             Event::ServerStarted => {

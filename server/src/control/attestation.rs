@@ -1,6 +1,7 @@
 //! Proofs of what machines booted: the question, and the verdict on its answer. What was asked is kept in memory only, and is
 //! good once: a server that starts again asks again.
 
+use super::kexecs::{self, Kernel};
 use super::secrets::Asks;
 use super::{Control, Pending, now_ms};
 use crate::catalog::Catalog;
@@ -11,7 +12,7 @@ use kiln_protocol::tpm::{self, EccPoint, QUOTED, Quote, Template};
 use kiln_protocol::{
     Attestation, AttestationState, Challenge, Firmware, HexBytes, Judged, KeyId, MachineId, Nonce, ReleaseId, Sha256Hex,
 };
-use kiln_release::measured::{self, Doubt, Evidence, Finding, Quoted};
+use kiln_release::measured::{self, Doubt, Evidence, Finding, IMA_PCR, Quoted};
 use kiln_release::{Measured, hex};
 use ring::rand::{SecureRandom, SystemRandom};
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,10 +32,21 @@ impl Questions {
     pub(super) fn forget(&mut self, id: &MachineId) {
         self.0.remove(id);
     }
+
+    /// One step more of this machine's.
+    pub(super) fn count(&mut self, machine: &MachineId, now: Millis) -> Result<&mut Question, AttestationError> {
+        let new = Question { since: now, count: 0, at: now, asked: None };
+        let question = self.0.entry(machine.clone()).or_insert(new);
+        if now >= question.since.saturating_add(MINUTE_MS) {
+            (question.since, question.count) = (now, 0);
+        }
+        question.count += 1;
+        if question.count > A_MINUTE { Err(AttestationError::TooOften) } else { Ok(question) }
+    }
 }
 
 #[derive(Debug)]
-struct Question {
+pub(super) struct Question {
     /// The minute that is counted began then.
     since: Millis,
     count: u32,
@@ -74,6 +86,8 @@ struct Shown {
     pcrs: Vec<Sha256Hex>,
     quote: Quote,
     log: Vec<u8>,
+    /// What its kernel measured.
+    measured: Vec<u8>,
     /// Public area of what its secrets shall be sealed to.
     delivery: Option<Vec<u8>>,
 }
@@ -84,11 +98,11 @@ fn random() -> Result<[u8; 32], AttestationError> {
     Ok(bytes)
 }
 
-fn id(bytes: &[u8; 32]) -> Sha256Hex {
+pub(super) fn id(bytes: &[u8; 32]) -> Sha256Hex {
     hex::encode(bytes).parse().expect("32 bytes are 64 hex digits")
 }
 
-fn raw(id: &Sha256Hex) -> [u8; 32] {
+pub(super) fn raw(id: &Sha256Hex) -> [u8; 32] {
     hex::decode(id.as_str()).and_then(|bytes| bytes.try_into().ok()).expect("64 hex digits are 32 bytes")
 }
 
@@ -104,11 +118,14 @@ impl Control {
             Attestation::Hello { machine, boot_id, endorsement, attestation } => {
                 Ok(Answer::Challenge(self.ask_tpm(key, &machine, boot_id, &endorsement.0, &attestation.0)?))
             }
-            Attestation::Prove { machine, boot_id, secret, pcrs, quoted, signature, event_log, delivery } => {
+            Attestation::Prove { machine, boot_id, secret, pcrs, quoted, signature, event_log, measured, delivery } => {
                 let quote = Quote { attest: quoted.0, signature: signature.0 };
                 let delivery = delivery.map(|area| area.0);
-                let shown = Shown { secret, pcrs, quote, log: event_log.0, delivery };
+                let shown = Shown { secret, pcrs, quote, log: event_log.0, measured: measured.0, delivery };
                 Ok(Answer::Judged(self.judge(key, &machine, &boot_id, &shown).await?))
+            }
+            Attestation::Leave { machine, boot_id, measured } => {
+                Ok(Answer::Judged(self.leaves(key, &machine, &boot_id, &measured.0).await?))
             }
         }
     }
@@ -132,17 +149,8 @@ impl Control {
             if !speaks(inner.machines.get(machine), key, &boot_id) {
                 return Err(AttestationError::NotReported);
             }
-            let questions = &mut inner.attestations.0;
-            let new = Question { since: now, count: 0, at: now, asked: None };
-            let question = questions.entry(machine.clone()).or_insert(new);
-            if now >= question.since.saturating_add(MINUTE_MS) {
-                (question.since, question.count) = (now, 0);
-            }
-            question.count += 1;
+            let question = inner.attestations.count(machine, now)?;
             (question.at, question.asked) = (now, None);
-            if question.count > A_MINUTE {
-                return Err(AttestationError::TooOften);
-            }
         }
         let (nonce, secret) = (random()?, random()?);
         let credential = credential::wrap(&secret, &endorsement, &name)?;
@@ -228,7 +236,7 @@ impl Control {
 }
 
 /// It is the machine's own key, in the boot that it reported last.
-fn speaks(machine: Option<&Machine>, key: &KeyId, boot_id: &str) -> bool {
+pub(super) fn speaks(machine: Option<&Machine>, key: &KeyId, boot_id: &str) -> bool {
     machine.is_some_and(|m| m.key.as_ref() == Some(key) && m.boots.back().is_some_and(|b| b.boot_id == boot_id))
 }
 
@@ -273,9 +281,11 @@ fn verdict(
         Finding::Doubt(doubt) => (AttestationState::Unattested, doubt.to_string()),
         Finding::Fault(fault) => (AttestationState::Failed, fault.to_string()),
     };
+    let pcr10 = quoted.value(IMA_PCR).unwrap_or_default();
+    let kernel = Kernel { machine, boot_id, embedded: embedded.as_ref(), catalog, list: &shown.measured, pcr10 };
     let evidence = match measured::read(&shown.log, quoted) {
         // A kernel that was started by kexec may have lost the log. The PCRs are those of the cold boot all the same.
-        Err(Finding::Doubt(Doubt::NoLog)) => return without_log(machine, boot_id, quoted, &shown.pcrs, clock, told),
+        Err(Finding::Doubt(Doubt::NoLog)) => return without_log(&kernel, quoted, &shown.pcrs, clock, told),
         evidence => evidence.map_err(told)?,
     };
     let (release, named) = started(&evidence, catalog, embedded.as_ref()).map_err(fault)?;
@@ -292,12 +302,14 @@ fn verdict(
     }
     let before = machine.attestations.cold.as_ref().filter(|cold| same_start(cold, clock));
     let carried = by_kexec(booted.caps, before.map(|cold| cold.boot_id.as_str()), boot_id, here);
+    let measures = named.kexec.is_some();
+    let began = kexecs::began(&kernel, measures, carried).map_err(|found| fault(found.to_string()))?;
     let boot_id = before.filter(|_| carried).map_or_else(|| boot_id.to_owned(), |cold| cold.boot_id.clone());
     let pcr11 = named.pcr11.parse().map_err(|_| fault("its manifest's PCR 11 is no SHA-256".into()))?;
     let firmware = booted.firmware.map(|part| part.parse().expect("measured::judge gives SHA-256 in hex"));
     let (resets, restarts) = (clock.resets, clock.restarts);
-    let cold = ColdBoot { boot_id, resets, restarts, release, pcr11, pcrs: shown.pcrs.clone(), firmware };
-    Ok(ProvenBoot { cold, carried })
+    let cold = ColdBoot { boot_id, resets, restarts, release, pcr11, pcrs: shown.pcrs.clone(), firmware, measures };
+    Ok(ProvenBoot { cold, carried, began })
 }
 
 /// Whether a kexec started this kernel, by how often PCR 11 was capped: once where an initramfs is left, and once more before a
@@ -335,18 +347,17 @@ fn same_start(cold: &ColdBoot, clock: tpm::ClockInfo) -> bool {
 
 /// A boot whose kernel has no event log: it is a kexec after the cold boot that was proven, with the same PCRs.
 fn without_log(
-    machine: &Machine,
-    boot_id: &str,
+    kernel: &Kernel<'_>,
     quoted: Quoted<'_>,
     pcrs: &[Sha256Hex],
     clock: tpm::ClockInfo,
     told: impl Fn(Finding) -> (AttestationState, String),
 ) -> Result<ProvenBoot, (AttestationState, String)> {
-    let Some(cold) = machine.attestations.cold.as_ref().filter(|cold| same_start(cold, clock)) else {
+    let Some(cold) = kernel.machine.attestations.cold.as_ref().filter(|cold| same_start(cold, clock)) else {
         return Err(told(Doubt::NoLog.into()));
     };
     for (pcr, (is, was)) in QUOTED.iter().zip(pcrs.iter().zip(&cold.pcrs)) {
-        // 10 takes what IMA measures, 11 the caps.
+        // 10 takes what the kernel measures and is judged by itself, 11 the caps.
         if !matches!(pcr, 10 | 11) && is != was {
             let reason = format!("PCR {pcr} has changed since the cold boot that was attested");
             return Err((AttestationState::Failed, reason));
@@ -355,8 +366,10 @@ fn without_log(
     let pcr11 = quoted.value(11).unwrap_or_default();
     match measured::caps(raw(&cold.pcr11), pcr11) {
         Some(caps) => {
-            let carried = by_kexec(caps, Some(&cold.boot_id), boot_id, false);
-            Ok(ProvenBoot { cold: ColdBoot { pcrs: pcrs.to_vec(), ..cold.clone() }, carried })
+            let carried = by_kexec(caps, Some(&cold.boot_id), kernel.boot_id, false);
+            let began = kexecs::began(kernel, cold.measures, carried);
+            let began = began.map_err(|found| (AttestationState::Failed, found.to_string()))?;
+            Ok(ProvenBoot { cold: ColdBoot { pcrs: pcrs.to_vec(), ..cold.clone() }, carried, began })
         }
         None => {
             let (expected, got) = (cold.pcr11.to_string(), id(&pcr11).to_string());

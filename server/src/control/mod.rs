@@ -11,6 +11,7 @@ mod expected;
 mod hardware;
 mod index;
 mod introductions;
+mod kexecs;
 mod leases;
 mod logs;
 mod netboot;

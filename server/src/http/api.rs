@@ -124,7 +124,9 @@ fn expected_status(e: &ExpectedError) -> StatusCode {
 fn attestation_status(e: &AttestationError) -> StatusCode {
     match e {
         AttestationError::TooOften => StatusCode::TOO_MANY_REQUESTS,
-        AttestationError::NotReported | AttestationError::NotAsked => StatusCode::CONFLICT,
+        AttestationError::NotReported | AttestationError::NotAsked | AttestationError::NotProven => {
+            StatusCode::CONFLICT
+        }
         AttestationError::Key(_) | AttestationError::Point => StatusCode::UNPROCESSABLE_ENTITY,
         AttestationError::Random => StatusCode::INTERNAL_SERVER_ERROR,
     }

@@ -17,6 +17,8 @@ pub struct Chip {
     dir: tempfile::TempDir,
     stream: UnixStream,
     pub log: Vec<u8>,
+    /// What the kernel that runs says that it measured.
+    pub measured: Vec<u8>,
 }
 
 impl Drop for Chip {
@@ -61,7 +63,7 @@ impl Chip {
     pub fn new() -> Option<Self> {
         let dir = tempfile::tempdir().unwrap();
         let (child, stream) = start(dir.path())?;
-        Some(Self { child, dir, stream, log: Vec::new() })
+        Some(Self { child, dir, stream, log: Vec::new(), measured: Vec::new() })
     }
 
     /// Off and on again: PCRs are zero, the keys are the same.
@@ -70,6 +72,7 @@ impl Chip {
         let _ = self.child.wait();
         (self.child, self.stream) = start(self.dir.path()).unwrap();
         self.log.clear();
+        self.measured.clear();
     }
 
     pub fn run<T>(&mut self, command: &Command<T>) -> T {
@@ -98,6 +101,33 @@ impl Chip {
         let number = |n: usize| u64::try_from(n).unwrap().to_le_bytes();
         let data = [&[9; 16][..], &number(name.len()), &number(content.len()), &units, content].concat();
         self.event(7, 0x8000_0001, sha256(&data), &data);
+    }
+
+    /// The kernel measures: PCR 10 is extended by the fields, and they are in its list.
+    pub fn measures(&mut self, fields: &[&[u8]]) {
+        let sized = |bytes: &[u8]| [&u32::try_from(bytes.len()).unwrap().to_le_bytes()[..], bytes].concat();
+        let data: Vec<u8> = fields.iter().flat_map(|field| sized(field)).collect();
+        self.run(&command::pcr_extend(10, &sha256(&data)));
+        let entry = [&10_u32.to_le_bytes()[..], &[7; 20], &sized(b"ima"), &sized(&data)].concat();
+        self.measured.extend(entry);
+    }
+
+    /// A kernel starts, under the policy: its first word, and a module.
+    pub fn kernel_starts(&mut self) {
+        self.measured.clear();
+        for (name, content) in [("boot_aggregate", "PCRs"), ("/usr/lib/modules/a.ko", "module")] {
+            let digest = [b"sha256:\0".as_slice(), &sha256(content.as_bytes())].concat();
+            self.measures(&[&digest, format!("{name}\0").as_bytes(), &[]]);
+        }
+    }
+
+    /// It loads a kernel for a kexec: the release's, with this as its initramfs.
+    pub fn kernel_loads(&mut self, manifest: &Manifest, initramfs: [u8; 32]) {
+        let digest = [b"sha256:\0".as_slice(), &raw(&manifest.kernel.sha256)].concat();
+        self.measures(&[&digest, b"memfd:kiln-kernel\0", &[]]);
+        self.measures(&[&[b"ima:sha256:\0".as_slice(), &initramfs].concat(), b"memfd:kiln-initrd\0"]);
+        let line = manifest.command_line.as_bytes();
+        self.measures(&[&[b"sha256:\0".as_slice(), &sha256(line)].concat(), b"kexec-cmdline\0", line]);
     }
 
     /// The key that secrets are delivered to, by the PCRs as they are now: its handle is flushed where it is not needed.
@@ -214,6 +244,7 @@ pub async fn prove_as(
         quoted: HexBytes(quote.attest),
         signature: HexBytes(quote.signature),
         event_log: HexBytes(chip.log.clone()),
+        measured: HexBytes(chip.measured.clone()),
         delivery,
     };
     (judge(server, agent, &shown).await, shown, nonce)

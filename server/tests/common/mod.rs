@@ -97,7 +97,7 @@ pub fn measured(release: u64) -> Measured {
     let parts: [u8; 32] = hex::decode(&hex::sha256(format!("parts {release}").as_bytes())).unwrap().try_into().unwrap();
     let pcr11 = hex::encode(&kiln_release::measured::extend(&[0; 32], &parts));
     let [uki, kernel] = ["uki", "kernel"].map(|what| hex::sha256(format!("{what} {release}").as_bytes()));
-    Measured { pcr11, uki, kernel, loader: None, certificate: Some(hex::sha256(b"site")) }
+    Measured { pcr11, uki, kernel, loader: None, certificate: Some(hex::sha256(b"site")), kexec: None }
 }
 
 pub struct TestSite {

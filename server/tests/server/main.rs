@@ -19,6 +19,7 @@ mod http;
 mod https;
 mod introductions;
 mod inventory;
+mod kexecs;
 mod limits;
 mod logs;
 mod oidc;

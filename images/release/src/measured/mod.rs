@@ -3,17 +3,24 @@
 //!
 //! Firmware and systemd's stub extend the PCRs (TCG PC Client Platform Firmware Profile 1.06 §3.3.4; UAPI "TPM2 PCR
 //! Measurements"): 0–3 firmware and its settings, 4 what firmware starts, 7 Secure Boot, 11 the UKI's parts, 12 what was added to
-//! its command line. The quote proves the values, the log explains them, and only what replays to the values is believed.
+//! its command line. The kernel extends 10 by what it loads for a kexec. The quote proves the values, the logs explain them, and
+//! only what replays to the values is believed.
 
 mod change;
+mod ima;
+#[cfg(test)]
+mod ima_tests;
 mod judge;
+mod kexec;
 mod log;
 mod predict;
 #[cfg(test)]
 mod tests;
 
 pub use change::after_change;
+pub use ima::{IMA_PCR, IMA_POLICY, ImaEntry, ImaError, ImaList, ImaWhat, ima_unmeasured};
 pub use judge::{Booted, Doubt, Evidence, Fault, Finding, MAX_CAPS, Quoted, caps, judge, read};
+pub use kexec::{ForeignKexec, loaded};
 pub use log::{Log, LogError, LogEvent};
 pub use predict::{measured, pcr11};
 

@@ -42,5 +42,6 @@ pub fn measured(
         kernel: name(kernel)?,
         loader: loader.map(name).transpose()?,
         certificate,
+        kexec: None,
     })
 }

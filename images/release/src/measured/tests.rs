@@ -91,6 +91,7 @@ fn release() -> Measured {
         kernel: hex::encode(&KERNEL),
         loader: None,
         certificate: Some(hex::sha256(b"site")),
+        kexec: None,
     }
 }
 

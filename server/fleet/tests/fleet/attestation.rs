@@ -17,11 +17,20 @@ fn reports(boot: &str, seq: u64, tpm: TpmPresence) -> Event {
 fn cold(boot: &str, firmware: [u8; 4]) -> ColdBoot {
     let firmware = firmware.map(hash);
     let boot_id = boot.to_owned();
-    ColdBoot { boot_id, resets: 1, restarts: 0, release: rel(1), pcr11: hash(9), pcrs: Vec::new(), firmware }
+    ColdBoot {
+        boot_id,
+        resets: 1,
+        restarts: 0,
+        release: rel(1),
+        pcr11: hash(9),
+        pcrs: Vec::new(),
+        firmware,
+        measures: false,
+    }
 }
 
 fn proven(boot: &str, tpm: u8, firmware: [u8; 4]) -> Event {
-    let booted = Ok(ProvenBoot { cold: cold(boot, firmware), carried: false });
+    let booted = Ok(ProvenBoot { cold: cold(boot, firmware), carried: false, began: None });
     Event::Proven(Box::new(Proven { key: key(1), boot_id: boot.into(), endorsement: Some(hash(tpm)), booted }))
 }
 
@@ -136,4 +145,44 @@ fn whoever_holds_a_machines_key_does_not_fill_the_audit_log() {
     assert_eq!(lines, 10);
     s.now += 3_600_000;
     assert_eq!(says(&mut s, 300, ProtectionClass::Enforced), 1, "what it came to is recorded");
+}
+
+#[test]
+fn a_word_before_a_kexec_is_kept_of_the_boot_that_goes_on_and_outlives_the_server() {
+    let left = |boot: &str, loaded| Left { boot_id: boot.into(), pcr10: hash(5), measured: true, loaded };
+    let mut s = Story::new();
+    s.then(reports("a", 1, TpmPresence::Ready));
+    s.then(Event::Leaves(Box::new(left("z", Ok(vec![rel(2)])))));
+    assert_eq!(s.m.attestations.left, None, "that boot is over");
+    s.then(Event::Leaves(Box::new(left("a", Ok(vec![rel(2)])))));
+    assert_eq!(s.m.attestations.left, Some(left("a", Ok(vec![rel(2)]))));
+    let bad = left("a", Err("a foreign initramfs".into()));
+    s.then(Event::Leaves(Box::new(bad.clone())));
+    let warns = |action: &Action| matches!(action, Action::Say { warn: true, text } if text == "a foreign initramfs");
+    assert!(s.last.iter().any(warns), "{:?}", s.last);
+    // What a person accepts is the machine as it is; what its kernels said stays.
+    s.then(Event::AcceptTpm);
+    let stored: Machine = serde_json::from_str(&serde_json::to_string(&s.m).unwrap()).unwrap();
+    assert_eq!(stored.attestations.left, Some(bad));
+}
+
+#[test]
+fn a_kexec_that_was_not_measured_is_said_to_be_so() {
+    let began = |measured| Began { boot_id: "a".into(), pcr10: hash(5), measured };
+    for (carried, began, words) in [
+        (false, None, "under the site's key"),
+        (false, Some(began(true)), "under the site's key"),
+        (false, Some(began(false)), "its kernel measures no kexec"),
+        (true, None, "carried by kexec, unmeasured"),
+        (true, Some(began(false)), "carried by kexec, unmeasured"),
+        (true, Some(began(true)), "carried by kexec"),
+    ] {
+        let mut s = Story::new();
+        s.then(reports("a", 1, TpmPresence::Ready));
+        let booted = Ok(ProvenBoot { cold: cold("a", [1, 2, 3, 4]), carried, began: began.clone() });
+        let proven = Proven { key: key(1), boot_id: "a".into(), endorsement: Some(hash(7)), booted };
+        s.then(Event::Proven(Box::new(proven)));
+        assert!(s.m.attestation().1.ends_with(words), "{:?}", s.m.attestation());
+        assert_eq!(s.m.attestations.began, began);
+    }
 }

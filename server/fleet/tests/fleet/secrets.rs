@@ -21,8 +21,17 @@ fn proven(boot: &str, release: u64, carried: bool) -> Event {
     let firmware = [1, 2, 3, 4].map(hash);
     let release = rel(release);
     let boot_id = boot.to_owned();
-    let cold = ColdBoot { boot_id, resets: 1, restarts: 0, release, pcr11: hash(9), pcrs: Vec::new(), firmware };
-    let booted = Ok(ProvenBoot { cold, carried });
+    let cold = ColdBoot {
+        boot_id,
+        resets: 1,
+        restarts: 0,
+        release,
+        pcr11: hash(9),
+        pcrs: Vec::new(),
+        firmware,
+        measures: false,
+    };
+    let booted = Ok(ProvenBoot { cold, carried, began: None });
     Event::Proven(Box::new(Proven { key: key(1), boot_id: boot.into(), endorsement: Some(hash(7)), booted }))
 }
 

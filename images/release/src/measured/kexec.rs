@@ -1,0 +1,50 @@
+//! What was loaded for a kexec, by the kernel's own list, against what the site's releases are.
+
+use super::ima::{ImaList, ImaWhat};
+use crate::formats::Manifest;
+use crate::hex;
+use std::collections::BTreeSet;
+
+/// Something was loaded for a kexec, or measured with what was, that no release of the site is.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a kernel measured {what} for a kexec, which is no release published here (PCR 10, entry {entry})")]
+pub struct ForeignKexec {
+    /// Which entry of its list, from 1.
+    pub entry: usize,
+    /// What it is.
+    pub what: String,
+}
+
+/// The releases that were loaded whole: kernel, initramfs and command line are theirs. The kernel's rules do not tell a kernel that
+/// was loaded from a module, and of neither every possible one is known: of files it is asked only that the release's kernel is
+/// among them. That it is signed is the business of the kernel that loads it.
+pub fn loaded<K: Ord + Clone>(list: &ImaList<'_>, releases: &[(K, &Manifest)]) -> Result<BTreeSet<K>, ForeignKexec> {
+    let (mut files, mut lines, mut crossed) = (BTreeSet::new(), BTreeSet::new(), Vec::new());
+    for (n, entry) in list.0.iter().enumerate() {
+        let foreign = || ForeignKexec { entry: n + 1, what: entry.what.describe() };
+        match entry.what {
+            ImaWhat::File { sha256, .. } => {
+                files.insert(hex::encode(&sha256));
+            }
+            ImaWhat::CommandLine(line) => {
+                if !releases.iter().any(|(_, manifest)| manifest.command_line.as_bytes() == line) {
+                    return Err(foreign());
+                }
+                lines.insert(line);
+            }
+            ImaWhat::Initramfs { sha256 } => {
+                let sha256 = hex::encode(&sha256);
+                let is =
+                    |manifest: &Manifest| manifest.measured.as_ref()?.kexec.as_ref().map(|kexec| kexec.is(&sha256));
+                let release = releases.iter().find(|(_, manifest)| is(manifest) == Some(true));
+                crossed.push(release.ok_or_else(foreign)?);
+            }
+            ImaWhat::Unmeasured => {}
+            ImaWhat::Other => return Err(foreign()),
+        }
+    }
+    let whole = crossed.into_iter().filter(|(_, manifest)| {
+        files.contains(&manifest.kernel.sha256) && lines.contains(manifest.command_line.as_bytes())
+    });
+    Ok(whole.map(|(release, _)| release.clone()).collect())
+}

@@ -172,7 +172,7 @@ mod tests {
         let request = probe.request(0x0102);
         assert_eq!((checksum(&request), &request[4..8]), (0, &[7, 8, 1, 2][..]));
         let reply = |change: fn(&mut Vec<u8>)| {
-            let mut packet = [&[0x45_u8; 20][..], &request].concat();
+            let mut packet = [&[0x45_u8; 20][..], &request[..]].concat();
             packet[20] = 0;
             change(&mut packet);
             probe.answers(&packet)

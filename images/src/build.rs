@@ -3,14 +3,14 @@
 //! A finished release's folder is replaced whole, by renaming. Two builds on one cache wait for each other.
 
 use crate::base::{Base, json, make_folder, read, write_as};
+use crate::boot_keys::{SigningKey, Unlock};
 use crate::error::BuildError;
 use crate::firmware::Firmware;
 use crate::progress::{Progress, Steps};
 use crate::recipe::Recipe;
 use crate::repository::Repository;
-use crate::secure_boot::{self, SigningKey};
 use crate::site::SiteDir;
-use crate::{host, initramfs, root, sbom, tarball, uki};
+use crate::{host, initramfs, root, sbom, secure_boot, tarball, uki};
 use jiff::Timestamp;
 use kiln_release::hex::sha256;
 use kiln_release::measured::measured;
@@ -99,8 +99,13 @@ struct Stamp {
     files: BTreeMap<String, Artifact>,
 }
 
-/// Builds a release.
+/// Builds a release at a site whose key is not encrypted.
 pub fn build(options: &BuildOptions) -> Result<Built, BuildError> {
+    build_with(options, &mut Unlock::nobody())
+}
+
+/// Builds a release. Whom to ask for the key's passphrase is asked first.
+pub fn build_with(options: &BuildOptions, unlock: &mut Unlock<'_>) -> Result<Built, BuildError> {
     let recipe = Recipe::load(&options.recipe)?;
     let site = SiteDir::open(&options.site_dir)?;
     let published = Repository::newest(&site, Timestamp::now())?;
@@ -108,7 +113,7 @@ pub fn build(options: &BuildOptions) -> Result<Built, BuildError> {
     let following = || published.highest(&recipe.name).map_or(1, |newest| newest.release.saturating_add(1));
     let release = options.release.unwrap_or_else(following);
     let agent_api_ca_pem = site.read_online("agent-ca.pem")?;
-    let key = if options.unsigned { None } else { Some(SigningKey::open(&site, "db")?) };
+    let key = if options.unsigned { None } else { Some(SigningKey::open(&site, "db", unlock)?) };
     let settings = Settings { name: &site.name, agent_api_ca_pem, trust_root: published.trust_root, key };
     make_folder(&options.cache)?;
     let _lock = lock(&options.cache)?;

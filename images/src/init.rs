@@ -3,9 +3,9 @@
 //! `--lab` means threshold 1 and unencrypted keys in `offline/`, nothing else. What a site whose keys people hold has in
 //! common with it is here too; the rest of that is in `ceremony.rs`.
 
+use crate::boot_keys::init_secure_boot;
 use crate::files::{PUBLIC, SECRET, make_dir, sync_folder, write_atomic};
 use crate::https::ca_params;
-use crate::secure_boot::init_secure_boot;
 use crate::site::{OFFLINE_LIFETIME, SiteDir, TIMESTAMP_LIFETIME, after, new_key, sign, write_key};
 use crate::site_error::SiteError;
 use jiff::Timestamp;
@@ -51,7 +51,7 @@ pub fn init_lab(dir: &Path, name: &str, now: Timestamp) -> Result<SiteDir, SiteE
     }
     write_key(&site.online("timestamp.key"), &keys.timestamp)?;
     write_key(&site.online("director.key"), &keys.director)?;
-    init_secure_boot(site)?;
+    init_secure_boot(site, None, 0)?;
     let ca_pem = write_agent_api(site, name)?;
     write_first_metadata(site, name, &keys, ca_pem, now)?;
     prepared.finish(dir)

@@ -1,13 +1,13 @@
 //! The initramfs: the agent as /init, what it is to boot, and the kernel modules it may need before it has a root.
 
 use crate::base::{Base, read};
+use crate::boot_keys::SigningKey;
 use crate::cpio::{Archive, Node};
 use crate::error::BuildError;
 use crate::firmware::Firmware;
 use crate::host;
 use crate::modules::{self, Closure, Index};
 use crate::recipe::Recipe;
-use crate::secure_boot::SigningKey;
 use crate::uki;
 use kiln_release::{BootInfo, IPE_POLICY_PATH, ROOT_SIGNATURE_PATH};
 use std::path::Path;

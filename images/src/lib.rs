@@ -24,13 +24,14 @@ pub mod tarball;
 mod top;
 pub mod uki;
 
-pub use build::{BuildOptions, Built, SiteUrls, build};
+pub use build::{BuildOptions, Built, SiteUrls, build, build_with};
 pub use declared::Declared;
 pub use error::{BuildError, RecipeError};
 pub use progress::Progress;
 pub use top::AGENT_PATH;
 
 mod apply;
+mod boot_keys;
 mod ceremony;
 mod files;
 mod firmware;
@@ -57,6 +58,7 @@ pub mod status;
 mod words;
 
 pub use apply::{Applied, apply, drop_request};
+pub use boot_keys::{KEYS, SigningKey, Unlock, encrypt_secure_boot, init_secure_boot};
 pub use ceremony::{Ceremony, RoleHolders, init_site};
 pub use floor::raise_floor;
 pub use https::https_certificate;
@@ -68,7 +70,7 @@ pub use prune::{PruneOptions, Pruned, prune};
 pub use publish::{Crowded, Published, publish};
 pub use repository::{Memory, Release, Repository};
 pub use revoke::{publish_dbx, revoke};
-pub use secure_boot::{Enrolment, KEYS, SigningKey, enroll, init_secure_boot, sign_program};
+pub use secure_boot::{Enrolment, enroll, sign_program};
 pub use signer::{SignerMemory, sign_request};
 pub use signing::{Changed, Waiting};
 pub use site::SiteDir;

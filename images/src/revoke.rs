@@ -4,8 +4,9 @@
 //! is. `kiln trust secureboot enroll` makes dbx of them, and where KEK is at hand `site.json` names a signed change of dbx
 //! that machines put into their own firmware.
 
+use crate::boot_keys::{SigningKey, Unlock};
 use crate::files::{PUBLIC, read_capped, write_atomic};
-use crate::secure_boot::{SigningKey, dbx_change, digest};
+use crate::secure_boot::{dbx_change, digest};
 use crate::signing::{Changed, change_site};
 use crate::site::SiteDir;
 use crate::site_error::SiteError;
@@ -46,12 +47,12 @@ pub fn revoke(site: &SiteDir, image: &str, release: u64) -> Result<bool, SiteErr
 
 /// Signs the change of dbx for all that is revoked, and names it in `site.json`. Machines take it up as far as they need
 /// nothing of what it names.
-pub fn publish_dbx(site: &SiteDir, now: Timestamp) -> Result<Changed, SiteError> {
+pub fn publish_dbx(site: &SiteDir, now: Timestamp, unlock: &mut Unlock<'_>) -> Result<Changed, SiteError> {
     let all = revoked(site)?;
     let revoked =
         all.iter().map(|(digest, release)| RevokedProgram { digest: hex::encode(digest), release: release.clone() });
     let revoked: Vec<RevokedProgram> = revoked.collect();
-    let kek = SigningKey::open(site, "KEK")?;
+    let kek = SigningKey::open(site, "KEK", unlock)?;
     let bytes = dbx_change(&kek, &all.iter().map(|(digest, _)| *digest).collect::<Vec<_>>(), now);
     let update = Artifact { sha256: hex::sha256(&bytes), length: bytes.len() as u64 };
     if update.length > DbxUpdate::LIMIT {

@@ -1,4 +1,4 @@
-//! Key files of signers: encrypted with a passphrase, or plain PKCS #8 in a lab.
+//! Key files of signers, and of Secure Boot: encrypted with a passphrase, or plain PKCS #8 in a lab.
 //!
 //! PBKDF2-HMAC-SHA256 (RFC 8018) makes a key of the passphrase, ChaCha20-Poly1305 (RFC 8439) encrypts with it. The file
 //! is JSON and says how often PBKDF2 went round, so that the number can grow. Beside a key FILE lies FILE.pub, which
@@ -109,7 +109,10 @@ pub enum KeyFile {
 }
 
 /// An encrypted key.
-pub struct SealedKey {
+pub struct SealedKey(SealedText);
+
+/// What an encrypted file holds: a text, and beside it what the text belongs to.
+pub(crate) struct SealedText {
     path: PathBuf,
     sealed: Sealed,
 }
@@ -120,13 +123,8 @@ impl KeyFile {
         let purpose = "sign";
         let bytes = read_capped(path, MAX_FILE)?.ok_or_else(|| SiteError::NoKey { path: path.into(), purpose })?;
         let text = String::from_utf8_lossy(&bytes);
-        if text.trim_start().starts_with('{') {
-            let wrong = |reason: String| SiteError::KeyFile { path: path.into(), reason };
-            let sealed: Sealed = serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
-            if (sealed.type_.as_str(), sealed.kdf.as_str(), sealed.cipher.as_str()) != (TYPE, KDF, CIPHER) {
-                return Err(wrong(format!("{} with {} and {}", sealed.type_, sealed.kdf, sealed.cipher)));
-            }
-            return Ok(Self::Sealed(SealedKey { path: path.into(), sealed }));
+        if let Some(sealed) = SealedText::read(path, &text, TYPE)? {
+            return Ok(Self::Sealed(SealedKey(sealed)));
         }
         Signer::from_pkcs8_pem(&text).map(Self::Plain).map_err(|source| SiteError::Key { path: path.into(), source })
     }
@@ -135,7 +133,7 @@ impl KeyFile {
     pub fn public(&self) -> Result<PublicKey, SiteError> {
         match self {
             Self::Plain(signer) => Ok(signer.public()),
-            Self::Sealed(SealedKey { path, sealed }) => {
+            Self::Sealed(SealedKey(SealedText { path, sealed })) => {
                 let bytes = hex::decode(&sealed.public).and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
                 let reason = || "its public key is not 64 hex digits".to_owned();
                 bytes.map(PublicKey::ed25519).ok_or_else(|| SiteError::KeyFile { path: path.clone(), reason: reason() })
@@ -147,6 +145,39 @@ impl KeyFile {
 impl SealedKey {
     /// Decrypts it.
     pub fn open(&self, passphrase: &Passphrase) -> Result<Signer, SiteError> {
+        let Self(sealed) = self;
+        let path = &sealed.path;
+        let signer = Signer::from_pkcs8_pem(&sealed.open(passphrase)?)
+            .map_err(|source| SiteError::Key { path: path.clone(), source })?;
+        if hex::encode(&signer.public_bytes()) != sealed.public() {
+            let reason = "its public key is another key's".to_owned();
+            return Err(SiteError::KeyFile { path: path.clone(), reason });
+        }
+        Ok(signer)
+    }
+}
+
+impl SealedText {
+    /// None: the text is not encrypted.
+    pub(crate) fn read(path: &Path, text: &str, type_: &str) -> Result<Option<Self>, SiteError> {
+        if !text.trim_start().starts_with('{') {
+            return Ok(None);
+        }
+        let wrong = |reason: String| SiteError::KeyFile { path: path.into(), reason };
+        let sealed: Sealed = serde_json::from_str(text).map_err(|error| wrong(error.to_string()))?;
+        if (sealed.type_.as_str(), sealed.kdf.as_str(), sealed.cipher.as_str()) != (type_, KDF, CIPHER) {
+            return Err(wrong(format!("{} with {} and {}", sealed.type_, sealed.kdf, sealed.cipher)));
+        }
+        Ok(Some(Self { path: path.into(), sealed }))
+    }
+
+    /// What it belongs to, which its encryption binds it to.
+    pub(crate) fn public(&self) -> &str {
+        &self.sealed.public
+    }
+
+    /// Decrypts it.
+    pub(crate) fn open(&self, passphrase: &Passphrase) -> Result<String, SiteError> {
         let Self { path, sealed } = self;
         let wrong = |reason: &str| SiteError::KeyFile { path: path.clone(), reason: reason.to_owned() };
         let rounds = Some(sealed.rounds).filter(|rounds| *rounds <= MAX_ROUNDS).and_then(NonZeroU32::new);
@@ -157,26 +188,31 @@ impl SealedKey {
         let aad = Aad::from(sealed.public.as_bytes());
         let opened = key.open_in_place(nonce(), aad, &mut bytes);
         let text = opened.map_err(|_| SiteError::WrongPassphrase { path: path.clone() })?;
-        let signer = Signer::from_pkcs8_pem(&String::from_utf8_lossy(text))
-            .map_err(|source| SiteError::Key { path: path.clone(), source })?;
-        if hex::encode(&signer.public_bytes()) != sealed.public {
-            return Err(wrong("its public key is another key's"));
-        }
-        Ok(signer)
+        Ok(String::from_utf8_lossy(text).into_owned())
     }
 }
 
 fn seal(key: &Signer, passphrase: &Passphrase, rounds: u32) -> Result<String, SiteError> {
+    seal_text(TYPE, hex::encode(&key.public_bytes()), key.pkcs8_pem(), passphrase, rounds)
+}
+
+/// Encrypts a text that belongs to what `public` names.
+pub(crate) fn seal_text(
+    type_: &str,
+    public: String,
+    text: String,
+    passphrase: &Passphrase,
+    rounds: u32,
+) -> Result<String, SiteError> {
     let mut salt = [0; 16];
     SystemRandom::new().fill(&mut salt).map_err(|_| SiteError::NoRandomness)?;
-    let public = hex::encode(&key.public_bytes());
-    let mut bytes = key.pkcs8_pem().into_bytes();
+    let mut bytes = text.into_bytes();
     let derived = derive(passphrase, &salt, NonZeroU32::new(rounds).unwrap_or(NonZeroU32::MIN));
     derived
         .seal_in_place_append_tag(nonce(), Aad::from(public.as_bytes()), &mut bytes)
         .expect("a key file is far shorter than the cipher's limit");
     let sealed = Sealed {
-        type_: TYPE.into(),
+        type_: type_.into(),
         public,
         kdf: KDF.into(),
         rounds,

@@ -33,6 +33,13 @@ pub struct Signers {
     pub names: BTreeMap<String, String>,
 }
 
+impl SiteDir {
+    /// Its keys lie in `offline/`: nobody holds them.
+    pub fn is_lab(&self) -> Result<bool, SiteError> {
+        Ok(Signers::read(self)?.is_none())
+    }
+}
+
 impl Signers {
     fn path(site: &SiteDir) -> PathBuf {
         site.path.join("offline/signers.json")

@@ -46,6 +46,10 @@ pub enum SiteError {
     ShortPassphrase { got: usize, least: usize },
     #[error("{}: the passphrase is wrong, or the file is damaged", path.display())]
     WrongPassphrase { path: PathBuf },
+    #[error("{} is encrypted, and nobody is there to ask for its passphrase", path.display())]
+    Encrypted { path: PathBuf },
+    #[error("the passphrase of {}: {reason}", path.display())]
+    NoPassphrase { path: PathBuf, reason: String },
     #[error("{}: {reason}: not a file that this kiln reads", path.display())]
     KeyFile { path: PathBuf, reason: String },
     #[error("{} is no public key of 64 hex digits, as `kiln trust key FILE` leaves it in FILE.pub", path.display())]

@@ -4,6 +4,7 @@
 
 mod cpu;
 mod disk;
+mod echo;
 mod memory;
 mod network;
 

@@ -1,6 +1,8 @@
 //! The network to the boot server: this release's own boot program is downloaded again and again, and its hash compared.
-//! Beside the speed: what the link was negotiated to, and what was damaged, dropped or came out of order meanwhile.
+//! Beside the speed: what the link was negotiated to, what was damaged, dropped or came out of order meanwhile, and what of
+//! a counted set of echoes is lost while nothing else is under way.
 
+use super::echo::{self, Echoes};
 use super::result;
 use crate::fetch;
 use crate::handoff::Handoff;
@@ -93,17 +95,44 @@ pub fn test(plan: &AcceptancePlan, within: Duration) -> Vec<TestResult> {
         Ok(runtime) => runtime,
         Err(error) => return failed(error.to_string()),
     };
+    let handoff = match Handoff::read() {
+        Ok(handoff) => handoff,
+        Err(error) => return failed(error.to_string()),
+    };
     let before = counts(&root, &nics);
-    let got = Handoff::read().map_err(|e| e.to_string());
-    let got = got.and_then(|handoff| runtime.block_on(download(&handoff, within)));
+    let got = runtime.block_on(download(&handoff, within));
     let after = counts(&root, &nics);
-    match got {
-        Ok(got) => vec![judge(plan, part.clone(), nic.map_or(0, |nic| nic.mbps), &got, before, after)],
-        Err(reason) => failed(reason),
+    let got = match got {
+        Ok(got) => got,
+        Err(reason) => return failed(reason),
+    };
+    let server = handoff.servers.http.first().ok_or_else(|| "no boot server is known".to_owned());
+    let echoes = server.and_then(|base| echo::probe(base));
+    vec![judge(plan, part, nic.map_or(0, |nic| nic.mbps), &got, (before, after), &echoes)]
+}
+
+/// What the echoes say, and whether more of them are lost than is allowed. A server may be told to answer none.
+fn heard(plan: &AcceptancePlan, echoes: &Result<Echoes, String>) -> (String, bool) {
+    match echoes {
+        Ok(Echoes { back: 0, .. }) => ("the boot server answers no echoes (ICMP): loss was not probed".into(), false),
+        Ok(echoes) => {
+            let many = echoes.lost_per_million() > plan.network_lost_per_million;
+            let allowed = u64::from(echoes.sent) * plan.network_lost_per_million / 1_000_000;
+            let asked = if many { format!(", more than {allowed}") } else { String::new() };
+            (format!("of {} echoes {} were lost{asked}", echoes.sent, echoes.lost()), many)
+        }
+        Err(reason) => (format!("loss was not probed: {reason}"), false),
     }
 }
 
-fn judge(plan: &AcceptancePlan, part: String, mbps: u32, got: &Got, before: Counts, after: Counts) -> TestResult {
+fn judge(
+    plan: &AcceptancePlan,
+    part: String,
+    mbps: u32,
+    got: &Got,
+    (before, after): (Counts, Counts),
+    echoes: &Result<Echoes, String>,
+) -> TestResult {
     #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
     // a figure for people
     let rate = (got.bytes as f64 / got.seconds.max(0.001) / f64::from(1 << 20)) as u64;
@@ -114,13 +143,20 @@ fn judge(plan: &AcceptancePlan, part: String, mbps: u32, got: &Got, before: Coun
     let link = if mbps == 0 { "a link of unknown speed".to_owned() } else { format!("a link of {}", speed(mbps)) };
     let many = lost > plan.network_lost_per_million;
     let asked = if many { format!(", more than {}", plan.network_lost_per_million) } else { String::new() };
+    let (words, too_few_back) = heard(plan, echoes);
     let detail = format!(
-        "{rate} MiB/s over {link} in {} downloads; of a million packets {lost} came damaged or out of order{asked}",
+        "{rate} MiB/s over {link} in {} downloads; of a million packets {lost} came damaged or out of order{asked}; {words}",
         got.rounds
     );
-    let measures = [("mib_s", rate), ("lost_per_million", lost), ("link_mbit_s", u64::from(mbps))];
-    let known = if mbps == 0 { &measures[..2] } else { &measures[..] };
-    result(TestKind::Network, part, if many { Outcome::Failed } else { Outcome::Passed }, detail, known)
+    let mut measures = vec![("mib_s", rate), ("lost_per_million", lost)];
+    if mbps != 0 {
+        measures.push(("link_mbit_s", u64::from(mbps)));
+    }
+    if let Some(echoes) = echoes.as_ref().ok().filter(|echoes| echoes.back > 0) {
+        measures.push(("echo_lost_per_million", echoes.lost_per_million()));
+    }
+    let outcome = if many || too_few_back { Outcome::Failed } else { Outcome::Passed };
+    result(TestKind::Network, part, outcome, detail, &measures)
 }
 
 #[cfg(test)]
@@ -133,16 +169,29 @@ mod tests {
         let before = Counts { segments: 1_000, out_of_order: 5, damaged: 1 };
         let after = Counts { segments: 201_000, out_of_order: 105, damaged: 101 };
         let plan = AcceptancePlan { network_lost_per_million: 1000, ..AcceptancePlan::default() };
-        let said = judge(&plan, "eth0".into(), 1000, &got, before, after);
+        let counts = (before, after);
+        let echoes = |back| Ok(Echoes { sent: 1000, back });
+        let said = judge(&plan, "eth0".into(), 1000, &got, counts, &echoes(999));
         assert_eq!(said.outcome, Outcome::Passed);
         assert_eq!(
             said.detail,
-            "100 MiB/s over a link of 1 Gb/s in 10 downloads; of a million packets 1000 came damaged or out of order"
+            "100 MiB/s over a link of 1 Gb/s in 10 downloads; of a million packets 1000 came damaged or out of order; of \
+             1000 echoes 1 were lost"
         );
-        let strict = AcceptancePlan { network_lost_per_million: 999, ..plan };
-        let said = judge(&strict, "eth0".into(), 0, &got, before, after);
-        assert!(said.outcome == Outcome::Failed && said.detail.ends_with(", more than 999"), "{said:?}");
+        assert_eq!(said.measures["echo_lost_per_million"], 1000);
+        let strict = AcceptancePlan { network_lost_per_million: 999, ..plan.clone() };
+        let said = judge(&strict, "eth0".into(), 0, &got, counts, &echoes(1000));
+        assert!(said.outcome == Outcome::Failed && said.detail.contains("out of order, more than 999;"), "{said:?}");
         assert!(!said.measures.contains_key("link_mbit_s"), "what is not known is not measured");
+
+        // What the echoes lose counts by itself; a server that answers none says nothing of the way.
+        let said = judge(&plan, "eth0".into(), 0, &got, counts, &echoes(998));
+        assert!(said.outcome == Outcome::Failed && said.detail.ends_with("2 were lost, more than 1"), "{said:?}");
+        for unknown in [echoes(0), Err("no way".to_owned())] {
+            let said = judge(&plan, "eth0".into(), 0, &got, counts, &unknown);
+            assert!(said.outcome == Outcome::Passed && said.detail.contains("loss was not probed"), "{said:?}");
+            assert!(!said.measures.contains_key("echo_lost_per_million"), "{said:?}");
+        }
     }
 
     #[test]

@@ -25,7 +25,7 @@ pub struct AcceptancePlan {
     pub disk_write_blank: bool,
     /// Seconds of downloads.
     pub network_seconds: u64,
-    /// Of a million packets, so many may be damaged or come out of order.
+    /// Of a million packets, so many may be damaged or come out of order; and of a million echoes so many may be lost.
     pub network_lost_per_million: u64,
     /// What is asked at least, of each disk, MiB/s; 0: anything.
     pub least_disk_read_mib_s: u64,

@@ -1,8 +1,11 @@
 //! What the UKI writer writes, other readers of PE read back: goblin here, and the release crate's own.
 
 use goblin::pe::PE;
+use kiln_images::sealed::Passphrase;
 use kiln_images::uki::{Parts, UkiError, assemble};
-use kiln_images::{KEYS, SigningKey, SiteDir, SiteError, enroll, init_lab, init_secure_boot, revoke};
+use kiln_images::{
+    KEYS, SigningKey, SiteDir, SiteError, Unlock, encrypt_secure_boot, enroll, init_lab, init_secure_boot, revoke,
+};
 use kiln_release::pe::{Pe, PeError, SECTION_ENTRY, Uki};
 use kiln_release::{Artifact, authenticode, efi, hex};
 use proptest::prelude::*;
@@ -168,6 +171,11 @@ fn site_with_keys() -> (tempfile::TempDir, SiteDir) {
     (dir, site)
 }
 
+/// A key that is not encrypted.
+fn open(site: &SiteDir, name: &str) -> Result<SigningKey, SiteError> {
+    SigningKey::open(site, name, &mut Unlock::nobody())
+}
+
 fn tool(program: &str, args: &[&str]) -> Option<std::process::Output> {
     match std::process::Command::new(program).args(args).output() {
         Ok(output) => Some(output),
@@ -181,7 +189,7 @@ fn tool(program: &str, args: &[&str]) -> Option<std::process::Output> {
 #[test]
 fn other_tools_verify_what_is_signed_and_its_digest() {
     let (dir, site) = site_with_keys();
-    let key = SigningKey::open(&site, "db").unwrap();
+    let key = open(&site, "db").unwrap();
     let uki = assemble(&stub_bytes(&plain()), &parts(b"kernel", b"initrd")).unwrap();
     let signed = key.image(&uki, Path::new("uki")).unwrap();
     assert_eq!(signed, key.image(&uki, Path::new("uki")).unwrap(), "the same bytes give the same signature");
@@ -218,7 +226,7 @@ fn other_tools_verify_what_is_signed_and_its_digest() {
 #[test]
 fn openssl_verifies_root_hash_policy_and_certificates() {
     let (dir, site) = site_with_keys();
-    let key = SigningKey::open(&site, "db").unwrap();
+    let key = open(&site, "db").unwrap();
     let path = |name: &str| dir.path().join(name).display().to_string();
     let (hash, policy) = ("ab".repeat(32), "policy_name=x policy_version=0.0.1\n");
     std::fs::write(path("hash"), &hash).unwrap();
@@ -251,9 +259,9 @@ fn openssl_verifies_root_hash_policy_and_certificates() {
 fn keys_are_made_once_and_are_their_owners_and_enrolment_has_every_form() {
     use std::os::unix::fs::PermissionsExt;
     let (dir, site) = site_with_keys();
-    assert!(matches!(init_secure_boot(&site), Err(SiteError::SecureBootKeyExists { .. })));
+    assert!(matches!(init_secure_boot(&site, None, 0), Err(SiteError::SecureBootKeyExists { .. })));
     let prints: std::collections::BTreeSet<_> =
-        KEYS.iter().map(|name| SigningKey::open(&site, name).unwrap().fingerprint()).collect();
+        KEYS.iter().map(|name| open(&site, name).unwrap().fingerprint()).collect();
     assert_eq!(prints.len(), 3, "three keys");
     for name in KEYS {
         let mode = std::fs::metadata(site.secure_boot(&format!("{name}.key"))).unwrap().permissions().mode();
@@ -261,22 +269,22 @@ fn keys_are_made_once_and_are_their_owners_and_enrolment_has_every_form() {
     }
     let out = dir.path().join("out");
     let now = "2026-03-01T12:00:00Z".parse().unwrap();
-    let done = enroll(&site, &out, None, now).unwrap();
+    let done = enroll(&site, &out, None, now, &mut Unlock::nobody()).unwrap();
     assert_eq!((done.files.len(), done.revoked), (9, 0));
     for (name, signer) in [("PK", "PK"), ("KEK", "PK"), ("db", "KEK")] {
         let read = |end: &str| std::fs::read(out.join(format!("{name}.{end}"))).unwrap();
         let (cer, esl, auth) = (read("cer"), read("esl"), read("auth"));
         assert_eq!(efi::entries(&esl), Some(vec![efi::Entry::X509(&cer)]));
         assert!(auth.ends_with(&esl), "{name}: the value follows the signature");
-        let signer = SigningKey::open(&site, signer).unwrap().certificate;
+        let signer = open(&site, signer).unwrap().certificate;
         assert!(auth.windows(signer.len()).any(|w| w == signer), "{name}: who signed it");
     }
     // Without its key nothing is signed, and the message says what to do.
     std::fs::remove_file(site.secure_boot("db.key")).unwrap();
-    let error = SigningKey::open(&site, "db").unwrap_err().to_string();
+    let error = open(&site, "db").unwrap_err().to_string();
     assert!(error.contains("kiln trust secureboot init") && error.contains("--unsigned"), "{error}");
     std::fs::write(site.secure_boot("db.key"), "nonsense").unwrap();
-    assert!(matches!(SigningKey::open(&site, "db"), Err(SiteError::RsaKey { .. })));
+    assert!(matches!(open(&site, "db"), Err(SiteError::RsaKey { .. })));
 }
 
 #[test]
@@ -285,7 +293,7 @@ fn a_revoked_release_is_named_in_dbx_once() {
     let now = "2026-03-01T12:00:00Z".parse().unwrap();
     let mut manifest = crate::common::build(&site, "minimal", 3, now);
     let uki = assemble(&stub_bytes(&plain()), &parts(b"kernel", b"initrd")).unwrap();
-    let uki = SigningKey::open(&site, "db").unwrap().image(&uki, Path::new("uki")).unwrap();
+    let uki = open(&site, "db").unwrap().image(&uki, Path::new("uki")).unwrap();
     let path = site.build("minimal", 3).join("kiln.efi");
     std::fs::write(&path, &uki).unwrap();
     assert!(matches!(revoke(&site, "minimal", 3), Err(SiteError::ArtifactMismatch { .. })), "another file");
@@ -296,7 +304,7 @@ fn a_revoked_release_is_named_in_dbx_once() {
     assert!(!revoke(&site, "minimal", 3).unwrap(), "once");
 
     let out = dir.path().join("out");
-    let done = enroll(&site, &out, None, now).unwrap();
+    let done = enroll(&site, &out, None, now, &mut Unlock::nobody()).unwrap();
     assert_eq!((done.files.len(), done.revoked), (11, 1));
     let esl = std::fs::read(out.join("dbx.esl")).unwrap();
     let digest = authenticode::digest(&uki).unwrap();
@@ -304,6 +312,50 @@ fn a_revoked_release_is_named_in_dbx_once() {
     assert!(std::fs::read(out.join("dbx.auth")).unwrap().ends_with(&esl));
 
     std::fs::write(site.secure_boot("revoked"), "not a digest minimal/3\n").unwrap();
-    let error = enroll(&site, &out, None, now).unwrap_err();
+    let error = enroll(&site, &out, None, now, &mut Unlock::nobody()).unwrap_err();
     assert!(matches!(error, SiteError::Revoked { line: 1, .. }), "{error}");
+}
+
+#[test]
+fn encrypted_keys_sign_what_they_signed_before_for_whoever_has_the_passphrase() {
+    let (dir, site) = site_with_keys();
+    let now = "2026-03-01T12:00:00Z".parse().unwrap();
+    let plain = open(&site, "db").unwrap();
+    let (print, signed) = (plain.fingerprint(), plain.detached(b"a root hash"));
+    let phrase = |text: &str| Passphrase::of_line(text);
+    assert_eq!(encrypt_secure_boot(&site, &phrase("correct horse battery"), 10).unwrap().len(), 3);
+    for name in KEYS {
+        let text = std::fs::read_to_string(site.secure_boot(&format!("{name}.key"))).unwrap();
+        assert!(text.contains("kiln-secure-boot-key") && !text.contains("PRIVATE KEY"), "{text}");
+    }
+    assert!(matches!(open(&site, "db"), Err(SiteError::Encrypted { .. })), "nobody is asked");
+    assert_eq!(encrypt_secure_boot(&site, &phrase("another one altogether"), 10).unwrap().len(), 0, "once");
+
+    // One question for all three; what is signed is the same, byte for byte.
+    let mut asked = 0;
+    let mut unlock = Unlock::by(|_| {
+        asked += 1;
+        Ok(phrase("correct horse battery"))
+    });
+    let key = SigningKey::open(&site, "db", &mut unlock).unwrap();
+    assert_eq!((key.fingerprint(), key.detached(b"a root hash")), (print, signed));
+    enroll(&site, &dir.path().join("out"), None, now, &mut unlock).unwrap();
+    assert!(unlock.plain().is_empty());
+    drop(unlock);
+    assert_eq!(asked, 1);
+
+    let mut wrong = Unlock::by(|_| Ok(phrase("correct horse batterz")));
+    let error = SigningKey::open(&site, "KEK", &mut wrong).unwrap_err();
+    assert!(matches!(&error, SiteError::WrongPassphrase { path } if path.ends_with("KEK.key")), "{error}");
+    // A key and a certificate that do not belong together.
+    std::fs::copy(site.secure_boot("PK.cer"), site.secure_boot("db.cer")).unwrap();
+    let mut right = Unlock::by(|_| Ok(phrase("correct horse battery")));
+    assert!(matches!(SigningKey::open(&site, "db", &mut right), Err(SiteError::KeyFile { .. })));
+    // New keys are encrypted from the beginning on; plain ones are named.
+    std::fs::remove_dir_all(site.secure_boot("")).unwrap();
+    init_secure_boot(&site, Some(&phrase("correct horse battery")), 10).unwrap();
+    assert!(SigningKey::open(&site, "db", &mut right).is_ok() && right.plain().is_empty());
+    let (_other, lab) = site_with_keys();
+    SigningKey::open(&lab, "db", &mut right).unwrap();
+    assert_eq!(right.plain(), [lab.secure_boot("db.key")]);
 }

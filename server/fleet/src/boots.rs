@@ -42,6 +42,9 @@ pub struct Boot {
     pub started: Millis,
     /// Highest report number seen.
     pub seq: u64,
+    /// Its reports that came after the next boot had begun; counted anew once a person cleared the machine.
+    #[serde(default)]
+    pub late: u8,
     /// The agent's zero on the server's clock: the earliest that any report allows, so that a slow report does not
     /// move it.
     pub agent_zero: Option<Millis>,
@@ -61,6 +64,7 @@ impl Boot {
             release: None,
             started,
             seq: 0,
+            late: 0,
             agent_zero: None,
             moved: None,
             stages: Vec::new(),

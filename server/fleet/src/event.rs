@@ -83,6 +83,11 @@ pub enum Event {
         /// Why, for whoever looks next.
         reason: String,
     },
+    /// Another machine reports with its identity key, and both live.
+    KeyShared {
+        /// The other.
+        with: String,
+    },
     /// Time passed.
     Tick,
     /// The server started and has heard nobody yet.

@@ -145,6 +145,9 @@ pub struct Machine {
     /// When the agent of the newest boot reported last; none while it is silent, or after it said that it leaves.
     #[serde(default)]
     pub agent_seen: Option<Millis>,
+    /// When its newest boot last reported, since the server started.
+    #[serde(default)]
+    pub reported: Option<Millis>,
     /// Firmware packets that came in its name while its agent spoke; at most [`crate::HELD_KEPT`] boots.
     #[serde(default)]
     pub held_packets: Vec<HeldBoot>,
@@ -227,6 +230,7 @@ impl Machine {
             last_words: String::new(),
             last_seen: now,
             agent_seen: None,
+            reported: None,
             held_packets: Vec::new(),
             attestations: Attestations::default(),
             attested_only: false,

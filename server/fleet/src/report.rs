@@ -5,7 +5,7 @@ use crate::event::{Action, Reported};
 use crate::grant::Limits;
 use crate::machine::{Machine, words};
 use crate::state::StateKind;
-use crate::step::{save, wake};
+use crate::step::save;
 use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
 use kiln_protocol::{DbxOutcome, DbxState, KeyStorage, ReleaseId, Report, Stage, StageState, TpmPresence, Via};
 
@@ -32,6 +32,8 @@ enum Which {
 impl Machine {
     pub(crate) fn report(&mut self, reported: &Reported, limits: Limits, now: Millis, out: &mut Vec<Action>) {
         let report = &reported.report;
+        // Whichever boot speaks first is the machine's then, also one that was known before.
+        let unbound = self.key.is_none();
         match self.claim(reported) {
             Claim::Accepted => {}
             Claim::NewKey => {
@@ -49,28 +51,18 @@ impl Machine {
                 return;
             }
             Claim::Conflict(reason) => {
-                match self.state.kind {
-                    StateKind::Discovered
-                    | StateKind::Approved
-                    | StateKind::Booting
-                    | StateKind::Healthy
-                    | StateKind::Degraded
-                    | StateKind::Unreachable
-                    | StateKind::Draining
-                    | StateKind::Reimaging
-                    | StateKind::FellBack => {
-                        self.granted = None;
-                        self.enter(StateKind::Quarantined, reason, None, now);
-                        wake(out);
-                    }
-                    StateKind::Quarantined | StateKind::Retired => {}
-                }
+                self.contest(reason, now, out);
                 return;
             }
         }
         self.last_seen = now;
-        match self.which_boot(report) {
-            Which::Stray => return,
+        match self.which_boot(report, unbound) {
+            Which::Stray => {
+                if self.speaks_beside(report) {
+                    self.contest(self.has_a_copy(), now, out);
+                }
+                return;
+            }
             Which::Current => self.disbelieve(out),
             Which::New => {
                 // Its firmware was heard, and is known now to have been its own.
@@ -91,6 +83,7 @@ impl Machine {
         };
         self.settle(root_wrong, now);
         self.prolong_drain(now);
+        self.reported = Some(now);
         self.agent_seen = (!self.says_it_leaves()).then_some(now);
     }
 
@@ -174,7 +167,7 @@ impl Machine {
         }
     }
 
-    fn which_boot(&self, report: &Report) -> Which {
+    fn which_boot(&self, report: &Report, unbound: bool) -> Which {
         let mut boots = self.boots.iter().rev().filter(|b| !b.is_unclaimed());
         match boots.next() {
             Some(b) if b.boot_id == report.boot_id => {
@@ -184,7 +177,7 @@ impl Machine {
                     Which::Stray
                 }
             }
-            Some(_) | None if boots.any(|b| b.boot_id == report.boot_id) => Which::Stray,
+            Some(_) | None if !unbound && boots.any(|b| b.boot_id == report.boot_id) => Which::Stray,
             Some(_) | None => Which::New,
         }
     }

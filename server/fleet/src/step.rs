@@ -3,7 +3,6 @@
 use crate::boots::{BOOTS_KEPT, Boot};
 use crate::event::{Action, Event};
 use crate::grant::Limits;
-use crate::hardware::HardwareEvent;
 use crate::machine::{Assigned, Machine};
 use crate::state::{State, StateKind};
 use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
@@ -19,7 +18,10 @@ impl Machine {
             // A report of the boot that ran before says that what was kept is false, however late it comes.
             Event::Report(_) => {}
             // The server was deaf: who spoke before may be speaking still.
-            Event::ServerStarted => self.agent_seen = self.agent_seen.map(|_| now),
+            Event::ServerStarted => {
+                self.agent_seen = self.agent_seen.map(|_| now);
+                self.reported = None; // and who was heard may be gone
+            }
             Event::Hardware(_)
             | Event::Compared(_)
             | Event::Asked
@@ -38,6 +40,7 @@ impl Machine {
             | Event::Proven(_)
             | Event::Leaves(_)
             | Event::AcceptTpm
+            | Event::KeyShared { .. }
             | Event::Tick => self.lapse(limits, now, &mut out),
         }
         let speaks = self.agent_seen.is_some();
@@ -69,6 +72,7 @@ impl Machine {
             Event::Proven(proven) => self.proven(*proven, now, &mut out),
             Event::Leaves(left) => self.leaves(*left, &mut out),
             Event::AcceptTpm => self.accept_tpm(&mut out),
+            Event::KeyShared { with } => self.key_shared(&with, now, &mut out),
             Event::Tick => self.tick(limits, now, &mut out),
             Event::ServerStarted => {
                 // The server was deaf: nobody is late before a full deadline has passed again.
@@ -361,6 +365,7 @@ impl Machine {
                 // Whichever key reports next is the machine's: the person has looked.
                 self.key = None;
                 self.previous_key = None;
+                self.boots.iter_mut().for_each(|boot| boot.late = 0);
                 if self.assigned.is_some() {
                     let reason = "cleared; waits for its next report";
                     self.enter(StateKind::Approved, reason, Some(now + LIVE_MS), now);
@@ -382,15 +387,6 @@ impl Machine {
             | StateKind::Reimaging
             | StateKind::Retired => {}
         }
-    }
-
-    /// The newest change is what a person reads; all of them are in its story.
-    fn hardware_changed(&mut self, events: Vec<HardwareEvent>, out: &mut Vec<Action>) {
-        if let Some(event) = events.iter().rev().find(|event| event.warn) {
-            self.last_words = crate::boots::cut(&event.text);
-        }
-        out.extend(events.into_iter().map(|event| Action::Say { warn: event.warn, text: event.text }));
-        save(out);
     }
 
     fn retire(&mut self, reason: &str, now: Millis, out: &mut Vec<Action>) {

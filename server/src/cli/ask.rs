@@ -32,8 +32,10 @@ pub(super) struct Ask {
     pub(super) without_server: bool,
 }
 
-/// That no machine runs, shall run or would fall back to a release below these floors. Where nobody was to be asked, the
-/// site's lock comes with it, to be held to the end: a server that starts meanwhile would not have been asked.
+/// That nothing stands against these floors: no machine runs, shall run, would fall back or come to a release below one.
+/// `kiln trust floor` and `apply` pass here and nowhere else, so that campaigns, which do not exist yet, need to be asked
+/// here alone: while one is open the floor does not move (DESIGN §4). Where nobody was to be asked, the site's lock comes
+/// with it, to be held to the end: a server that starts meanwhile would not have been asked.
 pub(super) fn nobody_below(
     site: &SiteDir,
     ask: &Ask,
@@ -47,21 +49,31 @@ pub(super) fn nobody_below(
         client.is_of(site, &at).await?;
         client.get("machines").await
     })?;
+    let needed = below(&machines, floors);
+    if needed.is_empty() { Ok(alone) } else { Err(CliError::BelowFloor(needed)) }
+}
+
+/// What stands against the floors, a sentence for each machine. One that is retired runs nothing again.
+fn below(machines: &[MachineView], floors: &BTreeMap<String, u64>) -> Vec<String> {
     let below = |image: &str, release: u64| floors.get(image).is_some_and(|floor| release < *floor);
     let mut needed = Vec::new();
     for machine in machines.iter().filter(|machine| machine.state != "retired") {
         let good = machine.last_good.as_ref().filter(|good| below(good.image.as_str(), good.release));
         let shall = machine.assigned.as_ref().filter(|assigned| below(&assigned.image, assigned.release));
         let runs = machine.image.as_deref().zip(machine.release).filter(|(image, release)| below(image, *release));
-        let why = match (good, shall, runs) {
-            (Some(good), _, _) => format!("{}'s last-known-good is {good}", machine.name),
-            (None, Some(shall), _) => format!("{} shall run {}/{}", machine.name, shall.image, shall.release),
-            (None, None, Some((image, release))) => format!("{} runs {image}/{release}", machine.name),
-            (None, None, None) => continue,
+        let comes = machine.needs.iter().find(|other| below(other.image.as_str(), other.release));
+        let why = match (good, shall, runs, comes) {
+            (Some(good), _, _, _) => format!("{}'s last-known-good is {good}", machine.name),
+            (None, Some(shall), _, _) => format!("{} shall run {}/{}", machine.name, shall.image, shall.release),
+            (None, None, Some((image, release)), _) => format!("{} runs {image}/{release}", machine.name),
+            (None, None, None, Some(other)) => {
+                format!("{} comes to {other} by an open order or a passed acceptance run", machine.name)
+            }
+            (None, None, None, None) => continue,
         };
         needed.push(why);
     }
-    if needed.is_empty() { Ok(alone) } else { Err(CliError::BelowFloor(needed)) }
+    needed
 }
 
 /// Whom to ask: the server that runs on the site, the one that was named, or, with the site to oneself, nobody.
@@ -76,5 +88,54 @@ pub(super) fn whom(ask: &Ask) -> Result<(Option<At>, Option<File>), CliError> {
         (None, Ok(alone)) if *without_server => Ok((None, Some(alone))),
         (None, Ok(_)) => Err(CliError::NobodyToAsk(dir.clone())),
         (None, Err(error)) => Err(error.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kiln_fleet::{Assigned, Machine, StateKind};
+    use kiln_protocol::{ReleaseId, Via};
+
+    fn release(text: &str) -> ReleaseId {
+        text.parse().unwrap()
+    }
+
+    fn machine(change: impl FnOnce(&mut Machine)) -> MachineView {
+        let id = "00000000-0000-0000-0000-000000000001".parse().unwrap();
+        let mut machine = Machine { name: Some("rack-1".into()), ..Machine::discovered(id, 1) };
+        machine.state.kind = StateKind::Healthy;
+        let (acceptance, via) = (release("acceptance/1"), Via::Cold);
+        machine.assigned = Some(Assigned { release: acceptance, sequence: 2, via, order: None, rebuild: 0 });
+        change(&mut machine);
+        MachineView::of(&machine)
+    }
+
+    fn against(view: MachineView) -> Vec<String> {
+        below(&[view], &BTreeMap::from([("minimal".to_owned(), 3)]))
+    }
+
+    #[test]
+    fn every_way_to_a_release_below_the_floor_stands_against_it() {
+        assert_eq!(against(machine(|_| {})), Vec::<String>::new(), "another image has another floor");
+        let good = |text: &'static str| machine(move |m| m.good = vec![release(text)]);
+        assert_eq!(against(good("minimal/2")), ["rack-1's last-known-good is minimal/2"]);
+        assert_eq!(against(good("minimal/3")), Vec::<String>::new());
+        // A good one that is quarantined is none to come back to; the one before it is.
+        let refused = machine(|m| {
+            m.good = vec![release("minimal/2"), release("minimal/3")];
+            m.refused = vec![kiln_fleet::Refused { release: release("minimal/3"), reason: "it failed".into() }];
+        });
+        assert_eq!(against(refused), ["rack-1's last-known-good is minimal/2"]);
+        let shall = machine(|m| m.assigned.as_mut().unwrap().release = release("minimal/1"));
+        assert_eq!(against(shall), ["rack-1 shall run minimal/1"]);
+        let home = |m: &mut Machine| m.home = Some(release("minimal/2"));
+        let said = "rack-1 comes to minimal/2 by an open order or a passed acceptance run";
+        assert_eq!(against(machine(home)), [said]);
+        let retired = machine(|m| {
+            home(m);
+            m.state.kind = StateKind::Retired;
+        });
+        assert_eq!(against(retired), Vec::<String>::new());
     }
 }

@@ -109,6 +109,9 @@ struct Build {
     /// Sign nothing for Secure Boot: firmware that enforces it will refuse this release
     #[arg(long)]
     unsigned: bool,
+    /// Read the passphrase of the site's Secure Boot key from this file's first line instead of asking
+    #[arg(long)]
+    passphrase_file: Option<PathBuf>,
     /// Base URL of artifacts, as http://10.0.0.1:8080; may be given more than once [default: ask DHCP]
     #[arg(long)]
     http_url: Vec<String>,

@@ -340,6 +340,7 @@ mod tests {
             }),
             awaits_acceptance: true,
             last_good: None,
+            needs: Vec::new(),
             firmware: Some(kiln_protocol::Firmware::Bios),
             key: Some("ab".repeat(32).parse().unwrap()),
             other_key: None,

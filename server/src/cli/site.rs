@@ -4,13 +4,15 @@ use super::ask::whom;
 use super::client::Client;
 use super::error::CliError;
 use super::output::segment;
+use super::secret::{new_passphrase, passphrase};
 use super::trust::{said, waits};
 use super::{At, Build, Prune};
 use crate::http::releases::Numbers;
 use crate::view::ReleaseView;
 use clap::Subcommand;
 use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
-use kiln_images::{BuildOptions, PruneOptions, Pruned, SiteDir, SiteError, SiteUrls};
+use kiln_images::sealed::ROUNDS;
+use kiln_images::{BuildOptions, PruneOptions, Pruned, SiteDir, SiteError, SiteUrls, Unlock};
 use kiln_protocol::{ImageName, ReleaseId};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -18,11 +20,26 @@ use tokio::runtime::Runtime;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum SecureBoot {
-    /// Make the keys of a site that has none; `kiln trust init --lab` makes those of a new one
+    /// Make the keys of a site that has none, encrypted with a passphrase; `kiln trust init --lab` makes those of a new one
     Init {
         /// The site directory, with offline/
         #[arg(long, env = "KILN_SITE")]
         site: PathBuf,
+        /// Do not encrypt them: for tests, or where the medium itself is encrypted
+        #[arg(long)]
+        no_passphrase: bool,
+        /// Read the passphrase from this file's first line instead of asking
+        #[arg(long, conflicts_with = "no_passphrase")]
+        passphrase_file: Option<PathBuf>,
+    },
+    /// Encrypt keys that lie there unencrypted
+    Encrypt {
+        /// The site directory, with offline/
+        #[arg(long, env = "KILN_SITE")]
+        site: PathBuf,
+        /// Read the passphrase from this file's first line instead of asking
+        #[arg(long)]
+        passphrase_file: Option<PathBuf>,
     },
     /// Write what firmware takes: PK, KEK, db and dbx as .cer, .esl and .auth
     Enroll {
@@ -35,6 +52,9 @@ pub(super) enum SecureBoot {
         /// Also write OVMF_VARS.fd, this variable store with the keys enrolled
         #[arg(long)]
         ovmf_vars: Option<PathBuf>,
+        /// Read the keys' passphrase from this file's first line instead of asking
+        #[arg(long)]
+        passphrase_file: Option<PathBuf>,
     },
     /// Sign a boot program of others, such as iPXE, for `[boot] snponly`: what it was signed with before is taken off
     Sign {
@@ -46,15 +66,47 @@ pub(super) enum SecureBoot {
         /// Where to write it
         #[arg(long)]
         out: PathBuf,
+        /// Read the key's passphrase from this file's first line instead of asking
+        #[arg(long)]
+        passphrase_file: Option<PathBuf>,
     },
 }
 
 pub(super) fn secure_boot(command: SecureBoot) -> Result<(), CliError> {
     match command {
-        SecureBoot::Init { site } => secure_boot_init(&site),
-        SecureBoot::Enroll { site, out, ovmf_vars } => enroll(&site, &out, ovmf_vars.as_deref()),
-        SecureBoot::Sign { program, site, out } => sign(&program, &site, &out),
+        SecureBoot::Init { site, no_passphrase, passphrase_file } => {
+            secure_boot_init(&site, no_passphrase, passphrase_file.as_deref())
+        }
+        SecureBoot::Encrypt { site, passphrase_file } => secure_boot_encrypt(&site, passphrase_file.as_deref()),
+        SecureBoot::Enroll { site, out, ovmf_vars, passphrase_file } => {
+            enroll(&site, &out, ovmf_vars.as_deref(), passphrase_file.as_deref())
+        }
+        SecureBoot::Sign { program, site, out, passphrase_file } => {
+            sign(&program, &site, &out, passphrase_file.as_deref())
+        }
     }
+}
+
+/// Asks for the passphrase of an encrypted key, or reads it there.
+fn unlock(from: Option<&Path>) -> Unlock<'_> {
+    Unlock::by(move |key| {
+        passphrase(from, key)
+            .map_err(|error| SiteError::NoPassphrase { path: key.to_owned(), reason: error.to_string() })
+    })
+}
+
+/// Where people hold the keys, one of Secure Boot that is not encrypted is named.
+fn warn_of_plain(site: &SiteDir, unlock: &Unlock<'_>) -> Result<(), CliError> {
+    if let Some(path) = unlock.plain().first()
+        && !site.is_lab()?
+    {
+        eprintln!(
+            "warning: {} is not encrypted: `kiln trust secureboot encrypt --site {}` does that",
+            path.display(),
+            site.path.display()
+        );
+    }
+    Ok(())
 }
 
 pub(super) fn init(dir: &Path, name: &str) -> Result<(), CliError> {
@@ -80,15 +132,32 @@ pub(super) fn network(file: &Path, site: &Path) -> Result<(), CliError> {
     Ok(())
 }
 
-fn secure_boot_init(dir: &Path) -> Result<(), CliError> {
+fn secure_boot_init(dir: &Path, plain: bool, from: Option<&Path>) -> Result<(), CliError> {
     let site = SiteDir::open(dir)?;
-    kiln_images::init_secure_boot(&site)?;
+    let passphrase = if plain { None } else { Some(new_passphrase(from)?) };
+    kiln_images::init_secure_boot(&site, passphrase.as_ref(), ROUNDS)?;
     println!("Secure Boot keys are made in {}; releases built from now on are signed", site.secure_boot("").display());
     Ok(())
 }
 
-fn enroll(dir: &Path, out: &Path, ovmf: Option<&Path>) -> Result<(), CliError> {
-    let done = kiln_images::enroll(&SiteDir::open(dir)?, out, ovmf, Timestamp::now())?;
+fn secure_boot_encrypt(dir: &Path, from: Option<&Path>) -> Result<(), CliError> {
+    let site = SiteDir::open(dir)?;
+    let done = kiln_images::encrypt_secure_boot(&site, &new_passphrase(from)?, ROUNDS)?;
+    if done.is_empty() {
+        println!("the keys in {} were encrypted before", site.secure_boot("").display());
+        return Ok(());
+    }
+    for file in &done {
+        println!("{} is encrypted", file.display());
+    }
+    println!("what lay there may still be in the disk's free space, and in backups");
+    Ok(())
+}
+
+fn enroll(dir: &Path, out: &Path, ovmf: Option<&Path>, from: Option<&Path>) -> Result<(), CliError> {
+    let (site, mut unlock) = (SiteDir::open(dir)?, unlock(from));
+    let done = kiln_images::enroll(&site, out, ovmf, Timestamp::now(), &mut unlock)?;
+    warn_of_plain(&site, &unlock)?;
     for file in &done.files {
         println!("{}", file.display());
     }
@@ -99,8 +168,10 @@ fn enroll(dir: &Path, out: &Path, ovmf: Option<&Path>) -> Result<(), CliError> {
     Ok(())
 }
 
-fn sign(program: &Path, dir: &Path, out: &Path) -> Result<(), CliError> {
-    let sbat = kiln_images::sign_program(&SiteDir::open(dir)?, program, out)?;
+fn sign(program: &Path, dir: &Path, out: &Path, from: Option<&Path>) -> Result<(), CliError> {
+    let (site, mut unlock) = (SiteDir::open(dir)?, unlock(from));
+    let sbat = kiln_images::sign_program(&site, program, out, &mut unlock)?;
+    warn_of_plain(&site, &unlock)?;
     println!("{} is signed with the site's key", out.display());
     if !sbat {
         println!("it has no .sbat section: firmware starts it, shim does not");
@@ -108,12 +179,14 @@ fn sign(program: &Path, dir: &Path, out: &Path) -> Result<(), CliError> {
     Ok(())
 }
 
-pub(super) fn revoke(release: &ReleaseId, dir: &Path) -> Result<(), CliError> {
-    let new = kiln_images::revoke(&SiteDir::open(dir)?, release.image.as_str(), release.release)?;
+pub(super) fn revoke(release: &ReleaseId, dir: &Path, from: Option<&Path>) -> Result<(), CliError> {
+    let (site, mut unlock) = (SiteDir::open(dir)?, unlock(from));
+    let new = kiln_images::revoke(&site, release.image.as_str(), release.release)?;
     let what = if new { "is revoked" } else { "was revoked before" };
     println!("{release} {what}; a machine's firmware refuses it once its dbx names it");
-    match kiln_images::publish_dbx(&SiteDir::open(dir)?, Timestamp::now()) {
+    match kiln_images::publish_dbx(&site, Timestamp::now(), &mut unlock) {
         Ok(changed) => {
+            warn_of_plain(&site, &unlock)?;
             println!(
                 "machines put it into their firmware as soon as they need no revoked release: `kiln trust status`"
             );
@@ -136,6 +209,7 @@ pub(super) fn build(build: Build) -> Result<(), CliError> {
         Some(agent) => agent,
         None => beside_this_program("kiln-agent")?,
     };
+    let mut unlock = unlock(build.passphrase_file.as_deref());
     let usual = BuildOptions::new(build.recipe, build.site, agent);
     let options = BuildOptions {
         release: build.release,
@@ -145,7 +219,8 @@ pub(super) fn build(build: Build) -> Result<(), CliError> {
         unsigned: build.unsigned,
         ..usual
     };
-    let built = kiln_images::build(&options)?;
+    let built = kiln_images::build_with(&options, &mut unlock)?;
+    warn_of_plain(&SiteDir::open(&options.site_dir)?, &unlock)?;
     let done = if built.changed { "is built" } else { "is unchanged" };
     println!("{}/{} {done} in {}", built.manifest.image, built.manifest.release, built.folder.display());
     Ok(())

@@ -93,6 +93,9 @@ pub(super) enum Trust {
         /// The site directory, with offline/
         #[arg(long, env = "KILN_SITE")]
         site: PathBuf,
+        /// Read the passphrase of the KEK, which signs dbx, from this file's first line instead of asking
+        #[arg(long)]
+        passphrase_file: Option<PathBuf>,
     },
     /// Sign anew what is about to expire, with new dates and no other change
     #[command(visible_alias = "expire")]
@@ -241,8 +244,8 @@ pub(super) fn run(command: Trust, runtime: impl Fn() -> Result<Runtime, CliError
             said(&done.changed);
             Ok(())
         }
-        Trust::Revoke { what, site } => match what.parse::<ReleaseId>() {
-            Ok(release) => site::revoke(&release, &site),
+        Trust::Revoke { what, site, passphrase_file } => match what.parse::<ReleaseId>() {
+            Ok(release) => site::revoke(&release, &site, passphrase_file.as_deref()),
             Err(_) => revoke_key(&what, &site, now),
         },
         Trust::Renew { within, site } => {

@@ -128,6 +128,7 @@ impl Control {
         inner.envelopes.remove(id);
         inner.macs.forget(id);
         inner.names.forget(id);
+        inner.keys.forget(id);
         inner.missing.forget(id);
         inner.attestations.forget(id);
         inner.introductions.forget(id);

@@ -1,7 +1,8 @@
 //! What is looked up of machines at each step, kept so that a step costs what its own machine has, not what the fleet has.
 
 use kiln_fleet::Machine;
-use kiln_protocol::MachineId;
+use kiln_protocol::{KeyId, MachineId};
+use std::borrow::Borrow;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Which machine has an Ethernet address, as packets and reports say; and the other way round.
@@ -77,43 +78,73 @@ impl Macs {
     }
 }
 
-/// Machines by name. Two may have one: the list in kiln.toml names machines, and so do people.
-#[derive(Debug, Default)]
-pub(crate) struct Names {
-    machines: BTreeMap<String, BTreeSet<MachineId>>,
-    of: BTreeMap<MachineId, String>,
+/// Machines by something of which each has one at most, and which two may have.
+#[derive(Debug)]
+pub(crate) struct Shared<T> {
+    machines: BTreeMap<T, BTreeSet<MachineId>>,
+    of: BTreeMap<MachineId, T>,
 }
 
-impl Names {
-    /// The machine of that name; of several the first by id.
-    pub(crate) fn find(&self, name: &str) -> Option<&MachineId> {
-        self.machines.get(name)?.first()
+/// By name: the list in kiln.toml names machines, and so do people.
+pub(crate) type Names = Shared<String>;
+
+/// By identity key: one that was copied is two machines'.
+pub(crate) type Keys = Shared<KeyId>;
+
+impl<T> Default for Shared<T> {
+    fn default() -> Self {
+        Self { machines: BTreeMap::new(), of: BTreeMap::new() }
+    }
+}
+
+impl<T: Ord + Clone> Shared<T> {
+    /// The machine that has it; of several the first by id.
+    pub(crate) fn find<Q: Ord + ?Sized>(&self, what: &Q) -> Option<&MachineId>
+    where
+        T: Borrow<Q>,
+    {
+        self.machines.get(what)?.first()
     }
 
-    /// Another machine than this one has that name.
-    pub(crate) fn is_taken(&self, name: &str, but: &MachineId) -> bool {
-        self.machines.get(name).is_some_and(|ids| ids.iter().any(|id| id != but))
+    /// Other machines than this one that have it.
+    pub(crate) fn others<'a, Q: Ord + ?Sized>(
+        &'a self,
+        what: &Q,
+        but: &'a MachineId,
+    ) -> impl Iterator<Item = &'a MachineId>
+    where
+        T: Borrow<Q>,
+    {
+        self.machines.get(what).into_iter().flatten().filter(move |id| *id != but)
     }
 
-    /// A machine is called so now, or has no name.
-    pub(crate) fn note(&mut self, id: &MachineId, name: Option<&String>) {
-        if self.of.get(id) == name {
+    /// Another machine than this one has it.
+    pub(crate) fn is_taken<Q: Ord + ?Sized>(&self, what: &Q, but: &MachineId) -> bool
+    where
+        T: Borrow<Q>,
+    {
+        self.others(what, but).next().is_some()
+    }
+
+    /// A machine has this now, or none.
+    pub(crate) fn note(&mut self, id: &MachineId, what: Option<&T>) {
+        if self.of.get(id) == what {
             return;
         }
         self.forget(id);
-        if let Some(name) = name {
-            self.machines.entry(name.clone()).or_default().insert(id.clone());
-            self.of.insert(id.clone(), name.clone());
+        if let Some(what) = what {
+            self.machines.entry(what.clone()).or_default().insert(id.clone());
+            self.of.insert(id.clone(), what.clone());
         }
     }
 
     /// It was forgotten.
     pub(crate) fn forget(&mut self, id: &MachineId) {
-        let Some(name) = self.of.remove(id) else { return };
-        if let Some(ids) = self.machines.get_mut(&name) {
+        let Some(what) = self.of.remove(id) else { return };
+        if let Some(ids) = self.machines.get_mut(&what) {
             ids.remove(id);
             if ids.is_empty() {
-                self.machines.remove(&name);
+                self.machines.remove(&what);
             }
         }
     }
@@ -214,6 +245,9 @@ mod tests {
         assert_eq!(names.find(&rack), Some(&b));
         names.note(&b, Some(&"rack-2".to_owned()));
         assert_eq!((names.find(&rack), names.find("rack-2")), (None, Some(&b)));
+        names.note(&a, Some(&"rack-2".to_owned()));
+        assert_eq!(names.others("rack-2", &a).collect::<Vec<_>>(), [&b]);
+        names.note(&a, None);
         names.forget(&b);
         assert!(names.machines.is_empty() && names.of.is_empty());
     }

@@ -74,6 +74,7 @@ pub(crate) struct Inner {
     /// Which machine has an Ethernet address.
     pub(crate) macs: index::Macs,
     names: index::Names,
+    keys: index::Keys,
     missing: index::Missing,
     /// Last-seen times that are not stored yet.
     seen: BTreeMap<MachineId, Millis>,
@@ -177,6 +178,7 @@ impl Control {
             envelopes: BTreeMap::new(),
             macs: index::Macs::default(),
             names: index::Names::default(),
+            keys: index::Keys::default(),
             missing: index::Missing::default(),
             seen: BTreeMap::new(),
             order_texts: Self::load_orders(&store, now).await?,
@@ -502,6 +504,7 @@ impl Inner {
     fn index(&mut self, machine: &Machine) {
         self.comparing.note(machine);
         self.names.note(&machine.id, machine.name.as_ref());
+        self.keys.note(&machine.id, machine.key.as_ref());
         self.missing.note(machine);
         let Some(facts) = &machine.facts else { return };
         let machines = &self.machines;

@@ -5,7 +5,7 @@ use crate::catalog::Catalog;
 use crate::error::ControlError;
 use crate::store::Envelope;
 use jiff::Timestamp;
-use kiln_fleet::{Desire, Event, Machine, Reported, StateKind, desire};
+use kiln_fleet::{Desire, Event, Machine, Millis, Reported, StateKind, desire};
 use kiln_protocol::{
     DbxOffer, Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, Reply, Report, SecretsWord, Sha256Hex, Via,
 };
@@ -19,6 +19,10 @@ use tokio::time::Instant;
 pub const MAX_WAIT_S: u32 = 55;
 /// Reports held at once.
 pub const MAX_HELD: usize = 5_000;
+
+/// Machines with one identity key that are looked at in one step: one is enough to know, and whoever has a copy of a key
+/// can make up many.
+const COPIES: usize = 8;
 
 /// When to come again, in milliseconds.
 mod again {
@@ -111,11 +115,35 @@ impl Control {
             &mut pending,
         )?;
         self.approve_listed(&mut inner, id, &catalog, &mut pending)?;
+        self.hold_copies(&mut inner, id, now, &mut pending)?;
         // Not for a stranger: it is the machine that is seen.
         if inner.machines.get(id).is_some_and(|m| m.last_seen == now) {
             inner.note_seen(id, now);
         }
         Ok(pending)
+    }
+
+    /// Holds this machine and others that have its identity key, where both live.
+    fn hold_copies(
+        &self,
+        inner: &mut Inner,
+        id: &MachineId,
+        now: Millis,
+        pending: &mut Pending,
+    ) -> Result<(), ControlError> {
+        let Some(machine) = inner.machines.get(id) else { return Ok(()) };
+        let Some(key) = machine.key.as_ref().filter(|_| machine.reported == Some(now)) else { return Ok(()) };
+        let title = machine.title().to_owned();
+        let copies = inner.keys.others(key, id).take(COPIES).filter_map(|other| inner.machines.get(other));
+        let copies: Vec<(MachineId, String)> = copies
+            .filter(|other| machine.lives_beside(other, now))
+            .map(|other| (other.id.clone(), other.title().to_owned()))
+            .collect();
+        for (other, with) in copies {
+            self.step(inner, id, Event::KeyShared { with }, now, pending)?;
+            self.step(inner, &other, Event::KeyShared { with: title.clone() }, now, pending)?;
+        }
+        Ok(())
     }
 
     /// A machine whose firmware was heard under another id than its agent gives: some ROMs swap the UUID's bytes.

@@ -52,6 +52,7 @@ impl MachineView {
             acceptance: m.acceptance.clone(),
             awaits_acceptance: m.awaits_acceptance(),
             last_good: m.last_good().cloned(),
+            needs: m.needs().into_iter().collect(),
             firmware: facts.map(|f| f.firmware),
             key: m.key.clone(),
             other_key: m.stranger.clone(),

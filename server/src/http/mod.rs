@@ -64,6 +64,7 @@ pub fn public_router(app: App) -> Router {
         .route("/m/{machine}", get(page))
         .route("/app.js", get(page))
         .route("/actions.js", get(page))
+        .route("/people.js", get(page))
         .route("/style.css", get(page))
         .route("/boot.ipxe", get(script::script))
         .merge(operator_api(&app))

@@ -73,6 +73,9 @@ pub struct MachineView {
     pub awaits_acceptance: bool,
     /// The newest release that was proven good here.
     pub last_good: Option<ReleaseId>,
+    /// Releases that it runs, or may come to without anybody's asking anew: no floor goes above them.
+    #[serde(default)]
+    pub needs: Vec<ReleaseId>,
     /// How it boots.
     pub firmware: Option<Firmware>,
     /// Its identity key: SHA-256 of the public key's SPKI, as `key` in kiln.toml takes it.

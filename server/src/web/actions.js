@@ -52,6 +52,8 @@
       said.textContent = error.message;
     }
     arrange();
+    window.kilnPerson = { call, may, name: () => session.name };
+    document.dispatchEvent(new Event("kiln-person"));
     if (may("technician")) {
       options(by("approve-role"), (await call("GET", "roles")).json);
       const releases = (await call("GET", "releases")).json.filter((release) => release.class === "normal");
@@ -64,7 +66,7 @@
     try {
       const { json, kept } = await call(method, `machines/${encodeURIComponent(machine.id)}/${path}`, body);
       said.textContent = kept
-        ? `Kept: another person confirms it (${json.pending.id}, kiln pending confirm).`
+        ? `Kept: another person confirms it on the first page, or by kiln pending confirm ${json.pending.id}.`
         : `${json.name}: ${done}`;
     } catch (error) {
       said.textContent = error.message;

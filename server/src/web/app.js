@@ -123,6 +123,10 @@ function showBoots(machine) {
   code.lastElementChild.textContent = machine.code || "";
   showComparison(machine.comparison);
   showAcceptance(machine);
+  const held = Object.entries(machine.secrets || {}).map(([name, version]) => `${name} (version ${version})`);
+  const secrets = document.getElementById("held");
+  secrets.hidden = !held.length;
+  secrets.textContent = `Holds the secrets ${held.join(", ")}, by its own word.`;
   boots.hidden = false;
   for (const boot of machine.boots) {
     if (!boot.boot_id) continue;

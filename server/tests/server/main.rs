@@ -9,6 +9,7 @@ mod agent_api;
 mod assign;
 mod attestation;
 mod audit;
+mod clones;
 mod condition;
 mod crowd;
 mod expected;

@@ -2,7 +2,7 @@
 
 use crate::common::*;
 use jiff::Timestamp;
-use kiln_images::SiteDir;
+use kiln_images::{SiteDir, Unlock};
 use kiln_protocol::{DbxOutcome, DbxState, Report};
 use kiln_release::Unverified;
 use serde_json::Value;
@@ -242,8 +242,8 @@ async fn a_revocation_waits_for_the_machine_that_needs_the_release() {
     let second = site.publish(2);
     let revoked: PathBuf = site.site.secure_boot("revoked");
     fs::write(&revoked, format!("{} minimal/1\n", "ab".repeat(32))).unwrap();
-    kiln_images::publish_dbx(&site.site, Timestamp::now()).unwrap();
-    assert!(kiln_images::publish_dbx(&site.site, Timestamp::now()).unwrap().already);
+    kiln_images::publish_dbx(&site.site, Timestamp::now(), &mut Unlock::nobody()).unwrap();
+    assert!(kiln_images::publish_dbx(&site.site, Timestamp::now(), &mut Unlock::nobody()).unwrap().already);
     let list = site.signed_site().dbx.unwrap();
     let server = Server::start(&site).await;
     let artifact = server.http("GET", &format!("/a/{}", list.update.sha256), &[]).await;
@@ -280,4 +280,42 @@ async fn a_revocation_waits_for_the_machine_that_needs_the_release() {
     agents[1].restart(&second);
     let report = agents[1].healthy();
     assert_eq!(agents[1].send(&server, &report).await.dbx, None);
+}
+
+/// The keys of Secure Boot as people use them: made or found plain, encrypted, and then opened by their passphrase.
+#[test]
+fn secure_boot_keys_are_encrypted_and_a_plain_one_is_warned_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = |name: &str| dir.path().join(name);
+    let (site, out, phrase, wrong) = (at("site"), at("out"), at("phrase"), at("wrong"));
+    done(&["trust", "init", "--lab", text(&site)]);
+    fs::write(&phrase, "nine lives of a cat\n").unwrap();
+    fs::write(&wrong, "nine lives of a dog\n").unwrap();
+    let enroll = ["trust", "secureboot", "enroll", "--site", text(&site), "--out", text(&out)];
+    assert!(!done(&enroll).contains("warning"), "a lab's keys are not encrypted");
+    // Not a lab any more, as its own file says.
+    let signers = r#"{"images":{"threshold":1,"keys":[]},"days":365,"names":{}}"#;
+    fs::write(site.join("offline/signers.json"), signers).unwrap();
+    let said = done(&enroll);
+    assert!(said.contains("warning: ") && said.contains("`kiln trust secureboot encrypt"), "{said}");
+    let encrypt = ["trust", "secureboot", "encrypt", "--site", text(&site), "--passphrase-file", text(&phrase)];
+    let said = done(&encrypt);
+    assert!(["PK.key", "KEK.key", "db.key"].iter().all(|key| said.contains(key)), "{said}");
+    assert!(done(&encrypt).contains("encrypted before"));
+    for key in ["PK", "KEK", "db"] {
+        let file = fs::read_to_string(site.join(format!("offline/secure-boot/{key}.key"))).unwrap();
+        assert!(!file.contains("PRIVATE KEY"));
+    }
+    let said = refused(&enroll);
+    assert!(said.contains("PK.key") && said.contains("no terminal"), "{said}");
+    let mut with = [&enroll[..], &["--passphrase-file", text(&wrong)]].concat();
+    let said = refused(&with);
+    assert!(said.contains("PK.key: the passphrase is wrong, or the file is damaged"), "{said}");
+    *with.last_mut().unwrap() = text(&phrase);
+    let said = done(&with);
+    assert!(said.contains("dbx names 0 releases") && !said.contains("warning"), "{said}");
+    let none = at("none");
+    done(&["trust", "init", "--lab", text(&none)]);
+    let made = refused(&["trust", "secureboot", "init", "--site", text(&none), "--passphrase-file", text(&phrase)]);
+    assert!(made.contains("is there already"), "{made}");
 }

@@ -251,3 +251,70 @@ async fn a_person_logs_in_and_acts_with_the_keyboard_alone() {
     page.close().await.unwrap();
     drop(driver);
 }
+
+/// The button of this kind in the list of what waits for a second person, pressed with the keyboard.
+async fn press(page: &Client, kind: &str) {
+    let css = format!("#pending button.{kind}");
+    let button = page.wait().at_most(PATIENCE).for_element(Locator::Css(&css)).await.unwrap();
+    button.send_keys(ENTER).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_second_person_decides_on_the_page_which_shows_secrets_without_their_values() {
+    let site = TestSite::new();
+    site.configure("[https]\nlisten = \"127.0.0.1:0\"\n[access]\nfour_eyes = [\"assign\"]");
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    agent.send(&server, &report).await;
+    let (ann, ben) = (server.token("ann", "operator").await, server.token("ben", "operator").await);
+    let set = server.order("PUT", "secrets/db-password?role=lab", json!("tell nobody")).await;
+    assert_eq!(set.status, 200, "{}", set.text());
+    let version = set.json()["version"].as_u64().unwrap();
+    let ask = async |token: &str| {
+        let body = json!({ "image": "minimal", "release": 1, "via": "cold" });
+        let asked = server.with(token, "PUT", "machines/rack-1/assignment", body).await;
+        asked.json()["pending"]["id"].as_str().unwrap().to_owned()
+    };
+    let id = ask(&ann).await;
+    let Some((driver, page)) = browser().await else { return };
+    page.goto(&format!("https://{}/", server.https.unwrap())).await.unwrap();
+    cell(&page, "rack-1", "state", |text| text == "healthy").await;
+    for hidden in ["pending", "secrets"] {
+        assert!(!page.find(Locator::Id(hidden)).await.unwrap().is_displayed().await.unwrap(), "nobody is logged in");
+    }
+    keys(&page, "log-in", ENTER).await;
+    keys(&page, "token", &ben).await;
+    keys(&page, "token", ENTER).await;
+    text_of(&page, "who", |text| text == "token ben (operator)").await;
+
+    // Who asked, what, and until when; then it is done, once, in both names.
+    let shown = text_of(&page, "pending", |text| text.contains("token ann asked on")).await;
+    assert!(shown.contains("assign rack-1") && shown.contains("It ends on 2"), "{shown}");
+    let item = format!("#pending li[data-pending=\"{id}\"]");
+    assert!(page.find(Locator::Css(&item)).await.unwrap().is_displayed().await.unwrap());
+    press(&page, "confirm").await;
+    text_of(&page, "pending-said", |text| text.ends_with("confirmed by token ben: done")).await;
+    assert_eq!(server.machine("rack-1").await.assigned.unwrap().sequence, 2);
+    let audit = server.audit().await;
+    assert!(audit.iter().any(|r| r.actor == "token ann, confirmed by token ben"), "{audit:?}");
+
+    // No is said as well. One's own can only be taken back.
+    ask(&ann).await;
+    press(&page, "refuse").await;
+    text_of(&page, "pending-said", |text| text.ends_with("refused by token ben")).await;
+    ask(&ben).await;
+    text_of(&page, "pending", |text| text.contains("token ben asked on") && text.contains("Take back")).await;
+    assert!(page.find(Locator::Css("#pending button.confirm")).await.is_err(), "nobody is two persons");
+    assert_eq!(server.machine("rack-1").await.assigned.unwrap().sequence, 2);
+
+    // Names and versions of secrets, who lacks them and why; and nothing of their values.
+    let shown = text_of(&page, "secrets", |text| text.contains("db-password")).await;
+    assert!(shown.contains(&version.to_string()) && shown.contains("role lab"), "{shown}");
+    assert!(shown.contains("0 of 1 machines hold it"), "{shown}");
+    page.find(Locator::Css("#secrets summary")).await.unwrap().click().await.unwrap();
+    text_of(&page, "secrets", |text| text.contains("rack-1 does not hold it: ")).await;
+    assert!(!page.source().await.unwrap().contains("tell nobody"));
+    page.close().await.unwrap();
+    drop(driver);
+}

@@ -7,6 +7,9 @@ pub use diff::changes;
 pub(crate) use diff::{disk_name, module_name};
 
 use crate::Millis;
+use crate::event::Action;
+use crate::machine::Machine;
+use crate::step::save;
 use kiln_protocol::{Inventory, binary_size};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -45,6 +48,17 @@ impl HardwareEvent {
     /// Which event, and whether a person should look.
     pub fn new(at: Millis, warn: bool, text: impl Into<String>) -> Self {
         Self { at, warn, text: text.into() }
+    }
+}
+
+impl Machine {
+    /// The newest change is what a person reads; all of them are in its story.
+    pub(crate) fn hardware_changed(&mut self, events: Vec<HardwareEvent>, out: &mut Vec<Action>) {
+        if let Some(event) = events.iter().rev().find(|event| event.warn) {
+            self.last_words = crate::boots::cut(&event.text);
+        }
+        out.extend(events.into_iter().map(|event| Action::Say { warn: event.warn, text: event.text }));
+        save(out);
     }
 }
 

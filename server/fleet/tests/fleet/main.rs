@@ -8,6 +8,7 @@ mod acceptance;
 mod access;
 mod age;
 mod attestation;
+mod clones;
 mod condition;
 mod drift;
 mod expected;

@@ -135,9 +135,12 @@ impl Found {
     }
 }
 
+/// Gives the passphrase of the key at a path.
+type Ask<'a> = dyn FnMut(&Path) -> Result<Passphrase, SiteError> + 'a;
+
 /// Who is asked for the passphrases of encrypted keys. One is asked for once: keys that were made together have the same.
 pub struct Unlock<'a> {
-    ask: Box<dyn FnMut(&Path) -> Result<Passphrase, SiteError> + 'a>,
+    ask: Box<Ask<'a>>,
     known: Option<Passphrase>,
     plain: Vec<PathBuf>,
 }

@@ -288,8 +288,8 @@ impl Machine {
 
     /// A person accepts TPM and firmware as they are: what the next proof shows is pinned.
     pub(crate) fn accept_tpm(&mut self, out: &mut Vec<Action>) {
-        let Attestations { recorded, left, .. } = std::mem::take(&mut self.attestations);
-        self.attestations = Attestations { recorded, left, ..Attestations::default() };
+        let Attestations { left, recorded, .. } = std::mem::take(&mut self.attestations);
+        self.attestations = Attestations { left, recorded, ..Attestations::default() };
         save(out);
         wake(out);
     }

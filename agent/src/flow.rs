@@ -8,7 +8,7 @@ use crate::error::{AgentError, FailureClass, Result};
 use crate::fetch::{Download, Expected};
 use crate::init::embedded;
 use crate::journal::{Journal, JournalState};
-use crate::memory::{Memory, Place, random};
+use crate::memory::{Identity, Memory, Place, random};
 use crate::retry::{self, Next};
 use crate::verifier::{Answer, Servers, Verified, Verifier};
 use crate::{console, facts, introduce, log};
@@ -46,12 +46,12 @@ impl Flow {
         tpm: Option<TpmPresence>,
     ) -> Result<Self> {
         memory.may_boot(&boot)?;
-        let key = place.key()?;
+        let Identity { key, lost } = place.key()?;
         let embedded = embedded(&boot)?;
         let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));
         let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
         machine.tpm = tpm;
-        let journal = Journal {
+        let mut journal = Journal {
             state,
             machine,
             embedded,
@@ -61,6 +61,9 @@ impl Flow {
             fallback: None,
             condition: None,
         };
+        if let Some(error) = lost {
+            journal.failed(Stage::Start, &error, 1, Some(Duration::ZERO));
+        }
         let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
         let verifier = Verifier::new(boot, place, key, memory, servers, now);
         Ok(Self { verifier, journal, api: None, tries: None, tell_every: TELL_EVERY })

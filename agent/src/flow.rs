@@ -381,6 +381,41 @@ mod tests {
     }
 
     #[test]
+    fn what_is_refused_of_metadata_that_is_read_anew_is_told() {
+        let site = TestSite::new(1);
+        let dir = tempfile::tempdir().unwrap();
+        let (good, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+        let mut altered = site.files.clone();
+        *altered.get_mut("metadata/timestamp.json").unwrap() = b"{}".to_vec();
+        let (bad, _hear) = web::honest(altered, BTreeMap::new());
+        let director = Director::start(&site, (1, 5, Via::Cold, false));
+        runtime().block_on(async {
+            let (mut flow, ..) = asked(&site, &[good], &director, &dir.path().join("state")).await;
+            let here = flow.verifier.here().unwrap();
+            let mut verified = flow.verifier.verify_metadata(&here).await.unwrap();
+            flow.verifier.servers.http = vec![bad];
+            // What makes it read metadata anew.
+            director.give(Some(r#"{"signatures":[],"signed":{"_type":"kiln-order"}}"#.to_owned()));
+            let told = std::thread::spawn(move || {
+                let refused = |r: &kiln_protocol::Report| {
+                    let of = |s: &kiln_protocol::StageRecord| match &s.state {
+                        StageState::Failed(f) => (s.stage == Stage::Metadata).then(|| f.kind.clone()),
+                        StageState::Started | StageState::Done | StageState::Waiting { .. } => None,
+                    };
+                    r.stages.iter().filter_map(of).any(|kind| kind.starts_with("metadata-"))
+                };
+                director.wait("of the refused metadata", std::time::Instant::now(), Duration::from_secs(60), refused);
+                director.give(None);
+                director
+            });
+            // What was verified before counts on.
+            let (assignment, _, plan) = crate::init::wait_for_assignment(&mut flow, &mut verified).await.unwrap();
+            assert_eq!((assignment.sequence, plan), (5, crate::plan::Plan::Stay));
+            drop(told.join().unwrap());
+        });
+    }
+
+    #[test]
     fn another_assignment_ends_a_prefetch_and_leaves_nothing() {
         let site = TestSite::new(3);
         let dir = tempfile::tempdir().unwrap();

@@ -294,7 +294,7 @@ pub enum ControlError {
     OtherImage { machine: String, running: String },
     #[error("the name {0:?} is taken by another machine")]
     NameTaken(String),
-    #[error("{0:?} is no name: 1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit")]
+    #[error("{0:?} is no name: 1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit, and no UUID")]
     BadName(String),
     #[error("a reason is one line of 1 to 200 characters")]
     BadReason,

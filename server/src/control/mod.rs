@@ -16,6 +16,7 @@ mod logs;
 mod netboot;
 mod orders;
 mod people;
+mod pin;
 mod releases;
 mod reports;
 mod roles;
@@ -523,6 +524,11 @@ impl Inner {
     }
 
     pub(crate) fn resolve(&self, name: &str) -> Result<MachineId, ControlError> {
+        // An id is never another machine's name, nor its beginning.
+        if let Ok(id) = name.parse::<MachineId>() {
+            let known = self.machines.contains_key(&id);
+            return if known { Ok(id) } else { Err(ControlError::NoSuchMachine(name.to_owned())) };
+        }
         if let Some(id) = self.names.find(name) {
             return Ok(id.clone());
         }

@@ -7,7 +7,7 @@ mod sessions;
 mod tokens;
 
 pub use foureyes::{Asker, Kept};
-pub(crate) use foureyes::{MAX_OPEN, behind, surplus};
+pub(crate) use foureyes::{MAX_OPEN, alone, behind, surplus};
 pub use sessions::{Login, Session, SessionKey, SessionOf, csrf_of};
 pub(crate) use sessions::{MAX_OWN_SESSIONS, MAX_SESSIONS};
 pub(crate) use tokens::MAX_TOKENS;
@@ -57,7 +57,7 @@ pub struct Caller {
 impl Caller {
     /// A user of this host: it could read the database anyway.
     pub fn local(uid: u32) -> Self {
-        let (name, role) = (format!("uid {uid}"), Some(AccessRole::Admin));
+        let (name, role) = (format!("{}{uid}", foureyes::LOCAL), Some(AccessRole::Admin));
         Self { name, role, origin: String::new(), credential: Credential::Local, second: None }
     }
 

@@ -2,7 +2,9 @@
 //! in the audit log, wrong credentials included.
 
 use super::{Control, now_ms};
-use crate::access::{Caller, Credential, Known, RevokedKey, Session, SessionKey, SessionOf, Token, behind, place};
+use crate::access::{
+    Caller, Credential, Known, RevokedKey, Session, SessionKey, SessionOf, Token, alone, behind, place,
+};
 use crate::audit::Line;
 use crate::config::is_name;
 use crate::error::{AccessError, ControlError, StoreError};
@@ -169,8 +171,9 @@ impl Control {
         let commits = {
             let mut known = self.access.lock();
             token.behind = behind(&by.name, &known.tokens);
-            if let Some(second) = &by.second {
-                token.behind.append(&mut behind(second, &known.tokens));
+            match &by.second {
+                Some(second) => token.behind.append(&mut behind(second, &known.tokens)),
+                None => token.alone = alone(&by.name, &known.tokens),
             }
             if known.tokens.values().any(|t| t.name == name && t.holds(now).is_ok()) {
                 return Err(AccessError::TokenTaken(name.to_owned()).into());

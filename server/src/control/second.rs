@@ -4,7 +4,7 @@ use super::people::json;
 use super::pin::Pinned;
 use super::{Control, now_ms};
 use crate::access::calls::Call;
-use crate::access::{Asker, Caller, Credential, Kept, Known, SessionOf, behind, random, surplus};
+use crate::access::{Asker, Caller, Credential, Kept, Known, SessionOf, alone, behind, random, surplus};
 use crate::audit::Line;
 use crate::error::{AccessError, ControlError};
 use crate::view::PendingView;
@@ -86,6 +86,7 @@ impl Control {
                 what: what.clone(),
                 by: caller.name.clone(),
                 behind: behind(&caller.name, &known.tokens),
+                alone: alone(&caller.name, &known.tokens),
                 at: now,
                 deadline: now.saturating_add(self.config.access.pending),
                 state: ProposalState::Open,
@@ -156,7 +157,11 @@ impl Control {
             if let Some(reason) = self.may_not_ask(kept, known, now) {
                 return Err(AccessError::ProposerGone { reason }.into());
             }
-            let event = ProposalEvent::Confirm { by: by.name.clone(), behind: behind(&by.name, &known.tokens) };
+            let event = ProposalEvent::Confirm {
+                by: by.name.clone(),
+                behind: behind(&by.name, &known.tokens),
+                alone: alone(&by.name, &known.tokens),
+            };
             let proposal = kept.proposal.clone().event(event, now).map_err(AccessError::from)?;
             let kept = Kept { proposal, ..kept.clone() };
             let what = format!("confirmed what {} asked for ({id}): {}", kept.proposal.by, kept.proposal.what);

@@ -317,6 +317,32 @@ async fn a_second_person_confirms_and_it_is_done_once() {
     server.token("dan", "viewer").await;
 }
 
+#[tokio::test]
+async fn an_admin_who_makes_two_tokens_alone_is_one_person() {
+    let site = TestSite::new();
+    site.configure("[access]\nfour_eyes = [\"clear\"]");
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    agent.send(&server, &report).await;
+    let (ann, ben) = (server.token("ann", "admin").await, server.token("ben", "operator").await);
+    let make = async |name: &str| {
+        let body = json!({ "name": name, "role": "operator" });
+        server.with(&ann, "POST", "tokens", body).await.json()["text"].as_str().unwrap().to_owned()
+    };
+    let (one, two) = (make("one").await, make("two").await);
+    let asked = server.with(&one, "POST", "machines/rack-1/clear", json!({})).await;
+    let id = asked.json()["pending"]["id"].as_str().unwrap().to_owned();
+    let confirm = async |token: &str| server.with(token, "POST", &format!("pending/{id}/confirm"), json!({})).await;
+    for other in [&two, &ann] {
+        let refused = confirm(other).await;
+        assert_eq!(refused.status, StatusCode::CONFLICT, "{}", refused.text());
+    }
+    assert!(confirm(&two).await.text().contains("token ann could be both"));
+    // The boot server's owner made ann's token and ben's: people need a first one.
+    assert_eq!(confirm(&ben).await.status, StatusCode::OK);
+}
+
 /// A name can be another machine's when the second person comes, also one in the body or the query of a call.
 #[tokio::test]
 async fn what_is_confirmed_is_done_to_the_machines_that_were_meant() {

@@ -73,6 +73,7 @@ fn proposal() -> Proposal {
         what: "assign minimal/2 to rack-1".into(),
         by: "token ann".into(),
         behind: set(&["token ann", "uid 0"]),
+        alone: set(&["token ann"]),
         at: 1_000,
         deadline: 10_000,
         state: ProposalState::Open,
@@ -80,7 +81,30 @@ fn proposal() -> Proposal {
 }
 
 fn confirm(by: &str, behind: &[&str]) -> ProposalEvent {
-    ProposalEvent::Confirm { by: by.into(), behind: set(behind) }
+    ProposalEvent::Confirm { by: by.into(), behind: set(behind), alone: set(&[by]) }
+}
+
+#[test]
+fn whoever_made_both_credentials_alone_is_one_person() {
+    let asked = Proposal {
+        by: "token one".into(),
+        behind: set(&["token one", "token ann", "uid 0"]),
+        alone: set(&["token one", "token ann"]),
+        ..proposal()
+    };
+    let two = |alone: &[&str]| ProposalEvent::Confirm {
+        by: "token two".into(),
+        behind: set(&["token two", "token ann", "uid 0"]),
+        alone: set(alone),
+    };
+    let refused = asked.clone().event(two(&["token two", "token ann"]), 2_000);
+    assert_eq!(refused, Err(ProposalRefusal::SameMaker { maker: "token ann".into() }));
+    // Another had to confirm the making of the second token: nobody holds both.
+    assert!(matches!(asked.event(two(&["token two"]), 2_000).unwrap().state, ProposalState::Confirmed { .. }));
+    // What was asked for before this was known is confirmed as before.
+    let mut older = serde_json::to_value(proposal()).unwrap();
+    older.as_object_mut().unwrap().remove("alone");
+    assert_eq!(serde_json::from_value::<Proposal>(older).unwrap().alone, set(&[]));
 }
 
 #[test]

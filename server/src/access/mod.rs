@@ -16,7 +16,7 @@ pub use tokens::Token;
 use crate::error::{AccessError, StoreError};
 use crate::store::Store;
 use kiln_fleet::Millis;
-use kiln_fleet::access::{AccessRole, Attempts, Spree};
+use kiln_fleet::access::{AccessRole, Attempts, Refusals, Spree};
 use kiln_protocol::KeyId;
 use kiln_release::hex;
 use ring::rand::{SecureRandom, SystemRandom};
@@ -108,6 +108,7 @@ pub(crate) struct Known {
     pub(crate) by_address: Attempts,
     pub(crate) by_account: Attempts,
     pub(crate) spree: Spree,
+    pub(crate) refusals: Refusals,
 }
 
 /// Everything that is known of people and programs. Bounded in every part.
@@ -134,6 +135,7 @@ impl Access {
             by_address: attempts(),
             by_account: attempts(),
             spree: Spree::default(),
+            refusals: Refusals::default(),
         });
         Ok(Self { known, ends: watch::channel(0).0 })
     }

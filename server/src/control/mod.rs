@@ -335,6 +335,7 @@ impl Control {
     pub fn flush(&self) {
         let seen = std::mem::take(&mut self.lock().seen);
         self.store.seen(seen);
+        self.note_more_refused(None);
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {

@@ -29,6 +29,24 @@ impl Control {
         drop(self.store.audit(line));
     }
 
+    /// Writes what somebody who is known was refused, or counts it where that one's refusals come too thick.
+    pub(crate) fn note_refused(&self, caller: &Caller, line: Line) {
+        let written = self.access.lock().refusals.take(&caller.name, line.at);
+        if written {
+            self.note_down(line);
+        }
+    }
+
+    /// Writes how many were not written, of those whose minute is over; at the server's end (`now` is none) of all.
+    pub(crate) fn note_more_refused(&self, now: Option<Millis>) {
+        let more = self.access.lock().refusals.over(now);
+        for (who, count) in more {
+            let line =
+                Line::done(now.unwrap_or_else(now_ms), &who, "", format!("and {count} more calls within a minute"));
+            self.note_down(line.but("refused, or failed"));
+        }
+    }
+
     /// Whose token this is. A wrong one counts against the address and, where it names a token, against that.
     pub fn token_of(&self, text: &str, from: IpAddr, secure: bool) -> Result<Caller, AccessError> {
         let now = now_ms();

@@ -169,7 +169,7 @@ impl Control {
         Ok((head, signed))
     }
 
-    /// Lets time pass for people: deadlines of second persons, and the daily head, in the log and beside the database. For ever.
+    /// Lets time pass for people: deadlines of second persons, refusals that were counted, and the daily head, in the log and beside the database. For ever.
     pub(crate) async fn watch_people(&self) {
         let mut said = 0;
         loop {
@@ -177,6 +177,7 @@ impl Control {
                 tracing::warn!(%error, "what waits for a second person was not looked at");
             }
             let now = now_ms();
+            self.note_more_refused(Some(now));
             if now >= said + HEAD_EVERY {
                 match self.signed_head().await {
                     Ok((head, signed)) => {

@@ -100,6 +100,8 @@ impl Control {
         let mut account = String::new();
         match self.oidc_person(browser, answer, &mut account).await {
             Ok((name, of)) => self.session_begin(name, of, &origin, "with the identity provider").await,
+            // Nobody's fault who logs in, and nobody was known: it counts against no one, and fills no log.
+            Err(error @ AccessError::Oidc(OidcError::Away { .. } | OidcError::Busy { .. })) => Err(error.into()),
             Err(error) => {
                 let now = now_ms();
                 let mut known = self.access.lock();

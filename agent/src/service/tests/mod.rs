@@ -318,6 +318,24 @@ fn a_running_machine_goes_to_be_wiped_by_an_operators_word_and_not_by_its_server
     assert_eq!(machine.left.recv_timeout(PATIENCE).unwrap(), "reboot", "the initramfs does it");
 }
 
+/// Whatever is fetched meanwhile, and however slowly.
+#[test]
+fn an_operators_word_does_not_wait_for_a_long_transfer() {
+    let site = TestSite::new(2);
+    let [uki, _] = site.paths(2);
+    let (_gate, gates) = gate(&uki);
+    let (http, hear) = web::honest(site.files.clone(), gates);
+    let director = Director::start(&site, (2, 5, Via::Cold, false));
+    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
+    let begun = Instant::now();
+    web::wait(&hear, PATIENCE, |h| *h == Happened::Asked(uki.clone(), 0));
+    director.wait("of a part of it", begun, PATIENCE, |r| healthy(r) && received(r) > 0);
+    director.give(Some(wipe_order(&site, 1, &crate::testing::operator())));
+    let going = |r: &Report| r.stages.iter().any(|s| s.stage == Stage::Going && s.state == StageState::Started);
+    director.wait("of going", begun, PATIENCE, going);
+    assert_eq!(machine.left.recv_timeout(PATIENCE).unwrap(), "reboot");
+}
+
 #[test]
 fn a_machine_that_is_due_goes_to_its_own_release_again() {
     let site = TestSite::new(1);

@@ -12,7 +12,7 @@ use crate::error::{ControlError, SecretError, StoreError};
 use crate::store::{Commit, Store};
 use crate::vault::{OVERHEAD, Vault, forget, seal_once};
 use crate::view::SecretView;
-use kiln_fleet::{Barred, Machine, Millis, StateKind};
+use kiln_fleet::{Barred, Machine, Millis};
 use kiln_protocol::tpm::{self, EccPoint, Template};
 use kiln_protocol::{
     Delivered, HexBytes, KeyId, MachineId, Nonce, ReleaseId, SECRET_LIMIT, SECRETS_OF_A_MACHINE, SecretName, SecretSet,
@@ -201,18 +201,9 @@ fn barred(catalog: &Catalog) -> Barred {
 impl Control {
     /// What a machine shall hold; none: nobody can say, so that it keeps what it has.
     fn wanted_secrets(&self, machine: &Machine, catalog: &Catalog) -> Option<SecretVersions> {
-        match machine.state.kind {
+        if !machine.state.kind.in_fleet() {
             // It gets nothing, and what it has is to go.
-            StateKind::Discovered | StateKind::Retired => return Some(SecretVersions::new()),
-            StateKind::Approved
-            | StateKind::Booting
-            | StateKind::Healthy
-            | StateKind::Degraded
-            | StateKind::Unreachable
-            | StateKind::Draining
-            | StateKind::Reimaging
-            | StateKind::FellBack
-            | StateKind::Quarantined => {}
+            return Some(SecretVersions::new());
         }
         let wanted = wants(machine, catalog)?;
         let known = self.secrets.lock();

@@ -56,9 +56,11 @@ impl Control {
             return body.is_some_and(|body| body["role"] == AccessRole::Admin.as_str());
         }
         match (action, access.assign_alone, asked.machine) {
-            ("assign", Some(alone), Some(machine)) => {
+            ("assign", Some(limit), Some(machine)) => {
                 let id = self.lock().resolve(machine).map_or_else(|_| machine.to_owned(), |id| id.to_string());
-                !self.access.lock().spree.take(&caller.name, &id, alone, now_ms())
+                let mut known = self.access.lock();
+                let who = alone(&caller.name, &known.tokens);
+                !known.spree.take(&who, &id, limit, now_ms())
             }
             _ => false,
         }

@@ -6,7 +6,7 @@
 use crate::error::{AgentError, Result};
 use crate::net::trial::Known;
 use crate::sys;
-use crate::tpm::{Tpm, TpmFault};
+use crate::tpm::{self, Tpm, TpmFault};
 use jiff::Timestamp;
 use kiln_protocol::{Assignment, KeyStorage, Order, OrderError, OrderMark, RollbackMemory};
 use kiln_release::tuf::Seen;
@@ -191,6 +191,19 @@ fn efi_key(sealed: bool, plain: bool, tpm: bool) -> KeyStorage {
     }
 }
 
+/// The machine's identity.
+pub struct Identity {
+    pub key: Signer,
+    /// Why it is another than before, where what was kept of it is of no use.
+    pub lost: Option<AgentError>,
+}
+
+impl Identity {
+    fn of(seed: &[u8; 32], lost: Option<AgentError>) -> Self {
+        Self { key: Signer::from_seed(seed), lost }
+    }
+}
+
 /// Where key and memory are kept.
 #[derive(Debug, Clone)]
 pub enum Place {
@@ -245,10 +258,11 @@ impl Place {
         }
     }
 
-    /// The identity key, made at the first call.
-    pub fn key(&self) -> Result<Signer> {
+    /// The identity key, made at the first call. One that is kept and of no use (cut, or sealed by another TPM) ends no boot:
+    /// a new one takes its place, the machine is a stranger to its server, and says why.
+    pub fn key(&self) -> Result<Identity> {
         match (self.key_storage(), self) {
-            (KeyStorage::Tpm, _) => return self.sealed_key(),
+            (KeyStorage::Tpm, _) => return self.key_sealed_by(&mut open_tpm()?),
             (KeyStorage::Ephemeral, Self::Efi) => {
                 println!(
                     "kiln-agent: this machine's identity key is sealed in its TPM, which does not answer: another key, for this \
@@ -258,40 +272,45 @@ impl Place {
             }
             (KeyStorage::EfiVariable | KeyStorage::File | KeyStorage::Ephemeral, _) => {}
         }
+        let mut lost = None;
         if let Some(stored) = self.read(KEY)? {
-            let seed: [u8; 32] = stored.as_slice().try_into().map_err(|_| AgentError::Format {
-                path: self.path(KEY),
-                reason: format!("{} bytes, an Ed25519 seed has 32: delete it to get a new identity", stored.len()),
-            })?;
-            return Ok(Signer::from_seed(&seed));
-        }
-        let seed = random()?;
-        self.write(KEY, &seed)?;
-        Ok(Signer::from_seed(&seed))
-    }
-
-    /// The same, sealed by the TPM. A TPM that refuses what is there is another one, or was cleared: then this is another
-    /// machine, with another key. One that is only busy is asked again by the next boot: the key stays what it is.
-    fn sealed_key(&self) -> Result<Signer> {
-        let mut tpm = open_tpm()?;
-        if let Some(sealed) = self.read(SEALED)? {
-            match unsealed(&mut tpm, &sealed) {
-                Ok(seed) => {
-                    let seed: [u8; 32] = seed.try_into().map_err(|_| AgentError::Format {
-                        path: self.path(SEALED),
-                        reason: "no Ed25519 seed is sealed in it: delete it to get a new identity".into(),
-                    })?;
-                    return Ok(Signer::from_seed(&seed));
-                }
-                Err(fault) if !fault.is_refusal() => return Err(fault.into()),
-                Err(fault) => {
-                    println!("kiln-agent: the identity key was sealed by another TPM, a new one is made: {fault}");
-                }
+            match <[u8; 32]>::try_from(stored.as_slice()) {
+                Ok(seed) => return Ok(Identity::of(&seed, None)),
+                Err(_) => lost = Some(self.lost(KEY, format!("{} bytes, an Ed25519 seed has 32", stored.len()))),
             }
         }
         let seed = random()?;
+        self.write(KEY, &seed)?;
+        Ok(Identity::of(&seed, lost))
+    }
+
+    /// The same, sealed by the TPM. A TPM that refuses what is there is another one, or was cleared: then this is another
+    /// machine, with another key. One that is only busy is asked again by the next boot: the key stays what it is. A plain key
+    /// beside one that was cut is never taken instead: whoever cuts must not choose which machine this is.
+    pub fn key_sealed_by(&self, tpm: &mut Tpm) -> Result<Identity> {
+        let mut lost = None;
+        if let Some(sealed) = self.read(SEALED)? {
+            let reason = if tpm::is_whole(&sealed) {
+                match unsealed(tpm, &sealed) {
+                    Ok(seed) => match <[u8; 32]>::try_from(seed) {
+                        Ok(seed) => return Ok(Identity::of(&seed, None)),
+                        Err(other) => format!("{} bytes are sealed in it, an Ed25519 seed has 32", other.len()),
+                    },
+                    Err(fault) if !fault.is_refusal() => return Err(fault.into()),
+                    Err(fault) => format!("another TPM sealed it, or this one was cleared: {fault}"),
+                }
+            } else {
+                format!("it is cut, or was written by something else ({} bytes)", sealed.len())
+            };
+            lost = Some(self.lost(SEALED, reason));
+        }
+        let seed = random()?;
         self.write(SEALED, &tpm.seal(&seed)?)?;
-        Ok(Signer::from_seed(&seed))
+        Ok(Identity::of(&seed, lost))
+    }
+
+    fn lost(&self, what: &str, reason: String) -> AgentError {
+        AgentError::LostIdentity { path: self.path(what), reason }
     }
 
     /// The memory. One that cannot be parsed is an error, not an empty one: it would forget what it has seen.
@@ -420,103 +439,4 @@ pub fn random() -> Result<[u8; 32]> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn boots_that_fail_to_verify_come_ever_slower_and_the_count_outlives_them() {
-        let mut memory = Memory::default();
-        assert!(!serde_json::to_string(&memory).unwrap().contains("failed_boots"));
-        let mut pauses = Vec::new();
-        for _ in 0..10 {
-            pauses.push(memory.boot_failed().as_secs());
-            memory = serde_json::from_str(&serde_json::to_string(&memory).unwrap()).unwrap();
-        }
-        assert_eq!(pauses, [0, 0, 0, 20, 40, 80, 160, 290, 290, 290]);
-        memory.failed_boots = u32::MAX;
-        assert_eq!(memory.boot_failed(), LONGEST_PAUSE);
-    }
-
-    #[test]
-    fn a_machine_that_cannot_count_its_failed_boots_rests_after_each() {
-        let mut memory = Memory::default();
-        let first = memory.boot_failed();
-        assert_eq!(rest(first, true, 200), Duration::ZERO, "it counts: the first restarts at once");
-        let all: Vec<u64> = (0..=u8::MAX).map(|jitter| rest(first, false, jitter).as_secs()).collect();
-        assert_eq!((all[0], all[255]), (60, 290));
-        assert!(all.iter().collect::<std::collections::BTreeSet<_>>().len() > 100, "{all:?}");
-        // One whose memory fails later keeps what it had counted.
-        assert_eq!(rest(Duration::from_secs(160), false, 0), Duration::from_secs(160));
-        assert_eq!(Place::Boot("/run/kiln".into()).rollback_memory(), RollbackMemory::None);
-    }
-
-    #[test]
-    fn a_sealed_key_stays_the_machines_whatever_happens_to_its_tpm() {
-        use KeyStorage::{EfiVariable, Ephemeral, Tpm};
-        for (tpm, sealed, plain, storage) in [
-            (true, false, false, Tpm),
-            (true, true, false, Tpm),
-            // An older agent was here in between, and left a key of its own.
-            (true, true, true, Tpm),
-            // Of a release before TPMs were used.
-            (true, false, true, EfiVariable),
-            (false, false, true, EfiVariable),
-            (false, false, false, EfiVariable),
-            // The TPM is off: nothing is written that would count once it is on again.
-            (false, true, false, Ephemeral),
-            (false, true, true, Ephemeral),
-        ] {
-            assert_eq!(efi_key(sealed, plain, tpm), storage, "{tpm} {sealed} {plain}");
-        }
-    }
-
-    #[test]
-    fn key_and_memory_outlive_the_process() {
-        let dir = tempfile::tempdir().unwrap();
-        let place = Place::Directory(dir.path().join("state"));
-        let first = place.key().unwrap();
-        assert_eq!(place.key().unwrap().public_bytes(), first.public_bytes());
-        let memory = Memory { sequence: 7, ..Memory::default() };
-        place.remember(&memory).unwrap();
-        assert_eq!(place.memory().unwrap(), memory);
-        std::fs::write(place.path("Seen"), "not json").unwrap();
-        assert_eq!(place.memory().unwrap_err().kind(), "machine-format", "a broken memory is not an empty one");
-    }
-
-    /// A machine's disk keeps its order over a new director, whose numbers begin anew.
-    #[test]
-    fn a_new_director_begins_behind_all_that_was_assigned_before() {
-        let site = |key: &str| -> Site {
-            serde_json::from_value(serde_json::json!({
-                "_type": "kiln-site", "spec_version": "1.0", "name": "lab", "directors": {key: {}},
-                "director_threshold": 1, "agent_api": {"ca_pem": ""}, "floors": {},
-            }))
-            .unwrap()
-        };
-        let mut memory = Memory::default();
-        assert!(!memory.directed_by(&site("a")));
-        (memory.sequence, memory.time_floor) = (7, Some("2099-01-01T00:00:00Z".parse().unwrap()));
-        assert_eq!((memory.order(7), memory.sequence_of(7)), (7, Some(7)));
-        assert!(!memory.directed_by(&site("a")));
-        assert_eq!(memory.order(8), 8, "the same director");
-        assert!(memory.time_floor.is_some());
-        assert!(memory.directed_by(&site("b")));
-        assert_eq!((memory.sequence, memory.order(1)), (0, 8), "lower than 7, and newer");
-        assert_eq!(memory.time_floor, None, "what the old one said of the time");
-        assert_eq!((memory.sequence_of(8), memory.sequence_of(7)), (Some(1), None));
-    }
-
-    #[test]
-    fn a_boot_that_is_not_given_its_data_restarts_once() {
-        let mut memory = Memory::default();
-        assert!(!memory.restart_for_data(false));
-        assert!(!serde_json::to_string(&memory).unwrap().contains("restarted_for_data"));
-        assert!(memory.restart_for_data(true));
-        // It came by kexec again.
-        let text = serde_json::to_string(&memory).unwrap();
-        let mut memory: Memory = serde_json::from_str(&text).unwrap();
-        assert!(!memory.restart_for_data(true) && !memory.restart_for_data(true));
-        // After a boot through firmware it may once more.
-        assert!(!memory.restart_for_data(false) && memory.restart_for_data(true));
-    }
-}
+mod tests;

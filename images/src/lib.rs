@@ -57,7 +57,7 @@ mod site_error;
 pub mod status;
 mod words;
 
-pub use apply::{Applied, apply, drop_request};
+pub use apply::{Applied, TakenAway, apply, drop_request};
 pub use boot_keys::{KEYS, SigningKey, Unlock, encrypt_secure_boot, init_secure_boot};
 pub use ceremony::{Ceremony, RoleHolders, init_site};
 pub use floor::raise_floor;

@@ -45,6 +45,10 @@ pub enum StoreError {
     Open { path: PathBuf, source: sqlx::Error },
     #[error("database: {0}")]
     Sql(#[from] sqlx::Error),
+    #[error(
+        "the disk of the database is full: nothing of this was done, and what was stored before is kept. Free some room"
+    )]
+    Full,
     #[error("the database is of version {got}, this kiln knows {known}: it was written by a newer one")]
     TooNew { known: i64, got: i64 },
     #[error("the database's row for {id} cannot be read: {reason}")]
@@ -53,6 +57,23 @@ pub enum StoreError {
     Closed,
     #[error("a machine's record cannot be written as JSON: {0}")]
     Json(#[from] serde_json::Error),
+}
+
+impl StoreError {
+    /// SQLite's code for a full disk is 13 (<https://sqlite.org/rescode.html#full>).
+    pub(crate) fn or_full(self) -> Self {
+        if let Self::Sql(sqlx::Error::Database(error)) = &self
+            && error.code().as_deref() == Some("13")
+        {
+            return Self::Full;
+        }
+        self
+    }
+
+    /// The same for each who waited for one transaction.
+    pub(crate) fn again(&self) -> Self {
+        if matches!(self, Self::Full) { Self::Full } else { Self::Sql(sqlx::Error::Protocol(self.to_string())) }
+    }
 }
 
 /// A machine's log is not kept, or not shown.
@@ -186,6 +207,10 @@ pub enum OidcError {
     None,
     #[error("{what} of the identity provider: {reason}")]
     Provider { what: &'static str, reason: String },
+    #[error("the identity provider does not answer ({reason}): log in again in {seconds} s, or with a token")]
+    Away { reason: String, seconds: u64 },
+    #[error("{limit} log-ins wait for the identity provider already: log in again in {seconds} s, or with a token")]
+    Busy { limit: usize, seconds: u64 },
     #[error("the identity provider refused the log-in: {0}")]
     Refused(String),
     #[error("this answer belongs to no log-in that this browser began here, or came too late: log in again")]
@@ -321,7 +346,9 @@ pub enum ControlError {
     OtherImage { machine: String, running: String },
     #[error("the name {0:?} is taken by another machine")]
     NameTaken(String),
-    #[error("{0:?} is no name: 1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit")]
+    #[error(
+        "{0:?} is no name: 1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit, and no UUID"
+    )]
     BadName(String),
     #[error("a reason is one line of 1 to 200 characters")]
     BadReason,

@@ -17,6 +17,7 @@ mod logs;
 mod netboot;
 mod orders;
 mod people;
+mod pin;
 mod releases;
 mod reports;
 mod roles;
@@ -126,7 +127,7 @@ pub struct Control {
     expected: expected::Expected,
     /// People and programs. Locked after the fleet, where both are.
     pub access: Access,
-    secrets: secrets::Secrets,
+    secrets: Arc<secrets::Secrets>,
     /// The identity provider, if there is one.
     pub(crate) oidc: Option<Provider>,
     /// Held reports.
@@ -190,7 +191,7 @@ impl Control {
             withheld: releases::Withheld::default(),
         };
         let access = Access::load(&store).await?;
-        let secrets = secrets::Secrets::load(&store, site.online("secrets.key")).await?;
+        let secrets = Arc::new(secrets::Secrets::load(&store, site.online("secrets.key")).await?);
         let oidc = config.oidc.clone().map(Provider::new).transpose().map_err(AccessError::from)?;
         for (id, mut stored) in store.load().await? {
             stored.machine.pin(config.key_of(&id));
@@ -337,6 +338,7 @@ impl Control {
     pub fn flush(&self) {
         let seen = std::mem::take(&mut self.lock().seen);
         self.store.seen(seen);
+        self.note_more_refused(None);
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -527,6 +529,11 @@ impl Inner {
     }
 
     pub(crate) fn resolve(&self, name: &str) -> Result<MachineId, ControlError> {
+        // An id is never another machine's name, nor its beginning.
+        if let Ok(id) = name.parse::<MachineId>() {
+            let known = self.machines.contains_key(&id);
+            return if known { Ok(id) } else { Err(ControlError::NoSuchMachine(name.to_owned())) };
+        }
         if let Some(id) = self.names.find(name) {
             return Ok(id.clone());
         }

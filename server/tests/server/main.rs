@@ -3,6 +3,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../../../images/tests/namespace/mod.rs"]
+mod namespace;
 
 mod access;
 mod agent_api;
@@ -12,6 +14,7 @@ mod audit;
 mod clones;
 mod condition;
 mod crowd;
+mod disk_full;
 mod expected;
 mod fuzzed;
 mod held_reports;

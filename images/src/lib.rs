@@ -2,8 +2,8 @@
 //! initramfs, root, sbom.json}`.
 //!
 //! Packages come from Debian's mirror by mmdebstrap, the file system from mkfs.erofs; the layers, the initramfs, the
-//! module closure, the verity tree and the UKI are made here. The same inputs give the same bytes. UKI, kernel,
-//! boot loader, root hash and IPE policy are signed for Secure Boot when they are made; metadata is signed by `publish`.
+//! module closure, the verity tree and the UKI are made here. The same inputs give the same bytes. UKI, the kernel's
+//! copy for a kexec, boot loader, root hash and IPE policy are signed for Secure Boot when they are made; metadata is signed by `publish`.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod base;
@@ -68,7 +68,7 @@ pub use prune::{PruneOptions, Pruned, prune};
 pub use publish::{Crowded, Published, publish};
 pub use repository::{Memory, Release, Repository};
 pub use revoke::{publish_dbx, revoke};
-pub use secure_boot::{Enrolment, KEYS, SigningKey, enroll, init_secure_boot, sign_program};
+pub use secure_boot::{Enrolment, KEYS, KexecCopy, SigningKey, enroll, init_secure_boot, sign_program};
 pub use signer::{SignerMemory, sign_request};
 pub use signing::{Changed, Waiting};
 pub use site::SiteDir;

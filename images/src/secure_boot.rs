@@ -14,10 +14,11 @@ use jiff::tz::TimeZone;
 use kiln_release::authenticode::{self, SignError};
 use kiln_release::efi::{self, APPEND, AUTHENTICATED, DATABASE, GLOBAL, Guid};
 use kiln_release::pkcs7::{self, Certificate, Content};
-use kiln_release::{hex, pe};
+use kiln_release::{hex, kexec, pe};
 use rcgen::{CertificateParams, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use ring::rand::SystemRandom;
 use ring::signature::{RSA_PKCS1_SHA256, RsaKeyPair};
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -87,6 +88,16 @@ impl SigningKey {
         })
     }
 
+    /// The copy of a kernel that is kexec'd, and its signature as it lies in the UKI. The kernel itself is not signed: firmware
+    /// would start it, with any initramfs.
+    pub fn kexec(&self, kernel: &[u8], path: &Path) -> Result<KexecCopy, SiteError> {
+        let fail = |source| SiteError::Image { path: path.into(), source };
+        let signed = self.image(&kexec::copy(kernel, &[]).map_err(fail)?, path)?;
+        let signature = authenticode::signatures(&signed).map_err(fail)?.to_vec();
+        let copy = kexec::copy(kernel, &signature).map_err(fail)?;
+        Ok(KexecCopy { copy, signature })
+    }
+
     /// A detached signature of bytes, as dm-verity takes it of a root hash: without the certificate, which the kernel
     /// has from db.
     pub fn detached(&self, bytes: &[u8]) -> Vec<u8> {
@@ -112,6 +123,15 @@ impl SigningKey {
             Err(never) => match never {},
         }
     }
+}
+
+/// A kernel as `kexec_file_load` takes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KexecCopy {
+    /// Its bytes, signed.
+    pub copy: Vec<u8>,
+    /// The signature alone.
+    pub signature: Vec<u8>,
 }
 
 fn rsa_key(path: &Path, pem: &[u8]) -> Result<RsaKeyPair, SiteError> {
@@ -177,7 +197,7 @@ fn certificate(common_name: &str, pem: &str) -> Result<Vec<u8>, SiteError> {
 pub struct Enrolment {
     /// Every file.
     pub files: Vec<PathBuf>,
-    /// How many releases dbx names.
+    /// Of how many releases dbx names programs.
     pub revoked: usize,
 }
 
@@ -220,7 +240,8 @@ pub fn enroll(site: &SiteDir, out: &Path, ovmf: Option<&Path>, now: Timestamp) -
         let store = ovmf::enroll(store, &values, time).map_err(wrong)?;
         write("OVMF_VARS.fd".into(), &store)?;
     }
-    Ok(Enrolment { files, revoked: revoked.len() })
+    let releases: BTreeSet<&str> = revoked.iter().map(|(_, release)| release.as_str()).collect();
+    Ok(Enrolment { files, revoked: releases.len() })
 }
 
 /// The signed change of dbx that names these digests. It adds to what is there: a vendor's own entries stay, and firmware
@@ -229,10 +250,9 @@ pub(crate) fn dbx_change(kek: &SigningKey, digests: &[[u8; 32]], now: Timestamp)
     kek.variable(("dbx", DATABASE, APPEND), now, &efi::digest_list(digests))
 }
 
-/// A kernel as it lies in a UKI: with no signature but the site's, if there is a key.
-pub(crate) fn kernel(file: &[u8], key: Option<&SigningKey>, path: &Path) -> Result<Vec<u8>, SiteError> {
-    let bare = authenticode::strip(file).map_err(|source| SiteError::Image { path: path.into(), source })?;
-    key.map_or(Ok(bare.clone()), |key| key.image(&bare, path))
+/// An image without the signatures that it came with.
+pub(crate) fn bare(file: &[u8], path: &Path) -> Result<Vec<u8>, SiteError> {
+    authenticode::strip(file).map_err(|source| SiteError::Image { path: path.into(), source })
 }
 
 /// Most that a boot program of others has.
@@ -244,7 +264,7 @@ pub fn sign_program(site: &SiteDir, program: &Path, out: &Path) -> Result<bool, 
     let key = SigningKey::open(site, "db")?;
     let missing = || SiteError::io("read", program)(ErrorKind::NotFound.into());
     let file = read_capped(program, MAX_PROGRAM)?.ok_or_else(missing)?;
-    let signed = kernel(&file, Some(&key), program)?;
+    let signed = key.image(&bare(&file, program)?, program)?;
     write_atomic(out, &signed, PUBLIC)?;
     let pe = pe::Pe::parse(&signed).map_err(|source| SiteError::Image { path: program.into(), source })?;
     Ok(pe.sections.iter().any(|section| section.name == ".sbat"))

@@ -109,7 +109,7 @@ fn sign(program: &Path, dir: &Path, out: &Path) -> Result<(), CliError> {
 }
 
 pub(super) fn revoke(release: &ReleaseId, dir: &Path) -> Result<(), CliError> {
-    let new = kiln_images::revoke(&SiteDir::open(dir)?, release.image.as_str(), release.release)?;
+    let new = kiln_images::revoke(&SiteDir::open(dir)?, release.image.as_str(), release.release, Timestamp::now())?;
     let what = if new { "is revoked" } else { "was revoked before" };
     println!("{release} {what}; a machine's firmware refuses it once its dbx names it");
     match kiln_images::publish_dbx(&SiteDir::open(dir)?, Timestamp::now()) {

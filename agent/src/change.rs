@@ -406,7 +406,7 @@ pub async fn renew(
 
 /// The root must fit here, then once more in the loaded initrd.
 fn how_to_leave(manifest: &Manifest, via: Via, free: u64) -> Leave {
-    let (boot, need) = (manifest.kernel.length + manifest.initramfs.length, manifest.root.length);
+    let (boot, need) = (manifest.loaded_kernel().length + manifest.initramfs.length, manifest.root.length);
     match via {
         Via::Cold => Leave::Cold,
         Via::Kexec => plan::may_kexec(free.saturating_sub(need), need, boot),

@@ -7,7 +7,7 @@ use crate::{sys, tpm};
 use kiln_protocol::Via;
 use kiln_release::crossing::{self, NO_ROOT, PREFETCHED_PATH};
 use kiln_release::newc::padding;
-use kiln_release::{Artifact, Manifest, hex, pe};
+use kiln_release::{Artifact, Manifest, hex, kexec, pe};
 use ring::digest::{Context, SHA256};
 use std::fs::File;
 use std::io::{BufReader, Read, Write, sink};
@@ -23,6 +23,8 @@ const HEAD: usize = 64 * 1024;
 /// Where in a UKI's file its parts lie.
 struct Parts {
     kernel: Range<usize>,
+    /// The signature of the kernel's copy for a kexec; releases from before have none.
+    signature: Option<Range<usize>>,
     initramfs: Range<usize>,
     command_line: Range<usize>,
 }
@@ -30,8 +32,11 @@ struct Parts {
 /// Compares each part of a UKI with what the manifest signs.
 pub fn verify(uki: &File, manifest: &Manifest) -> Result<()> {
     let parts = parts(uki)?;
-    same_command_line(uki, parts.command_line, manifest)?;
-    copy(uki, parts.kernel, "UKI's kernel", &manifest.kernel, &mut sink())?;
+    same_command_line(uki, parts.command_line.clone(), manifest)?;
+    copy(uki, parts.kernel.clone(), "UKI's kernel", &manifest.kernel, &mut sink())?;
+    if manifest.kexec_kernel.is_some() {
+        copy_kernel(uki, &parts, manifest, &mut sink())?;
+    }
     copy(uki, parts.initramfs, "UKI's initramfs", &manifest.initramfs, &mut sink())
 }
 
@@ -43,15 +48,25 @@ fn parts(uki: &File) -> Result<Parts> {
     let uki = |e: pe::PeError| AgentError::Uki(e.to_string());
     let pe = pe::Pe::parse_head(&head, length).map_err(uki)?;
     let place = |name| pe.place(name).map_err(uki);
-    Ok(Parts { kernel: place(".linux")?, initramfs: place(".initrd")?, command_line: place(".cmdline")? })
+    let signature = match pe.place(kexec::SIGNATURE_SECTION) {
+        Err(pe::PeError::NoSection { .. }) => None,
+        signature => Some(signature.map_err(uki)?),
+    };
+    Ok(Parts { kernel: place(".linux")?, signature, initramfs: place(".initrd")?, command_line: place(".cmdline")? })
+}
+
+/// A small part of a UKI.
+fn read(uki: &File, place: Range<usize>, what: &str) -> Result<Vec<u8>> {
+    if place.len() > HEAD {
+        return Err(AgentError::Uki(format!("{what} of {} bytes", place.len())));
+    }
+    let mut bytes = vec![0; place.len()];
+    uki.read_exact_at(&mut bytes, place.start as u64).map_err(AgentError::system("reading the UKI"))?;
+    Ok(bytes)
 }
 
 fn same_command_line(uki: &File, place: Range<usize>, manifest: &Manifest) -> Result<()> {
-    if place.len() > HEAD {
-        return Err(AgentError::Uki(format!("command line of {} bytes", place.len())));
-    }
-    let mut line = vec![0; place.len()];
-    uki.read_exact_at(&mut line, place.start as u64).map_err(AgentError::system("reading the UKI"))?;
+    let line = read(uki, place, "command line")?;
     let line = String::from_utf8_lossy(&line);
     let line = line.trim_end_matches(['\0', '\n']);
     if line == manifest.command_line {
@@ -63,8 +78,38 @@ fn same_command_line(uki: &File, place: Range<usize>, manifest: &Manifest) -> Re
 
 /// Copies one part to `out` and fails unless it is what was signed: what was copied is what was hashed.
 fn copy(uki: &File, place: Range<usize>, what: &'static str, signed: &Artifact, out: &mut dyn Write) -> Result<()> {
+    copy_between(uki, place, (&[], &[]), what, signed, out)
+}
+
+/// The kernel as a kexec loads it: the copy that has the site's signature and that no firmware starts, where the release names
+/// one; else the kernel itself.
+fn copy_kernel(uki: &File, parts: &Parts, manifest: &Manifest, out: &mut dyn Write) -> Result<()> {
+    let Parts { kernel, signature, .. } = parts;
+    let Some(signed) = &manifest.kexec_kernel else {
+        return copy(uki, kernel.clone(), "UKI's kernel", &manifest.kernel, out);
+    };
+    let missing = || AgentError::Uki(format!("it has no section {}", kexec::SIGNATURE_SECTION));
+    let signature = read(uki, signature.clone().ok_or_else(missing)?, "signature")?;
+    let behind = kernel.end.min(kernel.start + HEAD);
+    let head = read(uki, kernel.start..behind, "kernel's head")?;
+    let head = kexec::head(&head, kernel.len(), signature.len()).map_err(|e| AgentError::Uki(e.to_string()))?;
+    let tail = [vec![0; kexec::gap(kernel.len())], signature].concat();
+    copy_between(uki, behind..kernel.end, (&head, &tail), "kernel's copy for a kexec", signed, out)
+}
+
+/// [`copy`] with bytes before and behind it.
+fn copy_between(
+    uki: &File,
+    place: Range<usize>,
+    (before, behind): (&[u8], &[u8]),
+    what: &'static str,
+    signed: &Artifact,
+    out: &mut dyn Write,
+) -> Result<()> {
     let mut hash = Context::new(&SHA256);
     let mut buffer = vec![0; HEAD];
+    hash.update(before);
+    out.write_all(before).map_err(AgentError::system(format!("copying the {what}")))?;
     let mut at = place.start;
     while at < place.end {
         let piece = &mut buffer[..HEAD.min(place.end - at)];
@@ -73,6 +118,8 @@ fn copy(uki: &File, place: Range<usize>, what: &'static str, signed: &Artifact, 
         out.write_all(piece).map_err(AgentError::system(format!("copying the {what}")))?;
         at += piece.len();
     }
+    hash.update(behind);
+    out.write_all(behind).map_err(AgentError::system(format!("copying the {what}")))?;
     let got = hex::encode(hash.finish().as_ref());
     if got == signed.sha256 {
         Ok(())
@@ -91,9 +138,9 @@ pub fn started_this() -> Via {
 pub fn load(uki: &File, manifest: &Manifest, root: Option<(&Path, &str)>) -> Result<()> {
     let failed = |what: &'static str| AgentError::system(what);
     let parts = parts(uki)?;
-    same_command_line(uki, parts.command_line, manifest)?;
+    same_command_line(uki, parts.command_line.clone(), manifest)?;
     let mut kernel = sys::memory_file(c"kiln-kernel").map_err(failed("making a memory file"))?;
-    copy(uki, parts.kernel, "UKI's kernel", &manifest.kernel, &mut kernel)?;
+    copy_kernel(uki, &parts, manifest, &mut kernel)?;
     let mut initrd = sys::memory_file(c"kiln-initrd").map_err(failed("making a memory file"))?;
     copy(uki, parts.initramfs.clone(), "UKI's initramfs", &manifest.initramfs, &mut initrd)?;
     let gap = padding(parts.initramfs.len() as u64);
@@ -108,9 +155,10 @@ pub fn load(uki: &File, manifest: &Manifest, root: Option<(&Path, &str)>) -> Res
         write_segment(&mut initrd, &mut BufReader::new(file), length, sha256)
             .map_err(failed("writing the root artifact to memory"))?;
     }
-    // A kernel that comes by kexec is past the initramfs that firmware started, also when it is started from there.
-    tpm::leave_initramfs();
     sys::kexec_file_load(&kernel, &initrd, &manifest.command_line).map_err(failed("kexec_file_load"))?;
+    // A kernel that comes by kexec is past the initramfs that firmware started, also when it is started from there. Where nothing
+    // was loaded the boot goes on as the one it was.
+    tpm::leave_initramfs();
     std::fs::write(DISABLED, "1").map_err(AgentError::file(DISABLED))
 }
 
@@ -130,7 +178,54 @@ fn write_segment(out: &mut dyn Write, file: &mut dyn Read, length: u64, name: &s
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{TestSite, pe};
     use std::process::{Command, Stdio};
+
+    fn named(bytes: &[u8]) -> Artifact {
+        Artifact { sha256: hex::sha256(bytes), length: bytes.len() as u64 }
+    }
+
+    fn file(parts: &[(&str, &[u8])]) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&pe(parts), 0).unwrap();
+        file
+    }
+
+    #[test]
+    fn what_is_loaded_is_the_signed_copy_or_the_kernel_of_a_release_from_before() {
+        let mut manifest = TestSite::new(1).manifests.remove(&1).unwrap();
+        let text = vec![9; 150_000];
+        let kernel = [pe(&[(".text", &text)]), b"odd".to_vec()].concat();
+        let signature = vec![7; 1520];
+        let signed = kexec::copy(&kernel, &signature).unwrap();
+        let line = manifest.command_line.clone().into_bytes();
+        let sections: [(&str, &[u8]); 4] =
+            [(".cmdline", &line), (".kxsig", &signature), (".linux", &kernel), (".initrd", b"i")];
+        let mut sections = sections.to_vec();
+        let uki = file(&sections);
+        let loaded = |uki: &File, manifest: &Manifest| {
+            let mut out = Vec::new();
+            copy_kernel(uki, &parts(uki)?, manifest, &mut out).map(|()| out)
+        };
+        manifest.kernel = named(&kernel);
+        manifest.initramfs = named(b"i");
+        assert!(loaded(&uki, &manifest).unwrap() == kernel, "the manifest names no copy");
+        manifest.kexec_kernel = Some(named(&signed));
+        assert!(loaded(&uki, &manifest).unwrap() == signed, "to the byte");
+        verify(&uki, &manifest).unwrap();
+
+        let other = vec![6; 1520];
+        sections[1].1 = &other;
+        let uki = file(&sections);
+        let error = verify(&uki, &manifest).unwrap_err();
+        assert!(matches!(error, AgentError::HashMismatch { what: "kernel's copy for a kexec", .. }), "{error}");
+        sections.remove(1);
+        let error = verify(&file(&sections), &manifest).unwrap_err();
+        assert!(matches!(&error, AgentError::Uki(reason) if reason.contains(".kxsig")), "{error}");
+        let long = vec![0; HEAD + 1];
+        sections.push((".kxsig", &long));
+        assert!(matches!(verify(&file(&sections), &manifest), Err(AgentError::Uki(_))), "no signature is so long");
+    }
 
     #[test]
     fn the_segment_is_what_cpio_reads() {

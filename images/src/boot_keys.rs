@@ -10,8 +10,8 @@ use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use kiln_release::authenticode::{self, SignError};
 use kiln_release::efi::{self, Guid};
-use kiln_release::hex;
 use kiln_release::pkcs7::{self, Certificate, Content};
+use kiln_release::{hex, kexec};
 use rcgen::{CertificateParams, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use ring::rand::SystemRandom;
 use ring::signature::{RSA_PKCS1_SHA256, RsaKeyPair};
@@ -88,6 +88,16 @@ impl SigningKey {
         })
     }
 
+    /// The copy of a kernel that is kexec'd, and its signature as it lies in the UKI. The kernel itself is not signed: firmware
+    /// would start it, with any initramfs.
+    pub fn kexec(&self, kernel: &[u8], path: &Path) -> Result<KexecCopy, SiteError> {
+        let fail = |source| SiteError::Image { path: path.into(), source };
+        let signed = self.image(&kexec::copy(kernel, &[]).map_err(fail)?, path)?;
+        let signature = authenticode::signatures(&signed).map_err(fail)?.to_vec();
+        let copy = kexec::copy(kernel, &signature).map_err(fail)?;
+        Ok(KexecCopy { copy, signature })
+    }
+
     /// A detached signature of bytes, as dm-verity takes it of a root hash: without the certificate, which the kernel
     /// has from db.
     pub fn detached(&self, bytes: &[u8]) -> Vec<u8> {
@@ -133,6 +143,15 @@ impl Found {
         Certificate::parse(&certificate).map_err(|source| SiteError::Key { path: beside, source })?;
         Ok(Self { path, text: String::from_utf8_lossy(&bytes).into_owned(), certificate })
     }
+}
+
+/// A kernel as `kexec_file_load` takes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KexecCopy {
+    /// Its bytes, signed.
+    pub copy: Vec<u8>,
+    /// The signature alone.
+    pub signature: Vec<u8>,
 }
 
 /// Gives the passphrase of the key at a path.

@@ -21,7 +21,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 /// Grows when the same inputs would give other bytes.
-const FORMAT: u32 = 4;
+const FORMAT: u32 = 5;
 /// What was built from what, in a release's folder.
 const STAMP: &str = "build.json";
 
@@ -230,7 +230,8 @@ impl Inputs<'_> {
         let initramfs = initramfs::make(self.recipe, base, &boot, self.agent, &signed, &firmware, epoch)?;
 
         steps.next("Put the UKI together");
-        let kernel = secure_boot::kernel(&read(&base.kernel())?, self.site.key.as_ref(), &base.kernel())?;
+        let kernel = secure_boot::bare(&read(&base.kernel())?, &base.kernel())?;
+        let kexec = self.site.key.as_ref().map(|key| key.kexec(&kernel, &base.kernel())).transpose()?;
         let uki = uki::assemble(
             &read(&base.stub())?,
             &uki::Parts {
@@ -239,6 +240,7 @@ impl Inputs<'_> {
                 command_line: &self.recipe.command_line,
                 sbat: &format!("kiln.{name},1,Kiln,{name},{},-\n", self.release),
                 linux: &kernel,
+                kexec_signature: kexec.as_ref().map(|kexec| kexec.signature.as_slice()),
                 initrd: &initramfs,
             },
         )?;
@@ -267,6 +269,7 @@ impl Inputs<'_> {
             built,
             uki: named(&uki),
             kernel: named(&kernel),
+            kexec_kernel: kexec.map(|kexec| named(&kexec.copy)),
             initramfs: named(&initramfs),
             extra: None,
             root: named(&root.bytes),

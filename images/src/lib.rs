@@ -2,8 +2,8 @@
 //! initramfs, root, sbom.json}`.
 //!
 //! Packages come from Debian's mirror by mmdebstrap, the file system from mkfs.erofs; the layers, the initramfs, the
-//! module closure, the verity tree and the UKI are made here. The same inputs give the same bytes. UKI, kernel,
-//! boot loader, root hash and IPE policy are signed for Secure Boot when they are made; metadata is signed by `publish`.
+//! module closure, the verity tree and the UKI are made here. The same inputs give the same bytes. UKI, the kernel's
+//! copy for a kexec, boot loader, root hash and IPE policy are signed for Secure Boot when they are made; metadata is signed by `publish`.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod base;
@@ -58,7 +58,7 @@ pub mod status;
 mod words;
 
 pub use apply::{Applied, TakenAway, apply, drop_request};
-pub use boot_keys::{KEYS, SigningKey, Unlock, encrypt_secure_boot, init_secure_boot};
+pub use boot_keys::{KEYS, KexecCopy, SigningKey, Unlock, encrypt_secure_boot, init_secure_boot};
 pub use ceremony::{Ceremony, RoleHolders, init_site};
 pub use floor::raise_floor;
 pub use https::https_certificate;

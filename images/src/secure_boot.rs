@@ -10,7 +10,8 @@ use crate::site_error::SiteError;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use kiln_release::efi::{self, APPEND, AUTHENTICATED, DATABASE, GLOBAL};
-use kiln_release::{authenticode, pe};
+use kiln_release::{authenticode, hex, pe};
+use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -21,7 +22,7 @@ const MAX_STORE: u64 = 4 << 20;
 pub struct Enrolment {
     /// Every file.
     pub files: Vec<PathBuf>,
-    /// How many releases dbx names.
+    /// Of how many releases dbx names programs.
     pub revoked: usize,
 }
 
@@ -69,7 +70,8 @@ pub fn enroll(
         let store = ovmf::enroll(store, &values, time).map_err(wrong)?;
         write("OVMF_VARS.fd".into(), &store)?;
     }
-    Ok(Enrolment { files, revoked: revoked.len() })
+    let releases: BTreeSet<&str> = revoked.iter().map(|(_, release)| release.as_str()).collect();
+    Ok(Enrolment { files, revoked: releases.len() })
 }
 
 /// The signed change of dbx that names these digests. It adds to what is there: a vendor's own entries stay, and firmware
@@ -78,10 +80,9 @@ pub(crate) fn dbx_change(kek: &SigningKey, digests: &[[u8; 32]], now: Timestamp)
     kek.variable(("dbx", DATABASE, APPEND), now, &efi::digest_list(digests))
 }
 
-/// A kernel as it lies in a UKI: with no signature but the site's, if there is a key.
-pub(crate) fn kernel(file: &[u8], key: Option<&SigningKey>, path: &Path) -> Result<Vec<u8>, SiteError> {
-    let bare = authenticode::strip(file).map_err(|source| SiteError::Image { path: path.into(), source })?;
-    key.map_or(Ok(bare.clone()), |key| key.image(&bare, path))
+/// An image without the signatures that it came with.
+pub(crate) fn bare(file: &[u8], path: &Path) -> Result<Vec<u8>, SiteError> {
+    authenticode::strip(file).map_err(|source| SiteError::Image { path: path.into(), source })
 }
 
 /// Most that a boot program of others has.
@@ -93,7 +94,7 @@ pub fn sign_program(site: &SiteDir, program: &Path, out: &Path, unlock: &mut Unl
     let key = SigningKey::open(site, "db", unlock)?;
     let missing = || SiteError::io("read", program)(ErrorKind::NotFound.into());
     let file = read_capped(program, MAX_PROGRAM)?.ok_or_else(missing)?;
-    let signed = kernel(&file, Some(&key), program)?;
+    let signed = key.image(&bare(&file, program)?, program)?;
     write_atomic(out, &signed, PUBLIC)?;
     let pe = pe::Pe::parse(&signed).map_err(|source| SiteError::Image { path: program.into(), source })?;
     Ok(pe.sections.iter().any(|section| section.name == ".sbat"))

@@ -4,6 +4,7 @@
 //!
 //! It does not sign (`kiln_release::authenticode` does), and takes no stub that is signed: a signature would be void.
 
+use kiln_release::kexec::SIGNATURE_SECTION;
 use kiln_release::pe::{CHECKSUM, Pe, PeError, SECTION_ENTRY, Section, checksum};
 
 /// What goes into a UKI.
@@ -19,6 +20,8 @@ pub struct Parts<'a> {
     pub sbat: &'a str,
     /// `.linux`
     pub linux: &'a [u8],
+    /// `.kxsig`: the signature of the kernel's copy for a kexec; none where nothing is signed.
+    pub kexec_signature: Option<&'a [u8]>,
     /// `.initrd`
     pub initrd: &'a [u8],
 }
@@ -49,13 +52,16 @@ const DATA: u32 = 0x4000_0040; // CNT_INITIALIZED_DATA | MEM_READ
 /// Puts the UKI together.
 pub fn assemble(stub: &[u8], parts: &Parts<'_>) -> Result<Vec<u8>, UkiError> {
     let (mut file, mut pe) = tidy(stub)?;
-    let added: [(&'static str, &[u8], u32); 5] = [
+    let mut added: Vec<(&'static str, &[u8], u32)> = Vec::from([
         (".osrel", parts.os_release.as_bytes(), DATA),
         (".uname", parts.uname.as_bytes(), DATA),
         (".cmdline", parts.command_line.as_bytes(), DATA),
         (".initrd", parts.initrd, DATA),
         (".linux", parts.linux, CODE),
-    ];
+    ]);
+    if let Some(signature) = parts.kexec_signature {
+        added.insert(0, (SIGNATURE_SECTION, signature, DATA));
+    }
     let room = (index(pe.size_of_headers) - (pe.table_offset + pe.sections.len() * SECTION_ENTRY)) / SECTION_ENTRY;
     let needed = added.len() + usize::from(pe.sections.iter().all(|section| section.name != ".sbat"));
     if room < needed {

@@ -180,6 +180,7 @@ impl TestSite {
             built: now(),
             uki,
             kernel: named(&kernel),
+            kexec_kernel: None,
             initramfs: named(&initramfs),
             extra: None,
             root,
@@ -266,7 +267,7 @@ pub fn journal(verifier: &Verifier) -> Journal {
 }
 
 /// A PE32+ file of headers and sections (Microsoft PE Format).
-fn pe(sections: &[(&str, &[u8])]) -> Vec<u8> {
+pub fn pe(sections: &[(&str, &[u8])]) -> Vec<u8> {
     let mut file = vec![0_u8; 512];
     let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
     put(0, b"MZ");

@@ -6,6 +6,7 @@ pub mod pe {
     use kiln_release::Signer;
     use kiln_release::authenticode::{digest, sign, strip};
     use kiln_release::certificate::self_signed_certificate;
+    use kiln_release::kexec;
     use kiln_release::measured::pcr11;
     use kiln_release::pe::{Pe, Uki};
     use kiln_release::pkcs7::Certificate;
@@ -43,8 +44,20 @@ pub mod pe {
             let again = Pe::parse(&tidy).expect("what was laid out anew is an image");
             assert_eq!(again.sections.len(), pe.sections.len());
         }
-        let parts =
-            Parts { os_release: "ID=x\n", uname: "6", command_line: "quiet", sbat: "x,1\n", linux: b"L", initrd: b"I" };
+        if let Ok(copy) = kexec::copy(data, &[8; 16]) {
+            let begin = u32::try_from(copy.len() - 16).expect("an image has less than 4 GiB");
+            let changed = Pe { certificates: (begin, 16), ..pe.clone() };
+            assert_eq!(Pe::parse(&copy), Ok(changed), "only what says that it is signed, and for nobody's firmware");
+        }
+        let parts = Parts {
+            os_release: "ID=x\n",
+            uname: "6",
+            command_line: "quiet",
+            sbat: "x,1\n",
+            linux: b"L",
+            kexec_signature: Some(&b"S"[..]),
+            initrd: b"I",
+        };
         if let Ok(uki) = assemble(data, &parts) {
             let split = Uki::split(&uki).expect("what was put together can be taken apart");
             assert_eq!((split.linux, split.initrd, split.command_line), (&b"L"[..], &b"I"[..], "quiet"));

@@ -1,6 +1,7 @@
 //! Secure Boot with real firmware: OVMF with the keys that `kiln trust secureboot enroll` wrote, and nothing else in db.
 //! That a signed release boots by PXE and reimages itself by kexec under lockdown is shown in `boots.rs`.
 
+use crate::support::esp;
 use kiln_lab::api::{MachineView, StageView};
 use kiln_lab::console::Mark;
 use kiln_lab::machine::{Disk, Firmware, MachineSpec};
@@ -9,8 +10,10 @@ use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{site, testing};
 use kiln_protocol::{DbxOutcome, Stage};
-use kiln_release::authenticode;
+use kiln_release::pe::Pe;
+use kiln_release::{authenticode, hex, kexec};
 use std::path::PathBuf;
+use std::process::Command;
 
 const NAME: &str = "rack-1";
 /// What the agent says before it hands over: IPE is on, and the kernel takes no unsigned kernel or module.
@@ -195,6 +198,73 @@ fn a_disk_boots_through_the_signed_loader() {
         let said = console.since(begun);
         assert!(said.contains(LOCKED), "{}", console.last_words(40));
         assert!(!said.contains("Start PXE"), "the disk comes first in the boot order");
+    });
+}
+
+/// The boot loader that the site signed for disks, out of a release's initramfs.
+fn signed_loader(paths: &Paths) -> Vec<u8> {
+    let initramfs = site::template(paths).join(format!("build/{}/1/initramfs", site::DISK));
+    let names = "kiln/systemd-boot.efi /kiln/systemd-boot.efi";
+    let script = format!("zstd -dcq < {} | cpio --quiet -i --to-stdout {names}", initramfs.display());
+    let out = Command::new("sh").args(["-c", &script]).output().unwrap();
+    assert!(out.stdout.starts_with(b"MZ"), "{}", String::from_utf8_lossy(&out.stderr));
+    out.stdout
+}
+
+/// An entry as whoever has the disk may write it (UAPI.1, Type #1): the loader checks nothing of it but the kernel's signature.
+const ENTRY: &[u8] = b"title foreign\nlinux /k.efi\ninitrd /evil.img\noptions console=ttyS0 rdinit=/evil\n";
+
+/// Who has the disk in hand starts a kernel that the site signed with an initramfs and a command line of their own: what a release
+/// has for a kexec is signed, and firmware refuses it, with Secure Boot and without. That the same disk starts a kernel which is
+/// signed as a boot program, or a bare one where nothing is checked, shows that it was this.
+#[test]
+#[ignore = "slow: four boots from a disk; make test-slow"]
+fn a_signed_kernel_alone_starts_nothing() {
+    const OPEN: &str = "rack-2";
+    testing::rack(|paths| {
+        let alone = |spec| MachineSpec { cards: Vec::new(), disks: vec![Disk::VirtioBlk], ..spec };
+        let mut options = RackOptions::scenario(paths, "secure-boot-kernel", alone(secure(paths, NetworkBoot::Pxe)));
+        options.machines.push(alone(MachineSpec::new(2, Firmware::Uefi(NetworkBoot::Pxe))));
+        let mut rack = Rack::start(paths, &options).unwrap();
+
+        let uki = std::fs::read(program(&rack)).unwrap();
+        let pe = Pe::parse(&uki).unwrap();
+        let bare = pe.content(&uki, ".linux").unwrap();
+        let copy = kexec::copy(bare, pe.content(&uki, kexec::SIGNATURE_SECTION).unwrap()).unwrap();
+        let manifest = site::manifest(&rack.site, 1).unwrap();
+        assert_eq!(manifest["kexec_kernel"]["sha256"], hex::sha256(&copy));
+        let [file, out] = ["bare", "signed"].map(|name| paths.scratch.join(name).display().to_string());
+        std::fs::write(&file, bare).unwrap();
+        let template = site::template(paths).display().to_string();
+        rack_kiln(paths, &["trust", "secureboot", "sign", &file, "--site", &template, "--out", &out]);
+        let signed = std::fs::read(&out).unwrap();
+
+        let (loader, initramfs) = (signed_loader(paths), esp::initramfs());
+        let mut starts = |name: &str, kernel: &[u8], until: &str| {
+            let machine = rack.machine(name);
+            machine.power_off();
+            let files: [(&str, &[u8]); 5] = [
+                ("EFI/BOOT/BOOTX64.EFI", &loader),
+                ("loader/loader.conf", b"timeout 0\n"),
+                ("loader/entries/foreign.conf", ENTRY),
+                ("k.efi", kernel),
+                ("evil.img", &initramfs),
+            ];
+            esp::write(&machine.disk_file(0), &paths.scratch, &files);
+            machine.power_on().unwrap();
+            let console = machine.console().unwrap().clone();
+            console.wait_for_line(until, Mark::default(), IDLE).unwrap();
+            console.since(Mark::default())
+        };
+        for (name, kernel, control) in [(NAME, &copy[..], &signed[..]), (OPEN, &copy[..], bare)] {
+            let said = starts(name, kernel, "Error loading");
+            let refusal = said.lines().find(|line| line.contains("Error loading")).unwrap();
+            assert!(refusal.contains("k.efi") && refusal.contains("Unsupported"), "{name}: {said}");
+            assert!(!said.contains("Linux version") && !said.contains(esp::WORD), "{name}: {said}");
+            println!("{name}: {refusal}");
+            let said = starts(name, control, esp::WORD);
+            assert!(said.contains("Linux version"), "{name}: {said}");
+        }
     });
 }
 

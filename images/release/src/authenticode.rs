@@ -1,6 +1,6 @@
 //! Authenticode signatures of PE images (Microsoft "Windows Authenticode Portable Executable Signature Format", 2008;
 //! UEFI 2.10 §32.2.4): the digest, a signature put on, signatures taken off. Firmware checks a UKI by it, and
-//! `kexec_file_load(2)` the kernel inside.
+//! `kexec_file_load(2)` a kernel ([`crate::kexec`]).
 
 use crate::certificate::der;
 use crate::pe::{CERTIFICATES, CHECKSUM, Pe, PeError, SECURITY_DIRECTORY, checksum};
@@ -86,6 +86,12 @@ pub fn strip(file: &[u8]) -> Result<Vec<u8>, PeError> {
     bare[directory..directory + 8].fill(0);
     put_checksum(&mut bare, &pe);
     Ok(bare)
+}
+
+/// The signatures as they lie at the end of an image (`WIN_CERTIFICATE`s); nothing where it has none.
+pub fn signatures(file: &[u8]) -> Result<&[u8], PeError> {
+    let pe = Pe::parse(file)?;
+    Ok(&file[places(file, &pe)?.end..])
 }
 
 /// The image with one signature. The certificate lies in it, as firmware wants it.

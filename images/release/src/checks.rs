@@ -135,6 +135,7 @@ impl Manifest {
         {
             check.artifact(field, artifact)?;
         }
+        self.kexec_kernel.iter().try_for_each(|artifact| check.artifact("kexec_kernel", artifact))?;
         self.extra.iter().try_for_each(|artifact| check.artifact("extra", artifact))?;
         self.sbom.iter().try_for_each(|artifact| check.artifact("sbom", artifact))?;
         self.verity

@@ -84,6 +84,10 @@ pub struct Manifest {
     pub uki: Artifact,
     /// Its `.linux`.
     pub kernel: Artifact,
+    /// The copy of it that a kexec loads ([`crate::kexec`]); it is stored nowhere. None: the kernel itself is loaded, because nothing
+    /// is signed for Secure Boot, or because it was built when the kernel in a UKI was signed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kexec_kernel: Option<Artifact>,
     /// Its `.initrd`.
     pub initramfs: Artifact,
     /// A further cpio, fetched and verified by the agent; none if the initramfs has all it needs.

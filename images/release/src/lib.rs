@@ -19,6 +19,7 @@ mod error;
 mod exec;
 mod formats;
 pub mod hex;
+pub mod kexec;
 pub mod key;
 pub mod measured;
 pub mod network;

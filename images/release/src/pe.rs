@@ -105,6 +105,8 @@ pub(crate) const SECURITY_DIRECTORY: u32 = 4;
 pub const CERTIFICATES: usize = 112 + SECURITY_DIRECTORY as usize * 8;
 /// Where in the optional header the checksum is.
 pub const CHECKSUM: usize = 64;
+/// Where in the optional header it says whose program it is: 10 to 13 are EFI's.
+pub(crate) const SUBSYSTEM: usize = 68;
 
 /// The PE checksum: 16-bit words added with end-around carry, the field itself (at `field`) left out, plus the file's
 /// length.

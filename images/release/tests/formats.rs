@@ -22,6 +22,7 @@ fn manifest() -> Manifest {
         built: "2026-03-01T12:00:00Z".parse().unwrap(),
         uki: artifact("uki", 1),
         kernel: artifact("kernel", 2),
+        kexec_kernel: None,
         initramfs: artifact("initramfs", 3),
         extra: None,
         root: artifact("root", 300 * 4096 + hash_area_length(300)),

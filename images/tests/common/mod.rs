@@ -36,6 +36,7 @@ pub fn build(site: &SiteDir, image: &str, release: u64, built: Timestamp) -> Man
         built,
         uki: file("kiln.efi", &text("uki")),
         kernel: file("kernel", &text("kernel")),
+        kexec_kernel: None,
         initramfs: file("initramfs", &text("initramfs")),
         extra: None,
         root: file("root", &[blocks.concat(), tree.hash_area].concat()),

@@ -4,10 +4,12 @@ use goblin::pe::PE;
 use kiln_images::sealed::Passphrase;
 use kiln_images::uki::{Parts, UkiError, assemble};
 use kiln_images::{
-    KEYS, SigningKey, SiteDir, SiteError, Unlock, encrypt_secure_boot, enroll, init_lab, init_secure_boot, revoke,
+    KEYS, SigningKey, SiteDir, SiteError, Unlock, encrypt_secure_boot, enroll, init_lab, init_secure_boot, publish_dbx,
+    revoke,
 };
+use kiln_release::measured::measured;
 use kiln_release::pe::{Pe, PeError, SECTION_ENTRY, Uki};
-use kiln_release::{Artifact, authenticode, efi, hex};
+use kiln_release::{Artifact, Manifest, authenticode, efi, hex, kexec};
 use proptest::prelude::*;
 use std::path::Path;
 
@@ -83,6 +85,7 @@ fn parts<'a>(linux: &'a [u8], initrd: &'a [u8]) -> Parts<'a> {
         command_line: "console=ttyS0",
         sbat: "kiln.test,1,Kiln,test,3,-\n",
         linux,
+        kexec_signature: None,
         initrd,
     }
 }
@@ -223,6 +226,44 @@ fn other_tools_verify_what_is_signed_and_its_digest() {
     }
 }
 
+/// What the agent makes of a UKI for a kexec is what the site signed: another's tool takes it, and what firmware starts has no
+/// signature.
+#[test]
+fn the_kernel_in_a_uki_is_bare_and_its_copy_for_a_kexec_is_signed() {
+    let (dir, site) = site_with_keys();
+    let key = open(&site, "db").unwrap();
+    let kernel = [program(b"a kernel"), b"odd".to_vec()].concat();
+    let made = key.kexec(&kernel, Path::new("kernel")).unwrap();
+    assert_eq!(made, key.kexec(&kernel, Path::new("kernel")).unwrap(), "the same bytes give the same signature");
+    let carried = Parts { kexec_signature: Some(&made.signature), ..parts(&kernel, b"initrd") };
+    let uki = key.image(&assemble(&stub_bytes(&plain()), &carried).unwrap(), Path::new("uki")).unwrap();
+
+    let pe = Pe::parse(&uki).unwrap();
+    let (linux, signature) = (pe.content(&uki, ".linux").unwrap(), pe.content(&uki, kexec::SIGNATURE_SECTION).unwrap());
+    assert!(linux == kernel);
+    assert!(kexec::copy(linux, signature).unwrap() == made.copy);
+    let subsystem = |file: &[u8]| PE::parse(file).unwrap().header.optional_header.unwrap().windows_fields.subsystem;
+    assert_eq!((subsystem(linux), subsystem(&made.copy)), (10, 0));
+    // What a TPM measures of the UKI does not depend on the section.
+    let without = assemble(&stub_bytes(&plain()), &parts(&kernel, b"initrd")).unwrap();
+    let pcr11 = |uki: &[u8]| measured(uki, &kernel, None, None).unwrap().pcr11;
+    assert_eq!(pcr11(&uki), pcr11(&without));
+    assert_eq!(measured(&uki, linux, None, None).unwrap().kernel, hex::encode(&authenticode::digest(&kernel).unwrap()));
+
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (der, pem) = (site.secure_boot("db.cer").display().to_string(), path("db.pem"));
+    if tool("openssl", &["x509", "-inform", "der", "-in", &der, "-out", &pem]).is_none() {
+        return;
+    }
+    let mut started = made.copy.clone();
+    started[OPTIONAL + 68] = 10;
+    for (what, bytes, good) in [("copy", &made.copy, true), ("kernel", &kernel, false), ("started", &started, false)] {
+        std::fs::write(path(what), bytes).unwrap();
+        let verdict = tool("sbverify", &["--cert", &pem, &path(what)]).map(|output| output.status.success());
+        assert!(verdict.is_none_or(|verdict| verdict == good), "{what}");
+    }
+}
+
 #[test]
 fn openssl_verifies_root_hash_policy_and_certificates() {
     let (dir, site) = site_with_keys();
@@ -287,32 +328,79 @@ fn keys_are_made_once_and_are_their_owners_and_enrolment_has_every_form() {
     assert!(matches!(open(&site, "db"), Err(SiteError::RsaKey { .. })));
 }
 
+/// A program that firmware starts, with this in it.
+fn program(text: &[u8]) -> Vec<u8> {
+    stub_bytes(&Stub {
+        sections: vec![(".text".into(), text.repeat(64), 0)],
+        headers: 512,
+        tail: vec![],
+        signed: false,
+    })
+}
+
+/// A release of `minimal` with this kernel and this boot loader, which the site has signed. `bare`: the kernel in the UKI has no
+/// signature, as they are built; else it has, as they were.
+fn signed_release(site: &SiteDir, release: u64, kernel: &[u8], bare: bool, loader: &[u8]) -> (Vec<u8>, Vec<u8>) {
+    let key = open(site, "db").unwrap();
+    let path = Path::new("image");
+    let copy = key.kexec(kernel, path).unwrap();
+    let linux = if bare { kernel.to_vec() } else { key.image(kernel, path).unwrap() };
+    let initrd = format!("initrd {release}").into_bytes();
+    let signature = bare.then_some(copy.signature.as_slice());
+    let parts = Parts { kexec_signature: signature, ..parts(&linux, &initrd) };
+    let uki = key.image(&assemble(&stub_bytes(&plain()), &parts).unwrap(), path).unwrap();
+    let named = |bytes: &[u8]| Artifact { sha256: hex::sha256(bytes), length: bytes.len() as u64 };
+    let manifest = Manifest {
+        uki: named(&uki),
+        kernel: named(&linux),
+        kexec_kernel: bare.then(|| named(&copy.copy)),
+        measured: Some(measured(&uki, &linux, Some(loader), Some(key.fingerprint())).unwrap()),
+        ..crate::common::build(site, "minimal", release, "2026-03-01T12:00:00Z".parse().unwrap())
+    };
+    crate::common::write_manifest(site, &manifest);
+    std::fs::write(site.build("minimal", release).join("kiln.efi"), &uki).unwrap();
+    (uki, if bare { copy.copy } else { linux })
+}
+
 #[test]
 fn a_revoked_release_is_named_in_dbx_once() {
     let (dir, site) = site_with_keys();
     let now = "2026-03-01T12:00:00Z".parse().unwrap();
-    let mut manifest = crate::common::build(&site, "minimal", 3, now);
-    let uki = assemble(&stub_bytes(&plain()), &parts(b"kernel", b"initrd")).unwrap();
-    let uki = open(&site, "db").unwrap().image(&uki, Path::new("uki")).unwrap();
+    let (one, two, loaders) = (program(b"one"), program(b"two"), [program(b"loader a"), program(b"loader b")]);
+    let (first, old_kernel) = signed_release(&site, 3, &one, false, &loaders[0]);
+    let (second, _) = signed_release(&site, 4, &one, false, &loaders[0]);
+    let (third, copy) = signed_release(&site, 5, &one, true, &loaders[0]);
+    let (fourth, other_copy) = signed_release(&site, 6, &two, true, &loaders[1]);
     let path = site.build("minimal", 3).join("kiln.efi");
-    std::fs::write(&path, &uki).unwrap();
-    assert!(matches!(revoke(&site, "minimal", 3), Err(SiteError::ArtifactMismatch { .. })), "another file");
-    manifest.uki = Artifact { sha256: hex::sha256(&uki), length: uki.len() as u64 };
-    crate::common::write_manifest(&site, &manifest);
-    assert!(matches!(revoke(&site, "minimal", 4), Err(SiteError::NotBuilt { .. })));
-    assert!(revoke(&site, "minimal", 3).unwrap());
-    assert!(!revoke(&site, "minimal", 3).unwrap(), "once");
+    std::fs::write(&path, &second).unwrap();
+    let revoke = |release: u64| revoke(&site, "minimal", release, now);
+    assert!(matches!(revoke(3), Err(SiteError::ArtifactMismatch { .. })), "another file");
+    std::fs::write(&path, &first).unwrap();
+    assert!(matches!(revoke(7), Err(SiteError::NotBuilt { .. })));
 
-    let out = dir.path().join("out");
-    let done = enroll(&site, &out, None, now, &mut Unlock::nobody()).unwrap();
-    assert_eq!((done.files.len(), done.revoked), (11, 1));
-    let esl = std::fs::read(out.join("dbx.esl")).unwrap();
-    let digest = authenticode::digest(&uki).unwrap();
-    assert_eq!(efi::entries(&esl), Some(vec![efi::Entry::Sha256(&digest)]));
-    assert!(std::fs::read(out.join("dbx.auth")).unwrap().ends_with(&esl));
+    let digest = |file: &[u8]| authenticode::digest(file).unwrap();
+    let mut expected = Vec::new();
+    let mut named = |release: u64, programs: &[&[u8]]| {
+        assert!(revoke(release).unwrap());
+        assert!(!revoke(release).unwrap(), "once");
+        expected.extend(programs.iter().map(|program| digest(program)));
+        let out = dir.path().join(format!("out{release}"));
+        let done = enroll(&site, &out, None, now, &mut Unlock::nobody()).unwrap();
+        assert_eq!((done.files.len(), done.revoked), (11, usize::try_from(release).unwrap() - 2), "releases");
+        let esl = std::fs::read(out.join("dbx.esl")).unwrap();
+        let entries: Vec<_> = expected.iter().map(|digest| efi::Entry::Sha256(digest)).collect();
+        assert_eq!(efi::entries(&esl), Some(entries), "{release}");
+        assert!(std::fs::read(out.join("dbx.auth")).unwrap().ends_with(&esl));
+    };
+    named(3, &[&first]); // release 4 has the same signed kernel, and others the loader
+    named(4, &[&second, &old_kernel]); // release 5 has that kernel without a signature
+    named(5, &[&third, &copy, &loaders[0]]); // release 6 has others
+    named(6, &[&fourth, &other_copy]); // the next build may have this loader
+    let list = publish_dbx(&site, now, &mut Unlock::nobody()).unwrap();
+    assert!(!list.already, "8 programs of 4 releases");
 
     std::fs::write(site.secure_boot("revoked"), "not a digest minimal/3\n").unwrap();
-    let error = enroll(&site, &out, None, now, &mut Unlock::nobody()).unwrap_err();
+    let error = enroll(&site, &dir.path().join("out"), None, now, &mut Unlock::nobody()).unwrap_err();
     assert!(matches!(error, SiteError::Revoked { line: 1, .. }), "{error}");
 }
 

@@ -179,7 +179,7 @@ fn sign(program: &Path, dir: &Path, out: &Path, from: Option<&Path>) -> Result<(
 
 pub(super) fn revoke(release: &ReleaseId, dir: &Path, from: Option<&Path>) -> Result<(), CliError> {
     let (site, mut unlock) = (SiteDir::open(dir)?, unlock(from));
-    let new = kiln_images::revoke(&site, release.image.as_str(), release.release)?;
+    let new = kiln_images::revoke(&site, release.image.as_str(), release.release, Timestamp::now())?;
     let what = if new { "is revoked" } else { "was revoked before" };
     println!("{release} {what}; a machine's firmware refuses it once its dbx names it");
     match kiln_images::publish_dbx(&site, Timestamp::now(), &mut unlock) {

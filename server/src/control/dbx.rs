@@ -5,6 +5,7 @@ use crate::catalog::Catalog;
 use crate::view::{DbxLackingView, DbxView};
 use kiln_fleet::Machine;
 use kiln_protocol::{DbxOffer, DbxOutcome, ReleaseId, Sha256Hex, dbx_hold};
+use std::collections::BTreeSet;
 
 /// The list of a site.
 struct List {
@@ -15,7 +16,9 @@ struct List {
 impl List {
     fn of(catalog: &Catalog) -> Option<Self> {
         let dbx = catalog.site.dbx.as_ref()?;
-        let revoked = dbx.revoked.iter().filter_map(|program| program.release.parse().ok()).collect();
+        // A release has several programs.
+        let revoked: BTreeSet<ReleaseId> = dbx.revoked.iter().filter_map(|p| p.release.parse().ok()).collect();
+        let revoked = revoked.into_iter().collect();
         Some(Self { update: dbx.update.sha256.parse().ok()?, revoked })
     }
 

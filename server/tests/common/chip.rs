@@ -123,7 +123,7 @@ impl Chip {
 
     /// It loads a kernel for a kexec: the release's, with this as its initramfs.
     pub fn kernel_loads(&mut self, manifest: &Manifest, initramfs: [u8; 32]) {
-        let digest = [b"sha256:\0".as_slice(), &raw(&manifest.kernel.sha256)].concat();
+        let digest = [b"sha256:\0".as_slice(), &raw(&manifest.loaded_kernel().sha256)].concat();
         self.measures(&[&digest, b"memfd:kiln-kernel\0", &[]]);
         self.measures(&[&[b"ima:sha256:\0".as_slice(), &initramfs].concat(), b"memfd:kiln-initrd\0"]);
         let line = manifest.command_line.as_bytes();

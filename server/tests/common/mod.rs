@@ -69,6 +69,7 @@ pub fn build_wanting(site: &SiteDir, release: u64, secrets: Vec<WantedSecret>) -
         built: "2026-01-01T00:00:00Z".parse().unwrap(),
         uki: file("kiln.efi", &text("uki")),
         kernel: file("kernel", &text("kernel")),
+        kexec_kernel: None,
         initramfs: file("initramfs", &text("initramfs")),
         extra: None,
         root: file("root", &[blocks.concat(), tree.hash_area].concat()),

@@ -1,6 +1,7 @@
 //! The real agent as a process against the real boot server, in a network of their own, with a site to damage.
 
 pub mod door;
+pub mod esp;
 pub mod files;
 pub mod hostile;
 pub mod loss;

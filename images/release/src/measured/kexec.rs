@@ -44,7 +44,7 @@ pub fn loaded<K: Ord + Clone>(list: &ImaList<'_>, releases: &[(K, &Manifest)]) -
         }
     }
     let whole = crossed.into_iter().filter(|(_, manifest)| {
-        files.contains(&manifest.kernel.sha256) && lines.contains(manifest.command_line.as_bytes())
+        files.contains(&manifest.loaded_kernel().sha256) && lines.contains(manifest.command_line.as_bytes())
     });
     Ok(whole.map(|(release, _)| release.clone()).collect())
 }

@@ -10,7 +10,7 @@ use crate::site_error::SiteError;
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use kiln_release::efi::{self, APPEND, AUTHENTICATED, DATABASE, GLOBAL};
-use kiln_release::{authenticode, hex, pe};
+use kiln_release::{authenticode, pe};
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};

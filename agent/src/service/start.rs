@@ -20,6 +20,7 @@ use kiln_protocol::{RunningRelease, Stage, slot};
 use kiln_release::EXEC_PATH;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Runs until the machine leaves for another release.
 pub fn run() -> Result<()> {

@@ -2,7 +2,6 @@
 
 use crate::common::*;
 use kiln_fleet::*;
-use kiln_protocol::*;
 
 /// Boot `a` is the machine's; its copy comes up as boot `b` and both go on, report by report.
 fn copied() -> Story {

@@ -73,13 +73,16 @@ fn boot() -> Result<Infallible> {
         .build()
         .map_err(AgentError::system("starting the runtime"))?;
     let watchdog = Watchdog::arm();
-    runtime.block_on(async {
+    let ended = runtime.block_on(async {
         tokio::spawn(log::follow());
         if let Some(watchdog) = watchdog {
             tokio::spawn(watchdog.keep());
         }
         Box::pin(go(boot, journal, drivers)).await
-    })
+    });
+    // A thread that hangs in a disk must not hang the restart as well.
+    runtime.shutdown_background();
+    ended
 }
 
 async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Infallible> {
@@ -143,7 +146,7 @@ async fn rest(place: &Place, memory: &mut Memory, error: &AgentError) {
 
 /// From the network to the image's init.
 async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infallible> {
-    let disk = local::open_disk(flow);
+    let disk = local::open_disk(flow).await;
     let root_hash = flow.journal.embedded.root_hash.clone();
     let mut network = Network::start(flow);
     if let Some(disk) = disk.clone().filter(|disk| machine::lock(disk).boots(&root_hash)) {

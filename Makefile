@@ -43,7 +43,7 @@ test-slow: setup ## Every test of the rack, also those that take minutes, thousa
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	@$(CARGO) deny check bans licenses sources
 	@$(MAKE) --no-print-directory -j2 agent tests
-	@$(LAB) prepare --image probe --image servers --image hangs --image disk --image vault --image rescue --image exec --image drifts --image acceptance --image acceptance-lab
+	@$(LAB) prepare --image probe --image servers --image hangs --image hangs-servers --image disk --image vault --image rescue --image exec --image drifts --image acceptance --image acceptance-lab
 	@$(TEST) --test rack -- --test-threads 32 --include-ignored
 	@$(TEST) --test images -- --include-ignored
 

@@ -57,10 +57,14 @@ fn boot() -> Result<Infallible> {
     journal.record(Stage::Start, kiln_protocol::StageState::Done);
     tell_command_line_drift(&boot);
 
-    journal.record(Stage::Modules, kiln_protocol::StageState::Started);
     let mut drivers = Drivers::open()?;
+    // Before anything that may hang while it looks for its hardware.
+    drivers.load_watchdogs();
+    let mut watchdog = Watchdog::is_there().then(Watchdog::arm).flatten();
+    journal.record(Stage::Modules, kiln_protocol::StageState::Started);
     drivers.load_always();
-    drivers.coldplug();
+    // Each driver has the watchdog's whole time: many that are slow are no hang.
+    drivers.coldplug_and(&mut || watchdog.iter_mut().for_each(Watchdog::pet));
     drivers.load_for_root();
     // The variables' file system may have been a module.
     mounts::efivars();
@@ -72,7 +76,8 @@ fn boot() -> Result<Infallible> {
         .enable_all()
         .build()
         .map_err(AgentError::system("starting the runtime"))?;
-    let watchdog = Watchdog::arm();
+    // A driver of another name may have brought one.
+    let watchdog = watchdog.or_else(Watchdog::arm);
     let ended = runtime.block_on(async {
         tokio::spawn(log::follow());
         if let Some(watchdog) = watchdog {

@@ -26,6 +26,9 @@ use start::start;
 use std::convert::Infallible;
 use std::time::Duration;
 
+/// Where versions are kept while those of earlier boots cannot be read.
+const MEANWHILE: &str = "/run/kiln/meanwhile";
+
 /// Runs as PID 1; comes back only when the machine restarts.
 pub fn run() -> ! {
     let error = match boot() {
@@ -92,7 +95,11 @@ fn boot() -> Result<Infallible> {
 
 async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Infallible> {
     let place = Place::of_this_machine();
-    let mut memory = place.memory()?;
+    let (mut memory, unreadable) = match place.memory() {
+        Ok(memory) => (memory, None),
+        Err(error @ AgentError::Format { .. }) => (Memory::default(), Some(error)),
+        Err(error) => return Err(error),
+    };
     if let Err(error) = memory.may_boot(&boot) {
         rest(&place, &mut memory, &error).await;
         return Err(error);
@@ -102,9 +109,19 @@ async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Inf
     flow.journal.machine.protection = protection;
     console::open(flow.journal.machine.id.as_str(), &flow.verifier.here()?.to_string());
 
-    let error = match Box::pin(travel(&mut flow, &mut Some(drivers))).await {
-        Ok(never) => match never {},
-        Err(error) => error,
+    let drivers = &mut Some(drivers);
+    let error = if let Some(error) = unreadable {
+        let mut network = Network::start(&mut flow);
+        let meanwhile = (Place::Directory(MEANWHILE.into()), safe::TELL_EVERY);
+        match Box::pin(safe::ask_a_person(&mut flow, drivers, &mut network, &error, meanwhile)).await {
+            Ok(()) => restart(),
+            Err(error) => error,
+        }
+    } else {
+        match Box::pin(travel(&mut flow, drivers)).await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        }
     };
     if let Some(order) = flow.verifier.wipe.take() {
         wipe::obey(&mut flow, &order).await?;

@@ -9,6 +9,9 @@ use crate::state::{State, StateKind};
 use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
 use kiln_protocol::{OrderId, ReleaseId, Stage, StageState, Via};
 
+/// Kind of the failure of an agent that cannot read what its machine remembers.
+const UNREADABLE: &str = "machine-format";
+
 impl Machine {
     /// One step.
     #[must_use]
@@ -337,6 +340,13 @@ impl Machine {
         self.fell_back = None;
         self.drift.forgive();
         self.forget_starts();
+        if self.cannot_read_its_memory()
+            && let Some(a) = self.assigned.as_mut().filter(|a| a.order.is_none())
+        {
+            // By an assignment that is newer than the one it has heard of, it knows that a person has looked.
+            a.sequence += 1;
+            out.push(Action::Sign);
+        }
         let stranger = self.stranger.take();
         if let Some(stranger) = stranger.filter(|_| self.pinned.is_none()) {
             // A person says that the other key is the machine's now.
@@ -371,6 +381,16 @@ impl Machine {
             | StateKind::Reimaging
             | StateKind::Retired => {}
         }
+    }
+
+    /// Its agent starts nothing, as it cannot read what it remembers.
+    fn cannot_read_its_memory(&self) -> bool {
+        self.last_boot().is_some_and(|boot| {
+            boot.stages.iter().any(|s| match &s.state {
+                StageState::Failed(f) => s.stage == Stage::Start && f.kind == UNREADABLE,
+                StageState::Started | StageState::Done | StageState::Waiting { .. } => false,
+            })
+        })
     }
 
     /// The newest change is what a person reads; all of them are in its story.

@@ -192,7 +192,7 @@ async fn fetch_root(flow: &mut Flow, manifest: &Manifest, disk: &SharedDisk, slo
     let length = manifest.root.length;
     let place = on_disk(disk, move |disk| disk.place(slot, length)).await?;
     let expected = Expected { what: ROOT, sha256: manifest.root.sha256.clone(), length };
-    let download = Download::onto(expected, place, None, &Arc::default());
+    let download = Download::onto(expected, place, &Arc::default());
     flow.run_download(Stage::Root, download).await.map(drop)
 }
 

@@ -113,13 +113,14 @@ impl Control {
     /// Puts another machine in the place of this one, which is retired.
     pub async fn replace(&self, old: &str, new: &str, by: &str) -> Result<MachineId, ControlError> {
         self.look_again().await;
-        let (pending, id) = {
+        let (pending, id, facts) = {
             let mut inner = self.lock();
             let (old, new) = (inner.resolve(old)?, inner.resolve(new)?);
             let unknown = |id: &MachineId| ControlError::NoSuchMachine(id.to_string());
             let was = inner.machines.get(&old).ok_or_else(|| unknown(&old))?;
             let becomes = inner.machines.get(&new).ok_or_else(|| unknown(&new))?;
             let Replacement { name, role, release } = was.replaced_by(becomes)?;
+            let facts = was.facts.clone().zip(becomes.facts.clone());
             // A name that was freed may be another's by now.
             if inner.names.is_taken(&name, &old) {
                 return Err(ControlError::NameTaken(name));
@@ -140,9 +141,12 @@ impl Control {
             if let Some(m) = inner.machines.get(&new) {
                 self.audit(&mut pending, m, by, what);
             }
-            (pending, new)
+            (pending, new, facts)
         };
         self.finish(pending).await?;
+        if let Some((was, becomes)) = facts {
+            self.hand_over(&was, &becomes, by).await?;
+        }
         Ok(id)
     }
 

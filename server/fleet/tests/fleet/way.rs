@@ -3,6 +3,7 @@
 use crate::common::*;
 use kiln_fleet::*;
 use kiln_protocol::*;
+use proptest::prelude::*;
 
 /// Good on 1, and healthy on 2 by kexec.
 fn carried() -> Story {
@@ -80,4 +81,38 @@ fn the_way_home_from_what_was_ordered_needs_no_firmware() {
     assert_eq!(s.m.boots.back().unwrap().via, Via::Kexec);
     s.assign(3, Via::Kexec);
     assert_eq!(wanted_via(&s), Via::Kexec);
+}
+
+fn is_a_persons(event: &Event) -> bool {
+    matches!(event, Event::Assign { .. } | Event::Ordered(_))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1000))]
+
+    /// What the server assigns by itself (approval, fall-back, boot loop, age, drift) goes through firmware.
+    #[test]
+    fn only_a_person_sends_a_machine_by_kexec(
+        events in proptest::collection::vec((any_event(), 0..400_000_u64), 1..60),
+        persons in any::<bool>(),
+    ) {
+        let mut story = Story::good_on_1();
+        story.m.drift_policy = DriftPolicy::Reimage;
+        story.m.max_age = Some(3_600_000);
+        let (mut m, mut now) = (story.m, story.now);
+        for (event, pause) in events {
+            if is_a_persons(&event) && !persons {
+                continue;
+            }
+            now += pause;
+            let (before, persons_word) = (m.assigned.clone(), is_a_persons(&event));
+            m = m.event(event, LIMITS, now).0;
+            let Some(after) = &m.assigned else { continue };
+            if !persons {
+                prop_assert_eq!((after.via, m.leaves_by()), (Via::Cold, Via::Cold));
+            }
+            let another = before.is_none_or(|b| b.release != after.release || b.rebuild != after.rebuild);
+            prop_assert!(!another || persons_word || after.via == Via::Cold, "{after:?}");
+        }
+    }
 }

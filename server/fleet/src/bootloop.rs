@@ -51,6 +51,10 @@ impl Machine {
         let (release, starts) = (assigned.release.clone(), &mut self.boot_loop.starts);
         starts.retain(|at| now < at + LOOP_WINDOW_MS);
         starts.push_back(now);
+        // A machine with a disk starts it also while it shall rest.
+        while starts.len() > LOOP_STARTS {
+            starts.pop_front();
+        }
         if starts.len() < LOOP_STARTS {
             return;
         }

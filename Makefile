@@ -39,7 +39,7 @@ test: setup ## Every test of the fast tier: pure, processes in network namespace
 	@$(LAB) prepare --image probe
 	@$(TEST) --test rack -- --test-threads 32
 
-SLOW_IMAGES := probe servers hangs disk vault thief rescue exec drifts acceptance acceptance-lab
+SLOW_IMAGES := probe servers hangs hangs-servers disk vault thief rescue exec drifts acceptance acceptance-lab
 
 test-slow: setup ## Every test of the rack, also those that take minutes, thousands of random repositories, and cargo-deny's rules
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny

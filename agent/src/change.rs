@@ -11,7 +11,7 @@ use crate::verifier::{Servers, Verifier};
 use crate::{facts, kexec};
 use kiln_protocol::slot::{Action, Event, Go, Refusal, SlotId};
 use kiln_protocol::{Assignment, Progress, ReleaseId, Stage, Via};
-use kiln_release::{Artifact, Manifest};
+use kiln_release::{Artifact, BootInfo, Manifest};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -193,7 +193,7 @@ impl Prefetch {
         Ok(Given {
             servers: verifier.servers.clone(),
             floor: verifier.memory.floor(self.release.image.as_str()),
-            rate: disk.and_then(|disk| disk.prefetch_rate),
+            rate: prefetch_rate(&verifier.boot),
         })
     }
 
@@ -224,9 +224,14 @@ impl Prefetch {
         let base = servers.get(self.turn % servers.len().max(1)).ok_or(AgentError::NoServer)?;
         if !self.uki_verified {
             let [path, _] = files(&self.to);
+            // From the initramfs nothing runs that a full link would disturb.
+            let cap = self.disk.as_ref().and(given.rate);
             let uki = match &mut self.uki {
                 Some(uki) => uki,
-                none => none.insert(Download::new(expected(error::UKI, &manifest.uki), Some(&path), &self.meter.uki)?),
+                none => {
+                    let signed = expected(error::UKI, &manifest.uki);
+                    none.insert(Download::new(signed, Some(&path), &self.meter.uki)?.capped(cap))
+                }
             };
             uki.run(base).await?;
             let signed = manifest.clone();
@@ -316,8 +321,8 @@ impl Prefetch {
             if let Action::Fetch(slot, _) = action {
                 let (slot, length) = (*slot, manifest.root.length);
                 let place = on_disk(disk, move |disk| disk.place(slot, length)).await?;
-                let root = expected(error::ROOT, &manifest.root);
-                self.root = Some((Leave::Cold, Download::onto(root, place, rate, &self.meter.root)));
+                let root = Download::onto(expected(error::ROOT, &manifest.root), place, &self.meter.root);
+                self.root = Some((Leave::Cold, root.capped(rate)));
             }
         }
         Ok(())
@@ -389,7 +394,9 @@ pub async fn renew(
     if !whole {
         let [path, _] = files(next);
         let base = verifier.servers.http.first().ok_or(AgentError::NoServer)?;
-        let mut uki = Download::new(expected(error::UKI, &manifest.uki), Some(&path), &meter.uki)?;
+        let uki = Download::new(expected(error::UKI, &manifest.uki), Some(&path), &meter.uki)?;
+        // Its file goes with it: it is kept until the disk has it.
+        let mut uki = uki.capped(prefetch_rate(&verifier.boot));
         uki.run(base).await?;
         let signed = manifest.clone();
         let mended = on_disk(disk, move |disk| {
@@ -402,6 +409,11 @@ pub async fn renew(
     let root_hash = machine::content(&manifest)?.root_hash;
     on_disk(disk, move |disk| disk.keep_put_up(&root_hash, order)).await?;
     Ok(ready((!whole).then(|| "its UKI on the disk was not as it was signed: it was fetched anew".to_owned())))
+}
+
+/// What a running system's fetching of another release may take of the link, by its own release. Bytes per second.
+fn prefetch_rate(boot: &BootInfo) -> Option<u64> {
+    boot.site.disk.as_ref().and_then(|disk| disk.prefetch_rate)
 }
 
 /// The root must fit here, then once more in the loaded initrd.

@@ -15,6 +15,9 @@ const ALWAYS: [&str; 4] = ["efivarfs", "efi_pstore", "af_packet", "virtio_rng"];
 const ROOT: [&str; 3] = ["loop", "dm_verity", "erofs"];
 /// Modules that no device names, and whose company they belong to: the character device of a BMC.
 const COMPANIONS: [(&str, &str); 2] = [("ipmi_si", "ipmi_devintf"), ("ipmi_ssif", "ipmi_devintf")];
+/// Watchdogs of real and virtual machines, and what makes the devices of some of them: the LPC bridge and the SMBus
+/// controller of Intel's chipsets.
+const WATCHDOGS: [&str; 7] = ["i6300esb", "lpc_ich", "i2c_i801", "iTCO_wdt", "sp5100_tco", "wdat_wdt", "hpwdt"];
 /// Rounds of looking: a bus driver makes devices appear that ask for more.
 const ROUNDS: usize = 8;
 
@@ -39,6 +42,19 @@ impl Drivers {
         let text = |name: &str| std::fs::read_to_string(dir.join(name)).unwrap_or_default();
         let index = ModuleIndex::parse(&dep, &text("modules.alias"), &text("modules.softdep"));
         Ok(Self { dir, index, loaded: HashSet::new(), beside: None })
+    }
+
+    /// Loads the watchdogs of the devices present, and nothing else: what comes after them may hang.
+    pub fn load_watchdogs(&mut self) {
+        for _ in 0..ROUNDS {
+            let before = self.loaded.len();
+            for module in watchdogs(self.wanted()) {
+                self.load(&module);
+            }
+            if self.loaded.len() == before {
+                return;
+            }
+        }
     }
 
     /// Loads what is always needed. A driver that fails is told; the stage that needs it fails with its own reason.
@@ -76,15 +92,17 @@ impl Drivers {
     /// Loads what the devices present ask for, until nothing new is asked for. A driver that will not load is told and
     /// passed over: the machine may not need it.
     pub fn coldplug(&mut self) {
+        self.coldplug_and(&mut || {});
+    }
+
+    /// The same; `each` is called behind each driver.
+    pub fn coldplug_and(&mut self, each: &mut dyn FnMut()) {
         self.settle();
         for _ in 0..ROUNDS {
             let before = self.loaded.len();
-            let mut aliases = HashSet::new();
-            collect_aliases(Path::new("/sys/devices"), 0, &mut aliases);
-            let wanted: HashSet<String> =
-                aliases.iter().flat_map(|alias| self.index.matching(alias)).map(str::to_owned).collect();
-            for module in wanted {
+            for module in self.wanted() {
                 self.load(&module);
+                each();
             }
             for (module, companion) in COMPANIONS {
                 if self.loaded.contains(module) {
@@ -97,6 +115,13 @@ impl Drivers {
         }
     }
 
+    /// What the devices present ask for.
+    fn wanted(&self) -> HashSet<String> {
+        let mut aliases = HashSet::new();
+        collect_aliases(Path::new("/sys/devices"), 0, &mut aliases);
+        aliases.iter().flat_map(|alias| self.index.matching(alias)).map(str::to_owned).collect()
+    }
+
     /// Loads a module and what it needs.
     pub fn load(&mut self, module: &str) {
         self.settle();
@@ -104,6 +129,12 @@ impl Drivers {
         self.loaded.extend(order.iter().map(|(name, _)| name.clone()));
         insert(&self.dir, module, order);
     }
+}
+
+/// Those of them that are watchdogs, or lead to one.
+fn watchdogs(mut wanted: HashSet<String>) -> HashSet<String> {
+    wanted.retain(|module| WATCHDOGS.contains(&module.as_str()));
+    wanted
 }
 
 /// What a module only would like to have, or another stands in for, may fail: the kernel decides when it comes to the
@@ -152,5 +183,37 @@ fn collect_aliases(dir: &Path, depth: usize, aliases: &mut HashSet<String>) {
         {
             aliases.insert(text.trim().to_owned());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Lines of Debian 13's modules.alias.
+    const ALIAS: &str = "alias pci:v00008086d00002918sv*sd*bc*sc*i* lpc_ich\nalias platform:iTCO_wdt iTCO_wdt\n\
+        alias pci:v00001022d0000790Bsv*sd*bc*sc*i* sp5100_tco\nalias pci:v00001022d0000790Bsv*sd*bc*sc*i* i2c_piix4\n\
+        alias pci:v0000103Cd00003306sv*sd*bc*sc*i* hpwdt\nalias platform:wdat_wdt wdat_wdt\n\
+        alias pci:v00008086d000010D3sv*sd*bc*sc*i* e1000e\n";
+
+    #[test]
+    fn only_watchdogs_and_what_leads_to_them_come_first() {
+        let index = ModuleIndex::parse("", ALIAS, "");
+        let first = |aliases: &[&str]| {
+            let wanted = aliases.iter().flat_map(|alias| index.matching(alias)).map(str::to_owned).collect();
+            let mut first: Vec<String> = watchdogs(wanted).into_iter().collect();
+            first.sort();
+            first
+        };
+        let device = |id: &str| format!("pci:{id}sv00001AF4sd00001100bc06sc01i00");
+        let (bridge, card) = (device("v00008086d00002918"), device("v00008086d000010D3"));
+        assert_eq!(first(&[&bridge, &card]), ["lpc_ich"]);
+        assert_eq!(
+            first(&[&bridge, &card, "platform:iTCO_wdt"]),
+            ["iTCO_wdt", "lpc_ich"],
+            "the bridge made its device"
+        );
+        assert_eq!(first(&[&device("v00001022d0000790B")]), ["sp5100_tco"]);
+        assert_eq!(first(&[&device("v0000103Cd00003306"), "platform:wdat_wdt"]), ["hpwdt", "wdat_wdt"]);
     }
 }

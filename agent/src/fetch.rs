@@ -190,18 +190,24 @@ impl Download {
                 Out::File(file, Scratch { path: path.to_owned(), kept: false })
             }
         };
-        Ok(Self::to(expected, out, PATIENCE, meter))
+        Ok(Self::to(expected, out, meter))
     }
 
-    /// To a disk, from `start` on, with at most `cap` bytes per second. It is not flushed.
-    pub fn onto(expected: Expected, (disk, start): (File, u64), cap: Option<u64>, meter: &Arc<AtomicU64>) -> Self {
-        Self::to(expected, Out::Place { disk, start }, Patience { cap, ..PATIENCE }, meter)
+    /// To a disk, from `start` on. It is not flushed.
+    pub fn onto(expected: Expected, (disk, start): (File, u64), meter: &Arc<AtomicU64>) -> Self {
+        Self::to(expected, Out::Place { disk, start }, meter)
     }
 
-    fn to(expected: Expected, out: Out, patience: Patience, meter: &Arc<AtomicU64>) -> Self {
+    fn to(expected: Expected, out: Out, meter: &Arc<AtomicU64>) -> Self {
         let (hash, meter) = (Context::new(&SHA256), Arc::clone(meter));
         meter.store(0, Ordering::Relaxed);
-        Self { expected, patience, out, hash, received: 0, meter, mark: 0, tries: 0 }
+        Self { expected, patience: PATIENCE, out, hash, received: 0, meter, mark: 0, tries: 0 }
+    }
+
+    /// With at most so many bytes per second, if any number is given.
+    pub fn capped(mut self, cap: Option<u64>) -> Self {
+        self.patience.cap = cap;
+        self
     }
 
     /// Failed tries since the last that brought the download on. A try that moved a few bytes is none of those.

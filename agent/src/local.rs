@@ -27,11 +27,11 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 pub const ADOPTION: Duration = Duration::from_secs(90 + 60);
 
 /// The machine's disk in disk mode; one that cannot be used is told, and the release runs in memory.
-pub fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
+pub async fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
     let boot = &flow.verifier.boot;
     match boot.site.mode {
         Mode::Ram => None,
-        Mode::Disk => match MachineDisk::find(boot, flow.verifier.memory.floor(&boot.image)) {
+        Mode::Disk => match MachineDisk::find(boot, flow.verifier.memory.floor(&boot.image)).await {
             Ok(disk) => {
                 println!("kiln-agent: disk {}", disk.describe());
                 let memory = &mut flow.verifier.memory;
@@ -192,7 +192,7 @@ async fn fetch_root(flow: &mut Flow, manifest: &Manifest, disk: &SharedDisk, slo
     let length = manifest.root.length;
     let place = on_disk(disk, move |disk| disk.place(slot, length)).await?;
     let expected = Expected { what: ROOT, sha256: manifest.root.sha256.clone(), length };
-    let download = Download::onto(expected, place, None, &Arc::default());
+    let download = Download::onto(expected, place, &Arc::default());
     flow.run_download(Stage::Root, download).await.map(drop)
 }
 

@@ -1,5 +1,5 @@
-//! The hardware watchdog: from the first drivers on, a machine that hangs is restarted by its own hardware. Source: Linux
-//! Documentation/watchdog/watchdog-api.rst.
+//! The hardware watchdog: armed before any other driver is loaded, so that from then on a machine that hangs is restarted by
+//! its own hardware. Source: Linux Documentation/watchdog/watchdog-api.rst and ABI/testing/sysfs-class-watchdog.
 //!
 //! It is armed by being opened, petted by being written to, and never disarmed: closing it without the magic character
 //! leaves it running. So it runs through the hand-over to the image's init, through a restart and through a kexec (see
@@ -8,7 +8,7 @@
 
 use crate::sys;
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
 
@@ -16,16 +16,42 @@ use std::time::Duration;
 const TIMEOUT_S: i32 = 180;
 const PET_EVERY: Duration = Duration::from_secs(15);
 const DEVICE: &str = "/dev/watchdog0";
+/// What the kernel says of it: `timeout` and `max_timeout`, in seconds.
+const ATTRIBUTES: &str = "/sys/class/watchdog/watchdog0";
 
 /// An armed watchdog.
 pub struct Watchdog {
     device: File,
+    every: Duration,
+}
+
+fn attribute(name: &str) -> Option<i32> {
+    std::fs::read_to_string(Path::new(ATTRIBUTES).join(name)).ok()?.trim().parse().ok()
+}
+
+/// Sets [`TIMEOUT_S`], or the longest time that this hardware takes.
+fn set(max_timeout: Option<i32>, set: &mut dyn FnMut(i32) -> io::Result<i32>) -> io::Result<i32> {
+    match (set(TIMEOUT_S), max_timeout) {
+        (Err(_), Some(max)) if (1..TIMEOUT_S).contains(&max) => set(max),
+        (done, Some(_) | None) => done,
+    }
+}
+
+/// How often a watchdog of so many seconds is petted: two pettings may come late.
+fn pause(seconds: Option<i32>) -> Duration {
+    let seconds = seconds.and_then(|seconds| u64::try_from(seconds).ok()).filter(|seconds| *seconds > 0);
+    seconds.map_or(PET_EVERY, |seconds| PET_EVERY.min(Duration::from_millis(seconds * 1000 / 3)))
 }
 
 impl Watchdog {
+    /// Whether there is one.
+    pub fn is_there() -> bool {
+        Path::new(DEVICE).exists()
+    }
+
     /// Arms it and says so; a machine without one is told of, and boots.
     pub fn arm() -> Option<Self> {
-        if !Path::new(DEVICE).exists() {
+        if !Self::is_there() {
             println!("kiln-agent: no hardware watchdog: if this machine hangs, a person must restart it");
             return None;
         }
@@ -36,21 +62,71 @@ impl Watchdog {
                 return None;
             }
         };
-        match sys::watchdog_timeout(&device, TIMEOUT_S) {
-            Ok(seconds) => println!("kiln-agent: hardware watchdog: a hang of {seconds} s restarts this machine"),
-            // Its own time-out holds; it may be too short for a jump, and then the machine restarts instead.
-            Err(error) => println!("kiln-agent: hardware watchdog with a time-out of its own: {error}"),
+        let timeout = set(attribute("max_timeout"), &mut |seconds| sys::watchdog_timeout(&device, seconds));
+        // One that is too short for a jump restarts the machine instead.
+        let seconds = match timeout {
+            Ok(seconds) => {
+                println!("kiln-agent: hardware watchdog: a hang of {seconds} s restarts this machine");
+                Some(seconds)
+            }
+            Err(error) => {
+                println!("kiln-agent: hardware watchdog with a time-out of its own: {error}");
+                attribute("timeout")
+            }
+        };
+        Some(Self { device, every: pause(seconds) })
+    }
+
+    /// Begins its time anew.
+    pub fn pet(&mut self) {
+        if let Err(error) = self.device.write_all(b"\0") {
+            eprintln!("kiln-agent: {DEVICE} cannot be petted: {error}; this machine will restart");
         }
-        Some(Self { device })
     }
 
     /// Pets it for as long as the agent's loop turns.
     pub async fn keep(mut self) {
         loop {
-            if let Err(error) = self.device.write_all(b"\0") {
-                eprintln!("kiln-agent: {DEVICE} cannot be petted: {error}; this machine will restart");
-            }
-            tokio::time::sleep(PET_EVERY).await;
+            self.pet();
+            tokio::time::sleep(self.every).await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Hardware that takes at most so many seconds, and what was asked of it.
+    fn asked(most: i32, known: Option<i32>) -> (io::Result<i32>, Vec<i32>) {
+        let mut asked = Vec::new();
+        let result = set(known, &mut |seconds| {
+            asked.push(seconds);
+            if seconds <= most { Ok(seconds) } else { Err(io::Error::from_raw_os_error(libc::EINVAL)) }
+        });
+        (result, asked)
+    }
+
+    #[test]
+    fn hardware_that_refuses_the_time_gets_the_longest_that_it_takes() {
+        for (most, known, set, tries) in [
+            (600, Some(600), Some(180), vec![180]),
+            (180, None, Some(180), vec![180]),
+            (63, Some(63), Some(63), vec![180, 63]),
+            // It says nothing, or what cannot be: its own time-out holds.
+            (63, None, None, vec![180]),
+            (63, Some(0), None, vec![180]),
+            (63, Some(600), None, vec![180]),
+        ] {
+            let (result, asked) = asked(most, known);
+            assert_eq!((result.ok(), asked), (set, tries), "{most} {known:?}");
+        }
+    }
+
+    #[test]
+    fn a_short_one_is_petted_more_often() {
+        let seconds = |of: Option<i32>| pause(of).as_millis();
+        assert_eq!((seconds(Some(180)), seconds(Some(45)), seconds(None)), (15_000, 15_000, 15_000));
+        assert_eq!((seconds(Some(30)), seconds(Some(1)), seconds(Some(0))), (10_000, 333, 15_000));
     }
 }

@@ -68,6 +68,17 @@ pub struct MachineSpec {
     pub qemu: PathBuf,
     /// Strings for SMBIOS type 11, which systemd's stub takes settings from.
     pub smbios: Vec<String>,
+    /// What restarts it when it hangs.
+    pub watchdog: HardwareWatchdog,
+}
+
+/// A machine's watchdog.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HardwareWatchdog {
+    /// A PCI card of Intel's 6300ESB.
+    I6300esb,
+    /// The chipset's own, which the kernel reaches over the LPC bridge.
+    Itco,
 }
 
 /// How a disk of [`DISK_BYTES`] is attached.
@@ -110,6 +121,7 @@ impl MachineSpec {
             bmc: false,
             qemu: QEMU.into(),
             smbios: Vec::new(),
+            watchdog: HardwareWatchdog::I6300esb,
         }
     }
 
@@ -305,7 +317,12 @@ impl Machine {
             arg(&["-drive", &format!("if=pflash,format=raw,file={}", store.display())]);
         }
         arg(&["-device", "virtio-rng-pci"]);
-        arg(&["-device", "i6300esb", "-action", "watchdog=reset"]);
+        match spec.watchdog {
+            HardwareWatchdog::I6300esb => arg(&["-device", "i6300esb"]),
+            // QEMU straps it off.
+            HardwareWatchdog::Itco => arg(&["-global", "ICH9-LPC.noreboot=off"]),
+        }
+        arg(&["-action", "watchdog=reset"]);
         if spec.bmc {
             arg(&["-device", "ipmi-bmc-sim,id=bmc", "-device", "isa-ipmi-kcs,bmc=bmc"]);
         }

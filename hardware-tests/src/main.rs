@@ -49,7 +49,7 @@ enum What {
     },
     /// Make the site and the two releases that racks boot, if they are not current
     Prepare {
-        /// Also build this recipe (repeatable): probe, servers, hangs, disk, rescue, acceptance-lab … are for tests
+        /// Also build this recipe (repeatable): probe, servers, hangs, hangs-servers, disk, rescue, acceptance-lab … are for tests
         #[arg(long)]
         image: Vec<String>,
     },

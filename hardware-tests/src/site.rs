@@ -24,6 +24,8 @@ pub fn template(paths: &Paths) -> PathBuf {
 pub const PROBE: &str = "probe";
 /// Release 3 of [`IMAGE`], whose kernel hangs.
 pub const HANGS: &str = "hangs";
+/// The same of [`SERVERS`].
+pub const HANGS_SERVERS: &str = "hangs-servers";
 /// The image with drivers for real hardware.
 pub const SERVERS: &str = "servers";
 /// The image of machines that live on their disk.
@@ -45,7 +47,11 @@ pub fn prepare(paths: &Paths, further: &[String]) -> Result<(), LabError> {
     let site = template(paths);
     for recipe in further {
         // A recipe without a name of its own is a further release of the image it extends.
-        let (image, release) = if recipe == HANGS { (IMAGE, "3") } else { (recipe.as_str(), "1") };
+        let (image, release) = match recipe.as_str() {
+            HANGS => (IMAGE, "3"),
+            HANGS_SERVERS => (SERVERS, "3"),
+            other => (other, "1"),
+        };
         if !site.join(format!("build/{image}/{release}/manifest.json")).exists() {
             println!("lab: building {recipe}");
             build(paths, &site, recipe, release)?;

@@ -1,8 +1,9 @@
-//! This machine's disks: which there are, which is Kiln's, and the slot state machine on it.
+//! This machine's disk: the one that is Kiln's, or becomes it, and the slot state machine on it.
 
 use super::block::{Block, Device};
-use super::layout::{Candidate, Choice, Found, Layout, choose, look};
+use super::layout::{Choice, Found, Layout, choose, look};
 use super::record::Record;
+use super::search::{self, BLOCKS};
 use super::store::{Starts, Store};
 use super::{DiskError, boot_order};
 use crate::change::blocking;
@@ -17,15 +18,12 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-const BLOCKS: &str = "/sys/class/block";
 /// The loader in the initramfs: the UKI's signature covers it.
 const LOADER: &str = "/kiln/systemd-boot.efi";
 /// So many starts of a good release in a row without its being healthy, and the machine is in safe mode.
 pub const STARTS: u32 = 5;
 /// After so many its root is read back before the next.
 pub const SUSPECT: u32 = 2;
-/// No disks: memory, tapes, floppies, and what is made of other devices.
-const NO_DISKS: [&str; 8] = ["loop", "ram", "zram", "dm-", "md", "sr", "fd", "nbd"];
 
 /// The disk, for whoever works on it beside the runtime.
 pub type SharedDisk = Arc<Mutex<MachineDisk>>;
@@ -50,39 +48,6 @@ pub struct MachineDisk {
     slots: Slots,
 }
 
-/// A disk's attribute in sysfs, as a number.
-fn attribute(name: &str, what: &str) -> Option<u64> {
-    std::fs::read_to_string(Path::new(BLOCKS).join(name).join(what)).ok()?.trim().parse().ok()
-}
-
-fn candidates(site: &str) -> Vec<Candidate> {
-    let entries = std::fs::read_dir(BLOCKS).into_iter().flatten().flatten();
-    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-    let disks = names.filter(|name| {
-        let is = |what: &str| attribute(name, what).is_some_and(|value| value != 0);
-        !NO_DISKS.iter().any(|prefix| name.starts_with(prefix))
-            && !Path::new(BLOCKS).join(name).join("partition").exists()
-            && is("size")
-            && !is("removable")
-            && !is("ro")
-    });
-    disks.map(|name| candidate(name, site)).collect()
-}
-
-fn candidate(name: String, site: &str) -> Candidate {
-    let sector = attribute(&name, "queue/logical_block_size").and_then(|bytes| u32::try_from(bytes).ok());
-    let looked = || {
-        if let Some(bytes) = sector.filter(|bytes| *bytes != 512) {
-            return Err(DiskError::SectorSize { disk: name.clone(), bytes });
-        }
-        let failed = |reason: String| DiskError::Io { disk: name.clone(), what: "looking at it", reason };
-        let device = Device::open(&Path::new("/dev").join(&name)).map_err(|e| failed(e.to_string()))?;
-        look(&device, site).map_err(|e| failed(e.to_string()))
-    };
-    let found = looked();
-    Candidate { size: attribute(&name, "size").unwrap_or(0).saturating_mul(512), found, name }
-}
-
 fn settings(boot: &BootInfo) -> DiskSettings {
     boot.site.disk.clone().unwrap_or_default()
 }
@@ -98,17 +63,22 @@ pub fn content(manifest: &Manifest) -> Result<Content> {
 }
 
 impl MachineDisk {
-    /// Finds the machine's disk, partitions it where that is allowed, and reads it.
-    pub fn find(boot: &BootInfo, floor: u64) -> Result<Self> {
+    /// Finds the machine's disk, partitions it where that is allowed, and reads it. Whatever the disks do, it ends within
+    /// the time that [`search`] gives them, and the runtime goes on meanwhile.
+    pub async fn find(boot: &BootInfo, floor: u64) -> Result<Self> {
         let wanted: Option<Sha256Hex> = boot.root_hash.parse().ok();
         let site = &boot.site.name;
-        match choose(candidates(site), &settings(boot), site, wanted.as_ref().map(Label::of))? {
-            Choice::Use(name, layout) => Self::open(&name, layout, false, floor),
+        let disks = search::candidates(site).await;
+        let (name, layout, format) = match choose(disks, &settings(boot), site, wanted.as_ref().map(Label::of))? {
+            Choice::Use(name, layout) => (name, layout, false),
             Choice::Format(name, layout) => {
                 println!("kiln-agent: {name} is partitioned: loader, two slots, state");
-                Self::open(&name, layout, true, floor)
+                (name, layout, true)
             }
-        }
+        };
+        let disk = name.clone();
+        let open = move || Self::open(&disk, layout, format, floor);
+        search::in_time(&name, search::OPENING, search::OPENS, open).await?
     }
 
     /// Opens the disk that the initramfs chose.

@@ -13,6 +13,7 @@ pub mod gpt;
 pub mod layout;
 pub mod machine;
 pub mod record;
+pub mod search;
 pub mod show;
 pub mod store;
 #[cfg(test)]

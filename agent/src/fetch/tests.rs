@@ -350,19 +350,27 @@ fn a_transfer_that_nobody_waits_for_closes_its_connection() {
     });
 }
 
-/// A lower bound, which no fast host breaks: half a MiB at a quarter a second.
+/// A lower bound, which no fast host breaks: half a MiB at a quarter a second, for a slot and for a file as UKIs are.
 #[test]
 fn a_prefetch_takes_no_more_of_the_link_than_it_may() {
     let (bytes, expected) = content(512 << 10);
     let files = [(format!("a/{}", expected.sha256), bytes.clone())].into();
     let (http, _hear) = web::honest(files, std::collections::BTreeMap::new());
     let dir = tempfile::tempdir().unwrap();
-    let disk = File::options().read(true).write(true).create_new(true).open(dir.path().join("disk")).unwrap();
+    let path = dir.path().join("disk");
+    let disk = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
     let place = (disk.try_clone().unwrap(), 4096);
-    let mut download = Download::onto(expected, place, Some(256 << 10), &Arc::default());
-    let begun = Instant::now();
-    runtime().block_on(download.run(&http)).unwrap();
-    assert!(begun.elapsed() >= Duration::from_millis(1900), "{:?}", begun.elapsed());
+    let uki = dir.path().join("next.efi");
+    let onto = Download::onto(expected.clone(), place, &Arc::default());
+    for download in [onto, Download::new(expected, Some(&uki), &Arc::default()).unwrap()] {
+        let mut download = download.capped(Some(256 << 10));
+        let begun = Instant::now();
+        runtime().block_on(download.run(&http)).unwrap();
+        assert!(begun.elapsed() >= Duration::from_millis(1900), "{:?}", begun.elapsed());
+        if let Some(file) = download.into_file() {
+            assert!(std::fs::read(file.path()).unwrap() == bytes);
+        }
+    }
     let mut got = vec![0; bytes.len()];
     disk.read_exact_at(&mut got, 4096).unwrap();
     assert!(got == bytes);

@@ -27,6 +27,9 @@ use start::start;
 use std::convert::Infallible;
 use std::time::Duration;
 
+/// Where versions are kept while those of earlier boots cannot be read.
+const MEANWHILE: &str = "/run/kiln/meanwhile";
+
 /// Runs as PID 1; comes back only when the machine restarts.
 pub fn run() -> ! {
     let error = match boot() {
@@ -58,10 +61,14 @@ fn boot() -> Result<Infallible> {
     journal.record(Stage::Start, kiln_protocol::StageState::Done);
     tell_command_line_drift(&boot);
 
-    journal.record(Stage::Modules, kiln_protocol::StageState::Started);
     let mut drivers = Drivers::open()?;
+    // Before anything that may hang while it looks for its hardware.
+    drivers.load_watchdogs();
+    let mut watchdog = Watchdog::is_there().then(Watchdog::arm).flatten();
+    journal.record(Stage::Modules, kiln_protocol::StageState::Started);
     drivers.load_always();
-    drivers.coldplug();
+    // Each driver has the watchdog's whole time: many that are slow are no hang.
+    drivers.coldplug_and(&mut || watchdog.iter_mut().for_each(Watchdog::pet));
     drivers.load_for_root();
     ima::measure_kexecs();
     // The variables' file system may have been a module.
@@ -74,19 +81,27 @@ fn boot() -> Result<Infallible> {
         .enable_all()
         .build()
         .map_err(AgentError::system("starting the runtime"))?;
-    let watchdog = Watchdog::arm();
-    runtime.block_on(async {
+    // A driver of another name may have brought one.
+    let watchdog = watchdog.or_else(Watchdog::arm);
+    let ended = runtime.block_on(async {
         tokio::spawn(log::follow());
         if let Some(watchdog) = watchdog {
             tokio::spawn(watchdog.keep());
         }
         Box::pin(go(boot, journal, drivers)).await
-    })
+    });
+    // A thread that hangs in a disk must not hang the restart as well.
+    runtime.shutdown_background();
+    ended
 }
 
 async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Infallible> {
     let place = Place::of_this_machine();
-    let mut memory = place.memory()?;
+    let (mut memory, unreadable) = match place.memory() {
+        Ok(memory) => (memory, None),
+        Err(error @ AgentError::Format { .. }) => (Memory::default(), Some(error)),
+        Err(error) => return Err(error),
+    };
     if let Err(error) = memory.may_boot(&boot) {
         rest(&place, &mut memory, &error).await;
         return Err(error);
@@ -96,9 +111,19 @@ async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Inf
     flow.journal.machine.protection = protection;
     console::open(flow.journal.machine.id.as_str(), &flow.verifier.here()?.to_string());
 
-    let error = match Box::pin(travel(&mut flow, &mut Some(drivers))).await {
-        Ok(never) => match never {},
-        Err(error) => error,
+    let drivers = &mut Some(drivers);
+    let error = if let Some(error) = unreadable {
+        let mut network = Network::start(&mut flow);
+        let meanwhile = (Place::Directory(MEANWHILE.into()), safe::TELL_EVERY);
+        match Box::pin(safe::ask_a_person(&mut flow, drivers, &mut network, &error, meanwhile)).await {
+            Ok(()) => restart(),
+            Err(error) => error,
+        }
+    } else {
+        match Box::pin(travel(&mut flow, drivers)).await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        }
     };
     if let Some(order) = flow.verifier.wipe.take() {
         wipe::obey(&mut flow, &order).await?;
@@ -145,7 +170,7 @@ async fn rest(place: &Place, memory: &mut Memory, error: &AgentError) {
 
 /// From the network to the image's init.
 async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infallible> {
-    let disk = local::open_disk(flow);
+    let disk = local::open_disk(flow).await;
     let root_hash = flow.journal.embedded.root_hash.clone();
     let mut network = Network::start(flow);
     if let Some(disk) = disk.clone().filter(|disk| machine::lock(disk).boots(&root_hash)) {

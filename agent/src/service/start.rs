@@ -7,6 +7,7 @@ use super::watch::Watch;
 use crate::api::Api;
 use crate::change;
 use crate::disk::machine::{MachineDisk, SharedDisk};
+use crate::disk::search;
 use crate::error::{AgentError, Result};
 use crate::handoff::{Handoff, OnDisk};
 use crate::health::{Checks, Probe};
@@ -51,7 +52,7 @@ async fn serve() -> Result<()> {
         None => checks,
         Some(reason) => checks.without_data(reason.clone()),
     };
-    let disk = slots(&handoff);
+    let disk = slots(&handoff).await;
     console::open(facts_id()?.as_str(), &format!("{}/{}", handoff.boot.image, handoff.boot.release));
     if let Some(uplink) = &handoff.uplink {
         console::address(&uplink.describe());
@@ -88,17 +89,21 @@ async fn stay_connected(uplink: Option<Uplink>, boot: kiln_release::BootInfo, ma
     uplink.keep(&machine);
 }
 
-/// The disk that this system runs from. One that cannot be opened any more costs the slots: the release goes on.
-fn slots(handoff: &Handoff) -> Option<SharedDisk> {
+/// The disk that this system runs from. One that cannot be opened any more, or not in time, costs the slots: the release
+/// goes on.
+async fn slots(handoff: &Handoff) -> Option<SharedDisk> {
     let OnDisk { name, via } = handoff.disk.clone()?;
-    let open = || {
-        let floor = Place::of_this_machine().memory()?.floor(&handoff.boot.image);
-        let mut disk = MachineDisk::reopen(&name, &handoff.boot, floor)?;
-        let root_hash = init::embedded(&handoff.boot)?.root_hash;
+    let (disk, boot) = (name.clone(), handoff.boot.clone());
+    let open = move || {
+        let floor = Place::of_this_machine().memory()?.floor(&boot.image);
+        let mut disk = MachineDisk::reopen(&disk, &boot, floor)?;
+        let root_hash = init::embedded(&boot)?.root_hash;
         disk.event(slot::Event::Started(root_hash, via), None)?;
         Ok::<_, AgentError>(Arc::new(std::sync::Mutex::new(disk)))
     };
-    open().inspect_err(|error| eprintln!("kiln-agent: disk {name}: {error} ({})", error.kind())).ok()
+    let opened = search::in_time(&name, search::OPENING, search::OPENS, open).await;
+    let opened = opened.map_err(AgentError::from).flatten();
+    opened.inspect_err(|error| eprintln!("kiln-agent: disk {name}: {error} ({})", error.kind())).ok()
 }
 
 fn facts_id() -> Result<kiln_protocol::MachineId> {

@@ -173,7 +173,10 @@ fn a_kexec_is_proven_before_another() {
         assert!(fetched >= length * 1000 / (8 << 20) * 9 / 10, "{length} bytes in {fetched} ms");
 
         let begun = console.mark();
-        rack.kiln(&["assign", NAME, "disk/1", "--via", "kexec"]).unwrap();
+        let said = rack.kiln(&["assign", NAME, "disk/1", "--via", "kexec"]).unwrap();
+        let why = "by a cold boot instead of the kexec that was asked for: no firmware has started disk/2 here yet";
+        assert!(said.contains("by cold: ") && said.contains(why), "{said}");
+        assert!(rack.kiln(&["machine", "show", NAME]).unwrap().contains(why));
         rack.wait_healthy(NAME, 1).unwrap();
         assert!(rack.machine(NAME).resets() > resets, "it went through firmware");
         assert!(console.since(begun).contains("BdsDxe"), "it went through firmware");

@@ -122,6 +122,10 @@ fn a_revoked_release_is_refused_once_the_agent_has_installed_dbx() {
         let status = rack.kiln(&["trust", "status"]).unwrap();
         assert!(status.contains("rack-1 lacks them: held: it runs minimal/1"), "{status}");
         rack.wait_healthy(NAME, 2).unwrap();
+        // Until its firmware has started release 2, release 1 is the one to come back to.
+        rack.machine(NAME).power_off();
+        rack.machine(NAME).power_on().unwrap();
+        rack.wait_healthy(NAME, 2).unwrap();
         let has = |v: &MachineView| v.dbx.as_ref().is_some_and(|dbx| dbx.outcome == DbxOutcome::Installed);
         rack.wait(NAME, "dbx is in its firmware", has).unwrap();
         let status = rack.kiln(&["trust", "status"]).unwrap();

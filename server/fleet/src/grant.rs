@@ -62,8 +62,11 @@ pub fn desire(machine: &Machine, key: &KeyId) -> Desire {
     if machine.is_held_for_acceptance() {
         return Desire::Wait(machine.acceptance_words().unwrap_or_default());
     }
+    if let Some(reason) = machine.rests() {
+        return Desire::Wait(reason);
+    }
     match &machine.assigned {
-        Some(a) => Desire::Run(Assigned { via: machine.secrets_policy.via(a.via), ..a.clone() }),
+        Some(a) => Desire::Run(Assigned { via: machine.leaves_by(), ..a.clone() }),
         None => Desire::Wait("no release is assigned: run `kiln assign`".into()),
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::acceptance::{AcceptanceRun, Demand};
 use crate::attestation::Attestations;
+use crate::bootloop::BootLoop;
 use crate::boots::Boot;
 use crate::condition::KnownCondition;
 use crate::drift::{DriftPolicy, KnownDrift};
@@ -85,8 +86,17 @@ pub struct Machine {
     pub facts: Option<MachineFacts>,
     /// What it shall run.
     pub assigned: Option<Assigned>,
-    /// Releases that became healthy here, the newest last; few.
+    /// Releases that became healthy here in a boot that firmware began, the newest last; few.
     pub good: Vec<ReleaseId>,
+    /// The release that was healthy here and that only a kexec has started so far: it is good once firmware has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub carried: Option<ReleaseId>,
+    /// Under which sequence it left, and how: from its agent's word that it goes until its next boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left_by: Option<(u64, Via)>,
+    /// Starts of a good release that were in vain.
+    #[serde(default)]
+    pub boot_loop: BootLoop,
     /// Releases quarantined for this machine.
     pub refused: Vec<Refused>,
     /// Boots of the assigned trial without *healthy*, counted from DISCOVER to download.
@@ -207,6 +217,9 @@ impl Machine {
             facts: None,
             assigned: None,
             good: Vec::new(),
+            carried: None,
+            left_by: None,
+            boot_loop: BootLoop::default(),
             refused: Vec::new(),
             attempts: 0,
             asked: false,
@@ -278,12 +291,28 @@ impl Machine {
         self.good.iter().rev().find(|r| !self.is_refused(r))
     }
 
+    /// The same, if it is another than what is assigned: where it goes when that is given up.
+    pub(crate) fn way_back(&self) -> Option<&ReleaseId> {
+        let assigned = self.assigned.as_ref().map(|a| &a.release);
+        self.good.iter().rev().find(|r| !self.is_refused(r) && Some(*r) != assigned)
+    }
+
+    /// It left for another release, by the last that was heard.
+    pub(crate) fn is_reimaging(&self) -> bool {
+        self.state.kind == StateKind::Reimaging
+    }
+
+    /// It was let go and has not said that it goes.
+    pub(crate) fn may_leave_now(&self) -> bool {
+        self.state.kind == StateKind::Draining
+    }
+
     /// The release is quarantined for this machine.
     pub fn is_refused(&self, release: &ReleaseId) -> bool {
         self.refused.iter().any(|r| r.release == *release)
     }
 
-    /// What is assigned has not been healthy here yet.
+    /// What is assigned has not been healthy here yet in a boot that firmware began.
     pub fn is_trial(&self) -> bool {
         self.assigned.as_ref().is_some_and(|a| !self.good.contains(&a.release))
     }
@@ -378,7 +407,7 @@ impl Machine {
         let held = self.agent_seen.filter(|_| !self.held_packets.is_empty()).map(|heard| heard + LIVE_MS);
         let renewed = [self.rebuild_due(), self.drift_due()];
         let others = [self.state.deadline, held, self.given_up_at(), self.silent_at(limits), self.order_due()];
-        others.into_iter().chain(renewed).flatten().min()
+        others.into_iter().chain(renewed).chain([self.boot_loop.rests_until]).flatten().min()
     }
 
     /// The newest step that shows where it is, and since when.

@@ -7,7 +7,7 @@ use crate::machine::{Machine, words};
 use crate::state::StateKind;
 use crate::step::save;
 use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
-use kiln_protocol::{DbxOutcome, DbxState, KeyStorage, ReleaseId, Report, Stage, StageState, TpmPresence, Via};
+use kiln_protocol::{DbxOutcome, DbxState, KeyStorage, ReleaseId, Report, Stage, StageState, TpmPresence};
 
 /// Good releases remembered.
 const GOOD_KEPT: usize = 8;
@@ -183,18 +183,19 @@ impl Machine {
     }
 
     fn begin_boot(&mut self, report: &Report, now: Millis, out: &mut Vec<Action>) {
-        let kexec = self.state.kind == StateKind::Reimaging
-            && self.assigned.as_ref().is_some_and(|a| a.via == Via::Kexec)
-            && !self.boots.back().is_some_and(Boot::is_unclaimed);
+        let release = ReleaseId { image: report.embedded.image.clone(), release: report.embedded.release };
+        let via = self.came_by(&release);
+        self.left_by = None;
+        self.count_start(now, out);
         let zero = now.saturating_sub(report.at_ms);
         self.mend(out);
         if !self.boots.back().is_some_and(Boot::is_unclaimed) {
-            self.push_boot(if kexec { Via::Kexec } else { Via::Cold }, zero);
+            self.push_boot(via, zero);
         }
         if let Some(boot) = self.boots.back_mut() {
             boot.moved = None;
             boot.boot_id = report.boot_id.chars().take(64).collect();
-            boot.release = Some(ReleaseId { image: report.embedded.image.clone(), release: report.embedded.release });
+            boot.release = Some(release);
             let half = boot.stages.last().is_some_and(|s| s.stage == Stage::Program && s.state != StageState::Done);
             if half {
                 out.push(boot.see(Stage::Program, StageState::Done, zero));
@@ -324,11 +325,14 @@ impl Machine {
         }
         let going = self.is_going();
         if !going && self.stage().is_some_and(|(stage, ..)| stage == Stage::Going) {
-            self.granted = None; // it stays: its next try needs a new grant
+            // It stays: its next try needs a new grant.
+            (self.granted, self.left_by) = (None, None);
         }
         if going {
+            let leaves = (self.assigned.as_ref().map_or(0, |a| a.sequence), self.leaves_by());
+            let (_, via) = *self.left_by.get_or_insert(leaves);
             let reason = match &self.assigned {
-                Some(a) => format!("leaves for {} by {}", a.release, a.via),
+                Some(a) => format!("leaves for {} by {via}", a.release),
                 None => "leaves".to_owned(),
             };
             self.running = None;
@@ -348,20 +352,14 @@ impl Machine {
     }
 
     fn settle_healthy(&mut self, live: Option<Millis>, now: Millis) {
+        self.forget_starts();
+        self.boot_loop.well = true;
         if let Some(r) = &self.running {
             let id = ReleaseId { image: r.image.clone(), release: r.release };
             // It works in the fleet: a role that asks for a run from now on asks others.
             self.unproven &= self.runs_by_order() || self.demand.required;
-            if !self.is_refused(&id)
-                && self.good.last() != Some(&id)
-                && !self.runs_by_order()
-                && !self.came_by_order(&id)
-            {
-                self.good.retain(|g| *g != id);
-                self.good.push(id);
-                if self.good.len() > GOOD_KEPT {
-                    self.good.remove(0);
-                }
+            if !self.is_refused(&id) && !self.runs_by_order() && !self.came_by_order(&id) {
+                self.note_well(id);
             }
         }
         let on_target = self.runs_assigned();
@@ -387,7 +385,7 @@ impl Machine {
                 | StateKind::Retired => Some(now + DRAIN_DEADLINE_MS),
             };
             let reason = match &self.assigned {
-                Some(a) => format!("may leave for {} now", a.release),
+                Some(a) => format!("may leave for {} now{}", a.release, self.why_no_kexec()),
                 None => "may leave now".to_owned(),
             };
             self.enter(StateKind::Draining, reason, deadline, now);
@@ -399,10 +397,32 @@ impl Machine {
                 Some(_) if self.rebuilding.is_some() => {
                     format!("runs {running}; it is put up anew for {}", self.rebuild_for)
                 }
-                Some(a) if !on_target => format!("runs {running}; {} is assigned", a.release),
+                Some(a) if !on_target => format!("runs {running}; {} is assigned{}", a.release, self.why_no_kexec()),
+                Some(_) if self.is_carried() => {
+                    format!("runs {running} since a kexec; good once it is healthy after a cold boot too")
+                }
                 Some(_) | None => format!("runs {running}"),
             };
             self.enter(StateKind::Healthy, reason, live, now);
+        }
+    }
+
+    /// The release is healthy. Firmware must have started it for it to be one to come back to: a kexec says nothing of
+    /// what the next power cut needs.
+    fn note_well(&mut self, id: ReleaseId) {
+        if !self.came_through_firmware() && !self.good.contains(&id) {
+            self.carried = Some(id);
+            return;
+        }
+        if self.carried.as_ref() == Some(&id) {
+            self.carried = None;
+        }
+        if self.good.last() != Some(&id) {
+            self.good.retain(|g| *g != id);
+            self.good.push(id);
+            if self.good.len() > GOOD_KEPT {
+                self.good.remove(0);
+            }
         }
     }
 

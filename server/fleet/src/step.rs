@@ -8,6 +8,9 @@ use crate::state::{State, StateKind};
 use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
 use kiln_protocol::{OrderId, ReleaseId, Stage, StageState, Via};
 
+/// Kind of the failure of an agent that cannot read what its machine remembers.
+const UNREADABLE: &str = "machine-format";
+
 impl Machine {
     /// One step.
     #[must_use]
@@ -137,19 +140,6 @@ impl Machine {
         }
     }
 
-    /// The last that was heard of it: it goes by kexec.
-    pub(crate) fn jumped(&self) -> bool {
-        let going = |state: fn(&StageState) -> bool| {
-            let stages = self.boots.back().filter(|b| !b.is_unclaimed()).map(|b| &b.stages);
-            stages.is_some_and(|s| s.iter().any(|s| s.stage == Stage::Going && state(&s.state)))
-        };
-        // A kernel that could not be loaded is reached through the firmware.
-        self.state.kind == StateKind::Reimaging
-            && self.assigned.as_ref().is_some_and(|a| a.via == Via::Kexec)
-            && going(|s| matches!(s, StageState::Started | StageState::Done))
-            && !going(|s| matches!(s, StageState::Failed(_)))
-    }
-
     pub(crate) fn asked_for_boot(&mut self, limits: Limits, now: Millis, out: &mut Vec<Action>) {
         self.last_seen = self.last_seen.max(now);
         if self.is_trial() && self.jumped() {
@@ -268,6 +258,7 @@ impl Machine {
                     Some(Assigned { release, sequence: self.next_sequence(), via: Via::Cold, order: None, rebuild: 0 });
                 self.unproven = true;
                 self.attempts = 0;
+                self.forget_starts();
                 // Who approves it, approves the TPM that it has proven.
                 self.attestations.pinned = None;
                 self.pin_tpm();
@@ -320,8 +311,10 @@ impl Machine {
             out.push(Action::Say { warn: true, text: refusal.to_string() });
             return false;
         }
-        out.push(Action::Say { warn: false, text: format!("assigned {release} via {via}") });
+        let said = format!("assigned {release} via {via}");
         self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via, order, rebuild: 0 });
+        out.push(Action::Say { warn: false, text: format!("{said}{}", self.why_no_kexec()) });
+        self.forget_starts();
         self.rebuilding = None;
         self.drift.forgive();
         self.attempts = 0;
@@ -349,7 +342,7 @@ impl Machine {
         match self.state.kind {
             StateKind::Healthy | StateKind::Degraded | StateKind::Unreachable | StateKind::FellBack => {
                 self.granted = Some(a.sequence);
-                let reason = format!("may leave for {} now", a.release);
+                let reason = format!("may leave for {} now{}", a.release, self.why_no_kexec());
                 self.enter(StateKind::Draining, reason, Some(now + DRAIN_DEADLINE_MS), now);
             }
             StateKind::Approved | StateKind::Booting | StateKind::Draining | StateKind::Reimaging => {
@@ -364,6 +357,14 @@ impl Machine {
         self.refused.clear();
         self.fell_back = None;
         self.drift.forgive();
+        self.forget_starts();
+        if self.cannot_read_its_memory()
+            && let Some(a) = self.assigned.as_mut().filter(|a| a.order.is_none())
+        {
+            // By an assignment that is newer than the one it has heard of, it knows that a person has looked.
+            a.sequence += 1;
+            out.push(Action::Sign);
+        }
         let stranger = self.stranger.take();
         if let Some(stranger) = stranger.filter(|_| self.pinned.is_none()) {
             // A person says that the other key is the machine's now.
@@ -401,6 +402,16 @@ impl Machine {
         }
     }
 
+    /// Its agent starts nothing, as it cannot read what it remembers.
+    fn cannot_read_its_memory(&self) -> bool {
+        self.last_boot().is_some_and(|boot| {
+            boot.stages.iter().any(|s| match &s.state {
+                StageState::Failed(f) => s.stage == Stage::Start && f.kind == UNREADABLE,
+                StageState::Started | StageState::Done | StageState::Waiting { .. } => false,
+            })
+        })
+    }
+
     fn retire(&mut self, reason: &str, now: Millis, out: &mut Vec<Action>) {
         self.former_name = self.name.take().or(self.former_name.take());
         self.granted = None;
@@ -424,6 +435,7 @@ impl Machine {
     fn tick(&mut self, limits: Limits, now: Millis, out: &mut Vec<Action>) {
         self.notice_silence(limits, now, out);
         self.expire_orders(now, out);
+        self.end_rest(now, out);
         self.rebuild_if_due(now, out);
         self.reimage_if_it_drifts(now, out);
         if self.given_up_at().is_some_and(|at| now >= at) {

@@ -13,7 +13,7 @@ impl Machine {
     /// the pair quarantined.
     pub(crate) fn fall_back(&mut self, failed: &str, now: Millis, out: &mut Vec<Action>) {
         let Some(trial) = self.assigned.clone() else { return };
-        let Some(back) = self.last_good().cloned() else {
+        let Some(back) = self.way_back().cloned() else {
             // Nothing to go back to: it may try on, and the reason says so. Its words are the person's clue.
             self.last_words = format!(
                 "{} {failed} and there is no earlier good release: assign another with `kiln assign {} NAME/N`",
@@ -32,6 +32,8 @@ impl Machine {
             self.order_failed(&reason);
         }
         self.attempts = 0;
+        self.carried = None;
+        self.forget_starts();
         self.granted = None;
         self.prefetch = None;
         self.health = None;
@@ -92,9 +94,9 @@ impl Machine {
         self.healthy_by.filter(|_| on_its_way && speaks && self.is_on_trial() && self.last_good().is_some())
     }
 
-    /// It runs, or boots, a release that has yet to prove itself here.
+    /// It runs, or boots, a release that was never healthy here.
     fn is_on_trial(&self) -> bool {
-        self.is_trial() && self.runs_assigned()
+        self.is_trial() && self.runs_assigned() && !self.is_carried()
     }
 
     /// What a person can do for a trial that has had its time and has nothing to go back to.

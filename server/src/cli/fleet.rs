@@ -74,8 +74,9 @@ pub(super) async fn assign(assign: &Assign) -> Result<(), CliError> {
     let path = format!("machines/{}/assignment", segment(&assign.machine));
     let body = json!({ "image": assign.release.image, "release": assign.release.release, "via": assign.via });
     let machine: MachineView = Client::new(&assign.at)?.change(Method::PUT, &path, &body).await?;
-    let sequence = machine.assigned.map_or(0, |a| a.sequence);
-    let text = format!("{} shall run {} (sequence {sequence}), by {}\n", machine.name, assign.release, assign.via);
+    let (sequence, via) = machine.assigned.map_or((0, assign.via), |a| (a.sequence, a.via));
+    let why = if via == assign.via { String::new() } else { format!(": {}", machine.reason) };
+    let text = format!("{} shall run {} (sequence {sequence}), by {via}{why}\n", machine.name, assign.release);
     print(&text)
 }
 

@@ -11,7 +11,7 @@ use crate::view::{ExpectedView, ExpectedWhole, ImportView, MachineRef};
 use kiln_fleet::{
     CameUp, Claimant, Entry, Event, ExpectedList, ExpectedMachine, Machine, Millis, StateKind, compare, serial_key,
 };
-use kiln_protocol::MachineId;
+use kiln_protocol::{MachineFacts, MachineId};
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{PoisonError, RwLock, RwLockReadGuard};
@@ -186,7 +186,9 @@ impl Control {
                 let now = now_ms();
                 let mut pending = Pending::default();
                 for (id, hardware) in known {
-                    let Some(machine) = inner.machines.get(&id) else { continue };
+                    // What is out of service is not expected anywhere, and claims nothing.
+                    let in_service = |m: &&Machine| m.state.kind != StateKind::Retired;
+                    let Some(machine) = inner.machines.get(&id).filter(in_service) else { continue };
                     let Some(facts) = &machine.facts else { continue };
                     let claimants = inner.claimants(machine);
                     let inventory = hardware.as_ref().map(|hardware| &hardware.inventory);
@@ -289,6 +291,24 @@ impl Control {
         self.expected.list.write().unwrap_or_else(PoisonError::into_inner).take(&key);
         self.compare_all();
         Ok(view)
+    }
+
+    /// One machine took the place of another: it is what the other was on the list, unless it is on it already.
+    pub(super) async fn hand_over(&self, old: &MachineFacts, new: &MachineFacts, by: &str) -> Result<(), ControlError> {
+        let _changes = self.expected.changes.lock().await;
+        let handed = {
+            let mut list = self.expected.list.write().unwrap_or_else(PoisonError::into_inner);
+            let was = list.find(old).map(|entry| (entry.key(), entry.title().to_owned()));
+            was.and_then(|(key, title)| Some((list.hand_over(&key, new)?, key, title)))
+        };
+        let Some((entry, key, title)) = handed else { return Ok(()) };
+        let rows = self.store.change_expected(&[entry], vec![format!("machine/{key}")])?;
+        let what = format!("list of expected machines: the place of {title} is now that of {}", new.id);
+        let audit = self.audit_list(by, what);
+        rows.wait().await?;
+        audit.wait().await?;
+        self.compare_all();
+        Ok(())
     }
 
     fn audit_list(&self, by: &str, what: String) -> crate::store::Commit {

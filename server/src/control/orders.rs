@@ -113,10 +113,12 @@ impl Control {
     /// Puts another machine in the place of this one, which is retired.
     pub async fn replace(&self, old: &str, new: &str, by: &str) -> Result<MachineId, ControlError> {
         self.look_again().await;
-        let (pending, id) = {
+        let (pending, id, facts) = {
             let mut inner = self.lock();
             let (old, new) = (inner.resolve(old)?, inner.resolve(new)?);
             let Replacement { name, role, release } = self.replacement(&inner, &old, &new)?;
+            let facts_of = |id: &MachineId| inner.machines.get(id).and_then(|machine| machine.facts.clone());
+            let facts = facts_of(&old).zip(facts_of(&new));
             let (now, mut pending) = (now_ms(), Pending::default());
             let what = format!("takes the place of {old} as {name} with role {role}, to run {release}");
             self.step(&mut inner, &old, Event::Replaced { by: new.clone() }, now, &mut pending)?;
@@ -127,9 +129,12 @@ impl Control {
             if let Some(m) = inner.machines.get(&new) {
                 self.audit(&mut pending, m, by, what);
             }
-            (pending, new)
+            (pending, new, facts)
         };
         self.finish(pending).await?;
+        if let Some((was, becomes)) = facts {
+            self.hand_over(&was, &becomes, by).await?;
+        }
         Ok(id)
     }
 

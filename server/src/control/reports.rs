@@ -8,7 +8,8 @@ use crate::store::Envelope;
 use jiff::Timestamp;
 use kiln_fleet::{Desire, Event, Machine, Millis, Reported, StateKind, desire};
 use kiln_protocol::{
-    DbxOffer, Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, Reply, Report, SecretsWord, Sha256Hex, Via,
+    DbxOffer, Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, ReleaseId, Reply, Report, SecretsWord,
+    Sha256Hex, Via,
 };
 use kiln_release::hex;
 use std::collections::BTreeMap;

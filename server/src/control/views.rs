@@ -39,7 +39,7 @@ impl MachineView {
                 image: a.release.image.to_string(),
                 release: a.release.release,
                 sequence: a.sequence,
-                via: a.via,
+                via: m.leaves_by(),
             }),
             rebuild_due_ms: m.rebuild_due().map(signed),
             order: m.orders.back().map(|order| format!("{}: {}", order.id, order.state)),

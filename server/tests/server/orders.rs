@@ -337,20 +337,38 @@ async fn new_hardware_takes_the_place_of_old() {
     let site = TestSite::new();
     let server = Server::start(&site).await;
     let mut old = Agent::new(1, &site.manifest(1));
-    let report = old.healthy();
+    // The list expects the old one at its place.
+    let with_serial = |mut report: Report, serial: &str| {
+        report.machine.serial = serial.into();
+        report
+    };
+    let list = site.path().join("list.csv");
+    std::fs::write(&list, "serial,rack,unit,switch,port\nOLD1,A,U14,s1,12\n").unwrap();
+    does(&["expected", "import", list.to_str().unwrap(), "--site", site.path().to_str().unwrap()]);
+    let report = with_serial(old.healthy(), "OLD1");
     old.send(&server, &report).await;
     let mut new = Agent::new(9, &site.manifest(1));
     let desk = Desk::new(&site);
     let id = machine_id(9).to_string();
     let replace = ["machine", "replace", "rack-1", id.as_str(), "--site", desk.site.as_str()];
     refuses(&replace, "there is no machine");
-    let report = new.report();
+    let report = with_serial(new.report(), "NEW1");
     assert!(waits(&new.send(&server, &report).await).contains("nobody has approved it"));
     let other = ["machine", "replace", "rack-1", "rack-1", "--site", desk.site.as_str()];
     refuses(&other, "rack-1 cannot replace itself");
     assert!(does(&replace).contains("is rack-1 now, to run minimal/1; rack-1 is retired"));
+    // Its place is the old one's on the list too, and nobody else's.
+    let whole = server.http("GET", "/api/v1/expected", &[]).await.json();
+    let whole: kiln_server::view::ExpectedWhole = serde_json::from_value(whole).unwrap();
+    let [entry] = &whole.machines[..] else { panic!("{whole:?}") };
+    let listed = &entry.listed;
+    assert_eq!((entry.title.as_str(), listed.uuid.clone()), ("NEW1", Some(machine_id(9))));
+    let place = [&listed.position.rack, &listed.position.unit, &listed.switch, &listed.port];
+    assert_eq!(place, ["A", "U14", "s1", "12"]);
+    let audit = server.order("GET", "audit", serde_json::json!({})).await.text();
+    assert!(audit.contains(&format!("the place of OLD1 is now that of {id}")), "{audit}");
 
-    let report = new.report();
+    let report = with_serial(new.report(), "NEW1");
     let reply = new.send(&server, &report).await;
     let (assignment, _) = site.signed_site().verify_director::<Assignment>(assigned(&reply).0.as_bytes()).unwrap();
     assert_eq!((assignment.machine.key, assignment.role.as_str()), (new.key_id(), "lab"));

@@ -91,6 +91,19 @@ impl ExpectedList {
         Some(machine)
     }
 
+    /// Another machine takes the place of the one with this key: its serial number, UUID and, where addresses were listed, its
+    /// Ethernet addresses stand in the entry, which keeps position, switch port and kind. Gives the new entry; none where there is
+    /// nothing under this key, or the other machine is on the list itself.
+    pub fn hand_over(&mut self, key: &str, to: &MachineFacts) -> Option<Entry> {
+        let old = self.machines.get(key).filter(|_| self.find(to).is_none())?;
+        let serial = serial_key(&to.serial).map_or_else(String::new, |_| to.serial.trim().to_owned());
+        let macs = if old.macs.is_empty() { Vec::new() } else { to.macs.clone() };
+        let new = ExpectedMachine { serial, uuid: Some(to.id.clone()), macs, ..old.clone() };
+        self.take(key);
+        self.put(Entry::Machine(new.clone()));
+        Some(Entry::Machine(new))
+    }
+
     /// A machine that somebody approved was found to be this one. Gives the entry if that is new.
     pub fn mark_seen(&mut self, key: &str, now: Millis) -> Option<Entry> {
         let machine = self.machines.get_mut(key).filter(|machine| machine.seen.is_none())?;

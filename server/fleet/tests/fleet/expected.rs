@@ -340,3 +340,31 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_place_is_handed_over_whole_and_to_nobody_who_has_one() {
+    let mut handed = list();
+    let (old, new) = (facts(2, "ABC2"), facts(9, " NEW9 "));
+    let key = handed.find(&old).unwrap().key();
+    let was = handed.machine(&key).unwrap().clone();
+    let Some(Entry::Machine(entry)) = handed.hand_over(&key, &new) else { panic!("nothing was handed over") };
+    let expected = ExpectedMachine { serial: "NEW9".into(), uuid: Some(id(9)), macs: new.macs.clone(), ..was };
+    assert_eq!((&entry, handed.find(&new)), (&expected, Some(&expected)));
+    assert_eq!((handed.find(&old), handed.machines().len()), (None, list().machines().len()));
+    // By each of the things that the list knows it by.
+    for name in ["new9", id(9).as_str(), "52:54:00:00:00:09"] {
+        assert_eq!(handed.resolve(name), Some(&expected), "{name}");
+    }
+    for name in ["ABC2", id(2).as_str(), "52:54:00:00:00:02"] {
+        assert_eq!(handed.resolve(name), None, "{name}");
+    }
+
+    // One whose addresses nobody listed has none afterwards; one without a serial number is known by its UUID.
+    let mut list = list();
+    let Some(Entry::Machine(entry)) = list.hand_over("ABC1", &facts(9, "Default string")) else { panic!("not handed") };
+    assert_eq!((entry.title(), &*entry.macs, &*entry.sku), (id(9).as_str(), &[][..], "db"));
+    let before = list.clone();
+    assert_eq!(list.hand_over("ABC1", &facts(8, "NEW8")), None, "that place is gone");
+    assert_eq!(list.hand_over("ABC2", &facts(9, "ELSE")), None, "it has a place of its own");
+    assert_eq!(list, before);
+}

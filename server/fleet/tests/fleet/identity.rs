@@ -99,3 +99,21 @@ proptest! {
         }
     }
 }
+
+/// What a machine remembers of versions is spoilt: its agent starts nothing until it hears of a newer assignment.
+#[test]
+fn a_cleared_machine_that_cannot_read_its_memory_hears_of_a_newer_assignment() {
+    let mut s = Story::good_on_1();
+    let sequence = |s: &Story| s.m.assigned.as_ref().unwrap().sequence;
+    s.then(Event::Clear);
+    assert_eq!(sequence(&s), 1, "nothing was wrong");
+    let mut r = report(1, "b", 1, 1);
+    let failure = Failure { kind: "machine-format".into(), message: "m".into(), attempt: 1, retry_in_ms: Some(1) };
+    r.stages = vec![StageRecord { stage: Stage::Start, state: StageState::Failed(failure), at_ms: 1 }];
+    s.then(by(1, r)).then(Event::Clear);
+    assert_eq!((sequence(&s), &s.m.assigned.as_ref().unwrap().release), (2, &rel(1)));
+    assert!(s.last.contains(&Action::Sign) && s.last.contains(&Action::Save) && s.last.contains(&Action::Wake));
+    // Its next boot reads it again.
+    s.then(by(1, report(1, "c", 1, 1))).then(Event::Clear);
+    assert_eq!(sequence(&s), 2);
+}

@@ -41,7 +41,12 @@ fn reimage_by_kexec() {
     s.then(by(1, report(1, "b", 1, 2))).is(StateKind::Reimaging);
     assert_eq!(s.m.boots.back().unwrap().via, Via::Kexec);
     s.then(by(1, healthy(1, "b", 2, 2))).is(StateKind::Healthy);
-    assert_eq!((s.m.last_good(), s.m.granted), (Some(&rel(2)), None));
+    assert_eq!((s.m.last_good(), s.m.granted), (Some(&rel(1)), None), "firmware has not started it yet");
+    assert!(s.m.is_trial() && s.m.is_available());
+    assert_eq!(s.m.state.reason, "runs minimal/2 since a kexec; good once it is healthy after a cold boot too");
+    s.boots_trial(2).then(by(1, report(1, "c", 1, 2))).then(by(1, healthy(1, "c", 2, 2))).is(StateKind::Healthy);
+    assert_eq!((s.m.last_good(), s.m.attempts, s.m.carried.clone()), (Some(&rel(2)), 0, None));
+    assert_eq!(s.m.state.reason, "runs minimal/2");
 }
 
 #[test]
@@ -112,6 +117,13 @@ fn power_blips_on_a_good_release_cost_nothing() {
         s.boots_trial(1).then(by(1, report(1, &format!("p{n}"), 1, 1))).is(StateKind::Booting);
     }
     assert_eq!((s.m.attempts, s.m.boot_release(LIMIT), s.m.boots.len()), (0, Some(&rel(1)), BOOTS_KEPT));
+    // Nor where it was well in between, however short.
+    for n in 0..20 {
+        s.boots_trial(1).then(by(1, report(1, &format!("q{n}"), 1, 1)));
+        s.then(by(1, healthy(1, &format!("q{n}"), 2, 1))).is(StateKind::Healthy);
+        s.then(by(1, unwell(1, &format!("q{n}"), 3, 1))).is(StateKind::Degraded);
+    }
+    assert!(s.m.boot_loop.starts.is_empty() && matches!(desire(&s.m, &key(1)), Desire::Run(_)));
 }
 
 #[test]
@@ -355,7 +367,8 @@ proptest! {
                 prop_assert!(out.contains(&Action::Sign) && out.contains(&Action::Save));
                 let held = u32::try_from(before.held_packets.len()).unwrap();
                 let up = before.healthy_by.is_some_and(|by| by <= now) && before.agent_seen.is_some();
-                let fell = after.fell_back.is_some() && (before.attempts + held >= LIMIT || up);
+                let looped = before.boot_loop.starts.len() + 1 >= LOOP_STARTS;
+                let fell = after.fell_back.is_some() && (before.attempts + held >= LIMIT || up || looped);
                 prop_assert!(steps == 1 && (forced || fell) || steps == 2 && forced && held > 0, "{steps}");
             }
             // An availability or a state that changed is committed, and those who wait are told.

@@ -58,6 +58,8 @@ fn an_assignment_ends_an_order_and_an_ordinary_release_needs_none() {
     s.then(order(2, Errand::Run { release: rel(2), class: Class::Normal, via: Via::Kexec }, over));
     assert_eq!((s.m.assigned.as_ref().unwrap().order.as_ref(), s.m.open_order()), (None, None));
     reimages(&mut s, "b", 2);
+    assert_eq!((state(&s).as_str(), s.m.last_good()), ("done", Some(&rel(1))), "a kexec alone proves nothing");
+    s.then(by(1, healthy(1, "c", 1, 2)));
     assert_eq!((state(&s).as_str(), s.m.last_good()), ("done", Some(&rel(2))));
     // The same order once more changes nothing.
     let before = s.m.clone();

@@ -124,7 +124,7 @@ fn silence_is_no_verdict_and_a_new_word_is_a_new_chance() {
     assert_eq!(s.m.assigned.clone().unwrap().release, rel(2));
     s.then(by(1, healthy(1, "t", 1000, 2))).is(StateKind::Healthy);
     s.reports_for(2 * BOOT_DEADLINE_MS, |seq| unwell(1, "t", seq, 2)).is(StateKind::Degraded);
-    assert_eq!(s.m.assigned.clone().unwrap().release, rel(2), "it was good: no trial any more");
+    assert_eq!(s.m.assigned.clone().unwrap().release, rel(2), "it was well: no time gives it up, only boots");
 }
 
 #[test]

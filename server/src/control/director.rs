@@ -35,6 +35,11 @@ impl Control {
         let (Some(assigned), Some(key)) = (&machine.assigned, &machine.key) else {
             return Ok(Err("nothing is assigned".into()));
         };
+        // Before what was signed earlier: that is not handed out again either.
+        let (release, floor) = (&assigned.release, catalog.site.floor(assigned.release.image.as_str()));
+        if release.release < floor {
+            return Ok(Err(format!("{release} is below the floor {floor} of its image: assign another")));
+        }
         // One that another director has signed is not believed any more.
         let director = self.director().public().id();
         let role = machine.role.clone().unwrap_or_default();

@@ -388,6 +388,9 @@ impl Control {
                 Action::Save => save = true,
                 Action::Sign => {
                     inner.envelopes.remove(id);
+                    if let Some(machine) = inner.machines.get_mut(id) {
+                        machine.unsigned = None;
+                    }
                     save = true;
                 }
                 Action::Wake => pending.wake = true,

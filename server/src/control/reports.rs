@@ -184,7 +184,15 @@ impl Control {
             Desire::Wait(reason) => return Ok((Wanted::wait(reason, false), pending)),
             Desire::Run(assigned) => assigned,
         };
-        let envelope = match self.envelope(&mut inner, id, &catalog, Timestamp::now())? {
+        let envelope = self.envelope(&mut inner, id, &catalog, Timestamp::now())?;
+        let unsigned = envelope.as_ref().err();
+        if let Some(machine) = inner.machines.get_mut(id)
+            && machine.unsigned.as_ref() != unsigned
+        {
+            machine.unsigned = unsigned.cloned();
+            pending.touched.push(id.clone());
+        }
+        let envelope = match envelope {
             Err(reason) => return Ok((Wanted::wait(reason, false), pending)),
             Ok((envelope, is_new)) => {
                 if is_new {

@@ -2,6 +2,7 @@
 
 use crate::common::*;
 use hyper::StatusCode;
+use jiff::Timestamp;
 use kiln_protocol::*;
 use serde_json::json;
 
@@ -25,6 +26,30 @@ async fn a_key_that_a_tpm_seals_goes_to_no_release_whose_agent_knows_no_tpm() {
     let report = agent.healthy();
     agent.send(&server, &report).await;
     server.assign("rack-2", 2).await;
+}
+
+/// The floor was raised without asking the server: what it signed before is not handed out again either.
+#[tokio::test]
+async fn what_fell_below_the_floor_is_signed_for_nobody() {
+    let site = TestSite::new();
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    assigned(&agent.send(&server, &report).await);
+    site.publish(2);
+    kiln_images::raise_floor(site.path(), "minimal", 2, Timestamp::now()).unwrap();
+    // An order has the server look at the repository.
+    refused(&server, 1, "below the floor 2").await;
+    let report = agent.healthy();
+    let reply = agent.send(&server, &report).await;
+    let words = "minimal/1 is below the floor 2 of its image: assign another";
+    assert_eq!(waits(&reply), words);
+    let view = server.machine("rack-1").await;
+    assert!(view.reason.contains(words), "{}", view.reason);
+    server.assign("rack-1", 2).await;
+    assert!(!server.machine("rack-1").await.reason.contains(words));
+    let report = agent.healthy();
+    assigned(&agent.send(&server, &report).await);
 }
 
 #[tokio::test]

@@ -257,7 +257,7 @@ pub enum ControlError {
     Ambiguous(String),
     #[error("{release} is not published here: `kiln release list` shows what is")]
     NoSuchRelease { release: ReleaseId },
-    #[error("no release of {image} is published yet: build and publish one first")]
+    #[error("no release of {image} (class normal) is published yet: build and publish one first")]
     NothingPublished { image: String },
     #[error(
         "{release} is of class {class}: the director may assign only class normal; sign an order for it (`kiln order \

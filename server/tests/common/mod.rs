@@ -174,6 +174,11 @@ impl TestSite {
         kiln_images::Repository::newest(&self.site, Timestamp::now()).unwrap().site
     }
 
+    /// Version of the newest snapshot.
+    pub fn snapshot(&self) -> u64 {
+        kiln_images::Repository::newest(&self.site, Timestamp::now()).unwrap().snapshot
+    }
+
     pub fn online(&self, name: &str) -> Vec<u8> {
         fs::read(self.path().join("online").join(name)).unwrap()
     }

@@ -266,7 +266,7 @@ impl Verifier {
         }
         self.memory.accept(&assigned);
         self.accepted = Some(assignment);
-        self.settings = assigned.settings;
+        self.settings.clone_from(&assigned.settings);
         self.order = order;
         self.move_clock(fresh.now.min(verified.outcome.offline_expires_newest));
         self.place.remember(&self.memory)?;

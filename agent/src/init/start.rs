@@ -145,7 +145,7 @@ async fn mount_and_leave(
         disk: on,
         no_data,
         sequence: flow.verifier.memory.sequence,
-        settings: flow.verifier.settings,
+        settings: flow.verifier.settings.clone(),
         now: flow.verifier.now,
     };
     handoff.write()?;

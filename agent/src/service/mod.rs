@@ -124,7 +124,7 @@ enum Proof {
 
 impl Service {
     fn new(verifier: Verifier, journal: Journal, next: impl Into<PathBuf>, door: Door) -> Result<Self> {
-        let (site, key, settings) = (&verifier.boot.site, &verifier.key, verifier.settings);
+        let (site, key, settings) = (&verifier.boot.site, &verifier.key, verifier.settings.clone());
         let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, key, &verifier.clock)?;
         Ok(Self {
             duty: Duty::new(),
@@ -177,7 +177,7 @@ impl Service {
                         self.journal.waiting(Stage::Health, &health.detail);
                     }
                     self.watch.turned(turns);
-                    self.watch.refused(checks.set_thresholds(&self.watch.thresholds));
+                    self.watch.refused(checks.set_thresholds(&self.settings.thresholds));
                     round = Box::pin(check(checks, if health.healthy { WATCH_EVERY } else { CHECK_EVERY }));
                     Event::Checked(health)
                 }

@@ -310,7 +310,8 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
         assert_eq!(c.roles["lab"].thresholds["disk./var"], Threshold::Percent(10));
         assert_eq!(c.roles["lab"].drift, DriftPolicy::Reimage);
         assert_eq!(c.roles["lab"].secrets, SecretsPolicy::Cold);
-        let settings = RoleSettings { boot_first: BootFirst::Network, exec: ExecChoice::Report };
+        let thresholds = c.roles["lab"].thresholds.iter().map(|(name, t)| (name.clone(), t.to_string())).collect();
+        let settings = RoleSettings { boot_first: BootFirst::Network, exec: ExecChoice::Report, thresholds };
         assert_eq!(c.roles["lab"].settings, settings);
         let least = Least { disk_read_mib_s: Some(200), ..Least::default() };
         assert_eq!(c.roles["lab"].acceptance, Some(least));

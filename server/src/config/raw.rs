@@ -298,7 +298,8 @@ impl TryFrom<Raw> for Config {
                 max_ages.insert(role.name.clone(), age);
             }
             let thresholds = thresholds(&role)?;
-            let settings = RoleSettings { boot_first: role.boot_first, exec: role.exec };
+            let signed = thresholds.iter().map(|(name, threshold)| (name.clone(), threshold.to_string())).collect();
+            let settings = RoleSettings { boot_first: role.boot_first, exec: role.exec, thresholds: signed };
             let acceptance = match (role.acceptance, role.acceptance_least) {
                 (RawAcceptance::Required, least) => Some(least.unwrap_or_default()),
                 (RawAcceptance::None, None) => None,

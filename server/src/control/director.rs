@@ -43,7 +43,7 @@ impl Control {
         // One that another director has signed is not believed any more.
         let director = self.director().public().id();
         let role = machine.role.clone().unwrap_or_default();
-        let settings = self.config.roles.get(&role).map(|role| role.settings).unwrap_or_default();
+        let settings = self.config.roles.get(&role).map(|role| role.settings.clone()).unwrap_or_default();
         if let Some(e) = inner.envelopes.get(id)
             && e.settings == settings
             && e.key == key.as_str()
@@ -71,7 +71,7 @@ impl Control {
             arch,
             sequence: assigned.sequence,
             rebuild: assigned.rebuild,
-            settings,
+            settings: settings.clone(),
             issued: whole(now),
             expires: whole(now + LIFE),
         };

@@ -346,15 +346,26 @@ fn what_a_role_selects_is_believed_only_where_it_is_signed() {
     let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
     let begun = Instant::now();
     director.wait("of health", begun, PATIENCE, healthy);
-    director.line(Line::Forges);
+    // A threshold that is signed is looked at, and here refused, because the release declares no such check.
+    let spool = machine.dir.path().join("spool.json");
+    let told = || std::fs::read_to_string(&spool).unwrap_or_default();
+    director.threshold("signed", "10%");
     // Another sequence, so that the held report is answered.
     director.order((1, 5, Via::Cold, false));
+    hooks::wait_until("the signed threshold", || told().contains("the role sets the threshold signed"));
+    director.line(Line::Forges);
+    director.order((1, 6, Via::Cold, false));
     let refused =
         |r: &Report| r.stages.iter().any(|s| s.stage == Stage::Assignment && matches!(&s.state, StageState::Failed(_)));
     director.wait("of the forged choice", begun, PATIENCE, refused);
+    // What lies beside it unsigned is not looked at, though a round of checks has passed.
+    let turned = Instant::now();
+    machine.set_state("degraded");
+    director.wait("of lost health", turned, PATIENCE, |r| r.health.is_some() && !healthy(r));
+    assert!(!told().contains("threshold forged"), "{}", told());
     // It goes on, and believes the next that is signed.
     director.line(Line::Whole);
-    director.order((1, 6, Via::Cold, false));
+    director.order((1, 7, Via::Cold, false));
     let heard = director.heard().len();
     director.wait_for(heard + 1, PATIENCE);
     assert!(machine.left.try_recv().is_err());

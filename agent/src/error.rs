@@ -41,6 +41,11 @@ pub enum AgentError {
     File { path: PathBuf, source: std::io::Error },
     #[error("{path}: not what the agent reads: {reason}")]
     Format { path: PathBuf, reason: String },
+    #[error(
+        "{path} holds no identity key of this machine any more: {reason}. It has a new one, and is a stranger to its server \
+         until a person says that it is the same machine"
+    )]
+    LostIdentity { path: PathBuf, reason: String },
     #[error("{what}: {source}")]
     System { what: String, source: std::io::Error },
     #[error("secrets: {reason}")]
@@ -187,6 +192,7 @@ macro_rules! kinds {
 kinds!({
     Self::File { .. } => "machine-file", Machine;
     Self::Format { .. } => "machine-format", Machine;
+    Self::LostIdentity { .. } => "identity-lost", Machine;
     Self::System { .. } => "machine-system-call", Machine;
     Self::NoInterface => "network-no-interface", Machine;
     Self::NoOffer { .. } => "network-no-offer", Unreachable;

@@ -8,7 +8,7 @@ use crate::error::{AgentError, FailureClass, Result};
 use crate::fetch::{Download, Expected};
 use crate::init::embedded;
 use crate::journal::{Journal, JournalState};
-use crate::memory::{Memory, Place, random};
+use crate::memory::{Identity, Memory, Place, random};
 use crate::retry::{self, Next};
 use crate::verifier::{Answer, Servers, Verified, Verifier};
 use crate::{console, facts, introduce, log};
@@ -46,12 +46,12 @@ impl Flow {
         tpm: Option<TpmPresence>,
     ) -> Result<Self> {
         memory.may_boot(&boot)?;
-        let key = place.key()?;
+        let Identity { key, lost } = place.key()?;
         let embedded = embedded(&boot)?;
         let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));
         let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
         machine.tpm = tpm;
-        let journal = Journal {
+        let mut journal = Journal {
             state,
             machine,
             embedded,
@@ -61,6 +61,9 @@ impl Flow {
             fallback: None,
             condition: None,
         };
+        if let Some(error) = lost {
+            journal.failed(Stage::Start, &error, 1, Some(Duration::ZERO));
+        }
         let servers = Servers { http: boot.site.http_urls.clone(), agent: boot.site.agent_urls.clone() };
         let verifier = Verifier::new(boot, place, key, memory, servers, now);
         Ok(Self { verifier, journal, api: None, tries: None, tell_every: TELL_EVERY })
@@ -374,6 +377,41 @@ mod tests {
             let (assignment, _, plan) = crate::init::wait_for_assignment(&mut flow, &mut verified).await.unwrap();
             assert_eq!((assignment.sequence, plan), (5, crate::plan::Plan::Stay));
             assert!(mended.join().unwrap().heard().len() > before + 3);
+        });
+    }
+
+    #[test]
+    fn what_is_refused_of_metadata_that_is_read_anew_is_told() {
+        let site = TestSite::new(1);
+        let dir = tempfile::tempdir().unwrap();
+        let (good, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+        let mut altered = site.files.clone();
+        *altered.get_mut("metadata/timestamp.json").unwrap() = b"{}".to_vec();
+        let (bad, _hear) = web::honest(altered, BTreeMap::new());
+        let director = Director::start(&site, (1, 5, Via::Cold, false));
+        runtime().block_on(async {
+            let (mut flow, ..) = asked(&site, &[good], &director, &dir.path().join("state")).await;
+            let here = flow.verifier.here().unwrap();
+            let mut verified = flow.verifier.verify_metadata(&here).await.unwrap();
+            flow.verifier.servers.http = vec![bad];
+            // What makes it read metadata anew.
+            director.give(Some(r#"{"signatures":[],"signed":{"_type":"kiln-order"}}"#.to_owned()));
+            let told = std::thread::spawn(move || {
+                let refused = |r: &kiln_protocol::Report| {
+                    let of = |s: &kiln_protocol::StageRecord| match &s.state {
+                        StageState::Failed(f) => (s.stage == Stage::Metadata).then(|| f.kind.clone()),
+                        StageState::Started | StageState::Done | StageState::Waiting { .. } => None,
+                    };
+                    r.stages.iter().filter_map(of).any(|kind| kind.starts_with("metadata-"))
+                };
+                director.wait("of the refused metadata", std::time::Instant::now(), Duration::from_secs(60), refused);
+                director.give(None);
+                director
+            });
+            // What was verified before counts on.
+            let (assignment, _, plan) = crate::init::wait_for_assignment(&mut flow, &mut verified).await.unwrap();
+            assert_eq!((assignment.sequence, plan), (5, crate::plan::Plan::Stay));
+            drop(told.join().unwrap());
         });
     }
 

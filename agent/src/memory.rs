@@ -6,7 +6,7 @@
 use crate::error::{AgentError, Result};
 use crate::net::trial::Known;
 use crate::sys;
-use crate::tpm::{Tpm, TpmFault};
+use crate::tpm::{self, Tpm, TpmFault};
 use jiff::Timestamp;
 use kiln_protocol::{Assignment, KeyStorage, Order, OrderError, OrderMark, RollbackMemory};
 use kiln_release::tuf::Seen;
@@ -191,6 +191,19 @@ fn efi_key(sealed: bool, plain: bool, tpm: bool) -> KeyStorage {
     }
 }
 
+/// The machine's identity.
+pub struct Identity {
+    pub key: Signer,
+    /// Why it is another than before, where what was kept of it is of no use.
+    pub lost: Option<AgentError>,
+}
+
+impl Identity {
+    fn of(seed: &[u8; 32], lost: Option<AgentError>) -> Self {
+        Self { key: Signer::from_seed(seed), lost }
+    }
+}
+
 /// Where key and memory are kept.
 #[derive(Debug, Clone)]
 pub enum Place {
@@ -245,10 +258,11 @@ impl Place {
         }
     }
 
-    /// The identity key, made at the first call.
-    pub fn key(&self) -> Result<Signer> {
+    /// The identity key, made at the first call. One that is kept and of no use (cut, or sealed by another TPM) ends no boot:
+    /// a new one takes its place, the machine is a stranger to its server, and says why.
+    pub fn key(&self) -> Result<Identity> {
         match (self.key_storage(), self) {
-            (KeyStorage::Tpm, _) => return self.sealed_key(),
+            (KeyStorage::Tpm, _) => return self.key_sealed_by(&mut open_tpm()?),
             (KeyStorage::Ephemeral, Self::Efi) => {
                 println!(
                     "kiln-agent: this machine's identity key is sealed in its TPM, which does not answer: another key, for this \
@@ -258,40 +272,45 @@ impl Place {
             }
             (KeyStorage::EfiVariable | KeyStorage::File | KeyStorage::Ephemeral, _) => {}
         }
+        let mut lost = None;
         if let Some(stored) = self.read(KEY)? {
-            let seed: [u8; 32] = stored.as_slice().try_into().map_err(|_| AgentError::Format {
-                path: self.path(KEY),
-                reason: format!("{} bytes, an Ed25519 seed has 32: delete it to get a new identity", stored.len()),
-            })?;
-            return Ok(Signer::from_seed(&seed));
-        }
-        let seed = random()?;
-        self.write(KEY, &seed)?;
-        Ok(Signer::from_seed(&seed))
-    }
-
-    /// The same, sealed by the TPM. A TPM that refuses what is there is another one, or was cleared: then this is another
-    /// machine, with another key. One that is only busy is asked again by the next boot: the key stays what it is.
-    fn sealed_key(&self) -> Result<Signer> {
-        let mut tpm = open_tpm()?;
-        if let Some(sealed) = self.read(SEALED)? {
-            match unsealed(&mut tpm, &sealed) {
-                Ok(seed) => {
-                    let seed: [u8; 32] = seed.try_into().map_err(|_| AgentError::Format {
-                        path: self.path(SEALED),
-                        reason: "no Ed25519 seed is sealed in it: delete it to get a new identity".into(),
-                    })?;
-                    return Ok(Signer::from_seed(&seed));
-                }
-                Err(fault) if !fault.is_refusal() => return Err(fault.into()),
-                Err(fault) => {
-                    println!("kiln-agent: the identity key was sealed by another TPM, a new one is made: {fault}");
-                }
+            match <[u8; 32]>::try_from(stored.as_slice()) {
+                Ok(seed) => return Ok(Identity::of(&seed, None)),
+                Err(_) => lost = Some(self.lost(KEY, format!("{} bytes, an Ed25519 seed has 32", stored.len()))),
             }
         }
         let seed = random()?;
+        self.write(KEY, &seed)?;
+        Ok(Identity::of(&seed, lost))
+    }
+
+    /// The same, sealed by the TPM. A TPM that refuses what is there is another one, or was cleared: then this is another
+    /// machine, with another key. One that is only busy is asked again by the next boot: the key stays what it is. A plain key
+    /// beside one that was cut is never taken instead: whoever cuts must not choose which machine this is.
+    pub fn key_sealed_by(&self, tpm: &mut Tpm) -> Result<Identity> {
+        let mut lost = None;
+        if let Some(sealed) = self.read(SEALED)? {
+            let reason = if tpm::is_whole(&sealed) {
+                match unsealed(tpm, &sealed) {
+                    Ok(seed) => match <[u8; 32]>::try_from(seed) {
+                        Ok(seed) => return Ok(Identity::of(&seed, None)),
+                        Err(other) => format!("{} bytes are sealed in it, an Ed25519 seed has 32", other.len()),
+                    },
+                    Err(fault) if !fault.is_refusal() => return Err(fault.into()),
+                    Err(fault) => format!("another TPM sealed it, or this one was cleared: {fault}"),
+                }
+            } else {
+                format!("it is cut, or was written by something else ({} bytes)", sealed.len())
+            };
+            lost = Some(self.lost(SEALED, reason));
+        }
+        let seed = random()?;
         self.write(SEALED, &tpm.seal(&seed)?)?;
-        Ok(Signer::from_seed(&seed))
+        Ok(Identity::of(&seed, lost))
+    }
+
+    fn lost(&self, what: &str, reason: String) -> AgentError {
+        AgentError::LostIdentity { path: self.path(what), reason }
     }
 
     /// The memory. One that cannot be parsed is an error, not an empty one: it would forget what it has seen.
@@ -475,12 +494,30 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let place = Place::Directory(dir.path().join("state"));
         let first = place.key().unwrap();
-        assert_eq!(place.key().unwrap().public_bytes(), first.public_bytes());
+        assert!(first.lost.is_none());
+        assert_eq!(place.key().unwrap().key.public_bytes(), first.key.public_bytes());
         let memory = Memory { sequence: 7, ..Memory::default() };
         place.remember(&memory).unwrap();
         assert_eq!(place.memory().unwrap(), memory);
         std::fs::write(place.path("Seen"), "not json").unwrap();
         assert_eq!(place.memory().unwrap_err().kind(), "machine-format", "a broken memory is not an empty one");
+    }
+
+    #[test]
+    fn a_key_that_was_cut_ends_no_boot_and_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Place::Directory(dir.path().join("state"));
+        let first = place.key().unwrap().key;
+        for left in [0, 1, 31, 33] {
+            std::fs::write(place.path(KEY), vec![7_u8; left]).unwrap();
+            let Identity { key, lost } = place.key().unwrap();
+            let lost = lost.expect("the machine has another key, and says why");
+            assert_eq!(lost.kind(), "identity-lost");
+            assert!(lost.to_string().contains(&format!("{left} bytes")), "{lost}");
+            assert_ne!(key.public_bytes(), first.public_bytes());
+            let again = place.key().unwrap();
+            assert_eq!((again.key.public_bytes(), again.lost.is_none()), (key.public_bytes(), true), "told once");
+        }
     }
 
     /// A machine's disk keeps its order over a new director, whose numbers begin anew.

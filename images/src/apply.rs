@@ -5,6 +5,7 @@
 
 use crate::files::Batch;
 use crate::keys::promote_all;
+use crate::prune::taken_out;
 use crate::publish::place_release;
 use crate::repository::newest_state;
 use crate::request::Request;
@@ -13,7 +14,7 @@ use crate::site::SiteDir;
 use crate::site_error::SiteError;
 use jiff::Timestamp;
 use kiln_release::tuf::Root;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -31,13 +32,23 @@ pub enum Applied {
     },
 }
 
-/// Takes signatures from these files into the open request, and applies it when none is lacking. `may_raise` is asked
-/// before a floor goes up: which one, by image; what it gives is held until the end.
+/// What a request takes away from machines. Days may have passed since it was made: whether a machine needs any of it now is
+/// asked when it is applied.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TakenAway {
+    /// Floors that go up, by image.
+    pub floors: BTreeMap<String, u64>,
+    /// Releases that are no longer listed, by image. Empty where the list is in place already.
+    pub releases: BTreeMap<String, BTreeSet<u64>>,
+}
+
+/// Takes signatures from these files into the open request, and applies it when none is lacking. `may` is asked before anything
+/// is taken away; what it gives is held until the end.
 pub fn apply<E: From<SiteError>, Held>(
     dir: &Path,
     files: &[PathBuf],
     now: Timestamp,
-    may_raise: impl FnOnce(&BTreeMap<String, u64>) -> Result<Held, E>,
+    may: impl FnOnce(&TakenAway) -> Result<Held, E>,
 ) -> Result<Applied, E> {
     let site = SiteDir::open(dir)?;
     let _lock = site.lock_offline()?;
@@ -50,8 +61,10 @@ pub fn apply<E: From<SiteError>, Held>(
     if !lacking.is_empty() {
         return Ok(Applied::Waiting(Waiting::of(&site, &request, &lacking)));
     }
-    let floors = request.raised_floors()?;
-    let _held = if floors.is_empty() { None } else { Some(may_raise(&floors)?) };
+    let releases = if is_put(&site, &request) { BTreeMap::new() } else { request.removed_releases()? };
+    let away = TakenAway { floors: request.raised_floors()?, releases };
+    let _held = if away == TakenAway::default() { None } else { Some(may(&away)?) };
+    taken_out(&site, &away.releases, now)?;
     put(&site, &request, now)?;
     let served = serve(&site, now)?;
     promote_all(&site, &newest_state(&site, now)?)?;
@@ -59,9 +72,13 @@ pub fn apply<E: From<SiteError>, Held>(
     Ok(Applied::Done { name: request.name, served })
 }
 
+/// Killed after the last file and before the request was removed.
+fn is_put(site: &SiteDir, request: &Request) -> bool {
+    request.documents.iter().all(|d| fs::read_to_string(site.repo().join(&d.path)).is_ok_and(|t| t == d.text()))
+}
+
 fn put(site: &SiteDir, request: &Request, now: Timestamp) -> Result<(), SiteError> {
-    // Killed after the last file and before the request was removed.
-    if request.documents.iter().all(|d| fs::read_to_string(site.repo().join(&d.path)).is_ok_and(|t| t == d.text())) {
+    if is_put(site, request) {
         return Ok(());
     }
     let first = request.roots.is_empty() && request.document(Root::TYPE).is_some();

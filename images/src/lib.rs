@@ -56,7 +56,7 @@ mod site_error;
 pub mod status;
 mod words;
 
-pub use apply::{Applied, apply, drop_request};
+pub use apply::{Applied, TakenAway, apply, drop_request};
 pub use ceremony::{Ceremony, RoleHolders, init_site};
 pub use floor::raise_floor;
 pub use https::https_certificate;

@@ -126,6 +126,24 @@ pub fn prune<E: From<SiteError>>(
     Ok(pruned)
 }
 
+/// Noted releases leave their lists now, and not when that was proposed: so long machines were served them.
+pub(crate) fn taken_out(
+    site: &SiteDir,
+    releases: &BTreeMap<String, BTreeSet<u64>>,
+    now: Timestamp,
+) -> Result<(), SiteError> {
+    if releases.is_empty() {
+        return Ok(());
+    }
+    let mut record = Record::read(site)?;
+    for retired in &mut record.retired {
+        if releases.get(&retired.image).is_some_and(|numbers| numbers.contains(&retired.release)) {
+            retired.at = now;
+        }
+    }
+    record.write(site)
+}
+
 /// What was taken out: `offline/pruned.json`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {

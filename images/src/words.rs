@@ -209,6 +209,20 @@ impl Request {
         Ok(added.into_iter().collect())
     }
 
+    /// Published releases that it takes out of their image's list, by image.
+    pub fn removed_releases(&self) -> Result<BTreeMap<String, BTreeSet<u64>>, SiteError> {
+        let mut removed: BTreeMap<String, BTreeSet<u64>> = BTreeMap::new();
+        for document in self.documents.iter().filter(|document| document.role.starts_with("image-")) {
+            let list = document.read::<Targets>()?;
+            let Some(before) = self.base_role(&document.role)? else { continue };
+            let gone = before.targets.keys().filter(|path| !list.targets.contains_key(*path));
+            for (image, release) in gone.filter_map(|path| crate::repository::release_of(path)) {
+                removed.entry(image.to_owned()).or_default().insert(release);
+            }
+        }
+        Ok(removed)
+    }
+
     /// Who may sign what, for the coordinator's screen.
     pub fn needs_words(&self) -> Result<Vec<String>, SiteError> {
         let mut lines = Vec::new();

@@ -185,6 +185,10 @@ pub enum OidcError {
     None,
     #[error("{what} of the identity provider: {reason}")]
     Provider { what: &'static str, reason: String },
+    #[error("the identity provider does not answer ({reason}): log in again in {seconds} s, or with a token")]
+    Away { reason: String, seconds: u64 },
+    #[error("{limit} log-ins wait for the identity provider already: log in again in {seconds} s, or with a token")]
+    Busy { limit: usize, seconds: u64 },
     #[error("the identity provider refused the log-in: {0}")]
     Refused(String),
     #[error("this answer belongs to no log-in that this browser began here, or came too late: log in again")]
@@ -294,7 +298,7 @@ pub enum ControlError {
     OtherImage { machine: String, running: String },
     #[error("the name {0:?} is taken by another machine")]
     NameTaken(String),
-    #[error("{0:?} is no name: 1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit")]
+    #[error("{0:?} is no name: 1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit, and no UUID")]
     BadName(String),
     #[error("a reason is one line of 1 to 200 characters")]
     BadReason,

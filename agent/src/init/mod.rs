@@ -281,19 +281,19 @@ pub async fn wait_for_assignment(flow: &mut Flow, verified: &mut Verified) -> Re
                 told.clear();
                 flow.after_answer(Stage::Assignment, error, attempt).await?;
                 if class == FailureClass::Verification {
-                    read_anew(flow, &here, verified).await;
+                    read_anew(flow, &here, verified, attempt).await;
                 }
             }
         }
     }
 }
 
-/// The newest metadata, where there is any that holds; what is known stays otherwise.
-async fn read_anew(flow: &mut Flow, here: &ReleaseId, verified: &mut Verified) {
+/// The newest metadata, where there is any that holds; what is known stays otherwise, and the next report says why.
+async fn read_anew(flow: &mut Flow, here: &ReleaseId, verified: &mut Verified, attempt: u32) {
     let read = flow.verifier.verify_metadata(here).await;
     match read.and_then(|newest| Ok(newest.manifest.matches_boot(&flow.verifier.boot).map(|()| newest)?)) {
         Ok(newest) => *verified = newest,
-        Err(error) => println!("kiln-agent: no newer metadata: {error} ({})", error.kind()),
+        Err(error) => flow.journal.failed(Stage::Metadata, &error, attempt, Some(Duration::ZERO)),
     }
 }
 

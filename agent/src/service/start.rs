@@ -11,7 +11,7 @@ use crate::error::{AgentError, Result};
 use crate::handoff::{Handoff, OnDisk};
 use crate::health::{Checks, Probe};
 use crate::journal::{Journal, monotonic_ms};
-use crate::memory::Place;
+use crate::memory::{Identity, Place};
 use crate::net::Uplink;
 use crate::verifier::Verifier;
 use crate::watchdog::Watchdog;
@@ -118,7 +118,7 @@ fn forget_an_earlier_start() {
 
 fn resume(handoff: Handoff, disk: Option<&SharedDisk>) -> Result<(Verifier, Journal)> {
     let place = Place::of_this_machine();
-    let key = place.key()?;
+    let Identity { key, lost } = place.key()?;
     let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
     machine.protection = init::secure_boot(&handoff.boot).class();
     machine.tpm = Some(tpm::presence());
@@ -138,7 +138,7 @@ fn resume(handoff: Handoff, disk: Option<&SharedDisk>) -> Result<(Verifier, Jour
     let mut state = handoff.journal;
     // Likewise reports: their numbers go on above all that an earlier start can have made.
     state.seq = state.seq.max(monotonic_ms());
-    let journal = Journal {
+    let mut journal = Journal {
         state,
         machine,
         embedded,
@@ -148,6 +148,9 @@ fn resume(handoff: Handoff, disk: Option<&SharedDisk>) -> Result<(Verifier, Jour
         fallback: None,
         condition: None,
     };
+    if let Some(error) = lost {
+        journal.failed(Stage::Service, &error, 1, Some(Duration::ZERO));
+    }
     let mut verifier = Verifier::new(handoff.boot, place, key, memory, handoff.servers, now);
     verifier.settings = handoff.settings;
     // A system in memory was fetched for this boot; one on a disk was verified whole when the disk says so.

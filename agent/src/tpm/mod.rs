@@ -10,6 +10,7 @@ mod tests;
 
 pub use data_key::DATA_KEY;
 pub use device::{Tpm, TpmFault};
+pub use sealed::is_whole;
 
 use crate::memory::random;
 use kiln_protocol::tpm::command;

@@ -5,6 +5,21 @@ use super::{Result, Tpm, TpmFault};
 use kiln_protocol::tpm::command;
 use kiln_protocol::tpm::{Auth, OWNER, Template, TpmError};
 
+/// Longer than both parts come to, for the largest secret that is sealed. A kernel hands no longer command to a TPM.
+const LIMIT: usize = 2048;
+
+/// Whether it can be what [`Tpm::seal`] gave. What was cut, or never was one, is not asked of the TPM.
+pub fn is_whole(sealed: &[u8]) -> bool {
+    parts(sealed).is_some()
+}
+
+/// The private part and the public one.
+fn parts(sealed: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (length, rest) = sealed.split_first_chunk::<2>().filter(|_| sealed.len() <= LIMIT)?;
+    let (private, public) = rest.split_at_checked(usize::from(u16::from_be_bytes(*length)))?;
+    (!private.is_empty() && !public.is_empty()).then_some((private, public))
+}
+
 impl Tpm {
     /// Seals up to 128 bytes.
     pub fn seal(&mut self, secret: &[u8]) -> Result<Vec<u8>> {
@@ -18,10 +33,8 @@ impl Tpm {
 
     /// Gives it back. A refusal ([`TpmFault::code`]) says that another TPM sealed it, or that this one was cleared since.
     pub fn unseal(&mut self, sealed: &[u8]) -> Result<Vec<u8>> {
-        let short = TpmFault::from(TpmError::Short { what: "what was sealed" });
-        let Some((length, rest)) = sealed.split_first_chunk::<2>() else { return Err(short) };
-        let length = usize::from(u16::from_be_bytes(*length));
-        let Some((private, public)) = rest.split_at_checked(length) else { return Err(short) };
+        let (private, public) =
+            parts(sealed).ok_or_else(|| TpmFault::from(TpmError::Short { what: "what was sealed" }))?;
         let (parent, _) = self.run(&command::create_primary(OWNER, Template::Storage))?;
         let loaded = self.run(&command::load(parent, private, public));
         self.run(&command::flush(parent))?;

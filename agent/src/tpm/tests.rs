@@ -2,6 +2,8 @@
 //! manager: what is loaded is flushed here.
 
 use super::*;
+use crate::error::FailureClass;
+use crate::memory::Place;
 use kiln_protocol::tpm::{OWNER, pcr_digest, pcr_policy, qualifying_data};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
@@ -147,6 +149,35 @@ fn what_one_tpm_sealed_no_other_unseals() {
     assert!(!sealed.windows(8).any(|piece| piece == [42; 8]));
     assert!(tpm.unseal(&sealed[..1]).is_err() && tpm.unseal(&[0xff, 0xff, 0]).is_err());
     assert_eq!(tpm.unseal(&sealed).unwrap(), [42; 32]);
+}
+
+#[test]
+fn a_sealed_key_that_was_cut_ends_no_boot_and_is_told() {
+    let Some((_running, mut tpm)) = Software::start() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let place = Place::Directory(dir.path().join("state"));
+    let first = place.key_sealed_by(&mut tpm).unwrap();
+    assert!(first.lost.is_none());
+    let file = dir.path().join("state/sealed");
+    let whole = std::fs::read(&file).unwrap();
+    // An older agent's key lies beside it, and is not what a cut makes of this machine.
+    let plain = place.key().unwrap().key;
+    let mut known = vec![first.key.public_bytes(), plain.public_bytes()];
+    let cut = [0, 1, 2, 3, whole.len() / 2, whole.len() - 1].map(|left| whole[..left].to_vec());
+    let others = [vec![0xff; 3000], vec![0, 0, 0, 0], tpm.seal(&[1; 7]).unwrap()];
+    for spoilt in cut.into_iter().chain(others) {
+        std::fs::write(&file, &spoilt).unwrap();
+        let made = place.key_sealed_by(&mut tpm).unwrap();
+        let lost = made.lost.expect("the machine has another key, and says why");
+        assert_eq!((lost.kind(), lost.class()), ("identity-lost", FailureClass::Machine));
+        assert!(!known.contains(&made.key.public_bytes()), "{} bytes", spoilt.len());
+        let again = place.key_sealed_by(&mut tpm).unwrap();
+        assert_eq!((again.key.public_bytes(), again.lost.is_none()), (made.key.public_bytes(), true), "told once");
+        known.push(made.key.public_bytes());
+    }
+    // What was cut and put back is the machine it was.
+    std::fs::write(&file, &whole).unwrap();
+    assert_eq!(place.key_sealed_by(&mut tpm).unwrap().key.public_bytes(), first.key.public_bytes());
 }
 
 impl Software {

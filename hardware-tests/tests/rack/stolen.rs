@@ -223,17 +223,10 @@ impl Siege {
         self.pause(what);
     }
 
-    /// The machine must say this of the metadata that it reads anew after an answer which does not hold.
+    /// The machine must say this of the metadata that it reads anew after an answer which does not hold, on its console and
+    /// to the thief.
     fn served(&self, what: &str, kind: &str) {
-        println!("{what}: {kind}");
-        let begun = self.console.mark();
-        self.hostile().answer(thief(&self.site, 1, |f| f.assignment.arch = Architecture::Aarch64));
-        let said = format!("({kind})");
-        self.console.wait_for_line("no newer metadata: ", begun, IDLE).unwrap();
-        let text = self.console.since(begun);
-        let line = text.lines().find(|line| line.contains("no newer metadata: ")).unwrap();
-        assert!(line.contains(&said), "{what}: {line}");
-        self.pause(what);
+        self.answered(what, kind, thief(&self.site, 1, |f| f.assignment.arch = Architecture::Aarch64));
     }
 
     /// The same, with the repository changed for as long as it takes.

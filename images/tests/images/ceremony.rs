@@ -7,8 +7,8 @@ use kiln_images::request::Request;
 use kiln_images::sealed::{Passphrase, make_key, public_file, read_public};
 use kiln_images::status::{Nearness, trust_status};
 use kiln_images::{
-    Applied, Ceremony, Memory, Repository, RoleHolders, SiteDir, SiteError, apply, drop_request, init_lab, init_site,
-    publish, raise_floor, renew, revoke_key, rotate, sign_request,
+    Applied, Ceremony, Memory, Repository, RoleHolders, SiteDir, SiteError, TakenAway, apply, drop_request, init_lab,
+    init_site, publish, raise_floor, renew, revoke_key, rotate, sign_request,
 };
 use std::collections::BTreeMap;
 use std::fs;
@@ -295,6 +295,42 @@ fn what_is_taken_away_is_told_or_nothing_is_signed() {
     assert!(told.to_string().contains("site.json before is not in the request"), "{told}");
 }
 
+/// Between the proposal and the last signature machines may have been given what is to go.
+#[test]
+fn whoever_applies_a_prune_is_asked_what_machines_need_by_then() {
+    let ceremonial = Ceremonial::finished();
+    let site = &ceremonial.site;
+    for release in 1..=3 {
+        ceremonial.publish(release, later(1));
+        let first: &[&str] = if release == 1 { &["targets-ann", "targets-bob"] } else { &[] };
+        ceremonial.all_sign(&[first, &["image-ann", "image-bob", "snapshot-ann"]].concat(), later(1));
+    }
+    let prune_at = |at: Timestamp| {
+        let grace = Some(SignedDuration::from_hours(24));
+        let options = kiln_images::PruneOptions { image: "minimal".into(), keep: 1, grace, dry_run: false };
+        kiln_images::prune::<SiteError>(site, &options, at, |_| Ok([].into())).unwrap()
+    };
+    assert!(prune_at(later(1)).request.is_some());
+    let file = ceremonial.carried();
+    for name in ["image-ann", "image-bob", "snapshot-ann"] {
+        ceremonial.sign(&file, name).unwrap();
+    }
+    let before = files_below(&site.repo());
+    let needed = |away: &TakenAway| {
+        let releases = [("minimal".to_owned(), [1, 2].into())].into();
+        assert_eq!(*away, TakenAway { releases, ..TakenAway::default() });
+        Err(SiteError::NotASite { dir: "a machine needs one of them".into() })
+    };
+    let refused = apply::<SiteError, ()>(&site.path, std::slice::from_ref(&file), later(2), needed);
+    assert!(refused.is_err() && site.open_request().exists());
+    assert_eq!(files_below(&site.repo()), before, "nothing is taken out");
+    ceremonial.apply(&file, later(2)).unwrap();
+    assert_eq!(served(site, later(2)).targets.keys().filter(|path| path.starts_with("minimal/")).count(), 1);
+    // Machines were served the old list until now: from here on the grace counts, not from the proposal.
+    assert_eq!(prune_at(later(2)).waiting, 2);
+    assert_eq!(prune_at(later(3)).waiting, 0);
+}
+
 #[test]
 fn what_is_altered_on_the_way_gets_no_signature_in() {
     let ceremonial = Ceremonial::finished();
@@ -536,8 +572,8 @@ fn a_floor_only_rises_and_only_to_a_published_release() {
     for name in ["targets-ann", "targets-bob", "snapshot-ann"] {
         ceremonial.sign(&file, name).unwrap();
     }
-    let needed = |floors: &BTreeMap<String, u64>| {
-        assert_eq!(*floors, [("minimal".to_owned(), 2)].into());
+    let needed = |away: &TakenAway| {
+        assert_eq!((&away.floors, away.releases.len()), (&[("minimal".to_owned(), 2)].into(), 0));
         Err(SiteError::NotASite { dir: "a machine needs a lower one".into() })
     };
     let refused = apply::<SiteError, ()>(&ceremonial.site.path, std::slice::from_ref(&file), later(2), needed);

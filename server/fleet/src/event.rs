@@ -49,6 +49,11 @@ pub enum Event {
         /// What it shall run.
         release: ReleaseId,
     },
+    /// The pre-loaded list names it, and it cannot be approved as the list says.
+    NotApproved {
+        /// Why, and what to do.
+        reason: String,
+    },
     /// A person ordered a release.
     Assign {
         /// Which.

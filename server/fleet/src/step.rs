@@ -27,6 +27,7 @@ impl Machine {
             | Event::TakesBytes
             | Event::Downloaded
             | Event::Approve { .. }
+            | Event::NotApproved { .. }
             | Event::Assign { .. }
             | Event::Ordered(_)
             | Event::Wiped { .. }
@@ -53,6 +54,7 @@ impl Machine {
             Event::Downloaded => self.downloaded(now, &mut out),
             Event::Report(reported) => self.report(&reported, limits, now, &mut out),
             Event::Approve { name, role, release } => self.approve(name, role, release, now, &mut out),
+            Event::NotApproved { reason } => self.not_approved(reason, now, &mut out),
             Event::Assign { release, via } => {
                 if self.assign_by(release, via, None, now, &mut out) {
                     self.supersede_orders();
@@ -287,6 +289,16 @@ impl Machine {
                 }
             }
         }
+    }
+
+    /// Said once: what repeats itself with each report is no news, and no write.
+    fn not_approved(&mut self, reason: String, now: Millis, out: &mut Vec<Action>) {
+        if self.state.kind != StateKind::Discovered || self.state.reason == reason {
+            return;
+        }
+        out.push(Action::Say { warn: true, text: reason.clone() });
+        self.enter(StateKind::Discovered, reason, self.state.deadline, now);
+        save(out);
     }
 
     /// Assigns; whether it may be.

@@ -1,10 +1,13 @@
 //! A call that waits for a second person: as it was made, so that it is done later as it was asked for.
 
+use super::Token;
 use kiln_fleet::Millis;
 use kiln_fleet::access::{AccessRole, Proposal};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// How the names of this host's own users begin.
+pub(super) const LOCAL: &str = "uid ";
 /// Proposals that are open at once.
 pub(crate) const MAX_OPEN: usize = 100;
 /// Proposals that are remembered; the oldest that are over are forgotten.
@@ -48,16 +51,29 @@ impl Kept {
 }
 
 /// All who can act as this one: itself, and along the tokens by whose hand it has its own, each maker.
-pub(crate) fn behind(name: &str, tokens: &BTreeMap<String, super::Token>) -> BTreeSet<String> {
+pub(crate) fn behind(name: &str, tokens: &BTreeMap<String, Token>) -> BTreeSet<String> {
+    along(name, tokens, |token| std::iter::once(&token.by).chain(&token.second).chain(&token.behind).cloned().collect())
+}
+
+/// Those of whom each can act as this one without another's help: itself, and along tokens that one person made, each maker.
+/// Not the users of the boot server's own host, by whose hand most people have their first token: they own it, and need none.
+pub(crate) fn alone(name: &str, tokens: &BTreeMap<String, Token>) -> BTreeSet<String> {
+    let mut all = along(name, tokens, |token| match token.second {
+        Some(_) => Vec::new(),
+        None => std::iter::once(&token.by).chain(&token.alone).cloned().collect(),
+    });
+    all.retain(|who| who == name || !who.starts_with(LOCAL));
+    all
+}
+
+fn along(name: &str, tokens: &BTreeMap<String, Token>, makers: impl Fn(&Token) -> Vec<String>) -> BTreeSet<String> {
     let mut all = BTreeSet::from([name.to_owned()]);
     let mut next = vec![name.to_owned()];
     while let Some(name) = next.pop() {
         // A name may have been given more than once over time: each maker counts.
-        for token in tokens.values().filter(|token| token.actor() == name) {
-            for maker in std::iter::once(&token.by).chain(&token.second).chain(&token.behind) {
-                if all.insert(maker.clone()) {
-                    next.push(maker.clone());
-                }
+        for maker in tokens.values().filter(|token| token.actor() == name).flat_map(&makers) {
+            if all.insert(maker.clone()) {
+                next.push(maker);
             }
         }
     }
@@ -74,7 +90,6 @@ pub(crate) fn surplus(kept: &BTreeMap<String, Kept>, now: Millis) -> Vec<String>
 
 #[cfg(test)]
 mod tests {
-    use super::super::Token;
     use super::*;
 
     #[test]
@@ -92,5 +107,26 @@ mod tests {
         doll.behind = behind("token ann", &all);
         let later = BTreeMap::from([(doll.id.clone(), doll)]);
         assert_eq!(behind("token doll", &later).into_iter().collect::<Vec<_>>(), ["token ann", "token doll", "uid 0"]);
+    }
+
+    #[test]
+    fn whoever_made_two_tokens_alone_holds_both() {
+        let make = |name: &str, by: &str| Token::make(name, AccessRole::Admin, by, 0, 1).unwrap().0;
+        let mut together = make("cid", "token ann");
+        together.second = Some("token ben".into());
+        let all = [make("ann", "uid 0"), make("ben", "uid 0"), make("doll", "token ann"), make("toy", "token doll")];
+        let all: BTreeMap<String, Token> = all.into_iter().chain([together]).map(|t| (t.id.clone(), t)).collect();
+        let names = |who| alone(who, &all).into_iter().collect::<Vec<_>>();
+        assert_eq!(names("token toy"), ["token ann", "token doll", "token toy"]);
+        assert_eq!((names("token ben"), names("token cid")), (vec!["token ben".into()], vec!["token cid".into()]));
+        assert_eq!(names("uid 0"), ["uid 0"]);
+        // Also when the token between them is forgotten.
+        let (mut toy, _) = Token::make("toy", AccessRole::Admin, "token doll", 0, 1).unwrap();
+        toy.alone = alone("token doll", &all);
+        let later = BTreeMap::from([(toy.id.clone(), toy)]);
+        assert_eq!(
+            alone("token toy", &later).into_iter().collect::<Vec<_>>(),
+            ["token ann", "token doll", "token toy"]
+        );
     }
 }

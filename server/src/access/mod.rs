@@ -7,7 +7,7 @@ mod sessions;
 mod tokens;
 
 pub use foureyes::{Asker, Kept};
-pub(crate) use foureyes::{MAX_OPEN, behind, surplus};
+pub(crate) use foureyes::{MAX_OPEN, alone, behind, surplus};
 pub use sessions::{Login, Session, SessionKey, SessionOf, csrf_of};
 pub(crate) use sessions::{MAX_OWN_SESSIONS, MAX_SESSIONS};
 pub(crate) use tokens::MAX_TOKENS;
@@ -16,7 +16,7 @@ pub use tokens::Token;
 use crate::error::{AccessError, StoreError};
 use crate::store::Store;
 use kiln_fleet::Millis;
-use kiln_fleet::access::{AccessRole, Attempts, Spree};
+use kiln_fleet::access::{AccessRole, Attempts, Refusals, Spree};
 use kiln_protocol::KeyId;
 use kiln_release::hex;
 use ring::rand::{SecureRandom, SystemRandom};
@@ -57,7 +57,7 @@ pub struct Caller {
 impl Caller {
     /// A user of this host: it could read the database anyway.
     pub fn local(uid: u32) -> Self {
-        let (name, role) = (format!("uid {uid}"), Some(AccessRole::Admin));
+        let (name, role) = (format!("{}{uid}", foureyes::LOCAL), Some(AccessRole::Admin));
         Self { name, role, origin: String::new(), credential: Credential::Local, second: None }
     }
 
@@ -108,6 +108,7 @@ pub(crate) struct Known {
     pub(crate) by_address: Attempts,
     pub(crate) by_account: Attempts,
     pub(crate) spree: Spree,
+    pub(crate) refusals: Refusals,
 }
 
 /// Everything that is known of people and programs. Bounded in every part.
@@ -134,6 +135,7 @@ impl Access {
             by_address: attempts(),
             by_account: attempts(),
             spree: Spree::default(),
+            refusals: Refusals::default(),
         });
         Ok(Self { known, ends: watch::channel(0).0 })
     }

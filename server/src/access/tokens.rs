@@ -35,6 +35,9 @@ pub struct Token {
     /// All who could act as its makers then: their own tokens may be forgotten before this one.
     #[serde(default)]
     pub behind: BTreeSet<String>,
+    /// Of these, who needed nobody's help for it.
+    #[serde(default)]
+    pub alone: BTreeSet<String>,
     /// When it ends.
     pub expires: Millis,
     /// When it was last used.
@@ -63,6 +66,7 @@ impl Token {
             by: by.to_owned(),
             second: None,
             behind: BTreeSet::new(),
+            alone: BTreeSet::new(),
             expires: now.saturating_add(lifetime),
             used: None,
             revoked: None,

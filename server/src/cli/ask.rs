@@ -3,10 +3,13 @@
 use super::At;
 use super::client::Client;
 use super::error::CliError;
+use super::output::segment;
+use crate::http::releases::Numbers;
 use crate::view::MachineView;
 use clap::Args;
-use kiln_images::{SiteDir, SiteError};
-use std::collections::BTreeMap;
+use kiln_images::{SiteDir, SiteError, TakenAway};
+use kiln_protocol::ImageName;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::PathBuf;
 use tokio::runtime::Runtime;
@@ -21,7 +24,7 @@ pub(super) struct Ask {
     /// site]
     #[arg(long, conflicts_with = "without_server")]
     pub(super) server: Option<String>,
-    /// A file with the token to show there, as `kiln release prune` needs it; KILN_TOKEN may hold the token itself
+    /// A file with the token to show there, as taking releases out needs it; KILN_TOKEN may hold the token itself
     #[arg(long, env = "KILN_TOKEN_FILE")]
     pub(super) token_file: Option<PathBuf>,
     /// The CA of its certificate, PEM [default: this host's CAs]
@@ -32,21 +35,52 @@ pub(super) struct Ask {
     pub(super) without_server: bool,
 }
 
-/// That no machine runs, shall run or would fall back to a release below these floors. Where nobody was to be asked, the
-/// site's lock comes with it, to be held to the end: a server that starts meanwhile would not have been asked.
-pub(super) fn nobody_below(
+/// That nothing is taken away which a machine needs now. Where nobody was to be asked, the site's lock comes with it, to be held
+/// to the end: a server that starts meanwhile would not have been asked. Releases that are to go are given to nobody from then on.
+pub(super) fn nobody_needs(
     site: &SiteDir,
     ask: &Ask,
-    floors: &BTreeMap<String, u64>,
+    away: &TakenAway,
     runtime: &Runtime,
 ) -> Result<Option<File>, CliError> {
     let (at, alone) = whom(ask)?;
     let Some(at) = at else { return Ok(alone) };
-    let machines: Vec<MachineView> = runtime.block_on(async {
-        let client = Client::new(&at)?;
-        client.is_of(site, &at).await?;
-        client.get("machines").await
-    })?;
+    if !away.floors.is_empty() {
+        runtime.block_on(nobody_below(site, &at, &away.floors))?;
+    }
+    let mut needed = Vec::new();
+    for (image, releases) in &away.releases {
+        let name: ImageName = image.parse().map_err(|_| SiteError::NoSuchImage { image: image.clone() })?;
+        let going: Vec<u64> = releases.iter().copied().collect();
+        let stay = runtime.block_on(withhold(&at, site, &name, &going))?;
+        needed.extend(stay.into_iter().map(|release| format!("{image}/{release}")));
+    }
+    if needed.is_empty() { Ok(alone) } else { Err(CliError::StillNeeded(needed)) }
+}
+
+/// Which of those that are to go machines need. The server gives the others to nobody from then on.
+pub(super) async fn withhold(
+    at: &At,
+    site: &SiteDir,
+    image: &ImageName,
+    going: &[u64],
+) -> Result<BTreeSet<u64>, CliError> {
+    let client = Client::new(at)?;
+    client.is_of(site, at).await?;
+    if going.is_empty() {
+        return Ok(BTreeSet::new());
+    }
+    let path = format!("releases/{}/withhold", segment(image.as_str()));
+    let numbers = Numbers { releases: going.iter().copied().collect() };
+    let Numbers { releases } = client.change(reqwest::Method::POST, &path, &numbers).await?;
+    Ok(releases)
+}
+
+/// That no machine runs, shall run or would fall back to a release below these floors.
+async fn nobody_below(site: &SiteDir, at: &At, floors: &BTreeMap<String, u64>) -> Result<(), CliError> {
+    let client = Client::new(at)?;
+    client.is_of(site, at).await?;
+    let machines: Vec<MachineView> = client.get("machines").await?;
     let below = |image: &str, release: u64| floors.get(image).is_some_and(|floor| release < *floor);
     let mut needed = Vec::new();
     for machine in machines.iter().filter(|machine| machine.state != "retired") {
@@ -61,7 +95,7 @@ pub(super) fn nobody_below(
         };
         needed.push(why);
     }
-    if needed.is_empty() { Ok(alone) } else { Err(CliError::BelowFloor(needed)) }
+    if needed.is_empty() { Ok(()) } else { Err(CliError::BelowFloor(needed)) }
 }
 
 /// Whom to ask: the server that runs on the site, the one that was named, or, with the site to oneself, nobody.

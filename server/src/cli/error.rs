@@ -39,6 +39,12 @@ pub(super) enum CliError {
     Broken(String),
     #[error("machines need a release below the floor; move them up first:\n  {}", .0.join("\n  "))]
     BelowFloor(Vec<String>),
+    #[error(
+        "machines need by now what this request takes out: {}. Assign them newer releases and apply it again; or give it up \
+         (`kiln trust drop`) and prune anew, which leaves those in",
+        .0.join(", ")
+    )]
+    StillNeeded(Vec<String>),
     #[error("no terminal to ask at ({0}): name a file with --passphrase-file, or confirm with --yes")]
     NoTerminal(std::io::Error),
     #[error("a secret's value is read from --file or from standard input, as `kiln secret set NAME --role R < FILE`")]

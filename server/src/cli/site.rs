@@ -1,12 +1,10 @@
 //! Commands that work on the site directory: no server needs to run.
 
-use super::ask::whom;
+use super::ask::{whom, withhold};
 use super::client::Client;
 use super::error::CliError;
-use super::output::segment;
 use super::trust::{said, waits};
 use super::{At, Build, Prune};
-use crate::http::releases::Numbers;
 use crate::view::ReleaseView;
 use clap::Subcommand;
 use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
@@ -214,20 +212,14 @@ async fn needed(
     going: &[u64],
     dry_run: bool,
 ) -> Result<BTreeSet<u64>, CliError> {
+    if !dry_run {
+        return withhold(at, site, image, going).await;
+    }
     let client = Client::new(at)?;
     client.is_of(site, at).await?;
-    if dry_run {
-        let releases: Vec<ReleaseView> = client.get("releases").await?;
-        let needed = releases.into_iter().filter(|r| r.image == image.as_str() && r.needed_by > 0);
-        return Ok(needed.map(|r| r.release).collect());
-    }
-    if going.is_empty() {
-        return Ok(BTreeSet::new());
-    }
-    let path = format!("releases/{}/withhold", segment(image.as_str()));
-    let numbers = Numbers { releases: going.iter().copied().collect() };
-    let Numbers { releases } = client.change(reqwest::Method::POST, &path, &numbers).await?;
-    Ok(releases)
+    let releases: Vec<ReleaseView> = client.get("releases").await?;
+    let needed = releases.into_iter().filter(|r| r.image == image.as_str() && r.needed_by > 0);
+    Ok(needed.map(|r| r.release).collect())
 }
 
 fn pruned(image: &ImageName, done: &Pruned, dry_run: bool) -> Vec<String> {

@@ -1,7 +1,7 @@
 //! `kiln trust`: a site's keys and signed metadata. What signs works without a network, on a machine that sees no server;
 //! what raises a floor asks the running server first.
 
-use super::ask::{Ask, nobody_below};
+use super::ask::{Ask, nobody_needs};
 use super::error::CliError;
 use super::output::print;
 use super::secret::{consent, new_passphrase, passphrase};
@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 use jiff::{SignedDuration, Timestamp};
 use kiln_images::request::Request;
 use kiln_images::sealed::{self, KeyFile, fingerprint};
-use kiln_images::{Applied, Ceremony, Changed, RoleHolders, SignerMemory, SiteDir, SiteError, Waiting};
+use kiln_images::{Applied, Ceremony, Changed, RoleHolders, SignerMemory, SiteDir, SiteError, TakenAway, Waiting};
 use kiln_protocol::{ImageName, ReleaseId};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -362,8 +362,8 @@ pub(super) fn waits(waiting: Option<&Waiting>) -> bool {
 
 fn apply(files: &[PathBuf], ask: &Ask, runtime: &Runtime) -> Result<(), CliError> {
     let site = SiteDir::open(&ask.site)?;
-    let may_raise = |floors: &BTreeMap<String, u64>| nobody_below(&site, ask, floors, runtime);
-    match kiln_images::apply::<CliError, _>(&ask.site, files, Timestamp::now(), may_raise)? {
+    let may = |away: &TakenAway| nobody_needs(&site, ask, away, runtime);
+    match kiln_images::apply::<CliError, _>(&ask.site, files, Timestamp::now(), may)? {
         Applied::Waiting(waiting) => carry(&waiting),
         Applied::Done { name, served } => {
             println!("{name}: signed and in force");
@@ -390,7 +390,8 @@ fn shown(keys: &[String]) -> String {
 
 fn raise(image: &ImageName, floor: u64, ask: &Ask, runtime: &Runtime) -> Result<(), CliError> {
     let site = SiteDir::open(&ask.site)?;
-    let _alone = nobody_below(&site, ask, &BTreeMap::from([(image.to_string(), floor)]), runtime)?;
+    let away = TakenAway { floors: BTreeMap::from([(image.to_string(), floor)]), ..TakenAway::default() };
+    let _alone = nobody_needs(&site, ask, &away, runtime)?;
     let changed = kiln_images::raise_floor(&ask.site, image.as_str(), floor, Timestamp::now())?;
     if changed.already {
         println!("the floor of {image} is {floor} already");

@@ -219,6 +219,8 @@ pub fn is_name(name: &str) -> bool {
     (1..=63).contains(&name.len())
         && name.starts_with(|c: char| c.is_ascii_alphanumeric())
         && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'))
+        // What is taken for an id names no other.
+        && name.to_ascii_lowercase().parse::<MachineId>().is_err()
 }
 
 #[cfg(test)]

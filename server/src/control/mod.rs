@@ -16,6 +16,7 @@ mod logs;
 mod netboot;
 mod orders;
 mod people;
+mod pin;
 mod releases;
 mod reports;
 mod roles;
@@ -334,6 +335,7 @@ impl Control {
     pub fn flush(&self) {
         let seen = std::mem::take(&mut self.lock().seen);
         self.store.seen(seen);
+        self.note_more_refused(None);
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -526,6 +528,11 @@ impl Inner {
     }
 
     pub(crate) fn resolve(&self, name: &str) -> Result<MachineId, ControlError> {
+        // An id is never another machine's name, nor its beginning.
+        if let Ok(id) = name.parse::<MachineId>() {
+            let known = self.machines.contains_key(&id);
+            return if known { Ok(id) } else { Err(ControlError::NoSuchMachine(name.to_owned())) };
+        }
         if let Some(id) = self.names.find(name) {
             return Ok(id.clone());
         }

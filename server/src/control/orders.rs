@@ -116,20 +116,7 @@ impl Control {
         let (pending, id) = {
             let mut inner = self.lock();
             let (old, new) = (inner.resolve(old)?, inner.resolve(new)?);
-            let unknown = |id: &MachineId| ControlError::NoSuchMachine(id.to_string());
-            let was = inner.machines.get(&old).ok_or_else(|| unknown(&old))?;
-            let becomes = inner.machines.get(&new).ok_or_else(|| unknown(&new))?;
-            let Replacement { name, role, release } = was.replaced_by(becomes)?;
-            // A name that was freed may be another's by now.
-            if inner.names.is_taken(&name, &old) {
-                return Err(ControlError::NameTaken(name));
-            }
-            self.config.image_of(&role)?;
-            if !self.catalog().releases.contains_key(&release) {
-                return Err(ControlError::NoSuchRelease { release });
-            }
-            self.check_fits(&inner, &new, &release)?;
-            self.check_role(&role, &release)?;
+            let Replacement { name, role, release } = self.replacement(&inner, &old, &new)?;
             let (now, mut pending) = (now_ms(), Pending::default());
             let what = format!("takes the place of {old} as {name} with role {role}, to run {release}");
             self.step(&mut inner, &old, Event::Replaced { by: new.clone() }, now, &mut pending)?;
@@ -144,6 +131,31 @@ impl Control {
         };
         self.finish(pending).await?;
         Ok(id)
+    }
+
+    /// What `new` takes over, if it can now.
+    pub(super) fn replacement(
+        &self,
+        inner: &super::Inner,
+        old: &MachineId,
+        new: &MachineId,
+    ) -> Result<Replacement, ControlError> {
+        let unknown = |id: &MachineId| ControlError::NoSuchMachine(id.to_string());
+        let was = inner.machines.get(old).ok_or_else(|| unknown(old))?;
+        let becomes = inner.machines.get(new).ok_or_else(|| unknown(new))?;
+        let replacement = was.replaced_by(becomes)?;
+        let Replacement { name, role, release } = &replacement;
+        // A name that was freed may be another's by now.
+        if inner.names.is_taken(name, old) {
+            return Err(ControlError::NameTaken(name.clone()));
+        }
+        self.config.image_of(role)?;
+        if !self.catalog().releases.contains_key(release) {
+            return Err(ControlError::NoSuchRelease { release: release.clone() });
+        }
+        self.check_fits(inner, new, release)?;
+        self.check_role(role, release)?;
+        Ok(replacement)
     }
 
     /// A person knows why a machine is away: it holds nobody up until it is healthy again.

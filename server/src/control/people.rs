@@ -2,7 +2,9 @@
 //! in the audit log, wrong credentials included.
 
 use super::{Control, now_ms};
-use crate::access::{Caller, Credential, Known, RevokedKey, Session, SessionKey, SessionOf, Token, behind, place};
+use crate::access::{
+    Caller, Credential, Known, RevokedKey, Session, SessionKey, SessionOf, Token, alone, behind, place,
+};
 use crate::audit::Line;
 use crate::config::is_name;
 use crate::error::{AccessError, ControlError, StoreError};
@@ -25,6 +27,24 @@ impl Control {
     /// Writes a record that nothing waits for.
     pub(crate) fn note_down(&self, line: Line) {
         drop(self.store.audit(line));
+    }
+
+    /// Writes what somebody who is known was refused, or counts it where that one's refusals come too thick.
+    pub(crate) fn note_refused(&self, caller: &Caller, line: Line) {
+        let written = self.access.lock().refusals.take(&caller.name, line.at);
+        if written {
+            self.note_down(line);
+        }
+    }
+
+    /// Writes how many were not written, of those whose minute is over; at the server's end (`now` is none) of all.
+    pub(crate) fn note_more_refused(&self, now: Option<Millis>) {
+        let more = self.access.lock().refusals.over(now);
+        for (who, count) in more {
+            let line =
+                Line::done(now.unwrap_or_else(now_ms), &who, "", format!("and {count} more calls within a minute"));
+            self.note_down(line.but("refused, or failed"));
+        }
     }
 
     /// Whose token this is. A wrong one counts against the address and, where it names a token, against that.
@@ -169,8 +189,9 @@ impl Control {
         let commits = {
             let mut known = self.access.lock();
             token.behind = behind(&by.name, &known.tokens);
-            if let Some(second) = &by.second {
-                token.behind.append(&mut behind(second, &known.tokens));
+            match &by.second {
+                Some(second) => token.behind.append(&mut behind(second, &known.tokens)),
+                None => token.alone = alone(&by.name, &known.tokens),
             }
             if known.tokens.values().any(|t| t.name == name && t.holds(now).is_ok()) {
                 return Err(AccessError::TokenTaken(name.to_owned()).into());

@@ -2,6 +2,7 @@
 
 use super::{Control, Inner, Pending, now_ms};
 use crate::catalog::Catalog;
+use crate::config::Listed;
 use crate::error::ControlError;
 use crate::store::Envelope;
 use jiff::Timestamp;
@@ -141,7 +142,7 @@ impl Control {
         }
     }
 
-    /// The pre-loaded list approves at the first report.
+    /// The pre-loaded list approves at the first report, where a person could; else the machine waits, and says why.
     pub(crate) fn approve_listed(
         &self,
         inner: &mut Inner,
@@ -156,6 +157,11 @@ impl Control {
         }
         let image = self.config.image_of(&listed.role)?;
         let Some(release) = catalog.newest(image).cloned() else { return Ok(()) };
+        if let Err(error) = self.check_listed(inner, id, listed, &release) {
+            let (name, role) = (&listed.name, &listed.role);
+            let reason = format!("kiln.toml lists it as {name} with role {role}, and it is not approved: {error}");
+            return self.step(inner, id, Event::NotApproved { reason }, now_ms(), pending);
+        }
         let what = format!("approved as {} with role {}, to run {release}", listed.name, listed.role);
         let event = Event::Approve { name: listed.name.clone(), role: listed.role.clone(), release };
         self.step(inner, id, event, now_ms(), pending)?;
@@ -163,6 +169,21 @@ impl Control {
             self.audit(pending, machine, "kiln.toml", what);
         }
         Ok(())
+    }
+
+    /// That a listed machine can have its name, and run what its role would be given.
+    fn check_listed(
+        &self,
+        inner: &Inner,
+        id: &MachineId,
+        listed: &Listed,
+        release: &ReleaseId,
+    ) -> Result<(), ControlError> {
+        if inner.names.is_taken(&listed.name, id) {
+            return Err(ControlError::NameTaken(listed.name.clone()));
+        }
+        self.check_fits(inner, id, release)?;
+        self.check_role(&listed.role, release)
     }
 
     /// What is wanted of the machine now. Signs nothing but a new assignment: a held report is looked at again at every

@@ -1,15 +1,17 @@
 //! Second persons: a call that needs two is kept as it came, and done as it came when another confirms it.
 
 use super::people::json;
+use super::pin::Pinned;
 use super::{Control, now_ms};
 use crate::access::calls::Call;
-use crate::access::{Asker, Caller, Credential, Kept, Known, SessionOf, behind, random, surplus};
+use crate::access::{Asker, Caller, Credential, Kept, Known, SessionOf, alone, behind, random, surplus};
 use crate::audit::Line;
 use crate::error::{AccessError, ControlError};
 use crate::view::PendingView;
 use kiln_fleet::Millis;
 use kiln_fleet::access::{AccessRole, Proposal, ProposalEvent, ProposalState};
 use kiln_protocol::{cut_at, printable};
+use std::fmt::Write;
 
 /// Where the calls about one machine are.
 pub(crate) const MACHINES: &str = "/api/v1/machines/";
@@ -65,17 +67,13 @@ impl Control {
     /// Keeps a call until a second person confirms it.
     pub(crate) async fn propose(&self, caller: &Caller, asked: &Asked<'_>) -> Result<PendingView, ControlError> {
         let now = now_ms();
-        let Asked { call, machine, path, content_type, body } = asked;
-        // What is confirmed is done to this machine, whoever has its name by then.
-        let path = match machine {
-            Some(name) => {
-                let id = self.lock().resolve(name)?;
-                path.replacen(&format!("{MACHINES}{name}/"), &format!("{MACHINES}{id}/"), 1)
-            }
-            None => (*path).to_owned(),
-        };
+        let Asked { call, machine, content_type, body, .. } = asked;
+        let Pinned { path, body: pinned, named } = self.pinned(asked)?;
         let title = machine.map_or_else(String::new, |m| format!(" {m}"));
-        let what = format!("{}{title}: {}", call.action, printable(cut_at(body, SHOWN)));
+        let mut what = format!("{}{title}: {}", call.action, printable(cut_at(body, SHOWN)));
+        for (name, id) in named {
+            let _ = write!(what, " ({} is machine {id})", printable(cut_at(&name, SHOWN)));
+        }
         let (kept, commits) = {
             let mut known = self.access.lock();
             let limit = crate::access::MAX_OPEN;
@@ -88,6 +86,7 @@ impl Control {
                 what: what.clone(),
                 by: caller.name.clone(),
                 behind: behind(&caller.name, &known.tokens),
+                alone: alone(&caller.name, &known.tokens),
                 at: now,
                 deadline: now.saturating_add(self.config.access.pending),
                 state: ProposalState::Open,
@@ -111,7 +110,7 @@ impl Control {
                 method: call.method.to_owned(),
                 path,
                 content_type: (*content_type).to_owned(),
-                body: (*body).to_owned(),
+                body: pinned,
             };
             let mut commits = vec![self.store.remember(kept.note(), json(&kept)?)];
             known.proposals.insert(kept.proposal.id.clone(), kept.clone());
@@ -158,7 +157,11 @@ impl Control {
             if let Some(reason) = self.may_not_ask(kept, known, now) {
                 return Err(AccessError::ProposerGone { reason }.into());
             }
-            let event = ProposalEvent::Confirm { by: by.name.clone(), behind: behind(&by.name, &known.tokens) };
+            let event = ProposalEvent::Confirm {
+                by: by.name.clone(),
+                behind: behind(&by.name, &known.tokens),
+                alone: alone(&by.name, &known.tokens),
+            };
             let proposal = kept.proposal.clone().event(event, now).map_err(AccessError::from)?;
             let kept = Kept { proposal, ..kept.clone() };
             let what = format!("confirmed what {} asked for ({id}): {}", kept.proposal.by, kept.proposal.what);

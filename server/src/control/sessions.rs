@@ -100,6 +100,8 @@ impl Control {
         let mut account = String::new();
         match self.oidc_person(browser, answer, &mut account).await {
             Ok((name, of)) => self.session_begin(name, of, &origin, "with the identity provider").await,
+            // Nobody's fault who logs in, and nobody was known: it counts against no one, and fills no log.
+            Err(error @ AccessError::Oidc(OidcError::Away { .. } | OidcError::Busy { .. })) => Err(error.into()),
             Err(error) => {
                 let now = now_ms();
                 let mut known = self.access.lock();
@@ -169,7 +171,7 @@ impl Control {
         Ok((head, signed))
     }
 
-    /// Lets time pass for people: deadlines of second persons, and the daily head, in the log and beside the database. For ever.
+    /// Lets time pass for people: deadlines of second persons, refusals that were counted, and the daily head, in the log and beside the database. For ever.
     pub(crate) async fn watch_people(&self) {
         let mut said = 0;
         loop {
@@ -177,6 +179,7 @@ impl Control {
                 tracing::warn!(%error, "what waits for a second person was not looked at");
             }
             let now = now_ms();
+            self.note_more_refused(Some(now));
             if now >= said + HEAD_EVERY {
                 match self.signed_head().await {
                     Ok((head, signed)) => {

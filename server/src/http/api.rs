@@ -9,7 +9,7 @@ use crate::error::{
 use crate::view::{HardwareView, LogView, MachineView, OrderView, ReceiptView};
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
@@ -56,6 +56,10 @@ pub struct ApiError(StatusCode, String);
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.0, Json(json!({ "error": self.1 }))).into_response();
+        if self.0 == StatusCode::SERVICE_UNAVAILABLE {
+            // The identity provider's: nothing else here is unavailable for a while.
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(crate::oidc::AGAIN.as_secs()));
+        }
         response.extensions_mut().insert(Failure(self.1));
         response
     }

@@ -61,7 +61,7 @@ async fn let_in(app: App, mut request: Request, next: Next) -> Response {
         // Whoever has no credential fills no log.
         if call.changes() && caller.role.is_some() {
             let line = Line::done(now_ms(), &caller.who(), "", format!("{method} {uri}"));
-            app.control.note_down(line.but(error.to_string()));
+            app.control.note_refused(&caller, line.but(error.to_string()));
         }
         ApiError::from(error).into_response()
     };
@@ -186,7 +186,7 @@ async fn second_person(
 fn record(app: &App, caller: &Caller, what: &str, answer: &Response) {
     if !answer.status().is_success() {
         let reason = answer.extensions().get::<Failure>().map_or_else(|| answer.status().to_string(), |f| f.0.clone());
-        app.control.note_down(Line::done(now_ms(), &caller.who(), "", what).but(reason));
+        app.control.note_refused(caller, Line::done(now_ms(), &caller.who(), "", what).but(reason));
     }
 }
 

@@ -134,6 +134,7 @@ pub(super) fn status_of(e: &OidcError) -> StatusCode {
     match e {
         OidcError::None => StatusCode::NOT_FOUND,
         OidcError::Provider { .. } => StatusCode::BAD_GATEWAY,
+        OidcError::Away { .. } | OidcError::Busy { .. } => StatusCode::SERVICE_UNAVAILABLE,
         OidcError::Refused(_) | OidcError::State | OidcError::Token(_) | OidcError::NoGroup { .. } => {
             StatusCode::FORBIDDEN
         }

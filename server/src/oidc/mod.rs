@@ -1,6 +1,7 @@
 //! Log-in with an identity provider: OpenID Connect's authorization code flow (Core 1.0, section 3.1) with PKCE (RFC 7636),
 //! `state`, `nonce`, and the issuer in the answer (RFC 9207). What the provider says is bounded in size and time; its
-//! keys are fetched anew when a token names one that is not known, at most once in a while.
+//! keys are fetched anew when a token names one that is not known, at most once in a while. While it does not answer nobody
+//! queues: what one log-in found out the others are told, and few wait at once.
 
 mod token;
 
@@ -15,12 +16,19 @@ use reqwest::{Certificate, Client, RequestBuilder, StatusCode, Url};
 use ring::digest;
 use serde::Deserialize;
 use std::time::Duration;
-use tokio::sync::Mutex;
-use tokio::time::Instant;
+use tokio::sync::{Mutex, Semaphore, SemaphorePermit};
+use tokio::time::{Instant, timeout};
 
 /// An answer of the provider is at most so long, and takes at most so long.
 const MAX_ANSWER: usize = 256 << 10;
 const ANSWER: Duration = Duration::from_secs(10);
+/// Where nobody listens, that is known sooner.
+const CONNECT: Duration = Duration::from_secs(5);
+/// A provider that did not answer is asked again after so long.
+pub(crate) const AGAIN: Duration = Duration::from_secs(5);
+/// Log-ins that wait for it at once, and how long one takes at most: unknown keys, what it says of itself, keys, the token.
+const AT_ONCE: usize = 32;
+const WHOLE: Duration = Duration::from_secs(45);
 /// What it says of itself is asked for again after so long.
 const FRESH: Duration = Duration::from_secs(3600);
 /// Unknown keys make its keys be asked for at most so often.
@@ -44,13 +52,22 @@ struct Known {
     at: Instant,
 }
 
+/// What was found out of the provider.
+#[derive(Debug, Default)]
+struct Found {
+    known: Option<Known>,
+    /// It did not answer: until when it is left alone, and what happened.
+    away: Option<(Instant, String)>,
+}
+
 /// The provider.
 #[derive(Debug)]
 pub struct Provider {
     config: Oidc,
     secret: Option<String>,
     http: Client,
-    known: Mutex<Option<Known>>,
+    found: Mutex<Found>,
+    waiting: Semaphore,
 }
 
 /// What the provider sent the browser back with.
@@ -90,7 +107,7 @@ impl Provider {
         let read = |what, path: &std::path::Path| {
             std::fs::read(path).map_err(|e| fail(what, format!("{}: {e}", path.display())))
         };
-        let mut builder = Client::builder().redirect(Policy::none()).timeout(ANSWER).connect_timeout(ANSWER);
+        let mut builder = Client::builder().redirect(Policy::none()).timeout(ANSWER).connect_timeout(CONNECT);
         if let Some(path) = &config.ca {
             let pem = read("the CA", path)?;
             let all = Certificate::from_pem_bundle(&pem).map_err(|e| fail("the CA", with_causes(&e)))?;
@@ -104,16 +121,22 @@ impl Provider {
             None => None,
         };
         let http = builder.build().map_err(|e| fail("the client", with_causes(&e)))?;
-        Ok(Self { config, secret, http, known: Mutex::new(None) })
+        Ok(Self { config, secret, http, found: Mutex::default(), waiting: Semaphore::new(AT_ONCE) })
     }
 
     fn redirect_uri(&self) -> String {
         format!("{}/login/oidc/callback", self.config.url)
     }
 
+    /// A place among those that wait.
+    fn place(&self) -> Result<SemaphorePermit<'_>, OidcError> {
+        self.waiting.try_acquire().map_err(|_| OidcError::Busy { limit: AT_ONCE, seconds: AGAIN.as_secs() })
+    }
+
     /// Where the browser goes.
     pub async fn begin(&self, state: &str, nonce: &str, verifier: &str) -> Result<String, OidcError> {
-        let known = self.known().await?;
+        let _place = self.place()?;
+        let known = timeout(WHOLE, self.known()).await.unwrap_or_else(|_| Err(too_long()))?;
         // RFC 7636, section 4.2.
         let challenge = token::to_base64url(digest::digest(&digest::SHA256, verifier.as_bytes()).as_ref());
         let redirect = self.redirect_uri();
@@ -137,6 +160,11 @@ impl Provider {
         if let Some(error) = &answer.error {
             return Err(OidcError::Refused(error.chars().filter(char::is_ascii_graphic).take(64).collect()));
         }
+        let _place = self.place()?;
+        timeout(WHOLE, self.person(login, answer, now)).await.unwrap_or_else(|_| Err(too_long()))
+    }
+
+    async fn person(&self, login: &Login, answer: &Answer, now: i64) -> Result<Person, OidcError> {
         let known = self.known().await?;
         // RFC 9207, section 2.4: the answer of another provider is not exchanged with this one.
         match &answer.iss {
@@ -163,11 +191,11 @@ impl Provider {
     /// What the provider says of itself, asked for after `old`.
     async fn newer(&self, old: Instant) -> Result<Known, OidcError> {
         tokio::time::sleep_until(old + KEYS_AGAIN).await;
-        let mut known = self.known.lock().await;
-        if known.as_ref().is_some_and(|known| known.at <= old) {
-            *known = None;
+        let mut found = self.found.lock().await;
+        if found.known.as_ref().is_some_and(|known| known.at <= old) {
+            found.known = None;
         }
-        drop(known);
+        drop(found);
         self.known().await
     }
 
@@ -197,11 +225,31 @@ impl Provider {
         tokens.map(|t| t.id_token).map_err(|e| OidcError::Provider { what: "the token", reason: e.to_string() })
     }
 
+    /// What it says of itself. One asks; those that come meanwhile wait, and are told what that one found.
     async fn known(&self) -> Result<Known, OidcError> {
-        let mut known = self.known.lock().await;
-        if let Some(known) = known.as_ref().filter(|known| known.at.elapsed() < FRESH) {
+        let mut found = self.found.lock().await;
+        if let Some(known) = found.known.as_ref().filter(|known| known.at.elapsed() < FRESH) {
             return Ok(known.clone());
         }
+        if let Some((until, reason)) = found.away.as_ref().filter(|(until, _)| Instant::now() < *until) {
+            let seconds = until.duration_since(Instant::now()).as_secs() + 1;
+            return Err(OidcError::Away { reason: reason.clone(), seconds });
+        }
+        match self.ask().await {
+            Ok(known) => {
+                *found = Found { known: Some(known.clone()), away: None };
+                Ok(known)
+            }
+            Err(error) => {
+                if let OidcError::Away { reason, .. } = &error {
+                    found.away = Some((Instant::now() + AGAIN, reason.clone()));
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn ask(&self) -> Result<Known, OidcError> {
         let wrong = |what, reason: String| OidcError::Provider { what, reason };
         let url = format!("{}/.well-known/openid-configuration", self.config.issuer.trim_end_matches('/'));
         let bytes = fetch("the discovery document", self.http.get(url)).await?;
@@ -223,16 +271,25 @@ impl Provider {
             }
         }
         let keys = Jwks::parse(&fetch("the keys", self.http.get(&discovery.jwks_uri)).await?)?;
-        Ok(known.insert(Known { discovery, keys, at: Instant::now() }).clone())
+        Ok(Known { discovery, keys, at: Instant::now() })
     }
+}
+
+fn away(reason: String) -> OidcError {
+    OidcError::Away { reason, seconds: AGAIN.as_secs() }
+}
+
+fn too_long() -> OidcError {
+    away(format!("a log-in takes longer than {} s", WHOLE.as_secs()))
 }
 
 async fn fetch(what: &'static str, request: RequestBuilder) -> Result<Vec<u8>, OidcError> {
     let fail = |reason: String| OidcError::Provider { what, reason };
-    let mut response = request.send().await.map_err(|e| fail(with_causes(&e)))?;
+    let silent = |e: &reqwest::Error| away(format!("{what}: {}", with_causes(e)));
+    let mut response = request.send().await.map_err(|e| silent(&e))?;
     let status = response.status();
     let mut bytes = Vec::new();
-    while let Some(chunk) = response.chunk().await.map_err(|e| fail(with_causes(&e)))? {
+    while let Some(chunk) = response.chunk().await.map_err(|e| silent(&e))? {
         if bytes.len() + chunk.len() > MAX_ANSWER {
             return Err(fail(format!("it is longer than {} KiB", MAX_ANSWER >> 10)));
         }
@@ -242,7 +299,8 @@ async fn fetch(what: &'static str, request: RequestBuilder) -> Result<Vec<u8>, O
         return Ok(bytes);
     }
     let words: String = String::from_utf8_lossy(&bytes).chars().filter(|c| !c.is_control()).take(200).collect();
-    Err(fail(format!("answered {status}: {words}")))
+    let answered = format!("answered {status}: {words}");
+    Err(if status.is_server_error() { away(format!("{what}: it {answered}")) } else { fail(answered) })
 }
 
 #[cfg(test)]

@@ -108,10 +108,16 @@ pub struct TestSite {
 impl TestSite {
     /// With release 1 published, and machines 1 to 3 on the pre-loaded list.
     pub fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let site = init_lab(dir.path(), "test", Timestamp::now()).unwrap();
-        let this = Self { dir, site };
+        let this = Self::made_by(|dir| init_lab(dir, "test", Timestamp::now()).unwrap());
         this.publish(1);
+        this
+    }
+
+    /// With those machines, and as `init` makes it in an empty folder.
+    pub fn made_by(init: impl FnOnce(&Path) -> SiteDir) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let site = init(dir.path());
+        let this = Self { dir, site };
         let mut config = String::from(
             "[http]\nlisten = \"127.0.0.1:0\"\n[agent_api]\nlisten = \"127.0.0.1:0\"\n[dhcp]\nmode = \"off\"\n\
              [tftp]\nlisten = \"127.0.0.1:0\"\n[[role]]\nname = \"lab\"\nimage = \"minimal\"\n",

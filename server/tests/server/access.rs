@@ -318,6 +318,82 @@ async fn a_second_person_confirms_and_it_is_done_once() {
 }
 
 #[tokio::test]
+async fn an_admin_who_makes_two_tokens_alone_is_one_person() {
+    let site = TestSite::new();
+    site.configure("[access]\nfour_eyes = [\"clear\"]");
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    agent.send(&server, &report).await;
+    let (ann, ben) = (server.token("ann", "admin").await, server.token("ben", "operator").await);
+    let make = async |name: &str| {
+        let body = json!({ "name": name, "role": "operator" });
+        server.with(&ann, "POST", "tokens", body).await.json()["text"].as_str().unwrap().to_owned()
+    };
+    let (one, two) = (make("one").await, make("two").await);
+    let asked = server.with(&one, "POST", "machines/rack-1/clear", json!({})).await;
+    let id = asked.json()["pending"]["id"].as_str().unwrap().to_owned();
+    let confirm = async |token: &str| server.with(token, "POST", &format!("pending/{id}/confirm"), json!({})).await;
+    for other in [&two, &ann] {
+        let refused = confirm(other).await;
+        assert_eq!(refused.status, StatusCode::CONFLICT, "{}", refused.text());
+    }
+    assert!(confirm(&two).await.text().contains("token ann could be both"));
+    // The boot server's owner made ann's token and ben's: people need a first one.
+    assert_eq!(confirm(&ben).await.status, StatusCode::OK);
+}
+
+/// A name can be another machine's when the second person comes, also one in the body or the query of a call.
+#[tokio::test]
+async fn what_is_confirmed_is_done_to_the_machines_that_were_meant() {
+    let site = TestSite::new();
+    site.configure("[access]\nfour_eyes = [\"replace\", \"secret-remove\"]");
+    let server = Server::start(&site).await;
+    for n in [1, 2] {
+        let mut agent = Agent::new(n, &site.manifest(1));
+        let report = agent.healthy();
+        agent.send(&server, &report).await;
+    }
+    let (ann, ben) = (server.token("ann", "operator").await, server.token("ben", "operator").await);
+    let in_service = server.with(&ann, "POST", "machines/rack-1/replace", json!({ "with": "rack-2" })).await;
+    assert!(in_service.text().contains("rack-2 is in service"), "nobody confirms it: {}", in_service.text());
+    server.order("POST", "machines/rack-2/retire", json!({})).await;
+    let asked = server.with(&ann, "POST", "machines/rack-1/replace", json!({ "with": "rack-2" })).await;
+    assert_eq!(asked.status, StatusCode::ACCEPTED, "{}", asked.text());
+    let pending = asked.json()["pending"].clone();
+    let (id, meant) = (pending["id"].as_str().unwrap().to_owned(), machine_id(2).to_string());
+    assert_eq!(pending["body"], json!({ "with": meant }).to_string());
+    assert!(pending["what"].as_str().unwrap().contains(&format!("rack-2 is machine {meant}")), "{pending}");
+    let query = "secrets/db?machine=rack-2";
+    let removal = server.with(&ann, "DELETE", query, Value::Null).await;
+    assert_eq!(removal.json()["pending"]["path"], format!("/api/v1/secrets/db?machine={meant}"), "{}", removal.text());
+
+    // Somebody gives the name to another; and nobody gives a machine's id as a name.
+    let mut other = Agent::new(9, &site.manifest(1));
+    let report = other.report();
+    other.send(&server, &report).await;
+    let approve = async |name: &str| {
+        let body = json!({ "name": name, "role": "lab" });
+        server.order("POST", &format!("machines/{}/approve", machine_id(9)), body).await
+    };
+    let refused = approve(&meant).await;
+    assert!(refused.status.is_client_error() && refused.text().contains("and no UUID"), "{}", refused.text());
+    assert_eq!(approve("rack-2").await.status, StatusCode::OK);
+    let done = server.with(&ben, "POST", &format!("pending/{id}/confirm"), json!({})).await;
+    assert_eq!(done.status, StatusCode::OK, "{}", done.text());
+    assert_eq!(server.machine("rack-1").await.id, machine_id(2));
+    assert_eq!(server.machine("rack-2").await.id, machine_id(9));
+
+    // What cannot be done any more when it is confirmed is not done.
+    let asked = server.with(&ann, "POST", "machines/rack-1/replace", json!({ "with": machine_id(1) })).await;
+    let id = asked.json()["pending"]["id"].as_str().unwrap().to_owned();
+    server.order("POST", &format!("machines/{}/approve", machine_id(1)), json!({ "name": "old", "role": "lab" })).await;
+    let late = server.with(&ben, "POST", &format!("pending/{id}/confirm"), json!({})).await;
+    assert!(late.text().contains("old is in service"), "{}", late.text());
+    assert_eq!(server.machine("rack-1").await.id, machine_id(2));
+}
+
+#[tokio::test]
 async fn a_person_changes_few_machines_alone() {
     let site = TestSite::new();
     site.configure("[access]\nassign_alone = 2");

@@ -14,11 +14,11 @@ async fn refused(server: &Server, release: u64, words: &str) {
 #[tokio::test]
 async fn a_key_that_a_tpm_seals_goes_to_no_release_whose_agent_knows_no_tpm() {
     let site = TestSite::new();
-    site.publish_as(2, |manifest| manifest.measured = None);
     let server = Server::start(&site).await;
     let mut agent = Agent { storage: KeyStorage::Tpm, ..Agent::new(1, &site.manifest(1)) };
     let report = agent.healthy();
     agent.send(&server, &report).await;
+    site.publish_as(2, |manifest| manifest.measured = None);
     refused(&server, 2, "sealed in its TPM").await;
     server.assign("rack-1", 1).await;
     // Another machine's key lies in a variable: any agent finds it there.
@@ -50,6 +50,51 @@ async fn what_fell_below_the_floor_is_signed_for_nobody() {
     assert!(!server.machine("rack-1").await.reason.contains(words));
     let report = agent.healthy();
     assigned(&agent.send(&server, &report).await);
+}
+
+/// `[[machine]]` approves no machine that a person could not.
+#[tokio::test]
+async fn the_list_gives_no_machine_a_name_that_is_taken_or_a_release_that_does_not_fit() {
+    let site = TestSite::new();
+    let server = Server::start(&site).await;
+    // A person called another one as the list calls machine 1.
+    let mut other = Agent::new(9, &site.manifest(1));
+    let report = other.report();
+    other.send(&server, &report).await;
+    let body = json!({ "name": "rack-1", "role": "lab" });
+    let approved = server.order("POST", &format!("machines/{}/approve", machine_id(9)), body).await;
+    assert_eq!(approved.status, StatusCode::OK, "{}", approved.text());
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    let reply = agent.send(&server, &report).await;
+    let words = "kiln.toml lists it as rack-1 with role lab, and it is not approved: the name \"rack-1\" is taken";
+    assert!(waits(&reply).starts_with(words), "{}", waits(&reply));
+    let id = machine_id(1).to_string();
+    let view = server.machine(&id).await;
+    assert!(view.state == "discovered" && view.reason.starts_with(words), "{view:?}");
+    assert_eq!(server.machine("rack-1").await.id, machine_id(9));
+    // It is approved as soon as it can be.
+    server.order("POST", "machines/rack-1/retire", json!({})).await;
+    let report = agent.healthy();
+    assigned(&agent.send(&server, &report).await);
+    assert_eq!(server.machine("rack-1").await.id, machine_id(1));
+
+    site.publish_as(2, |manifest| manifest.measured = None);
+    server.assign("rack-1", 2).await;
+    let mut sealed = Agent { storage: KeyStorage::Tpm, ..Agent::new(2, &site.manifest(1)) };
+    let report = sealed.healthy();
+    let reply = sealed.send(&server, &report).await;
+    assert!(
+        waits(&reply).contains("not approved: the identity key of rack-2 is sealed in its TPM"),
+        "{}",
+        waits(&reply)
+    );
+    site.publish(3);
+    server.assign("rack-1", 3).await;
+    let report = sealed.healthy();
+    assigned(&sealed.send(&server, &report).await);
+    let approvals = server.audit().await.into_iter().filter(|r| r.what.starts_with("approved as rack-")).count();
+    assert_eq!(approvals, 3, "two by the list, one by a person");
 }
 
 #[tokio::test]

@@ -81,3 +81,37 @@ async fn whoever_alters_the_log_is_found_out() {
     database(&site, "DELETE FROM audit WHERE number = 2").await;
     verify("record 2 is missing").await;
 }
+
+/// A viewer's token, say, in a loop.
+#[tokio::test]
+async fn nobody_fills_the_log_with_what_it_is_refused() {
+    let site = TestSite::new();
+    let server = Server::start(&site).await;
+    let ann = server.token("ann", "viewer").await;
+    let ben = server.token("ben", "operator").await;
+    for n in 0..150 {
+        let refused = server.with(&ann, "POST", &format!("machines/rack-{n}/retire"), json!({})).await;
+        assert_eq!(refused.status, hyper::StatusCode::FORBIDDEN);
+    }
+    // What fails further in counts likewise; and another's is written.
+    for n in 0..30 {
+        server.with(&ben, "POST", &format!("machines/nothing-{n}/clear"), json!({})).await;
+    }
+    server.signal("-TERM");
+    let mut server = server;
+    assert!(server.child.wait().unwrap().success());
+    let server = Server::start(&site).await;
+    let audit = server.audit().await;
+    for (who, calls) in [("token ann", 150), ("token ben", 30)] {
+        let lines: Vec<&Record> = audit.iter().filter(|r| r.actor == who).collect();
+        let counted = |r: &&Record| r.what.strip_prefix("and ")?.split(' ').next()?.parse::<usize>().ok();
+        let more: usize = lines.iter().filter_map(counted).sum();
+        let single = lines.iter().filter(|r| counted(r).is_none()).count();
+        // Two minutes at most, if one ended while this ran.
+        assert!(single + more == calls && single <= 40, "{who}: {single} + {more}");
+        assert!(lines.iter().all(|r| r.result != "done"), "{lines:?}");
+    }
+    let dir = site.path().to_str().unwrap();
+    let (ok, out, error) = site.kiln(&["audit", "verify", "--site", dir]);
+    assert!(ok, "{out}{error}");
+}

@@ -4,6 +4,7 @@
 use crate::common::*;
 use hyper::StatusCode;
 use kiln_protocol::*;
+use kiln_release::{HealthCheck, HealthKind};
 use serde_json::json;
 
 #[tokio::test]
@@ -79,16 +80,20 @@ async fn a_roles_thresholds_reach_its_machines_and_only_for_what_is_declared() {
     let config = std::fs::read_to_string(&path).unwrap();
     let set = "image = \"minimal\"\n[role.thresholds]\nmemory = \"10%\"\n";
     std::fs::write(&path, config.replacen("image = \"minimal\"\n", set, 1)).unwrap();
+    site.publish_as(2, |manifest| {
+        let limit = Some(kiln_release::Threshold::Percent(5));
+        manifest.health.push(HealthCheck { limit, ..HealthCheck::of(HealthKind::Memory, 5) });
+    });
     let server = Server::start(&site).await;
-    let mut agent = Agent::new(1, &site.manifest(1));
+    let mut agent = Agent::new(1, &site.manifest(2));
     let report = agent.report();
     let reply = agent.send(&server, &report).await;
     assert_eq!(reply.thresholds, [("memory".to_owned(), "10%".to_owned())].into());
-    site.publish(2);
-    let order = json!({ "image": "minimal", "release": 2, "via": "cold" });
+    site.publish(3);
+    let order = json!({ "image": "minimal", "release": 3, "via": "cold" });
     let refused = server.order("PUT", "machines/rack-1/assignment", order).await;
     assert_eq!(refused.status, StatusCode::UNPROCESSABLE_ENTITY);
-    let words = "role lab sets the threshold memory = 10%, and minimal/2 declares: none";
+    let words = "role lab sets the threshold memory = 10%, and minimal/3 declares: none";
     assert!(refused.text().contains(words), "{}", refused.text());
     let mut unknown = Agent::new(9, &site.manifest(1));
     let report = unknown.report();

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 
 const PACKAGE: &str = "oidc-provider@8.8.1";
@@ -158,6 +159,41 @@ async fn ask_to_clear(server: &Server, cookie: &str) -> String {
     asked.json()["pending"]["id"].as_str().unwrap().to_owned()
 }
 
+/// One that takes connections and says nothing, as a hanging one does, or a firewall.
+#[tokio::test]
+async fn while_the_provider_is_silent_nobody_queues_for_it() {
+    let site = TestSite::new();
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let (https, port) = (port(), silent.local_addr().unwrap().port());
+    site.configure(&format!(
+        "[https]\nlisten = \"127.0.0.1:{https}\"\n[oidc]\nissuer = \"http://127.0.0.1:{port}\"\nclient_id = \"kiln\"\n\
+         url = \"https://localhost:{https}\"\n[oidc.roles]\n\"kiln-operators\" = \"operator\""
+    ));
+    let server = Server::start(&site).await;
+    let begun = Instant::now();
+    let log_ins = (0..40).map(|_| server.https("GET", "/login/oidc", &[], Value::Null));
+    let answers = futures_util::future::join_all(log_ins).await;
+    // One after the other they would take longer than this by far.
+    assert!(begun.elapsed() < PATIENCE, "{:?}", begun.elapsed());
+    let mut busy = 0;
+    for answer in answers {
+        assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE, "{}", answer.text());
+        assert_eq!(answer.header("retry-after"), "5");
+        busy += usize::from(answer.text().contains("log-ins wait for the identity provider"));
+    }
+    assert_eq!(busy, 40 - 32, "so many wait at once, and no more");
+    // What was found out is told at once; and it is nobody's failed log-in.
+    let begun = Instant::now();
+    let told = server.https("GET", "/login/oidc", &[], Value::Null).await;
+    assert!(
+        told.status == StatusCode::SERVICE_UNAVAILABLE && begun.elapsed() < Duration::from_secs(5),
+        "{}",
+        told.text()
+    );
+    assert!(told.text().contains("does not answer"), "{}", told.text());
+    assert!(!server.audit().await.iter().any(|r| r.what.contains("identity provider")));
+}
+
 #[tokio::test]
 async fn people_log_in_with_a_certified_provider() {
     let Some(dir) = installed() else { return };
@@ -177,9 +213,16 @@ async fn people_log_in_with_a_certified_provider() {
     site.configure(&configure("operator"));
     let server = Server::start(&site).await;
     let down = server.https("GET", "/login/oidc", &[], Value::Null).await;
-    assert_eq!(down.status, StatusCode::BAD_GATEWAY, "the provider does not run yet: {}", down.text());
+    assert_eq!(down.status, StatusCode::SERVICE_UNAVAILABLE, "the provider does not run yet: {}", down.text());
+    assert!(down.header("retry-after") == "5" && down.text().contains("log in again in"), "{}", down.text());
     let redirect = format!("https://localhost:{https}/login/oidc/callback");
     let running = provider(&dir, port, &redirect, "RS256", "first", "kiln-operators");
+    let begun = Instant::now();
+    // It is left alone for a while, as the answer said.
+    while server.https("GET", "/login/oidc", &[], Value::Null).await.status == StatusCode::SERVICE_UNAVAILABLE {
+        assert!(begun.elapsed() < PATIENCE, "the provider runs, and is not asked again");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
 
     // A person in a group that the configuration knows.
     let begun = begin(&server).await;

@@ -158,6 +158,66 @@ async fn a_floor_waits_for_every_machine_that_needs_less() {
     done(&["trust", "floor", "minimal", "3", "--without-server", "--site", &path]);
 }
 
+/// Days can lie between a prune and its last signature: what machines need is asked again by whoever applies it.
+#[tokio::test]
+async fn a_prune_that_waited_for_signatures_takes_nothing_that_a_machine_shall_run_by_now() {
+    let people = tempfile::tempdir().unwrap();
+    let at = |name: &str| people.path().join(name);
+    let mut init: Vec<String> = ["trust", "init", "--name", "works"].map(str::to_owned).into();
+    for (role, name) in [("root", "root"), ("targets", "targets"), ("snapshot", "snapshot"), ("images", "image")] {
+        let key = at(&format!("{name}.key"));
+        done(&["trust", "key", text(&key), "--no-passphrase"]);
+        init.extend(["--keys".to_owned(), format!("{role}=1:{}.pub", key.display())]);
+    }
+    let site = TestSite::made_by(|dir| {
+        let init: Vec<&str> = init.iter().map(String::as_str).chain([text(dir)]).collect();
+        done(&init);
+        SiteDir::open(dir).unwrap()
+    });
+    let (path, stick) = (text(site.path()).to_owned(), at("stick.json"));
+    let sign = |names: &[&str]| {
+        fs::copy(site.path().join("offline/request.json"), &stick).unwrap();
+        for name in names {
+            let key = at(&format!("{name}.key"));
+            done(&["trust", "sign", text(&stick), "--key", text(&key), "--yes"]);
+        }
+    };
+    let apply = ["trust", "apply", text(&stick), "--site", &path];
+    sign(&["root", "targets", "snapshot"]);
+    done(&[&apply[..], &["--without-server"]].concat());
+    for release in 1..=3 {
+        build(&site.site, release);
+        done(&["release", "publish", &format!("minimal/{release}"), "--site", &path]);
+        sign(if release == 1 { &["image", "targets", "snapshot"] } else { &["image", "snapshot"] });
+        done(&[&apply[..], &["--without-server"]].concat());
+    }
+
+    let mut server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    agent.send(&server, &report).await;
+    let said = done(&["release", "prune", "minimal", "--keep", "1", "--site", &path]);
+    assert!(said.contains("waits for signatures"), "{said}");
+    sign(&["image", "snapshot"]);
+    assert!(fs::read_to_string(&stick).unwrap().contains("prune minimal"));
+    // What a prune withholds, it withholds for minutes; and a server that starts anew knows nothing of it.
+    assert!(server.try_assign("rack-1", 2).await.text().contains("minimal/2"));
+    server.signal("-TERM");
+    assert!(server.child.wait().unwrap().success());
+    let server = Server::start(&site).await;
+    server.assign("rack-1", 2).await;
+    let said = refused(&apply);
+    assert!(said.contains("machines need by now what this request takes out: minimal/2"), "{said}");
+    let listed = || kiln_images::Repository::newest(&site.site, Timestamp::now()).unwrap().releases.len();
+    assert_eq!(listed(), 3);
+    // It has its signatures still, and goes in once no machine needs any of it.
+    server.assign("rack-1", 3).await;
+    let said = done(&apply);
+    assert!(said.contains("signed and in force"), "{said}");
+    assert_eq!(listed(), 2);
+    assert_eq!(server.try_assign("rack-2", 2).await.status, hyper::StatusCode::NOT_FOUND);
+}
+
 fn keyid_of(bytes: &[u8]) -> String {
     let envelope: Value = serde_json::from_slice(bytes).unwrap();
     envelope["signatures"][0]["keyid"].as_str().unwrap().to_owned()

@@ -3,10 +3,12 @@
 
 mod attempts;
 mod proposal;
+mod refusals;
 mod spree;
 
 pub use attempts::Attempts;
 pub use proposal::{Proposal, ProposalEvent, ProposalRefusal, ProposalState};
+pub use refusals::Refusals;
 pub use spree::Spree;
 
 use serde::{Deserialize, Serialize};

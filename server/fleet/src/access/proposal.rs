@@ -18,6 +18,9 @@ pub struct Proposal {
     pub by: String,
     /// Who can act as the one who asked: itself, and those by whose hand it has its token.
     pub behind: BTreeSet<String>,
+    /// Of these, each who needed nobody's help for it.
+    #[serde(default)]
+    pub alone: BTreeSet<String>,
     /// When.
     pub at: Millis,
     /// Until when it can be confirmed.
@@ -61,6 +64,8 @@ pub enum ProposalEvent {
         by: String,
         /// Who can act as this one.
         behind: BTreeSet<String>,
+        /// And who can without help.
+        alone: BTreeSet<String>,
     },
     /// What was confirmed was done, or failed.
     Done {
@@ -82,6 +87,11 @@ pub enum ProposalEvent {
 pub enum ProposalRefusal {
     #[error("{by} asked for it, or could have: another person confirms it")]
     SamePerson { by: String },
+    #[error(
+        "{maker} could be both who asked for it and who confirms it: their credentials are of that one's making alone. Tokens that \
+         were made by different people, by two together (`token` in four_eyes) or on the boot server are different persons"
+    )]
+    SameMaker { maker: String },
     #[error("nobody confirmed it in time: ask for it again")]
     Expired,
     #[error("it was confirmed before: it is done once")]
@@ -98,9 +108,13 @@ impl Proposal {
             (ProposalState::Open, ProposalEvent::Confirm { .. } | ProposalEvent::Refuse { .. }) if over => {
                 return Err(ProposalRefusal::Expired);
             }
-            (ProposalState::Open, ProposalEvent::Confirm { by, behind }) => {
+            (ProposalState::Open, ProposalEvent::Confirm { by, behind, alone }) => {
                 if self.behind.contains(&by) || behind.contains(&self.by) {
                     return Err(ProposalRefusal::SamePerson { by: self.by });
+                }
+                // One person with two tokens is one person.
+                if let Some(maker) = self.alone.intersection(&alone).next() {
+                    return Err(ProposalRefusal::SameMaker { maker: maker.clone() });
                 }
                 ProposalState::Confirmed { by, at: now, outcome: None }
             }

@@ -1,6 +1,8 @@
 //! Access roles, attempts and second persons, decided without a clock.
 
-use kiln_fleet::access::{AccessRole, Attempts, Proposal, ProposalEvent, ProposalRefusal, ProposalState, Spree};
+use kiln_fleet::access::{
+    AccessRole, Attempts, Proposal, ProposalEvent, ProposalRefusal, ProposalState, Refusals, Spree,
+};
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 
@@ -73,6 +75,7 @@ fn proposal() -> Proposal {
         what: "assign minimal/2 to rack-1".into(),
         by: "token ann".into(),
         behind: set(&["token ann", "uid 0"]),
+        alone: set(&["token ann"]),
         at: 1_000,
         deadline: 10_000,
         state: ProposalState::Open,
@@ -80,7 +83,30 @@ fn proposal() -> Proposal {
 }
 
 fn confirm(by: &str, behind: &[&str]) -> ProposalEvent {
-    ProposalEvent::Confirm { by: by.into(), behind: set(behind) }
+    ProposalEvent::Confirm { by: by.into(), behind: set(behind), alone: set(&[by]) }
+}
+
+#[test]
+fn whoever_made_both_credentials_alone_is_one_person() {
+    let asked = Proposal {
+        by: "token one".into(),
+        behind: set(&["token one", "token ann", "uid 0"]),
+        alone: set(&["token one", "token ann"]),
+        ..proposal()
+    };
+    let two = |alone: &[&str]| ProposalEvent::Confirm {
+        by: "token two".into(),
+        behind: set(&["token two", "token ann", "uid 0"]),
+        alone: set(alone),
+    };
+    let refused = asked.clone().event(two(&["token two", "token ann"]), 2_000);
+    assert_eq!(refused, Err(ProposalRefusal::SameMaker { maker: "token ann".into() }));
+    // Another had to confirm the making of the second token: nobody holds both.
+    assert!(matches!(asked.event(two(&["token two"]), 2_000).unwrap().state, ProposalState::Confirmed { .. }));
+    // What was asked for before this was known is confirmed as before.
+    let mut older = serde_json::to_value(proposal()).unwrap();
+    older.as_object_mut().unwrap().remove("alone");
+    assert_eq!(serde_json::from_value::<Proposal>(older).unwrap().alone, set(&[]));
 }
 
 #[test]
@@ -121,4 +147,23 @@ fn a_person_changes_a_few_machines_alone_in_an_hour() {
     assert!(spree.take("ann", "rack-1", 2, 30), "the same one again is no further one");
     assert!(!spree.take("ann", "rack-3", 2, 3_600_000), "rack-1 was changed again at 30");
     assert!(spree.take("ann", "rack-3", 2, 3_600_011));
+}
+
+#[test]
+fn refusals_that_come_thick_are_counted_and_none_is_lost() {
+    let mut refusals = Refusals::default();
+    let mut take = |who: &str, times: u64, now| (0..times).filter(|_| refusals.take(who, now)).count();
+    assert_eq!((take("token ann", 500, 1_000), take("token ann", 5, 60_999), take("token ben", 3, 2_000)), (20, 0, 3));
+    assert!(refusals.over(Some(60_999)).is_empty());
+    assert_eq!(refusals.over(Some(61_000)), [("token ann".to_owned(), 485)], "whole: ben's were written");
+    // A new minute; and the end of the server, or a clock that goes back, ends each.
+    for end in [None, Some(0)] {
+        assert_eq!((0..21).filter(|_| refusals.take("token ann", 70_000)).count(), 20);
+        assert_eq!(refusals.over(end), [("token ann".to_owned(), 1)]);
+        assert!(refusals.over(end).is_empty());
+    }
+    // A crowd of names shares one place.
+    let written = (0..10_000).filter(|n| refusals.take(&format!("oidc {n}"), 80_000)).count();
+    assert_eq!(written, 4_096 + 20);
+    assert_eq!(refusals.over(None), [("others".to_owned(), 10_000 - 4_096 - 20)]);
 }

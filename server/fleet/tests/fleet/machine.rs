@@ -214,6 +214,21 @@ fn orders_need_an_approved_machine() {
     assert_eq!(s.m.assigned.as_ref().unwrap().sequence, 2, "a sequence is never used twice");
 }
 
+#[test]
+fn why_the_list_does_not_approve_it_is_said_once() {
+    let mut s = Story::new();
+    let no = |reason: &str| Event::NotApproved { reason: reason.into() };
+    s.then(no("the name is taken")).is(StateKind::Discovered);
+    assert_eq!((s.m.state.reason.as_str(), s.last.contains(&Action::Save)), ("the name is taken", true));
+    let deadline = s.m.state.deadline;
+    s.then(no("the name is taken"));
+    assert!(s.last.is_empty() && s.m.state.deadline == deadline, "{:?}", s.last);
+    s.then(no("it does not fit"));
+    assert_eq!(s.m.state.reason, "it does not fit");
+    s.approve().then(no("too late")).is(StateKind::Approved);
+    assert_ne!(s.m.state.reason, "too late");
+}
+
 fn rack(n: u8) -> BTreeMap<MachineId, Machine> {
     (1..=n)
         .map(|k| {

@@ -298,7 +298,15 @@ pub enum ControlError {
     OtherImage { machine: String, running: String },
     #[error("the name {0:?} is taken by another machine")]
     NameTaken(String),
-    #[error("{0:?} is no name: 1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit, and no UUID")]
+    #[error(
+        "serial number {serial} is also claimed by {machine}: approve the right one by hand (`kiln machine approve`)"
+    )]
+    SerialClaimed { serial: String, machine: String },
+    #[error("kiln.toml names the identity key of the machine with serial number {serial}, and this one has another")]
+    SerialOfAnotherKey { serial: String },
+    #[error(
+        "{0:?} is no name: 1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit, and no UUID"
+    )]
     BadName(String),
     #[error("a reason is one line of 1 to 200 characters")]
     BadReason,

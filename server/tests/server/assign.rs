@@ -97,6 +97,48 @@ async fn the_list_gives_no_machine_a_name_that_is_taken_or_a_release_that_does_n
     assert_eq!(approvals, 3, "two by the list, one by a person");
 }
 
+/// `[[machine]]` with a serial number in place of an id.
+#[tokio::test]
+async fn a_listed_serial_number_belongs_to_the_first_key_that_claims_it() {
+    let site = TestSite::new();
+    let mine = Agent::new(6, &site.manifest(1));
+    let keyed =
+        format!("[[machine]]\nserial = \"XYZ-2\"\nname = \"keyed\"\nrole = \"lab\"\nkey = \"{}\"", mine.key_id());
+    site.configure(&format!("[[machine]]\nserial = \"abc-1\"\nname = \"desk\"\nrole = \"lab\"\n{keyed}"));
+    let server = Server::start(&site).await;
+    let says = async |agent: &mut Agent, serial: &str| {
+        let mut report = agent.healthy();
+        report.machine.serial = serial.to_owned();
+        agent.send(&server, &report).await
+    };
+    let (mut first, mut second) = (Agent::new(7, &site.manifest(1)), Agent::new(8, &site.manifest(1)));
+    assigned(&says(&mut first, "ABC-1").await);
+    assert_eq!(server.machine("desk").await.id, machine_id(7));
+    let reply = says(&mut second, "ABC-1").await;
+    let words = "lists it as desk with role lab, and it is not approved: serial number abc-1 is also claimed by desk";
+    assert!(waits(&reply).contains(words), "{}", waits(&reply));
+    assert_eq!(server.machine(machine_id(8).as_str()).await.state, "discovered");
+    assigned(&says(&mut first, "ABC-1").await);
+    // Its place is free when it is taken out of service.
+    let answer = server.order("POST", "machines/desk/retire", json!({})).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    assigned(&says(&mut second, "ABC-1").await);
+    assert_eq!(server.machine("desk").await.id, machine_id(8));
+
+    // Where the list names the key, no other claims the serial number.
+    let (mut other, mut mine) = (Agent::new(5, &site.manifest(1)), mine);
+    let reply = says(&mut other, "xyz-2").await;
+    assert!(
+        waits(&reply).contains("names the identity key of the machine with serial number XYZ-2"),
+        "{}",
+        waits(&reply)
+    );
+    let reply = says(&mut mine, "xyz-2").await;
+    assert!(waits(&reply).contains("is also claimed by"), "{}", waits(&reply));
+    says(&mut other, "").await;
+    assigned(&says(&mut mine, "xyz-2").await);
+}
+
 #[tokio::test]
 async fn a_role_that_only_reports_gets_no_release_that_forbids_it() {
     let site = TestSite::new();

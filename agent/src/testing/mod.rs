@@ -4,6 +4,8 @@
 pub mod director;
 #[path = "../../../images/tests/namespace/mod.rs"]
 pub mod namespace;
+#[path = "../../../images/tests/oracle/mod.rs"]
+pub mod oracle;
 pub mod web;
 
 use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};

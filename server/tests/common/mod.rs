@@ -2,6 +2,8 @@
 #![allow(dead_code)]
 
 pub mod chip;
+#[path = "../../../images/tests/oracle/mod.rs"]
+pub mod oracle;
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;

@@ -31,7 +31,7 @@ impl Drop for Driver {
 async fn browser() -> Option<(Driver, Client)> {
     let spawned = Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).process_group(0).spawn();
     let Ok(mut process) = spawned else {
-        println!("skipped: chromedriver is not installed (Debian's chromium-driver); `make setup` installs it");
+        oracle::skipped("chromedriver is not installed (Debian's chromium-driver); `make setup` installs it");
         return None;
     };
     let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();

@@ -362,9 +362,8 @@ pub async fn renew(
     };
     if !whole {
         let [path, _] = files(next);
-        let base = verifier.servers.http.first().ok_or(AgentError::NoServer)?;
         let mut uki = Download::new(expected(error::UKI, &manifest.uki), Some(&path), &meter.uki)?;
-        uki.run(base).await?;
+        uki.run_any(&verifier.servers.http).await?;
         let signed = manifest.clone();
         let mended = on_disk(disk, move |disk| {
             kexec::verify(&File::open(&path).map_err(AgentError::file(&path))?, &signed)?;

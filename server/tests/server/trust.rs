@@ -293,6 +293,9 @@ async fn the_end_of_signed_metadata_is_told() {
         all.iter().all(|expiry| expiry["warning"].is_null())
     })
     .await;
+    // The same command by its other name.
+    let again = done(&["trust", "expire", "--within", "30d", "--site", &path]);
+    assert!(again.starts_with("nothing expires within 30 days"), "{again}");
 }
 
 /// The list of revoked boot programs is offered to a machine that needs none of them, and to no other.

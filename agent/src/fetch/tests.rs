@@ -356,7 +356,7 @@ fn a_transfer_that_nobody_waits_for_closes_its_connection() {
 fn a_prefetch_takes_no_more_of_the_link_than_it_may() {
     let (bytes, expected) = content(512 << 10);
     let files = [(format!("a/{}", expected.sha256), bytes.clone())].into();
-    let (http, _hear) = web::honest(files, std::collections::BTreeMap::new());
+    let (http, _hear) = web::honest(files, BTreeMap::new());
     let dir = tempfile::tempdir().unwrap();
     let disk = File::options().read(true).write(true).create_new(true).open(dir.path().join("disk")).unwrap();
     let place = (disk.try_clone().unwrap(), 4096);

@@ -92,6 +92,11 @@ impl Api {
         })
     }
 
+    /// Another connection of the same machine to the same servers.
+    pub fn another(&self) -> Self {
+        Self { urls: self.urls.clone(), tls: self.tls.clone(), connection: None, server_key: None }
+    }
+
     /// Posts a report. The connection is reused; a stale one is replaced once.
     pub async fn report(&mut self, report: &Report) -> Result<Reply> {
         let deadline = ANSWER + Duration::from_secs(u64::from(report.wait_s));

@@ -7,7 +7,7 @@ use crate::error::{self, AgentError, FailureClass, Result};
 use crate::fetch::{Download, Expected, Scratch};
 use crate::flow::Flow;
 use crate::plan::{self, Leave};
-use crate::verifier::Verifier;
+use crate::verifier::{Servers, Verifier};
 use crate::{facts, kexec};
 use kiln_protocol::slot::{Action, Event, Go, Refusal, SlotId};
 use kiln_protocol::{Assignment, Progress, ReleaseId, Stage, Via};
@@ -96,6 +96,15 @@ impl Meter {
     }
 }
 
+/// What a fetch takes of the verifier.
+pub struct Given {
+    servers: Servers,
+    /// The lowest release of the image that may be written to a disk.
+    floor: u64,
+    /// Bytes a second into a slot.
+    rate: Option<u64>,
+}
+
 /// A release on its way here: the state over several tries. Dropped, it leaves nothing behind.
 pub struct Prefetch {
     release: ReleaseId,
@@ -112,8 +121,9 @@ pub struct Prefetch {
     /// In disk mode: where it goes.
     disk: Option<SharedDisk>,
     order: u64,
-    /// The repository's files that it was verified with.
+    /// The repository's files that it was verified with, and the assignment that was accepted then.
     files: BTreeMap<String, String>,
+    assignment: String,
     /// The slot that is written to or read back, until the release is allowed.
     slot: Option<SlotId>,
     /// How it will be gone to, once it is allowed.
@@ -141,6 +151,7 @@ impl Prefetch {
             disk: None,
             order: assignment.sequence,
             files: BTreeMap::new(),
+            assignment: String::new(),
             slot: None,
             allowed: None,
             prove_first: false,
@@ -163,7 +174,29 @@ impl Prefetch {
     /// release that cannot be fetched is noticed here and not after the restart. It may be dropped at any wait and gone on
     /// with.
     pub async fn run(&mut self, verifier: &mut Verifier) -> Result<()> {
-        let result = self.go_on(verifier).await;
+        let given = self.prepare(verifier).await;
+        self.fetch(given).await
+    }
+
+    /// The short part of a try: all that needs the verifier, which others wait for.
+    pub async fn prepare(&mut self, verifier: &mut Verifier) -> Result<Given> {
+        if self.manifest.is_none() {
+            self.verify(verifier).await?;
+        }
+        let disk = verifier.boot.site.disk.as_ref();
+        Ok(Given {
+            servers: verifier.servers.clone(),
+            floor: verifier.memory.floor(self.release.image.as_str()),
+            rate: disk.and_then(|disk| disk.prefetch_rate),
+        })
+    }
+
+    /// The long part, with what came of the short one.
+    pub async fn fetch(&mut self, given: Result<Given>) -> Result<()> {
+        let result = match given {
+            Ok(given) => self.go_on(&given).await,
+            Err(error) => Err(error),
+        };
         match result.as_ref().map_err(AgentError::class) {
             Ok(()) => {}
             // The next server may be better.
@@ -179,12 +212,9 @@ impl Prefetch {
         result
     }
 
-    async fn go_on(&mut self, verifier: &mut Verifier) -> Result<()> {
-        let manifest = match &self.manifest {
-            Some(manifest) => manifest.clone(),
-            None => self.verify(verifier).await?,
-        };
-        let servers = &verifier.servers.http;
+    async fn go_on(&mut self, given: &Given) -> Result<()> {
+        let manifest = self.manifest.clone().expect("it was verified when it was prepared");
+        let servers = &given.servers.http;
         let base = servers.get(self.turn % servers.len().max(1)).ok_or(AgentError::NoServer)?;
         if !self.uki_verified {
             let [path, _] = files(&self.to);
@@ -198,8 +228,7 @@ impl Prefetch {
             self.uki_verified = true;
         }
         if let Some(disk) = self.disk.clone() {
-            let base = base.clone();
-            return self.install(verifier, &disk, manifest, &base).await;
+            return self.install(given, &disk, manifest, base).await;
         }
         let (_, root) = match &mut self.root {
             Some(root) => root,
@@ -229,16 +258,10 @@ impl Prefetch {
 
     /// Into the idle slot: written, flushed, read back, recomputed, labelled; the UKI and its entry onto the EFI system
     /// partition; and the signed metadata kept. The loader does not see it yet.
-    async fn install(
-        &mut self,
-        verifier: &mut Verifier,
-        disk: &SharedDisk,
-        manifest: Manifest,
-        base: &str,
-    ) -> Result<()> {
+    async fn install(&mut self, given: &Given, disk: &SharedDisk, manifest: Manifest, base: &str) -> Result<()> {
         if self.slot.is_none() {
             let assign = Event::Assign(machine::content(&manifest)?, self.order, Go::Leave(self.via));
-            let floor = verifier.memory.floor(&manifest.image);
+            let floor = given.floor;
             let begun = on_disk(disk, move |disk| {
                 disk.event(Event::Floor(floor), None)?;
                 if disk.slots().install.is_some() {
@@ -247,7 +270,7 @@ impl Prefetch {
                 disk.event(assign, None)
             });
             match begun.await {
-                Ok(actions) => self.begin(disk, &manifest, verifier, &actions).await?,
+                Ok(actions) => self.begin(disk, &manifest, given.rate, &actions).await?,
                 Err(AgentError::Disk(DiskError::Refused(refusal @ Refusal::ProveFirst))) => {
                     self.note = Some(format!("{refusal}; then the release is fetched"));
                     (self.prove_first, self.uki) = (true, None);
@@ -260,11 +283,8 @@ impl Prefetch {
             root.run(base).await?;
         }
         let (slot, [uki, _]) = (self.slot.ok_or(AgentError::Superseded)?, files(&self.to));
-        let record = Record {
-            files: self.files.clone(),
-            assignment: verifier.accepted.clone().unwrap_or_default(),
-            servers: verifier.servers.clone(),
-        };
+        let record =
+            Record { files: self.files.clone(), assignment: self.assignment.clone(), servers: given.servers.clone() };
         let (root_hash, order) = (machine::content(&manifest)?.root_hash, self.order);
         let allowed = on_disk(disk, move |disk| {
             let via = disk.finish_install(slot, &manifest, &record, &uki)?;
@@ -280,7 +300,7 @@ impl Prefetch {
         &mut self,
         disk: &SharedDisk,
         manifest: &Manifest,
-        verifier: &Verifier,
+        rate: Option<u64>,
         actions: &[Action],
     ) -> Result<()> {
         for action in actions {
@@ -290,29 +310,29 @@ impl Prefetch {
             if let Action::Fetch(slot, _) = action {
                 let (slot, length) = (*slot, manifest.root.length);
                 let place = on_disk(disk, move |disk| disk.place(slot, length)).await?;
-                let cap = verifier.boot.site.disk.as_ref().and_then(|disk| disk.prefetch_rate);
                 let root = expected(error::ROOT, &manifest.root);
-                self.root = Some((Leave::Cold, Download::onto(root, place, cap, &self.meter.root)));
+                self.root = Some((Leave::Cold, Download::onto(root, place, rate, &self.meter.root)));
             }
         }
         Ok(())
     }
 
-    async fn verify(&mut self, verifier: &mut Verifier) -> Result<Manifest> {
+    async fn verify(&mut self, verifier: &mut Verifier) -> Result<()> {
         let verified = verifier.verify_metadata(&self.release).await?;
         if verified.manifest_sha256 != self.manifest_sha256 {
             let (expected, got) = (verified.manifest_sha256, self.manifest_sha256.clone());
             return Err(AgentError::ManifestMismatch { expected, got });
         }
         self.files = verified.files;
+        self.assignment = verifier.accepted.clone().unwrap_or_default();
         let manifest = verified.manifest;
         verifier.may_run(&manifest)?;
         if manifest.uki.length > UKI_LIMIT {
             return Err(AgentError::Uki(format!("{} bytes; at most {UKI_LIMIT} are read", manifest.uki.length)));
         }
         self.meter.total.store(manifest.uki.length.saturating_add(manifest.root.length), Ordering::Relaxed);
-        self.manifest = Some(manifest.clone());
-        Ok(manifest)
+        self.manifest = Some(manifest);
+        Ok(())
     }
 
     /// What [`Self::run`] made, once it has succeeded.

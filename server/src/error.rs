@@ -44,6 +44,10 @@ pub enum StoreError {
     Open { path: PathBuf, source: sqlx::Error },
     #[error("database: {0}")]
     Sql(#[from] sqlx::Error),
+    #[error(
+        "the disk of the database is full: nothing of this was done, and what was stored before is kept. Free some room"
+    )]
+    Full,
     #[error("the database is of version {got}, this kiln knows {known}: it was written by a newer one")]
     TooNew { known: i64, got: i64 },
     #[error("the database's row for {id} cannot be read: {reason}")]
@@ -52,6 +56,23 @@ pub enum StoreError {
     Closed,
     #[error("a machine's record cannot be written as JSON: {0}")]
     Json(#[from] serde_json::Error),
+}
+
+impl StoreError {
+    /// SQLite's code for a full disk is 13 (<https://sqlite.org/rescode.html#full>).
+    pub(crate) fn or_full(self) -> Self {
+        if let Self::Sql(sqlx::Error::Database(error)) = &self
+            && error.code().as_deref() == Some("13")
+        {
+            return Self::Full;
+        }
+        self
+    }
+
+    /// The same for each who waited for one transaction.
+    pub(crate) fn again(&self) -> Self {
+        if matches!(self, Self::Full) { Self::Full } else { Self::Sql(sqlx::Error::Protocol(self.to_string())) }
+    }
 }
 
 /// A machine's log is not kept, or not shown.

@@ -27,7 +27,8 @@ pub(crate) fn start(format: Option<LogFormat>) {
     let terminal = io::stderr().is_terminal();
     let format = format.unwrap_or(if terminal { LogFormat::Text } else { LogFormat::Json });
     let filter = EnvFilter::try_from_env("KILN_LOG").unwrap_or_else(|_| EnvFilter::new("info,sqlx=warn"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    // A line that cannot be written (a full disk) is lost: to say so on standard error would end the task that wrote it.
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).log_internal_errors(false).with_writer(io::stderr);
     let _ = match format {
         LogFormat::Text => builder.with_ansi(terminal).event_format(Lines { terminal }).try_init(),
         LogFormat::Json => builder.with_writer(|| TameJson(io::stderr())).json().flatten_event(true).try_init(),

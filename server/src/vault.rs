@@ -70,9 +70,10 @@ impl Vault {
         let draft = path.with_extension("new");
         let _ = std::fs::remove_file(&draft);
         let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft).map_err(failed)?;
-        file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(failed)?;
+        let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
         // Never over another key: what that one sealed would be lost.
-        std::fs::hard_link(&draft, path).and_then(|()| std::fs::remove_file(&draft)).map_err(failed)?;
+        let linked = written.and_then(|()| std::fs::hard_link(&draft, path));
+        std::fs::remove_file(&draft).and(linked).map_err(failed)?;
         let folder = path.parent().unwrap_or(Path::new("."));
         File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)?;
         key_of(bytes).map(Self).ok_or(SecretError::Sealing)

@@ -25,7 +25,7 @@ use crate::verifier::Verifier;
 use crate::{attest, dbx, exec};
 use duty::{Action, Duty, Event};
 use kiln_protocol::{
-    Condition, DbxOutcome, DbxState, Health, Nonce, ReleaseId, Reply, Report, RoleSettings, Stage, Turn,
+    Condition, DbxOutcome, DbxState, Health, KeyId, Nonce, ReleaseId, Reply, Report, RoleSettings, Stage, Turn,
 };
 use leave::Door;
 use next::{ORDER_PAUSE, Selects, claimed, claimed_settings};
@@ -78,6 +78,8 @@ struct Service {
     verifier: Rc<Mutex<Verifier>>,
     /// Likewise by the report on its way.
     api: Rc<Mutex<Api>>,
+    /// What proofs are sent by, and whose they are: neither waits for the verifier.
+    prover: (Api, KeyId),
     door: Door,
     here: ReleaseId,
     /// [`Verifier::put_up`].
@@ -126,6 +128,7 @@ impl Service {
     fn new(verifier: Verifier, journal: Journal, next: impl Into<PathBuf>, door: Door) -> Result<Self> {
         let (site, key, settings) = (&verifier.boot.site, &verifier.key, verifier.settings.clone());
         let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, key, &verifier.clock)?;
+        let prover = (api.another(), verifier.key_id());
         Ok(Self {
             duty: Duty::new(),
             journal,
@@ -133,6 +136,7 @@ impl Service {
             put_up: verifier.put_up,
             verifier: Rc::new(Mutex::new(verifier)),
             api: Rc::new(Mutex::new(api)),
+            prover,
             door,
             next: next.into(),
             newest: None,
@@ -306,21 +310,14 @@ impl Service {
 
     /// Proves to the server what was booted: where it could not be asked in the initramfs, and for the secrets.
     fn attest(&mut self, ask: bool) {
-        // A job that holds the verifier goes on; the next reply asks again.
-        let Ok(verifier) = self.verifier.try_lock() else { return };
         if self.proof.as_ref().is_some_and(|proof| !proof.is_finished()) {
             return;
         }
-        let (site, key) = (&verifier.boot.site, &verifier.key);
-        let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, key, &verifier.clock);
+        let (mut api, key) = (self.prover.0.another(), self.prover.1.clone());
         let (machine, boot_id) = (self.journal.machine.id.clone(), self.journal.state.boot_id.clone());
-        let key = verifier.key_id();
         let taker = self.secrets.taker(ask, &self.door.systemctl);
         self.proof = Some(tokio::spawn(async move {
-            let proven = match api {
-                Ok(mut api) => attest::prove(&mut api, &machine, &boot_id, &key, ask).await,
-                Err(error) => Err(error),
-            };
+            let proven = attest::prove(&mut api, &machine, &boot_id, &key, ask).await;
             match proven {
                 Ok(proved) => {
                     let judged = &proved.judged;

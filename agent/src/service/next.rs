@@ -91,14 +91,14 @@ impl Service {
         let (here, next, meter) = (self.here.clone(), self.next.clone(), Arc::clone(&self.meter));
         let disk = self.disk.clone();
         Box::pin(async move {
-            let verifier = &mut *verifier.lock().await;
+            let mut verifier = verifier.lock().await;
             let mut prefetch = match prefetch {
                 Some(prefetch) => prefetch,
-                None => match believe(verifier, &here, &target, newest).await {
+                None => match believe(&mut verifier, &here, &target, newest).await {
                     // What runs once more.
                     Ok((assignment, ..)) if disk.is_some() && target.release == here => {
                         let Some(disk) = disk else { return Event::Time.into() };
-                        return match change::renew(verifier, &disk, &assignment, &next, &meter).await {
+                        return match change::renew(&mut verifier, &disk, &assignment, &next, &meter).await {
                             Ok(ready) => {
                                 Done { event: Event::Fetched(ready.note.clone()), prefetch: None, ready: Some(ready) }
                             }
@@ -119,7 +119,10 @@ impl Service {
                     Err((stage, error)) => return Event::Failed(trouble(stage, &error, false)).into(),
                 },
             };
-            match prefetch.run(verifier).await {
+            let given = prefetch.prepare(&mut verifier).await;
+            // An operator's order, settings and lists are not to wait for a long transfer.
+            drop(verifier);
+            match prefetch.fetch(given).await {
                 Ok(()) => {
                     let ready = prefetch.into_ready();
                     let note = ready.as_ref().and_then(|ready| ready.note.clone());

@@ -4,7 +4,6 @@ use crate::Millis;
 use crate::event::Action;
 use crate::machine::Machine;
 use crate::protection::Recorded;
-use crate::state::StateKind;
 use crate::step::{save, wake};
 use kiln_protocol::{AttestationState, KeyId, ProtectionClass, ReleaseId, Sha256Hex, TpmPresence};
 use serde::{Deserialize, Serialize};
@@ -191,17 +190,8 @@ impl Machine {
             out.push(Action::Say { warn, text: format!("{state}: {reason}") });
         }
         self.attestations.boot = Some(BootProof { boot_id, endorsement, state, reason, at: now, carried, firmware });
-        match self.state.kind {
-            StateKind::Discovered | StateKind::Retired => {}
-            StateKind::Approved
-            | StateKind::Booting
-            | StateKind::Healthy
-            | StateKind::Degraded
-            | StateKind::Unreachable
-            | StateKind::Draining
-            | StateKind::Reimaging
-            | StateKind::FellBack
-            | StateKind::Quarantined => self.pin_tpm(),
+        if self.state.kind.in_fleet() {
+            self.pin_tpm();
         }
         save(out);
         wake(out);

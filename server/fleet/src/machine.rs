@@ -292,23 +292,13 @@ impl Machine {
     /// its `limit` boots, those that are not confirmed yet included, is answered with the last-known-good release also
     /// before [`crate::Event::Asked`] assigns it.
     pub fn boot_release(&self, limit: u32) -> Option<&ReleaseId> {
-        match self.state.kind {
-            StateKind::Discovered | StateKind::Retired => None,
-            StateKind::Approved
-            | StateKind::Booting
-            | StateKind::Healthy
-            | StateKind::Degraded
-            | StateKind::Unreachable
-            | StateKind::Draining
-            | StateKind::Reimaging
-            | StateKind::FellBack
-            | StateKind::Quarantined => {
-                let assigned = self.assigned.as_ref().map(|a| &a.release);
-                let attempts = self.attempts_if_believed() + u32::from(self.jumped());
-                let spent = self.is_trial() && attempts >= limit;
-                if spent { self.last_good().or(assigned) } else { assigned }
-            }
+        if !self.state.kind.in_fleet() {
+            return None;
         }
+        let assigned = self.assigned.as_ref().map(|a| &a.release);
+        let attempts = self.attempts_if_believed() + u32::from(self.jumped());
+        let spent = self.is_trial() && attempts >= limit;
+        if spent { self.last_good().or(assigned) } else { assigned }
     }
 
     /// It does its work: seen healthy, and nothing since says otherwise.
@@ -330,8 +320,7 @@ impl Machine {
 
     /// It is one of those whose absence counts against the limit.
     pub fn counts(&self) -> bool {
-        let in_fleet = !matches!(self.state.kind, StateKind::Discovered | StateKind::Retired);
-        in_fleet && self.excused.is_none() && !self.awaits_acceptance()
+        self.state.kind.in_fleet() && self.excused.is_none() && !self.awaits_acceptance()
     }
 
     /// It speaks, does not do its work, and is not let go: it stays where it is.

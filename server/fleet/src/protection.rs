@@ -4,7 +4,6 @@
 use crate::Millis;
 use crate::event::Action;
 use crate::machine::Machine;
-use crate::state::StateKind;
 use crate::step::save;
 use kiln_protocol::{AttestationState, ProtectionClass, TpmPresence};
 use serde::{Deserialize, Serialize};
@@ -39,17 +38,8 @@ impl Machine {
 
     /// Records what changed, of machines that a person approved: others can be made up.
     pub(crate) fn record_protection(&mut self, now: Millis, out: &mut Vec<Action>) {
-        match self.state.kind {
-            StateKind::Discovered | StateKind::Retired => return,
-            StateKind::Approved
-            | StateKind::Booting
-            | StateKind::Healthy
-            | StateKind::Degraded
-            | StateKind::Unreachable
-            | StateKind::Draining
-            | StateKind::Reimaging
-            | StateKind::FellBack
-            | StateKind::Quarantined => {}
+        if !self.state.kind.in_fleet() {
+            return;
         }
         let (Some((state, reason)), Some(class)) = (self.verdict(now), self.protection()) else { return };
         let first = Recorded { state, class, since: now, changes: 0 };

@@ -48,6 +48,22 @@ impl StateKind {
         Self::Retired,
     ];
 
+    /// A person said what the machine is for, and has not taken it out of service since.
+    pub fn in_fleet(self) -> bool {
+        match self {
+            Self::Discovered | Self::Retired => false,
+            Self::Approved
+            | Self::Booting
+            | Self::Healthy
+            | Self::Degraded
+            | Self::Unreachable
+            | Self::Draining
+            | Self::Reimaging
+            | Self::FellBack
+            | Self::Quarantined => true,
+        }
+    }
+
     /// The word of it, the same everywhere.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -3,7 +3,7 @@
 use super::Control;
 use crate::catalog::Catalog;
 use crate::view::{DbxLackingView, DbxView};
-use kiln_fleet::{Machine, StateKind};
+use kiln_fleet::Machine;
 use kiln_protocol::{DbxOffer, DbxOutcome, ReleaseId, Sha256Hex, dbx_hold};
 
 /// The list of a site.
@@ -55,18 +55,7 @@ impl Control {
     pub fn dbx(&self) -> Option<DbxView> {
         let list = List::of(&self.catalog())?;
         let inner = self.lock();
-        let known = inner.machines.values().filter(|m| match m.state.kind {
-            StateKind::Discovered | StateKind::Retired => false,
-            StateKind::Approved
-            | StateKind::Booting
-            | StateKind::Healthy
-            | StateKind::Degraded
-            | StateKind::Unreachable
-            | StateKind::Draining
-            | StateKind::Reimaging
-            | StateKind::FellBack
-            | StateKind::Quarantined => true,
-        });
+        let known = inner.machines.values().filter(|m| m.state.kind.in_fleet());
         let lacking = known
             .filter_map(|m| Some(DbxLackingView { machine: m.title().to_owned(), why: list.lacking(m)? }))
             .collect();

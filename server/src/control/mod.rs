@@ -125,7 +125,7 @@ pub struct Control {
     expected: expected::Expected,
     /// People and programs. Locked after the fleet, where both are.
     pub access: Access,
-    secrets: secrets::Secrets,
+    secrets: Arc<secrets::Secrets>,
     /// The identity provider, if there is one.
     pub(crate) oidc: Option<Provider>,
     /// Held reports.
@@ -188,7 +188,7 @@ impl Control {
             withheld: releases::Withheld::default(),
         };
         let access = Access::load(&store).await?;
-        let secrets = secrets::Secrets::load(&store, site.online("secrets.key")).await?;
+        let secrets = Arc::new(secrets::Secrets::load(&store, site.online("secrets.key")).await?);
         let oidc = config.oidc.clone().map(Provider::new).transpose().map_err(AccessError::from)?;
         for (id, mut stored) in store.load().await? {
             stored.machine.pin(config.key_of(&id));

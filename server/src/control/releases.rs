@@ -51,6 +51,17 @@ impl Control {
         uses
     }
 
+    /// Whether each of these is withheld by now, or needed: who asks for it once more, to prune, changes nothing.
+    pub(super) fn is_withheld(&self, image: &ImageName, releases: &BTreeSet<u64>) -> bool {
+        let now = now_ms();
+        let inner = self.lock();
+        let needs: BTreeSet<ReleaseId> = inner.machines.values().flat_map(kiln_fleet::Machine::needs).collect();
+        releases.iter().all(|number| {
+            let release = ReleaseId { image: image.clone(), release: *number };
+            needs.contains(&release) || inner.withheld.0.get(&release).is_some_and(|until| now < *until)
+        })
+    }
+
     /// Of releases that are to be taken out: which ones machines need. The others are given to nobody from now on.
     pub(crate) fn withhold(&self, image: &ImageName, releases: &BTreeSet<u64>) -> BTreeSet<u64> {
         let catalog = self.catalog();

@@ -7,14 +7,17 @@ use crate::access::calls::Call;
 use crate::access::{Asker, Caller, Credential, Kept, Known, SessionOf, alone, behind, random, surplus};
 use crate::audit::Line;
 use crate::error::{AccessError, ControlError};
+use crate::http::releases::Numbers;
 use crate::view::PendingView;
 use kiln_fleet::Millis;
 use kiln_fleet::access::{AccessRole, Proposal, ProposalEvent, ProposalState};
-use kiln_protocol::{cut_at, printable};
+use kiln_protocol::{ImageName, cut_at, printable};
 use std::fmt::Write;
 
 /// Where the calls about one machine are.
 pub(crate) const MACHINES: &str = "/api/v1/machines/";
+/// And those about the releases of one image.
+const RELEASES: &str = "/api/v1/releases/";
 /// Of what somebody asks for, so much is shown.
 const SHOWN: usize = 600;
 /// Longest call that waits for a second person.
@@ -48,7 +51,7 @@ impl Control {
         let access = &self.config.access;
         let action = asked.call.action;
         if access.four_eyes.contains(action) {
-            return true;
+            return action != "prune" || !self.prune_was_confirmed(asked);
         }
         if action == "token" && access.four_eyes.contains("admin-token") {
             // What cannot be read is refused by the call itself.
@@ -56,12 +59,22 @@ impl Control {
             return body.is_some_and(|body| body["role"] == AccessRole::Admin.as_str());
         }
         match (action, access.assign_alone, asked.machine) {
-            ("assign", Some(alone), Some(machine)) => {
+            ("assign", Some(limit), Some(machine)) => {
                 let id = self.lock().resolve(machine).map_or_else(|_| machine.to_owned(), |id| id.to_string());
-                !self.access.lock().spree.take(&caller.name, &id, alone, now_ms())
+                let mut known = self.access.lock();
+                let who = alone(&caller.name, &known.tokens);
+                !known.spree.take(&who, &id, limit, now_ms())
             }
             _ => false,
         }
+    }
+
+    /// What a prune asks for was done when another confirmed it. Whoever prunes asks once more, and goes on with the answer.
+    fn prune_was_confirmed(&self, asked: &Asked<'_>) -> bool {
+        let rest = asked.path.strip_prefix(RELEASES);
+        let image: Option<ImageName> = rest.and_then(|rest| rest.split('/').next()?.parse().ok());
+        let numbers: Option<Numbers> = serde_json::from_str(asked.body).ok();
+        image.zip(numbers).is_some_and(|(image, numbers)| self.is_withheld(&image, &numbers.releases))
     }
 
     /// Keeps a call until a second person confirms it.

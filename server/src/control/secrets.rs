@@ -9,10 +9,10 @@ use crate::audit::Line;
 use crate::catalog::Catalog;
 use crate::credential;
 use crate::error::{ControlError, SecretError, StoreError};
-use crate::store::Store;
+use crate::store::{Commit, Store};
 use crate::vault::{OVERHEAD, Vault, forget, seal_once};
 use crate::view::SecretView;
-use kiln_fleet::{Barred, Machine, Millis, StateKind};
+use kiln_fleet::{Barred, Machine, Millis};
 use kiln_protocol::tpm::{self, EccPoint, Template};
 use kiln_protocol::{
     Delivered, HexBytes, KeyId, MachineId, Nonce, ReleaseId, SECRET_LIMIT, SECRETS_OF_A_MACHINE, SecretName, SecretSet,
@@ -104,6 +104,8 @@ struct Known {
 #[derive(Debug)]
 pub(super) struct Secrets {
     known: Mutex<Known>,
+    /// Held by whoever changes one, until that is stored.
+    changes: Arc<tokio::sync::Mutex<()>>,
     key: PathBuf,
 }
 
@@ -124,13 +126,40 @@ impl Secrets {
             tracing::error!("{} is missing: nobody is given the secrets that it sealed; restore it", key.display());
         }
         let kept = kept.into_iter().map(|kept| ((kept.of.clone(), kept.name.clone()), kept)).collect();
-        Ok(Self { known: Mutex::new(Known { kept, newest, vault: vault.map(Arc::new), given: BTreeMap::new() }), key })
+        let known = Known { kept, newest, vault: vault.map(Arc::new), given: BTreeMap::new() };
+        Ok(Self { known: Mutex::new(known), changes: Arc::default(), key })
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.known.lock().expect("no code panics under this lock")
     }
+
+    /// The only one who changes something.
+    async fn turn(&self) -> Turn {
+        Arc::clone(&self.changes).lock_owned().await
+    }
+
+    /// Takes a change over once it is stored, also if whoever asked for it goes meanwhile: its connection may break. What is not
+    /// stored is given to nobody, and nothing is lost for it.
+    async fn when_stored(
+        self: &Arc<Self>,
+        turn: Turn,
+        commit: Commit,
+        change: impl FnOnce(&mut Known) + Send + 'static,
+    ) -> Result<(), StoreError> {
+        let secrets = Arc::clone(self);
+        let stored = tokio::spawn(async move {
+            commit.wait().await?;
+            change(&mut secrets.lock());
+            drop(turn);
+            Ok::<(), StoreError>(())
+        });
+        stored.await.unwrap_or(Err(StoreError::Closed))
+    }
 }
+
+/// See [`Secrets::turn`].
+type Turn = tokio::sync::OwnedMutexGuard<()>;
 
 impl Known {
     /// What there is for a machine whose release wants these.
@@ -172,18 +201,9 @@ pub(super) fn barred(catalog: &Catalog) -> Barred {
 impl Control {
     /// What a machine shall hold; none: nobody can say, so that it keeps what it has.
     fn wanted_secrets(&self, machine: &Machine, catalog: &Catalog) -> Option<SecretVersions> {
-        match machine.state.kind {
+        if !machine.state.kind.in_fleet() {
             // It gets nothing, and what it has is to go.
-            StateKind::Discovered | StateKind::Retired => return Some(SecretVersions::new()),
-            StateKind::Approved
-            | StateKind::Booting
-            | StateKind::Healthy
-            | StateKind::Degraded
-            | StateKind::Unreachable
-            | StateKind::Draining
-            | StateKind::Reimaging
-            | StateKind::FellBack
-            | StateKind::Quarantined => {}
+            return Some(SecretVersions::new());
         }
         let wanted = wants(machine, catalog)?;
         let known = self.secrets.lock();
@@ -206,23 +226,24 @@ impl Control {
         mut value: Vec<u8>,
         by: &Caller,
     ) -> Result<SecretView, ControlError> {
-        let done = self.keep_secret(name, of, &value, by);
+        let turn = self.secrets.turn().await;
+        let sealed = self.seal_secret(name, of, &value, by);
         forget(&mut value);
-        let (key, commits) = done?;
-        for commit in commits {
-            commit.wait().await?;
-        }
+        let (kept, commit) = sealed?;
+        let key = (kept.of.clone(), kept.name.clone());
+        let put = key.clone();
+        self.secrets.when_stored(turn, commit, move |known| drop(known.kept.insert(put, kept))).await?;
         self.wake();
         self.secret_view(&key)
     }
 
-    fn keep_secret(
+    fn seal_secret(
         &self,
         name: &str,
         of: SecretFor,
         value: &[u8],
         by: &Caller,
-    ) -> Result<((SecretFor, SecretName), Vec<crate::store::Commit>), ControlError> {
+    ) -> Result<(Kept, Commit), ControlError> {
         let name: SecretName = name.parse().map_err(SecretError::Name)?;
         if value.is_empty() || value.len() > SECRET_LIMIT {
             return Err(SecretError::Length { got: value.len() }.into());
@@ -255,32 +276,24 @@ impl Control {
         let kept = Kept { of: of.clone(), name: name.clone(), version, at: now, by: by.name.clone(), sealed };
         let note = serde_json::to_string(&kept).map_err(StoreError::from)?;
         let what = format!("set the secret {name} of {}: version {version}", of.words());
-        let commits = vec![
-            self.store.remember(NEWEST, version.to_string()),
-            self.store.remember(Kept::note(of, name), note),
-            self.store.audit(Line::done(now, &by.who(), "", what)),
-        ];
+        let notes = [(NEWEST.to_owned(), version.to_string()), (Kept::note(of, name), note)];
+        let commit = self.store.remember_all(notes, Line::done(now, &by.who(), "", what));
+        // Also if it is not stored: no number is given twice.
         known.newest = version;
-        known.kept.insert(key.clone(), kept);
-        Ok((key, commits))
+        Ok((kept, commit))
     }
 
     /// Removes a secret: machines that hold it forget it at their next report.
     pub async fn secret_remove(&self, name: &str, of: SecretFor, by: &Caller) -> Result<SecretView, ControlError> {
         let name: SecretName = name.parse().map_err(SecretError::Name)?;
         let key = (of, name);
+        let turn = self.secrets.turn().await;
         let view = self.secret_view(&key)?;
-        let commits = {
-            let mut known = self.secrets.lock();
-            let (of, name) = &key;
-            let kept = known.kept.remove(&key);
-            let kept = kept.ok_or_else(|| SecretError::None { name: name.to_string(), of: of.words() })?;
-            let what = format!("removed the secret {name} of {}: version {}", of.words(), kept.version);
-            [self.store.erase(Kept::note(of, name)), self.store.audit(Line::done(now_ms(), &by.who(), "", what))]
-        };
-        for commit in commits {
-            commit.wait().await?;
-        }
+        let (of, name) = &key;
+        let what = format!("removed the secret {name} of {}: version {}", of.words(), view.version);
+        let line = Line::done(now_ms(), &by.who(), "", what);
+        let commit = self.store.erase_told(Kept::note(of, name), line);
+        self.secrets.when_stored(turn, commit, move |known| drop(known.kept.remove(&key))).await?;
         self.wake();
         Ok(view)
     }

@@ -171,7 +171,8 @@ impl Control {
         Ok((head, signed))
     }
 
-    /// Lets time pass for people: deadlines of second persons, refusals that were counted, and the daily head, in the log and beside the database. For ever.
+    /// Lets time pass for people: deadlines of second persons, refusals that were counted, and the daily head, in the log and beside
+    /// the database. For ever.
     pub(crate) async fn watch_people(&self) {
         let mut said = 0;
         loop {

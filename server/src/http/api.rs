@@ -105,6 +105,7 @@ impl From<ControlError> for ApiError {
             ControlError::NotItsKey(_) => StatusCode::FORBIDDEN,
             ControlError::TooLongForAStranger { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ControlError::TooManyUnknown | ControlError::TooManyOrders { .. } => StatusCode::TOO_MANY_REQUESTS,
+            ControlError::Store(StoreError::Full) => StatusCode::INSUFFICIENT_STORAGE,
             ControlError::Sign(_) | ControlError::Store(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         Self(status, e.to_string())

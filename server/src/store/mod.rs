@@ -85,7 +85,7 @@ type Done = oneshot::Sender<Result<(), StoreError>>;
 #[derive(Debug, Clone)]
 pub struct Store {
     pool: AnyPool,
-    intents: mpsc::UnboundedSender<(Intent, Option<Done>)>,
+    intents: mpsc::UnboundedSender<(Vec<Intent>, Option<Done>)>,
 }
 
 /// A commit that is under way.
@@ -226,17 +226,33 @@ impl Store {
 
     /// Last-seen times: nobody waits for them.
     pub(crate) fn seen(&self, seen: BTreeMap<MachineId, u64>) {
-        let _ = self.intents.send((Intent::Seen(seen), None));
+        let _ = self.intents.send((vec![Intent::Seen(seen)], None));
     }
 
     pub(crate) fn audit(&self, line: Line) -> Commit {
         self.send(Intent::Audit(line))
     }
 
+    /// Remembers values, and writes the record that tells of them: all of it, or nothing.
+    pub(crate) fn remember_all(&self, notes: impl IntoIterator<Item = (String, String)>, line: Line) -> Commit {
+        let notes = notes.into_iter().map(|(key, value)| Intent::Note { key, value });
+        self.send_all(notes.chain([Intent::Audit(line)]).collect())
+    }
+
+    /// The same of a value that is forgotten.
+    pub(crate) fn erase_told(&self, key: String, line: Line) -> Commit {
+        self.send_all(vec![Intent::Erase { key }, Intent::Audit(line)])
+    }
+
     fn send(&self, intent: Intent) -> Commit {
+        self.send_all(vec![intent])
+    }
+
+    /// They share a transaction.
+    fn send_all(&self, intents: Vec<Intent>) -> Commit {
         let (done, wait) = oneshot::channel();
         // If the writer is gone the sender is dropped, and the wait says so.
-        let _ = self.intents.send((intent, Some(done)));
+        let _ = self.intents.send((intents, Some(done)));
         Commit(wait)
     }
 }

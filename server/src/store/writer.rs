@@ -7,10 +7,10 @@ use sqlx::any::AnyRow;
 use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Row};
 use tokio::sync::mpsc;
 
-/// Intents that share a transaction at most.
+/// Calls whose intents share a transaction at most.
 const BATCH: usize = 256;
 
-pub(super) async fn run(pool: AnyPool, mut inbox: mpsc::UnboundedReceiver<(Intent, Option<Done>)>) {
+pub(super) async fn run(pool: AnyPool, mut inbox: mpsc::UnboundedReceiver<(Vec<Intent>, Option<Done>)>) {
     let mut batch = Vec::with_capacity(BATCH);
     while inbox.recv_many(&mut batch, BATCH).await > 0 {
         let (intents, waiting): (Vec<_>, Vec<_>) = batch.drain(..).unzip();
@@ -18,23 +18,34 @@ pub(super) async fn run(pool: AnyPool, mut inbox: mpsc::UnboundedReceiver<(Inten
         if let Err(error) = &result {
             tracing::error!(%error, "the database was not written; nobody is told otherwise");
         }
-        let text = result.err().map(|e| e.to_string());
         for done in waiting.into_iter().flatten() {
-            let _ = done.send(match &text {
-                None => Ok(()),
-                Some(reason) => Err(StoreError::Sql(sqlx::Error::Protocol(reason.clone()))),
+            let _ = done.send(match &result {
+                Ok(()) => Ok(()),
+                Err(error) => Err(error.again()),
             });
         }
     }
     pool.close().await;
 }
 
-async fn commit(pool: &AnyPool, intents: &[Intent]) -> Result<(), StoreError> {
-    let mut transaction = pool.begin().await?;
-    for intent in intents {
-        write(&mut transaction, intent).await?;
+/// All of it or nothing. The transaction is begun and ended by its own statements: where the disk is full SQLite ends it by itself,
+/// which sqlx does not see, and would then take the next one for a part of it and never commit that.
+async fn commit(pool: &AnyPool, intents: &[Vec<Intent>]) -> Result<(), StoreError> {
+    let mut db = pool.acquire().await?;
+    let result = transaction(&mut db, intents).await;
+    if result.is_err() {
+        // It may be over already.
+        let _ = sqlx::query("ROLLBACK").execute(&mut *db).await;
     }
-    transaction.commit().await?;
+    result.map_err(StoreError::or_full)
+}
+
+async fn transaction(db: &mut AnyConnection, intents: &[Vec<Intent>]) -> Result<(), StoreError> {
+    sqlx::query("BEGIN").execute(&mut *db).await?;
+    for intent in intents.iter().flatten() {
+        write(db, intent).await?;
+    }
+    sqlx::query("COMMIT").execute(&mut *db).await?;
     Ok(())
 }
 

@@ -3,6 +3,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../../../images/tests/namespace/mod.rs"]
+mod namespace;
 
 mod access;
 mod agent_api;
@@ -11,6 +13,7 @@ mod attestation;
 mod audit;
 mod condition;
 mod crowd;
+mod disk_full;
 mod expected;
 mod fuzzed;
 mod held_reports;

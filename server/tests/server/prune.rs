@@ -74,3 +74,25 @@ async fn what_machines_run_shall_run_or_would_fall_back_to_stays() {
     assert!(done && text.starts_with("no longer published: minimal/1, minimal/3\n"), "{text}");
     assert!(text.contains("artifacts of 2 releases stay"), "{text}");
 }
+
+#[tokio::test]
+async fn a_prune_that_needs_two_goes_on_once_another_has_confirmed_it() {
+    let site = TestSite::new();
+    site.configure("[access]\nfour_eyes = [\"prune\"]");
+    (2..=3).for_each(|release| drop(site.publish(release)));
+    let server = Server::start(&site).await;
+    let (ann, ben) = (server.token("ann", "operator").await, server.token("ben", "operator").await);
+    let file = site.path().join("token");
+    std::fs::write(&file, ann).unwrap();
+    let url = format!("http://{}", server.http);
+    let there = ["--keep", "1", "--grace", "0s", "--server", &url, "--token-file", file.to_str().unwrap()];
+    let (done, text) = prune(&site, &there);
+    assert!(!done && text.contains("another person confirms it"), "{text}");
+    assert_eq!(published(&server).await.len(), 3);
+    let pending = server.with(&ben, "GET", "pending", serde_json::Value::Null).await.json();
+    let id = pending[0]["id"].as_str().unwrap().to_owned();
+    let confirmed = server.with(&ben, "POST", &format!("pending/{id}/confirm"), serde_json::json!({})).await;
+    assert_eq!(confirmed.status, hyper::StatusCode::OK, "{}", confirmed.text());
+    let (done, text) = prune(&site, &there);
+    assert!(done && text.starts_with("no longer published: minimal/1, minimal/2\n"), "{text}");
+}

@@ -131,6 +131,16 @@ fn failed(report: &Report, stage: Stage) -> Option<&str> {
     })
 }
 
+/// A machine that runs the site's one release, healthy under its director.
+fn healthy_on_1(may_go: bool) -> (TestSite, Director, Machine) {
+    let site = TestSite::new(1);
+    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+    let director = Director::start(&site, (1, 4, Via::Cold, may_go));
+    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
+    director.wait("of health", Instant::now(), PATIENCE, healthy);
+    (site, director, machine)
+}
+
 /// A gate in the middle of this file.
 fn gate(path: &str) -> (Arc<Gate>, Gates) {
     let gate = Arc::<Gate>::default();
@@ -301,12 +311,8 @@ fn wipe_order(site: &TestSite, n: u8, signer: &kiln_release::Signer) -> String {
 
 #[test]
 fn a_running_machine_goes_to_be_wiped_by_an_operators_word_and_not_by_its_servers() {
-    let site = TestSite::new(1);
-    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
-    let director = Director::start(&site, (1, 4, Via::Cold, true));
-    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
+    let (site, director, machine) = healthy_on_1(true);
     let begun = Instant::now();
-    director.wait("of health", begun, PATIENCE, healthy);
 
     director.give(Some(wipe_order(&site, 1, &site.director)));
     director.wait("of the refusal", begun, PATIENCE, |r| failed(r, Stage::Wipe) == Some("order-bad-signature"));
@@ -318,14 +324,28 @@ fn a_running_machine_goes_to_be_wiped_by_an_operators_word_and_not_by_its_server
     assert_eq!(machine.left.recv_timeout(PATIENCE).unwrap(), "reboot", "the initramfs does it");
 }
 
+/// Whatever is fetched meanwhile, and however slowly.
 #[test]
-fn a_machine_that_is_due_goes_to_its_own_release_again() {
-    let site = TestSite::new(1);
-    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
-    let director = Director::start(&site, (1, 4, Via::Cold, true));
+fn an_operators_word_does_not_wait_for_a_long_transfer() {
+    let site = TestSite::new(2);
+    let [uki, _] = site.paths(2);
+    let (_gate, gates) = gate(&uki);
+    let (http, hear) = web::honest(site.files.clone(), gates);
+    let director = Director::start(&site, (2, 5, Via::Cold, false));
     let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
     let begun = Instant::now();
-    director.wait("of health", begun, PATIENCE, healthy);
+    web::wait(&hear, PATIENCE, |h| *h == Happened::Asked(uki.clone(), 0));
+    director.wait("of a part of it", begun, PATIENCE, |r| healthy(r) && received(r) > 0);
+    director.give(Some(wipe_order(&site, 1, &crate::testing::operator())));
+    let going = |r: &Report| r.stages.iter().any(|s| s.stage == Stage::Going && s.state == StageState::Started);
+    director.wait("of going", begun, PATIENCE, going);
+    assert_eq!(machine.left.recv_timeout(PATIENCE).unwrap(), "reboot");
+}
+
+#[test]
+fn a_machine_that_is_due_goes_to_its_own_release_again() {
+    let (_site, director, machine) = healthy_on_1(true);
+    let begun = Instant::now();
     // Another sequence alone is no reason: the role was signed anew.
     let heard = director.heard().len();
     director.order((1, 5, Via::Cold, true));
@@ -340,12 +360,8 @@ fn a_machine_that_is_due_goes_to_its_own_release_again() {
 
 #[test]
 fn what_a_role_selects_is_believed_only_where_it_is_signed() {
-    let site = TestSite::new(1);
-    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
-    let director = Director::start(&site, (1, 4, Via::Cold, false));
-    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
+    let (_site, director, machine) = healthy_on_1(false);
     let begun = Instant::now();
-    director.wait("of health", begun, PATIENCE, healthy);
     // A threshold that is signed is looked at, and here refused, because the release declares no such check.
     let spool = machine.dir.path().join("spool.json");
     let told = || std::fs::read_to_string(&spool).unwrap_or_default();

@@ -1,7 +1,7 @@
 //! How many machines one person changes alone in an hour.
 
 use crate::Millis;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// So far back it is counted.
 const WINDOW_MS: Millis = 3_600_000;
@@ -15,15 +15,18 @@ pub struct Spree {
 }
 
 impl Spree {
-    /// Whether this person may change this machine alone, with `alone` different machines in an hour; if so, it counts.
-    pub fn take(&mut self, who: &str, machine: &str, alone: usize, now: Millis) -> bool {
+    /// Whether whoever has these names, alone, may change this machine, with `alone` different machines in an hour; if so, it counts
+    /// for each of them.
+    pub fn take(&mut self, who: &BTreeSet<String>, machine: &str, alone: usize, now: Millis) -> bool {
         self.changed.retain(|_, at| at.saturating_add(WINDOW_MS) > now);
-        let key = (who.to_owned(), machine.to_owned());
-        let others = self.changed.keys().filter(|(by, what)| by == who && what != machine).count();
-        if others >= alone || (self.changed.len() >= KEPT && !self.changed.contains_key(&key)) {
+        let others = |by: &String| self.changed.keys().filter(|(other, what)| other == by && what != machine).count();
+        let spent = who.iter().any(|by| others(by) >= alone);
+        let keys: Vec<(String, String)> = who.iter().map(|by| (by.clone(), machine.to_owned())).collect();
+        let new = keys.iter().filter(|key| !self.changed.contains_key(*key)).count();
+        if spent || self.changed.len() + new > KEPT {
             return false;
         }
-        self.changed.insert(key, now);
+        self.changed.extend(keys.into_iter().map(|key| (key, now)));
         true
     }
 }

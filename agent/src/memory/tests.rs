@@ -1,0 +1,118 @@
+//! What outlives a boot, and what does not.
+
+use super::*;
+
+#[test]
+fn boots_that_fail_to_verify_come_ever_slower_and_the_count_outlives_them() {
+    let mut memory = Memory::default();
+    assert!(!serde_json::to_string(&memory).unwrap().contains("failed_boots"));
+    let mut pauses = Vec::new();
+    for _ in 0..10 {
+        pauses.push(memory.boot_failed().as_secs());
+        memory = serde_json::from_str(&serde_json::to_string(&memory).unwrap()).unwrap();
+    }
+    assert_eq!(pauses, [0, 0, 0, 20, 40, 80, 160, 290, 290, 290]);
+    memory.failed_boots = u32::MAX;
+    assert_eq!(memory.boot_failed(), LONGEST_PAUSE);
+}
+
+#[test]
+fn a_machine_that_cannot_count_its_failed_boots_rests_after_each() {
+    let mut memory = Memory::default();
+    let first = memory.boot_failed();
+    assert_eq!(rest(first, true, 200), Duration::ZERO, "it counts: the first restarts at once");
+    let all: Vec<u64> = (0..=u8::MAX).map(|jitter| rest(first, false, jitter).as_secs()).collect();
+    assert_eq!((all[0], all[255]), (60, 290));
+    assert!(all.iter().collect::<std::collections::BTreeSet<_>>().len() > 100, "{all:?}");
+    // One whose memory fails later keeps what it had counted.
+    assert_eq!(rest(Duration::from_secs(160), false, 0), Duration::from_secs(160));
+    assert_eq!(Place::Boot("/run/kiln".into()).rollback_memory(), RollbackMemory::None);
+}
+
+#[test]
+fn a_sealed_key_stays_the_machines_whatever_happens_to_its_tpm() {
+    use KeyStorage::{EfiVariable, Ephemeral, Tpm};
+    for (tpm, sealed, plain, storage) in [
+        (true, false, false, Tpm),
+        (true, true, false, Tpm),
+        // An older agent was here in between, and left a key of its own.
+        (true, true, true, Tpm),
+        // Of a release before TPMs were used.
+        (true, false, true, EfiVariable),
+        (false, false, true, EfiVariable),
+        (false, false, false, EfiVariable),
+        // The TPM is off: nothing is written that would count once it is on again.
+        (false, true, false, Ephemeral),
+        (false, true, true, Ephemeral),
+    ] {
+        assert_eq!(efi_key(sealed, plain, tpm), storage, "{tpm} {sealed} {plain}");
+    }
+}
+
+#[test]
+fn key_and_memory_outlive_the_process() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = Place::Directory(dir.path().join("state"));
+    let first = place.key().unwrap();
+    assert!(first.lost.is_none());
+    assert_eq!(place.key().unwrap().key.public_bytes(), first.key.public_bytes());
+    let memory = Memory { sequence: 7, ..Memory::default() };
+    place.remember(&memory).unwrap();
+    assert_eq!(place.memory().unwrap(), memory);
+    std::fs::write(place.path("Seen"), "not json").unwrap();
+    assert_eq!(place.memory().unwrap_err().kind(), "machine-format", "a broken memory is not an empty one");
+}
+
+#[test]
+fn a_key_that_was_cut_ends_no_boot_and_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = Place::Directory(dir.path().join("state"));
+    let first = place.key().unwrap().key;
+    for left in [0, 1, 31, 33] {
+        std::fs::write(place.path(KEY), vec![7_u8; left]).unwrap();
+        let Identity { key, lost } = place.key().unwrap();
+        let lost = lost.expect("the machine has another key, and says why");
+        assert_eq!(lost.kind(), "identity-lost");
+        assert!(lost.to_string().contains(&format!("{left} bytes")), "{lost}");
+        assert_ne!(key.public_bytes(), first.public_bytes());
+        let again = place.key().unwrap();
+        assert_eq!((again.key.public_bytes(), again.lost.is_none()), (key.public_bytes(), true), "told once");
+    }
+}
+
+/// A machine's disk keeps its order over a new director, whose numbers begin anew.
+#[test]
+fn a_new_director_begins_behind_all_that_was_assigned_before() {
+    let site = |key: &str| -> Site {
+        serde_json::from_value(serde_json::json!({
+            "_type": "kiln-site", "spec_version": "1.0", "name": "lab", "directors": {key: {}},
+            "director_threshold": 1, "agent_api": {"ca_pem": ""}, "floors": {},
+        }))
+        .unwrap()
+    };
+    let mut memory = Memory::default();
+    assert!(!memory.directed_by(&site("a")));
+    (memory.sequence, memory.time_floor) = (7, Some("2099-01-01T00:00:00Z".parse().unwrap()));
+    assert_eq!((memory.order(7), memory.sequence_of(7)), (7, Some(7)));
+    assert!(!memory.directed_by(&site("a")));
+    assert_eq!(memory.order(8), 8, "the same director");
+    assert!(memory.time_floor.is_some());
+    assert!(memory.directed_by(&site("b")));
+    assert_eq!((memory.sequence, memory.order(1)), (0, 8), "lower than 7, and newer");
+    assert_eq!(memory.time_floor, None, "what the old one said of the time");
+    assert_eq!((memory.sequence_of(8), memory.sequence_of(7)), (Some(1), None));
+}
+
+#[test]
+fn a_boot_that_is_not_given_its_data_restarts_once() {
+    let mut memory = Memory::default();
+    assert!(!memory.restart_for_data(false));
+    assert!(!serde_json::to_string(&memory).unwrap().contains("restarted_for_data"));
+    assert!(memory.restart_for_data(true));
+    // It came by kexec again.
+    let text = serde_json::to_string(&memory).unwrap();
+    let mut memory: Memory = serde_json::from_str(&text).unwrap();
+    assert!(!memory.restart_for_data(true) && !memory.restart_for_data(true));
+    // After a boot through firmware it may once more.
+    assert!(!memory.restart_for_data(false) && memory.restart_for_data(true));
+}

@@ -30,6 +30,7 @@ pub use error::{BuildError, RecipeError};
 pub use progress::Progress;
 pub use top::AGENT_PATH;
 
+mod agent_api;
 mod apply;
 mod ceremony;
 mod files;
@@ -56,6 +57,7 @@ mod site_error;
 pub mod status;
 mod words;
 
+pub use agent_api::{AGENT_API, rotate_agent_api};
 pub use apply::{Applied, TakenAway, apply, drop_request};
 pub use ceremony::{Ceremony, RoleHolders, init_site};
 pub use floor::raise_floor;

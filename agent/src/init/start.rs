@@ -146,6 +146,7 @@ async fn mount_and_leave(
         no_data,
         sequence: flow.verifier.memory.sequence,
         settings: flow.verifier.settings.clone(),
+        agent_api_keys: flow.verifier.pins.keys(),
         now: flow.verifier.now,
     };
     handoff.write()?;

@@ -5,6 +5,7 @@ use jiff::Timestamp;
 use kiln_images::SiteDir;
 use kiln_protocol::{DbxOutcome, DbxState, Report};
 use kiln_release::Unverified;
+use kiln_release::certificate::{certificate_spki, spki_key_id};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -288,6 +289,39 @@ async fn online_keys_are_replaced_under_a_running_server() {
     Unverified::<Value>::parse(&new, 1 << 20).unwrap();
     let root: Value = serde_json::from_slice(&server.http("GET", "/metadata/2.root.json", &[]).await.body).unwrap();
     assert_eq!(root["signed"]["roles"]["timestamp"]["keyids"][0], keyid_of(&new).as_str());
+}
+
+/// The key of a boot server that was stolen: another one under the same CA, and the site names it.
+#[tokio::test]
+async fn the_agent_api_gets_another_key_that_the_site_names() {
+    let site = TestSite::new();
+    let path = text(site.path()).to_owned();
+    let id = || {
+        let pem = String::from_utf8(site.online("agent-server.pem")).unwrap();
+        let der = kiln_release::hex::pem_decode("CERTIFICATE", &pem).unwrap();
+        spki_key_id(certificate_spki(&der).unwrap())
+    };
+    let before = id();
+    assert!(site.signed_site().agent_api.keys.is_empty());
+    let server = Server::start(&site).await;
+    let snapshot = site.snapshot();
+    let said = done(&["trust", "rotate", "agent-api", "--site", &path]);
+    assert!(said.contains("the agent API has another key") && said.contains("restart `kiln serve`"), "{said}");
+    assert_ne!(id(), before);
+    assert_eq!(site.signed_site().agent_api.keys, [id()]);
+    for file in ["agent-server.key.next", "agent-server.pem.next"] {
+        assert!(!site.path().join("online").join(file).exists(), "{file}");
+    }
+    // The server that has the old one says so.
+    until(&server, |status| status["snapshot"].as_u64().unwrap() > snapshot).await;
+    let log = || fs::read_to_string(site.path().join("log")).unwrap();
+    assert!(log().contains("the site names another key of the agent API"), "{}", log());
+    drop(server);
+    // Certificate and key belong together, and the CA is the one that machines know.
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    assigned(&agent.send(&server, &report).await);
 }
 
 /// What is about to expire is in the API with its days, and in the log.

@@ -74,6 +74,7 @@ impl Machine {
         let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let (agents, http) = ([format!("https://{nobody}"), agent.to_owned()], [http.to_owned()]);
         let verifier = site.verifier(release, &http, &agents, &at("machine"));
+        verifier.pins.set(&site.known_keys);
         let checks = Checks::new(
             site.manifests[&release].health.clone(),
             root_hash(release),
@@ -406,4 +407,42 @@ fn an_answer_that_cannot_be_read_turns_to_the_next_server() {
         journal.send(&mut api, 0).await.unwrap();
     });
     assert_eq!((bad.heard().len(), good.heard().len()), (1, 1));
+}
+
+#[test]
+fn a_server_whose_key_the_site_does_not_name_hears_nothing_any_more() {
+    let mut site = TestSite::that_names_its_server();
+    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+    let good = Director::start(&site, (1, 4, Via::Cold, false));
+    // Whoever stole the boot server has a key that the CA has signed.
+    [site.tls[1], site.tls[2]] = site.other_tls.clone();
+    let thief = Director::start(&site, (1, 4, Via::Cold, false));
+    let state = TempDir::new().unwrap();
+    let mut verifier = site.verifier(1, &[http], &[thief.url.clone(), good.url.clone()], state.path());
+    let mut journal = journal(&verifier);
+    let (ca, key, clock) = (&verifier.boot.site.agent_api_ca_pem, &verifier.key, &verifier.clock);
+    let mut api = Api::new(&verifier.servers.agent, ca, key, clock).unwrap().pinned(&verifier.pins);
+    let here = verifier.here().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        // Nothing is known of the site yet but its CA.
+        journal.send(&mut api, 0).await.unwrap();
+        assert_eq!((thief.heard().len(), good.heard().len()), (1, 0));
+        verifier.verify_metadata(&here).await.unwrap();
+        // Also on the connection that is open.
+        let error = journal.send(&mut api, 0).await.map(drop).unwrap_err();
+        assert_eq!(error.kind(), "agent-api-key-revoked", "{error}");
+        journal.send(&mut api, 0).await.unwrap();
+    });
+    assert_eq!((thief.heard().len(), good.heard().len()), (1, 1));
+}
+
+#[test]
+fn a_key_that_the_site_names_since_then_is_believed_when_its_metadata_was_read_anew() {
+    let mut site = TestSite::that_names_its_server();
+    site.known_keys = vec!["ab".repeat(32)];
+    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+    let director = Director::start(&site, (1, 4, Via::Cold, false));
+    let _machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
+    director.wait("of health", Instant::now(), PATIENCE, healthy);
 }

@@ -25,8 +25,8 @@ use rustls::{ClientConfig, RootCertStore};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::collections::VecDeque;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -58,6 +58,30 @@ impl TimeProvider for Clock {
     }
 }
 
+/// Keys of the agent API that count, as the newest verified `site.json` names them (SHA-256 of their SPKI); its clones are the
+/// same list. Empty: every one that the CA has signed.
+#[derive(Debug, Clone, Default)]
+pub struct Pins(Arc<Mutex<Vec<String>>>);
+
+impl Pins {
+    pub fn set(&self, keys: &[String]) {
+        *self.lock() = keys.to_vec();
+    }
+
+    pub fn keys(&self) -> Vec<String> {
+        self.lock().clone()
+    }
+
+    fn allow(&self, key: Option<&KeyId>) -> bool {
+        let named = self.lock();
+        named.is_empty() || key.is_some_and(|key| named.iter().any(|named| named == key.as_str()))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<String>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A client of the agent API; keeps its connection, and turns to the next server after a report that was not answered.
 pub struct Api {
     /// Base URLs of the servers; the first is asked.
@@ -66,6 +90,8 @@ pub struct Api {
     connection: Option<(SendRequest<Full<Bytes>>, Open)>,
     /// SHA-256 of the SPKI of the certificate that the newest connection's server showed.
     pub server_key: Option<KeyId>,
+    /// Which of them count.
+    pins: Pins,
 }
 
 impl Api {
@@ -89,12 +115,20 @@ impl Api {
             tls: TlsConnector::from(Arc::new(config)),
             connection: None,
             server_key: None,
+            pins: Pins::default(),
         })
+    }
+
+    /// Of the servers' keys only these count, and what they become.
+    #[must_use]
+    pub fn pinned(self, pins: &Pins) -> Self {
+        Self { pins: pins.clone(), ..self }
     }
 
     /// Another connection of the same machine to the same servers.
     pub fn another(&self) -> Self {
-        Self { urls: self.urls.clone(), tls: self.tls.clone(), connection: None, server_key: None }
+        let pins = self.pins.clone();
+        Self { urls: self.urls.clone(), tls: self.tls.clone(), connection: None, server_key: None, pins }
     }
 
     /// Posts a report. The connection is reused; a stale one is replaced once.
@@ -190,6 +224,10 @@ impl Api {
         let (_, host, port) = authority(&url, 443)?;
         let kept = self.connection.take().filter(|(sender, _)| !sender.is_closed());
         let (mut sender, open) = if let Some(kept) = kept { kept } else { self.open(&url, &host, port).await? };
+        // Also of a connection that was made before the site named its keys: dropped here, it is closed.
+        if !self.pins.allow(self.server_key.as_ref()) {
+            return Err(AgentError::AgentApiKey { url: url.clone() });
+        }
         let request = Request::post(path)
             .header(HOST, AGENT_API_NAME)
             .header(CONTENT_TYPE, "application/json")

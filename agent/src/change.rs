@@ -393,11 +393,10 @@ pub async fn renew(
     };
     if !whole {
         let [path, _] = files(next);
-        let base = verifier.servers.http.first().ok_or(AgentError::NoServer)?;
         let uki = Download::new(expected(error::UKI, &manifest.uki), Some(&path), &meter.uki)?;
         // Its file goes with it: it is kept until the disk has it.
         let mut uki = uki.capped(prefetch_rate(&verifier.boot));
-        uki.run(base).await?;
+        uki.run_any(&verifier.servers.http).await?;
         let signed = manifest.clone();
         let mended = on_disk(disk, move |disk| {
             kexec::verify(&File::open(&path).map_err(AgentError::file(&path))?, &signed)?;

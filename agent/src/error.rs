@@ -113,6 +113,10 @@ pub enum AgentError {
     Superseded,
     #[error("the agent API's CA in this boot image is not the one that the site signs now: build a release anew")]
     AgentApiCa,
+    #[error(
+        "{url} shows a key of the agent API that the site does not name: the boot server's before this one, or a thief's"
+    )]
+    AgentApiKey { url: String },
     #[error("{release} is of class {class}; from a disk only class normal starts")]
     Class { release: String, class: String },
     #[error(
@@ -219,6 +223,8 @@ kinds!({
     Self::Uki(_) => "uki-malformed", Verification;
     Self::RunningRoot { .. } => "running-root-mismatch", Verification;
     Self::AgentApiCa => "agent-api-ca-mismatch", Verification;
+    // Another server may show one that counts, or newer metadata name this one.
+    Self::AgentApiKey { .. } => "agent-api-key-revoked", Unreachable;
     Self::Class { .. } => "release-wrong-class", Verification;
     Self::CommandLine { .. } => "command-line-mismatch", Verification;
     Self::FellBack { .. } => "trial-fell-back", Machine;

@@ -245,6 +245,20 @@ impl Download {
         Err(error)
     }
 
+    /// The same of one server after the other, until one gives it. What was refused says more than what was silent.
+    pub async fn run_any(&mut self, servers: &[String]) -> Result<()> {
+        let mut last = AgentError::NoServer;
+        for base in servers {
+            match self.run(base).await {
+                Ok(()) => return Ok(()),
+                Err(error)
+                    if error.class() == FailureClass::Unreachable && last.class() != FailureClass::Unreachable => {}
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+
     fn url(&self, base: &str) -> String {
         join(base, &format!("a/{}", self.expected.sha256))
     }

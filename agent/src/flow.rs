@@ -126,8 +126,8 @@ impl Flow {
 
     /// Begins to send the log; the server has heard of this boot.
     pub fn ship_log(&self) -> Result<()> {
-        let Verifier { boot, key, clock, servers, .. } = &self.verifier;
-        let api = Api::new(&servers.agent, &boot.site.agent_api_ca_pem, key, clock)?;
+        let Verifier { boot, key, clock, pins, servers, .. } = &self.verifier;
+        let api = Api::new(&servers.agent, &boot.site.agent_api_ca_pem, key, clock)?.pinned(pins);
         log::ship(api, &self.journal.state.boot_id, &self.journal.machine.id);
         Ok(())
     }
@@ -151,7 +151,8 @@ impl Flow {
         let mut last = AgentError::NoServer;
         for url in &self.verifier.servers.agent {
             let ca = &self.verifier.boot.site.agent_api_ca_pem;
-            let mut api = Api::new(std::slice::from_ref(url), ca, &self.verifier.key, &self.verifier.clock)?;
+            let api = Api::new(std::slice::from_ref(url), ca, &self.verifier.key, &self.verifier.clock)?;
+            let mut api = api.pinned(&self.verifier.pins);
             match self.journal.send(&mut api, 0).await {
                 Ok((reply, _)) => {
                     console::server(url);

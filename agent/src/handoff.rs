@@ -39,6 +39,9 @@ pub struct Handoff {
     /// What its role selects, verified.
     #[serde(default)]
     pub settings: RoleSettings,
+    /// The agent API's keys that count, verified; empty: every one that its CA has signed.
+    #[serde(default)]
+    pub agent_api_keys: Vec<String>,
     /// The newest time believed.
     pub now: Timestamp,
 }

@@ -1,7 +1,7 @@
 //! What a machine believes and why: metadata against the trust root in its boot image, the director's statements against
 //! that metadata. PID 1, the running system's service and `kiln-agent stage` have this one way; none goes around it.
 
-use crate::api::Clock;
+use crate::api::{Clock, Pins};
 use crate::disk::record::Record;
 use crate::error::{AgentError, FailureClass, Result};
 use crate::fetch::Documents;
@@ -67,6 +67,8 @@ pub struct Verifier {
     pub now: Timestamp,
     /// The same for TLS.
     pub clock: Clock,
+    /// The agent API's keys that count.
+    pub pins: Pins,
     /// The assignment that was accepted last, as it came.
     pub accepted: Option<String>,
     /// What its role selects, as that assignment says.
@@ -90,6 +92,7 @@ impl Verifier {
             servers,
             now,
             clock,
+            pins: Pins::default(),
             accepted: None,
             settings: RoleSettings::default(),
             order: None,
@@ -142,6 +145,8 @@ impl Verifier {
         self.place.remember(&self.memory)?;
         fetched?;
         let verified = self.take(client.finish()?, release, files)?;
+        // Not of what was kept on a disk: that may be older than the key that the site's servers have now.
+        self.pins.set(&verified.site.agent_api.keys);
         if self.memory.directed_by(&verified.site) {
             self.now = self.boot.built;
         }
@@ -266,7 +271,7 @@ impl Verifier {
         }
         self.memory.accept(&assigned);
         self.accepted = Some(assignment);
-        self.settings = assigned.settings;
+        self.settings.clone_from(&assigned.settings);
         self.order = order;
         self.move_clock(fresh.now.min(verified.outcome.offline_expires_newest));
         self.place.remember(&self.memory)?;

@@ -3,6 +3,7 @@
 //! The other half of the purity rule, what the sources may name, is each pure crate's clippy.toml.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -27,6 +28,19 @@ fn tree(args: &[&str]) -> Vec<String> {
         .collect();
     assert!(!names.is_empty(), "cargo tree {args:?} listed nothing");
     names
+}
+
+/// Files whose name ends so, below a folder; not what a build leaves.
+fn files(folder: &Path, end: &str, found: &mut Vec<PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let entry = entry.unwrap();
+        let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
+        if path.is_dir() && name != "target" && !name.starts_with('.') {
+            files(&path, end, found);
+        } else if path.extension().is_some_and(|is| is == end) {
+            found.push(path);
+        }
+    }
 }
 
 #[test]
@@ -67,19 +81,9 @@ fn every_pure_crate_has_its_list_of_disallowed_names() {
 #[test]
 fn nothing_that_decides_reads_the_clock() {
     const MAY: [&str; 4] = ["exec/guard.rs", "service/watch.rs", "spool.rs", "testing/mod.rs"];
-    fn sources(folder: &Path, found: &mut Vec<PathBuf>) {
-        for entry in std::fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            if path.is_dir() {
-                sources(&path, found);
-            } else if path.extension().is_some_and(|end| end == "rs") {
-                found.push(path);
-            }
-        }
-    }
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("agent/src");
     let mut all = Vec::new();
-    sources(&root, &mut all);
+    files(&root, "rs", &mut all);
     assert!(all.len() > 80, "{all:?}");
     for file in all {
         let name = file.strip_prefix(&root).unwrap().display().to_string();
@@ -89,4 +93,65 @@ fn nothing_that_decides_reads_the_clock() {
             assert!(!reads || MAY.contains(&name.as_str()), "{name} reads the machine's clock: {clock}");
         }
     }
+}
+
+/// What the documents say is shown by a test is shown by one that there is. A test's name has three underscores or more and stands in
+/// backquotes; one that ends with … is given by its beginning.
+#[test]
+fn every_test_that_the_documents_name_is_there() {
+    /// A system call.
+    const NO_TEST: &str = "open_by_handle_at";
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+    let (mut sources, mut documents) = (Vec::new(), Vec::new());
+    files(root, "rs", &mut sources);
+    files(&root.join("docs"), "md", &mut documents);
+    let is_part = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    let mut there = BTreeSet::new();
+    for file in sources {
+        let text = std::fs::read_to_string(&file).unwrap();
+        there.extend(text.match_indices("fn ").map(|(at, fun)| {
+            let name = &text[at + fun.len()..];
+            name[..name.find(|c: char| !is_part(c)).unwrap_or(name.len())].to_owned()
+        }));
+    }
+    let (mut named, mut missing) = (0, Vec::new());
+    for file in documents {
+        let text = std::fs::read_to_string(&file).unwrap();
+        for word in text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)) {
+            let name = word.rsplit("::").next().unwrap_or(word);
+            let (name, beginning) = name.strip_suffix('…').map_or((name, false), |name| (name, true));
+            if name.matches('_').count() < 3 || !name.chars().all(is_part) || name == NO_TEST {
+                continue;
+            }
+            named += 1;
+            let found = if beginning { there.iter().any(|fun| fun.starts_with(name)) } else { there.contains(name) };
+            if !found {
+                missing.push(format!("{}: {word}", file.strip_prefix(root).unwrap().display()));
+            }
+        }
+    }
+    assert!(named > 80, "{named}");
+    assert!(missing.is_empty(), "{missing:#?}");
+}
+
+/// Nothing is said to be stopped without a word of what is not.
+#[test]
+fn every_row_of_the_threat_model_says_what_remains() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().join("docs/threat-model.md");
+    let text = std::fs::read_to_string(path).unwrap();
+    let (mut in_table, mut rows) = (false, 0);
+    for line in text.lines() {
+        let Some(row) = line.strip_prefix("| ") else {
+            in_table &= line.starts_with("|---");
+            continue;
+        };
+        let cells: Vec<&str> = row.trim_end_matches('|').split(" | ").map(str::trim).collect();
+        if cells.last() == Some(&"what remains") {
+            in_table = true;
+        } else if in_table {
+            assert!(cells.len() == 4 && cells.iter().all(|cell| !cell.is_empty()), "{line}");
+            rows += 1;
+        }
+    }
+    assert!(rows > 60, "{rows}");
 }

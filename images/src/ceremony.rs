@@ -135,7 +135,7 @@ pub fn init_site(dir: &Path, name: &str, ceremony: &Ceremony, now: Timestamp) ->
             .map(|operators| operators.public().iter().map(|key| (key.id(), key.to_object())).collect())
             .unwrap_or_default(),
         operator_threshold: operators.map_or(1, |operators| operators.threshold),
-        agent_api: AgentApi { ca_pem },
+        agent_api: AgentApi { ca_pem, keys: vec![] },
         floors: BTreeMap::new(),
         network: None,
         dbx: None,

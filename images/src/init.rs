@@ -3,6 +3,7 @@
 //! `--lab` means threshold 1 and unencrypted keys in `offline/`, nothing else. What a site whose keys people hold has in
 //! common with it is here too; the rest of that is in `ceremony.rs`.
 
+use crate::agent_api::new_server;
 use crate::boot_keys::init_secure_boot;
 use crate::files::{PUBLIC, SECRET, make_dir, sync_folder, write_atomic};
 use crate::https::ca_params;
@@ -10,8 +11,8 @@ use crate::site::{OFFLINE_LIFETIME, SiteDir, TIMESTAMP_LIFETIME, after, new_key,
 use crate::site_error::SiteError;
 use jiff::Timestamp;
 use kiln_release::tuf::{RoleKeys, Root, RootRoles, Snapshot, TargetFile, TargetPath, Targets, TimestampRole};
-use kiln_release::{AGENT_API_NAME, AgentApi, PublicKey, SITE_TYPE, Signer, Site, hex};
-use rcgen::{CertificateParams, DnType, ExtendedKeyUsagePurpose, KeyPair, KeyUsagePurpose};
+use kiln_release::{AgentApi, PublicKey, SITE_TYPE, Signer, Site, hex};
+use rcgen::{Issuer, KeyPair};
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
@@ -108,32 +109,19 @@ impl Prepared {
 /// must be able to connect, and which CA counts is said by signed metadata, which expires.
 pub(crate) fn write_agent_api(site: &SiteDir, name: &str) -> Result<String, SiteError> {
     let fail = |error: rcgen::Error| SiteError::Certificate { reason: error.to_string() };
-    let dated = |common_name: &str, names: Vec<String>| -> Result<CertificateParams, SiteError> {
-        let mut params = CertificateParams::new(names).map_err(fail)?;
-        params.distinguished_name.push(DnType::CommonName, common_name);
-        params.not_before = rcgen::date_time_ymd(2020, 1, 1);
-        params.not_after = rcgen::date_time_ymd(9999, 12, 31);
-        Ok(params)
-    };
     let ca_key = KeyPair::generate_for(&rcgen::PKCS_ED25519).map_err(fail)?;
     let ca = ca_params(name).map_err(fail)?;
     let ca_certificate = ca.self_signed(&ca_key).map_err(fail)?;
 
-    let server_key = KeyPair::generate_for(&rcgen::PKCS_ED25519).map_err(fail)?;
-    let mut server = dated(AGENT_API_NAME, vec![AGENT_API_NAME.to_owned()])?;
-    server.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    server.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-    server.use_authority_key_identifier_extension = true;
     let ca_key_pem = ca_key.serialize_pem();
-    let issuer = rcgen::Issuer::new(ca, ca_key);
-    let server_certificate = server.signed_by(&server_key, &issuer).map_err(fail)?;
+    let (server_key, server_certificate) = new_server(&Issuer::new(ca, ca_key))?;
 
     let ca_pem = ca_certificate.pem();
     for (file, text, mode) in [
         ("agent-ca.key", ca_key_pem, SECRET),
         ("agent-ca.pem", ca_pem.clone(), PUBLIC),
-        ("agent-server.key", server_key.serialize_pem(), SECRET),
-        ("agent-server.pem", server_certificate.pem(), PUBLIC),
+        ("agent-server.key", server_key, SECRET),
+        ("agent-server.pem", server_certificate, PUBLIC),
     ] {
         write_atomic(&site.online(file), text.as_bytes(), mode)?;
     }
@@ -168,7 +156,7 @@ fn write_first_metadata(
         director_threshold: 1,
         operators: BTreeMap::from([(operator.id(), operator.to_object())]),
         operator_threshold: 1,
-        agent_api: AgentApi { ca_pem },
+        agent_api: AgentApi { ca_pem, keys: vec![] },
         floors: BTreeMap::new(),
         network: None,
         dbx: None,

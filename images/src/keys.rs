@@ -131,7 +131,7 @@ pub(crate) fn promote_all(site: &SiteDir, state: &Outcome) -> Result<(), SiteErr
             }
         }
     }
-    Ok(())
+    crate::agent_api::promote(site, state)
 }
 
 fn not_shared(site: &SiteDir, state: &Outcome, role: &str, holders: &RoleHolders) -> Result<(), SiteError> {

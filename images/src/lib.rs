@@ -30,6 +30,7 @@ pub use error::{BuildError, RecipeError};
 pub use progress::Progress;
 pub use top::AGENT_PATH;
 
+mod agent_api;
 mod apply;
 mod boot_keys;
 mod ceremony;
@@ -57,6 +58,7 @@ mod site_error;
 pub mod status;
 mod words;
 
+pub use agent_api::{AGENT_API, rotate_agent_api};
 pub use apply::{Applied, TakenAway, apply, drop_request};
 pub use boot_keys::{KEYS, KexecCopy, SigningKey, Unlock, encrypt_secure_boot, init_secure_boot};
 pub use ceremony::{Ceremony, RoleHolders, init_site};

@@ -325,6 +325,10 @@ fn site_words(new: &Value, old: Option<&Value>, lines: &mut Vec<String>) {
                     "  site.json: the agent API's CA is the one with SHA-256 {}",
                     hex::sha256(pem.as_bytes())
                 ));
+                let keys = is["keys"].as_array().into_iter().flatten().filter_map(Value::as_str);
+                lines.extend(
+                    keys.map(|id| format!("  site.json: of the agent API only this key counts: {}", fingerprint(id))),
+                );
             }
             _ if old.is_none() => lines.push(format!("  site.json: {name} is {is}")),
             _ => lines.push(format!("  site.json: {name} is {is}, was {was}")),

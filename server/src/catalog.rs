@@ -4,7 +4,7 @@
 use crate::error::CatalogError;
 use jiff::Timestamp;
 use kiln_images::{Memory, Repository, SiteDir};
-use kiln_protocol::{ImageName, ReleaseId, Sha256Hex};
+use kiln_protocol::{Class, ImageName, ReleaseId, Sha256Hex};
 use kiln_release::tuf::{Expiry, Seen};
 use kiln_release::{Manifest, Signer};
 use std::collections::BTreeMap;
@@ -51,9 +51,10 @@ impl Catalog {
         Ok(Self { releases: by_id, site, snapshot, seen, root: trust_root, expiries, refused })
     }
 
-    /// The highest release of an image.
+    /// The highest release of an image that machines may have without an operator's order: of class `normal`.
     pub fn newest(&self, image: &ImageName) -> Option<&ReleaseId> {
-        self.releases.keys().rfind(|r| r.image == *image)
+        let normal = |release: &Release| release.manifest.class == Class::Normal.as_str();
+        self.releases.iter().rfind(|(id, release)| id.image == *image && normal(release)).map(|(id, _)| id)
     }
 
     /// The release that boots with this UKI, kernel or initramfs.

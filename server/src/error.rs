@@ -309,7 +309,7 @@ pub enum ControlError {
     Ambiguous(String),
     #[error("{release} is not published here: `kiln release list` shows what is")]
     NoSuchRelease { release: ReleaseId },
-    #[error("no release of {image} is published yet: build and publish one first")]
+    #[error("no release of {image} (class normal) is published yet: build and publish one first")]
     NothingPublished { image: String },
     #[error(
         "{release} is of class {class}: the director may assign only class normal; sign an order for it (`kiln order \
@@ -346,6 +346,12 @@ pub enum ControlError {
     OtherImage { machine: String, running: String },
     #[error("the name {0:?} is taken by another machine")]
     NameTaken(String),
+    #[error(
+        "serial number {serial} is also claimed by {machine}: approve the right one by hand (`kiln machine approve`)"
+    )]
+    SerialClaimed { serial: String, machine: String },
+    #[error("kiln.toml names the identity key of the machine with serial number {serial}, and this one has another")]
+    SerialOfAnotherKey { serial: String },
     #[error(
         "{0:?} is no name: 1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit, and no UUID"
     )]

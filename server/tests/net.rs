@@ -4,6 +4,8 @@
 
 #[path = "common/network.rs"]
 mod network;
+#[path = "../../images/tests/oracle/mod.rs"]
+mod oracle;
 
 use kiln_netboot::tftp::BootFile;
 use kiln_netboot::{BootAnswer, Config, Event, Mode, UefiProgram};
@@ -23,7 +25,7 @@ use tokio::time::timeout;
 fn present(program: &str) -> bool {
     let found = ["/usr/bin", "/usr/sbin", "/bin"].iter().any(|dir| Path::new(dir).join(program).exists());
     if !found {
-        println!("skipped {program}: not installed");
+        oracle::skipped(&format!("{program} is not installed"));
     }
     found
 }

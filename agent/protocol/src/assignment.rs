@@ -6,6 +6,7 @@ use crate::SPEC_VERSION;
 use crate::ids::{Architecture, ImageName, KeyId, MachineId, Nonce, ReleaseId, Sha256Hex};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Gives an error its stable words: `kind()`, and `KINDS`, which is all that it can give. One table makes both, so that
 /// what the documents explain can be compared with what there is.
@@ -75,7 +76,7 @@ pub struct Assignment {
 }
 
 /// What a role selects, signed with the assignment: whoever only answers for the server cannot change it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RoleSettings {
     /// In disk mode: what the firmware asks first.
     #[serde(default, skip_serializing_if = "is_same")]
@@ -83,6 +84,10 @@ pub struct RoleSettings {
     /// What becomes of programs that are on no allow-list.
     #[serde(default, skip_serializing_if = "is_same")]
     pub exec: ExecChoice,
+    /// Thresholds for health checks, by the check's name: `10%`, `64M`, `500ms`. Numbers for what the release declares, nothing
+    /// else.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub thresholds: BTreeMap<String, String>,
 }
 
 /// What the firmware of a machine in disk mode asks first.
@@ -320,13 +325,18 @@ mod tests {
     fn what_a_role_selects_is_signed_and_costs_nothing_where_nothing_is_selected() {
         let plain = serde_json::to_string(&assignment()).unwrap();
         assert!(!plain.contains("settings"), "{plain}");
-        let settings = RoleSettings { boot_first: BootFirst::Network, exec: ExecChoice::Report };
-        let text = serde_json::to_string(&Assignment { settings, ..assignment() }).unwrap();
+        let thresholds = BTreeMap::new();
+        let settings = RoleSettings { boot_first: BootFirst::Network, exec: ExecChoice::Report, thresholds };
+        let text = serde_json::to_string(&Assignment { settings: settings.clone(), ..assignment() }).unwrap();
         assert!(text.contains(r#""settings":{"boot_first":"network","exec":"report"}"#), "{text}");
         assert_eq!(serde_json::from_str::<Assignment>(&text).unwrap().settings, settings);
         assert_eq!(serde_json::from_str::<Assignment>(&plain).unwrap(), assignment());
         let newer = text.replace(r#""exec":"report""#, r#""added_later":1"#);
         let read = serde_json::from_str::<Assignment>(&newer).unwrap().settings;
-        assert_eq!(read, RoleSettings { exec: ExecChoice::Release, ..settings });
+        assert_eq!(read, RoleSettings { exec: ExecChoice::Release, ..settings.clone() });
+        let set = RoleSettings { thresholds: [("disk./var".into(), "10%".into())].into(), ..settings };
+        let with = text.replace(r#""exec":"report""#, r#""exec":"report","thresholds":{"disk./var":"10%"}"#);
+        assert_eq!(serde_json::to_string(&Assignment { settings: set.clone(), ..assignment() }).unwrap(), with);
+        assert_eq!(serde_json::from_str::<Assignment>(&with).unwrap().settings, set);
     }
 }

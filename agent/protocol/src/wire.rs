@@ -298,8 +298,8 @@ pub struct Reply {
     /// What the server says of the machine, for its screen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub about: Option<About>,
-    /// The role's thresholds for health checks, by the check's name: `10%`, `64M`, `500ms`. Numbers for what the release
-    /// declares, nothing else.
+    /// The role's thresholds for health checks, for agents from before they were signed with the assignment
+    /// ([`crate::RoleSettings::thresholds`]). No other reads them.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub thresholds: BTreeMap<String, String>,
     /// The site's list of revoked boot programs, as long as the machine's firmware lacks it and may have it.

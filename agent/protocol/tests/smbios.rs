@@ -1,6 +1,9 @@
 //! SMBIOS tables of real firmware, and others as large machines have them, against what Debian's dmidecode reads in them.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods, clippy::disallowed_types)]
 
+#[path = "../../../images/tests/oracle/mod.rs"]
+mod oracle;
+
 use kiln_protocol::{Smbios, parse_smbios};
 use std::path::Path;
 use std::process::Command;
@@ -78,7 +81,7 @@ fn server() -> Vec<u8> {
 /// dmidecode's words for one table; none where it is not installed.
 fn dmidecode(table: &[u8]) -> Option<String> {
     if !Path::new("/usr/sbin/dmidecode").exists() {
-        println!("skipped: dmidecode is not installed; `make setup` installs it");
+        oracle::skipped("dmidecode is not installed; `make setup` installs it");
         return None;
     }
     // A dump as it makes them itself: the 64-bit entry point (DSP0134 §5.2.2), then the table.

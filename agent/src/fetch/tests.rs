@@ -3,6 +3,7 @@
 use super::*;
 use crate::facts;
 use crate::testing::web::{self, Happened};
+use std::collections::BTreeMap;
 use std::net::TcpStream as Socket;
 use std::process::Command;
 use std::sync::mpsc::Receiver;
@@ -355,7 +356,7 @@ fn a_transfer_that_nobody_waits_for_closes_its_connection() {
 fn a_prefetch_takes_no_more_of_the_link_than_it_may() {
     let (bytes, expected) = content(512 << 10);
     let files = [(format!("a/{}", expected.sha256), bytes.clone())].into();
-    let (http, _hear) = web::honest(files, std::collections::BTreeMap::new());
+    let (http, _hear) = web::honest(files, BTreeMap::new());
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     let disk = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
@@ -374,4 +375,27 @@ fn a_prefetch_takes_no_more_of_the_link_than_it_may() {
     let mut got = vec![0; bytes.len()];
     disk.read_exact_at(&mut got, 4096).unwrap();
     assert!(got == bytes);
+}
+
+/// As a UKI that is wrong on the disk is fetched anew.
+#[test]
+fn one_server_gives_what_those_before_it_lack_refuse_or_alter() {
+    let (bytes, expected) = content(100_000);
+    let path = format!("a/{}", expected.sha256);
+    let serve = |files: BTreeMap<String, Vec<u8>>| web::honest(files, BTreeMap::new()).0;
+    let (empty, honest) = (serve(BTreeMap::new()), serve([(path.clone(), bytes.clone())].into()));
+    let lying = serve([(path, vec![7; bytes.len()])].into());
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let nobody = format!("http://{nobody}");
+    let dir = tempfile::tempdir().unwrap();
+    let to = dir.path().join("uki");
+    runtime().block_on(async {
+        let mut all = download(&expected, Some(&to));
+        all.run_any(&[nobody.clone(), empty.clone(), lying.clone(), honest]).await.unwrap();
+        assert!(std::fs::read(&to).unwrap() == bytes);
+        let error = download(&expected, None).run_any(&[empty, lying, nobody]).await.unwrap_err();
+        assert_eq!(error.kind(), "root-hash-mismatch", "{error}");
+        let error = download(&expected, None).run_any(&[]).await.unwrap_err();
+        assert_eq!(error.kind(), "server-not-found");
+    });
 }

@@ -304,10 +304,12 @@ pub async fn wait_for_assignment(flow: &mut Flow, verified: &mut Verified) -> Re
             }
             Err(error) => {
                 attempt += 1;
-                let class = error.class();
+                // The site may have named another key, of the director or of the agent API.
+                let newer =
+                    matches!(error, AgentError::AgentApiKey { .. }) || error.class() == FailureClass::Verification;
                 told.clear();
                 flow.after_answer(Stage::Assignment, error, attempt).await?;
-                if class == FailureClass::Verification {
+                if newer {
                     read_anew(flow, &here, verified, attempt).await;
                 }
             }

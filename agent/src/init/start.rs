@@ -146,7 +146,8 @@ async fn mount_and_leave(
         disk: on,
         no_data,
         sequence: flow.verifier.memory.sequence,
-        settings: flow.verifier.settings,
+        settings: flow.verifier.settings.clone(),
+        agent_api_keys: flow.verifier.pins.keys(),
         now: flow.verifier.now,
     };
     handoff.write()?;

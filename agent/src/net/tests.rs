@@ -3,6 +3,7 @@
 
 use super::*;
 use crate::testing::namespace::enter;
+use crate::testing::oracle::skipped;
 use kiln_release::network::NetworkConfig;
 use std::collections::HashSet;
 use std::net::{SocketAddr, TcpStream};
@@ -42,7 +43,7 @@ impl Drop for Dnsmasq {
 /// Runs in the machine's namespace; false where that cannot be, or where what is needed is not installed.
 fn machine(test: &str) -> bool {
     if !Path::new("/usr/sbin/dnsmasq").exists() {
-        println!("skipped: dnsmasq is not installed");
+        skipped("dnsmasq is not installed");
         return false;
     }
     if !enter(&format!("net::tests::{test}"), "-rnm") {

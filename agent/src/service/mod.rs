@@ -126,8 +126,9 @@ enum Proof {
 
 impl Service {
     fn new(verifier: Verifier, journal: Journal, next: impl Into<PathBuf>, door: Door) -> Result<Self> {
-        let (site, key, settings) = (&verifier.boot.site, &verifier.key, verifier.settings);
+        let (site, key, settings) = (&verifier.boot.site, &verifier.key, verifier.settings.clone());
         let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, key, &verifier.clock)?;
+        let api = api.pinned(&verifier.pins);
         let prover = (api.another(), verifier.key_id());
         Ok(Self {
             duty: Duty::new(),
@@ -181,7 +182,7 @@ impl Service {
                         self.journal.waiting(Stage::Health, &health.detail);
                     }
                     self.watch.turned(turns);
-                    self.watch.refused(checks.set_thresholds(&self.watch.thresholds));
+                    self.watch.refused(checks.set_thresholds(&self.settings.thresholds));
                     round = Box::pin(check(checks, if health.healthy { WATCH_EVERY } else { CHECK_EVERY }));
                     Event::Checked(health)
                 }
@@ -348,9 +349,20 @@ impl Service {
             }
             None => report,
         };
-        let api = Rc::clone(&self.api);
+        let (api, verifier, here) = (Rc::clone(&self.api), Rc::clone(&self.verifier), self.here.clone());
         self.nonce = report.as_ref().ok().map(|report| report.nonce.clone());
-        Box::pin(async move { api.lock().await.report(&report?).await })
+        Box::pin(async move {
+            let report = report?;
+            let mut api = api.lock().await;
+            match api.report(&report).await {
+                // The site may name this key by now: what it has signed last decides.
+                Err(AgentError::AgentApiKey { .. }) => {
+                    verifier.lock().await.verify_metadata(&here).await?;
+                    api.report(&report).await
+                }
+                answered => answered,
+            }
+        })
     }
 }
 

@@ -50,7 +50,7 @@ impl Service {
     pub(super) fn check_settings(&self) -> Option<Selects> {
         let (reply, nonce) = self.newest.clone()?;
         let again = self.disbelieved.is_some_and(|at| at.elapsed() < ORDER_PAUSE);
-        if again || self.claimed.is_none_or(|claimed| claimed == self.settings) {
+        if again || self.claimed.as_ref().is_none_or(|claimed| *claimed == self.settings) {
             return None;
         }
         let (verifier, here) = (Rc::clone(&self.verifier), self.here.clone());

@@ -68,12 +68,13 @@ async fn serve() -> Result<()> {
         disk.as_ref().and_then(|disk| local::fallback(&verifier.memory, &crate::disk::machine::lock(disk)));
     let site = &verifier.boot.site;
     let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, &verifier.key, &verifier.clock)?;
+    let api = api.pinned(&verifier.pins);
     log::ship(api, &journal.state.boot_id, &journal.machine.id);
     journal.done(Stage::Handover);
     journal.done(Stage::Service);
     let door = Door { systemctl: "systemctl".into(), reboot: restart };
     let (boot, servers) = (&verifier.boot, &verifier.servers.agent);
-    let api = Api::new(servers, &boot.site.agent_api_ca_pem, &verifier.key, &verifier.clock)?;
+    let api = Api::new(servers, &boot.site.agent_api_ca_pem, &verifier.key, &verifier.clock)?.pinned(&verifier.pins);
     tokio::spawn(inventory::keep(api, journal.machine.id.clone(), journal.state.boot_id.clone()));
     let mut service = Service::new(verifier, journal, change::NEXT, door)?;
     (service.disk, service.watch, service.exec, service.secrets) = (disk, watch, exec, secrets);
@@ -159,6 +160,7 @@ fn resume(handoff: Handoff, disk: Option<&SharedDisk>) -> Result<(Verifier, Jour
     }
     let mut verifier = Verifier::new(handoff.boot, place, key, memory, handoff.servers, now);
     verifier.settings = handoff.settings;
+    verifier.pins.set(&handoff.agent_api_keys);
     // A system in memory was fetched for this boot; one on a disk was verified whole when the disk says so.
     verifier.put_up = match disk {
         None if handoff.disk.is_some() => u64::MAX,

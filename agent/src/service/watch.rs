@@ -34,8 +34,6 @@ pub struct Watch {
     progress: Progress,
     looker: Option<Looker>,
     drift: Vec<Difference>,
-    /// The role's, of the newest reply.
-    pub thresholds: BTreeMap<String, String>,
     /// This machine's clock less the boot server's.
     offset_ms: Option<i64>,
     bad: BTreeSet<String>,
@@ -58,7 +56,6 @@ impl Watch {
             progress: Progress::default(),
             looker: None,
             drift: Vec::new(),
-            thresholds: BTreeMap::new(),
             offset_ms: None,
             bad: BTreeSet::new(),
         }
@@ -77,7 +74,6 @@ impl Watch {
 
     /// A reply came: what the report carried is confirmed. Whether more waits to be said.
     pub fn heard(&mut self, reply: &Reply) -> bool {
-        self.thresholds.clone_from(&reply.thresholds);
         if let Decision::Assigned { freshness, .. } = &reply.desired.decision {
             // Not verified here: it moves no clock, it only tells people that one is wrong.
             let said = claimed_now(freshness);

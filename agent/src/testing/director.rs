@@ -4,7 +4,7 @@
 use super::{IMAGE, TestSite, now};
 use kiln_protocol::{
     ASSIGNMENT_TYPE, Assignment, BoundMachine, Decision, Desired, FRESHNESS_TYPE, Freshness, Grant, OrderGiven, Reply,
-    Report, SPEC_VERSION, Via,
+    Report, RoleSettings, SPEC_VERSION, Via,
 };
 use kiln_release::certificate::{spki_der, spki_key_id};
 use kiln_release::{Signer, hex, sign_envelope};
@@ -30,7 +30,7 @@ pub enum Line {
     Dead,
     /// Replies are no JSON.
     Garbles,
-    /// Somebody between changes what the role selects.
+    /// Somebody between changes what the role selects, and adds thresholds beside what is signed.
     Forges,
 }
 
@@ -42,6 +42,8 @@ struct State {
     given: Option<String>,
     /// Sequence from which on the release has to be fetched anew.
     rebuild: u64,
+    /// The role's thresholds, signed.
+    thresholds: BTreeMap<String, String>,
 }
 
 /// The running server.
@@ -79,7 +81,14 @@ impl Director {
         let machine = Signer::from_seed(&site.machine_key);
         let manifests = site.manifests.iter();
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { order, line: Line::Whole, heard: Vec::new(), given: None, rebuild: 0 }),
+            state: Mutex::new(State {
+                order,
+                line: Line::Whole,
+                heard: Vec::new(),
+                given: None,
+                rebuild: 0,
+                thresholds: BTreeMap::new(),
+            }),
             changed: Condvar::new(),
             signer: Signer::from_seed(&[6; 32]),
             manifests: manifests.map(|(n, m)| (*n, hex::sha256(&serde_json::to_vec(m).unwrap()))).collect(),
@@ -108,6 +117,11 @@ impl Director {
         (state.rebuild, state.order) = (order.1, order);
         drop(state);
         self.shared.changed.notify_all();
+    }
+
+    /// The role sets this threshold from now on; it comes with the next order.
+    pub fn threshold(&self, name: &str, value: &str) {
+        self.shared.state.lock().unwrap().thresholds.insert(name.to_owned(), value.to_owned());
     }
 
     /// Hands on an operator's order from now on, whatever it is.
@@ -219,7 +233,7 @@ impl Shared {
             arch: report.machine.arch,
             sequence,
             rebuild: state.rebuild,
-            settings: kiln_protocol::RoleSettings::default(),
+            settings: RoleSettings { thresholds: state.thresholds.clone(), ..RoleSettings::default() },
             issued: now(),
             expires: now() + jiff::SignedDuration::from_hours(1),
         };
@@ -259,7 +273,10 @@ impl Shared {
             again_ms: 1000,
             may_wait: true,
             about: None,
-            thresholds: BTreeMap::new(),
+            thresholds: match state.line {
+                Line::Forges => [("forged".to_owned(), "10%".to_owned())].into(),
+                Line::Whole | Line::LosesReplies | Line::Dead | Line::Garbles => BTreeMap::new(),
+            },
             dbx: None,
             attest: false,
             secrets: None,

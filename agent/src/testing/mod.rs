@@ -4,6 +4,8 @@
 pub mod director;
 #[path = "../../../images/tests/namespace/mod.rs"]
 pub mod namespace;
+#[path = "../../../images/tests/oracle/mod.rs"]
+pub mod oracle;
 pub mod web;
 
 use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
@@ -11,6 +13,7 @@ use crate::memory::Place;
 use crate::verifier::{Servers, Verifier};
 use jiff::{SignedDuration, Timestamp};
 use kiln_protocol::{Firmware, KeyStorage, MachineFacts, ProtectionClass, RollbackMemory};
+use kiln_release::certificate::{certificate_spki, spki_key_id};
 use kiln_release::network::NetworkConfig;
 use kiln_release::tuf::{RoleKeys, Root, RootRoles, Snapshot, TargetFile, TargetPath, Targets, TimestampRole};
 use kiln_release::{
@@ -34,6 +37,12 @@ pub struct TestSite {
     pub machine_key: [u8; 32],
     /// CA certificate, server certificate, server key, all PEM.
     pub tls: [String; 3],
+    /// Another server's certificate and key, of the same CA.
+    pub other_tls: [String; 2],
+    /// What `site.json` names of the agent API's keys.
+    agent_api_keys: Vec<String>,
+    /// What a machine's service begins with of the same.
+    pub known_keys: Vec<String>,
     trust_root: String,
     /// The release of class rescue; 0: none.
     rescue: u64,
@@ -66,28 +75,38 @@ pub fn listen() -> (std::net::TcpListener, std::net::SocketAddr) {
 impl TestSite {
     /// With releases 1 to `releases` of [`IMAGE`].
     pub fn new(releases: u64) -> Self {
-        Self::make(releases, 0, None)
+        Self::make(releases, 0, None, false)
     }
 
     /// The same, and one of them is of class rescue.
     pub fn with_rescue(releases: u64, rescue: u64) -> Self {
-        Self::make(releases, rescue, None)
+        Self::make(releases, rescue, None, false)
+    }
+
+    /// With one release, and `site.json` names the key of the agent API's server.
+    pub fn that_names_its_server() -> Self {
+        Self::make(1, 0, None, true)
     }
 
     /// With a network configuration, whose version is that of all metadata.
     pub fn with_network(releases: u64, network: NetworkConfig) -> Self {
-        Self::make(releases, 0, Some(network))
+        Self::make(releases, 0, Some(network), false)
     }
 
-    fn make(releases: u64, rescue: u64, network: Option<NetworkConfig>) -> Self {
+    fn make(releases: u64, rescue: u64, network: Option<NetworkConfig>, named: bool) -> Self {
         let version = network.as_ref().map_or(1, |network| network.version);
         let key = |n: u8| Signer::from_seed(&[n; 32]);
+        let [ca, certificate, private, other, others_key] = certificates();
+        let agent_api_keys = if named { vec![server_key_id(&certificate)] } else { Vec::new() };
         let mut site = Self {
             files: BTreeMap::new(),
             manifests: BTreeMap::new(),
             director: key(6),
             machine_key: [7; 32],
-            tls: certificates(),
+            tls: [ca, certificate, private],
+            other_tls: [other, others_key],
+            agent_api_keys,
+            known_keys: Vec::new(),
             trust_root: String::new(),
             rescue,
             network,
@@ -143,7 +162,7 @@ impl TestSite {
             director_threshold: 1,
             operators: [(operator().public().id(), operator().public().to_object())].into(),
             operator_threshold: 1,
-            agent_api: AgentApi { ca_pem: self.tls[0].clone() },
+            agent_api: AgentApi { ca_pem: self.tls[0].clone(), keys: self.agent_api_keys.clone() },
             floors: BTreeMap::new(),
             network: self.network.clone(),
             dbx: None,
@@ -293,7 +312,14 @@ pub fn pe(sections: &[(&str, &[u8])]) -> Vec<u8> {
     file
 }
 
-fn certificates() -> [String; 3] {
+/// SHA-256 of the SPKI of a certificate, PEM.
+fn server_key_id(certificate: &str) -> String {
+    let der = hex::pem_decode("CERTIFICATE", certificate).unwrap();
+    spki_key_id(certificate_spki(&der).unwrap())
+}
+
+/// CA, and certificate and key of two servers.
+fn certificates() -> [String; 5] {
     use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair, PKCS_ED25519};
     let params = |names: &[&str]| {
         let mut params = CertificateParams::new(names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>()).unwrap();
@@ -305,7 +331,12 @@ fn certificates() -> [String; 3] {
     let mut ca = params(&[]);
     ca.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
     let ca_pem = ca.self_signed(&ca_key).unwrap().pem();
-    let key = KeyPair::generate_for(&PKCS_ED25519).unwrap();
-    let server = params(&[kiln_release::AGENT_API_NAME]).signed_by(&key, &Issuer::new(ca, ca_key)).unwrap();
-    [ca_pem, server.pem(), key.serialize_pem()]
+    let issuer = Issuer::new(ca, ca_key);
+    let server = || {
+        let key = KeyPair::generate_for(&PKCS_ED25519).unwrap();
+        let certificate = params(&[kiln_release::AGENT_API_NAME]).signed_by(&key, &issuer).unwrap();
+        (certificate.pem(), key.serialize_pem())
+    };
+    let ((certificate, key), (other, others_key)) = (server(), server());
+    [ca_pem, certificate, key, other, others_key]
 }

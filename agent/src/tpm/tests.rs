@@ -38,7 +38,7 @@ impl Software {
             .stdin(Stdio::null())
             .spawn();
         let Ok(child) = child else {
-            println!("skipped: swtpm is not installed (make setup)");
+            crate::testing::oracle::skipped("swtpm is not installed (make setup)");
             return None;
         };
         let limit = Instant::now() + Duration::from_secs(20);

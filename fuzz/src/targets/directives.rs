@@ -37,7 +37,7 @@ pub mod directive {
             director_threshold: 1,
             operators: listed(&operator),
             operator_threshold: 1,
-            agent_api: AgentApi { ca_pem: String::new() },
+            agent_api: AgentApi { ca_pem: String::new(), keys: vec![] },
             floors: BTreeMap::from([("minimal".into(), FLOOR)]),
             network: None,
             dbx: None,

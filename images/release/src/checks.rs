@@ -244,6 +244,10 @@ impl Site {
             let apart = usable(&self.operators).is_disjoint(&usable(&self.directors));
             check.field("operators", apart, "a director's key", "an operator's key is kept off the boot server")?;
         }
+        let keys = &self.agent_api.keys;
+        check.field("agent_api.keys", keys.len() <= 16, &keys.len().to_string(), "at most 16 keys")?;
+        let bad = keys.iter().find(|key| !hex::is_sha256(key)).map(String::as_str);
+        check.field("agent_api.keys", bad.is_none(), bad.unwrap_or_default(), "64 lower-case hex digits")?;
         for (image, floor) in &self.floors {
             check.field("floors", is_image_name(image), image, "not an image name")?;
             check.field("floors", *floor > 0, image, "floors start at 1")?;

@@ -157,6 +157,9 @@ pub struct Crossing {
 pub struct AgentApi {
     /// The CA that signs the agent API's server certificate, PEM.
     pub ca_pem: String,
+    /// Its servers' keys that count, each as SHA-256 of its SPKI; none named: every one that the CA has signed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub keys: Vec<String>,
 }
 
 /// `site.json`, a target of top-level targets.

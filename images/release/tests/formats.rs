@@ -78,7 +78,7 @@ fn site() -> Site {
         director_threshold: 1,
         operators: BTreeMap::new(),
         operator_threshold: 1,
-        agent_api: AgentApi { ca_pem: String::new() },
+        agent_api: AgentApi { ca_pem: String::new(), keys: vec![] },
         floors: BTreeMap::from([("minimal".into(), 3)]),
         network: None,
         dbx: None,

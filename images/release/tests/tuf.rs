@@ -31,6 +31,30 @@ fn a_good_repository_gives_the_targets_and_what_to_remember() {
     repo.update(outcome.seen).unwrap();
 }
 
+/// What docs/metadata.md promises, row by row.
+#[test]
+fn the_caps_are_the_documented_ones() {
+    const MIB: u64 = 1 << 20;
+    const KIB: u64 = 1 << 10;
+    let Limits { root, root_chain, timestamp, snapshot, targets, delegation, target, roles } = Limits::default();
+    assert_eq!([root, timestamp, snapshot, targets], [MIB; 4]);
+    assert_eq!((root_chain, delegation, target, roles), (1024, 256 * KIB, 256 * KIB, 32));
+    let path = |length: usize| TargetPath::new("a".repeat(length)).is_ok();
+    assert_eq!((path(1024), path(1025)), (true, false));
+    for row in [
+        "| root, timestamp, snapshot | 1 MiB each |",
+        "| new roots in one update | 1 024 |",
+        "| top-level targets | 1 MiB |",
+        "| a delegated role (an image's) | 256 KiB |",
+        "| a target (manifest, `site.json`) | 256 KiB |",
+        "| roles visited in search of one target | 32 |",
+        "| a target's path | 1 024 bytes |",
+    ] {
+        let documented = include_str!("../../../docs/metadata.md").lines().any(|line| line.starts_with(row));
+        assert!(documented, "docs/metadata.md has no row {row}");
+    }
+}
+
 #[test]
 fn each_file_is_asked_for_with_its_cap() {
     let repo = Repo::new();

@@ -3,6 +3,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../oracle/mod.rs"]
+mod oracle;
 
 mod ceremony;
 mod cpio;

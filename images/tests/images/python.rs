@@ -35,7 +35,8 @@ pub fn python() -> Option<PathBuf> {
                 Ok(output) => String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or("").to_owned(),
                 Err(error) => error.to_string(),
             };
-            eprintln!("skipped: no python-tuf: venv: {}; pip: {}", why(&make), why(&install));
+            let (make, install) = (why(&make), why(&install));
+            crate::oracle::skipped(&format!("there is no python-tuf: venv: {make}; pip: {install}"));
             return None;
         }
     }

@@ -183,7 +183,7 @@ fn tool(program: &str, args: &[&str]) -> Option<std::process::Output> {
     match std::process::Command::new(program).args(args).output() {
         Ok(output) => Some(output),
         Err(error) => {
-            eprintln!("skipped: {program}: {error}");
+            crate::oracle::skipped(&format!("{program}: {error}"));
             None
         }
     }

@@ -158,7 +158,9 @@ impl Machine {
             ""
         };
         let tests = self.acceptance_words().map_or(String::new(), |words| format!("; {words}"));
-        let reason = format!("{}{drift}{excused}{revoked}{tests}", self.state.reason);
+        let unsigned =
+            self.unsigned.as_ref().map_or(String::new(), |why| format!("; its assignment is not signed: {why}"));
+        let reason = format!("{}{unsigned}{drift}{excused}{revoked}{tests}", self.state.reason);
         match self.held_packets.last() {
             None => reason,
             Some(held) => {

@@ -74,6 +74,9 @@ pub struct Machine {
     /// A person took its key away: nobody who holds it is heard. Kept by the caller; not stored here.
     #[serde(skip)]
     pub key_revoked: bool,
+    /// Why what is assigned to it is not signed for it, as the caller found when it was asked last; not stored.
+    #[serde(skip)]
+    pub unsigned: Option<String>,
     /// The key of the boot before, of a machine that makes a new one at each boot.
     pub previous_key: Option<KeyId>,
     /// The last key that reported under this id and is not the machine's: [`crate::Event::Clear`] makes it so.
@@ -211,6 +214,7 @@ impl Machine {
             key: None,
             pinned: None,
             key_revoked: false,
+            unsigned: None,
             previous_key: None,
             stranger: None,
             code: None,

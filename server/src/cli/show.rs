@@ -2,7 +2,6 @@
 
 use super::table::{ago, ahead, table};
 use crate::view::MachineView;
-use kiln_protocol::AttestationState;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -24,7 +23,7 @@ pub(super) fn list(machines: &[MachineView], now_ms: i64) -> String {
                 m.stage_label.clone(),
                 release(m),
                 assigned,
-                protection(m),
+                m.protection_words.clone(),
                 ago(m.last_seen_ms, now_ms),
                 m.last_words.clone(),
             ]
@@ -96,16 +95,6 @@ fn condition(text: &mut String, m: &MachineView) {
     }
 }
 
-/// The class, and beside it what a person must not overlook.
-fn protection(m: &MachineView) -> String {
-    let class = m.protection.map_or("-", kiln_protocol::ProtectionClass::as_str);
-    match m.attestation.as_ref() {
-        Some(a) if a.state == AttestationState::Failed => format!("{class}, ATTESTATION FAILED"),
-        Some(a) if a.carried => format!("{class}, by kexec"),
-        Some(_) | None => class.to_owned(),
-    }
-}
-
 fn secrets(m: &MachineView) -> String {
     let held: Vec<String> = m.secrets.iter().map(|(name, version)| format!("{name} (version {version})")).collect();
     if held.is_empty() { "-".to_owned() } else { held.join(", ") }
@@ -169,7 +158,7 @@ pub(super) fn show(m: &MachineView, now_ms: i64) -> String {
         ("order", m.order.clone().unwrap_or_else(dash)),
         ("prefetch", prefetch),
         ("last good", m.last_good.as_ref().map_or_else(dash, ToString::to_string)),
-        ("protection", m.protection.map_or_else(dash, |p| p.to_string())),
+        ("protection", m.protection_words.clone()),
         ("attestation", m.attestation.as_ref().map_or_else(dash, |a| format!("{}: {}", a.state, a.reason))),
         ("secrets", secrets(m)),
         ("TPM", tpm(m)),
@@ -247,27 +236,10 @@ fn clock(ms: i64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::view::{BootView, StageView};
+    use crate::view::{AttestationView, BootView, StageView, protection_words};
 
-    #[test]
-    fn the_stages_shown_are_the_stages_in_order() {
-        let stages = kiln_protocol::Stage::ALL.iter().map(|stage| StageView {
-            stage: *stage,
-            state: "done".into(),
-            at_ms: 1,
-            agent_ms: None,
-            kind: None,
-            message: None,
-        });
-        let boot = BootView {
-            boot_id: String::new(),
-            via: kiln_protocol::Via::Cold,
-            image: None,
-            release: None,
-            started_ms: 0,
-            stages: stages.collect(),
-        };
-        let machine = MachineView {
+    fn machine(boots: Vec<BootView>) -> MachineView {
+        MachineView {
             id: "00000000-0000-0000-0000-000000000001".parse().unwrap(),
             name: "rack-1".into(),
             role: None,
@@ -348,6 +320,7 @@ mod tests {
             key_storage: Some(kiln_protocol::KeyStorage::Ephemeral),
             rollback_memory: Some(kiln_protocol::RollbackMemory::None),
             protection: None,
+            protection_words: "-".into(),
             secrets: kiln_protocol::SecretVersions::new(),
             attestation: None,
             product: String::new(),
@@ -356,8 +329,63 @@ mod tests {
             memory_bytes: 0,
             last_words: String::new(),
             last_seen_ms: 0,
-            boots: vec![boot],
+            boots,
+        }
+    }
+
+    #[test]
+    fn what_a_boot_can_promise_is_in_the_list_and_below_it() {
+        use kiln_protocol::{AttestationState as State, ProtectionClass as Class};
+        let of = |name: &str, class, state, carried| {
+            let proof = AttestationView {
+                state,
+                reason: "why".into(),
+                carried,
+                at_ms: None,
+                endorsement: None,
+                approved_endorsement: None,
+            };
+            let protection_words = protection_words(Some(class), Some(&proof));
+            let (protection, attestation) = (Some(class), Some(proof));
+            MachineView { name: name.into(), protection, protection_words, attestation, ..machine(vec![]) }
         };
+        let expected = ["attested", "attested, by kexec", "enforced, unattested", "unprotected, no-tpm"];
+        let failed = "unprotected, attestation failed";
+        let all = [
+            of("rack-1", Class::Attested, State::Attested, false),
+            of("rack-2", Class::Attested, State::Attested, true),
+            of("rack-3", Class::Enforced, State::Unattested, false),
+            of("rack-4", Class::Unprotected, State::NoTpm, false),
+            of("rack-5", Class::Unprotected, State::Failed, false),
+        ];
+        let text = list(&all, 0);
+        for (machine, words) in all.iter().zip(expected.into_iter().chain([failed])) {
+            let row = text.lines().find(|row| row.starts_with(&machine.name)).unwrap();
+            assert!(row.contains(&format!("  {words}  ")), "{words}: {row}");
+            let shown = show(machine, 0);
+            assert!(shown.contains(&format!("\nprotection   {words}\n")), "{shown}");
+        }
+    }
+
+    #[test]
+    fn the_stages_shown_are_the_stages_in_order() {
+        let stages = kiln_protocol::Stage::ALL.iter().map(|stage| StageView {
+            stage: *stage,
+            state: "done".into(),
+            at_ms: 1,
+            agent_ms: None,
+            kind: None,
+            message: None,
+        });
+        let boot = BootView {
+            boot_id: String::new(),
+            via: kiln_protocol::Via::Cold,
+            image: None,
+            release: None,
+            started_ms: 0,
+            stages: stages.collect(),
+        };
+        let machine = machine(vec![boot]);
         let text = show(&machine, 0);
         assert!(text.contains("name only") && text.contains("no rollback memory"), "{text}");
         assert!(text.contains(&format!("\nkey          {}\n", "ab".repeat(32))), "{text}");

@@ -74,7 +74,7 @@ pub(super) enum Trust {
         #[arg(long, env = "KILN_SITE")]
         site: PathBuf,
     },
-    /// Give other keys to root, targets, snapshot, timestamp, director or image-NAME
+    /// Give other keys to root, targets, snapshot, timestamp, director, agent-api or image-NAME
     Rotate {
         /// Whose keys
         role: String,
@@ -235,6 +235,13 @@ pub(super) fn run(command: Trust, runtime: impl Fn() -> Result<Runtime, CliError
         Trust::Drop { site } => {
             let name = kiln_images::drop_request(&site)?;
             println!("{name} is given up; what machines are served has not changed");
+            Ok(())
+        }
+        Trust::Rotate { role, keys: None, site } if role == kiln_images::AGENT_API => {
+            let done = kiln_images::rotate_agent_api(&site, now)?;
+            println!("the agent API has another key: {}", shown(&done.keys));
+            said(&done.changed);
+            println!("restart `kiln serve` as soon as that is in force: machines hang up on the old key");
             Ok(())
         }
         Trust::Rotate { role, keys, site } => {

@@ -206,3 +206,28 @@ fn at(path: &Path) -> impl FnOnce(std::io::Error) -> CliError {
     let path = path.to_owned();
     move |source| CliError::File { path, source }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The second column of docs/metadata.md.
+    #[test]
+    fn the_caps_are_the_documented_ones() {
+        let Limits { root, root_chain, timestamp, snapshot, targets, delegation, target, roles } = limits();
+        assert_eq!([root, timestamp, snapshot], [MIB; 3]);
+        assert_eq!((targets, delegation, target), (10 * MIB, 10 * MIB, 64 * MIB));
+        assert_eq!((root_chain, roles), (1024, 32));
+        for row in [
+            "| root, timestamp, snapshot | 1 MiB each | the same |",
+            "| new roots in one update | 1 024 | the same |",
+            "| top-level targets | 1 MiB | 10 MiB |",
+            "| a delegated role (an image's) | 256 KiB | 10 MiB |",
+            "| a target (manifest, `site.json`) | 256 KiB | 64 MiB |",
+            "| roles visited in search of one target | 32 | the same |",
+        ] {
+            let documented = include_str!("../../../docs/metadata.md").lines().any(|line| line == row);
+            assert!(documented, "docs/metadata.md has no row {row}");
+        }
+    }
+}

@@ -51,8 +51,10 @@ pub struct Config {
     pub roles: BTreeMap<String, Role>,
     /// The age at which a role's machines are put up anew at the latest, in milliseconds.
     pub max_ages: BTreeMap<String, u64>,
-    /// The pre-loaded list.
+    /// The pre-loaded list, by UUID.
     pub machines: BTreeMap<MachineId, Listed>,
+    /// The same by serial number, as [`kiln_fleet::serial_key`] makes it.
+    pub serials: BTreeMap<String, Listed>,
     /// Who may call.
     pub access: Access,
     /// The operator API and the web page over TLS, if they are served so.
@@ -150,8 +152,10 @@ pub struct Listed {
     pub name: String,
     /// Its role.
     pub role: String,
-    /// The only identity key that may report under its id; none: the first that does.
+    /// The only identity key that may report under its id, or claim its serial number; none: the first that does.
     pub key: Option<KeyId>,
+    /// Its serial number, where that says which machine it is.
+    pub serial: Option<String>,
 }
 
 impl Config {
@@ -178,6 +182,11 @@ impl Config {
     /// The only key that may report under this id, if the list names one.
     pub fn key_of(&self, id: &MachineId) -> Option<&KeyId> {
         self.machines.get(id)?.key.as_ref()
+    }
+
+    /// What the list says of a machine with this id and serial number. The id comes first.
+    pub fn listed(&self, id: &MachineId, serial: Option<&str>) -> Option<&Listed> {
+        self.machines.get(id).or_else(|| self.serials.get(&kiln_fleet::serial_key(serial?)?))
     }
 
     /// Tells a machine what its role says of its age, its drift, its boots, and of new hardware.
@@ -308,11 +317,12 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
         assert_eq!(c.limits, Limits { max_unavailable: 2, trial_attempts: 4, firmware_patience: 90_000 });
         let id = "00000000-0000-0000-0000-00000000000a".parse().unwrap();
         let key = Some("ab".repeat(32).parse().unwrap());
-        assert_eq!(c.machines[&id], Listed { name: "rack-1".into(), role: "lab".into(), key });
+        assert_eq!(c.machines[&id], Listed { name: "rack-1".into(), role: "lab".into(), key, serial: None });
         assert_eq!(c.roles["lab"].thresholds["disk./var"], Threshold::Percent(10));
         assert_eq!(c.roles["lab"].drift, DriftPolicy::Reimage);
         assert_eq!(c.roles["lab"].secrets, SecretsPolicy::Cold);
-        let settings = RoleSettings { boot_first: BootFirst::Network, exec: ExecChoice::Report };
+        let thresholds = c.roles["lab"].thresholds.iter().map(|(name, t)| (name.clone(), t.to_string())).collect();
+        let settings = RoleSettings { boot_first: BootFirst::Network, exec: ExecChoice::Report, thresholds };
         assert_eq!(c.roles["lab"].settings, settings);
         let least = Least { disk_read_mib_s: Some(200), ..Least::default() };
         assert_eq!(c.roles["lab"].acceptance, Some(least));
@@ -377,6 +387,15 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
             ),
             ("[[role]]\nname = \"a b\"\nimage = \"x\"", "role.name"),
             ("[[machine]]\nid = \"x\"\nname = \"n\"\nrole = \"default\"", "machine.id"),
+            ("[[machine]]\nname = \"n\"\nrole = \"default\"", "machine: n: expected `id` or `serial`"),
+            (
+                "[[machine]]\nserial = \"0000\"\nname = \"n\"\nrole = \"default\"",
+                "machine.serial: \"0000\" is what boards have",
+            ),
+            (
+                "[[machine]]\nserial = \"ab1\"\nname = \"n\"\nrole = \"default\"\n[[machine]]\nserial = \" AB1\"\nname = \"m\"\nrole = \"default\"",
+                "machine.serial: \" AB1\" is there twice",
+            ),
             (
                 "[[machine]]\nid = \"00000000-0000-0000-0000-000000000001\"\nname = \"n\"\nrole = \"default\"\nkey = \"ab\"",
                 "machine.key: key id: expected 64 lower-case hex digits, got \"ab\"",

@@ -5,9 +5,9 @@ use super::{Boot, Config, Dhcp, DhcpMode, FullDhcp, Listed, Role, is_name};
 use crate::error::ConfigError;
 use crate::http;
 use crate::net::{Shared, tftp};
-use kiln_fleet::{DriftPolicy, Limits, SecretsPolicy};
+use kiln_fleet::{DriftPolicy, Limits, SecretsPolicy, serial_key};
 use kiln_netboot::UefiProgram;
-use kiln_protocol::{BootFirst, ExecChoice, ImageName, Least, MachineId, RoleSettings};
+use kiln_protocol::{BootFirst, ExecChoice, ImageName, KeyId, Least, MachineId, RoleSettings};
 use kiln_release::Threshold;
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -154,7 +154,8 @@ enum RawAcceptance {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawMachine {
-    id: String,
+    id: Option<String>,
+    serial: Option<String>,
     name: String,
     role: String,
     key: Option<String>,
@@ -236,6 +237,54 @@ fn shares(table: &str, (key, all): (&str, usize), each: usize) -> Result<(), Con
     Ok(())
 }
 
+/// The pre-loaded list, by UUID and by serial number.
+type Preloaded = (BTreeMap<MachineId, Listed>, BTreeMap<String, Listed>);
+
+fn preloaded(list: Vec<RawMachine>, roles: &BTreeMap<String, Role>) -> Result<Preloaded, ConfigError> {
+    let (mut machines, mut serials) = Preloaded::default();
+    for RawMachine { id, serial, name, role, key } in list {
+        if !is_name(&name) {
+            return Err(bad("machine.name", format!("{name:?}: {NAME}")));
+        }
+        if !roles.contains_key(&role) {
+            let known = roles.keys().cloned().collect::<Vec<_>>().join(", ");
+            return Err(bad("machine.role", format!("{role:?} is no [[role]]; known are: {known}")));
+        }
+        let others = || machines.values().chain(serials.values());
+        if others().any(|m| m.name == name) {
+            return Err(bad("machine.name", format!("{name:?} is there twice")));
+        }
+        let key = match key {
+            Some(text) => Some(text.to_ascii_lowercase().parse::<KeyId>().map_err(|e| bad("machine.key", e))?),
+            None => None,
+        };
+        if let Some(other) = others().find(|m| key.is_some() && m.key == key) {
+            let reason = format!("{} and {name} have the same: a key is one machine's", other.name);
+            return Err(bad("machine.key", reason));
+        }
+        match (id, serial) {
+            (Some(text), None) => {
+                let id = text.to_ascii_lowercase().parse::<MachineId>().map_err(|e| bad("machine.id", e))?;
+                if machines.insert(id, Listed { name, role, key, serial: None }).is_some() {
+                    return Err(bad("machine.id", format!("{text:?} is there twice")));
+                }
+            }
+            (None, Some(serial)) => {
+                let none = || bad("machine.serial", format!("{serial:?} is what boards have that were given none"));
+                let compared = serial_key(&serial).ok_or_else(none)?;
+                let listed = Listed { name, role, key, serial: Some(serial.clone()) };
+                if serials.insert(compared, listed).is_some() {
+                    return Err(bad("machine.serial", format!("{serial:?} is there twice")));
+                }
+            }
+            (Some(_), Some(_)) | (None, None) => {
+                return Err(bad("machine", format!("{name}: expected `id` or `serial`, one of them")));
+            }
+        }
+    }
+    Ok((machines, serials))
+}
+
 impl TryFrom<RawFull> for FullDhcp {
     type Error = ConfigError;
     fn try_from(raw: RawFull) -> Result<Self, ConfigError> {
@@ -298,7 +347,8 @@ impl TryFrom<Raw> for Config {
                 max_ages.insert(role.name.clone(), age);
             }
             let thresholds = thresholds(&role)?;
-            let settings = RoleSettings { boot_first: role.boot_first, exec: role.exec };
+            let signed = thresholds.iter().map(|(name, threshold)| (name.clone(), threshold.to_string())).collect();
+            let settings = RoleSettings { boot_first: role.boot_first, exec: role.exec, thresholds: signed };
             let acceptance = match (role.acceptance, role.acceptance_least) {
                 (RawAcceptance::Required, least) => Some(least.unwrap_or_default()),
                 (RawAcceptance::None, None) => None,
@@ -328,34 +378,7 @@ impl TryFrom<Raw> for Config {
         if roles.is_empty() {
             roles.insert("default".to_owned(), Role::of(default_image.clone()));
         }
-        let mut machines: BTreeMap<MachineId, Listed> = BTreeMap::new();
-        for machine in raw.machine {
-            let id: MachineId = machine.id.to_ascii_lowercase().parse().map_err(|e| bad("machine.id", e))?;
-            if !is_name(&machine.name) {
-                return Err(bad("machine.name", format!("{:?}: {NAME}", machine.name)));
-            }
-            if !roles.contains_key(&machine.role) {
-                let known = roles.keys().cloned().collect::<Vec<_>>().join(", ");
-                return Err(bad("machine.role", format!("{:?} is no [[role]]; known are: {known}", machine.role)));
-            }
-            if machines.values().any(|m| m.name == machine.name) {
-                return Err(bad("machine.name", format!("{:?} is there twice", machine.name)));
-            }
-            let key = match &machine.key {
-                Some(text) => Some(text.to_ascii_lowercase().parse().map_err(|e| bad("machine.key", e))?),
-                None => None,
-            };
-            if let Some(other) = machines.values().find(|m| key.is_some() && m.key == key) {
-                let name = &machine.name;
-                return Err(bad(
-                    "machine.key",
-                    format!("{} and {name} have the same: a key is one machine's", other.name),
-                ));
-            }
-            if machines.insert(id, Listed { name: machine.name, role: machine.role, key }).is_some() {
-                return Err(bad("machine.id", format!("{:?} is there twice", machine.id)));
-            }
-        }
+        let (machines, serials) = preloaded(raw.machine, &roles)?;
         let usual = tftp::Settings::default();
         let tftp_transfers = raw.tftp.max_transfers.unwrap_or(usual.max_transfers);
         let tftp_per_address = raw.tftp.max_per_address.unwrap_or(usual.max_per_address.min(tftp_transfers));
@@ -404,6 +427,7 @@ impl TryFrom<Raw> for Config {
             roles,
             max_ages,
             machines,
+            serials,
             access: raw.access.try_into()?,
             https: raw.https.map(TryInto::try_into).transpose()?,
             oidc: raw.oidc.map(TryInto::try_into).transpose()?,

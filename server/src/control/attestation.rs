@@ -2,7 +2,7 @@
 //! good once: a server that starts again asks again.
 
 use super::kexecs::{self, Kernel};
-use super::secrets::Asks;
+use super::secrets::{Asks, barred};
 use super::{Control, Pending, now_ms};
 use crate::catalog::Catalog;
 use crate::credential;
@@ -292,9 +292,7 @@ fn verdict(
     let Some(named) = named else {
         return Err(doubt(format!("{release} was built before Kiln predicted what a TPM measures: build a newer one")));
     };
-    let loaders: BTreeSet<String> =
-        catalog.releases.values().filter_map(|r| r.manifest.measured.as_ref()?.loader.clone()).collect();
-    let booted = measured::judge(&evidence, named, &loaders).map_err(told)?;
+    let booted = measured::judge(&evidence, named, &loaders(catalog)).map_err(told)?;
     let here = embedded.as_ref() == Some(&release);
     if booted.caps == 0 && !here {
         let says = embedded.map_or_else(|| "nothing".to_owned(), |r| r.to_string());
@@ -310,6 +308,14 @@ fn verdict(
     let (resets, restarts) = (clock.resets, clock.restarts);
     let cold = ColdBoot { boot_id, resets, restarts, release, pcr11, pcrs: shown.pcrs.clone(), firmware, measures };
     Ok(ProvenBoot { cold, carried, began })
+}
+
+/// Boot loaders that a disk may have from another release than the one that it starts. Not those that only revoked releases
+/// bring; a floor says nothing of a loader, which stays on the disk when its release is replaced.
+fn loaders(catalog: &Catalog) -> BTreeSet<String> {
+    let revoked = barred(catalog).revoked;
+    let releases = catalog.releases.iter().filter(|(id, _)| !revoked.contains(id));
+    releases.filter_map(|(_, release)| release.manifest.measured.as_ref()?.loader.clone()).collect()
 }
 
 /// Whether a kexec started this kernel, by how often PCR 11 was capped: once where an initramfs is left, and once more before a

@@ -35,10 +35,15 @@ impl Control {
         let (Some(assigned), Some(key)) = (&machine.assigned, &machine.key) else {
             return Ok(Err("nothing is assigned".into()));
         };
+        // Before what was signed earlier: that is not handed out again either.
+        let (release, floor) = (&assigned.release, catalog.site.floor(assigned.release.image.as_str()));
+        if release.release < floor {
+            return Ok(Err(format!("{release} is below the floor {floor} of its image: assign another")));
+        }
         // One that another director has signed is not believed any more.
         let director = self.director().public().id();
         let role = machine.role.clone().unwrap_or_default();
-        let settings = self.config.roles.get(&role).map(|role| role.settings).unwrap_or_default();
+        let settings = self.config.roles.get(&role).map(|role| role.settings.clone()).unwrap_or_default();
         if let Some(e) = inner.envelopes.get(id)
             && e.settings == settings
             && e.key == key.as_str()
@@ -66,7 +71,7 @@ impl Control {
             arch,
             sequence: assigned.sequence,
             rebuild: assigned.rebuild,
-            settings,
+            settings: settings.clone(),
             issued: whole(now),
             expires: whole(now + LIFE),
         };

@@ -114,7 +114,7 @@ impl Comparing {
 
 impl Inner {
     /// Others that say they have this machine's serial number; those that somebody approved first.
-    fn claimants(&self, machine: &Machine) -> Vec<Claimant> {
+    pub(super) fn claimants(&self, machine: &Machine) -> Vec<Claimant> {
         let serial = machine.facts.as_ref().and_then(|facts| serial_key(&facts.serial));
         let ids = serial.and_then(|serial| self.comparing.by_serial.get(&serial));
         let others = || {

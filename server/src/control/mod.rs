@@ -207,7 +207,7 @@ impl Control {
         let server_key = server_key(&site)?;
         let expected = expected::Expected::of(store.expected().await?);
         let logs = Arc::new(Logs::open(&site.path.join("state"), config.logs_total));
-        Ok(Arc::new(Self {
+        let control = Arc::new(Self {
             inner: Mutex::new(inner),
             store,
             logs,
@@ -229,7 +229,9 @@ impl Control {
             counts: Counts::default(),
             started: now,
             stop,
-        }))
+        });
+        control.tell_if_unnamed(&control.catalog());
+        Ok(control)
     }
 
     /// What is published.
@@ -274,9 +276,18 @@ impl Control {
             tracing::info!("the site names another director: every assignment is signed anew");
             *self.director.write().expect("no code panics under this lock") = Arc::new(director);
         }
+        self.tell_if_unnamed(&catalog);
         *self.catalog.write().expect("no code panics under this lock") = Arc::new(catalog);
         self.wake();
         Ok(())
+    }
+
+    /// Says so if this server's key of the agent API is not one that counts.
+    fn tell_if_unnamed(&self, catalog: &Catalog) {
+        let named = &catalog.site.agent_api.keys;
+        if !named.is_empty() && !named.iter().any(|key| key == self.server_key.as_str()) {
+            tracing::error!("the site names another key of the agent API: machines hang up on this server. Restart it");
+        }
     }
 
     pub(crate) fn director(&self) -> Arc<Signer> {
@@ -393,6 +404,9 @@ impl Control {
                 Action::Save => save = true,
                 Action::Sign => {
                     inner.envelopes.remove(id);
+                    if let Some(machine) = inner.machines.get_mut(id) {
+                        machine.unsigned = None;
+                    }
                     save = true;
                 }
                 Action::Wake => pending.wake = true,

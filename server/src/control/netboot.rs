@@ -41,7 +41,7 @@ impl Control {
         let default = &self.config.boot.default_image;
         let release = assigned
             .or_else(|| catalog.newest(default).cloned())
-            .ok_or_else(|| format!("no release of {default} is published yet"))?;
+            .ok_or_else(|| format!("no release of {default} (class normal) is published yet"))?;
         let published =
             catalog.releases.get(&release).ok_or_else(|| format!("the repository does not hold {release}"))?;
         if published.manifest.architecture != arch.as_str() {

@@ -29,7 +29,8 @@ impl Control {
             let id = inner.resolve(machine)?;
             let free = |name: &String| inner.names.find(name).is_none();
             let known = inner.machines.get(&id).and_then(|m| m.name.clone().or(m.former_name.clone().filter(free)));
-            let listed = self.config.machines.get(&id).map(|l| l.name.clone());
+            let facts = inner.machines.get(&id).and_then(|m| m.facts.as_ref());
+            let listed = self.config.listed(&id, facts.map(|f| f.serial.as_str())).map(|l| l.name.clone());
             let made_up = || format!("machine-{}", &id.as_str()[24..]);
             let name = name.map(str::to_owned).or(known).or(listed).unwrap_or_else(made_up);
             if !is_name(&name) {

@@ -179,11 +179,12 @@ impl Control {
         catalog: &Catalog,
         pending: &mut Pending,
     ) -> Result<(), ControlError> {
-        let Some(listed) = self.config.machines.get(id) else { return Ok(()) };
         let Some(machine) = inner.machines.get(id) else { return Ok(()) };
         if machine.state.kind != StateKind::Discovered || machine.key.is_none() {
             return Ok(());
         }
+        let serial = machine.facts.as_ref().map(|facts| facts.serial.as_str());
+        let Some(listed) = self.config.listed(id, serial) else { return Ok(()) };
         let image = self.config.image_of(&listed.role)?;
         let Some(release) = catalog.newest(image).cloned() else { return Ok(()) };
         if let Err(error) = self.check_listed(inner, id, listed, &release) {
@@ -200,7 +201,7 @@ impl Control {
         Ok(())
     }
 
-    /// That a listed machine can have its name, and run what its role would be given.
+    /// That a listed machine alone claims its serial number, where that says which it is; and that it can have its name, and run what its role would be given.
     fn check_listed(
         &self,
         inner: &Inner,
@@ -208,6 +209,15 @@ impl Control {
         listed: &Listed,
         release: &ReleaseId,
     ) -> Result<(), ControlError> {
+        if let (Some(serial), Some(machine)) = (&listed.serial, inner.machines.get(id)) {
+            if listed.key.is_some() && listed.key != machine.key {
+                return Err(ControlError::SerialOfAnotherKey { serial: serial.clone() });
+            }
+            // Anybody can say that a serial number is theirs: who of two is right, a person knows.
+            if let Some(other) = inner.claimants(machine).into_iter().next() {
+                return Err(ControlError::SerialClaimed { serial: serial.clone(), machine: other.title });
+            }
+        }
         if inner.names.is_taken(&listed.name, id) {
             return Err(ControlError::NameTaken(listed.name.clone()));
         }
@@ -234,7 +244,15 @@ impl Control {
             Desire::Wait(reason) => return Ok((Wanted::wait(reason, false), pending)),
             Desire::Run(assigned) => assigned,
         };
-        let envelope = match self.envelope(&mut inner, id, &catalog, Timestamp::now())? {
+        let envelope = self.envelope(&mut inner, id, &catalog, Timestamp::now())?;
+        let unsigned = envelope.as_ref().err();
+        if let Some(machine) = inner.machines.get_mut(id)
+            && machine.unsigned.as_ref() != unsigned
+        {
+            machine.unsigned = unsigned.cloned();
+            pending.touched.push(id.clone());
+        }
+        let envelope = match envelope {
             Err(reason) => return Ok((Wanted::wait(reason, false), pending)),
             Ok((envelope, is_new)) => {
                 if is_new {

@@ -6,11 +6,11 @@ use kiln_protocol::{ExecChoice, ReleaseId};
 use std::collections::BTreeMap;
 
 impl Control {
-    /// A role's thresholds for the agent.
+    /// A role's thresholds for an agent that does not read what is signed of them.
     pub(super) fn thresholds(&self, role: Option<&String>) -> BTreeMap<String, String> {
-        let role = role.and_then(|role| self.config.roles.get(role));
-        let each = role.into_iter().flat_map(|role| &role.thresholds);
-        each.map(|(name, threshold)| (name.clone(), threshold.to_string())).collect()
+        role.and_then(|role| self.config.roles.get(role))
+            .map(|role| role.settings.thresholds.clone())
+            .unwrap_or_default()
     }
 
     /// A role selects only what the release lets it: numbers of health checks that it declares, and programs on no list that

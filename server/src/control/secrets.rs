@@ -190,7 +190,7 @@ fn wants(machine: &Machine, catalog: &Catalog) -> Option<Vec<SecretName>> {
 }
 
 /// Which releases the site has signed away.
-fn barred(catalog: &Catalog) -> Barred {
+pub(super) fn barred(catalog: &Catalog) -> Barred {
     let revoked = catalog.site.dbx.iter().flat_map(|list| &list.revoked);
     Barred {
         floors: catalog.site.floors.clone(),

@@ -2,6 +2,7 @@
 
 use crate::view::{
     AssignedView, AttestationView, BootView, ConditionView, EventView, MachineView, ReleaseView, StageView,
+    protection_words,
 };
 use kiln_fleet::{Boot, EventAt, KnownCondition, Machine, Millis, StageAt, StateKind};
 use kiln_protocol::{ApprovalCode, Sha256Hex, StageState};
@@ -17,6 +18,7 @@ impl MachineView {
         let stage = m.stage();
         let current = m.current();
         let facts = m.facts.as_ref();
+        let (protection, attestation) = (m.protection(), facts.map(|_| attestation(m)));
         // What it says of itself first; a machine that says nothing is described by the server.
         let last_words = if m.last_words.is_empty() { m.why() } else { m.last_words.clone() };
         Self {
@@ -59,9 +61,10 @@ impl MachineView {
             code: code(m),
             key_storage: facts.map(|f| f.key_storage),
             rollback_memory: facts.map(|f| f.rollback_memory),
-            protection: m.protection(),
+            protection,
+            protection_words: protection_words(protection, attestation.as_ref()),
             secrets: m.secrets.clone(),
-            attestation: facts.map(|_| attestation(m)),
+            attestation,
             product: facts.map_or_else(String::new, |f| f.product.clone()),
             serial: facts.map_or_else(String::new, |f| f.serial.clone()),
             macs: facts.map_or_else(Vec::new, |f| f.macs.clone()),

@@ -90,6 +90,8 @@ impl From<ControlError> for ApiError {
             | ControlError::ForgetsKey { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             ControlError::NothingPublished { .. }
             | ControlError::NameTaken(_)
+            | ControlError::SerialClaimed { .. }
+            | ControlError::SerialOfAnotherKey { .. }
             | ControlError::BeingPruned { .. }
             | ControlError::Refused(_)
             | ControlError::NoReportYet(_)

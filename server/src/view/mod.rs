@@ -2,8 +2,10 @@
 //! Times are on the server's clock, unix milliseconds.
 
 mod people;
+mod protection;
 
 pub use people::{PendingView, TokenView};
+pub use protection::protection_words;
 
 use jiff::Timestamp;
 use kiln_fleet::{AcceptanceRun, Comparison, ExpectedMachine, Sku};
@@ -93,6 +95,9 @@ pub struct MachineView {
     pub rollback_memory: Option<RollbackMemory>,
     /// What its boot can promise.
     pub protection: Option<ProtectionClass>,
+    /// The same and what was proven of it, for people.
+    #[serde(default)]
+    pub protection_words: String,
     /// The secrets that it holds, by their versions.
     #[serde(default)]
     pub secrets: SecretVersions,

@@ -196,10 +196,9 @@ function show(machine) {
   cell(row, "assigned", release(machine.assigned) + fetched);
   const weak = machine.key_storage === "ephemeral" ? "name only, " : "";
   const proof = machine.attestation;
-  const proven = !proof ? "" : proof.state === "failed" ? ", attestation failed" : proof.carried ? ", by kexec" : "";
   const memory = machine.rollback_memory === "none" ? "no rollback memory" : "";
   const verdict = proof ? `${proof.state}: ${proof.reason}` : "";
-  cell(row, "protection", weak + (machine.protection || "–") + proven, [verdict, memory].filter(Boolean).join("; "));
+  cell(row, "protection", weak + (machine.protection_words || "–"), [verdict, memory].filter(Boolean).join("; "));
   cell(row, "words", machine.last_words || machine.reason || "");
   cell(row, "seen", ago(machine.last_seen_ms));
 }

@@ -46,7 +46,7 @@ pub fn start(dir: &Path) -> Option<(Child, UnixStream)> {
         .stdin(Stdio::null())
         .spawn();
     let Ok(child) = child else {
-        println!("skipped: swtpm is not installed (make setup)");
+        oracle::skipped("swtpm is not installed (make setup)");
         return None;
     };
     let limit = Instant::now() + PATIENCE;

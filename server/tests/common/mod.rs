@@ -2,6 +2,8 @@
 #![allow(dead_code)]
 
 pub mod chip;
+#[path = "../../../images/tests/oracle/mod.rs"]
+pub mod oracle;
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
@@ -179,6 +181,11 @@ impl TestSite {
 
     pub fn signed_site(&self) -> kiln_release::Site {
         kiln_images::Repository::newest(&self.site, Timestamp::now()).unwrap().site
+    }
+
+    /// Version of the newest snapshot.
+    pub fn snapshot(&self) -> u64 {
+        kiln_images::Repository::newest(&self.site, Timestamp::now()).unwrap().snapshot
     }
 
     pub fn online(&self, name: &str) -> Vec<u8> {

@@ -317,6 +317,38 @@ async fn a_second_person_confirms_and_it_is_done_once() {
     server.token("dan", "viewer").await;
 }
 
+/// What takes a machine's key away, and what makes other hardware that machine's own.
+#[tokio::test]
+async fn a_key_is_revoked_and_hardware_accepted_by_two() {
+    let site = TestSite::new();
+    site.configure("[access]\nfour_eyes = [\"revoke-key\", \"accept\"]");
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    agent.send(&server, &report).await;
+    let (ann, ben) = (server.token("ann", "operator").await, server.token("ben", "operator").await);
+    for (call, what) in [("accept", "accepted: its TPM and firmware"), ("revoke-key", "revoked the identity key")] {
+        let asked = server.with(&ann, "POST", &format!("machines/rack-1/{call}"), json!({})).await;
+        assert_eq!(asked.status, StatusCode::ACCEPTED, "{}", asked.text());
+        let done = async || {
+            let audit = server.audit().await;
+            audit.iter().filter(|r| r.what.starts_with(what)).map(|r| r.actor.clone()).collect::<Vec<_>>()
+        };
+        // Asked, and not done: the machine is heard as before.
+        assert!(done().await.is_empty(), "{call}");
+        let report = agent.healthy();
+        assigned(&agent.send(&server, &report).await);
+        let confirm = format!("pending/{}/confirm", asked.json()["pending"]["id"].as_str().unwrap());
+        assert_eq!(server.with(&ann, "POST", &confirm, json!({})).await.status, StatusCode::CONFLICT);
+        let confirmed = server.with(&ben, "POST", &confirm, json!({})).await;
+        assert_eq!(confirmed.status, StatusCode::OK, "{}", confirmed.text());
+        assert_eq!(done().await, ["token ann, confirmed by token ben"], "{call}");
+    }
+    let body = serde_json::to_vec(&agent.healthy()).unwrap();
+    let answer = server.post(server.tls(Some(agent.identity())), body).await.unwrap();
+    assert!(answer.status == StatusCode::FORBIDDEN && answer.text().contains("revoked"), "{}", answer.text());
+}
+
 #[tokio::test]
 async fn an_admin_who_makes_two_tokens_alone_is_one_person() {
     let site = TestSite::new();

@@ -2,6 +2,7 @@
 
 use crate::common::*;
 use hyper::StatusCode;
+use jiff::Timestamp;
 use kiln_protocol::*;
 use serde_json::json;
 
@@ -25,6 +26,30 @@ async fn a_key_that_a_tpm_seals_goes_to_no_release_whose_agent_knows_no_tpm() {
     let report = agent.healthy();
     agent.send(&server, &report).await;
     server.assign("rack-2", 2).await;
+}
+
+/// The floor was raised without asking the server: what it signed before is not handed out again either.
+#[tokio::test]
+async fn what_fell_below_the_floor_is_signed_for_nobody() {
+    let site = TestSite::new();
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    assigned(&agent.send(&server, &report).await);
+    site.publish(2);
+    kiln_images::raise_floor(site.path(), "minimal", 2, Timestamp::now()).unwrap();
+    // An order has the server look at the repository.
+    refused(&server, 1, "below the floor 2").await;
+    let report = agent.healthy();
+    let reply = agent.send(&server, &report).await;
+    let words = "minimal/1 is below the floor 2 of its image: assign another";
+    assert_eq!(waits(&reply), words);
+    let view = server.machine("rack-1").await;
+    assert!(view.reason.contains(words), "{}", view.reason);
+    server.assign("rack-1", 2).await;
+    assert!(!server.machine("rack-1").await.reason.contains(words));
+    let report = agent.healthy();
+    assigned(&agent.send(&server, &report).await);
 }
 
 /// `[[machine]]` approves no machine that a person could not.
@@ -70,6 +95,48 @@ async fn the_list_gives_no_machine_a_name_that_is_taken_or_a_release_that_does_n
     assigned(&sealed.send(&server, &report).await);
     let approvals = server.audit().await.into_iter().filter(|r| r.what.starts_with("approved as rack-")).count();
     assert_eq!(approvals, 3, "two by the list, one by a person");
+}
+
+/// `[[machine]]` with a serial number in place of an id.
+#[tokio::test]
+async fn a_listed_serial_number_belongs_to_the_first_key_that_claims_it() {
+    let site = TestSite::new();
+    let mine = Agent::new(6, &site.manifest(1));
+    let keyed =
+        format!("[[machine]]\nserial = \"XYZ-2\"\nname = \"keyed\"\nrole = \"lab\"\nkey = \"{}\"", mine.key_id());
+    site.configure(&format!("[[machine]]\nserial = \"abc-1\"\nname = \"desk\"\nrole = \"lab\"\n{keyed}"));
+    let server = Server::start(&site).await;
+    let says = async |agent: &mut Agent, serial: &str| {
+        let mut report = agent.healthy();
+        report.machine.serial = serial.to_owned();
+        agent.send(&server, &report).await
+    };
+    let (mut first, mut second) = (Agent::new(7, &site.manifest(1)), Agent::new(8, &site.manifest(1)));
+    assigned(&says(&mut first, "ABC-1").await);
+    assert_eq!(server.machine("desk").await.id, machine_id(7));
+    let reply = says(&mut second, "ABC-1").await;
+    let words = "lists it as desk with role lab, and it is not approved: serial number abc-1 is also claimed by desk";
+    assert!(waits(&reply).contains(words), "{}", waits(&reply));
+    assert_eq!(server.machine(machine_id(8).as_str()).await.state, "discovered");
+    assigned(&says(&mut first, "ABC-1").await);
+    // Its place is free when it is taken out of service.
+    let answer = server.order("POST", "machines/desk/retire", json!({})).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    assigned(&says(&mut second, "ABC-1").await);
+    assert_eq!(server.machine("desk").await.id, machine_id(8));
+
+    // Where the list names the key, no other claims the serial number.
+    let (mut other, mut mine) = (Agent::new(5, &site.manifest(1)), mine);
+    let reply = says(&mut other, "xyz-2").await;
+    assert!(
+        waits(&reply).contains("names the identity key of the machine with serial number XYZ-2"),
+        "{}",
+        waits(&reply)
+    );
+    let reply = says(&mut mine, "xyz-2").await;
+    assert!(waits(&reply).contains("is also claimed by"), "{}", waits(&reply));
+    says(&mut other, "").await;
+    assigned(&says(&mut mine, "xyz-2").await);
 }
 
 #[tokio::test]

@@ -6,7 +6,7 @@ use hyper::StatusCode;
 use kiln_protocol::tpm::command;
 use kiln_protocol::tpm::{Auth, ENDORSEMENT, Template};
 use kiln_protocol::*;
-use kiln_release::{hex, measured as judged};
+use kiln_release::{Measured, hex, measured as judged};
 
 #[tokio::test]
 async fn a_machine_is_attested_boot_by_boot_and_over_a_kexec() {
@@ -162,6 +162,35 @@ async fn an_attestation_key_outside_the_tpm_opens_no_credential() {
     assert_eq!(post(&server, &agent, &step).await.status, StatusCode::UNPROCESSABLE_ENTITY);
     let stranger = Agent { signer: Agent::new(2, &site.manifest(1)).signer, ..agent.clone() };
     assert_eq!(post(&server, &stranger, &guess).await.status, StatusCode::CONFLICT);
+}
+
+/// A disk may have its loader from another release than the one that it starts, but from none that was revoked.
+#[tokio::test]
+async fn the_loader_of_a_revoked_release_is_a_foreign_program() {
+    let Some(mut chip) = Chip::new() else { return };
+    let site = TestSite::new();
+    let loader = [0x10; 32];
+    site.publish_as(2, |manifest| {
+        manifest.measured = Some(Measured { loader: Some(hex::encode(&loader)), ..measured(2) });
+    });
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    chip.boot(1, b"firmware", 1);
+    chip.event(4, 0x8000_0003, loader, b"path");
+    let judged = boots(&server, &mut agent, &mut chip).await;
+    assert_eq!(judged.state, AttestationState::Attested, "{judged:?}");
+
+    let snapshot = site.snapshot();
+    std::fs::write(site.site.secure_boot("revoked"), format!("{} minimal/2\n", "ab".repeat(32))).unwrap();
+    kiln_images::publish_dbx(&site.site, jiff::Timestamp::now()).unwrap();
+    until(&server, |status| status["snapshot"].as_u64().unwrap() > snapshot).await;
+    chip.restart();
+    chip.boot(1, b"firmware", 1);
+    chip.event(4, 0x8000_0003, loader, b"path");
+    agent.restart(&site.manifest(1));
+    let judged = boots(&server, &mut agent, &mut chip).await;
+    assert_eq!(judged.state, AttestationState::Failed, "{judged:?}");
+    assert!(judged.reason.contains("no boot program of this release (PCR 4)"), "{judged:?}");
 }
 
 #[tokio::test]

@@ -117,12 +117,13 @@ async fn what_a_role_selects_is_in_what_is_signed() {
     assert!(plain.is_default());
     server.signal("-KILL");
     drop(server);
-    let set = "image = \"minimal\"\nboot_first = \"network\"\nexec = \"report\"\n";
+    let set = "image = \"minimal\"\nboot_first = \"network\"\nexec = \"report\"\n[role.thresholds]\nmemory = \"10%\"\n";
     std::fs::write(&path, config.replacen("image = \"minimal\"\n", set, 1)).unwrap();
     let server = Server::start(&site).await;
     let report = agent.healthy();
     let reply = agent.send(&server, &report).await;
-    let chosen = RoleSettings { boot_first: BootFirst::Network, exec: ExecChoice::Report };
+    let thresholds = [("memory".to_owned(), "10%".to_owned())].into();
+    let chosen = RoleSettings { boot_first: BootFirst::Network, exec: ExecChoice::Report, thresholds };
     assert_eq!(settings(&reply), (sequence, chosen), "signed anew, under the same sequence");
     site.signed_site().verify_director::<Assignment>(assigned(&reply).0.as_bytes()).unwrap();
 }

@@ -15,6 +15,27 @@ fn query(n: u8, kind: BootKind) -> BootQuery {
     }
 }
 
+/// A shell, or what wipes disks, is had by order only: not by a stranger, and not from the pre-loaded list.
+#[tokio::test]
+async fn the_default_image_gives_strangers_its_newest_normal_release() {
+    let site = TestSite::new();
+    let two = site.publish(2);
+    site.publish_as(3, |manifest| manifest.class = "rescue".into());
+    site.publish_as(4, |manifest| manifest.class = "wipe".into());
+    let (control, _stop) = control(&site).await;
+    let uki = BootAnswer::Uki { sha256: two.uki.sha256.parse().unwrap() };
+    assert_eq!(control.boot_answer(&query(9, BootKind::UefiPxe)), uki);
+    let mut agent = Agent::new(1, &two);
+    let report = agent.report();
+    assigned(&control.report(agent.key_id(), report).await.unwrap());
+    assert_eq!(control.view("rack-1").unwrap().assigned.unwrap().release, 2);
+    let mut agent = Agent::new(9, &two);
+    let report = agent.report();
+    control.report(agent.key_id(), report).await.unwrap();
+    control.approve(machine_id(9).as_str(), None, "lab", None, "test").await.unwrap();
+    assert_eq!(control.view(machine_id(9).as_str()).unwrap().assigned.unwrap().release, 2);
+}
+
 #[tokio::test]
 async fn after_three_boots_without_healthy_the_last_good_release_is_booted() {
     let site = TestSite::new();

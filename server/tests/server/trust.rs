@@ -5,6 +5,7 @@ use jiff::Timestamp;
 use kiln_images::{SiteDir, Unlock};
 use kiln_protocol::{DbxOutcome, DbxState, Report};
 use kiln_release::Unverified;
+use kiln_release::certificate::{certificate_spki, spki_key_id};
 use serde_json::Value;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,6 +16,26 @@ fn kiln(args: &[&str]) -> (bool, String) {
     let mut command = Command::new("setsid");
     command.args(["--wait", env!("CARGO_BIN_EXE_kiln")]).args(args).stdin(Stdio::null());
     let output = command.output().unwrap();
+    (output.status.success(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+}
+
+/// Whether this host lets a program be without any network (unshare(1)); it is said if not.
+fn can_be_cut_off() -> bool {
+    let usable = Command::new("unshare").args(["-rn", "true"]).stderr(Stdio::null()).status();
+    let usable = usable.is_ok_and(|status| status.success());
+    if !usable {
+        println!(
+            "skipped: signers keep the network: `unshare -rn true` fails here, user namespaces are off or util-linux is missing"
+        );
+    }
+    usable
+}
+
+/// The program in this folder, without a network where that can be.
+fn kiln_at(desk: &Path, cut_off: bool, args: &[&str]) -> (bool, String) {
+    let without: &[&str] = if cut_off { &["unshare", "-rn"] } else { &[] };
+    let words = [without, &["setsid", "--wait", env!("CARGO_BIN_EXE_kiln")], args].concat();
+    let output = Command::new(words[0]).args(&words[1..]).current_dir(desk).stdin(Stdio::null()).output().unwrap();
     (output.status.success(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
 }
 
@@ -76,11 +97,23 @@ fn a_site_whose_keys_people_hold_from_its_first_key_to_a_release() {
 
     let stick = at("stick.json");
     let carry = || fs::copy(site.join("offline/request.json"), &stick).unwrap();
+    // A signer's machine has no network, and nothing but the key, the stick, and what the program keeps beside the key.
+    let cut_off = can_be_cut_off();
+    let desk = |name: &str| {
+        let desk = at(&format!("desk-{name}"));
+        if !desk.exists() {
+            fs::create_dir(&desk).unwrap();
+            fs::copy(at(&format!("{name}.key")), desk.join("signer.key")).unwrap();
+        }
+        fs::copy(&stick, desk.join("stick.json")).unwrap();
+        desk
+    };
     let sign = |name: &str, more: &[&str]| {
-        let key = at(&format!("{name}.key"));
-        let args: Vec<&str> =
-            ["trust", "sign", text(&stick), "--key", text(&key)].into_iter().chain(more.iter().copied()).collect();
-        kiln(&args)
+        let desk = desk(name);
+        let args = [&["trust", "sign", "stick.json", "--key", "signer.key"], more].concat();
+        let signed = kiln_at(&desk, cut_off, &args);
+        fs::copy(desk.join("stick.json"), &stick).unwrap();
+        signed
     };
     carry();
     // Nobody is there to compare the fingerprints.
@@ -105,8 +138,8 @@ fn a_site_whose_keys_people_hold_from_its_first_key_to_a_release() {
         "{said}"
     );
     carry();
-    let said = done(&["trust", "show", text(&stick)]);
-    assert!(said.contains("ADDS release minimal/1"), "{said}");
+    let (shown, said) = kiln_at(&desk("image"), cut_off, &["trust", "show", "stick.json"]);
+    assert!(shown && said.contains("ADDS release minimal/1"), "{said}");
     for name in ["image", "targets", "snapshot"] {
         // A key that has signed before asks nothing more; the image's signs for the first time.
         let more: &[&str] = if name == "image" { &["--yes"] } else { &[] };
@@ -258,6 +291,39 @@ async fn online_keys_are_replaced_under_a_running_server() {
     assert_eq!(root["signed"]["roles"]["timestamp"]["keyids"][0], keyid_of(&new).as_str());
 }
 
+/// The key of a boot server that was stolen: another one under the same CA, and the site names it.
+#[tokio::test]
+async fn the_agent_api_gets_another_key_that_the_site_names() {
+    let site = TestSite::new();
+    let path = text(site.path()).to_owned();
+    let id = || {
+        let pem = String::from_utf8(site.online("agent-server.pem")).unwrap();
+        let der = kiln_release::hex::pem_decode("CERTIFICATE", &pem).unwrap();
+        spki_key_id(certificate_spki(&der).unwrap())
+    };
+    let before = id();
+    assert!(site.signed_site().agent_api.keys.is_empty());
+    let server = Server::start(&site).await;
+    let snapshot = site.snapshot();
+    let said = done(&["trust", "rotate", "agent-api", "--site", &path]);
+    assert!(said.contains("the agent API has another key") && said.contains("restart `kiln serve`"), "{said}");
+    assert_ne!(id(), before);
+    assert_eq!(site.signed_site().agent_api.keys, [id()]);
+    for file in ["agent-server.key.next", "agent-server.pem.next"] {
+        assert!(!site.path().join("online").join(file).exists(), "{file}");
+    }
+    // The server that has the old one says so.
+    until(&server, |status| status["snapshot"].as_u64().unwrap() > snapshot).await;
+    let log = || fs::read_to_string(site.path().join("log")).unwrap();
+    assert!(log().contains("the site names another key of the agent API"), "{}", log());
+    drop(server);
+    // Certificate and key belong together, and the CA is the one that machines know.
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    assigned(&agent.send(&server, &report).await);
+}
+
 /// What is about to expire is in the API with its days, and in the log.
 #[tokio::test]
 async fn the_end_of_signed_metadata_is_told() {
@@ -293,6 +359,9 @@ async fn the_end_of_signed_metadata_is_told() {
         all.iter().all(|expiry| expiry["warning"].is_null())
     })
     .await;
+    // The same command by its other name.
+    let again = done(&["trust", "expire", "--within", "30d", "--site", &path]);
+    assert!(again.starts_with("nothing expires within 30 days"), "{again}");
 }
 
 /// The list of revoked boot programs is offered to a machine that needs none of them, and to no other.

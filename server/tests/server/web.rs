@@ -4,7 +4,8 @@
 use crate::common::*;
 use fantoccini::{Client, ClientBuilder, Locator};
 use kiln_protocol::{
-    INTRODUCTION_PATH, Introduction, LOG_PATH, LogBatch, LogLine, LogSource, Stage, StageRecord, StageState, commitment,
+    INTRODUCTION_PATH, Introduction, LOG_PATH, LogBatch, LogLine, LogSource, Stage, StageRecord, StageState,
+    TpmPresence, commitment,
 };
 use serde_json::json;
 use std::io::{BufRead, BufReader};
@@ -30,7 +31,7 @@ impl Drop for Driver {
 async fn browser() -> Option<(Driver, Client)> {
     let spawned = Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).process_group(0).spawn();
     let Ok(mut process) = spawned else {
-        println!("skipped: chromedriver is not installed (Debian's chromium-driver); `make setup` installs it");
+        oracle::skipped("chromedriver is not installed (Debian's chromium-driver); `make setup` installs it");
         return None;
     };
     let mut lines = BufReader::new(process.stdout.take().unwrap()).lines();
@@ -114,6 +115,14 @@ async fn the_rack_is_live_in_a_browser() {
     let expected: Vec<&str> = Stage::ALL.iter().map(|s| s.label()).collect();
     assert_eq!(labels.await.unwrap(), json!(expected));
 
+    // A boot that proved nothing, and a machine that has nothing to prove with, are told apart.
+    let mut other = Agent::new(2, &site.manifest(1));
+    let mut report = other.report();
+    report.machine.tpm = Some(TpmPresence::Absent);
+    other.send(&server, &report).await;
+    cell(&page, "rack-1", "protection", |text| text == "unprotected, unattested").await;
+    cell(&page, "rack-2", "protection", |text| text == "unprotected, no-tpm").await;
+
     // The page of one machine: its newest boot, the kernel's lines and the stages in order, as text only.
     let line = |at_us, text: &str| LogLine { source: LogSource::Kernel, level: 6, at_us, text: text.to_owned() };
     let lines = vec![line(0, "Linux version 6.12"), line(9_000_000, "<b>late</b>")];
@@ -122,7 +131,7 @@ async fn the_rack_is_live_in_a_browser() {
     let body = serde_json::to_vec(&batch).unwrap();
     let answer = server.post_to(LOG_PATH, server.tls(Some(agent.identity())), body).await.unwrap();
     assert_eq!(answer.status, 200, "{}", answer.text());
-    page.find(Locator::Css("[data-cell=name] a")).await.unwrap().click().await.unwrap();
+    page.find(Locator::Css("tr[data-machine=rack-1] [data-cell=name] a")).await.unwrap().click().await.unwrap();
     let last = page.wait().at_most(PATIENCE).for_element(Locator::Css("#boots li.kernel")).await;
     last.unwrap();
     let text = "return [...document.querySelectorAll('#boots li span')].map((s) => s.textContent).join('\\n')";

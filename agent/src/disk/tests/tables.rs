@@ -60,7 +60,7 @@ fn a_table_with_one_copy_gone_is_read_from_the_other_and_mended() {
 /// A tool of somebody else's; none where it is not installed.
 fn judge(program: &str, arguments: &[&str]) -> Option<(bool, String)> {
     let Ok(out) = Command::new(program).args(arguments).output() else {
-        println!("skipped: {program} is not installed");
+        crate::testing::oracle::skipped(&format!("{program} is not installed"));
         return None;
     };
     let said = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));

@@ -69,7 +69,7 @@ fn taken(reports: &[Report]) -> (u64, Vec<String>) {
 }
 
 /// Waits until a file tells that it is so.
-fn wait_until(what: &str, there: impl Fn() -> bool) {
+pub(super) fn wait_until(what: &str, there: impl Fn() -> bool) {
     let until = Instant::now() + PATIENCE;
     while !there() {
         assert!(Instant::now() < until, "{what}: not within {PATIENCE:?}");

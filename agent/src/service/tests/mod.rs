@@ -74,6 +74,7 @@ impl Machine {
         let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let (agents, http) = ([format!("https://{nobody}"), agent.to_owned()], [http.to_owned()]);
         let verifier = site.verifier(release, &http, &agents, &at("machine"));
+        verifier.pins.set(&site.known_keys);
         let checks = Checks::new(
             site.manifests[&release].health.clone(),
             root_hash(release),
@@ -362,15 +363,26 @@ fn a_machine_that_is_due_goes_to_its_own_release_again() {
 fn what_a_role_selects_is_believed_only_where_it_is_signed() {
     let (_site, director, machine) = healthy_on_1(false);
     let begun = Instant::now();
-    director.line(Line::Forges);
+    // A threshold that is signed is looked at, and here refused, because the release declares no such check.
+    let spool = machine.dir.path().join("spool.json");
+    let told = || std::fs::read_to_string(&spool).unwrap_or_default();
+    director.threshold("signed", "10%");
     // Another sequence, so that the held report is answered.
     director.order((1, 5, Via::Cold, false));
+    hooks::wait_until("the signed threshold", || told().contains("the role sets the threshold signed"));
+    director.line(Line::Forges);
+    director.order((1, 6, Via::Cold, false));
     let refused =
         |r: &Report| r.stages.iter().any(|s| s.stage == Stage::Assignment && matches!(&s.state, StageState::Failed(_)));
     director.wait("of the forged choice", begun, PATIENCE, refused);
+    // What lies beside it unsigned is not looked at, though a round of checks has passed.
+    let turned = Instant::now();
+    machine.set_state("degraded");
+    director.wait("of lost health", turned, PATIENCE, |r| r.health.is_some() && !healthy(r));
+    assert!(!told().contains("threshold forged"), "{}", told());
     // It goes on, and believes the next that is signed.
     director.line(Line::Whole);
-    director.order((1, 6, Via::Cold, false));
+    director.order((1, 7, Via::Cold, false));
     let heard = director.heard().len();
     director.wait_for(heard + 1, PATIENCE);
     assert!(machine.left.try_recv().is_err());
@@ -395,4 +407,42 @@ fn an_answer_that_cannot_be_read_turns_to_the_next_server() {
         journal.send(&mut api, 0).await.unwrap();
     });
     assert_eq!((bad.heard().len(), good.heard().len()), (1, 1));
+}
+
+#[test]
+fn a_server_whose_key_the_site_does_not_name_hears_nothing_any_more() {
+    let mut site = TestSite::that_names_its_server();
+    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+    let good = Director::start(&site, (1, 4, Via::Cold, false));
+    // Whoever stole the boot server has a key that the CA has signed.
+    [site.tls[1], site.tls[2]] = site.other_tls.clone();
+    let thief = Director::start(&site, (1, 4, Via::Cold, false));
+    let state = TempDir::new().unwrap();
+    let mut verifier = site.verifier(1, &[http], &[thief.url.clone(), good.url.clone()], state.path());
+    let mut journal = journal(&verifier);
+    let (ca, key, clock) = (&verifier.boot.site.agent_api_ca_pem, &verifier.key, &verifier.clock);
+    let mut api = Api::new(&verifier.servers.agent, ca, key, clock).unwrap().pinned(&verifier.pins);
+    let here = verifier.here().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        // Nothing is known of the site yet but its CA.
+        journal.send(&mut api, 0).await.unwrap();
+        assert_eq!((thief.heard().len(), good.heard().len()), (1, 0));
+        verifier.verify_metadata(&here).await.unwrap();
+        // Also on the connection that is open.
+        let error = journal.send(&mut api, 0).await.map(drop).unwrap_err();
+        assert_eq!(error.kind(), "agent-api-key-revoked", "{error}");
+        journal.send(&mut api, 0).await.unwrap();
+    });
+    assert_eq!((thief.heard().len(), good.heard().len()), (1, 1));
+}
+
+#[test]
+fn a_key_that_the_site_names_since_then_is_believed_when_its_metadata_was_read_anew() {
+    let mut site = TestSite::that_names_its_server();
+    site.known_keys = vec!["ab".repeat(32)];
+    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+    let director = Director::start(&site, (1, 4, Via::Cold, false));
+    let _machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
+    director.wait("of health", Instant::now(), PATIENCE, healthy);
 }

@@ -189,7 +189,6 @@ impl Prefetch {
         if self.manifest.is_none() {
             self.verify(verifier).await?;
         }
-        let disk = verifier.boot.site.disk.as_ref();
         Ok(Given {
             servers: verifier.servers.clone(),
             floor: verifier.memory.floor(self.release.image.as_str()),

@@ -192,7 +192,7 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
                 if !tokio::time::timeout(local::ADOPTION, adopted).await.is_ok_and(|adopted| adopted.is_ok()) {
                     println!("kiln-agent: the boot server is lost again; the release in the slot starts");
                 }
-                return start(flow, drivers, verified, network.uplink(), Some(disk)).await;
+                return Box::pin(start(flow, drivers, verified, network.uplink(), Some(disk))).await;
             }
             Ok(Err(error)) if flow.verifier.wipe.is_some() => return Err(error),
             Ok(Err(error)) => error.to_string(),
@@ -200,7 +200,7 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
         };
         println!("kiln-agent: the boot server does not decide this boot ({error}); the release in the slot starts");
         let verified = local::recorded(flow, &disk)?;
-        return start(flow, drivers, verified, network.uplink(), Some(disk)).await;
+        return Box::pin(start(flow, drivers, verified, network.uplink(), Some(disk))).await;
     }
     network.connect(flow, drivers).await?;
     set_host_name(&network, flow);
@@ -217,12 +217,12 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
         let (assignment, via, plan) = wait_for_assignment(flow, &mut verified).await?;
         network.adopt(flow, drivers, &verified, &assignment.role).await?;
         match plan {
-            Plan::Stay => return start(flow, drivers, verified, network.uplink(), disk).await,
+            Plan::Stay => return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await,
             // The loader started it, and would again after a cold boot: its root is fetched anew, and the running
             // system goes on from there.
             Plan::Change(release) if disk.as_ref().is_some_and(|disk| machine::lock(disk).knows(&root_hash)) => {
                 println!("kiln-agent: {release} is assigned; {here} is mended in its slot first");
-                return start(flow, drivers, verified, network.uplink(), disk).await;
+                return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await;
             }
             Plan::Change(release) => {
                 println!("kiln-agent: {release} is assigned, this is {here}: going there");

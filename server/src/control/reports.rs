@@ -106,7 +106,7 @@ impl Control {
             self.admit_report(&mut inner, id, now, &mut pending)?;
         }
         let published_root = report.running.as_ref().and_then(|r| {
-            let id = kiln_protocol::ReleaseId { image: r.image.clone(), release: r.release };
+            let id = ReleaseId { image: r.image.clone(), release: r.release };
             catalog.releases.get(&id).and_then(|r| r.manifest.verity.root_hash.parse::<Sha256Hex>().ok())
         });
         self.step(

@@ -3,7 +3,7 @@
 //! Requests are HTTP/1.0 on purpose: the answer then ends with the connection, also a stream of events.
 
 use crate::error::LabError;
-use kiln_protocol::{AgentMemory, DbxState, ExecState, Stage};
+use kiln_protocol::{AgentMemory, DbxState, Difference, ExecState, Stage};
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -49,9 +49,18 @@ pub struct MachineView {
     pub exec: Option<ExecState>,
     pub dbx: Option<DbxState>,
     #[serde(default)]
+    pub condition: ConditionView,
+    #[serde(default)]
     pub last_words: Option<Value>,
     #[serde(default)]
     pub boots: Vec<Boot>,
+}
+
+/// What a running machine says of itself besides its health.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+pub struct ConditionView {
+    #[serde(default)]
+    pub drift: Vec<Difference>,
 }
 
 /// What a machine's TPM proved of its boot.

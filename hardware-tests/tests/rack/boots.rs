@@ -1,12 +1,13 @@
 //! The boots that only real firmware can show. Each scenario checks many things, because a boot costs half a minute.
 //! Consoles: target/lab/console/SCENARIO/.
 use crate::secure_boot::{self, LOCKED, is_enforced};
+use kiln_lab::api::MachineView;
 use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::server::DhcpMode;
 use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{console::Mark, golden, site, testing};
-use kiln_protocol::Stage;
+use kiln_protocol::{DriftKind, Stage};
 use serde_json::{Value, json};
 
 const PXE: Firmware = Firmware::Uefi(NetworkBoot::Pxe);
@@ -153,6 +154,11 @@ fn bios_waits_for_approval_and_its_root_refuses_every_change() {
         }
         let hash = root_hash(&rack, site::PROBE, 1).unwrap();
         assert!(lines.contains(&format!("root-hash ok {hash}").as_str()), "{lines:#?}");
+        // Nobody but the kernel knows of the flipped bit, and it tells the agent.
+        let altered = |v: &MachineView| {
+            v.condition.drift.iter().any(|d| d.kind == DriftKind::Root && d.text.contains("not as signed"))
+        };
+        rack.wait(NAME, "the kernel's verdict on the root", altered).unwrap();
         for link in ["undionly.kpxe", "boot.ipxe"] {
             assert!(said.contains(link), "ROM, undionly.kpxe by TFTP, script by HTTP: {link} is missing");
         }

@@ -41,6 +41,9 @@ pub struct MachineView {
     pub protection: Option<String>,
     #[serde(default)]
     pub other_key: Option<String>,
+    /// Its approval code, as the server has it.
+    #[serde(default)]
+    pub code: Option<String>,
     #[serde(default)]
     pub attestation: Option<AttestationView>,
     #[serde(default)]

@@ -2,11 +2,12 @@
 //! Consoles: target/lab/console/SCENARIO/.
 use crate::secure_boot::{self, LOCKED, is_enforced};
 use kiln_lab::api::MachineView;
+use kiln_lab::console::{Console, Mark};
 use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::server::DhcpMode;
 use kiln_lab::variables::NetworkBoot;
-use kiln_lab::{console::Mark, golden, site, testing};
+use kiln_lab::{golden, site, testing};
 use kiln_protocol::{DriftKind, Stage};
 use serde_json::{Value, json};
 
@@ -109,8 +110,23 @@ fn http_boot_reimages_cold_and_remembers_what_it_has_seen() {
     });
 }
 
-/// BIOS with Kiln as the only DHCP server: an unknown machine waits until a person approves it, then runs an image
-/// that tries from inside what a verity root must refuse.
+/// As a person does it: reads the code from the machine's console, compares it with the server's, and types it. Another one is
+/// refused.
+fn approve_by_code(rack: &mut Rack, console: &Console, id: &str) {
+    let says = "kiln-agent: approval code ";
+    console.wait_for_line(says, Mark::default(), IDLE).unwrap();
+    let said = console.since(Mark::default());
+    let code = said.lines().find_map(|line| line.split_once(says)).unwrap().1.trim();
+    rack.wait(NAME, "the code that is on its console", |v| v.code.as_deref() == Some(code)).unwrap();
+    let approve = ["machine", "approve", id, "--role", "lab", "--code"];
+    let refused = rack.kiln(&[&approve[..], &["ABCD-EFGH"]].concat()).unwrap_err().to_string();
+    assert!(refused.contains("somebody stands between"), "{refused}");
+    assert_eq!(rack.view(NAME).unwrap().state, "discovered", "nobody approved it");
+    rack.kiln(&[&approve[..], &[code]].concat()).unwrap();
+}
+
+/// BIOS with Kiln as the only DHCP server: an unknown machine waits until a person reads its code and approves it, then runs
+/// an image that tries from inside what a verity root must refuse.
 #[test]
 fn bios_waits_for_approval_and_its_root_refuses_every_change() {
     testing::rack(|paths| {
@@ -133,7 +149,7 @@ fn bios_waits_for_approval_and_its_root_refuses_every_change() {
         assert_eq!(view.state, "discovered", "nobody approved it: {view:#?}");
         assert_eq!(view.key_storage.as_deref(), Some("ephemeral"));
         assert_eq!(view.rollback_memory.as_deref(), Some("none"));
-        rack.kiln(&["machine", "approve", &id, "--role", "lab"]).unwrap();
+        approve_by_code(&mut rack, &console, &id);
         let view = rack.wait_healthy(NAME, 1).unwrap();
         assert_eq!(view.root_hash, root_hash(&rack, site::PROBE, 1));
 

@@ -76,7 +76,7 @@ fn keys_are_the_same_at_each_making_and_a_quote_of_theirs_verifies() {
 
     tpm.cap().unwrap();
     let after = tpm.prove(&keys, &[1; 32]).unwrap();
-    let expected = kiln_release::measured::extend(&[0; 32], &kiln_release::measured::cap());
+    let expected = measured::extend(&[0; 32], &measured::cap());
     let at = QUOTED.iter().position(|pcr| *pcr == UKI_PCR).unwrap();
     assert_eq!((before.pcrs[at], after.pcrs[at]), ([0; 32], expected));
     assert_eq!(after.quote.verify(&point).unwrap().pcr_digest, pcr_digest(after.pcrs.iter()));
@@ -233,7 +233,7 @@ fn the_data_s_key_is_given_to_an_initramfs_under_its_secure_boot_state_and_to_no
     secure_boot(&mut tpm, 3);
     tpm.cap().unwrap();
     tpm.carry_data_key(&key, None).unwrap();
-    let pcr7 = kiln_release::measured::extend(&[0; 32], &[4; 32]);
+    let pcr7 = measured::extend(&[0; 32], &[4; 32]);
     tpm.carry_data_key(&key, Some(&pcr7)).unwrap();
     let mut tpm = running.restart();
     secure_boot(&mut tpm, 5);

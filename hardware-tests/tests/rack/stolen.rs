@@ -98,7 +98,7 @@ fn a_changed_hook_or_setting_is_refused() {
 }
 
 /// A whole other site, right in itself.
-fn another_site(paths: &Paths, built: &Path) -> PathBuf {
+pub fn another_site(paths: &Paths, built: &Path) -> PathBuf {
     let other = paths.scratch.join("other");
     let text = other.display().to_string();
     site::kiln_quiet(paths, &["trust", "init", "--lab", &text, "--name", "lab"]).unwrap();

@@ -9,6 +9,7 @@ mod cleanup;
 mod cuts;
 mod disk;
 mod exec;
+mod expired;
 mod hardware;
 mod lying_dhcp;
 mod measured;

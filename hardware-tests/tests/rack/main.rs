@@ -10,6 +10,7 @@ mod cuts;
 mod disk;
 mod exec;
 mod expired;
+mod extras;
 mod hardware;
 mod lying_dhcp;
 mod measured;

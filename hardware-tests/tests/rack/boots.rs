@@ -224,7 +224,7 @@ fn a_corrupt_root_is_refused_and_the_previous_release_boots() {
 
 /// A machine's clock is dead, or set by somebody: it says 1970, or 2099. Nothing asks it.
 #[test]
-#[ignore = "slow: two boots of the firmware; make test-slow"]
+#[ignore = "slow: three boots of the firmware and a kexec; make test-slow"]
 fn a_wrong_clock_changes_nothing() {
     testing::rack(|paths| {
         let spec = |number, clock| MachineSpec { clock: Some(clock), ..MachineSpec::new(number, PXE) };
@@ -236,6 +236,14 @@ fn a_wrong_clock_changes_nothing() {
         }
         for name in ["rack-1", "rack-2"] {
             let view = rack.wait_healthy(name, 1).unwrap();
+            assert!(view.failures().is_empty(), "{name}: {view:#?}");
+        }
+        // Nor does it decide whether another release is started: both ways to one.
+        rack.kiln(&["release", "publish", "minimal/2"]).unwrap();
+        for (name, via) in [("rack-1", "kexec"), ("rack-2", "cold")] {
+            rack.kiln(&["assign", name, "minimal/2", "--via", via]).unwrap();
+            let view = rack.wait_healthy(name, 2).unwrap();
+            assert_eq!(view.boot().unwrap().via.as_deref(), Some(via), "{name}");
             assert!(view.failures().is_empty(), "{name}: {view:#?}");
         }
     });

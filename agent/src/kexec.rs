@@ -109,8 +109,9 @@ pub fn load(uki: &File, manifest: &Manifest, root: Option<(&Path, &str)>) -> Res
         write_segment(&mut initrd, &mut BufReader::new(file), length, sha256)
             .map_err(failed("writing the root artifact to memory"))?;
     }
-    // A kernel that comes by kexec is past the initramfs that firmware started, also when it is started from there.
-    tpm::leave_initramfs();
+    // A kernel that comes by kexec is past the initramfs that firmware started, also when it is started from there. Under a TPM
+    // that cannot be capped it would pass for one that firmware started: a cold boot leads to the release as well.
+    tpm::leave_initramfs(true)?;
     sys::kexec_file_load(&kernel, &initrd, &manifest.command_line).map_err(failed("kexec_file_load"))?;
     std::fs::write(DISABLED, "1").map_err(AgentError::file(DISABLED))
 }

@@ -75,6 +75,8 @@ pub struct AttestationView {
     pub carried: bool,
     #[serde(default)]
     pub endorsement: Option<String>,
+    #[serde(default)]
+    pub option_roms: Option<Vec<String>>,
 }
 
 /// One boot of a machine.

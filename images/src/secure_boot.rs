@@ -18,6 +18,7 @@ use kiln_release::{hex, pe};
 use rcgen::{CertificateParams, DnType, IsCa, KeyPair, KeyUsagePurpose};
 use ring::rand::SystemRandom;
 use ring::signature::{RSA_PKCS1_SHA256, RsaKeyPair};
+use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -179,11 +180,20 @@ pub struct Enrolment {
     pub files: Vec<PathBuf>,
     /// How many releases dbx names.
     pub revoked: usize,
+    /// How many images db names besides.
+    pub allowed: usize,
 }
 
 /// Writes what firmware takes: for each variable the certificate (`.cer`), the signature list (`.esl`) and the
-/// authenticated change (`.auth`); with `ovmf`, a copy of that variable store that has them enrolled.
-pub fn enroll(site: &SiteDir, out: &Path, ovmf: Option<&Path>, now: Timestamp) -> Result<Enrolment, SiteError> {
+/// authenticated change (`.auth`); with `ovmf`, a copy of that variable store that has them enrolled. `allow`: Authenticode
+/// digests of images that db names, as a machine's own option ROMs.
+pub fn enroll(
+    site: &SiteDir,
+    out: &Path,
+    ovmf: Option<&Path>,
+    allow: &BTreeSet<[u8; 32]>,
+    now: Timestamp,
+) -> Result<Enrolment, SiteError> {
     let keys = KEYS.map(|name| SigningKey::open(site, name));
     let [pk, kek, db] = keys;
     let (pk, kek, db) = (pk?, kek?, db?);
@@ -199,7 +209,11 @@ pub fn enroll(site: &SiteDir, out: &Path, ovmf: Option<&Path>, now: Timestamp) -
     for (name, vendor, key, signer) in
         [("PK", GLOBAL, &pk, &pk), ("KEK", GLOBAL, &kek, &pk), ("db", DATABASE, &db, &kek)]
     {
-        let list = efi::certificate_list(&key.certificate);
+        let mut list = efi::certificate_list(&key.certificate);
+        if name == "db" && !allow.is_empty() {
+            let allow: Vec<[u8; 32]> = allow.iter().copied().collect();
+            list.extend(efi::digest_list(&allow));
+        }
         write(format!("{name}.cer"), &key.certificate)?;
         write(format!("{name}.esl"), &list)?;
         write(format!("{name}.auth"), &signer.variable((name, vendor, AUTHENTICATED), now, &list))?;
@@ -220,7 +234,7 @@ pub fn enroll(site: &SiteDir, out: &Path, ovmf: Option<&Path>, now: Timestamp) -
         let store = ovmf::enroll(store, &values, time).map_err(wrong)?;
         write("OVMF_VARS.fd".into(), &store)?;
     }
-    Ok(Enrolment { files, revoked: revoked.len() })
+    Ok(Enrolment { files, revoked: revoked.len(), allowed: allow.len() })
 }
 
 /// The signed change of dbx that names these digests. It adds to what is there: a vendor's own entries stay, and firmware

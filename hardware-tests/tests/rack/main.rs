@@ -15,6 +15,7 @@ mod hardware;
 mod lying_dhcp;
 mod measured;
 mod network;
+mod option_roms;
 mod orders;
 mod screen;
 mod secrets;

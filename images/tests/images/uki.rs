@@ -6,6 +6,7 @@ use kiln_images::{KEYS, SigningKey, SiteDir, SiteError, enroll, init_lab, init_s
 use kiln_release::pe::{Pe, PeError, SECTION_ENTRY, Uki};
 use kiln_release::{Artifact, authenticode, efi, hex};
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// What a stub is made of.
@@ -252,8 +253,7 @@ fn keys_are_made_once_and_are_their_owners_and_enrolment_has_every_form() {
     use std::os::unix::fs::PermissionsExt;
     let (dir, site) = site_with_keys();
     assert!(matches!(init_secure_boot(&site), Err(SiteError::SecureBootKeyExists { .. })));
-    let prints: std::collections::BTreeSet<_> =
-        KEYS.iter().map(|name| SigningKey::open(&site, name).unwrap().fingerprint()).collect();
+    let prints: BTreeSet<_> = KEYS.iter().map(|name| SigningKey::open(&site, name).unwrap().fingerprint()).collect();
     assert_eq!(prints.len(), 3, "three keys");
     for name in KEYS {
         let mode = std::fs::metadata(site.secure_boot(&format!("{name}.key"))).unwrap().permissions().mode();
@@ -261,7 +261,7 @@ fn keys_are_made_once_and_are_their_owners_and_enrolment_has_every_form() {
     }
     let out = dir.path().join("out");
     let now = "2026-03-01T12:00:00Z".parse().unwrap();
-    let done = enroll(&site, &out, None, now).unwrap();
+    let done = enroll(&site, &out, None, &BTreeSet::new(), now).unwrap();
     assert_eq!((done.files.len(), done.revoked), (9, 0));
     for (name, signer) in [("PK", "PK"), ("KEK", "PK"), ("db", "KEK")] {
         let read = |end: &str| std::fs::read(out.join(format!("{name}.{end}"))).unwrap();
@@ -271,6 +271,16 @@ fn keys_are_made_once_and_are_their_owners_and_enrolment_has_every_form() {
         let signer = SigningKey::open(&site, signer).unwrap().certificate;
         assert!(auth.windows(signer.len()).any(|w| w == signer), "{name}: who signed it");
     }
+    // A machine's option ROMs: db names them beside the certificate, and is signed with them.
+    let allow = BTreeSet::from([[1; 32], [2; 32]]);
+    let done = enroll(&site, &out, None, &allow, now).unwrap();
+    assert_eq!((done.files.len(), done.allowed), (9, 2));
+    let read = |name: &str| std::fs::read(out.join(name)).unwrap();
+    let (cer, esl) = (read("db.cer"), read("db.esl"));
+    let expected = vec![efi::Entry::X509(&cer), efi::Entry::Sha256(&[1; 32]), efi::Entry::Sha256(&[2; 32])];
+    assert_eq!(efi::entries(&esl), Some(expected));
+    assert!(read("db.auth").ends_with(&esl));
+    assert!(read("PK.esl").len() < esl.len(), "PK and KEK name keys alone");
     // Without its key nothing is signed, and the message says what to do.
     std::fs::remove_file(site.secure_boot("db.key")).unwrap();
     let error = SigningKey::open(&site, "db").unwrap_err().to_string();
@@ -296,7 +306,7 @@ fn a_revoked_release_is_named_in_dbx_once() {
     assert!(!revoke(&site, "minimal", 3).unwrap(), "once");
 
     let out = dir.path().join("out");
-    let done = enroll(&site, &out, None, now).unwrap();
+    let done = enroll(&site, &out, None, &BTreeSet::new(), now).unwrap();
     assert_eq!((done.files.len(), done.revoked), (11, 1));
     let esl = std::fs::read(out.join("dbx.esl")).unwrap();
     let digest = authenticode::digest(&uki).unwrap();
@@ -304,6 +314,6 @@ fn a_revoked_release_is_named_in_dbx_once() {
     assert!(std::fs::read(out.join("dbx.auth")).unwrap().ends_with(&esl));
 
     std::fs::write(site.secure_boot("revoked"), "not a digest minimal/3\n").unwrap();
-    let error = enroll(&site, &out, None, now).unwrap_err();
+    let error = enroll(&site, &out, None, &BTreeSet::new(), now).unwrap_err();
     assert!(matches!(error, SiteError::Revoked { line: 1, .. }), "{error}");
 }

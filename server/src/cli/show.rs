@@ -111,6 +111,15 @@ fn secrets(m: &MachineView) -> String {
     if held.is_empty() { "-".to_owned() } else { held.join(", ") }
 }
 
+/// What `kiln trust secureboot enroll --allow` takes.
+fn option_roms(m: &MachineView) -> String {
+    match m.attestation.as_ref().and_then(|a| a.option_roms.as_deref()) {
+        None => "-".to_owned(),
+        Some([]) => "none".to_owned(),
+        Some(roms) => roms.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+    }
+}
+
 fn tpm(m: &MachineView) -> String {
     let endorsement = m.attestation.as_ref().and_then(|a| a.endorsement.as_ref());
     let approved = m.attestation.as_ref().and_then(|a| a.approved_endorsement.as_ref());
@@ -173,6 +182,7 @@ pub(super) fn show(m: &MachineView, now_ms: i64) -> String {
         ("attestation", m.attestation.as_ref().map_or_else(dash, |a| format!("{}: {}", a.state, a.reason))),
         ("secrets", secrets(m)),
         ("TPM", tpm(m)),
+        ("option ROMs", option_roms(m)),
         ("identity", identity),
         ("key", m.key.as_ref().map_or_else(dash, ToString::to_string)),
         ("other key", m.other_key.as_ref().map_or_else(dash, ToString::to_string)),

@@ -11,7 +11,7 @@ use crate::view::ReleaseView;
 use clap::Subcommand;
 use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
 use kiln_images::{BuildOptions, PruneOptions, Pruned, SiteDir, SiteError, SiteUrls};
-use kiln_protocol::{ImageName, ReleaseId};
+use kiln_protocol::{ImageName, ReleaseId, Sha256Hex};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use tokio::runtime::Runtime;
@@ -35,6 +35,9 @@ pub(super) enum SecureBoot {
         /// Also write OVMF_VARS.fd, this variable store with the keys enrolled
         #[arg(long)]
         ovmf_vars: Option<PathBuf>,
+        /// Authenticode SHA-256 of an image that db names too: an option ROM of `kiln machine show` (repeatable)
+        #[arg(long, value_name = "HASH", value_delimiter = ',')]
+        allow: Vec<Sha256Hex>,
     },
     /// Sign a boot program of others, such as iPXE, for `[boot] snponly`: what it was signed with before is taken off
     Sign {
@@ -52,7 +55,7 @@ pub(super) enum SecureBoot {
 pub(super) fn secure_boot(command: SecureBoot) -> Result<(), CliError> {
     match command {
         SecureBoot::Init { site } => secure_boot_init(&site),
-        SecureBoot::Enroll { site, out, ovmf_vars } => enroll(&site, &out, ovmf_vars.as_deref()),
+        SecureBoot::Enroll { site, out, ovmf_vars, allow } => enroll(&site, &out, ovmf_vars.as_deref(), &allow),
         SecureBoot::Sign { program, site, out } => sign(&program, &site, &out),
     }
 }
@@ -87,10 +90,18 @@ fn secure_boot_init(dir: &Path) -> Result<(), CliError> {
     Ok(())
 }
 
-fn enroll(dir: &Path, out: &Path, ovmf: Option<&Path>) -> Result<(), CliError> {
-    let done = kiln_images::enroll(&SiteDir::open(dir)?, out, ovmf, Timestamp::now())?;
+fn enroll(dir: &Path, out: &Path, ovmf: Option<&Path>, allow: &[Sha256Hex]) -> Result<(), CliError> {
+    let digest = |hash: &Sha256Hex| {
+        let bytes = kiln_release::hex::decode(hash.as_str()).and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
+        bytes.expect("64 hex digits are 32 bytes")
+    };
+    let allow = allow.iter().map(digest).collect();
+    let done = kiln_images::enroll(&SiteDir::open(dir)?, out, ovmf, &allow, Timestamp::now())?;
     for file in &done.files {
         println!("{}", file.display());
+    }
+    if done.allowed > 0 {
+        println!("db names {} images beside the site's certificate", done.allowed);
     }
     println!(
         "dbx names {} releases. In setup mode enroll db, KEK and PK, in this order: with PK the machine is the site's",

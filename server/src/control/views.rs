@@ -88,6 +88,7 @@ fn attestation(m: &Machine) -> AttestationView {
         at_ms: proof.map(|proof| signed(proof.at)),
         endorsement: proof.and_then(|proof| proof.endorsement.clone()),
         approved_endorsement: m.attestations.pinned.as_ref().map(|pinned| pinned.endorsement.clone()),
+        option_roms: m.attestations.option_roms.clone(),
     }
 }
 

@@ -151,6 +151,9 @@ pub struct AttestationView {
     /// The one that was approved.
     #[serde(default)]
     pub approved_endorsement: Option<Sha256Hex>,
+    /// Authenticode digests of the drivers in its option ROMs, as its TPM proved them last; none: that was never proven.
+    #[serde(default)]
+    pub option_roms: Option<Vec<Sha256Hex>>,
 }
 
 /// What a running machine says besides its health.

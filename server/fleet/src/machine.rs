@@ -73,6 +73,12 @@ pub struct Machine {
     /// A person took its key away: nobody who holds it is heard. Kept by the caller; not stored here.
     #[serde(skip)]
     pub key_revoked: bool,
+    /// Where its packets enter the network, by which it was approved: only there a new key may speak for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub position: Option<String>,
+    /// Where whoever reports under its id was heard lately, by a trusted relay. Kept by the caller; not stored.
+    #[serde(skip)]
+    pub heard_at: Option<String>,
     /// The key of the boot before, of a machine that makes a new one at each boot.
     pub previous_key: Option<KeyId>,
     /// The last key that reported under this id and is not the machine's: [`crate::Event::Clear`] makes it so.
@@ -198,6 +204,8 @@ impl Machine {
             key: None,
             pinned: None,
             key_revoked: false,
+            position: None,
+            heard_at: None,
             previous_key: None,
             stranger: None,
             code: None,

@@ -135,10 +135,13 @@ fn tpm(m: &MachineView) -> String {
 pub(super) fn show(m: &MachineView, now_ms: i64) -> String {
     let mut text = String::new();
     let dash = || "-".to_owned();
-    let identity = m.key_storage.map_or_else(dash, |k| match k {
-        kiln_protocol::KeyStorage::Ephemeral => "name only (its key is new at each boot)".into(),
-        kiln_protocol::KeyStorage::Tpm => "key sealed by its TPM".into(),
-        kiln_protocol::KeyStorage::EfiVariable | kiln_protocol::KeyStorage::File => format!("key in {k} (weak)"),
+    let identity = m.key_storage.map_or_else(dash, |k| match (k, &m.position) {
+        (kiln_protocol::KeyStorage::Ephemeral, Some(place)) => {
+            format!("position: heard at {place} at each boot (its key is new each time)")
+        }
+        (kiln_protocol::KeyStorage::Ephemeral, None) => "name only (its key is new at each boot)".into(),
+        (kiln_protocol::KeyStorage::Tpm, _) => "key sealed by its TPM".into(),
+        (kiln_protocol::KeyStorage::EfiVariable | kiln_protocol::KeyStorage::File, _) => format!("key in {k} (weak)"),
     });
     let memory = m.rollback_memory.map_or_else(dash, |r| match r {
         kiln_protocol::RollbackMemory::None => "no rollback memory".into(),
@@ -355,6 +358,7 @@ mod tests {
             other_key: None,
             code: None,
             key_storage: Some(kiln_protocol::KeyStorage::Ephemeral),
+            position: None,
             rollback_memory: Some(kiln_protocol::RollbackMemory::None),
             protection: None,
             secrets: kiln_protocol::SecretVersions::new(),

@@ -10,7 +10,7 @@ use kiln_netboot::UefiProgram;
 use kiln_protocol::{BootFirst, ExecChoice, ImageName, Least, MachineId, RoleSettings};
 use kiln_release::Threshold;
 use serde::Deserialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
@@ -78,6 +78,7 @@ enum RawMode {
 struct RawDhcp {
     mode: RawMode,
     interface: Option<String>,
+    relays: Vec<Ipv4Addr>,
     full: Option<RawFull>,
 }
 
@@ -154,7 +155,8 @@ enum RawAcceptance {
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct RawMachine {
-    id: String,
+    id: Option<String>,
+    position: Option<String>,
     name: String,
     role: String,
     key: Option<String>,
@@ -180,6 +182,28 @@ pub(super) fn bad(key: &str, reason: impl std::fmt::Display) -> ConfigError {
 }
 
 const NAME: &str = "1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit";
+
+/// Whether a machine can be known by this position: a listed relay says it, and the machine has no other key.
+fn position(text: &str, listed: &Listed, relays: &BTreeSet<Ipv4Addr>, mode: &DhcpMode) -> Result<(), String> {
+    let form = "expected \"RELAY REMOTE CIRCUIT\" as the log says it, the relay by its address";
+    let words: Vec<&str> = text.split(' ').collect();
+    let [relay, remote, circuit] = words[..] else { return Err(format!("{text:?}: {form}")) };
+    let is_part = |part: &str| (1..=130).contains(&part.len()) && part.bytes().all(|b| b.is_ascii_graphic());
+    let relay: Ipv4Addr = relay.parse().map_err(|_| format!("{text:?}: {form}"))?;
+    if !is_part(remote) || !is_part(circuit) {
+        return Err(format!("{text:?}: {form}"));
+    }
+    if !relays.contains(&relay) {
+        return Err(format!("{text:?}: {relay} is none of [dhcp] relays, so its word counts nothing"));
+    }
+    if listed.key.is_some() {
+        return Err(format!("{}: a machine that is known by its position makes a key at each boot", listed.name));
+    }
+    match mode {
+        DhcpMode::Proxy | DhcpMode::Full(_) => Ok(()),
+        DhcpMode::Off => Err("with [dhcp] mode = \"off\" no relay is heard".to_owned()),
+    }
+}
 
 /// Milliseconds of a time as a person writes it.
 fn patience(text: &str) -> Result<u64, String> {
@@ -329,8 +353,9 @@ impl TryFrom<Raw> for Config {
             roles.insert("default".to_owned(), Role::of(default_image.clone()));
         }
         let mut machines: BTreeMap<MachineId, Listed> = BTreeMap::new();
+        let mut positions: BTreeMap<String, Listed> = BTreeMap::new();
+        let relays: BTreeSet<Ipv4Addr> = raw.dhcp.relays.into_iter().collect();
         for machine in raw.machine {
-            let id: MachineId = machine.id.to_ascii_lowercase().parse().map_err(|e| bad("machine.id", e))?;
             if !is_name(&machine.name) {
                 return Err(bad("machine.name", format!("{:?}: {NAME}", machine.name)));
             }
@@ -338,7 +363,7 @@ impl TryFrom<Raw> for Config {
                 let known = roles.keys().cloned().collect::<Vec<_>>().join(", ");
                 return Err(bad("machine.role", format!("{:?} is no [[role]]; known are: {known}", machine.role)));
             }
-            if machines.values().any(|m| m.name == machine.name) {
+            if machines.values().chain(positions.values()).any(|m| m.name == machine.name) {
                 return Err(bad("machine.name", format!("{:?} is there twice", machine.name)));
             }
             let key = match &machine.key {
@@ -352,8 +377,23 @@ impl TryFrom<Raw> for Config {
                     format!("{} and {name} have the same: a key is one machine's", other.name),
                 ));
             }
-            if machines.insert(id, Listed { name: machine.name, role: machine.role, key }).is_some() {
-                return Err(bad("machine.id", format!("{:?} is there twice", machine.id)));
+            let listed = Listed { name: machine.name, role: machine.role, key };
+            match (machine.id, machine.position) {
+                (Some(id), None) => {
+                    let known: MachineId = id.to_ascii_lowercase().parse().map_err(|e| bad("machine.id", e))?;
+                    if machines.insert(known, listed).is_some() {
+                        return Err(bad("machine.id", format!("{id:?} is there twice")));
+                    }
+                }
+                (None, Some(place)) => {
+                    position(&place, &listed, &relays, &mode).map_err(|e| bad("machine.position", e))?;
+                    if positions.insert(place.clone(), listed).is_some() {
+                        return Err(bad("machine.position", format!("{place:?} is there twice")));
+                    }
+                }
+                (Some(_), Some(_)) | (None, None) => {
+                    return Err(bad("machine", format!("{}: either id or position says which it is", listed.name)));
+                }
             }
         }
         let usual = tftp::Settings::default();
@@ -385,7 +425,7 @@ impl TryFrom<Raw> for Config {
             tftp_shared: Shared::parse(&raw.tftp.shared).map_err(|e| bad("tftp.shared", e))?,
             http: raw.http.listen.unwrap_or_else(|| any(8080)),
             agent_api: raw.agent_api.listen.unwrap_or_else(|| any(8443)),
-            dhcp: Dhcp { mode, interface: raw.dhcp.interface },
+            dhcp: Dhcp { mode, interface: raw.dhcp.interface, relays },
             tftp: raw.tftp.listen.unwrap_or_else(|| any(69)),
             boot: Boot {
                 address: raw.boot.address,
@@ -404,6 +444,7 @@ impl TryFrom<Raw> for Config {
             roles,
             max_ages,
             machines,
+            positions,
             access: raw.access.try_into()?,
             https: raw.https.map(TryInto::try_into).transpose()?,
             oidc: raw.oidc.map(TryInto::try_into).transpose()?,

@@ -16,6 +16,7 @@ mod logs;
 mod netboot;
 mod orders;
 mod people;
+mod positions;
 mod releases;
 mod reports;
 mod roles;
@@ -82,6 +83,7 @@ pub(crate) struct Inner {
     crowd: crowd::Crowd,
     introductions: introductions::Introductions,
     attestations: attestation::Questions,
+    positions: positions::Positions,
     wrong: introductions::Wrong,
     comparing: expected::Comparing,
     withheld: releases::Withheld,
@@ -182,6 +184,7 @@ impl Control {
             crowd: crowd::Crowd::new(now),
             introductions: introductions::Introductions::default(),
             attestations: attestation::Questions::default(),
+            positions: positions::Positions::default(),
             wrong: introductions::Wrong::default(),
             comparing: expected::Comparing::default(),
             withheld: releases::Withheld::default(),

@@ -57,6 +57,7 @@ impl MachineView {
             other_key: m.stranger.clone(),
             code: code(m),
             key_storage: facts.map(|f| f.key_storage),
+            position: m.position.clone(),
             rollback_memory: facts.map(|f| f.rollback_memory),
             protection: m.protection(),
             secrets: m.secrets.clone(),

@@ -86,6 +86,9 @@ pub struct MachineView {
     pub code: Option<ApprovalCode>,
     /// How strong its name is.
     pub key_storage: Option<KeyStorage>,
+    /// Where it is, by which it is known: a trusted relay's address, remote id and circuit id.
+    #[serde(default)]
+    pub position: Option<String>,
     /// Where it remembers versions.
     pub rollback_memory: Option<RollbackMemory>,
     /// What its boot can promise.

@@ -392,9 +392,8 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
             let got = message(text);
             assert!(got.contains(expected), "{text}: {got}");
         }
-        let at = |dhcp: &str, more: &str| {
-            format!("[dhcp]\n{dhcp}\n[[machine]]\nname = \"n\"\nrole = \"default\"\n{more}\n")
-        };
+        let at =
+            |dhcp: &str, more: &str| format!("[dhcp]\n{dhcp}\n[[machine]]\nname = \"n\"\nrole = \"default\"\n{more}\n");
         let (relays, place) = ("relays = [\"10.1.0.1\"]", "position = \"10.1.0.1 sw-7 eth1\"");
         let good = Config::parse(&at(relays, place)).unwrap();
         assert_eq!(good.positions["10.1.0.1 sw-7 eth1"].name, "n");

@@ -30,6 +30,10 @@ const CLOCK_MS: i64 = 10_000;
 /// Units made at run time lie here.
 const RUNTIME_UNITS: [&str; 3] = ["/run/systemd/system", "/run/systemd/transient", "/run/systemd/system.control"];
 const SERVICES: &str = "/sys/fs/cgroup/system.slice";
+/// What a block that dm-verity refused is told of.
+const BLOCKS: &str = "the root's blocks";
+const CORRUPTED: &str =
+    "the kernel met a block of the root that is not as signed: it was altered, or its disk or memory fails";
 /// Memory that no release declares and every system has.
 const ALWAYS_WRITABLE: [&str; 2] = ["/run", "/dev/shm"];
 
@@ -41,13 +45,22 @@ pub struct Seen {
     pub limits: Vec<(bool, String)>,
 }
 
+/// What the kernel says of the root.
+#[derive(Clone, Copy)]
+pub struct Root {
+    /// The root hash in its table.
+    pub hash: fn() -> Result<String>,
+    /// Whether it met a block that is not as signed.
+    pub is_corrupted: fn() -> Result<bool>,
+}
+
 /// What is looked for.
 pub struct Looker {
     expected: std::result::Result<Expected, String>,
     /// Writable places whose programs the guard judges and tells of ([`crate::exec`]).
     guarded: Vec<String>,
     manifest: Manifest,
-    root_hash: fn() -> Result<String>,
+    root: Root,
     /// In front of every path: empty but in tests.
     place: PathBuf,
     usage: BTreeMap<String, Usage>,
@@ -56,21 +69,26 @@ pub struct Looker {
 }
 
 impl Looker {
-    pub fn new(manifest: Manifest, root_hash: fn() -> Result<String>, place: impl Into<PathBuf>) -> Self {
+    pub fn new(manifest: Manifest, root: Root, place: impl Into<PathBuf>) -> Self {
         let place = place.into();
         let expected = text(&at(&place, EXPECTED_PATH)).map_err(|e| format!("{EXPECTED_PATH}: {e}"));
         let expected =
             expected.and_then(|text| serde_json::from_str(&text).map_err(|e| format!("{EXPECTED_PATH}: {e}")));
         let policy = std::fs::read(at(&place, EXEC_PATH)).ok().and_then(|bytes| ExecPolicy::read(&bytes).ok());
         let guarded = policy.map(|policy| policy.rules.into_iter().map(|rule| rule.path).collect()).unwrap_or_default();
-        Self { expected, guarded, manifest, root_hash, place, usage: BTreeMap::new(), owners: BTreeMap::new() }
+        Self { expected, guarded, manifest, root, place, usage: BTreeMap::new(), owners: BTreeMap::new() }
     }
 
     /// One look; blocks. Sorted by kind and subject.
     pub fn look(&mut self) -> Seen {
         let mut out = Vec::new();
-        let hash = (self.root_hash)().unwrap_or_else(|error| error.to_string());
+        let hash = (self.root.hash)().unwrap_or_else(|error| error.to_string());
         out.extend(drift::value(DriftKind::Root, "the kernel's root hash", &self.manifest.verity.root_hash, &hash));
+        match (self.root.is_corrupted)() {
+            Ok(false) => {}
+            Ok(true) => out.push(drift::foreign(DriftKind::Root, BLOCKS, CORRUPTED)),
+            Err(error) => out.push(drift::foreign(DriftKind::Unseen, BLOCKS, &error.to_string())),
+        }
         let line = running_command_line();
         if !plan::command_line_is(&line, &self.manifest.command_line) {
             let what = "the kernel's command line";

@@ -5,7 +5,10 @@ use crate::error::{AgentError, Result};
 use kiln_release::WritableMount;
 use nix::mount::{MsFlags, mount};
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+
+/// So many files that were given to a boot beside its UKI are told by name.
+const TOLD: usize = 16;
 
 /// The kernel's own file systems, and memory.
 pub fn pseudo_filesystems() -> Result<()> {
@@ -33,11 +36,23 @@ pub fn pseudo_filesystems() -> Result<()> {
     std::fs::create_dir_all("/etc").map_err(AgentError::file("/etc"))?;
     std::os::unix::fs::symlink("/run/kiln/resolv.conf", "/etc/resolv.conf")
         .map_err(AgentError::file("/etc/resolv.conf"))?;
-    // systemd-stub adds files of the ESP here; they are not signed (systemd-stub(7)).
-    if Path::new("/.extra").exists() {
-        std::fs::remove_dir_all("/.extra").map_err(AgentError::file("/.extra"))?;
+    for file in delete_extras(Path::new("/.extra"))? {
+        println!("kiln-agent: {} was given to this boot beside its UKI: deleted, and not read", file.display());
     }
     Ok(())
+}
+
+/// systemd-stub adds files of the ESP here; they are not signed (systemd-stub(7)). What the UKI itself holds lies at the top;
+/// what came from elsewhere lies in folders, and is named.
+fn delete_extras(place: &Path) -> Result<Vec<PathBuf>> {
+    if !place.exists() {
+        return Ok(Vec::new());
+    }
+    let files = |folder: &Path| std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    let folders = files(place).filter(|path| path.is_dir());
+    let given: Vec<PathBuf> = folders.flat_map(|folder| files(&folder)).take(TOLD).collect();
+    std::fs::remove_dir_all(place).map_err(AgentError::file(place))?;
+    Ok(given)
 }
 
 /// Where a kernel before this one may have left its last lines; without it there is nothing to read.
@@ -92,5 +107,24 @@ pub fn efivars() {
         && let Err(error) = std::fs::set_permissions(target, std::fs::Permissions::from_mode(0o700))
     {
         println!("kiln-agent: EFI variables stay readable by all users: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_given_beside_the_uki_is_deleted_and_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = dir.path().join(".extra");
+        assert!(delete_extras(&place).unwrap().is_empty());
+        let credential = place.join("credentials/x.cred");
+        std::fs::create_dir_all(credential.parent().unwrap()).unwrap();
+        std::fs::write(&credential, "somebody's").unwrap();
+        // The stub's own, out of the UKI.
+        std::fs::write(place.join("os-release"), "ID=kiln").unwrap();
+        assert_eq!(delete_extras(&place).unwrap(), [credential]);
+        assert!(!place.exists());
     }
 }

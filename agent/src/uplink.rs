@@ -184,7 +184,7 @@ impl Network {
 }
 
 /// Where the boot server is: as the section says, as the boot image says, else as the network says.
-fn servers(boot: &BootInfo, section: &Section, uplink: &Uplink) -> Servers {
+pub fn servers(boot: &BootInfo, section: &Section, uplink: &Uplink) -> Servers {
     let signed = |section: &[String], site: &[String]| [section, site].concat();
     let mut servers = Servers {
         http: signed(&section.http_urls, &boot.site.http_urls),

@@ -55,6 +55,25 @@ pub fn running_root_hash() -> Result<String> {
     })
 }
 
+/// Whether the kernel met a block of the root that is not as signed, since it was set up. It says so for as long as it runs.
+pub fn is_corrupted() -> Result<bool> {
+    let status = sys::device_mapper(&mapper()?, DmCommand::Status, DEVICE, None)
+        .map_err(AgentError::system("reading dm-verity's status"))?;
+    read_status(&status)
+}
+
+/// `V` (valid) or `C` (corrupted), and on newer kernels counts behind it (verity.rst, "Status").
+fn read_status(status: &str) -> Result<bool> {
+    match status.split_whitespace().next() {
+        Some("V") => Ok(false),
+        Some("C") => Ok(true),
+        Some(_) | None => Err(AgentError::Format {
+            path: "/dev/mapper/control".into(),
+            reason: format!("unexpected dm-verity status {status:?}"),
+        }),
+    }
+}
+
 /// The door of device-mapper.
 pub fn mapper() -> Result<File> {
     let path = "/dev/mapper/control";
@@ -72,4 +91,19 @@ pub fn device_path(device: &str) -> Result<String> {
         }
     }
     Err(AgentError::Format { path: path.into(), reason: format!("no device named {device}") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_verdict_is_one_letter() {
+        for (status, corrupted) in [("V", false), ("C", true), ("V -", false), ("C 3", true)] {
+            assert_eq!(read_status(status).unwrap(), corrupted, "{status}");
+        }
+        for status in ["", "0 8 linear", "corrupted"] {
+            assert!(read_status(status).is_err(), "{status}");
+        }
+    }
 }

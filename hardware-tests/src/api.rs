@@ -3,7 +3,7 @@
 //! Requests are HTTP/1.0 on purpose: the answer then ends with the connection, also a stream of events.
 
 use crate::error::LabError;
-use kiln_protocol::{AgentMemory, DbxState, ExecState, Stage};
+use kiln_protocol::{AgentMemory, DbxState, Difference, ExecState, Stage};
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -41,6 +41,9 @@ pub struct MachineView {
     pub protection: Option<String>,
     #[serde(default)]
     pub other_key: Option<String>,
+    /// Its approval code, as the server has it.
+    #[serde(default)]
+    pub code: Option<String>,
     #[serde(default)]
     pub attestation: Option<AttestationView>,
     #[serde(default)]
@@ -49,11 +52,28 @@ pub struct MachineView {
     pub exec: Option<ExecState>,
     pub dbx: Option<DbxState>,
     #[serde(default)]
-    pub condition: Option<Value>,
+    pub condition: ConditionView,
     #[serde(default)]
     pub last_words: Option<Value>,
     #[serde(default)]
     pub boots: Vec<Boot>,
+}
+
+/// What a running machine says of itself besides its health.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+pub struct ConditionView {
+    #[serde(default)]
+    pub drift: Vec<Difference>,
+    #[serde(default)]
+    pub events: Vec<ConditionEvent>,
+}
+
+/// Something that happened on it.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+pub struct ConditionEvent {
+    pub kind: String,
+    pub alarm: bool,
+    pub text: String,
 }
 
 /// What a machine's TPM proved of its boot.
@@ -65,6 +85,8 @@ pub struct AttestationView {
     pub carried: bool,
     #[serde(default)]
     pub endorsement: Option<String>,
+    #[serde(default)]
+    pub option_roms: Option<Vec<String>>,
 }
 
 /// One boot of a machine.

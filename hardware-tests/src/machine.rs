@@ -50,6 +50,8 @@ pub struct MachineSpec {
     pub memory_mib: u32,
     /// QEMU's names of its network cards. It boots from the first; all are on the bridge.
     pub cards: Vec<&'static str>,
+    /// Under UEFI its further cards have their option ROMs. The first never has: the firmware's own network boot is to run.
+    pub roms: bool,
     /// Its disks, empty when it is installed; they keep what is written over power cuts.
     pub disks: Vec<Disk>,
     /// A variable store with Secure Boot keys in it; none: firmware that checks nothing.
@@ -112,6 +114,7 @@ impl MachineSpec {
             firmware,
             memory_mib: 2048,
             cards: vec!["virtio-net-pci"],
+            roms: false,
             disks: Vec::new(),
             keys: None,
             trunk: false,
@@ -290,6 +293,7 @@ impl Machine {
             // QEMU's option ROMs are iPXE; without one the firmware's own network boot runs.
             let rom = match (spec.firmware, card) {
                 (Firmware::Bios, 0) => "bootindex=1",
+                (Firmware::Uefi(_), 1..) if spec.roms => "rombar=1",
                 (Firmware::Bios | Firmware::Uefi(_), _) => "romfile=",
             };
             arg(&["-device", &format!("{model},netdev=cable{card},mac={}{slot},{rom}", text(spec.mac_of(card)))]);

@@ -68,7 +68,10 @@ enum What {
     },
     /// (the lab itself) The site's own DHCP server
     #[command(hide = true)]
-    SiteDhcp,
+    SiteDhcp {
+        #[arg(last = true)]
+        more: Vec<OsString>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -138,7 +141,7 @@ fn run(what: What) -> anyhow::Result<u8> {
             Ok(enclosure::exit_code(status))
         }
         What::Init { scratch, argv } => match enclosure::init(&scratch, &argv)? {},
-        What::SiteDhcp => match net::become_site_dhcp()? {},
+        What::SiteDhcp { more } => match net::become_site_dhcp(&more)? {},
     }
 }
 

@@ -10,6 +10,7 @@
 use crate::command;
 use crate::console::{Console, Mark};
 use crate::error::LabError;
+use std::ffi::OsString;
 use std::net::Ipv4Addr;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -32,6 +33,12 @@ pub fn make_bridge() -> Result<(), LabError> {
     ip(&format!("link add {BRIDGE} type bridge stp_state 0 forward_delay 0"))?;
     ip(&format!("addr add {SERVER}/24 brd + dev {BRIDGE}"))?;
     ip(&format!("link set {BRIDGE} up"))
+}
+
+/// Gives the bridge a further address, or takes it away: another host's, as machines see it.
+pub fn set_address(address: Ipv4Addr, present: bool) -> Result<(), LabError> {
+    let verb = if present { "add" } else { "del" };
+    ip(&format!("addr {verb} {address}/24 dev {BRIDGE}"))
 }
 
 /// Makes a tap on the bridge.
@@ -58,7 +65,7 @@ pub fn set_slow(tap: &str, kbit_s: u32) -> Result<(), LabError> {
     command::run("tc", line.split_whitespace()).map(drop)
 }
 
-/// The site's own DHCP server: Debian's dnsmasq, giving out addresses and nothing else.
+/// The site's own DHCP server: Debian's dnsmasq, giving out addresses and what more it is told.
 #[derive(Debug)]
 pub struct SiteDhcp {
     child: Child,
@@ -67,12 +74,17 @@ pub struct SiteDhcp {
 }
 
 impl SiteDhcp {
-    /// Starts it and waits until it serves. `lab` is the `kiln-lab` program.
-    pub fn start(lab: &Path, log: &Path) -> Result<Self, LabError> {
+    /// Starts it and waits until it serves. `lab` is the `kiln-lab` program; `more` are dnsmasq's options.
+    pub fn start(lab: &Path, log: &Path, more: &[String]) -> Result<Self, LabError> {
         ip("link add site0 type veth peer name site1")?;
         ip(&format!("link set site0 master {BRIDGE} up"))?;
         let mut command = Command::new(lab);
-        command.arg("site-dhcp").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+            .args(["site-dhcp", "--"])
+            .args(more)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
         let mut child =
             command.spawn().map_err(|source| LabError::Spawn { command: command::shown(&command), source })?;
         let stdout = child.stdout.take().expect("asked for above");
@@ -91,11 +103,13 @@ impl Drop for SiteDhcp {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+        // It goes with the namespace of its other end, some time; another may be plugged in at once.
+        let _ = ip("link del site0");
     }
 }
 
 /// The inside of `kiln-lab site-dhcp`: takes a network namespace, waits for the cable, becomes dnsmasq.
-pub fn become_site_dhcp() -> Result<std::convert::Infallible, LabError> {
+pub fn become_site_dhcp(more: &[OsString]) -> Result<std::convert::Infallible, LabError> {
     use std::io::Read;
     use std::os::unix::process::CommandExt;
     let step = |step: &'static str| move |source| LabError::Enclosure { step, source };
@@ -128,5 +142,6 @@ pub fn become_site_dhcp() -> Result<std::convert::Infallible, LabError> {
         "--no-hosts",
         "--no-ping",
     ]);
+    dnsmasq.args(more);
     Err(LabError::Spawn { command: command::shown(&dnsmasq), source: dnsmasq.exec() })
 }

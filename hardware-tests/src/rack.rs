@@ -89,7 +89,7 @@ impl Rack {
         let accelerator = Accelerator::probe(&kernel, &paths.lab.join("kvm"))?;
         net::make_bridge()?;
         let dhcp = match options.dhcp {
-            DhcpMode::Proxy => Some(SiteDhcp::start(&paths.program, &options.consoles.join("site-dhcp.log"))?),
+            DhcpMode::Proxy => Some(SiteDhcp::start(&paths.program, &options.consoles.join("site-dhcp.log"), &[])?),
             DhcpMode::Full | DhcpMode::Off => None,
         };
         let known: Vec<&MachineSpec> = options.machines.iter().filter(|m| !options.unknown.contains(&m.name)).collect();

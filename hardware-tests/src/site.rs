@@ -106,8 +106,16 @@ fn prepare_lab(paths: &Paths) -> Result<(), LabError> {
 
 /// A variable store with a site's Secure Boot keys, made by the real command in the new folder `out`.
 pub fn enroll(paths: &Paths, site: &Path, out: &Path) -> Result<PathBuf, LabError> {
-    let (site, folder) = (text(site), text(out));
-    let args = ["trust", "secureboot", "enroll", "--site", &site, "--out", &folder, "--ovmf-vars", OVMF_VARS];
+    enroll_allowing(paths, site, out, &[])
+}
+
+/// The same, and db names these images.
+pub fn enroll_allowing(paths: &Paths, site: &Path, out: &Path, allow: &[String]) -> Result<PathBuf, LabError> {
+    let (site, folder, allow) = (text(site), text(out), allow.join(","));
+    let mut args = vec!["trust", "secureboot", "enroll", "--site", &site, "--out", &folder, "--ovmf-vars", OVMF_VARS];
+    if !allow.is_empty() {
+        args.extend(["--allow", &allow]);
+    }
     kiln_quiet(paths, &args)?;
     Ok(out.join("OVMF_VARS.fd"))
 }

@@ -24,19 +24,19 @@ pub struct Enrolment {
     pub files: Vec<PathBuf>,
     /// Of how many releases dbx names programs.
     pub revoked: usize,
+    /// How many images db names besides.
+    pub allowed: usize,
 }
 
 /// Writes what firmware takes: for each variable the certificate (`.cer`), the signature list (`.esl`) and the
-/// authenticated change (`.auth`); with `ovmf`, a copy of that variable store that has them enrolled.
+/// authenticated change (`.auth`); with `ovmf`, a copy of that variable store that has them enrolled. `allow`: Authenticode
+/// digests of images that db names, as a machine's own option ROMs.
 pub fn enroll(
     site: &SiteDir,
     out: &Path,
     ovmf: Option<&Path>,
-    now: Timestamp,
-    unlock: &mut Unlock<'_>,
-) -> Result<Enrolment, SiteError> {
-    let mut open = |name| SigningKey::open(site, name, unlock);
-    let (pk, kek, db) = (open("PK")?, open("KEK")?, open("db")?);
+    let releases: BTreeSet<&str> = revoked.iter().map(|(_, release)| release.as_str()).collect();
+    Ok(Enrolment { files, revoked: releases.len(), allowed: allow.len() })
     make_dir(out, 0o755)?;
     let mut files = Vec::new();
     let mut write = |name: String, bytes: &[u8]| {
@@ -49,7 +49,11 @@ pub fn enroll(
     for (name, vendor, key, signer) in
         [("PK", GLOBAL, &pk, &pk), ("KEK", GLOBAL, &kek, &pk), ("db", DATABASE, &db, &kek)]
     {
-        let list = efi::certificate_list(&key.certificate);
+        let mut list = efi::certificate_list(&key.certificate);
+        if name == "db" && !allow.is_empty() {
+            let allow: Vec<[u8; 32]> = allow.iter().copied().collect();
+            list.extend(efi::digest_list(&allow));
+        }
         write(format!("{name}.cer"), &key.certificate)?;
         write(format!("{name}.esl"), &list)?;
         write(format!("{name}.auth"), &signer.variable((name, vendor, AUTHENTICATED), now, &list))?;
@@ -71,7 +75,7 @@ pub fn enroll(
         write("OVMF_VARS.fd".into(), &store)?;
     }
     let releases: BTreeSet<&str> = revoked.iter().map(|(_, release)| release.as_str()).collect();
-    Ok(Enrolment { files, revoked: releases.len() })
+    Ok(Enrolment { files, revoked: releases.len(), allowed: allow.len() })
 }
 
 /// The signed change of dbx that names these digests. It adds to what is there: a vendor's own entries stay, and firmware

@@ -274,7 +274,9 @@ async fn boot_net(control: &Arc<Control>, http_port: u16, agent_port: u16) -> Re
         chain_ipxe: true, // the site's own undionly.kpxe rather than whatever age the ROM's iPXE has
         uefi: config.boot.uefi,
     };
-    BootNet::new(settings, leases).map_err(|e| fail(e.to_string()))
+    let net = BootNet::new(settings, leases).map_err(|e| fail(e.to_string()))?;
+    net.trust_relays(config.dhcp.relays.clone());
+    Ok(net)
 }
 
 type NetPart = Result<(), (&'static str, net::NetError)>;
@@ -400,6 +402,7 @@ async fn dhcp_event(control: &Control, event: kiln_netboot::Event) -> Result<(),
         Event::AgentAsked { mac, id } => {
             tracing::debug!(machine = name(id.as_ref(), mac), "its agent asked where the boot server is");
         }
+        Event::HeardAt { mac, position } => control.heard_at(mac, position),
         Event::Withheld { mac, id, reason } => {
             tracing::warn!(machine = name(id.as_ref(), mac), "gets no boot program: {reason}");
         }

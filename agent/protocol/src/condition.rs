@@ -13,7 +13,7 @@ pub const DRIFT_LIMIT: usize = 32;
 word_enum! {
     /// In what a machine differs from its release.
     DriftKind {
-        /// The root hash in the kernel's table.
+        /// The root hash in the kernel's table, or a block of the root that dm-verity refused.
         Root = "root",
         /// The kernel's release.
         Kernel = "kernel",

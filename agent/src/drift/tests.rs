@@ -13,7 +13,8 @@ fn manifest() -> Manifest {
 
 /// A look with this host as the release, as far as it can be said beforehand.
 fn looker(place: &str) -> Looker {
-    let mut looker = Looker::new(manifest(), || Ok(crate::testing::root_hash(1)), place);
+    let root = Root { hash: || Ok(crate::testing::root_hash(1)), is_corrupted: || Ok(false) };
+    let mut looker = Looker::new(manifest(), root, place);
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap().trim().to_owned();
     let users = users_of(&std::fs::read_to_string("/etc/passwd").unwrap());
     looker.expected = Ok(Expected { kernel, users, ..Expected::default() });
@@ -130,12 +131,26 @@ fn programs_of_a_place_with_an_allow_list_are_its_guards_to_judge() {
 #[test]
 fn without_a_word_of_the_release_there_is_nothing_to_compare_with_and_that_is_said() {
     let dir = tempfile::tempdir().unwrap();
-    let mut looker = Looker::new(manifest(), || Ok("00".into()), dir.path());
+    let root = Root { hash: || Ok("00".into()), is_corrupted: || Ok(false) };
+    let mut looker = Looker::new(manifest(), root, dir.path());
     let seen = looker.look();
     assert_eq!(of(&seen, DriftKind::Root)[0].what, "the kernel's root hash");
     assert_eq!(of(&seen, DriftKind::Unseen)[0].what, EXPECTED_PATH);
     assert_eq!(clock(Some(9_000)), None);
     assert_eq!(clock(Some(-75_000)).unwrap().text, "the clock is 75 s behind the boot server's");
+}
+
+#[test]
+fn a_block_of_the_root_that_the_kernel_refused_is_told_and_so_is_a_kernel_that_does_not_say() {
+    let mut looker = looker("");
+    let before = looker.look();
+    let about = |seen: &Seen| seen.differences.iter().find(|d| d.what == BLOCKS).cloned();
+    assert_eq!(about(&before), None);
+    looker.root.is_corrupted = || Ok(true);
+    let told = about(&looker.look()).expect("the kernel's verdict");
+    assert_eq!((told.kind, told.text.as_str()), (DriftKind::Root, CORRUPTED));
+    looker.root.is_corrupted = || Err(crate::error::AgentError::NoServer);
+    assert_eq!(about(&looker.look()).expect("it is not passed over").kind, DriftKind::Unseen);
 }
 
 /// What a look costs: printed, not judged.

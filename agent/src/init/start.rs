@@ -137,6 +137,7 @@ async fn mount_and_leave(
     }
     flow.journal.started(Stage::Handover);
     flow.report().await;
+    let guards = keeps_data(&flow.verifier.boot).is_some() || !verified.manifest.secrets.is_empty();
     let handoff = Handoff {
         boot: flow.verifier.boot.clone(),
         manifest: verified.manifest,
@@ -151,9 +152,10 @@ async fn mount_and_leave(
         now: flow.verifier.now,
     };
     handoff.write()?;
-    log::hand_over()?;
     secure_boot(&flow.verifier.boot).restrict()?;
-    tpm::leave_initramfs();
+    // A machine that cannot be capped does not go on into a system that would be taken for an initramfs.
+    blocking(move || tpm::leave_initramfs(guards).map_err(AgentError::from)).await?;
+    log::hand_over()?;
     switch_root()
 }
 

@@ -2,11 +2,17 @@
 //! cables; at their other ends, in a second namespace, are dnsmasq's DHCP, DHCPv6 and router advertisements.
 
 use super::*;
+use crate::flow::Flow;
+use crate::journal::Journal;
+use crate::testing::director::Director;
 use crate::testing::namespace::enter;
 use crate::testing::oracle::skipped;
+use crate::testing::{TestSite, journal};
+use crate::uplink::servers;
+use kiln_protocol::Via;
 use kiln_release::network::NetworkConfig;
 use std::collections::HashSet;
-use std::net::{SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
@@ -208,6 +214,59 @@ fn ipv6_by_routers_and_by_dhcp() {
         let renewed = dhcp6::renew(lease, &id()).await.unwrap();
         assert_eq!((renewed.address, &renewed.server), (lease.address, &lease.server));
     });
+}
+
+/// A boot server of this site at an address that no DHCP server of an honest site names.
+fn stands_at(address: &str, site: &TestSite) -> Director {
+    let address: SocketAddr = address.parse().unwrap();
+    Director::start_on((TcpListener::bind(address).unwrap(), address), site, (1, 1, Via::Cold, false))
+}
+
+/// Each way in which a DHCP server says where the boot server is, in an attacker's hands: the agent goes there, sees a
+/// certificate of another CA, and says nothing. Where the same word names the site's own server, it is heard.
+#[test]
+fn a_lying_dhcp_server_names_an_attacker_who_hears_nothing() {
+    if !machine("a_lying_dhcp_server_names_an_attacker_who_hears_nothing") {
+        return;
+    }
+    // What DHCP names is reached: both stand at addresses of this namespace that are no card's.
+    sh("ip addr add 10.9.9.66/32 dev lo; ip addr add 10.9.9.67/32 dev lo");
+    let (home, other) = (TestSite::new(1), TestSite::new(1));
+    let (attacker, honest) = (stands_at("10.9.9.66:8443", &other), stands_at("10.9.9.67:8443", &home));
+    let dir = tempfile::tempdir().unwrap();
+    let verifier = home.verifier(1, &[], &[], dir.path());
+    let journal = Journal { running: None, ..journal(&verifier) };
+    let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: Duration::from_secs(9) };
+    run(async {
+        let own = |host: &str| {
+            let option = "--dhcp-option=vendor:KilnAgent";
+            format!("{option},1,http://{host}:8080 {option},2,https://{host}:8443")
+        };
+        for (way, says, host) in [
+            ("option 66", "--dhcp-option=66,10.9.9.66".to_owned(), "10.9.9.66"),
+            ("siaddr", "--dhcp-boot=kiln.efi,attacker,10.9.9.66".to_owned(), "10.9.9.66"),
+            ("Kiln's own answer", own("10.9.9.66"), "10.9.9.66"),
+            ("option 66, honest", "--dhcp-option=66,10.9.9.67".to_owned(), "10.9.9.67"),
+        ] {
+            let _dhcp = Dnsmasq::start(&format!("--interface=b0 --dhcp-range=10.9.0.50,10.9.0.90,1h {says}"));
+            let nowhere = Section::default();
+            let uplink = bring_up(&id(), true, &nowhere, &mut HashSet::new()).await.unwrap();
+            let said = servers(&flow.verifier.boot, &nowhere, &uplink);
+            let expected = (vec![format!("http://{host}:8080")], vec![format!("https://{host}:8443")]);
+            assert_eq!((&said.http, &said.agent), (&expected.0, &expected.1), "{way}: {uplink:?}");
+            flow.verifier.servers = said;
+            match flow.try_servers().await {
+                Err(error) => {
+                    assert_eq!((host, error.kind()), ("10.9.9.66", "server-unreachable"), "{way}: {error}");
+                    assert!(error.to_string().contains("certificate"), "{way}: it came so far: {error}");
+                    assert!(flow.api.is_none(), "{way}");
+                }
+                Ok(()) => assert_eq!(host, "10.9.9.67", "{way}"),
+            }
+        }
+    });
+    assert!(attacker.heard().is_empty(), "not a word beyond the handshake");
+    assert_eq!(honest.heard().len(), 1);
 }
 
 fn lease(interface: &str) -> Lease {

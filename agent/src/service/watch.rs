@@ -3,7 +3,7 @@
 use super::duty::Event;
 use super::next::trouble;
 use crate::disk::machine::SharedDisk;
-use crate::drift::{self, EVERY, Eye, Looker, Seen};
+use crate::drift::{self, EVERY, Eye, Looker, Root, Seen};
 use crate::error::AgentError;
 use crate::hooks::{self, Progress};
 use crate::spool::{self, Keeper};
@@ -42,7 +42,8 @@ pub struct Watch {
 impl Watch {
     /// Of the release that runs.
     pub fn of(manifest: &Manifest, disk: Option<SharedDisk>) -> Self {
-        let looker = Looker::new(manifest.clone(), verity::running_root_hash, "");
+        let root = Root { hash: verity::running_root_hash, is_corrupted: verity::is_corrupted };
+        let looker = Looker::new(manifest.clone(), root, "");
         let keeper = Keeper::open(Some(Path::new(spool::PLACE)), disk);
         Self { looker: Some(looker), ..Self::new(keeper, manifest.hooks.clone(), "/") }
     }

@@ -131,6 +131,7 @@ pub enum DmCommand {
     LoadWritable,
     Resume,
     Table,
+    Status,
 }
 
 impl DmCommand {
@@ -140,14 +141,14 @@ impl DmCommand {
             Self::Create | Self::CreateWritable => 3,
             Self::Resume => 6,
             Self::Load | Self::LoadWritable => 9,
-            Self::Table => 12,
+            Self::Table | Self::Status => 12,
         };
         nix::request_code_readwrite!(0xfd, number, size_of::<DmIoctl>()) as libc::c_ulong
     }
 }
 
 /// Asks device-mapper (an open /dev/mapper/control) about the device `name`. `table` is (sectors, type, parameters)
-/// for `Load`. For `Table` the answer is the loaded table's parameters.
+/// for `Load`. For `Table` the answer is the loaded table's parameters, for `Status` what its target says of itself.
 pub fn device_mapper(
     control: &File,
     command: DmCommand,
@@ -180,7 +181,7 @@ pub fn device_mapper(
         DmCommand::Create | DmCommand::Load => buffer.header.flags = DM_READONLY_FLAG,
         DmCommand::Table => buffer.header.flags = DM_STATUS_TABLE_FLAG,
         DmCommand::LoadWritable => buffer.header.flags = DM_SECURE_DATA_FLAG,
-        DmCommand::Resume | DmCommand::CreateWritable => {}
+        DmCommand::Resume | DmCommand::CreateWritable | DmCommand::Status => {}
     }
     if let Some((sectors, target_type, params)) = table {
         buffer.header.target_count = 1;

@@ -16,14 +16,18 @@ use crate::memory::random;
 use kiln_protocol::tpm::command;
 use kiln_protocol::tpm::{Auth, DELIVERY, ENDORSEMENT, QUOTED, Quote, Template, delivery_policy};
 use kiln_protocol::{EVENT_LOG_LIMIT, TpmPresence};
-use kiln_release::measured::{Log, after_change};
+use kiln_release::measured::{self, Log, after_change};
 use std::io::Read;
 use std::path::Path;
+use std::time::Duration;
 
 /// The PCR that names the UKI, and takes the cap.
 const UKI_PCR: u8 = 11;
 /// Extended by the agent alone, with the same cap: zero in every initramfs that firmware started, whatever the release.
 const LEFT_PCR: u8 = 15;
+/// How often the cap is tried, and the pause between: a TPM may be busy with itself.
+const CAP_TRIES: u32 = 4;
+const CAP_PAUSE: Duration = Duration::from_millis(250);
 /// Where firmware's event log is (Linux Documentation/security/tpm/tpm_event_log.rst).
 const EVENT_LOG: &str = "/sys/kernel/security/tpm0/binary_bios_measurements";
 
@@ -66,17 +70,32 @@ pub fn presence() -> TpmPresence {
     }
 }
 
-/// From here on this boot is past its initramfs ([`Tpm::cap`]). A TPM that fails costs no boot.
-pub fn leave_initramfs() {
-    match Tpm::open() {
-        Ok(None) => {}
-        Ok(Some(mut tpm)) => {
-            if let Err(error) = tpm.cap() {
-                println!("kiln-agent: PCR {UKI_PCR} could not be capped: {error}");
-            }
+/// From here on this boot is past its initramfs: what was sealed to the state before is no longer given out, and a quote says
+/// so. `guards`: the image keeps data or wants secrets, so that a system under a TPM that was not capped could ask for what is
+/// an initramfs's alone; then one that fails is an error. Elsewhere it costs no boot. Blocks.
+pub fn leave_initramfs(guards: bool) -> Result<()> {
+    leave(guards, CAP_PAUSE, Tpm::open)
+}
+
+fn leave(guards: bool, pause: Duration, open: impl Fn() -> Result<Option<Tpm>>) -> Result<()> {
+    let mut after = [None; 2];
+    let mut tries = 1;
+    let error = loop {
+        let capped = match open() {
+            Ok(Some(mut tpm)) => tpm.cap_to(&mut after),
+            Ok(None) if tries == 1 => return Ok(()),
+            Ok(None) => Err(std::io::Error::from(std::io::ErrorKind::NotFound).into()),
+            Err(error) => Err(error),
+        };
+        match capped {
+            Ok(()) => return Ok(()),
+            Err(error) if tries == CAP_TRIES => break error,
+            Err(_) => tries += 1,
         }
-        Err(error) => println!("kiln-agent: PCR {UKI_PCR} could not be capped: {error}"),
-    }
+        std::thread::sleep(pause);
+    };
+    println!("kiln-agent: PCR {UKI_PCR} could not be capped: {error}");
+    if guards { Err(error) } else { Ok(()) }
 }
 
 /// Whether a kexec started this kernel, as the TPM knows it. One that does not answer gives no key either.
@@ -202,11 +221,24 @@ impl Tpm {
         self.run(&command::flush(keys.attestation))
     }
 
-    /// From here on this boot is past its initramfs: what was sealed to the state before is no longer given out, and a quote
-    /// says so.
-    pub fn cap(&mut self) -> Result<()> {
+    /// Both caps, once. `after` is what the two PCRs come to, as far as an earlier try has found out: an extension whose answer
+    /// was lost is not made twice, which would be the cap of another kernel.
+    fn cap_to(&mut self, after: &mut [Option<[u8; 32]>; 2]) -> Result<()> {
+        let cap = measured::cap();
         // This one first: a cut between the two is an initramfs that is asked for nothing more.
-        self.run(&command::pcr_extend(LEFT_PCR, &kiln_release::measured::cap()))?;
-        self.run(&command::pcr_extend(UKI_PCR, &kiln_release::measured::cap()))
+        for (pcr, after) in [LEFT_PCR, UKI_PCR].into_iter().zip(after) {
+            let now = self.run(&command::pcr_read(pcr))?;
+            let wanted = *after.get_or_insert_with(|| measured::extend(&now, &cap));
+            if now != wanted {
+                self.run(&command::pcr_extend(pcr, &cap))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// As the agent does it when it leaves its initramfs.
+    #[cfg(test)]
+    pub fn cap(&mut self) -> Result<()> {
+        self.cap_to(&mut [None; 2])
     }
 }

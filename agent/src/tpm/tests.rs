@@ -2,11 +2,15 @@
 //! manager: what is loaded is flushed here.
 
 use super::*;
-use crate::error::FailureClass;
+use crate::error::{AgentError, FailureClass};
 use crate::memory::Place;
 use kiln_protocol::tpm::{OWNER, pcr_digest, pcr_policy, qualifying_data};
+use std::cell::Cell;
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, Write};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 struct Software {
@@ -24,12 +28,17 @@ impl Drop for Software {
 impl Software {
     /// None, with a line that says why, where swtpm is not installed.
     fn start() -> Option<(Self, Tpm)> {
-        let dir = tempfile::tempdir().unwrap();
-        let (child, tpm) = Self::on(dir.path())?;
-        Some((Self { child, dir }, tpm))
+        Self::start_bare().map(|(running, stream)| (running, Tpm::over(stream)))
     }
 
-    fn on(dir: &Path) -> Option<(Child, Tpm)> {
+    /// With the line to it.
+    fn start_bare() -> Option<(Self, UnixStream)> {
+        let dir = tempfile::tempdir().unwrap();
+        let (child, stream) = Self::on(dir.path())?;
+        Some((Self { child, dir }, stream))
+    }
+
+    fn on(dir: &Path) -> Option<(Child, UnixStream)> {
         let socket = dir.join("tpm");
         let child = Command::new("swtpm")
             .args(["socket", "--tpm2", "--flags", "not-need-init,startup-clear", "--tpmstate"])
@@ -44,7 +53,7 @@ impl Software {
         let limit = Instant::now() + Duration::from_secs(20);
         loop {
             match UnixStream::connect(&socket) {
-                Ok(stream) => return Some((child, Tpm::over(stream))),
+                Ok(stream) => return Some((child, stream)),
                 Err(_) if Instant::now() < limit => std::thread::yield_now(),
                 Err(error) => panic!("swtpm does not listen: {error}"),
             }
@@ -68,7 +77,7 @@ fn keys_are_the_same_at_each_making_and_a_quote_of_theirs_verifies() {
 
     tpm.cap().unwrap();
     let after = tpm.prove(&keys, &[1; 32]).unwrap();
-    let expected = kiln_release::measured::extend(&[0; 32], &kiln_release::measured::cap());
+    let expected = measured::extend(&[0; 32], &measured::cap());
     let at = QUOTED.iter().position(|pcr| *pcr == UKI_PCR).unwrap();
     assert_eq!((before.pcrs[at], after.pcrs[at]), ([0; 32], expected));
     assert_eq!(after.quote.verify(&point).unwrap().pcr_digest, pcr_digest(after.pcrs.iter()));
@@ -187,9 +196,9 @@ impl Software {
         let _ = self.child.wait();
         let socket = self.dir.path().join("tpm");
         let _ = std::fs::remove_file(&socket);
-        let (child, tpm) = Self::on(self.dir.path()).unwrap();
+        let (child, stream) = Self::on(self.dir.path()).unwrap();
         self.child = child;
-        tpm
+        Tpm::over(stream)
     }
 }
 
@@ -254,7 +263,7 @@ fn the_data_s_key_is_given_to_an_initramfs_under_its_secure_boot_state_and_to_no
     secure_boot(&mut tpm, 3);
     tpm.cap().unwrap();
     tpm.carry_data_key(&key, None).unwrap();
-    let pcr7 = kiln_release::measured::extend(&[0; 32], &[4; 32]);
+    let pcr7 = measured::extend(&[0; 32], &[4; 32]);
     tpm.carry_data_key(&key, Some(&pcr7)).unwrap();
     let mut tpm = running.restart();
     secure_boot(&mut tpm, 5);
@@ -315,4 +324,104 @@ fn what_is_delivered_opens_in_this_state_only() {
         let refused = tpm.open_delivery(&keys, &delivery, &id_object, &encrypted).unwrap_err();
         assert_eq!(refused.code(), Some(kiln_protocol::tpm::code::POLICY_FAIL));
     }
+}
+
+/// What becomes of the next command that extends a PCR.
+enum Fault {
+    /// It does not reach the TPM.
+    Busy,
+    /// It is done, and its answer is lost.
+    Lost,
+}
+
+/// The line to a TPM, with faults.
+struct Flaky {
+    stream: UnixStream,
+    faults: Arc<Mutex<VecDeque<Fault>>>,
+}
+
+impl Read for Flaky {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.stream.read(buffer)
+    }
+}
+
+impl Write for Flaky {
+    fn write(&mut self, command: &[u8]) -> io::Result<usize> {
+        // TPM2_PCR_Extend, behind tag and size.
+        let is_extension = command.get(6..10) == Some(&[0, 0, 1, 0x82][..]);
+        match is_extension.then(|| self.faults.lock().unwrap().pop_front()).flatten() {
+            None => self.stream.write_all(command).map(|()| command.len()),
+            Some(Fault::Busy) => Err(ErrorKind::TimedOut.into()),
+            Some(Fault::Lost) => {
+                self.stream.write_all(command)?;
+                let mut head = [0; 10];
+                self.stream.read_exact(&mut head)?;
+                let length = u32::from_be_bytes(head[2..6].try_into().unwrap()) as usize;
+                self.stream.read_exact(&mut vec![0; length - head.len()])?;
+                Err(ErrorKind::TimedOut.into())
+            }
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.stream.flush()
+    }
+}
+
+#[test]
+fn a_cap_is_tried_again_and_made_once() {
+    let Some((_running, stream)) = Software::start_bare() else { return };
+    let faults = Arc::new(Mutex::new(VecDeque::from([Fault::Lost, Fault::Busy, Fault::Lost])));
+    let open = || -> Result<Option<Tpm>> {
+        Ok(Some(Tpm::over(Flaky { stream: stream.try_clone()?, faults: Arc::clone(&faults) })))
+    };
+    leave(true, Duration::ZERO, open).unwrap();
+    assert!(faults.lock().unwrap().is_empty(), "each of them was met");
+    let mut tpm = Tpm::over(stream.try_clone().unwrap());
+    let once = measured::extend(&[0; 32], &measured::cap());
+    for pcr in [LEFT_PCR, UKI_PCR] {
+        assert_eq!(tpm.run(&command::pcr_read(pcr)).unwrap(), once, "PCR {pcr}");
+    }
+}
+
+/// A TPM that gives no answer.
+struct Dead;
+
+impl Read for Dead {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        Err(ErrorKind::TimedOut.into())
+    }
+}
+
+impl Write for Dead {
+    fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+        Err(ErrorKind::TimedOut.into())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_tpm_that_cannot_be_capped_ends_the_boot_of_an_image_with_data_or_secrets() {
+    let opened = Cell::new(0);
+    let dead = || -> Result<Option<Tpm>> {
+        opened.set(opened.get() + 1);
+        Ok(Some(Tpm::over(Dead)))
+    };
+    let error = AgentError::from(leave(true, Duration::ZERO, dead).unwrap_err());
+    assert_eq!((error.kind(), opened.get()), ("machine-tpm", CAP_TRIES));
+    leave(false, Duration::ZERO, dead).expect("there is nothing to be asked for");
+    leave(true, Duration::ZERO, || Ok(None)).expect("there is no TPM to ask");
+    let locked = || Err(io::Error::from(ErrorKind::PermissionDenied).into());
+    assert!(leave(true, Duration::ZERO, locked).is_err(), "there is one, whatever became of its node");
+    // Its node goes away between two tries: it is still there.
+    let tries = Cell::new(0);
+    let goes = || {
+        tries.set(tries.get() + 1);
+        Ok((tries.get() == 1).then(|| Tpm::over(Dead)))
+    };
+    assert!(leave(true, Duration::ZERO, goes).is_err());
 }

@@ -1,12 +1,14 @@
 //! The boots that only real firmware can show. Each scenario checks many things, because a boot costs half a minute.
 //! Consoles: target/lab/console/SCENARIO/.
 use crate::secure_boot::{self, LOCKED, is_enforced};
+use kiln_lab::api::MachineView;
+use kiln_lab::console::{Console, Mark};
 use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::server::DhcpMode;
 use kiln_lab::variables::NetworkBoot;
-use kiln_lab::{console::Mark, golden, site, testing};
-use kiln_protocol::Stage;
+use kiln_lab::{golden, site, testing};
+use kiln_protocol::{DriftKind, Stage};
 use serde_json::{Value, json};
 
 const PXE: Firmware = Firmware::Uefi(NetworkBoot::Pxe);
@@ -113,8 +115,23 @@ fn http_boot_reimages_cold_and_remembers_what_it_has_seen() {
     });
 }
 
-/// BIOS with Kiln as the only DHCP server: an unknown machine waits until a person approves it, then runs an image
-/// that tries from inside what a verity root must refuse.
+/// As a person does it: reads the code from the machine's console, compares it with the server's, and types it. Another one is
+/// refused.
+fn approve_by_code(rack: &mut Rack, console: &Console, id: &str) {
+    let says = "kiln-agent: approval code ";
+    console.wait_for_line(says, Mark::default(), IDLE).unwrap();
+    let said = console.since(Mark::default());
+    let code = said.lines().find_map(|line| line.split_once(says)).unwrap().1.trim();
+    rack.wait(NAME, "the code that is on its console", |v| v.code.as_deref() == Some(code)).unwrap();
+    let approve = ["machine", "approve", id, "--role", "lab", "--code"];
+    let refused = rack.kiln(&[&approve[..], &["ABCD-EFGH"]].concat()).unwrap_err().to_string();
+    assert!(refused.contains("somebody stands between"), "{refused}");
+    assert_eq!(rack.view(NAME).unwrap().state, "discovered", "nobody approved it");
+    rack.kiln(&[&approve[..], &[code]].concat()).unwrap();
+}
+
+/// BIOS with Kiln as the only DHCP server: an unknown machine waits until a person reads its code and approves it, then runs
+/// an image that tries from inside what a verity root must refuse.
 #[test]
 fn bios_waits_for_approval_and_its_root_refuses_every_change() {
     testing::rack(|paths| {
@@ -137,7 +154,7 @@ fn bios_waits_for_approval_and_its_root_refuses_every_change() {
         assert_eq!(view.state, "discovered", "nobody approved it: {view:#?}");
         assert_eq!(view.key_storage.as_deref(), Some("ephemeral"));
         assert_eq!(view.rollback_memory.as_deref(), Some("none"));
-        rack.kiln(&["machine", "approve", &id, "--role", "lab"]).unwrap();
+        approve_by_code(&mut rack, &console, &id);
         let view = rack.wait_healthy(NAME, 1).unwrap();
         assert_eq!(view.root_hash, root_hash(&rack, site::PROBE, 1));
 
@@ -158,6 +175,11 @@ fn bios_waits_for_approval_and_its_root_refuses_every_change() {
         }
         let hash = root_hash(&rack, site::PROBE, 1).unwrap();
         assert!(lines.contains(&format!("root-hash ok {hash}").as_str()), "{lines:#?}");
+        // Nobody but the kernel knows of the flipped bit, and it tells the agent.
+        let altered = |v: &MachineView| {
+            v.condition.drift.iter().any(|d| d.kind == DriftKind::Root && d.text.contains("not as signed"))
+        };
+        rack.wait(NAME, "the kernel's verdict on the root", altered).unwrap();
         for link in ["undionly.kpxe", "boot.ipxe"] {
             assert!(said.contains(link), "ROM, undionly.kpxe by TFTP, script by HTTP: {link} is missing");
         }
@@ -207,7 +229,7 @@ fn a_corrupt_root_is_refused_and_the_previous_release_boots() {
 
 /// A machine's clock is dead, or set by somebody: it says 1970, or 2099. Nothing asks it.
 #[test]
-#[ignore = "slow: two boots of the firmware; make test-slow"]
+#[ignore = "slow: three boots of the firmware and a kexec; make test-slow"]
 fn a_wrong_clock_changes_nothing() {
     testing::rack(|paths| {
         let spec = |number, clock| MachineSpec { clock: Some(clock), ..MachineSpec::new(number, PXE) };
@@ -219,6 +241,14 @@ fn a_wrong_clock_changes_nothing() {
         }
         for name in ["rack-1", "rack-2"] {
             let view = rack.wait_healthy(name, 1).unwrap();
+            assert!(view.failures().is_empty(), "{name}: {view:#?}");
+        }
+        // Nor does it decide whether another release is started: both ways to one.
+        rack.kiln(&["release", "publish", "minimal/2"]).unwrap();
+        for (name, via) in [("rack-1", "kexec"), ("rack-2", "cold")] {
+            rack.kiln(&["assign", name, "minimal/2", "--via", via]).unwrap();
+            let view = rack.wait_healthy(name, 2).unwrap();
+            assert_eq!(view.boot().unwrap().via.as_deref(), Some(via), "{name}");
             assert!(view.failures().is_empty(), "{name}: {view:#?}");
         }
     });

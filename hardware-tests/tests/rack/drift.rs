@@ -20,8 +20,7 @@ const LIMITS: [&str; 2] =
     ["kiln-eater.service: 1 process(es) killed at its memory limit", "kiln-burner.service: held back by its CPU limit"];
 
 fn differences(view: &MachineView) -> Vec<&str> {
-    let drift = view.condition.as_ref().and_then(|condition| condition["drift"].as_array());
-    drift.into_iter().flatten().filter_map(|one| one["what"].as_str()).collect()
+    view.condition.drift.iter().map(|difference| difference.what.as_str()).collect()
 }
 
 /// Healthy and as released; then a program, a mount and a listener that nobody declared: the server names all three within
@@ -57,14 +56,9 @@ fn a_machine_that_drifts_is_told_of_and_put_up_anew() {
         let took = begun.elapsed();
         println!("told after {took:?}: {:?}", view.condition);
         assert!(took < Duration::from_secs(60), "{took:?}");
-        let condition = view.condition.unwrap();
-        let events = condition["events"].as_array().unwrap();
-        assert!(events.iter().any(|e| e["kind"] == "drift" && e["alarm"] == true), "{condition:#}");
+        assert!(view.condition.events.iter().any(|e| e.kind == "drift" && e.alarm), "{:#?}", view.condition);
         assert!(rack.kiln(&["machine", "list"]).unwrap().contains("drift "));
-        let happened = |view: &MachineView, words: &str| {
-            let events = view.condition.as_ref().and_then(|condition| condition["events"].as_array());
-            events.into_iter().flatten().any(|e| e["text"].as_str().is_some_and(|text| text.contains(words)))
-        };
+        let happened = |view: &MachineView, words| view.condition.events.iter().any(|e| e.text.contains(words));
         rack.wait(NAME, "limits", |v| LIMITS.iter().all(|words| happened(v, words))).unwrap();
 
         rack.machine(NAME).wait_reset(resets, 2 * IDLE).unwrap();

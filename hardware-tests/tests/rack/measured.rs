@@ -8,6 +8,8 @@ use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{site, testing};
+use kiln_protocol::Stage;
+use std::path::Path;
 
 const NAME: &str = "rack-1";
 const OPEN: &str = "rack-2";
@@ -25,10 +27,39 @@ fn boots(rack: &mut Rack, name: &str, case: &str, done: impl Fn(&AttestationView
     view
 }
 
-/// Attested where the site's key alone may boot, over a kexec too. An addition to the command line, an altered boot program
-/// and another TPM fail with their reasons; without Secure Boot there is no proof.
+/// The boot server is put back to an old backup, its own memory included: what the machine's TPM remembers refuses it. In the
+/// end all is as it was.
+fn meets_an_old_backup(rack: &mut Rack, older: &Path) {
+    let kept = rack.paths().scratch.join("kept");
+    rack.machine(NAME).power_off();
+    assert!(rack.stop_server().unwrap());
+    for folder in ["repo/metadata", "state"] {
+        site::copy_tree(&rack.site.join(folder), &kept.join(folder)).unwrap();
+        std::fs::remove_dir_all(rack.site.join(folder)).unwrap();
+    }
+    site::copy_tree(older, &rack.site.join("repo/metadata")).unwrap();
+    std::fs::create_dir(rack.site.join("state")).unwrap();
+    rack.start_server().unwrap();
+    rack.machine(NAME).power_on().unwrap();
+    let refused = "metadata-rollback";
+    let view = rack.wait(NAME, refused, |v| v.failures().contains(&refused)).unwrap();
+    assert_eq!(view.rollback_memory.as_deref(), Some("tpm-nv"));
+    let console = rack.machine(NAME).console().unwrap();
+    assert!(!console.since(Mark::default()).contains(Stage::Handover.label()), "it must not boot");
+
+    assert!(rack.stop_server().unwrap());
+    for folder in ["repo/metadata", "state"] {
+        std::fs::remove_dir_all(rack.site.join(folder)).unwrap();
+        site::copy_tree(&kept.join(folder), &rack.site.join(folder)).unwrap();
+    }
+    rack.start_server().unwrap();
+}
+
+/// Attested where the site's key alone may boot, over a kexec too. What its TPM has seen of metadata refuses an older
+/// repository. An addition to the command line, an altered boot program and another TPM fail with their reasons; without
+/// Secure Boot there is no proof.
 #[test]
-#[ignore = "slow: five boots of the firmware; make test-slow"]
+#[ignore = "slow: six boots of the firmware; make test-slow"]
 fn a_tpm_says_what_was_booted() {
     testing::rack(|paths| {
         let locked = MachineSpec { tpm: true, ..secure(paths, NetworkBoot::Pxe) };
@@ -36,12 +67,15 @@ fn a_tpm_says_what_was_booted() {
         let mut options = RackOptions::scenario(paths, "measured-boot", locked);
         options.machines.push(open);
         let mut rack = Rack::start(paths, &options).unwrap();
+        let older = paths.scratch.join("older");
+        site::copy_tree(&rack.site.join("repo/metadata"), &older).unwrap();
 
         rack.machine(NAME).power_on().unwrap();
         let view = rack.wait_healthy(NAME, 1).unwrap();
         println!("cold boot: {:?}", proof(&view));
         assert_eq!(proof(&view).state, "attested", "{:?}", proof(&view));
         assert_eq!(view.protection.as_deref(), Some("attested"));
+        assert_eq!(view.rollback_memory.as_deref(), Some("tpm-nv"));
         let endorsement = proof(&view).endorsement.clone().unwrap();
 
         rack.kiln(&["release", "publish", "minimal/2"]).unwrap();
@@ -56,6 +90,8 @@ fn a_tpm_says_what_was_booted() {
         let view = boots(&mut rack, NAME, "cold boot of release 2", again);
         assert_eq!(proof(&view).state, "attested", "{:?}", proof(&view));
         assert_eq!(proof(&view).endorsement.as_ref(), Some(&endorsement));
+
+        meets_an_old_backup(&mut rack, &older);
 
         rack.machine(NAME).spec.smbios = vec!["io.systemd.stub.kernel-cmdline-extra=kiln.extra=1".into()];
         let view = boots(&mut rack, NAME, "an addition by SMBIOS", |v| v.state == "failed");

@@ -30,7 +30,7 @@ pub fn is_enforced(view: &MachineView) -> bool {
 }
 
 /// The boot program that the server sends for the machine's release.
-fn program(rack: &Rack) -> PathBuf {
+pub fn program(rack: &Rack) -> PathBuf {
     let manifest = site::manifest(&rack.site, 1).unwrap();
     rack.site.join("repo/b").join(manifest["uki"]["sha256"].as_str().unwrap()).join("kiln.efi")
 }

@@ -98,7 +98,7 @@ fn a_changed_hook_or_setting_is_refused() {
 }
 
 /// A whole other site, right in itself.
-fn another_site(paths: &Paths, built: &Path) -> PathBuf {
+pub fn another_site(paths: &Paths, built: &Path) -> PathBuf {
     let other = paths.scratch.join("other");
     let text = other.display().to_string();
     site::kiln_quiet(paths, &["trust", "init", "--lab", &text, "--name", "lab"]).unwrap();
@@ -213,6 +213,19 @@ impl Siege {
         self.hostile().heard.lock().unwrap().clear();
     }
 
+    /// The answer has more in it than the agent knows: it reads the rest, and waits as it is told.
+    fn answers_besides(&self, what: &str, members: Value) {
+        println!("{what}: nothing comes of it");
+        let begun = self.console.mark();
+        self.hostile().besides(members);
+        let reason = format!("held, with {what}");
+        self.hostile().answer(waits(&reason));
+        self.console.wait_for(&reason, begun, IDLE).unwrap();
+        assert!(!self.console.since(begun).contains("failed ("), "{}", self.console.last_words(10));
+        self.hostile().besides(Value::Null);
+        self.pause(what);
+    }
+
     /// The machine must say this of the thief's answer, on its console and to the thief, and go on asking.
     fn answered(&self, what: &str, kind: &str, answer: impl FnMut(&Report, &str) -> Reply + Send + 'static) {
         println!("{what}: {kind}");
@@ -300,6 +313,14 @@ fn a_machine_meets_one_attack_after_the_other_and_comes_up() {
             siege.answered(what, kind, thief(&rack.site, release, change));
         }
         siege.answered("a wipe", "order-bad-signature", wipes(&rack.site));
+        siege.answers_besides(
+            "user-data, commands and units",
+            json!({
+                "user_data": "#cloud-config\nruncmd: [[touch, /run/kiln-user-data]]",
+                "commands": [["/bin/sh", "-c", "touch /run/kiln-user-data"]],
+                "units": {"thief.service": "[Service]\nExecStart=/bin/sh"},
+            }),
+        );
 
         siege.served_changed("an old repository", "metadata-rollback", |metadata| replace(metadata, &older));
         siege.served_changed("another site's repository", "metadata-bad-signature", |metadata| {
@@ -344,6 +365,10 @@ fn a_machine_meets_one_attack_after_the_other_and_comes_up() {
             !said.contains("Linux version") && !said.contains(Stage::Root.label()),
             "something has started: {said}"
         );
+        // Nor does it look for what nobody told it of: clouds' user-data, for one.
+        let asked = siege.files.asked.lock().unwrap().clone();
+        let known = |path: &String| ["/metadata/", "/targets/", "/a/"].iter().any(|start| path.starts_with(start));
+        assert!(!asked.is_empty() && asked.iter().all(known), "{asked:#?}");
         drop(siege);
 
         // What was signed during the siege had numbers of its own; what is signed now goes beyond.

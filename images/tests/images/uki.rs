@@ -11,6 +11,7 @@ use kiln_release::measured::measured;
 use kiln_release::pe::{Pe, PeError, SECTION_ENTRY, Uki};
 use kiln_release::{Artifact, Manifest, authenticode, efi, hex, kexec};
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// What a stub is made of.
@@ -301,8 +302,7 @@ fn keys_are_made_once_and_are_their_owners_and_enrolment_has_every_form() {
     use std::os::unix::fs::PermissionsExt;
     let (dir, site) = site_with_keys();
     assert!(matches!(init_secure_boot(&site, None, 0), Err(SiteError::SecureBootKeyExists { .. })));
-    let prints: std::collections::BTreeSet<_> =
-        KEYS.iter().map(|name| open(&site, name).unwrap().fingerprint()).collect();
+    let prints: BTreeSet<_> = KEYS.iter().map(|name| open(&site, name).unwrap().fingerprint()).collect();
     assert_eq!(prints.len(), 3, "three keys");
     for name in KEYS {
         let mode = std::fs::metadata(site.secure_boot(&format!("{name}.key"))).unwrap().permissions().mode();
@@ -310,7 +310,7 @@ fn keys_are_made_once_and_are_their_owners_and_enrolment_has_every_form() {
     }
     let out = dir.path().join("out");
     let now = "2026-03-01T12:00:00Z".parse().unwrap();
-    let done = enroll(&site, &out, None, now, &mut Unlock::nobody()).unwrap();
+    let done = enroll(&site, &out, None, &BTreeSet::new(), now, &mut Unlock::nobody()).unwrap();
     assert_eq!((done.files.len(), done.revoked), (9, 0));
     for (name, signer) in [("PK", "PK"), ("KEK", "PK"), ("db", "KEK")] {
         let read = |end: &str| std::fs::read(out.join(format!("{name}.{end}"))).unwrap();
@@ -320,6 +320,16 @@ fn keys_are_made_once_and_are_their_owners_and_enrolment_has_every_form() {
         let signer = open(&site, signer).unwrap().certificate;
         assert!(auth.windows(signer.len()).any(|w| w == signer), "{name}: who signed it");
     }
+    // A machine's option ROMs: db names them beside the certificate, and is signed with them.
+    let allow = BTreeSet::from([[1; 32], [2; 32]]);
+    let done = enroll(&site, &out, None, &allow, now).unwrap();
+    assert_eq!((done.files.len(), done.allowed), (9, 2));
+    let read = |name: &str| std::fs::read(out.join(name)).unwrap();
+    let (cer, esl) = (read("db.cer"), read("db.esl"));
+    let expected = vec![efi::Entry::X509(&cer), efi::Entry::Sha256(&[1; 32]), efi::Entry::Sha256(&[2; 32])];
+    assert_eq!(efi::entries(&esl), Some(expected));
+    assert!(read("db.auth").ends_with(&esl));
+    assert!(read("PK.esl").len() < esl.len(), "PK and KEK name keys alone");
     // Without its key nothing is signed, and the message says what to do.
     std::fs::remove_file(site.secure_boot("db.key")).unwrap();
     let error = open(&site, "db").unwrap_err().to_string();
@@ -385,7 +395,7 @@ fn a_revoked_release_is_named_in_dbx_once() {
         assert!(!revoke(release).unwrap(), "once");
         expected.extend(programs.iter().map(|program| digest(program)));
         let out = dir.path().join(format!("out{release}"));
-        let done = enroll(&site, &out, None, now, &mut Unlock::nobody()).unwrap();
+        let done = enroll(&site, &out, None, &BTreeSet::new(), now, &mut Unlock::nobody()).unwrap();
         assert_eq!((done.files.len(), done.revoked), (11, usize::try_from(release).unwrap() - 2), "releases");
         let esl = std::fs::read(out.join("dbx.esl")).unwrap();
         let entries: Vec<_> = expected.iter().map(|digest| efi::Entry::Sha256(digest)).collect();
@@ -400,7 +410,7 @@ fn a_revoked_release_is_named_in_dbx_once() {
     assert!(!list.already, "8 programs of 4 releases");
 
     std::fs::write(site.secure_boot("revoked"), "not a digest minimal/3\n").unwrap();
-    let error = enroll(&site, &dir.path().join("out"), None, now, &mut Unlock::nobody()).unwrap_err();
+    let error = enroll(&site, &dir.path().join("out"), None, &BTreeSet::new(), now, &mut Unlock::nobody()).unwrap_err();
     assert!(matches!(error, SiteError::Revoked { line: 1, .. }), "{error}");
 }
 

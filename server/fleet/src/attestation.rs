@@ -104,6 +104,9 @@ pub struct Attestations {
     /// The newest word before a kexec.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub left: Option<Left>,
+    /// Digests of its option ROMs, of the newest proof that came with an event log, whatever the verdict was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub option_roms: Option<Vec<Sha256Hex>>,
     /// What the audit log says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recorded: Option<Recorded>,
@@ -118,6 +121,8 @@ pub struct Proven {
     pub boot_id: String,
     /// The endorsement key, if the credential was opened by it and the quote is its attestation key's.
     pub endorsement: Option<Sha256Hex>,
+    /// Digests of the option ROMs that the quote confirms; none: there was no such log.
+    pub option_roms: Option<Vec<Sha256Hex>>,
     /// What it booted; or how it stands, and why.
     pub booted: Result<ProvenBoot, (AttestationState, String)>,
 }
@@ -217,6 +222,9 @@ impl Machine {
         if self.key.as_ref() != Some(&proven.key) || current != Some(proven.boot_id.as_str()) {
             // Another boot has begun since the question was asked.
             return;
+        }
+        if let Some(roms) = &proven.option_roms {
+            self.attestations.option_roms = Some(roms.clone());
         }
         let Proven { boot_id, endorsement, booted, .. } = proven;
         let (mut state, mut reason, carried, firmware) = match booted {

@@ -77,6 +77,12 @@ pub struct Machine {
     /// Why what is assigned to it is not signed for it, as the caller found when it was asked last; not stored.
     #[serde(skip)]
     pub unsigned: Option<String>,
+    /// Where its packets enter the network, by which it was approved: only there a new key may speak for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub position: Option<String>,
+    /// Where whoever reports under its id was heard lately, by a trusted relay. Kept by the caller; not stored.
+    #[serde(skip)]
+    pub heard_at: Option<String>,
     /// The key of the boot before, of a machine that makes a new one at each boot.
     pub previous_key: Option<KeyId>,
     /// The last key that reported under this id and is not the machine's: [`crate::Event::Clear`] makes it so.
@@ -215,6 +221,8 @@ impl Machine {
             pinned: None,
             key_revoked: false,
             unsigned: None,
+            position: None,
+            heard_at: None,
             previous_key: None,
             stranger: None,
             code: None,

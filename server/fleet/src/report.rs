@@ -117,6 +117,15 @@ impl Machine {
         if *key == reported.key {
             return Claim::Accepted;
         }
+        if let Some(place) = self.position.as_ref().filter(|place| self.heard_at.as_ref() != Some(*place)) {
+            return Claim::Stranger(format!(
+                "a new identity key ({}…) reports under this id and gets nothing: the machine is known by its position ({place}), and \
+                 was not heard there in the last minutes. If it is the machine, restart it; if it was moved, run \
+                 `kiln machine retire {title}`, and list its new position",
+                &reported.key.as_str()[..12],
+                title = self.title(),
+            ));
+        }
         let two = "two machines with different identity keys report under this id";
         let act = format!("find the false one, then run `kiln machine clear {}`", self.title());
         let keeps = self.facts.as_ref().is_some_and(|f| match f.key_storage {

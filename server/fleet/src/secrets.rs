@@ -55,6 +55,9 @@ impl Machine {
         if self.key_revoked {
             return Some("its identity key was revoked".to_owned());
         }
+        if let Some(place) = &self.position {
+            return Some(format!("it is known by its position ({place}) alone, which proves no machine"));
+        }
         if let Desire::Wait(reason) = desire(self, key) {
             return Some(reason);
         }

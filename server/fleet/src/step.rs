@@ -416,6 +416,7 @@ impl Machine {
         self.former_name = self.name.take().or(self.former_name.take());
         self.granted = None;
         self.excused = None;
+        self.position = None;
         self.enter(StateKind::Retired, reason, None, now);
         wake(out);
         save(out);

@@ -8,6 +8,7 @@ use crate::{Mac, PacketError};
 use dhcproto::v4::Message;
 use dhcproto::{Decodable, Decoder};
 use kiln_protocol::{Architecture, Firmware, MachineId};
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
@@ -120,6 +121,12 @@ pub struct Client {
     pub(crate) boot_item: Option<[u8; 4]>,
 }
 
+/// RFC 3046 §3.1, §3.2: sub-options of option 82.
+const CIRCUIT_ID: u8 = 1;
+const REMOTE_ID: u8 = 2;
+/// Longest id that is taken for a part of a position.
+const MAX_PART: usize = 64;
+
 /// PXE 2.1 table 2-7: `PXE_BOOT_ITEM` in option 43.
 pub(crate) const PXE_BOOT_ITEM: u8 = 71;
 
@@ -188,10 +195,55 @@ impl Client {
         })
     }
 
+    /// Where the packet entered the network, by the word of a relay of this list (RFC 3046): `RELAY REMOTE CIRCUIT`, the relay by
+    /// its giaddr, `-` for a remote id that is not there. Without a relay that is trusted there is none: anybody can write
+    /// option 82.
+    pub fn position(&self, relays: &BTreeSet<Ipv4Addr>) -> Option<String> {
+        let option = self.relay_agent.as_deref().filter(|_| relays.contains(&self.giaddr))?;
+        let (circuit, remote) = ids(option)?;
+        let remote = remote.map_or(Some("-".to_owned()), part)?;
+        Some(format!("{} {remote} {}", self.giaddr, part(circuit?)?))
+    }
+
     /// The architecture to serve: the first of the list that Kiln has programs for, else the first.
     pub fn arch(&self) -> Option<ClientArch> {
         self.archs.iter().copied().find(|a| a.machine().is_some()).or_else(|| self.archs.first().copied())
     }
+}
+
+/// Circuit id and remote id of option 82, if it is whole and has neither twice.
+fn ids(option: &[u8]) -> Option<(Option<&[u8]>, Option<&[u8]>)> {
+    let (mut circuit, mut remote) = (None, None);
+    let mut rest = option;
+    while let [code, length, tail @ ..] = rest {
+        let (value, after) = tail.split_at_checked(usize::from(*length))?;
+        let again = match *code {
+            CIRCUIT_ID => circuit.replace(value),
+            REMOTE_ID => remote.replace(value),
+            _ => None,
+        };
+        if again.is_some() {
+            return None;
+        }
+        rest = after;
+    }
+    rest.is_empty().then_some((circuit, remote))
+}
+
+/// An id as people write it: its text, or its bytes as `0x…` where they are none, or could be taken for something else.
+fn part(id: &[u8]) -> Option<String> {
+    if id.is_empty() || id.len() > MAX_PART {
+        return None;
+    }
+    let plain = id.iter().all(u8::is_ascii_graphic) && !id.starts_with(b"0x") && id != b"-";
+    if plain {
+        return String::from_utf8(id.to_vec()).ok();
+    }
+    let mut text = "0x".to_owned();
+    for byte in id {
+        write!(text, "{byte:02x}").expect("writing to a String cannot fail");
+    }
+    Some(text)
 }
 
 /// dhcproto reads the header, and of the options only the message type: the rest was read above.

@@ -6,7 +6,7 @@ mod common;
 use common::*;
 use dhcproto::v4::MessageType;
 use kiln_netboot::tftp::BootFile;
-use kiln_netboot::{BootAnswer, BootKind, BootQuery, Dhcp, Event, Mac, Offer, Output, Step, UefiProgram};
+use kiln_netboot::{Arrival, BootAnswer, BootKind, BootQuery, Dhcp, Event, Mac, Offer, Output, Step, UefiProgram};
 use std::net::{Ipv4Addr, SocketAddrV4};
 
 fn uki() -> BootAnswer {
@@ -223,6 +223,43 @@ fn through_a_relay_the_answer_goes_to_the_relay_with_its_option_as_it_came() {
     assert_eq!(datagram.to, SocketAddrV4::new(Ipv4Addr::new(10, 99, 0, 1), 67));
     let tail = datagram.bytes.iter().rposition(|b| *b == 255).unwrap();
     assert_eq!(datagram.bytes[tail - agent.len() - 2..tail], [&[82, 11][..], &agent].concat());
+}
+
+/// Where the trusted relay at 10.99.0.1 says that a packet with this option 82 came from.
+fn heard(agent: &[u8], giaddr: [u8; 4], from: [u8; 4]) -> Vec<String> {
+    let mut dhcp = proxy();
+    dhcp.trust_relays([Ipv4Addr::new(10, 99, 0, 1), Ipv4Addr::new(10, 99, 1, 1)].into());
+    let mut relayed = with_option(&packet("ovmf-pxe-discover"), 82, agent);
+    relayed[24..28].copy_from_slice(&giaddr);
+    let from = SocketAddrV4::new(from.into(), 67);
+    let outputs = match dhcp.receive(0, &Arrival { from, ..arrival(67) }, &relayed) {
+        Step::Ask(outputs, _) | Step::Done(outputs) => outputs,
+    };
+    let place =
+        |event: &&Event| if let Event::HeardAt { position, .. } = event { Some(position.clone()) } else { None };
+    events(&outputs).iter().filter_map(place).collect()
+}
+
+#[test]
+fn a_position_is_a_trusted_relays_word_and_nobody_elses() {
+    let relay = [10, 99, 0, 1];
+    let both = [&[1, 6][..], b"eth1/3", &[2, 4], b"sw-7"].concat();
+    assert_eq!(heard(&both, relay, relay), ["10.99.0.1 sw-7 eth1/3"]);
+    assert_eq!(heard(&both, relay, [10, 99, 1, 1]), ["10.99.0.1 sw-7 eth1/3"], "from another address of the relay's");
+    assert_eq!(heard(&[1, 2, 0, 7], relay, relay), ["10.99.0.1 - 0x0007"], "an id that is no text");
+    // Two ids that a person would read as one are two.
+    let (dash, hex) = ([1, 1, b'a', 2, 1, b'-'], [&[1, 1, b'a', 2, 4][..], b"0x2d"].concat());
+    assert_eq!(heard(&dash, relay, relay), ["10.99.0.1 0x2d a"]);
+    assert_eq!(heard(&hex, relay, relay), ["10.99.0.1 0x30783264 a"]);
+
+    let nowhere: [String; 0] = [];
+    assert_eq!(heard(&both, [0; 4], relay), nowhere, "no relay was there");
+    assert_eq!(heard(&both, [10, 99, 0, 2], relay), nowhere, "a relay that nobody listed");
+    assert_eq!(heard(&both, relay, [10, 77, 0, 50]), nowhere, "a client that writes the relay's name itself");
+    assert_eq!(heard(&both[8..], relay, relay), nowhere, "a switch without its port");
+    assert_eq!(heard(&both[..both.len() - 1], relay, relay), nowhere, "cut short");
+    assert_eq!(heard(&[&both[..], &[1, 1, b'x']].concat(), relay, relay), nowhere, "two ports");
+    assert_eq!(heard(&[&[1, 65][..], &[b'p'; 65]].concat(), relay, relay), nowhere, "too long to be told");
 }
 
 #[test]

@@ -100,6 +100,15 @@ fn secrets(m: &MachineView) -> String {
     if held.is_empty() { "-".to_owned() } else { held.join(", ") }
 }
 
+/// What `kiln trust secureboot enroll --allow` takes.
+fn option_roms(m: &MachineView) -> String {
+    match m.attestation.as_ref().and_then(|a| a.option_roms.as_deref()) {
+        None => "-".to_owned(),
+        Some([]) => "none".to_owned(),
+        Some(roms) => roms.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+    }
+}
+
 fn tpm(m: &MachineView) -> String {
     let endorsement = m.attestation.as_ref().and_then(|a| a.endorsement.as_ref());
     let approved = m.attestation.as_ref().and_then(|a| a.approved_endorsement.as_ref());
@@ -115,10 +124,13 @@ fn tpm(m: &MachineView) -> String {
 pub(super) fn show(m: &MachineView, now_ms: i64) -> String {
     let mut text = String::new();
     let dash = || "-".to_owned();
-    let identity = m.key_storage.map_or_else(dash, |k| match k {
-        kiln_protocol::KeyStorage::Ephemeral => "name only (its key is new at each boot)".into(),
-        kiln_protocol::KeyStorage::Tpm => "key sealed by its TPM".into(),
-        kiln_protocol::KeyStorage::EfiVariable | kiln_protocol::KeyStorage::File => format!("key in {k} (weak)"),
+    let identity = m.key_storage.map_or_else(dash, |k| match (k, &m.position) {
+        (kiln_protocol::KeyStorage::Ephemeral, Some(place)) => {
+            format!("position: heard at {place} at each boot (its key is new each time)")
+        }
+        (kiln_protocol::KeyStorage::Ephemeral, None) => "name only (its key is new at each boot)".into(),
+        (kiln_protocol::KeyStorage::Tpm, _) => "key sealed by its TPM".into(),
+        (kiln_protocol::KeyStorage::EfiVariable | kiln_protocol::KeyStorage::File, _) => format!("key in {k} (weak)"),
     });
     let memory = m.rollback_memory.map_or_else(dash, |r| match r {
         kiln_protocol::RollbackMemory::None => "no rollback memory".into(),
@@ -162,6 +174,7 @@ pub(super) fn show(m: &MachineView, now_ms: i64) -> String {
         ("attestation", m.attestation.as_ref().map_or_else(dash, |a| format!("{}: {}", a.state, a.reason))),
         ("secrets", secrets(m)),
         ("TPM", tpm(m)),
+        ("option ROMs", option_roms(m)),
         ("identity", identity),
         ("key", m.key.as_ref().map_or_else(dash, ToString::to_string)),
         ("other key", m.other_key.as_ref().map_or_else(dash, ToString::to_string)),
@@ -318,6 +331,7 @@ mod tests {
             other_key: None,
             code: None,
             key_storage: Some(kiln_protocol::KeyStorage::Ephemeral),
+            position: None,
             rollback_memory: Some(kiln_protocol::RollbackMemory::None),
             protection: None,
             protection_words: "-".into(),

@@ -11,7 +11,7 @@ use clap::Subcommand;
 use jiff::{SignedDuration, Span, SpanRelativeTo, Timestamp};
 use kiln_images::sealed::ROUNDS;
 use kiln_images::{BuildOptions, PruneOptions, Pruned, SiteDir, SiteError, SiteUrls, Unlock};
-use kiln_protocol::{ImageName, ReleaseId};
+use kiln_protocol::{ImageName, ReleaseId, Sha256Hex};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use tokio::runtime::Runtime;
@@ -53,6 +53,9 @@ pub(super) enum SecureBoot {
         /// Read the keys' passphrase from this file's first line instead of asking
         #[arg(long)]
         passphrase_file: Option<PathBuf>,
+        /// Authenticode SHA-256 of an image that db names too: an option ROM of `kiln machine show` (repeatable)
+        #[arg(long, value_name = "HASH", value_delimiter = ',')]
+        allow: Vec<Sha256Hex>,
     },
     /// Sign a boot program of others, such as iPXE, for `[boot] snponly`: what it was signed with before is taken off
     Sign {
@@ -76,8 +79,8 @@ pub(super) fn secure_boot(command: SecureBoot) -> Result<(), CliError> {
             secure_boot_init(&site, no_passphrase, passphrase_file.as_deref())
         }
         SecureBoot::Encrypt { site, passphrase_file } => secure_boot_encrypt(&site, passphrase_file.as_deref()),
-        SecureBoot::Enroll { site, out, ovmf_vars, passphrase_file } => {
-            enroll(&site, &out, ovmf_vars.as_deref(), passphrase_file.as_deref())
+        SecureBoot::Enroll { site, out, ovmf_vars, passphrase_file, allow } => {
+            enroll(&site, &out, ovmf_vars.as_deref(), &allow, passphrase_file.as_deref())
         }
         SecureBoot::Sign { program, site, out, passphrase_file } => {
             sign(&program, &site, &out, passphrase_file.as_deref())
@@ -152,12 +155,26 @@ fn secure_boot_encrypt(dir: &Path, from: Option<&Path>) -> Result<(), CliError> 
     Ok(())
 }
 
-fn enroll(dir: &Path, out: &Path, ovmf: Option<&Path>, from: Option<&Path>) -> Result<(), CliError> {
+fn enroll(
+    dir: &Path,
+    out: &Path,
+    ovmf: Option<&Path>,
+    allow: &[Sha256Hex],
+    from: Option<&Path>,
+) -> Result<(), CliError> {
+    let digest = |hash: &Sha256Hex| {
+        let bytes = kiln_release::hex::decode(hash.as_str()).and_then(|bytes| <[u8; 32]>::try_from(bytes).ok());
+        bytes.expect("64 hex digits are 32 bytes")
+    };
+    let allow = allow.iter().map(digest).collect();
     let (site, mut unlock) = (SiteDir::open(dir)?, unlock(from));
-    let done = kiln_images::enroll(&site, out, ovmf, Timestamp::now(), &mut unlock)?;
+    let done = kiln_images::enroll(&site, out, ovmf, &allow, Timestamp::now(), &mut unlock)?;
     warn_of_plain(&site, &unlock)?;
     for file in &done.files {
         println!("{}", file.display());
+    }
+    if done.allowed > 0 {
+        println!("db names {} images beside the site's certificate", done.allowed);
     }
     println!(
         "dbx names {} releases. In setup mode enroll db, KEK and PK, in this order: with PK the machine is the site's",

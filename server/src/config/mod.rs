@@ -14,7 +14,7 @@ use kiln_fleet::{DriftPolicy, Limits, SecretsPolicy};
 use kiln_netboot::UefiProgram;
 use kiln_protocol::{ImageName, KeyId, Least, MachineId, RoleSettings, printable};
 use kiln_release::Threshold;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -55,6 +55,8 @@ pub struct Config {
     pub machines: BTreeMap<MachineId, Listed>,
     /// The same by serial number, as [`kiln_fleet::serial_key`] makes it.
     pub serials: BTreeMap<String, Listed>,
+    /// Machines that are listed by where they are: [`kiln_netboot::Client::position`].
+    pub positions: BTreeMap<String, Listed>,
     /// Who may call.
     pub access: Access,
     /// The operator API and the web page over TLS, if they are served so.
@@ -70,6 +72,8 @@ pub struct Dhcp {
     pub mode: DhcpMode,
     /// Only on this interface; none: on every one with an address.
     pub interface: Option<String>,
+    /// Relays whose option 82 counts, by their giaddr.
+    pub relays: BTreeSet<Ipv4Addr>,
 }
 
 /// What the DHCP side answers.
@@ -404,10 +408,29 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
                 "[[machine]]\nid = \"00000000-0000-0000-0000-000000000001\"\nname = \"n\"\nrole = \"db\"",
                 "known are: default",
             ),
+            ("[[machine]]\nname = \"n\"\nrole = \"default\"", "machine: n: either id or position"),
         ] {
             let got = message(text);
             assert!(got.contains(expected), "{text}: {got}");
         }
+        let at =
+            |dhcp: &str, more: &str| format!("[dhcp]\n{dhcp}\n[[machine]]\nname = \"n\"\nrole = \"default\"\n{more}\n");
+        let (relays, place) = ("relays = [\"10.1.0.1\"]", "position = \"10.1.0.1 sw-7 eth1\"");
+        let good = Config::parse(&at(relays, place)).unwrap();
+        assert_eq!(good.positions["10.1.0.1 sw-7 eth1"].name, "n");
+        let key = format!("{place}\nkey = \"{}\"", "ab".repeat(32));
+        for (dhcp, more, expected) in [
+            ("", place, "10.1.0.1 is none of [dhcp] relays"),
+            (relays, "position = \"sw-7 eth1\"", "expected \"RELAY REMOTE CIRCUIT\""),
+            (relays, "position = \"10.1.0.1  eth1\"", "expected \"RELAY REMOTE CIRCUIT\""),
+            (relays, key.as_str(), "makes a key at each boot"),
+            ("mode = \"off\"\nrelays = [\"10.1.0.1\"]", place, "no relay is heard"),
+        ] {
+            let got = message(&at(dhcp, more));
+            assert!(got.contains("machine.position") && got.contains(expected), "{dhcp} {more}: {got}");
+        }
+        let again = format!("{}[[machine]]\nname = \"m\"\nrole = \"default\"\n{place}\n", at(relays, place));
+        assert!(message(&again).contains("is there twice"));
         let twice = ALL.replace("ABAB", "abab").replace("00A\"", "00B\"").replace("rack-1", "rack-2");
         let second = &twice[twice.find("[[machine]]").unwrap()..];
         let got = message(&format!("{ALL}{second}"));

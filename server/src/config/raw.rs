@@ -10,7 +10,7 @@ use kiln_netboot::UefiProgram;
 use kiln_protocol::{BootFirst, ExecChoice, ImageName, KeyId, Least, MachineId, RoleSettings};
 use kiln_release::Threshold;
 use serde::Deserialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 
@@ -78,6 +78,7 @@ enum RawMode {
 struct RawDhcp {
     mode: RawMode,
     interface: Option<String>,
+    relays: Vec<Ipv4Addr>,
     full: Option<RawFull>,
 }
 
@@ -156,6 +157,7 @@ enum RawAcceptance {
 struct RawMachine {
     id: Option<String>,
     serial: Option<String>,
+    position: Option<String>,
     name: String,
     role: String,
     key: Option<String>,
@@ -181,6 +183,28 @@ pub(super) fn bad(key: &str, reason: impl std::fmt::Display) -> ConfigError {
 }
 
 const NAME: &str = "1 to 63 letters, digits, `-`, `.` or `_`, beginning with a letter or digit";
+
+/// Whether a machine can be known by this position: a listed relay says it, and the machine has no other key.
+fn position(text: &str, listed: &Listed, relays: &BTreeSet<Ipv4Addr>, mode: &DhcpMode) -> Result<(), String> {
+    let form = "expected \"RELAY REMOTE CIRCUIT\" as the log says it, the relay by its address";
+    let words: Vec<&str> = text.split(' ').collect();
+    let [relay, remote, circuit] = words[..] else { return Err(format!("{text:?}: {form}")) };
+    let is_part = |part: &str| (1..=130).contains(&part.len()) && part.bytes().all(|b| b.is_ascii_graphic());
+    let relay: Ipv4Addr = relay.parse().map_err(|_| format!("{text:?}: {form}"))?;
+    if !is_part(remote) || !is_part(circuit) {
+        return Err(format!("{text:?}: {form}"));
+    }
+    if !relays.contains(&relay) {
+        return Err(format!("{text:?}: {relay} is none of [dhcp] relays, so its word counts nothing"));
+    }
+    if listed.key.is_some() {
+        return Err(format!("{}: a machine that is known by its position makes a key at each boot", listed.name));
+    }
+    match mode {
+        DhcpMode::Proxy | DhcpMode::Full(_) => Ok(()),
+        DhcpMode::Off => Err("with [dhcp] mode = \"off\" no relay is heard".to_owned()),
+    }
+}
 
 /// Milliseconds of a time as a person writes it.
 fn patience(text: &str) -> Result<u64, String> {
@@ -237,12 +261,22 @@ fn shares(table: &str, (key, all): (&str, usize), each: usize) -> Result<(), Con
     Ok(())
 }
 
-/// The pre-loaded list, by UUID and by serial number.
-type Preloaded = (BTreeMap<MachineId, Listed>, BTreeMap<String, Listed>);
+/// The pre-loaded list, by what says which machine is meant.
+#[derive(Default)]
+struct Preloaded {
+    machines: BTreeMap<MachineId, Listed>,
+    serials: BTreeMap<String, Listed>,
+    positions: BTreeMap<String, Listed>,
+}
 
-fn preloaded(list: Vec<RawMachine>, roles: &BTreeMap<String, Role>) -> Result<Preloaded, ConfigError> {
-    let (mut machines, mut serials) = Preloaded::default();
-    for RawMachine { id, serial, name, role, key } in list {
+fn preloaded(
+    list: Vec<RawMachine>,
+    roles: &BTreeMap<String, Role>,
+    relays: &BTreeSet<Ipv4Addr>,
+    mode: &DhcpMode,
+) -> Result<Preloaded, ConfigError> {
+    let Preloaded { mut machines, mut serials, mut positions } = Preloaded::default();
+    for RawMachine { id, serial, position: place, name, role, key } in list {
         if !is_name(&name) {
             return Err(bad("machine.name", format!("{name:?}: {NAME}")));
         }
@@ -250,7 +284,7 @@ fn preloaded(list: Vec<RawMachine>, roles: &BTreeMap<String, Role>) -> Result<Pr
             let known = roles.keys().cloned().collect::<Vec<_>>().join(", ");
             return Err(bad("machine.role", format!("{role:?} is no [[role]]; known are: {known}")));
         }
-        let others = || machines.values().chain(serials.values());
+        let others = || machines.values().chain(serials.values()).chain(positions.values());
         if others().any(|m| m.name == name) {
             return Err(bad("machine.name", format!("{name:?} is there twice")));
         }
@@ -262,14 +296,14 @@ fn preloaded(list: Vec<RawMachine>, roles: &BTreeMap<String, Role>) -> Result<Pr
             let reason = format!("{} and {name} have the same: a key is one machine's", other.name);
             return Err(bad("machine.key", reason));
         }
-        match (id, serial) {
-            (Some(text), None) => {
+        match (id, serial, place) {
+            (Some(text), None, None) => {
                 let id = text.to_ascii_lowercase().parse::<MachineId>().map_err(|e| bad("machine.id", e))?;
                 if machines.insert(id, Listed { name, role, key, serial: None }).is_some() {
                     return Err(bad("machine.id", format!("{text:?} is there twice")));
                 }
             }
-            (None, Some(serial)) => {
+            (None, Some(serial), None) => {
                 let none = || bad("machine.serial", format!("{serial:?} is what boards have that were given none"));
                 let compared = serial_key(&serial).ok_or_else(none)?;
                 let listed = Listed { name, role, key, serial: Some(serial.clone()) };
@@ -277,12 +311,19 @@ fn preloaded(list: Vec<RawMachine>, roles: &BTreeMap<String, Role>) -> Result<Pr
                     return Err(bad("machine.serial", format!("{serial:?} is there twice")));
                 }
             }
-            (Some(_), Some(_)) | (None, None) => {
-                return Err(bad("machine", format!("{name}: expected `id` or `serial`, one of them")));
+            (None, None, Some(place)) => {
+                let listed = Listed { name, role, key, serial: None };
+                position(&place, &listed, relays, mode).map_err(|e| bad("machine.position", e))?;
+                if positions.insert(place.clone(), listed).is_some() {
+                    return Err(bad("machine.position", format!("{place:?} is there twice")));
+                }
+            }
+            (Some(_), Some(_), _) | (Some(_), _, Some(_)) | (_, Some(_), Some(_)) | (None, None, None) => {
+                return Err(bad("machine", format!("{name}: expected `id`, `serial` or `position`, one of them")));
             }
         }
     }
-    Ok((machines, serials))
+    Ok(Preloaded { machines, serials, positions })
 }
 
 impl TryFrom<RawFull> for FullDhcp {
@@ -378,7 +419,8 @@ impl TryFrom<Raw> for Config {
         if roles.is_empty() {
             roles.insert("default".to_owned(), Role::of(default_image.clone()));
         }
-        let (machines, serials) = preloaded(raw.machine, &roles)?;
+        let relays: BTreeSet<Ipv4Addr> = raw.dhcp.relays.into_iter().collect();
+        let Preloaded { machines, serials, positions } = preloaded(raw.machine, &roles, &relays, &mode)?;
         let usual = tftp::Settings::default();
         let tftp_transfers = raw.tftp.max_transfers.unwrap_or(usual.max_transfers);
         let tftp_per_address = raw.tftp.max_per_address.unwrap_or(usual.max_per_address.min(tftp_transfers));
@@ -408,7 +450,7 @@ impl TryFrom<Raw> for Config {
             tftp_shared: Shared::parse(&raw.tftp.shared).map_err(|e| bad("tftp.shared", e))?,
             http: raw.http.listen.unwrap_or_else(|| any(8080)),
             agent_api: raw.agent_api.listen.unwrap_or_else(|| any(8443)),
-            dhcp: Dhcp { mode, interface: raw.dhcp.interface },
+            dhcp: Dhcp { mode, interface: raw.dhcp.interface, relays },
             tftp: raw.tftp.listen.unwrap_or_else(|| any(69)),
             boot: Boot {
                 address: raw.boot.address,
@@ -428,6 +470,7 @@ impl TryFrom<Raw> for Config {
             max_ages,
             machines,
             serials,
+            positions,
             access: raw.access.try_into()?,
             https: raw.https.map(TryInto::try_into).transpose()?,
             oidc: raw.oidc.map(TryInto::try_into).transpose()?,

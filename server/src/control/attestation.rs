@@ -205,7 +205,8 @@ impl Control {
         };
         // By this proof and no other: one that failed gets nothing, whatever was proven before it.
         let holds = booted.is_ok();
-        let proven = Proven { key: key.clone(), boot_id: boot_id.to_owned(), endorsement, booted };
+        let option_roms = endorsement.as_ref().and_then(|_| option_roms(shown));
+        let proven = Proven { key: key.clone(), boot_id: boot_id.to_owned(), endorsement, option_roms, booted };
         let (pending, judged) = {
             let mut inner = self.lock();
             let mut pending = Pending::default();
@@ -259,6 +260,14 @@ fn prove(asked: &Asked, shown: &Shown) -> Result<tpm::ClockInfo, String> {
         return Err("the PCR values are not the quoted ones".into());
     }
     Ok(quote.clock)
+}
+
+/// What is in the machine's option ROMs, where an event log says so that the quoted values confirm: also of a boot that is not
+/// attested, because they are wanted before the firmware trusts the site alone.
+fn option_roms(shown: &Shown) -> Option<Vec<Sha256Hex>> {
+    let values: Vec<[u8; 32]> = shown.pcrs.iter().map(raw).collect();
+    let evidence = measured::read(&shown.log, Quoted { pcrs: &QUOTED, values: &values }).ok()?;
+    Some(evidence.option_roms().iter().map(|rom| rom.parse().expect("a SHA-256 in hex")).collect())
 }
 
 /// What the values say of the boot.

@@ -18,6 +18,7 @@ mod netboot;
 mod orders;
 mod people;
 mod pin;
+mod positions;
 mod releases;
 mod reports;
 mod roles;
@@ -85,6 +86,7 @@ pub(crate) struct Inner {
     crowd: crowd::Crowd,
     introductions: introductions::Introductions,
     attestations: attestation::Questions,
+    positions: positions::Positions,
     wrong: introductions::Wrong,
     comparing: expected::Comparing,
     withheld: releases::Withheld,
@@ -186,6 +188,7 @@ impl Control {
             crowd: crowd::Crowd::new(now),
             introductions: introductions::Introductions::default(),
             attestations: attestation::Questions::default(),
+            positions: positions::Positions::default(),
             wrong: introductions::Wrong::default(),
             comparing: expected::Comparing::default(),
             withheld: releases::Withheld::default(),

@@ -8,8 +8,8 @@ use crate::store::Envelope;
 use jiff::Timestamp;
 use kiln_fleet::{Desire, Event, Machine, Millis, Reported, StateKind, desire};
 use kiln_protocol::{
-    DbxOffer, Decision, Desired, Grant, KeyId, MachineId, Nonce, OrderGiven, ReleaseId, Reply, Report, SecretsWord,
-    Sha256Hex, Via,
+    DbxOffer, Decision, Desired, Grant, KeyId, KeyStorage, MachineId, Nonce, OrderGiven, ReleaseId, Reply, Report,
+    SecretsWord, Sha256Hex, Via,
 };
 use kiln_release::hex;
 use std::collections::BTreeMap;
@@ -105,6 +105,10 @@ impl Control {
             self.drop_ghosts(&mut inner, id, &report, &mut pending);
             self.admit_report(&mut inner, id, now, &mut pending)?;
         }
+        let heard_at = inner.positions.of(&report.machine.macs, now).map(str::to_owned);
+        if let Some(machine) = inner.machines.get_mut(id) {
+            machine.heard_at = heard_at;
+        }
         let published_root = report.running.as_ref().and_then(|r| {
             let id = ReleaseId { image: r.image.clone(), release: r.release };
             catalog.releases.get(&id).and_then(|r| r.manifest.verity.root_hash.parse::<Sha256Hex>().ok())
@@ -184,7 +188,8 @@ impl Control {
             return Ok(());
         }
         let serial = machine.facts.as_ref().map(|facts| facts.serial.as_str());
-        let Some(listed) = self.config.listed(id, serial) else { return Ok(()) };
+        let listed = self.config.listed(id, serial).map(|listed| (listed, None));
+        let Some((listed, place)) = listed.or_else(|| self.listed_by_position(inner, machine)) else { return Ok(()) };
         let image = self.config.image_of(&listed.role)?;
         let Some(release) = catalog.newest(image).cloned() else { return Ok(()) };
         if let Err(error) = self.check_listed(inner, id, listed, &release) {
@@ -192,7 +197,11 @@ impl Control {
             let reason = format!("kiln.toml lists it as {name} with role {role}, and it is not approved: {error}");
             return self.step(inner, id, Event::NotApproved { reason }, now_ms(), pending);
         }
-        let what = format!("approved as {} with role {}, to run {release}", listed.name, listed.role);
+        let how = place.as_ref().map_or_else(String::new, |place| format!(", by its position ({place})"));
+        let what = format!("approved as {} with role {}, to run {release}{how}", listed.name, listed.role);
+        if let Some(machine) = inner.machines.get_mut(id) {
+            machine.position = place;
+        }
         let event = Event::Approve { name: listed.name.clone(), role: listed.role.clone(), release };
         self.step(inner, id, event, now_ms(), pending)?;
         if let Some(machine) = inner.machines.get(id) {
@@ -223,6 +232,16 @@ impl Control {
         }
         self.check_fits(inner, id, release)?;
         self.check_role(&listed.role, release)
+    }
+
+    /// The line of the list for where it was heard. Only for a machine that has nothing better to be known by than its name, and
+    /// only where nobody else has that place: two machines behind one port are for a person to tell apart.
+    fn listed_by_position(&self, inner: &Inner, machine: &Machine) -> Option<(&Listed, Option<String>)> {
+        let place = machine.heard_at.as_ref()?;
+        let listed = self.config.positions.get(place)?;
+        let is_name = machine.facts.as_ref().is_some_and(|facts| facts.key_storage == KeyStorage::Ephemeral);
+        let taken = || inner.machines.values().any(|m| m.position.as_ref() == Some(place));
+        (is_name && !taken()).then(|| (listed, Some(place.clone())))
     }
 
     /// What is wanted of the machine now. Signs nothing but a new assignment: a held report is looked at again at every

@@ -60,6 +60,7 @@ impl MachineView {
             other_key: m.stranger.clone(),
             code: code(m),
             key_storage: facts.map(|f| f.key_storage),
+            position: m.position.clone(),
             rollback_memory: facts.map(|f| f.rollback_memory),
             protection,
             protection_words: protection_words(protection, attestation.as_ref()),
@@ -92,6 +93,7 @@ fn attestation(m: &Machine) -> AttestationView {
         at_ms: proof.map(|proof| signed(proof.at)),
         endorsement: proof.and_then(|proof| proof.endorsement.clone()),
         approved_endorsement: m.attestations.pinned.as_ref().map(|pinned| pinned.endorsement.clone()),
+        option_roms: m.attestations.option_roms.clone(),
     }
 }
 

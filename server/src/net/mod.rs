@@ -18,6 +18,7 @@ pub use shared::Shared;
 use kiln_netboot::tftp::BootFile;
 use kiln_netboot::{BootAnswer, BootQuery, Config, Dhcp, Event, Lease, Mac, RangeError};
 use kiln_protocol::MachineId;
+use std::collections::BTreeSet;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -114,6 +115,11 @@ impl BootNet {
     /// With leases that an earlier run persisted ([`NetEvent::Lease`]).
     pub fn new(config: Config, leases: impl IntoIterator<Item = Lease>) -> Result<Self, RangeError> {
         Ok(Self(Arc::new(Mutex::new(Dhcp::new(config, leases)?))))
+    }
+
+    /// Whose word on where a packet entered the network counts.
+    pub fn trust_relays(&self, relays: BTreeSet<Ipv4Addr>) {
+        self.lock().trust_relays(relays);
     }
 
     /// Which machine was last seen taking this address: HTTP has nothing else to tell clients by.

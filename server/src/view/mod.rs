@@ -91,6 +91,9 @@ pub struct MachineView {
     pub code: Option<ApprovalCode>,
     /// How strong its name is.
     pub key_storage: Option<KeyStorage>,
+    /// Where it is, by which it is known: a trusted relay's address, remote id and circuit id.
+    #[serde(default)]
+    pub position: Option<String>,
     /// Where it remembers versions.
     pub rollback_memory: Option<RollbackMemory>,
     /// What its boot can promise.
@@ -159,6 +162,9 @@ pub struct AttestationView {
     /// The one that was approved.
     #[serde(default)]
     pub approved_endorsement: Option<Sha256Hex>,
+    /// Authenticode digests of the drivers in its option ROMs, as its TPM proved them last; none: that was never proven.
+    #[serde(default)]
+    pub option_roms: Option<Vec<Sha256Hex>>,
 }
 
 /// What a running machine says besides its health.

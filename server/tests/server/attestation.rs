@@ -16,6 +16,7 @@ async fn a_machine_is_attested_boot_by_boot_and_over_a_kexec() {
     let server = Server::start(&site).await;
     let mut agent = Agent::new(1, &site.manifest(1));
     chip.boot(1, b"firmware 1", 1);
+    chip.event(2, 0x8000_0004, [0x42; 32], b"the card's ROM");
     let judged = boots(&server, &mut agent, &mut chip).await;
     assert_eq!(judged.state, AttestationState::Attested, "{judged:?}");
     assert!(judged.reason.contains("minimal/1"), "{judged:?}");
@@ -26,6 +27,8 @@ async fn a_machine_is_attested_boot_by_boot_and_over_a_kexec() {
     assert_eq!(view.protection, Some(ProtectionClass::Attested));
     let seen = view.attestation.unwrap();
     assert!(seen.endorsement.is_some() && seen.endorsement == seen.approved_endorsement && !seen.carried);
+    let roms: Option<Vec<Sha256Hex>> = Some(vec!["42".repeat(32).parse().unwrap()]);
+    assert_eq!(seen.option_roms, roms, "what `kiln trust secureboot enroll --allow` takes");
 
     // A kexec: another kernel, whose release firmware has not seen; the event log may be lost.
     chip.run(&command::pcr_extend(11, &judged::cap()));
@@ -36,7 +39,8 @@ async fn a_machine_is_attested_boot_by_boot_and_over_a_kexec() {
         assert_eq!(judged.state, AttestationState::Attested, "{judged:?}");
         // Built before agents had kexecs measured.
         assert_eq!(judged.reason, "attested at cold boot (minimal/1), carried by kexec, unmeasured");
-        assert!(server.machine("rack-1").await.attestation.unwrap().carried);
+        let seen = server.machine("rack-1").await.attestation.unwrap();
+        assert!(seen.carried && seen.option_roms == roms, "a kernel that lost the log has the same cards: {seen:?}");
         chip.run(&command::pcr_extend(11, &judged::cap()));
     }
     // Something else was started in between.

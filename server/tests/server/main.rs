@@ -28,6 +28,7 @@ mod limits;
 mod logs;
 mod oidc;
 mod orders;
+mod positions;
 mod prune;
 mod secrets;
 mod trial;

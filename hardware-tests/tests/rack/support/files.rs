@@ -1,6 +1,7 @@
 //! A repository in an attacker's hands: its files over HTTP, as they lie there, or as the attacker likes.
 
 use super::door::Door;
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
@@ -25,6 +26,8 @@ pub struct Files {
     way: Arc<Mutex<Way>>,
     /// Bytes of endless files that were taken off its hands.
     pub endless: Arc<AtomicU64>,
+    /// Paths that were asked for.
+    pub asked: Arc<Mutex<BTreeSet<String>>>,
     _door: Door,
 }
 
@@ -33,13 +36,14 @@ impl Files {
     pub fn serve_at(at: SocketAddr, root: PathBuf) -> Self {
         let way = Arc::new(Mutex::new(Way::Honest));
         let endless = Arc::new(AtomicU64::new(0));
-        let (how, sent) = (Arc::clone(&way), Arc::clone(&endless));
+        let asked = Arc::new(Mutex::new(BTreeSet::new()));
+        let (how, sent, paths) = (Arc::clone(&way), Arc::clone(&endless), Arc::clone(&asked));
         let door = Door::open(at, move |stream| {
             let way = *how.lock().unwrap();
             // A client that goes away in the middle is no concern of this server's.
-            let _ = answer(&root, stream, way, &sent);
+            let _ = answer(&root, stream, way, &sent, &paths);
         });
-        Self { url: format!("http://{}", door.address), way, endless, _door: door }
+        Self { url: format!("http://{}", door.address), way, endless, asked, _door: door }
     }
 
     /// The same on a free loopback port.
@@ -53,7 +57,13 @@ impl Files {
     }
 }
 
-fn answer(root: &Path, stream: TcpStream, way: Way, sent: &AtomicU64) -> std::io::Result<()> {
+fn answer(
+    root: &Path,
+    stream: TcpStream,
+    way: Way,
+    sent: &AtomicU64,
+    asked: &Mutex<BTreeSet<String>>,
+) -> std::io::Result<()> {
     let mut reader = BufReader::new(stream);
     let mut request = String::new();
     reader.read_line(&mut request)?;
@@ -61,7 +71,9 @@ fn answer(root: &Path, stream: TcpStream, way: Way, sent: &AtomicU64) -> std::io
     while reader.read_line(&mut line)? > 2 {
         line.clear();
     }
-    let path = request.split(' ').nth(1).unwrap_or_default().trim_start_matches('/');
+    let path = request.split(' ').nth(1).unwrap_or_default();
+    asked.lock().unwrap().insert(path.to_owned());
+    let path = path.trim_start_matches('/');
     let timestamp = path.ends_with("timestamp.json");
     let (status, body) = match std::fs::read(root.join(path)) {
         Ok(body) => ("200 OK", body),

@@ -14,6 +14,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{DigitallySignedStruct, DistinguishedName, ServerConfig, ServerConnection, SignatureScheme, StreamOwned};
+use serde_json::Value;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
@@ -30,6 +31,8 @@ pub struct Hostile {
     /// Told at each report.
     came: Arc<Condvar>,
     answer: Arc<Mutex<Answer>>,
+    /// What stands in each answer besides: an object's members, in the answer and in what it says is desired.
+    besides: Arc<Mutex<Value>>,
     _door: Door,
 }
 
@@ -45,9 +48,11 @@ impl Hostile {
         let heard = Arc::new(Mutex::new(Vec::new()));
         let came = Arc::new(Condvar::new());
         let answer: Arc<Mutex<Answer>> = Arc::new(Mutex::new(Box::new(answer)));
+        let besides = Arc::new(Mutex::new(Value::Null));
         let (reports, told, how) = (Arc::clone(&heard), Arc::clone(&came), Arc::clone(&answer));
-        let door = Door::open(at, move |stream| serve(stream, Arc::clone(&config), (&reports, &told), &how));
-        Self { url: format!("https://{}", door.address), heard, came, answer, _door: door }
+        let more = Arc::clone(&besides);
+        let door = Door::open(at, move |stream| serve(stream, Arc::clone(&config), (&reports, &told), &how, &more));
+        Self { url: format!("https://{}", door.address), heard, came, answer, besides, _door: door }
     }
 
     /// Waits until a failure of this kind was reported, also one of before.
@@ -68,6 +73,11 @@ impl Hostile {
         *self.answer.lock().unwrap() = Box::new(answer);
     }
 
+    /// Says this besides from now on; null: nothing.
+    pub fn besides(&self, members: Value) {
+        *self.besides.lock().unwrap() = members;
+    }
+
     /// Kinds of all failures heard so far.
     pub fn failures(&self) -> Vec<String> {
         let heard = self.heard.lock().unwrap();
@@ -86,6 +96,7 @@ fn serve(
     config: Arc<ServerConfig>,
     (heard, came): (&Mutex<Vec<Report>>, &Condvar),
     answer: &Mutex<Answer>,
+    besides: &Mutex<Value>,
 ) {
     let Ok(connection) = ServerConnection::new(config) else { return };
     let mut stream = BufReader::new(StreamOwned::new(connection, stream));
@@ -120,7 +131,12 @@ fn serve(
         let report: Report = serde_json::from_slice(&body).expect("the agent sends reports");
         let certificates = stream.get_ref().conn.peer_certificates().expect("the client must prove its key");
         let key = certificate_key_id(&certificates[0]).unwrap();
-        let reply = serde_json::to_string(&answer.lock().unwrap()(&report, &key)).unwrap();
+        let mut reply = serde_json::to_value(answer.lock().unwrap()(&report, &key)).unwrap();
+        for (name, value) in besides.lock().unwrap().as_object().into_iter().flatten() {
+            reply[name.as_str()] = value.clone();
+            reply["desired"][name.as_str()] = value.clone();
+        }
+        let reply = reply.to_string();
         heard.lock().unwrap().push(report);
         came.notify_all();
         let head =

@@ -11,9 +11,14 @@ use std::collections::BTreeSet;
 /// Kexecs since a cold boot, at most: each leaves one cap in PCR 11.
 pub const MAX_CAPS: u32 = 256;
 
+/// Option ROMs that are told of a machine; real ones have a few.
+const MAX_ROMS: usize = 64;
+
 // Event types (TCG PC Client Platform Firmware Profile 1.06 §10.4.1).
 const VARIABLE_BOOT: u32 = 0x8000_0002;
 const BOOT_SERVICES_APPLICATION: u32 = 0x8000_0003;
+const BOOT_SERVICES_DRIVER: u32 = 0x8000_0004;
+const RUNTIME_SERVICES_DRIVER: u32 = 0x8000_0005;
 const VARIABLE_BOOT2: u32 = 0x8000_000c;
 
 /// PCR values as quoted.
@@ -119,6 +124,20 @@ impl Evidence<'_> {
     pub fn programs(&self) -> Vec<String> {
         let programs = self.log.of(4).filter(|event| event.kind == BOOT_SERVICES_APPLICATION);
         programs.map(|event| hex::encode(&event.digest)).collect()
+    }
+
+    /// Authenticode digests of the drivers that firmware found in option ROMs (PCR 2), each once, in order, hex: what db must
+    /// hold for them to run where nobody's certificate but the site's is in it. The quote proves the digests; that an event is
+    /// a driver's is the log's word, so one that lies can leave a ROM out, and add none that was not measured.
+    pub fn option_roms(&self) -> Vec<String> {
+        let mut roms = Vec::new();
+        for event in self.log.of(2).filter(|e| matches!(e.kind, BOOT_SERVICES_DRIVER | RUNTIME_SERVICES_DRIVER)) {
+            let digest = hex::encode(&event.digest);
+            if roms.len() < MAX_ROMS && !roms.contains(&digest) {
+                roms.push(digest);
+            }
+        }
+        roms
     }
 
     /// What was measured into PCRs 0 to 3, but for the boot order.

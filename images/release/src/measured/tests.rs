@@ -129,6 +129,25 @@ fn a_machine_that_booted_its_release_is_attested_and_caps_count_kexecs() {
 }
 
 #[test]
+fn option_roms_are_listed_once_each_whatever_may_boot() {
+    // Before the site's key is in db: nothing is attested yet, and the ROMs are known all the same.
+    let mut machine = Machine::honest(0, b"");
+    let roms = |machine: &Machine| read(&machine.log, machine.quoted()).unwrap().option_roms();
+    let first = hex::encode(&sha256(b"option ROM"));
+    assert_eq!(roms(&machine), [first.clone()]);
+    machine.event(2, 0x8000_0004, [7; 32], b"path").event(2, 0x8000_0004, [7; 32], b"another card of that kind");
+    machine.event(2, 0x8000_0005, [8; 32], b"path");
+    // Neither a table of PCR 2 nor a driver of PCR 0 is an option ROM.
+    machine.event(2, 1, [9; 32], b"table").event(0, 0x8000_0004, [10; 32], b"driver");
+    assert_eq!(roms(&machine), [first, hex::encode(&[7; 32]), hex::encode(&[8; 32])]);
+    assert!(machine.judged().is_err());
+    for n in 0..100 {
+        machine.event(2, 0x8000_0004, [n; 32], b"");
+    }
+    assert_eq!(roms(&machine).len(), 64, "their number has an end");
+}
+
+#[test]
 fn each_thing_that_is_not_the_release_is_named() {
     let fault = |machine: &Machine| match machine.judged().unwrap_err() {
         Finding::Fault(fault) => fault,

@@ -31,7 +31,9 @@ fn cold(boot: &str, firmware: [u8; 4]) -> ColdBoot {
 
 fn proven(boot: &str, tpm: u8, firmware: [u8; 4]) -> Event {
     let booted = Ok(ProvenBoot { cold: cold(boot, firmware), carried: false, began: None });
-    Event::Proven(Box::new(Proven { key: key(1), boot_id: boot.into(), endorsement: Some(hash(tpm)), booted }))
+    let option_roms = Some(vec![hash(firmware[2])]);
+    let (key, boot_id, endorsement) = (key(1), boot.to_owned(), Some(hash(tpm)));
+    Event::Proven(Box::new(Proven { key, boot_id, endorsement, option_roms, booted }))
 }
 
 fn gets_a_release(m: &Machine) -> bool {
@@ -46,6 +48,7 @@ fn the_tpm_that_was_proven_is_pinned_at_approval_and_demanded_at_each_boot() {
     s.then(proven("a", 7, [1, 2, 3, 4]));
     assert_eq!((s.m.attestation().0, s.m.protection()), (AttestationState::Attested, Some(ProtectionClass::Attested)));
     assert_eq!(s.m.attestations.pinned, None, "nobody has approved it");
+    assert_eq!(s.m.attestations.option_roms, Some(vec![hash(3)]));
     s.approve();
     assert_eq!(s.m.attestations.pinned.as_ref().unwrap().endorsement, hash(7));
     assert!(gets_a_release(&s.m) && !s.m.wants_proof(&key(1)));

@@ -75,6 +75,37 @@ fn an_agent_that_knows_no_tpm_does_not_make_a_machine_another_without_saying_so(
     assert!(s.m.last_words.contains("firmware settings were erased"), "{}", s.m.last_words);
 }
 
+#[test]
+fn a_machine_that_is_known_by_its_position_takes_a_new_key_only_there() {
+    let says = |key: u8, boot: &str| {
+        let mut report = healthy(1, boot, 1, 1);
+        report.machine.key_storage = KeyStorage::Ephemeral;
+        by(key, report)
+    };
+    let here = || Some("10.99.0.1 sw-7 eth1".to_owned());
+    let mut s = Story::new();
+    s.m.heard_at = here();
+    s.then(says(1, "a")).approve();
+    s.m.position = here();
+    // The next boot, heard elsewhere or nowhere: it is somebody else's.
+    for elsewhere in [None, Some("10.99.0.1 sw-7 eth2".to_owned())] {
+        s.m.heard_at = elsewhere;
+        s.then(says(2, "b"));
+        assert_eq!((&s.m.key, &s.m.stranger), (&Some(key(1)), &Some(key(2))));
+        assert!(s.m.last_words.contains("known by its position (10.99.0.1 sw-7 eth1)"), "{}", s.m.last_words);
+        assert!(matches!(desire(&s.m, &key(2)), Desire::Wait(_)));
+    }
+    s.m.heard_at = here();
+    s.then(says(3, "c"));
+    assert_eq!(s.m.key, Some(key(3)), "heard at its place");
+    let stored: Machine = serde_json::from_str(&serde_json::to_string(&s.m).unwrap()).unwrap();
+    assert_eq!((stored.position, stored.heard_at), (here(), None));
+    let withheld = s.m.secrets_withheld(&key(3), &Barred::default()).unwrap();
+    assert!(withheld.contains("which proves no machine"), "{withheld}");
+    s.then(Event::Retire);
+    assert_eq!(s.m.position, None, "whatever stands there next is another machine");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 

@@ -32,7 +32,8 @@ fn proven(boot: &str, release: u64, carried: bool) -> Event {
         measures: false,
     };
     let booted = Ok(ProvenBoot { cold, carried, began: None });
-    Event::Proven(Box::new(Proven { key: key(1), boot_id: boot.into(), endorsement: Some(hash(7)), booted }))
+    let (key, boot_id, endorsement, option_roms) = (key(1), boot.to_owned(), Some(hash(7)), None);
+    Event::Proven(Box::new(Proven { key, boot_id, endorsement, option_roms, booted }))
 }
 
 fn versions(list: &[(&str, u64)]) -> SecretVersions {

@@ -16,6 +16,7 @@ use crate::tftp::BootFile;
 use crate::watch::Watch;
 use crate::{BOOT_SERVER_PORT, Client, Lease, Mac, MessageType, RangeError, SERVER_PORT, VendorClass};
 use kiln_protocol::MachineId;
+use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 /// The state of one site's DHCP side.
@@ -25,6 +26,8 @@ pub struct Dhcp {
     leases: Option<Leases>,
     memory: Memory,
     watch: Watch,
+    /// Whose word on where a packet came from counts.
+    relays: BTreeSet<Ipv4Addr>,
 }
 
 impl Dhcp {
@@ -38,7 +41,12 @@ impl Dhcp {
                 Some(table)
             }
         };
-        Ok(Self { config, leases, memory: Memory::new(), watch: Watch::default() })
+        Ok(Self { config, leases, memory: Memory::new(), watch: Watch::default(), relays: BTreeSet::new() })
+    }
+
+    /// Whose word on where a packet entered the network counts, from now on.
+    pub fn trust_relays(&mut self, relays: BTreeSet<Ipv4Addr>) {
+        self.relays = relays;
     }
 
     /// What is answered.
@@ -144,6 +152,11 @@ impl Dhcp {
 
     /// What any packet tells, whether it is answered or not.
     fn observe(&mut self, now_ms: u64, arrival: &Arrival, client: &Client, outputs: &mut Vec<Output>) {
+        // From a relay's own address: what a client sends itself, under a relay's name, comes from the client's.
+        let from_relay = self.relays.contains(arrival.from.ip());
+        if let Some(position) = client.position(&self.relays).filter(|_| from_relay) {
+            outputs.push(Output::Event(Event::HeardAt { mac: client.mac, position }));
+        }
         match client.message_type {
             MessageType::Discover => {
                 if client.vendor == VendorClass::Agent {

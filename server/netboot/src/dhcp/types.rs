@@ -102,6 +102,8 @@ pub enum Event {
     Accepted { query: BootQuery, address: Ipv4Addr },
     /// An agent asked where its server is.
     AgentAsked { mac: Mac, id: Option<MachineId> },
+    /// A relay that is trusted says where this machine's packet entered the network ([`crate::Client::position`]).
+    HeardAt { mac: Mac, position: String },
     /// A boot client gets no program.
     Withheld { mac: Mac, id: Option<MachineId>, reason: String },
     /// A machine was given undionly.kpxe again and again and never came further.

@@ -1,6 +1,7 @@
 //! This machine's disks: which there are, which is Kiln's, and the slot state machine on it.
 
-use super::block::{Block, Device};
+use super::block::Block;
+use super::device::Device;
 use super::layout::{Candidate, Choice, Found, Layout, choose, look};
 use super::record::Record;
 use super::store::{Starts, Store};

@@ -1,7 +1,10 @@
 //! The whole of disk mode below the device: on a disk that records every write and barrier, so that power can be cut
 //! anywhere; and on files, judged by the programs that others use (sgdisk, fsck.vfat, mtools).
 
-use super::block::{Block, Device, Part, SECTOR};
+mod remains;
+
+use super::block::{Block, Part, SECTOR};
+use super::device::Device;
 use super::fat::{self, Fat};
 use super::gpt::Gpt;
 use super::layout::{Candidate, Choice, Found, Layout, choose, look};

@@ -6,13 +6,14 @@ export PATH := $(PATH):/usr/sbin:/sbin
 
 MUSL  := x86_64-unknown-linux-musl
 LAB   := target/debug/kiln-lab
+TOUGH := target/tough/debug/kiln-tough
 CARGO ?= cargo
 
-.PHONY: help setup build agent tests lab test test-slow conformance bench fuzz lint
+.PHONY: help setup build agent tests lab test test-slow conformance oracle-tough tough bench fuzz lint
 .DEFAULT_GOAL := help
 
 help: ## This list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 setup: ## Install what the lab and the tests need (Debian packages, Rust target), saying what and why
 	@bash hardware-tests/setup
@@ -46,13 +47,21 @@ test-slow: setup ## Every test of the rack, also those that take minutes, thousa
 	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
 	@$(CARGO) deny check bans licenses sources
 	@$(MAKE) --no-print-directory -j2 agent tests
+	@$(MAKE) --no-print-directory tough
 	@$(LAB) prepare $(SLOW_IMAGES:%=--image %)
 	@$(TEST) --test rack -- --test-threads 32 --include-ignored
-	@$(TEST) --test images -- --include-ignored
+	@KILN_TOUGH=$(CURDIR)/$(TOUGH) $(TEST) --test images -- --include-ignored
 
 conformance: setup ## The TUF community's conformance suite against the client (TUF_CONFORMANCE=a checkout of the suite)
 	@$(CARGO) build --locked -p kiln-server -p kiln-lab
 	@bash hardware-tests/conformance
+
+# A crate of its own: it brings a second cryptography library, which no program of Kiln's may link.
+tough:
+	@$(CARGO) build --locked --quiet --manifest-path images/tests/tough/Cargo.toml --target-dir target/tough
+
+oracle-tough: setup tough ## AWS' implementation of TUF: each reads what the other writes, and thousands of random repositories
+	@KILN_TOUGH=$(CURDIR)/$(TOUGH) $(TEST) --test images -- --include-ignored tough
 
 # The allow-list's costs are measured on this host, as root; the rest in the rack. BENCH_ARGS: see kiln-lab bench --help.
 bench: setup agent tests ## The figures of docs/benchmarks.md that a rack can give: target/lab/report.json

@@ -35,8 +35,12 @@ pub fn enroll(
     site: &SiteDir,
     out: &Path,
     ovmf: Option<&Path>,
-    let releases: BTreeSet<&str> = revoked.iter().map(|(_, release)| release.as_str()).collect();
-    Ok(Enrolment { files, revoked: releases.len(), allowed: allow.len() })
+    allow: &BTreeSet<[u8; 32]>,
+    now: Timestamp,
+    unlock: &mut Unlock<'_>,
+) -> Result<Enrolment, SiteError> {
+    let mut open = |name| SigningKey::open(site, name, unlock);
+    let (pk, kek, db) = (open("PK")?, open("KEK")?, open("db")?);
     make_dir(out, 0o755)?;
     let mut files = Vec::new();
     let mut write = |name: String, bytes: &[u8]| {

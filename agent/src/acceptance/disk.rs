@@ -3,7 +3,8 @@
 //! blank is written to where the release says so, and made blank again.
 
 use super::result;
-use crate::disk::block::{Block, Device};
+use crate::disk::block::Block;
+use crate::disk::device::Device;
 use crate::disk::layout::{self, Found};
 use crate::inventory::{Root, disks_with_health};
 use kiln_protocol::{Disk, Outcome, TestKind, TestResult, binary_size, decimal_size};

@@ -7,7 +7,8 @@
 //! hand can have put partition and key there (docs/adr/0017).
 
 use super::DiskError;
-use super::block::{Block, Device, SECTOR};
+use super::block::{Block, SECTOR};
+use super::device::Device;
 use super::layout::{Found, look};
 use super::machine::MachineDisk;
 use crate::error::{AgentError, Result};

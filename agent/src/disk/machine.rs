@@ -1,6 +1,7 @@
 //! This machine's disk: the one that is Kiln's, or becomes it, and the slot state machine on it.
 
-use super::block::{Block, Device};
+use super::block::Block;
+use super::device::Device;
 use super::layout::{Choice, Found, Layout, choose, look};
 use super::record::Record;
 use super::search::{self, BLOCKS};

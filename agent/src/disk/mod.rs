@@ -8,6 +8,7 @@
 pub mod block;
 pub mod boot_order;
 pub mod data;
+pub mod device;
 pub mod fat;
 pub mod gpt;
 pub mod layout;

@@ -3,7 +3,7 @@
 //! whoever pets the watchdog. A thread that is late is left behind; its reads end with the disk, or with a signal.
 
 use super::DiskError;
-use super::block::Device;
+use super::device::Device;
 use super::layout::{Candidate, Found, look};
 use std::path::Path;
 use std::time::Duration;

@@ -8,13 +8,15 @@ mod bootcard;
 mod build;
 mod dhcp;
 mod dhcp6;
+mod dhcp6_message;
+mod dhcp_message;
 mod netlink;
 #[cfg(test)]
 mod tests;
 pub mod trial;
 
-pub use dhcp::Lease;
-pub use dhcp6::Lease6;
+pub use dhcp_message::Lease;
+pub use dhcp6_message::Lease6;
 
 use crate::error::{AgentError, Result};
 use kiln_protocol::MachineId;
@@ -94,7 +96,7 @@ impl Uplink {
             let link = netlink.link(&lease.interface)?;
             netlink.add_address(&link, &address.into(), 128)?;
         }
-        self.dns.extend(dhcp6::servers(&lease));
+        self.dns.extend(dhcp6_message::servers(&lease));
         if self.domain.is_none() {
             self.domain.clone_from(&lease.domain);
         }

@@ -8,9 +8,13 @@
 //! Where signatures would keep all mutations out, the target signs what was mutated: a stolen key is what the checks
 //! behind a signature are for.
 
+#[allow(dead_code)] // what only the rest of the agent uses
+mod agent;
+mod answers;
 mod cabling;
 mod certificates;
 mod directives;
+mod disks;
 mod documents;
 mod ima;
 mod images;
@@ -51,12 +55,16 @@ targets! {
     certificate: certificates,
     cpio: images,
     dhcp: netboot,
+    dhcp6_answer: answers,
+    dhcp_answer: answers,
     directive: directives,
     document: documents,
     efi_list: certificates,
     envelope: metadata,
     event_log: tpm,
     expected_list: lists,
+    fat: disks,
+    gpt: disks,
     ima_list: ima,
     key_file: certificates,
     lldp: cabling,

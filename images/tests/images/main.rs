@@ -14,4 +14,5 @@ mod python;
 mod python_tuf;
 mod recipes;
 mod site;
+mod tough;
 mod uki;

@@ -20,7 +20,8 @@ fn run(python: &Path, arguments: &[&str]) -> Result<String, String> {
     }
 }
 
-fn update(repo: &Path, wanted: &[&str]) -> Outcome {
+/// An update of Kiln's client from a folder.
+pub fn update(repo: &Path, wanted: &[&str]) -> Outcome {
     let root = std::fs::read(repo.join("metadata/1.root.json")).unwrap();
     let wanted: Vec<TargetPath> = wanted.iter().map(|path| TargetPath::new(*path).unwrap()).collect();
     let (seen, limits, policy) = (Seen::default(), Limits::default(), ExpiryPolicy::Refuse);

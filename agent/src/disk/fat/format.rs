@@ -1,8 +1,8 @@
 //! Making an empty FAT32 (FAT specification, "Boot Sector and BPB").
 
+use super::super::block::{Block, SECTOR};
 use super::names::padded;
 use super::{ATTRIBUTE_VOLUME, END, LEAST_CLUSTERS, RESERVED, bad};
-use crate::disk::block::{Block, SECTOR};
 use std::io;
 
 /// Makes an empty file system over the whole of `disk`.

@@ -203,7 +203,13 @@ impl<B: Block> Fat<B> {
             match (entry[0], entry[11]) {
                 (0, _) => break,
                 (DELETED, _) => long.clear(),
-                (_, ATTRIBUTE_LONG_NAME) => long.push((at, entry)),
+                (first, ATTRIBUTE_LONG_NAME) => {
+                    // The last part comes first: what stood before it is the rest of a name that was removed.
+                    if first & 0x40 != 0 {
+                        long.clear();
+                    }
+                    long.push((at, entry));
+                }
                 (_, attributes) if attributes & ATTRIBUTE_VOLUME != 0 => long.clear(),
                 (b'.', _) => long.clear(),
                 (_, attributes) => {

@@ -1,8 +1,8 @@
 //! What changes a FAT32: each change is a commit, made true by one sector of a directory.
 
+use super::super::block::{Block, SECTOR};
 use super::names::{entry_set, padded, point, short_entry};
 use super::{ATTRIBUTE_DIRECTORY, DELETED, END, ENTRY, Fat, Node, bad};
-use crate::disk::block::{Block, SECTOR};
 use std::collections::HashSet;
 use std::io::{self, Read};
 
@@ -219,6 +219,16 @@ impl<B: Block> Fat<B> {
             for sector in sectors.into_iter().filter(|sector| *sector != target) {
                 self.fill_gap(sector, &raw, &gap)?;
             }
+            self.disk.flush()?;
+        }
+        // What lies behind the end mark stays behind one, also where the name takes the rest of its sector.
+        let next = place + set.len();
+        if next > end
+            && let Some((at, entry)) = raw.get(next)
+            && at.is_multiple_of(SECTOR as u64)
+            && entry[0] != 0
+        {
+            self.disk.write_at(*at, &[0; SECTOR])?;
             self.disk.flush()?;
         }
         let start = raw[place].0 / SECTOR as u64 * SECTOR as u64;

@@ -2,9 +2,11 @@
 //! anywhere; and on files, judged by the programs that others use (sgdisk, fsck.vfat, mtools).
 
 mod cuts;
+mod remains;
 mod tables;
 
-use super::block::{Block, Device, Part, SECTOR};
+use super::block::{Block, Part, SECTOR};
+use super::device::Device;
 use super::fat::{self, Fat};
 use super::gpt::Gpt;
 use super::layout::{Candidate, Choice, Found, Layout, choose, look};

@@ -1,24 +1,29 @@
 //! Random repositories with random defects: Kiln's client's verdict against those of other implementations.
 //!
-//! The Python reference judges. Where verdicts differ, one of the deviations named here must explain it, and
+//! The Python reference and tough judge. Where verdicts differ, one of the named deviations must explain it, and
 //! docs/deviations.md must have it.
 #![allow(clippy::enum_glob_use)] // forty defects are words of their own
 
 mod defects;
+mod deviations;
 #[path = "../../../../fuzz/src/targets/mutate.rs"]
 #[allow(dead_code, unreachable_pub)] // of its mutations only the numbers are needed here
 mod mutate;
 mod oracle;
 mod repository;
 
-use crate::python;
+use crate::{python, tough};
+use deviations::{Deviation, OF_PYTHON, OF_TOUGH};
 use jiff::Timestamp;
 use kiln_release::tuf::{Client, ExpiryPolicy, Fetched, Limits, Request, Seen, TargetPath, TufError};
 use oracle::{Oracle, Verdict};
 use repository::Case;
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
+/// What a difference is about, if not about a target.
+const REFRESH: &str = "refresh";
 const SHORT: u64 = 40;
 const LONG: u64 = 5000;
 
@@ -55,14 +60,23 @@ fn text(result: Result<Option<String>, TufError>) -> String {
     }
 }
 
-fn ours(case: &Case, now: Timestamp) -> Vec<Verdict> {
-    let mut kept = BTreeMap::from([("root".to_owned(), case.root.clone())]);
-    let states = case.states.iter().map(|state| {
-        let refresh = text(update(state, &mut kept, now, Vec::new()));
+/// Our verdict on the update, or on a target of it.
+fn verdict(case: &Case, state: usize, kept: &mut BTreeMap<String, Vec<u8>>, what: &str) -> String {
+    let wanted = if what == REFRESH { Vec::new() } else { vec![TargetPath::new(what).unwrap()] };
+    text(update(&case.states[state], kept, case.now, wanted))
+}
+
+fn only_root(case: &Case) -> BTreeMap<String, Vec<u8>> {
+    BTreeMap::from([("root".to_owned(), case.root.clone())])
+}
+
+fn ours(case: &Case) -> Vec<Verdict> {
+    let mut kept = only_root(case);
+    let states = (0..case.states.len()).map(|state| {
+        let refresh = verdict(case, state, &mut kept, REFRESH);
         let mut targets = BTreeMap::new();
         for path in case.targets.iter().filter(|_| refresh == "ok") {
-            let wanted = vec![TargetPath::new(path.clone()).unwrap()];
-            targets.insert(path.clone(), text(update(state, &mut kept, now, wanted)));
+            targets.insert(path.clone(), verdict(case, state, &mut kept, path));
         }
         Verdict { refresh, targets }
     });
@@ -71,7 +85,7 @@ fn ours(case: &Case, now: Timestamp) -> Vec<Verdict> {
 
 /// A difference of verdicts: about what, ours, theirs.
 #[derive(Debug, Clone)]
-struct Difference {
+pub struct Difference {
     state: usize,
     what: String,
     ours: String,
@@ -95,7 +109,7 @@ fn differences(ours: &[Verdict], theirs: &[Verdict]) -> Vec<Difference> {
                 found.push(Difference { state: number, what, ours: ours.to_owned(), theirs: theirs.to_owned() });
             }
         };
-        compare("refresh".to_owned(), &ours.refresh, &theirs.refresh);
+        compare(REFRESH.to_owned(), &ours.refresh, &theirs.refresh);
         for (path, verdict) in &ours.targets {
             if let Some(other) = theirs.targets.get(path) {
                 compare(path.clone(), verdict, other);
@@ -108,96 +122,20 @@ fn differences(ours: &[Verdict], theirs: &[Verdict]) -> Vec<Difference> {
     Vec::new()
 }
 
-/// A deviation of docs/deviations.md, or of the other implementation's own: which differences it explains.
-struct Deviation {
-    name: &'static str,
-    explains: fn(&Case, &Difference) -> bool,
-    /// It is about what a client kept: a judge that saw nothing before does not differ so.
-    kept: bool,
-}
-
-impl Deviation {
-    const fn new(name: &'static str, explains: fn(&Case, &Difference) -> bool) -> Self {
-        Self { name, explains, kept: false }
-    }
-
-    fn holds(&self, oracle: &mut Oracle, known: &[Self], case: &Case, difference: &Difference) -> bool {
-        if !(self.explains)(case, difference) {
-            return false;
-        }
-        if !self.kept {
-            return true;
-        }
-        // What is left then, if anything, is for the other deviations to explain.
-        let rest = Difference { theirs: fresh(oracle, case, difference), ..difference.clone() };
-        is_same(&rest.ours, &rest.theirs) || known.iter().any(|other| !other.kept && (other.explains)(case, &rest))
-    }
-}
-
-/// The judge's verdict on the update to the state of a difference, with nothing kept.
-fn fresh(oracle: &mut Oracle, case: &Case, difference: &Difference) -> String {
-    let alone = Case {
-        seed: case.seed,
-        root: case.root.clone(),
-        states: vec![case.states[difference.state].clone()],
-        targets: Vec::new(),
-        defects: Vec::new(),
-    };
-    oracle.judge(&alone).remove(0).refresh
-}
-
-fn defect(case: &Case, name: &str) -> bool {
-    case.defects.iter().any(|defect| defect.ends_with(name))
-}
-
-/// Kiln refuses, with these words, what the other takes.
-fn stricter(d: &Difference, words: &str) -> bool {
-    !is_ok(&d.ours) && d.ours.contains(words) && is_ok(&d.theirs)
-}
-
-/// Kiln takes what the other refuses with these words.
-fn laxer(d: &Difference, words: &str) -> bool {
-    is_ok(&d.ours) && !is_ok(&d.theirs) && d.theirs.contains(words)
-}
-
-/// The keys of timestamp or snapshot changed between the states.
-fn rotated(case: &Case) -> bool {
-    let later = case.defects.iter().skip_while(|word| *word != "state 1:");
-    later.into_iter().any(|word| matches!(word.as_str(), "timestamp rotated" | "snapshot rotated"))
-}
-
-const EMPTY: &str = "Hashes must be a non empty dictionary";
-
-const OF_PYTHON: &[Deviation] = &[
-    Deviation::new("json-key-twice", |case, d| defect(case, "JsonKeyTwice") && stricter(d, "given twice")),
-    Deviation::new("key-id-unknown", |case, d| {
-        defect(case, "KeyIdUnknown") && stricter(d, "a role names a key that is not listed")
-    }),
-    Deviation::new("keys-are-counted", |case, d| defect(case, "KeyUnderTwoNames") && stricter(d, "signed by 1 keys")),
-    Deviation::new("unknown-hash-ignored", |case, d| {
-        defect(case, "UnknownHash") && laxer(d, "Unsupported algorithm 'whirlpool-x'")
-    }),
-    Deviation::new("no-hashes-are-none", |case, d| defect(case, "ListedNoHashes") && laxer(d, EMPTY)),
-    Deviation::new("target-without-hash-alone", |case, d| defect(case, "TargetWithoutHash") && laxer(d, EMPTY)),
-    Deviation::new("hash-in-either-case", |case, d| {
-        defect(case, "TargetHashUpperCase") && laxer(d, "does not match expected hash")
-    }),
-    // Python's: 5.3.11 has both kept files deleted when the keys of either were rotated, and it deletes none.
-    Deviation {
-        name: "rotation-forgets",
-        explains: |case, d| d.state == 1 && d.what == "refresh" && rotated(case) && laxer(d, ""),
-        kept: true,
-    },
-];
-
 /// Compares so many cases, and counts how often each deviation was the reason.
-fn compare(oracle: &mut Oracle, known: &[Deviation], seeds: std::ops::Range<u64>) -> BTreeMap<&'static str, usize> {
+fn compare(
+    oracle: &mut Oracle,
+    known: &[Deviation],
+    seeds: Range<u64>,
+    make: fn(u64, Timestamp) -> Case,
+) -> BTreeMap<&'static str, usize> {
     let now = Timestamp::now();
-    let (mut counts, mut unexplained, mut accepted) = (BTreeMap::new(), Vec::new(), 0);
+    let (mut counts, mut unexplained, mut accepted, mut agreed) = (BTreeMap::new(), Vec::new(), 0, 0);
     for seed in seeds.clone() {
-        let case = repository::case(seed, now);
-        let (ours, theirs) = (ours(&case, now), oracle.judge(&case));
+        let case = make(seed, now);
+        let (ours, theirs) = (ours(&case), oracle.judge(&case));
         accepted += usize::from(ours.iter().all(|verdict| verdict.refresh == "ok"));
+        agreed += ours.iter().zip(&theirs).map(|(ours, theirs)| both_have(ours, theirs)).sum::<usize>();
         for difference in differences(&ours, &theirs) {
             match known.iter().find(|deviation| deviation.holds(oracle, known, &case, &difference)) {
                 Some(deviation) => *counts.entry(deviation.name).or_insert(0) += 1,
@@ -218,10 +156,16 @@ fn compare(oracle: &mut Oracle, known: &[Deviation], seeds: std::ops::Range<u64>
         unexplained.len(),
         unexplained.join("\n")
     );
-    println!("{seeds:?}: {accepted} repositories taken whole; explained: {counts:?}");
+    println!("{seeds:?}: {accepted} repositories taken whole, {agreed} targets by both; explained: {counts:?}");
     let all = usize::try_from(seeds.end - seeds.start).unwrap();
     assert!(accepted * 10 > all && accepted * 10 < all * 9, "{accepted} of {all} are taken: that tests little");
+    assert!(agreed * 2 > all, "{agreed} targets of {all} repositories are given by both: that tests little");
     counts
+}
+
+/// Targets that both give, with the same bytes.
+fn both_have(ours: &Verdict, theirs: &Verdict) -> usize {
+    ours.targets.iter().filter(|(path, text)| is_ok(text) && theirs.targets.get(*path) == Some(*text)).count()
 }
 
 fn python() -> Option<Oracle> {
@@ -229,20 +173,42 @@ fn python() -> Option<Oracle> {
     python::python().map(|python| Oracle::start(&python, &["-B", script]))
 }
 
+fn tough() -> Option<Oracle> {
+    tough::tough().map(|program| Oracle::start(&program, &["judge"]))
+}
+
+/// tough refuses a repository as a whole for what is wrong with any role: every other one gives it less reason to.
+fn for_tough(seed: u64, now: Timestamp) -> Case {
+    if seed.is_multiple_of(2) { repository::tidy_case(seed, now) } else { repository::case(seed, now) }
+}
+
 #[test]
 fn verdicts_are_those_of_the_reference_implementation() {
     let Some(mut oracle) = python() else { return };
-    compare(&mut oracle, OF_PYTHON, 0..SHORT);
+    compare(&mut oracle, OF_PYTHON, 0..SHORT, repository::case);
 }
 
 #[test]
 #[ignore = "takes minutes; make test-slow runs it"]
 fn verdicts_are_those_of_the_reference_implementation_thousands_of_times() {
     let Some(mut oracle) = python() else { return };
-    let counts = compare(&mut oracle, OF_PYTHON, SHORT..LONG);
+    let counts = compare(&mut oracle, OF_PYTHON, SHORT..LONG, repository::case);
     for deviation in OF_PYTHON {
         assert!(counts.contains_key(deviation.name), "{} explains nothing any more", deviation.name);
     }
+}
+
+#[test]
+fn verdicts_are_those_of_tough() {
+    let Some(mut oracle) = tough() else { return };
+    compare(&mut oracle, OF_TOUGH, 0..SHORT, for_tough);
+}
+
+#[test]
+#[ignore = "takes minutes; make test-slow runs it"]
+fn verdicts_are_those_of_tough_thousands_of_times() {
+    let Some(mut oracle) = tough() else { return };
+    compare(&mut oracle, OF_TOUGH, SHORT..LONG, for_tough);
 }
 
 /// A deviation that is not written down is a bug.
@@ -250,7 +216,7 @@ fn verdicts_are_those_of_the_reference_implementation_thousands_of_times() {
 fn every_deviation_is_documented() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/deviations.md");
     let page = std::fs::read_to_string(path).unwrap();
-    for deviation in OF_PYTHON {
+    for deviation in OF_PYTHON.iter().chain(OF_TOUGH) {
         assert!(page.contains(&format!("`{}`", deviation.name)), "docs/deviations.md lacks {}", deviation.name);
     }
 }

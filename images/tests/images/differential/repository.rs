@@ -1,10 +1,15 @@
 //! Random TUF repositories in one or two states, some of them with defects. The same seed gives the same but for dates.
 
+mod cases;
+
+pub use cases::{case, tidy_case};
+
 use super::defects::Defect::*;
 use super::defects::{Defect, OF_DELEGATIONS, OF_DOCUMENT, OF_FILE, OF_KEYS, OF_LISTING, OF_TARGETS};
 use super::mutate::Random;
 use jiff::Timestamp;
 use kiln_release::canonical::canonical;
+use kiln_release::tuf::matches_pattern;
 use kiln_release::{Signer, hex};
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -13,17 +18,17 @@ use std::fmt::Write as _;
 /// What a client is given, and what was done to it.
 pub struct Case {
     pub seed: u64,
+    pub now: Timestamp,
     pub root: Vec<u8>,
     /// The repository's files at one time, then at a later one.
     pub states: Vec<BTreeMap<String, Vec<u8>>>,
     pub targets: Vec<String>,
     pub defects: Vec<String>,
+    /// Delegated roles, as often as they are delegated to, and by which patterns or hash prefixes.
+    pub delegations: Vec<(&'static str, Vec<String>)>,
 }
 
 const TOP: [&str; 4] = ["root", "timestamp", "snapshot", "targets"];
-const DELEGATED: [&str; 4] = ["image-a", "b", "odd role/ü", "deep"];
-const PATHS: [&str; 6] = ["site.json", "a/1/manifest.json", "a/2/manifest.json", "b/x.txt", "b/y.txt", "c/d/e"];
-const PATTERNS: [&str; 7] = ["a/*/manifest.json", "a/?/*", "b/*.txt", "b/?.txt", "*", "c/*/*", "*/*"];
 /// Keys that a role may have; each role has its own.
 const POOL: usize = 4;
 
@@ -41,6 +46,24 @@ struct Delegation {
     name: &'static str,
     paths: Value,
     terminating: bool,
+}
+
+impl Delegation {
+    fn words(&self) -> Vec<String> {
+        self.paths.as_array().into_iter().flatten().filter_map(|path| path.as_str().map(str::to_owned)).collect()
+    }
+
+    /// Digits of a hash, and no patterns.
+    fn has_prefixes(&self) -> bool {
+        self.paths[0].as_str().is_some_and(|p| p.len() < 3 && p != "*")
+    }
+
+    fn covers(&self, path: &str) -> bool {
+        let sum = hex::sha256(path.as_bytes());
+        self.words()
+            .iter()
+            .any(|word| if self.has_prefixes() { sum.starts_with(word) } else { matches_pattern(word, path) })
+    }
 }
 
 struct Maker {
@@ -98,6 +121,12 @@ impl Maker {
 
     fn name(&self, role: &str) -> &'static str {
         self.roles.keys().find(|name| **name == role).copied().unwrap_or("root")
+    }
+
+    /// Whether some chain of delegations lets a role speak of a path. Without cycles.
+    fn reaches(&self, role: &str, path: &str) -> bool {
+        let mut parents = self.delegations.iter().filter(|d| d.name == role && d.covers(path));
+        role == "targets" || parents.any(|d| self.reaches(d.parent, path))
     }
 
     /// Key ids, threshold, and the key objects they name.
@@ -219,11 +248,7 @@ impl Maker {
                 let (keyids, threshold) = self.key_list(role, child.name, &mut keys);
                 let mut one = json!({ "name": child.name, "keyids": keyids, "threshold": threshold,
                     "terminating": child.terminating });
-                let field = if child.paths[0].as_str().is_some_and(|p| p.len() < 3 && p != "*") {
-                    "path_hash_prefixes"
-                } else {
-                    "paths"
-                };
+                let field = if child.has_prefixes() { "path_hash_prefixes" } else { "paths" };
                 one[field] = child.paths.clone();
                 if number == 0 {
                     if self.has(role, TopLevelDelegation) {
@@ -440,94 +465,4 @@ impl Maker {
             self.defects.push((role, defect));
         }
     }
-}
-
-/// The repository of a seed.
-pub fn case(seed: u64, now: Timestamp) -> Case {
-    let mut maker = Maker {
-        random: Random::new(seed),
-        now,
-        roles: BTreeMap::new(),
-        delegations: Vec::new(),
-        listed: Vec::new(),
-        consistent: true,
-        with_hashes: true,
-        with_length: true,
-        defects: Vec::new(),
-        noted: Vec::new(),
-    };
-    let m = &mut maker;
-    m.consistent = !m.random.once_in(4);
-    (m.with_hashes, m.with_length) = (!m.random.once_in(3), m.random.once_in(2));
-    for role in TOP {
-        let of = m.role();
-        m.roles.insert(role, of);
-    }
-    m.roles.get_mut("root").unwrap().version = 1 + m.random.below(3) as u64;
-    let mut parents = vec!["targets"];
-    for name in DELEGATED.iter().take(m.random.below(5)) {
-        let of = m.role();
-        m.roles.insert(name, of);
-        let parent = parents[m.random.below(parents.len())];
-        let paths = if m.random.once_in(4) {
-            let digits: Vec<String> = (0..6).map(|_| format!("{:x}", m.random.below(16))).collect();
-            json!(digits)
-        } else {
-            let many = 1 + m.random.below(2);
-            json!((0..many).map(|_| PATTERNS[m.random.below(PATTERNS.len())]).collect::<Vec<_>>())
-        };
-        let terminating = m.random.once_in(3);
-        m.delegations.push(Delegation { parent, name, paths, terminating });
-        parents.push(name);
-        // Sometimes another role delegates to it as well: a diamond, or a cycle.
-        if m.random.once_in(5) {
-            let parent = parents[m.random.below(parents.len())];
-            let paths = json!([PATTERNS[m.random.below(PATTERNS.len())]]);
-            if m.delegations.iter().all(|d| (d.parent, d.name) != (parent, *name)) {
-                m.delegations.push(Delegation { parent, name, paths, terminating: false });
-            }
-        }
-    }
-    for path in PATHS {
-        for _ in 0..=usize::from(m.random.once_in(4)) {
-            let role = parents[m.random.below(parents.len())];
-            if !m.random.once_in(8) && !m.listed.contains(&(role, path)) {
-                m.listed.push((role, path));
-            }
-        }
-    }
-
-    let root = m.sign("root", &m.root(), &m.own_signers("root"));
-    let mut states = Vec::new();
-    let mut roots = BTreeMap::new();
-    for state in 0..=usize::from(!m.random.once_in(3)) {
-        m.noted.push(format!("state {state}:"));
-        m.choose_defects();
-        for _ in 0..m.random.below(3) {
-            m.next_root(&mut roots);
-        }
-        let mut files = roots.clone();
-        m.write(&mut files);
-        states.push(files);
-        // Another time: versions go up, sometimes down.
-        let names: Vec<&'static str> = m.roles.keys().copied().filter(|role| *role != "root").collect();
-        for role in names {
-            let step = [0, 1, 1, 1, 2][m.random.below(5)];
-            let back = m.random.once_in(16);
-            let of = m.roles.get_mut(role).unwrap();
-            // A snapshot always says something new, so its version is a new one.
-            let step = if role == "snapshot" { step.max(1) } else { step };
-            of.version = if back && of.version > 1 { of.version - 1 } else { of.version + step };
-        }
-        if m.random.once_in(12) && m.delegations.len() > 1 {
-            let gone = m.delegations.pop().unwrap().name;
-            if m.delegations.iter().all(|d| d.name != gone && d.parent != gone) {
-                m.roles.remove(gone);
-                m.listed.retain(|(role, _)| *role != gone);
-                m.noted.push(format!("{gone} is gone"));
-            }
-        }
-    }
-    let targets = PATHS.map(str::to_owned).to_vec();
-    Case { seed, root, states, targets, defects: maker.noted }
 }

@@ -160,7 +160,7 @@ pub fn load(uki: &File, manifest: &Manifest, root: Option<(&Path, &str)>) -> Res
     // A kernel that comes by kexec is past the initramfs that firmware started, also when it is started from there. Where nothing
     // was loaded the boot goes on as the one it was. Under a TPM that cannot be capped it would pass for one that firmware
     // started: a cold boot leads to the release as well.
-    tpm::leave_initramfs(true)
+    Ok(tpm::leave_initramfs(true)?)
 }
 
 /// A newc cpio of the one file and its directories. Not a byte of it may depend on anything but the release: what the kernel

@@ -402,7 +402,7 @@ async fn dhcp_event(control: &Control, event: kiln_netboot::Event) -> Result<(),
         Event::AgentAsked { mac, id } => {
             tracing::debug!(machine = name(id.as_ref(), mac), "its agent asked where the boot server is");
         }
-        Event::HeardAt { mac, position } => control.heard_at(mac, position),
+        Event::HeardAt { mac, position } => control.heard_at(mac, &position),
         Event::Withheld { mac, id, reason } => {
             tracing::warn!(machine = name(id.as_ref(), mac), "gets no boot program: {reason}");
         }

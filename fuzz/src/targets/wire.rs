@@ -176,7 +176,7 @@ pub mod wire {
                 let step = message::<Attestation>(rest);
                 if let Some(Attestation::Prove { event_log, .. }) = &step {
                     assert!(event_log.0.len() * 2 <= rest.len());
-                    assert!((EVENT_LOG_LIMIT + IMA_LIST_LIMIT) * 2 < ATTESTATION_LIMIT);
+                    const { assert!((EVENT_LOG_LIMIT + IMA_LIST_LIMIT) * 2 < ATTESTATION_LIMIT) };
                 }
                 step.is_some()
             }

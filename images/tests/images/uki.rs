@@ -322,7 +322,7 @@ fn keys_are_made_once_and_are_their_owners_and_enrolment_has_every_form() {
     }
     // A machine's option ROMs: db names them beside the certificate, and is signed with them.
     let allow = BTreeSet::from([[1; 32], [2; 32]]);
-    let done = enroll(&site, &out, None, &allow, now).unwrap();
+    let done = enroll(&site, &out, None, &allow, now, &mut Unlock::nobody()).unwrap();
     assert_eq!((done.files.len(), done.allowed), (9, 2));
     let read = |name: &str| std::fs::read(out.join(name)).unwrap();
     let (cer, esl) = (read("db.cer"), read("db.esl"));
@@ -437,7 +437,7 @@ fn encrypted_keys_sign_what_they_signed_before_for_whoever_has_the_passphrase() 
     });
     let key = SigningKey::open(&site, "db", &mut unlock).unwrap();
     assert_eq!((key.fingerprint(), key.detached(b"a root hash")), (print, signed));
-    enroll(&site, &dir.path().join("out"), None, now, &mut unlock).unwrap();
+    enroll(&site, &dir.path().join("out"), None, &BTreeSet::new(), now, &mut unlock).unwrap();
     assert!(unlock.plain().is_empty());
     drop(unlock);
     assert_eq!(asked, 1);

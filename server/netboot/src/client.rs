@@ -200,7 +200,7 @@ impl Client {
     /// option 82.
     pub fn position(&self, relays: &BTreeSet<Ipv4Addr>) -> Option<String> {
         let option = self.relay_agent.as_deref().filter(|_| relays.contains(&self.giaddr))?;
-        let (circuit, remote) = ids(option)?;
+        let RelayIds { circuit, remote } = ids(option)?;
         let remote = remote.map_or(Some("-".to_owned()), part)?;
         Some(format!("{} {remote} {}", self.giaddr, part(circuit?)?))
     }
@@ -211,15 +211,22 @@ impl Client {
     }
 }
 
-/// Circuit id and remote id of option 82, if it is whole and has neither twice.
-fn ids(option: &[u8]) -> Option<(Option<&[u8]>, Option<&[u8]>)> {
-    let (mut circuit, mut remote) = (None, None);
+/// The two ids of option 82 that say where a machine is.
+#[derive(Default)]
+struct RelayIds<'a> {
+    circuit: Option<&'a [u8]>,
+    remote: Option<&'a [u8]>,
+}
+
+/// They, if the option is whole and has neither twice.
+fn ids(option: &[u8]) -> Option<RelayIds<'_>> {
+    let mut ids = RelayIds::default();
     let mut rest = option;
     while let [code, length, tail @ ..] = rest {
         let (value, after) = tail.split_at_checked(usize::from(*length))?;
         let again = match *code {
-            CIRCUIT_ID => circuit.replace(value),
-            REMOTE_ID => remote.replace(value),
+            CIRCUIT_ID => ids.circuit.replace(value),
+            REMOTE_ID => ids.remote.replace(value),
             _ => None,
         };
         if again.is_some() {
@@ -227,7 +234,7 @@ fn ids(option: &[u8]) -> Option<(Option<&[u8]>, Option<&[u8]>)> {
         }
         rest = after;
     }
-    rest.is_empty().then_some((circuit, remote))
+    rest.is_empty().then_some(ids)
 }
 
 /// An id as people write it: its text, or its bytes as `0x…` where they are none, or could be taken for something else.

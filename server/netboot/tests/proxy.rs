@@ -71,7 +71,7 @@ fn port_4011_is_answered_with_an_ack_to_where_it_came_from() {
     let mut dhcp = proxy();
     let from = SocketAddrV4::new(Ipv4Addr::new(10, 77, 0, 101), 68);
     let request = with_option(&packet("ovmf-pxe-request"), 43, &[71, 4, 0, 0, 0, 0, 255]);
-    let Step::Ask(_, pending) = dhcp.receive(0, &kiln_netboot::Arrival { from, ..arrival(4011) }, &request) else {
+    let Step::Ask(_, pending) = dhcp.receive(0, &Arrival { from, ..arrival(4011) }, &request) else {
         panic!("a boot server request is a question");
     };
     let outputs = dhcp.answered(0, *pending, uki());

@@ -357,6 +357,7 @@ mod tests {
                 carried,
                 at_ms: None,
                 endorsement: None,
+                option_roms: None,
                 approved_endorsement: None,
             };
             let protection_words = protection_words(Some(class), Some(&proof));

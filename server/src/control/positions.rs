@@ -17,14 +17,14 @@ pub(crate) struct Positions(BTreeMap<String, (String, Millis)>);
 
 impl Positions {
     /// Whether that is news.
-    fn note(&mut self, mac: String, position: String, now: Millis) -> bool {
+    fn note(&mut self, mac: String, position: &str, now: Millis) -> bool {
         if self.0.len() >= MOST {
             self.0.retain(|_, (_, at)| is_fresh(*at, now));
         }
         if self.0.len() >= MOST && !self.0.contains_key(&mac) {
             return false;
         }
-        let before = self.0.insert(mac, (position.clone(), now));
+        let before = self.0.insert(mac, (position.to_owned(), now));
         before.is_none_or(|(old, _)| old != position)
     }
 
@@ -43,8 +43,8 @@ fn is_fresh(at: Millis, now: Millis) -> bool {
 
 impl Control {
     /// A trusted relay says where this machine's packet entered the network.
-    pub fn heard_at(&self, mac: Mac, position: String) {
-        let is_new = self.lock().positions.note(mac.to_string(), position.clone(), now_ms());
+    pub fn heard_at(&self, mac: Mac, position: &str) {
+        let is_new = self.lock().positions.note(mac.to_string(), position, now_ms());
         if is_new {
             tracing::info!(%mac, "is heard at {position:?}");
         }
@@ -59,21 +59,21 @@ mod tests {
     fn a_place_counts_for_minutes_and_two_places_are_none() {
         let mut positions = Positions::default();
         let mac = |n: usize| format!("02:00:00:00:{:02x}:{:02x}", n / 256, n % 256);
-        positions.note(mac(1), "here".into(), 1_000);
+        positions.note(mac(1), "here", 1_000);
         assert_eq!(positions.of(&[mac(2), mac(1)], 1_000 + FRESH_MS - 1), Some("here"));
         assert_eq!(positions.of(&[mac(1)], 1_000 + FRESH_MS), None);
-        positions.note(mac(2), "there".into(), 1_000);
+        positions.note(mac(2), "there", 1_000);
         assert_eq!(positions.of(&[mac(1), mac(2)], 2_000), None, "which of two it is nobody knows");
-        positions.note(mac(2), "here".into(), 1_500);
+        positions.note(mac(2), "here", 1_500);
         assert_eq!(positions.of(&[mac(1), mac(2)], 2_000), Some("here"));
         // A flood: who was heard before is not pushed out, and may be heard anew.
         for n in 0..2 * MOST {
-            positions.note(mac(n + 16), "flood".into(), 2_000);
+            positions.note(mac(n + 16), "flood", 2_000);
         }
         assert_eq!(positions.0.len(), MOST);
-        positions.note(mac(1), "moved".into(), 3_000);
+        positions.note(mac(1), "moved", 3_000);
         assert_eq!(positions.of(&[mac(1)], 3_000), Some("moved"));
-        positions.note(mac(3), "later".into(), 2_000 + FRESH_MS);
+        positions.note(mac(3), "later", 2_000 + FRESH_MS);
         assert_eq!(positions.of(&[mac(3)], 2_000 + FRESH_MS), Some("later"), "what is stale makes room");
     }
 }

@@ -186,7 +186,7 @@ async fn the_loader_of_a_revoked_release_is_a_foreign_program() {
 
     let snapshot = site.snapshot();
     std::fs::write(site.site.secure_boot("revoked"), format!("{} minimal/2\n", "ab".repeat(32))).unwrap();
-    kiln_images::publish_dbx(&site.site, jiff::Timestamp::now()).unwrap();
+    kiln_images::publish_dbx(&site.site, jiff::Timestamp::now(), &mut kiln_images::Unlock::nobody()).unwrap();
     until(&server, |status| status["snapshot"].as_u64().unwrap() > snapshot).await;
     chip.restart();
     chip.boot(1, b"firmware", 1);

@@ -38,30 +38,30 @@ async fn a_machine_with_nothing_but_a_name_is_known_where_a_trusted_relay_hears_
     // Heard nowhere, or elsewhere; or one that keeps a key, at the place.
     let mut agent = new(9);
     waits(&says(&control, &mut agent).await);
-    control.heard_at(mac(9), ELSEWHERE.into());
+    control.heard_at(mac(9), ELSEWHERE);
     waits(&says(&control, &mut agent).await);
     let mut keeps = Agent { storage: KeyStorage::EfiVariable, ..new(8) };
-    control.heard_at(mac(8), PLACE.into());
+    control.heard_at(mac(8), PLACE);
     waits(&says(&control, &mut keeps).await);
     assert_eq!(view(&control, 9).state, "discovered");
 
-    control.heard_at(mac(9), PLACE.into());
+    control.heard_at(mac(9), PLACE);
     assigned(&says(&control, &mut agent).await);
     let seen = view(&control, 9);
     assert_eq!((seen.name.as_str(), seen.position.as_deref()), ("by-port", Some(PLACE)));
     // Another machine behind that port is for a person to look at.
     let mut second = new(7);
-    control.heard_at(mac(7), PLACE.into());
+    control.heard_at(mac(7), PLACE);
     waits(&says(&control, &mut second).await);
 
     // Its next boot makes another key. The same from another port is somebody else.
     let signer = Arc::new(kiln_release::Signer::from_seed(&[78; 32]));
     let mut next = Agent { signer, boot: 2, seq: 0, ..agent.clone() };
-    control.heard_at(mac(9), ELSEWHERE.into());
+    control.heard_at(mac(9), ELSEWHERE);
     waits(&says(&control, &mut next).await);
     assert_eq!(view(&control, 9).other_key, Some(next.key_id()));
     assigned(&says(&control, &mut agent).await);
-    control.heard_at(mac(9), PLACE.into());
+    control.heard_at(mac(9), PLACE);
     assigned(&says(&control, &mut next).await);
     assert_eq!(view(&control, 9).key, Some(next.key_id()));
 }

@@ -134,7 +134,7 @@ fn option_roms_are_listed_once_each_whatever_may_boot() {
     let mut machine = Machine::honest(0, b"");
     let roms = |machine: &Machine| read(&machine.log, machine.quoted()).unwrap().option_roms();
     let first = hex::encode(&sha256(b"option ROM"));
-    assert_eq!(roms(&machine), [first.clone()]);
+    assert_eq!(roms(&machine), std::slice::from_ref(&first));
     machine.event(2, 0x8000_0004, [7; 32], b"path").event(2, 0x8000_0004, [7; 32], b"another card of that kind");
     machine.event(2, 0x8000_0005, [8; 32], b"path");
     // Neither a table of PCR 2 nor a driver of PCR 0 is an option ROM.

@@ -183,7 +183,7 @@ fn a_kexec_that_was_not_measured_is_said_to_be_so() {
         let mut s = Story::new();
         s.then(reports("a", 1, TpmPresence::Ready));
         let booted = Ok(ProvenBoot { cold: cold("a", [1, 2, 3, 4]), carried, began: began.clone() });
-        let proven = Proven { key: key(1), boot_id: "a".into(), endorsement: Some(hash(7)), booted };
+        let proven = Proven { key: key(1), boot_id: "a".into(), endorsement: Some(hash(7)), option_roms: None, booted };
         s.then(Event::Proven(Box::new(proven)));
         assert!(s.m.attestation().1.ends_with(words), "{:?}", s.m.attestation());
         assert_eq!(s.m.attestations.began, began);

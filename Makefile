@@ -28,7 +28,8 @@ lab: setup build ## A rack of virtual machines boots, comes up healthy and reima
 	@exec $(LAB) run $(LAB_ARGS)
 
 # One selection of packages in every line of the tests: another one means other features, and half of everything anew.
-# Set-up installs whatever is asked for a second opinion: under KILN_ORACLES a test that misses it fails.
+# Set-up installs whatever of Debian's is asked for a second opinion: under KILN_ORACLES a test that misses it fails. What PyPI
+# and npm have is fetched by the tests that ask it, and they say so where these are out of reach.
 TEST := KILN_ORACLES=1 $(CARGO) test --locked --workspace
 
 tests:

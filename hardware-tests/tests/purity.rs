@@ -99,8 +99,8 @@ fn nothing_that_decides_reads_the_clock() {
 /// backquotes; one that ends with … is given by its beginning.
 #[test]
 fn every_test_that_the_documents_name_is_there() {
-    /// A system call.
-    const NO_TEST: &str = "open_by_handle_at";
+    /// A system call, a function of the kernel, a key of a recipe.
+    const NO_TEST: [&str; 3] = ["open_by_handle_at", "verify_pkcs7_message_sig", "network_lost_per_million"];
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let (mut sources, mut documents) = (Vec::new(), Vec::new());
     files(root, "rs", &mut sources);
@@ -120,7 +120,7 @@ fn every_test_that_the_documents_name_is_there() {
         for word in text.lines().flat_map(|line| line.split('`').skip(1).step_by(2)) {
             let name = word.rsplit("::").next().unwrap_or(word);
             let (name, beginning) = name.strip_suffix('…').map_or((name, false), |name| (name, true));
-            if name.matches('_').count() < 3 || !name.chars().all(is_part) || name == NO_TEST {
+            if name.matches('_').count() < 3 || !name.chars().all(is_part) || NO_TEST.contains(&name) {
                 continue;
             }
             named += 1;

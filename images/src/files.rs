@@ -123,6 +123,8 @@ impl Drop for Batch {
 pub(crate) fn sync_folder(of: &Path) -> Result<(), SiteError> {
     match of.parent() {
         Some(folder) => {
+            // Of a name without a folder: the one that the program was started in.
+            let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
             File::open(folder).and_then(|folder| folder.sync_all()).map_err(SiteError::io("sync directory of", of))
         }
         None => Ok(()),

@@ -36,7 +36,7 @@ pub fn python() -> Option<PathBuf> {
                 Err(error) => error.to_string(),
             };
             let (make, install) = (why(&make), why(&install));
-            crate::oracle::skipped(&format!("there is no python-tuf: venv: {make}; pip: {install}"));
+            crate::oracle::out_of_reach(&format!("there is no python-tuf: venv: {make}; pip: {install}"));
             return None;
         }
     }

@@ -391,7 +391,7 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
             ),
             ("[[role]]\nname = \"a b\"\nimage = \"x\"", "role.name"),
             ("[[machine]]\nid = \"x\"\nname = \"n\"\nrole = \"default\"", "machine.id"),
-            ("[[machine]]\nname = \"n\"\nrole = \"default\"", "machine: n: expected `id` or `serial`"),
+            ("[[machine]]\nname = \"n\"\nrole = \"default\"", "machine: n: expected `id`, `serial` or `position`"),
             (
                 "[[machine]]\nserial = \"0000\"\nname = \"n\"\nrole = \"default\"",
                 "machine.serial: \"0000\" is what boards have",
@@ -408,7 +408,6 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
                 "[[machine]]\nid = \"00000000-0000-0000-0000-000000000001\"\nname = \"n\"\nrole = \"db\"",
                 "known are: default",
             ),
-            ("[[machine]]\nname = \"n\"\nrole = \"default\"", "machine: n: either id or position"),
         ] {
             let got = message(text);
             assert!(got.contains(expected), "{text}: {got}");

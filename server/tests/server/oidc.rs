@@ -31,7 +31,7 @@ fn installed() -> Option<PathBuf> {
                 Ok(output) => String::from_utf8_lossy(&output.stderr).lines().last().unwrap_or("").to_owned(),
                 Err(error) => error.to_string(),
             };
-            oracle::skipped(&format!("{PACKAGE} cannot be installed by npm: {why}"));
+            oracle::out_of_reach(&format!("{PACKAGE} cannot be installed by npm: {why}"));
             return None;
         }
     }

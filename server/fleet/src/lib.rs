@@ -25,6 +25,7 @@ mod hardware;
 mod held;
 mod machine;
 mod orders;
+mod person;
 mod protection;
 mod rebuild;
 mod replace;

@@ -88,6 +88,9 @@ pub struct Machine {
     /// The last key that reported under this id and is not the machine's: [`crate::Event::Clear`] makes it so.
     #[serde(default)]
     pub stranger: Option<KeyId>,
+    /// A person ended its quarantine: in whichever boot its key speaks next, that is the machine's.
+    #[serde(default)]
+    pub any_boot: bool,
     /// The approval code of an introduction, and the key that introduced itself; not stored.
     #[serde(skip)]
     pub code: Option<(KeyId, ApprovalCode)>,
@@ -225,6 +228,7 @@ impl Machine {
             heard_at: None,
             previous_key: None,
             stranger: None,
+            any_boot: false,
             code: None,
             facts: None,
             assigned: None,

@@ -25,7 +25,8 @@ impl Machine {
             out.push(Action::Sign);
         }
         let stranger = self.stranger.take();
-        if let Some(stranger) = stranger.filter(|_| self.pinned.is_none()) {
+        if let Some(stranger) = stranger.filter(|_| self.pinned.is_none() && self.state.kind != StateKind::Quarantined)
+        {
             // A person says that the other key is the machine's now.
             self.key = Some(stranger);
             self.previous_key = None;
@@ -34,9 +35,14 @@ impl Machine {
         wake(out);
         match self.state.kind {
             StateKind::Quarantined => {
-                // Whichever key reports next is the machine's: the person has looked.
-                self.key = None;
-                self.previous_key = None;
+                if self.keeps_a_key() {
+                    // Both had this one: whoever comes with another is no claimant. In which boot the true one is, it says.
+                    self.any_boot = true;
+                } else {
+                    // Whichever key reports next is the machine's: the person has looked.
+                    self.key = None;
+                    self.previous_key = None;
+                }
                 self.boots.iter_mut().for_each(|boot| boot.late = 0);
                 if self.assigned.is_some() {
                     let reason = "cleared; waits for its next report";

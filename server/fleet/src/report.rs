@@ -33,7 +33,7 @@ impl Machine {
     pub(crate) fn report(&mut self, reported: &Reported, limits: Limits, now: Millis, out: &mut Vec<Action>) {
         let report = &reported.report;
         // Whichever boot speaks first is the machine's then, also one that was known before.
-        let unbound = self.key.is_none();
+        let unbound = self.key.is_none() || self.any_boot;
         match self.claim(reported) {
             Claim::Accepted => {}
             Claim::NewKey => {
@@ -63,8 +63,14 @@ impl Machine {
                 }
                 return;
             }
-            Which::Current => self.disbelieve(out),
+            Which::Current => {
+                if std::mem::take(&mut self.any_boot) {
+                    save(out);
+                }
+                self.disbelieve(out);
+            }
             Which::New => {
+                self.any_boot = false;
                 // Its firmware was heard, and is known now to have been its own.
                 self.believe(limits, out);
                 self.begin_boot(report, now, out);
@@ -128,10 +134,7 @@ impl Machine {
         }
         let two = "two machines with different identity keys report under this id";
         let act = format!("find the false one, then run `kiln machine clear {}`", self.title());
-        let keeps = self.facts.as_ref().is_some_and(|f| match f.key_storage {
-            KeyStorage::Tpm | KeyStorage::EfiVariable | KeyStorage::File => true,
-            KeyStorage::Ephemeral => false,
-        });
+        let keeps = self.keeps_a_key();
         let current = self.boots.back().is_some_and(|b| b.boot_id == reported.report.boot_id);
         if let Some(cause) = self.cannot_unseal(&reported.report).filter(|_| keeps) {
             Claim::Stranger(format!(
@@ -155,6 +158,14 @@ impl Machine {
             // Only a name: a new boot brings a new key. If the old one speaks again, there are two.
             Claim::NewKey
         }
+    }
+
+    /// Its key outlives its boots.
+    pub(crate) fn keeps_a_key(&self) -> bool {
+        self.facts.as_ref().is_some_and(|f| match f.key_storage {
+            KeyStorage::Tpm | KeyStorage::EfiVariable | KeyStorage::File => true,
+            KeyStorage::Ephemeral => false,
+        })
     }
 
     /// This machine's key is sealed in its TPM, and who reports under its id says that it cannot use one: why, and what to do.

@@ -85,9 +85,13 @@ pub struct Machine {
     pub heard_at: Option<String>,
     /// The key of the boot before, of a machine that makes a new one at each boot.
     pub previous_key: Option<KeyId>,
-    /// The last key that reported under this id and is not the machine's: [`crate::Event::Clear`] makes it so.
+    /// The last key that reported under this id and is not the machine's: [`crate::Event::Clear`] makes it so, unless
+    /// [`Machine::keeps_its_own`].
     #[serde(default)]
     pub stranger: Option<KeyId>,
+    /// That key spoke after the machine's own, since the server started.
+    #[serde(skip)]
+    pub stranger_last: bool,
     /// A person ended its quarantine: in whichever boot its key speaks next, that is the machine's.
     #[serde(default)]
     pub any_boot: bool,
@@ -228,6 +232,7 @@ impl Machine {
             heard_at: None,
             previous_key: None,
             stranger: None,
+            stranger_last: false,
             any_boot: false,
             code: None,
             facts: None,

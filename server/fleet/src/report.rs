@@ -41,6 +41,7 @@ impl Machine {
                 save(out);
             }
             Claim::Stranger(reason) => {
+                self.stranger_last = true;
                 // Said once for each key: a stranger that repeats itself is no news, and no write.
                 if self.stranger.as_ref() != Some(&reported.key) {
                     self.stranger = Some(reported.key.clone());
@@ -55,6 +56,7 @@ impl Machine {
                 return;
             }
         }
+        self.stranger_last = false;
         self.last_seen = now;
         match self.which_boot(report, unbound) {
             Which::Stray => {

@@ -121,8 +121,7 @@ impl Machine {
         if self.pinned.as_ref().is_some_and(|pinned| *pinned != reported.key) {
             return Claim::Stranger(self.not_the_pinned_one(&reported.key));
         }
-        let Some(key) = &self.key else { return Claim::NewKey };
-        if *key == reported.key {
+        if self.key.as_ref() == Some(&reported.key) {
             return Claim::Accepted;
         }
         if let Some(place) = self.position.as_ref().filter(|place| self.heard_at.as_ref() != Some(*place)) {
@@ -133,6 +132,9 @@ impl Machine {
                 &reported.key.as_str()[..12],
                 title = self.title(),
             ));
+        }
+        if self.key.is_none() {
+            return Claim::NewKey;
         }
         let two = "two machines with different identity keys report under this id";
         let act = format!("find the false one, then run `kiln machine clear {}`", self.title());

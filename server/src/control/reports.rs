@@ -201,6 +201,10 @@ impl Control {
         let what = format!("approved as {} with role {}, to run {release}{how}", listed.name, listed.role);
         if let Some(machine) = inner.machines.get_mut(id) {
             machine.position = place;
+            if listed.key.is_some() {
+                // It was compared above; from here on nothing, also no clear, gives the machine to another.
+                machine.pin(listed.key.as_ref());
+            }
         }
         let event = Event::Approve { name: listed.name.clone(), role: listed.role.clone(), release };
         self.step(inner, id, event, now_ms(), pending)?;

@@ -98,6 +98,20 @@ fn a_machine_that_is_known_by_its_position_takes_a_new_key_only_there() {
     s.m.heard_at = here();
     s.then(says(3, "c"));
     assert_eq!(s.m.key, Some(key(3)), "heard at its place");
+    // A clear ends neither the place nor its key; and where two keys claim it, the next one comes from there.
+    s.m.heard_at = None;
+    s.then(says(2, "x")).then(Event::Clear).then(says(2, "x"));
+    assert_eq!(s.m.key, Some(key(3)));
+    let mut two = Story { m: s.m.clone(), now: s.now, last: vec![] };
+    two.m.heard_at = here();
+    two.then(says(1, "c")).is(StateKind::Quarantined).then(Event::Clear).is(StateKind::Approved);
+    two.m.heard_at = None;
+    two.then(says(2, "x")).is(StateKind::Approved);
+    assert_eq!((&two.m.key, &two.m.stranger), (&None, &Some(key(2))));
+    two.m.heard_at = here();
+    two.then(says(1, "d")).is(StateKind::Healthy);
+    assert_eq!(two.m.key, Some(key(1)));
+    s.m.heard_at = here();
     let stored: Machine = serde_json::from_str(&serde_json::to_string(&s.m).unwrap()).unwrap();
     assert_eq!((stored.position, stored.heard_at), (here(), None));
     let withheld = s.m.secrets_withheld(&key(3), &Barred::default()).unwrap();

@@ -41,7 +41,7 @@ pub use acceptance::{ACCEPTANCE_KEPT, AcceptanceRun, Demand};
 pub use attestation::{Attestations, Began, BootProof, ColdBoot, Left, Pinned, Proven, ProvenBoot};
 pub use bootloop::{BootLoop, LOOP_REST_MS, LOOP_STARTS, LOOP_WINDOW_MS};
 pub use boots::{BOOTS_KEPT, Boot, RECORDS_KEPT, StageAt};
-pub use clones::LATE_REPORTS;
+pub use clones::{BOOTS_AT_ONCE, LATE_REPORTS, PAST_BOOTS, PastBoots};
 pub use condition::{EVENTS_KEPT, EventAt, KnownCondition};
 pub use drift::{DRIFT_PATIENCE_MS, DRIFT_REBUILDS, DRIFT_WINDOW_MS, DriftPolicy, KnownDrift};
 pub use error::Refusal;

@@ -4,6 +4,7 @@ use crate::acceptance::{AcceptanceRun, Demand};
 use crate::attestation::Attestations;
 use crate::bootloop::BootLoop;
 use crate::boots::Boot;
+use crate::clones::PastBoots;
 use crate::condition::KnownCondition;
 use crate::drift::{DriftPolicy, KnownDrift};
 use crate::error::Refusal;
@@ -210,6 +211,9 @@ pub struct Machine {
     /// Its boots, the newest last. Stored apart.
     #[serde(skip)]
     pub boots: VecDeque<Boot>,
+    /// What is remembered of those before them, since the server started; not stored.
+    #[serde(skip)]
+    pub past: PastBoots,
 }
 
 impl Machine {
@@ -277,6 +281,7 @@ impl Machine {
             max_age: None,
             orders: VecDeque::new(),
             boots: VecDeque::new(),
+            past: PastBoots::default(),
         }
     }
 

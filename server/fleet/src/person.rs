@@ -50,6 +50,7 @@ impl Machine {
                     self.previous_key = None;
                 }
                 self.boots.iter_mut().for_each(|boot| boot.late = 0);
+                self.past.forgive();
                 if self.assigned.is_some() {
                     let reason = "cleared; waits for its next report";
                     self.enter(StateKind::Approved, reason, Some(now + LIVE_MS), now);

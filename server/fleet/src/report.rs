@@ -77,6 +77,9 @@ impl Machine {
                 self.believe(limits, out);
                 self.begin_boot(report, now, out);
                 save(out);
+                if self.past.are_too_many(now) {
+                    self.contest(self.has_a_copy(), now, out);
+                }
             }
         }
         if self.note(reported, now, out) {
@@ -201,7 +204,11 @@ impl Machine {
                     Which::Stray
                 }
             }
-            Some(_) | None if !unbound && boots.any(|b| b.boot_id == report.boot_id) => Which::Stray,
+            Some(_) | None
+                if !unbound && (boots.any(|b| b.boot_id == report.boot_id) || self.past.has(&report.boot_id)) =>
+            {
+                Which::Stray
+            }
             Some(_) | None => Which::New,
         }
     }
@@ -214,7 +221,7 @@ impl Machine {
         let zero = now.saturating_sub(report.at_ms);
         self.mend(out);
         if !self.boots.back().is_some_and(Boot::is_unclaimed) {
-            self.push_boot(via, zero);
+            self.push_boot(via, zero, now);
         }
         if let Some(boot) = self.boots.back_mut() {
             boot.moved = None;

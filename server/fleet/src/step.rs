@@ -129,11 +129,13 @@ impl Machine {
         };
     }
 
-    pub(crate) fn push_boot(&mut self, via: Via, now: Millis) {
+    pub(crate) fn push_boot(&mut self, via: Via, started: Millis, now: Millis) {
         let number = self.boots.back().map_or(1, |b| b.number + 1);
-        self.boots.push_back(Boot::new(number, via, now));
+        self.boots.push_back(Boot::new(number, via, started));
         while self.boots.len() > BOOTS_KEPT {
-            self.boots.pop_front();
+            if let Some(boot) = self.boots.pop_front() {
+                self.past.put(boot, now);
+            }
         }
     }
 
@@ -148,10 +150,10 @@ impl Machine {
             Some(boot) if boot.is_unclaimed() => {
                 if boot.downloads() {
                     self.boots.pop_back();
-                    self.push_boot(Via::Cold, now);
+                    self.push_boot(Via::Cold, now, now);
                 }
             }
-            Some(_) | None => self.push_boot(Via::Cold, now),
+            Some(_) | None => self.push_boot(Via::Cold, now, now),
         }
         if let Some(boot) = self.boots.back_mut() {
             if boot.has(Stage::Dhcp) {

@@ -56,6 +56,29 @@ fn a_clear_after_a_clone_gives_the_identity_to_no_other_key() {
     }
 }
 
+/// Whoever has the copy begins so many boots between two reports of the true machine that its boot is not among the newest.
+#[test]
+fn a_copy_that_begins_boot_after_boot_is_found_all_the_same() {
+    let mut s = Story::good_on_1();
+    let mut n = 0;
+    for late in 1..=LATE_REPORTS {
+        for _ in 0..=BOOTS_KEPT {
+            n += 1;
+            s.then(by(1, healthy(1, &format!("copy{n}"), 1, 1))).is(StateKind::Healthy);
+        }
+        s.wait(LIVE_MS).then(by(1, healthy(1, "a", 10 + u64::from(late), 1)));
+        assert_ne!(s.m.state.kind, StateKind::Quarantined, "may have been on its way");
+    }
+    s.then(by(1, healthy(1, "a", 20, 1))).is(StateKind::Quarantined);
+    s.then(Event::Clear).then(by(1, healthy(1, "a", 21, 1))).is(StateKind::Healthy);
+    // Faster still, and the true one would be forgotten: no machine restarts like that.
+    for n in 2..BOOTS_AT_ONCE {
+        s.then(by(1, healthy(1, &format!("fast{n}"), 1, 1))).is(StateKind::Healthy);
+    }
+    s.then(by(1, healthy(1, "last", 1, 1))).is(StateKind::Quarantined);
+    s.then(Event::Clear).then(by(1, healthy(1, "a", 30, 1))).is(StateKind::Healthy);
+}
+
 #[test]
 fn what_was_on_its_way_when_a_machine_restarted_makes_no_copy() {
     let mut s = Story::good_on_1();

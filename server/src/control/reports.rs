@@ -22,8 +22,8 @@ pub const MAX_WAIT_S: u32 = 55;
 /// Reports held at once.
 pub const MAX_HELD: usize = 5_000;
 
-/// Machines with one identity key that are looked at in one step: one is enough to know, and whoever has a copy of a key
-/// can make up many.
+/// Machines with one identity key that are held in one step: one is enough to know, and whoever has a copy of a key can make
+/// up many.
 const COPIES: usize = 8;
 
 /// When to come again, in milliseconds.
@@ -140,11 +140,13 @@ impl Control {
         let Some(machine) = inner.machines.get(id) else { return Ok(()) };
         let Some(key) = machine.key.as_ref().filter(|_| machine.reported == Some(now)) else { return Ok(()) };
         let title = machine.title().to_owned();
-        let copies = inner.keys.others(key, id).take(COPIES).filter_map(|other| inner.machines.get(other));
-        let copies: Vec<(MachineId, String)> = copies
-            .filter(|other| machine.lives_beside(other, now))
-            .map(|other| (other.id.clone(), other.title().to_owned()))
-            .collect();
+        let copies = inner.keys.others(key, id).filter_map(|other| inner.machines.get(other));
+        // All are looked at, as whoever makes up some chooses their ids; what costs is the step. Those that people know come first.
+        let mut copies: Vec<&Machine> = copies.filter(|other| machine.lives_beside(other, now)).collect();
+        copies.sort_by_key(|other| (!other.state.kind.in_fleet(), std::cmp::Reverse(other.reported)));
+        copies.truncate(COPIES);
+        let copies: Vec<(MachineId, String)> =
+            copies.into_iter().map(|other| (other.id.clone(), other.title().to_owned())).collect();
         for (other, with) in copies {
             self.step(inner, id, Event::KeyShared { with }, now, pending)?;
             self.step(inner, &other, Event::KeyShared { with: title.clone() }, now, pending)?;

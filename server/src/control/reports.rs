@@ -191,7 +191,14 @@ impl Control {
         }
         let serial = machine.facts.as_ref().map(|facts| facts.serial.as_str());
         let listed = self.config.listed(id, serial).map(|listed| (listed, None));
-        let Some((listed, place)) = listed.or_else(|| self.listed_by_position(inner, machine)) else { return Ok(()) };
+        let Some((listed, place)) = listed.or_else(|| self.listed_by_position(machine)) else { return Ok(()) };
+        if let Some(other) = place.as_ref().and_then(|place| Self::stands_at(inner, place)) {
+            let reason = format!(
+                "kiln.toml lists its position, and it is not approved: its position is {other}'s already. If this takes its place, \
+                 run `kiln machine retire {other}`"
+            );
+            return self.step(inner, id, Event::NotApproved { reason }, now_ms(), pending);
+        }
         let image = self.config.image_of(&listed.role)?;
         let Some(release) = catalog.newest(image).cloned() else { return Ok(()) };
         if let Err(error) = self.check_listed(inner, id, listed, &release) {
@@ -240,14 +247,18 @@ impl Control {
         self.check_role(&listed.role, release)
     }
 
-    /// The line of the list for where it was heard. Only for a machine that has nothing better to be known by than its name, and
-    /// only where nobody else has that place: two machines behind one port are for a person to tell apart.
-    fn listed_by_position(&self, inner: &Inner, machine: &Machine) -> Option<(&Listed, Option<String>)> {
+    /// The line of the list for where it was heard. Only for a machine that has nothing better to be known by than its name.
+    fn listed_by_position(&self, machine: &Machine) -> Option<(&Listed, Option<String>)> {
         let place = machine.heard_at.as_ref()?;
         let listed = self.config.positions.get(place)?;
         let is_name = machine.facts.as_ref().is_some_and(|facts| facts.key_storage == KeyStorage::Ephemeral);
-        let taken = || inner.machines.values().any(|m| m.position.as_ref() == Some(place));
-        (is_name && !taken()).then(|| (listed, Some(place.clone())))
+        is_name.then(|| (listed, Some(place.clone())))
+    }
+
+    /// Whose the place is: two machines behind one port are for a person to tell apart.
+    fn stands_at(inner: &Inner, place: &str) -> Option<String> {
+        let mut there = inner.machines.values().filter(|m| m.position.as_deref() == Some(place));
+        there.next().map(|machine| machine.title().to_owned())
     }
 
     /// What is wanted of the machine now. Signs nothing but a new assignment: a held report is looked at again at every

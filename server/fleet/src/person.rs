@@ -81,7 +81,8 @@ impl Machine {
             Some("the machine is known by its position; `kiln machine retire` ends that")
         } else if !self.stranger_last {
             Some(
-                "the machine's own key spoke after it, or neither since this server started; if the key is the machine's new                  one, clear it again after its next report",
+                "the machine's own key spoke after it, or neither since this server started; if the key is the machine's \
+                 new one, clear it again after its next report",
             )
         } else if self.key_revoked {
             // Its own can end nothing any more.
@@ -95,7 +96,8 @@ impl Machine {
             Some("this ended something else; if the key is the machine's new one, clear it once more")
         } else if self.cannot_read_its_memory() && self.state.kind != StateKind::Unreachable {
             Some(
-                "it cannot read what it remembers, which a clear ends; once that is over, or it is silent, another one takes the key",
+                "it could not read what it remembers, and this ended that; once it can, or is unreachable, another clear \
+                 takes the key",
             )
         } else {
             None

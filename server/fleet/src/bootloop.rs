@@ -37,7 +37,7 @@ impl Machine {
     /// A new boot reports for the first time: what became of the one before.
     pub(crate) fn count_start(&mut self, now: Millis, out: &mut Vec<Action>) {
         let well = std::mem::take(&mut self.boot_loop.well);
-        let in_fleet = !matches!(self.state.kind, StateKind::Discovered | StateKind::Quarantined | StateKind::Retired);
+        let in_fleet = self.state.kind.in_fleet() && self.state.kind != StateKind::Quarantined;
         let Some(assigned) = self.assigned.as_ref().filter(|a| in_fleet && a.order.is_none()) else { return };
         // One that left, left by itself.
         let in_vain = self.last_boot().is_some_and(|boot| {

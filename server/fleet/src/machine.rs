@@ -4,6 +4,7 @@ use crate::acceptance::{AcceptanceRun, Demand};
 use crate::attestation::Attestations;
 use crate::bootloop::BootLoop;
 use crate::boots::Boot;
+use crate::clones::PastBoots;
 use crate::condition::KnownCondition;
 use crate::drift::{DriftPolicy, KnownDrift};
 use crate::error::Refusal;
@@ -85,9 +86,16 @@ pub struct Machine {
     pub heard_at: Option<String>,
     /// The key of the boot before, of a machine that makes a new one at each boot.
     pub previous_key: Option<KeyId>,
-    /// The last key that reported under this id and is not the machine's: [`crate::Event::Clear`] makes it so.
+    /// The last key that reported under this id and is not the machine's: [`crate::Event::Clear`] makes it so, unless
+    /// [`Machine::keeps_its_own`].
     #[serde(default)]
     pub stranger: Option<KeyId>,
+    /// That key spoke after the machine's own, since the server started.
+    #[serde(skip)]
+    pub stranger_last: bool,
+    /// A person ended its quarantine: in whichever boot its key speaks next, that is the machine's.
+    #[serde(default)]
+    pub any_boot: bool,
     /// The approval code of an introduction, and the key that introduced itself; not stored.
     #[serde(skip)]
     pub code: Option<(KeyId, ApprovalCode)>,
@@ -203,6 +211,9 @@ pub struct Machine {
     /// Its boots, the newest last. Stored apart.
     #[serde(skip)]
     pub boots: VecDeque<Boot>,
+    /// What is remembered of those before them, since the server started; not stored.
+    #[serde(skip)]
+    pub past: PastBoots,
 }
 
 impl Machine {
@@ -225,6 +236,8 @@ impl Machine {
             heard_at: None,
             previous_key: None,
             stranger: None,
+            stranger_last: false,
+            any_boot: false,
             code: None,
             facts: None,
             assigned: None,
@@ -268,6 +281,7 @@ impl Machine {
             max_age: None,
             orders: VecDeque::new(),
             boots: VecDeque::new(),
+            past: PastBoots::default(),
         }
     }
 

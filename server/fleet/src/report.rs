@@ -33,7 +33,7 @@ impl Machine {
     pub(crate) fn report(&mut self, reported: &Reported, limits: Limits, now: Millis, out: &mut Vec<Action>) {
         let report = &reported.report;
         // Whichever boot speaks first is the machine's then, also one that was known before.
-        let unbound = self.key.is_none();
+        let unbound = self.key.is_none() || self.any_boot;
         match self.claim(reported) {
             Claim::Accepted => {}
             Claim::NewKey => {
@@ -41,6 +41,7 @@ impl Machine {
                 save(out);
             }
             Claim::Stranger(reason) => {
+                self.stranger_last = true;
                 // Said once for each key: a stranger that repeats itself is no news, and no write.
                 if self.stranger.as_ref() != Some(&reported.key) {
                     self.stranger = Some(reported.key.clone());
@@ -55,6 +56,7 @@ impl Machine {
                 return;
             }
         }
+        self.stranger_last = false;
         self.last_seen = now;
         match self.which_boot(report, unbound) {
             Which::Stray => {
@@ -63,12 +65,21 @@ impl Machine {
                 }
                 return;
             }
-            Which::Current => self.disbelieve(out),
+            Which::Current => {
+                if std::mem::take(&mut self.any_boot) {
+                    save(out);
+                }
+                self.disbelieve(out);
+            }
             Which::New => {
+                self.any_boot = false;
                 // Its firmware was heard, and is known now to have been its own.
                 self.believe(limits, out);
                 self.begin_boot(report, now, out);
                 save(out);
+                if self.past.are_too_many(now) {
+                    self.contest(self.has_a_copy(), now, out);
+                }
             }
         }
         if self.note(reported, now, out) {
@@ -113,8 +124,7 @@ impl Machine {
         if self.pinned.as_ref().is_some_and(|pinned| *pinned != reported.key) {
             return Claim::Stranger(self.not_the_pinned_one(&reported.key));
         }
-        let Some(key) = &self.key else { return Claim::NewKey };
-        if *key == reported.key {
+        if self.key.as_ref() == Some(&reported.key) {
             return Claim::Accepted;
         }
         if let Some(place) = self.position.as_ref().filter(|place| self.heard_at.as_ref() != Some(*place)) {
@@ -126,12 +136,12 @@ impl Machine {
                 title = self.title(),
             ));
         }
+        if self.key.is_none() {
+            return Claim::NewKey;
+        }
         let two = "two machines with different identity keys report under this id";
         let act = format!("find the false one, then run `kiln machine clear {}`", self.title());
-        let keeps = self.facts.as_ref().is_some_and(|f| match f.key_storage {
-            KeyStorage::Tpm | KeyStorage::EfiVariable | KeyStorage::File => true,
-            KeyStorage::Ephemeral => false,
-        });
+        let keeps = self.keeps_a_key();
         let current = self.boots.back().is_some_and(|b| b.boot_id == reported.report.boot_id);
         if let Some(cause) = self.cannot_unseal(&reported.report).filter(|_| keeps) {
             Claim::Stranger(format!(
@@ -155,6 +165,14 @@ impl Machine {
             // Only a name: a new boot brings a new key. If the old one speaks again, there are two.
             Claim::NewKey
         }
+    }
+
+    /// Its key outlives its boots.
+    pub(crate) fn keeps_a_key(&self) -> bool {
+        self.facts.as_ref().is_some_and(|f| match f.key_storage {
+            KeyStorage::Tpm | KeyStorage::EfiVariable | KeyStorage::File => true,
+            KeyStorage::Ephemeral => false,
+        })
     }
 
     /// This machine's key is sealed in its TPM, and who reports under its id says that it cannot use one: why, and what to do.
@@ -186,7 +204,11 @@ impl Machine {
                     Which::Stray
                 }
             }
-            Some(_) | None if !unbound && boots.any(|b| b.boot_id == report.boot_id) => Which::Stray,
+            Some(_) | None
+                if !unbound && (boots.any(|b| b.boot_id == report.boot_id) || self.past.has(&report.boot_id)) =>
+            {
+                Which::Stray
+            }
             Some(_) | None => Which::New,
         }
     }
@@ -199,7 +221,7 @@ impl Machine {
         let zero = now.saturating_sub(report.at_ms);
         self.mend(out);
         if !self.boots.back().is_some_and(Boot::is_unclaimed) {
-            self.push_boot(via, zero);
+            self.push_boot(via, zero, now);
         }
         if let Some(boot) = self.boots.back_mut() {
             boot.moved = None;

@@ -8,9 +8,6 @@ use crate::state::{State, StateKind};
 use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
 use kiln_protocol::{OrderId, ReleaseId, Stage, StageState, Via};
 
-/// Kind of the failure of an agent that cannot read what its machine remembers.
-const UNREADABLE: &str = "machine-format";
-
 impl Machine {
     /// One step.
     #[must_use]
@@ -132,11 +129,13 @@ impl Machine {
         };
     }
 
-    pub(crate) fn push_boot(&mut self, via: Via, now: Millis) {
+    pub(crate) fn push_boot(&mut self, via: Via, started: Millis, now: Millis) {
         let number = self.boots.back().map_or(1, |b| b.number + 1);
-        self.boots.push_back(Boot::new(number, via, now));
+        self.boots.push_back(Boot::new(number, via, started));
         while self.boots.len() > BOOTS_KEPT {
-            self.boots.pop_front();
+            if let Some(boot) = self.boots.pop_front() {
+                self.past.put(boot, now);
+            }
         }
     }
 
@@ -151,10 +150,10 @@ impl Machine {
             Some(boot) if boot.is_unclaimed() => {
                 if boot.downloads() {
                     self.boots.pop_back();
-                    self.push_boot(Via::Cold, now);
+                    self.push_boot(Via::Cold, now, now);
                 }
             }
-            Some(_) | None => self.push_boot(Via::Cold, now),
+            Some(_) | None => self.push_boot(Via::Cold, now, now),
         }
         if let Some(boot) = self.boots.back_mut() {
             if boot.has(Stage::Dhcp) {
@@ -350,75 +349,6 @@ impl Machine {
             }
             StateKind::Discovered | StateKind::Quarantined | StateKind::Retired => return,
         }
-        save(out);
-    }
-
-    fn clear(&mut self, now: Millis, out: &mut Vec<Action>) {
-        self.refused.clear();
-        self.fell_back = None;
-        self.drift.forgive();
-        self.forget_starts();
-        if self.cannot_read_its_memory()
-            && let Some(a) = self.assigned.as_mut().filter(|a| a.order.is_none())
-        {
-            // By an assignment that is newer than the one it has heard of, it knows that a person has looked.
-            a.sequence += 1;
-            out.push(Action::Sign);
-        }
-        let stranger = self.stranger.take();
-        if let Some(stranger) = stranger.filter(|_| self.pinned.is_none()) {
-            // A person says that the other key is the machine's now.
-            self.key = Some(stranger);
-            self.previous_key = None;
-        }
-        save(out);
-        wake(out);
-        match self.state.kind {
-            StateKind::Quarantined => {
-                // Whichever key reports next is the machine's: the person has looked.
-                self.key = None;
-                self.previous_key = None;
-                self.boots.iter_mut().for_each(|boot| boot.late = 0);
-                if self.assigned.is_some() {
-                    let reason = "cleared; waits for its next report";
-                    self.enter(StateKind::Approved, reason, Some(now + LIVE_MS), now);
-                } else {
-                    self.state = Self::discovered(self.id.clone(), now).state;
-                }
-            }
-            StateKind::FellBack => {
-                self.enter(StateKind::Booting, "cleared", Some(now + BOOT_DEADLINE_MS), now);
-                self.settle(false, now);
-            }
-            StateKind::Discovered
-            | StateKind::Approved
-            | StateKind::Booting
-            | StateKind::Healthy
-            | StateKind::Degraded
-            | StateKind::Unreachable
-            | StateKind::Draining
-            | StateKind::Reimaging
-            | StateKind::Retired => {}
-        }
-    }
-
-    /// Its agent starts nothing, as it cannot read what it remembers.
-    fn cannot_read_its_memory(&self) -> bool {
-        self.last_boot().is_some_and(|boot| {
-            boot.stages.iter().any(|s| match &s.state {
-                StageState::Failed(f) => s.stage == Stage::Start && f.kind == UNREADABLE,
-                StageState::Started | StageState::Done | StageState::Waiting { .. } => false,
-            })
-        })
-    }
-
-    fn retire(&mut self, reason: &str, now: Millis, out: &mut Vec<Action>) {
-        self.former_name = self.name.take().or(self.former_name.take());
-        self.granted = None;
-        self.excused = None;
-        self.position = None;
-        self.enter(StateKind::Retired, reason, None, now);
-        wake(out);
         save(out);
     }
 

@@ -62,7 +62,13 @@ pub(super) async fn machine(command: Machine) -> Result<(), CliError> {
         Machine::Clear { machine, at } => {
             let path = format!("machines/{}/clear", segment(&machine));
             let cleared: MachineView = Client::new(&at)?.change(Method::POST, &path, &json!({})).await?;
-            print(&format!("{} is {}: {}\n", cleared.name, cleared.state, cleared.reason))
+            let other = cleared.other_key.map_or_else(String::new, |key| {
+                format!(
+                    "another key that reports under its id is not its own: {key}. If it is the machine's new one, clear it once \
+                     more after its next report; the server's log says why\n"
+                )
+            });
+            print(&format!("{} is {}: {}\n{other}", cleared.name, cleared.state, cleared.reason))
         }
     }
 }

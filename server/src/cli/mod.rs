@@ -319,7 +319,8 @@ enum Machine {
         #[command(flatten)]
         at: At,
     },
-    /// Lift a machine's quarantine; or make the other key that reports under its id the machine's
+    /// Lift what holds a machine: a quarantine, a failed release, a boot loop. Where nothing does, and another key spoke
+    /// last under its id (`show`: other key), make that one the machine's
     Clear {
         /// Name or id
         machine: String,

@@ -188,6 +188,15 @@ impl Config {
         self.machines.get(id)?.key.as_ref()
     }
 
+    /// The only key that may report as this machine: by its id, or by the serial number under which the list approved it.
+    pub fn key_of_known(&self, machine: &kiln_fleet::Machine) -> Option<&KeyId> {
+        self.key_of(&machine.id).or_else(|| {
+            let listed = self.listed(&machine.id, Some(&machine.facts.as_ref()?.serial))?;
+            let approved = machine.state.kind.in_fleet() && machine.name.as_ref() == Some(&listed.name);
+            listed.key.as_ref().filter(|_| approved)
+        })
+    }
+
     /// What the list says of a machine with this id and serial number. The id comes first.
     pub fn listed(&self, id: &MachineId, serial: Option<&str>) -> Option<&Listed> {
         self.machines.get(id).or_else(|| self.serials.get(&kiln_fleet::serial_key(serial?)?))

@@ -197,7 +197,8 @@ impl Control {
         let secrets = Arc::new(secrets::Secrets::load(&store, site.online("secrets.key")).await?);
         let oidc = config.oidc.clone().map(Provider::new).transpose().map_err(AccessError::from)?;
         for (id, mut stored) in store.load().await? {
-            stored.machine.pin(config.key_of(&id));
+            let key = config.key_of_known(&stored.machine);
+            stored.machine.pin(key);
             stored.machine.key_revoked = stored.machine.key.as_ref().is_some_and(|key| access.is_revoked(key));
             let (mut machine, _) = stored.machine.event(Event::ServerStarted, config.limits, now);
             config.rule(&mut machine);

@@ -10,6 +10,8 @@ use std::collections::BTreeMap;
 const FRESH_MS: Millis = 5 * 60_000;
 /// Ethernet addresses that are remembered. With so many fresh ones further ones are not: a flood takes nothing away.
 const MOST: usize = 4096;
+/// Of one position: the oldest goes, so that one port takes no other's room.
+const MOST_AT_ONE: usize = 16;
 
 /// By Ethernet address.
 #[derive(Debug, Default)]
@@ -18,6 +20,9 @@ pub(crate) struct Positions(BTreeMap<String, (String, Millis)>);
 impl Positions {
     /// Whether that is news.
     fn note(&mut self, mac: String, position: &str, now: Millis) -> bool {
+        if self.0.get(&mac).is_none_or(|(before, _)| before != position) {
+            self.make_room_at(position);
+        }
         if self.0.len() >= MOST {
             self.0.retain(|_, (_, at)| is_fresh(*at, now));
         }
@@ -26,6 +31,17 @@ impl Positions {
         }
         let before = self.0.insert(mac, (position.to_owned(), now));
         before.is_none_or(|(old, _)| old != position)
+    }
+
+    fn make_room_at(&mut self, position: &str) {
+        let here = || self.0.iter().filter(move |(_, (place, _))| place == position);
+        if here().count() < MOST_AT_ONE {
+            return;
+        }
+        let oldest = here().min_by_key(|(_, (_, at))| *at).map(|(mac, _)| mac.clone());
+        if let Some(mac) = oldest {
+            self.0.remove(&mac);
+        }
     }
 
     /// Where a machine with these addresses was heard; none: nowhere, or at two places.
@@ -66,9 +82,16 @@ mod tests {
         assert_eq!(positions.of(&[mac(1), mac(2)], 2_000), None, "which of two it is nobody knows");
         positions.note(mac(2), "here", 1_500);
         assert_eq!(positions.of(&[mac(1), mac(2)], 2_000), Some("here"));
-        // A flood: who was heard before is not pushed out, and may be heard anew.
+        // A flood at one port takes room from that port alone.
         for n in 0..2 * MOST {
-            positions.note(mac(n + 16), "flood", 2_000);
+            positions.note(mac(n + 16), "flood", 2_000 + n as Millis / 100);
+        }
+        assert_eq!(positions.0.len(), 2 + MOST_AT_ONE);
+        assert_eq!(positions.of(&[mac(2 * MOST + 15)], 3_000), Some("flood"), "the newest there");
+        assert_eq!(positions.of(&[mac(1), mac(2)], 3_000), Some("here"));
+        // A flood from everywhere: who was heard before is not pushed out, and may be heard anew.
+        for n in 0..2 * MOST {
+            positions.note(mac(n + 16), &format!("flood {n}"), 2_000);
         }
         assert_eq!(positions.0.len(), MOST);
         positions.note(mac(1), "moved", 3_000);

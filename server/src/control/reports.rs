@@ -22,8 +22,8 @@ pub const MAX_WAIT_S: u32 = 55;
 /// Reports held at once.
 pub const MAX_HELD: usize = 5_000;
 
-/// Machines with one identity key that are looked at in one step: one is enough to know, and whoever has a copy of a key
-/// can make up many.
+/// Machines with one identity key that are held in one step: one is enough to know, and whoever has a copy of a key can make
+/// up many.
 const COPIES: usize = 8;
 
 /// When to come again, in milliseconds.
@@ -140,11 +140,13 @@ impl Control {
         let Some(machine) = inner.machines.get(id) else { return Ok(()) };
         let Some(key) = machine.key.as_ref().filter(|_| machine.reported == Some(now)) else { return Ok(()) };
         let title = machine.title().to_owned();
-        let copies = inner.keys.others(key, id).take(COPIES).filter_map(|other| inner.machines.get(other));
-        let copies: Vec<(MachineId, String)> = copies
-            .filter(|other| machine.lives_beside(other, now))
-            .map(|other| (other.id.clone(), other.title().to_owned()))
-            .collect();
+        let copies = inner.keys.others(key, id).filter_map(|other| inner.machines.get(other));
+        // All are looked at, as whoever makes up some chooses their ids; what costs is the step. Those that people know come first.
+        let mut copies: Vec<&Machine> = copies.filter(|other| machine.lives_beside(other, now)).collect();
+        copies.sort_by_key(|other| (!other.state.kind.in_fleet(), std::cmp::Reverse(other.reported)));
+        copies.truncate(COPIES);
+        let copies: Vec<(MachineId, String)> =
+            copies.into_iter().map(|other| (other.id.clone(), other.title().to_owned())).collect();
         for (other, with) in copies {
             self.step(inner, id, Event::KeyShared { with }, now, pending)?;
             self.step(inner, &other, Event::KeyShared { with: title.clone() }, now, pending)?;
@@ -189,7 +191,14 @@ impl Control {
         }
         let serial = machine.facts.as_ref().map(|facts| facts.serial.as_str());
         let listed = self.config.listed(id, serial).map(|listed| (listed, None));
-        let Some((listed, place)) = listed.or_else(|| self.listed_by_position(inner, machine)) else { return Ok(()) };
+        let Some((listed, place)) = listed.or_else(|| self.listed_by_position(machine)) else { return Ok(()) };
+        if let Some(other) = place.as_ref().and_then(|place| Self::stands_at(inner, place)) {
+            let reason = format!(
+                "kiln.toml lists its position, and it is not approved: its position is {other}'s already. If this takes its place, \
+                 run `kiln machine retire {other}`"
+            );
+            return self.step(inner, id, Event::NotApproved { reason }, now_ms(), pending);
+        }
         let image = self.config.image_of(&listed.role)?;
         let Some(release) = catalog.newest(image).cloned() else { return Ok(()) };
         if let Err(error) = self.check_listed(inner, id, listed, &release) {
@@ -201,6 +210,10 @@ impl Control {
         let what = format!("approved as {} with role {}, to run {release}{how}", listed.name, listed.role);
         if let Some(machine) = inner.machines.get_mut(id) {
             machine.position = place;
+            if listed.key.is_some() {
+                // It was compared above; from here on nothing, also no clear, gives the machine to another.
+                machine.pin(listed.key.as_ref());
+            }
         }
         let event = Event::Approve { name: listed.name.clone(), role: listed.role.clone(), release };
         self.step(inner, id, event, now_ms(), pending)?;
@@ -234,14 +247,18 @@ impl Control {
         self.check_role(&listed.role, release)
     }
 
-    /// The line of the list for where it was heard. Only for a machine that has nothing better to be known by than its name, and
-    /// only where nobody else has that place: two machines behind one port are for a person to tell apart.
-    fn listed_by_position(&self, inner: &Inner, machine: &Machine) -> Option<(&Listed, Option<String>)> {
+    /// The line of the list for where it was heard. Only for a machine that has nothing better to be known by than its name.
+    fn listed_by_position(&self, machine: &Machine) -> Option<(&Listed, Option<String>)> {
         let place = machine.heard_at.as_ref()?;
         let listed = self.config.positions.get(place)?;
         let is_name = machine.facts.as_ref().is_some_and(|facts| facts.key_storage == KeyStorage::Ephemeral);
-        let taken = || inner.machines.values().any(|m| m.position.as_ref() == Some(place));
-        (is_name && !taken()).then(|| (listed, Some(place.clone())))
+        is_name.then(|| (listed, Some(place.clone())))
+    }
+
+    /// Whose the place is: two machines behind one port are for a person to tell apart.
+    fn stands_at(inner: &Inner, place: &str) -> Option<String> {
+        let mut there = inner.machines.values().filter(|m| m.position.as_deref() == Some(place));
+        there.next().map(|machine| machine.title().to_owned())
     }
 
     /// What is wanted of the machine now. Signs nothing but a new assignment: a held report is looked at again at every

@@ -203,7 +203,9 @@ async fn another_key_under_one_id_gets_nothing_until_a_person_looks() {
     let report = agent.healthy();
     assigned(&agent.send(&server, &report).await);
     assert_eq!(server.machine("rack-1").await.state, "healthy");
-    // A person says that the other key is the machine's.
+    // A person says that the other key is the machine's, which spoke last.
+    let report = other.healthy();
+    assert!(waits(&other.send(&server, &report).await).contains("kiln machine clear rack-1"));
     assert_eq!(server.order("POST", "machines/rack-1/clear", json!({})).await.status, StatusCode::OK);
     let report = other.healthy();
     assigned(&other.send(&server, &report).await);

@@ -137,6 +137,17 @@ async fn a_listed_serial_number_belongs_to_the_first_key_that_claims_it() {
     assert!(waits(&reply).contains("is also claimed by"), "{}", waits(&reply));
     says(&mut other, "").await;
     assigned(&says(&mut mine, "xyz-2").await);
+    // Nor does one that knows the id take it from the machine, by a person's clear or by a restart of the server.
+    let signer = std::sync::Arc::new(kiln_release::Signer::from_seed(&[77; 32]));
+    let mut thief = Agent { signer, boot: 50, ..mine.clone() };
+    let words = "kiln.toml names the identity key of keyed";
+    assert!(waits(&says(&mut thief, "xyz-2").await).contains(words));
+    assert_eq!(server.order("POST", "machines/keyed/clear", json!({})).await.status, StatusCode::OK);
+    assert!(waits(&says(&mut thief, "xyz-2").await).contains(words));
+    drop(server);
+    let server = Server::start(&site).await;
+    let report = thief.healthy();
+    assert!(waits(&thief.send(&server, &report).await).contains(words));
 }
 
 #[tokio::test]

@@ -2,6 +2,7 @@
 
 use crate::common::*;
 use kiln_fleet::*;
+use kiln_protocol::KeyStorage;
 
 /// Boot `a` is the machine's; its copy comes up as boot `b` and both go on, report by report.
 fn copied() -> Story {
@@ -36,6 +37,46 @@ fn a_copy_under_the_same_id_holds_both_until_a_person_has_looked() {
         s.then(by(1, healthy(1, "b", n, 1)));
     }
     s.is(StateKind::Quarantined);
+}
+
+/// A third one polls under the id with a key of its own while a person clears the machine.
+#[test]
+fn a_clear_after_a_clone_gives_the_identity_to_no_other_key() {
+    for storage in [KeyStorage::Tpm, KeyStorage::EfiVariable, KeyStorage::File] {
+        let mut s = copied();
+        s.m.facts.as_mut().unwrap().key_storage = storage;
+        s.then(by(1, healthy(1, "a", 20, 1))).is(StateKind::Quarantined);
+        s.then(by(2, healthy(1, "x", 1, 1))).then(Event::Clear).is(StateKind::Approved);
+        s.then(by(2, healthy(1, "x", 2, 1))).is(StateKind::Approved);
+        assert_eq!(s.m.key, Some(key(1)), "{storage:?}");
+        assert!(matches!(desire(&s.m, &key(2)), Desire::Wait(_)));
+        // The true one goes on in its boot, once; what the other boot says then is late again.
+        s.then(by(1, healthy(1, "a", 22, 1))).is(StateKind::Healthy);
+        assert!(!s.m.any_boot && matches!(desire(&s.m, &key(1)), Desire::Run(_)));
+    }
+}
+
+/// Whoever has the copy begins so many boots between two reports of the true machine that its boot is not among the newest.
+#[test]
+fn a_copy_that_begins_boot_after_boot_is_found_all_the_same() {
+    let mut s = Story::good_on_1();
+    let mut n = 0;
+    for late in 1..=LATE_REPORTS {
+        for _ in 0..=BOOTS_KEPT {
+            n += 1;
+            s.then(by(1, healthy(1, &format!("copy{n}"), 1, 1))).is(StateKind::Healthy);
+        }
+        s.wait(LIVE_MS).then(by(1, healthy(1, "a", 10 + u64::from(late), 1)));
+        assert_ne!(s.m.state.kind, StateKind::Quarantined, "may have been on its way");
+    }
+    s.then(by(1, healthy(1, "a", 20, 1))).is(StateKind::Quarantined);
+    s.then(Event::Clear).then(by(1, healthy(1, "a", 21, 1))).is(StateKind::Healthy);
+    // Faster still, and the true one would be forgotten: no machine restarts like that.
+    for n in 2..BOOTS_AT_ONCE {
+        s.then(by(1, healthy(1, &format!("fast{n}"), 1, 1))).is(StateKind::Healthy);
+    }
+    s.then(by(1, healthy(1, "last", 1, 1))).is(StateKind::Quarantined);
+    s.then(Event::Clear).then(by(1, healthy(1, "a", 30, 1))).is(StateKind::Healthy);
 }
 
 #[test]

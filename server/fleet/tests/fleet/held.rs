@@ -146,6 +146,7 @@ fn wordless(mut m: Machine) -> Machine {
     m.last_words.clear();
     m.fell_back.iter_mut().for_each(String::clear);
     m.refused.iter_mut().for_each(|refused| refused.reason.clear());
+    m.past = PastBoots::default(); // the same boots, which a packet that is kept lets go later
     m
 }
 

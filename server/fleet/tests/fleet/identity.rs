@@ -98,6 +98,20 @@ fn a_machine_that_is_known_by_its_position_takes_a_new_key_only_there() {
     s.m.heard_at = here();
     s.then(says(3, "c"));
     assert_eq!(s.m.key, Some(key(3)), "heard at its place");
+    // A clear ends neither the place nor its key; and where two keys claim it, the next one comes from there.
+    s.m.heard_at = None;
+    s.then(says(2, "x")).then(Event::Clear).then(says(2, "x"));
+    assert_eq!(s.m.key, Some(key(3)));
+    let mut two = Story { m: s.m.clone(), now: s.now, last: vec![] };
+    two.m.heard_at = here();
+    two.then(says(1, "c")).is(StateKind::Quarantined).then(Event::Clear).is(StateKind::Approved);
+    two.m.heard_at = None;
+    two.then(says(2, "x")).is(StateKind::Approved);
+    assert_eq!((&two.m.key, &two.m.stranger), (&None, &Some(key(2))));
+    two.m.heard_at = here();
+    two.then(says(1, "d")).is(StateKind::Healthy);
+    assert_eq!(two.m.key, Some(key(1)));
+    s.m.heard_at = here();
     let stored: Machine = serde_json::from_str(&serde_json::to_string(&s.m).unwrap()).unwrap();
     assert_eq!((stored.position, stored.heard_at), (here(), None));
     let withheld = s.m.secrets_withheld(&key(3), &Barred::default()).unwrap();
@@ -124,11 +138,58 @@ proptest! {
             prop_assert!(matches!(desire(&after, &key(2)), Desire::Wait(_)));
             if other {
                 let (stranger, last_words) = (after.stranger.clone(), after.last_words.clone());
-                prop_assert_eq!(&Machine { stranger, last_words, ..before }, &after);
+                let stranger_last = after.stranger_last;
+                prop_assert_eq!(&Machine { stranger, stranger_last, last_words, ..before }, &after);
             }
             m = after;
         }
     }
+}
+
+/// One report with any key makes a stranger. Whoever clears the machine for something else did not mean that one.
+#[test]
+fn a_clear_for_something_else_makes_no_stranger_the_machine() {
+    let stranger = |s: &mut Story| {
+        s.then(by(2, report(1, "x", 1, 1)));
+        assert_eq!(s.m.stranger, Some(key(2)));
+    };
+    // One that spoke before the machine itself did.
+    let mut s = Story::good_on_1();
+    stranger(&mut s);
+    s.then(by(1, healthy(1, "a", 3, 1))).then(Event::Clear);
+    assert_eq!(s.m.key, Some(key(1)));
+    let said = |s: &Story| {
+        s.last.iter().any(|a| matches!(a, Action::Say { text, .. } if text.contains("is not rack-1's now")))
+    };
+    assert!(said(&s), "{:?}", s.last);
+    // Memory that cannot be read: the agent's message says to clear.
+    let mut r = report(1, "b", 1, 1);
+    let failure = Failure { kind: "machine-format".into(), message: "m".into(), attempt: 1, retry_in_ms: Some(1) };
+    r.stages = vec![StageRecord { stage: Stage::Start, state: StageState::Failed(failure), at_ms: 1 }];
+    s.then(by(1, r));
+    stranger(&mut s);
+    s.then(Event::Clear).then(by(2, report(1, "x", 2, 1))).then(Event::Clear);
+    assert_eq!(s.m.key, Some(key(1)));
+    // A boot loop, a release that failed: the first clear ends that, the next one is about the key.
+    for what in ["rests", "refused", "fell back"] {
+        let mut s = Story::good_on_1();
+        match what {
+            "rests" => (s.m.boot_loop.rests_until, s.m.running) = (Some(s.now + LOOP_REST_MS), None),
+            "refused" => s.m.refused.push(Refused { release: rel(3), reason: "r".into() }),
+            _ => s.m.fell_back = Some("f".into()),
+        }
+        stranger(&mut s);
+        s.then(Event::Clear);
+        assert!(s.m.key == Some(key(1)) && said(&s), "{what}: {:?}", s.last);
+        s.then(by(2, report(1, "x", 2, 1))).then(Event::Clear);
+        assert_eq!(s.m.key, Some(key(2)), "{what}");
+    }
+    // Since the server started neither has spoken.
+    let mut s = Story::good_on_1();
+    stranger(&mut s);
+    s.m.stranger_last = false;
+    s.then(Event::Clear);
+    assert_eq!(s.m.key, Some(key(1)));
 }
 
 /// What a machine remembers of versions is spoilt: its agent starts nothing until it hears of a newer assignment.

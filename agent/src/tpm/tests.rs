@@ -413,6 +413,12 @@ fn a_cap_is_tried_again_and_made_once() {
     for pcr in [LEFT_PCR, UKI_PCR] {
         assert_eq!(tpm.run(&command::pcr_read(pcr)).unwrap(), once, "PCR {pcr}");
     }
+    // Likewise the mark of a kernel that measures no kexec.
+    let (pcr, mark) = (measured::IMA_PCR, measured::ima_unmeasured().0);
+    faults.lock().unwrap().extend([Fault::Busy, Fault::Busy, Fault::Lost]);
+    assert!(extended(pcr, &mark, Duration::ZERO, open).unwrap() && faults.lock().unwrap().is_empty());
+    assert_eq!(tpm.run(&command::pcr_read(pcr)).unwrap(), measured::extend(&[0; 32], &mark));
+    assert!(!extended(pcr, &mark, Duration::ZERO, || Ok(None)).unwrap(), "there is no TPM");
 }
 
 /// A TPM that gives no answer.

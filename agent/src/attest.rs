@@ -17,6 +17,8 @@ use tokio::time::timeout;
 
 /// A TPM that has not answered after so long is given up; some take seconds to make a key.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// So long a machine that leaves tries to say what it has measured; then firmware starts the next boot.
+const LEAVES: Duration = Duration::from_secs(60);
 
 /// What came of a proof.
 #[derive(Debug)]
@@ -81,7 +83,7 @@ pub async fn prove(api: &mut Api, machine: &MachineId, boot_id: &str, key: &KeyI
 }
 
 /// Before a kexec, once the next kernel is loaded: tells the server what this one has measured, which nobody can read afterwards.
-/// Whether the next boot is attested if this one is; it is not where the server does not hear it.
+/// Whether the next boot is attested if this one is; it is not where the server does not hear it within a minute.
 pub async fn may_carry(api: &mut Api, machine: &MachineId, boot_id: &str) -> bool {
     let told = async {
         let list = work(|| {
@@ -92,9 +94,10 @@ pub async fn may_carry(api: &mut Api, machine: &MachineId, boot_id: &str) -> boo
         let leave = Attestation::Leave { machine, boot_id, measured: HexBytes(list.await?) };
         api.attest::<Judged>(&leave).await
     };
-    let refused = match told.await {
-        Ok(judged) => (judged.state == AttestationState::Failed).then_some(judged.reason),
-        Err(error) => Some(format!("{error} ({})", error.kind())),
+    let refused = match timeout(LEAVES, told).await {
+        Ok(Ok(judged)) => (judged.state == AttestationState::Failed).then_some(judged.reason),
+        Ok(Err(error)) => Some(format!("{error} ({})", error.kind())),
+        Err(_) => Some(format!("the server did not hear it within {} s", LEAVES.as_secs())),
     };
     if let Some(reason) = &refused {
         println!("kiln-agent: the next boot would not be attested by kexec: {reason}");

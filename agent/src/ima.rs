@@ -1,14 +1,16 @@
 //! Kexecs are measured: the kernel extends PCR 10 by what is loaded for one (IMA), so that the server sees what its signature does
 //! not cover. The policy is loaded in the initramfs, before anything else could load a kernel. Where that fails, the agent itself
-//! extends PCR 10 by a mark that says so: it stops no boot, and cannot be taken back by whoever is root later.
+//! extends PCR 10 by a mark that says so: it stops no boot, and cannot be taken back by whoever is root later. Where that fails too,
+//! nothing is loaded for a kexec in this boot.
 
-use crate::tpm::Tpm;
+use crate::error::Result;
+use crate::{kexec, tpm};
 use kiln_protocol::IMA_LIST_LIMIT;
-use kiln_protocol::tpm::command;
 use kiln_release::measured::{IMA_PCR, IMA_POLICY, ImaError, ImaList, ima_unmeasured};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 const LIST: &str = "/sys/kernel/security/ima/binary_runtime_measurements";
 const POLICY: &str = "/sys/kernel/security/ima/policy";
@@ -29,25 +31,52 @@ enum Unmeasured {
     Policy(std::io::Error),
 }
 
-/// Has the kernel measure what is loaded for a kexec from here on. Without a TPM there is nothing that it could extend.
+/// Kexecs are not measured, and PCR 10 does not say so.
+static OWES_MARK: AtomicBool = AtomicBool::new(false);
+
+/// Has the kernel measure what is loaded for a kexec from here on, whether or not this process reaches the TPM: the kernel may.
 pub fn measure_kexecs() {
-    let Ok(Some(mut tpm)) = Tpm::open() else { return };
-    let Err(reason) = load_policy(Path::new(LIST), Path::new(POLICY)) else { return };
-    println!("kiln-agent: kexec unmeasured: {reason}");
-    // Nothing is measured between this and the mark: no module is loaded here, and nobody else runs.
-    let at = match reason {
-        Unmeasured::Policy(_) => read(LIST).map_or_else(|_| String::new(), |list| list.len().to_string()),
-        Unmeasured::NoList(_) | Unmeasured::List(_) | Unmeasured::NotExtended => String::new(),
-    };
-    if let Err(error) = tpm.run(&command::pcr_extend(IMA_PCR, &ima_unmeasured().0)) {
-        println!("kiln-agent: PCR {IMA_PCR} does not say so: {error}");
-    } else if let Err(error) = std::fs::write(MARK, at) {
-        println!("kiln-agent: {MARK}: {error}: this boot will not be attested");
+    if let Err(reason) = load_policy(Path::new(LIST), Path::new(POLICY)) {
+        OWES_MARK.store(!is_marked(&reason.to_string()), Ordering::Relaxed);
     }
 }
 
+/// Before the initramfs is left. Where no PCR could be made to say that kexecs are not measured, nobody loads one in this boot: root
+/// could extend PCR 10 by what an honest one would have left. `guards`: as for the cap. Blocks.
+pub fn leave_initramfs(guards: bool) -> Result<()> {
+    if !OWES_MARK.load(Ordering::Relaxed) || is_marked("as was said above") {
+        return Ok(());
+    }
+    match kexec::disable() {
+        Ok(()) => println!("kiln-agent: no kernel is loaded in this boot any more: it goes through firmware"),
+        Err(error) if guards => return Err(error),
+        Err(error) => println!("kiln-agent: nor can kexec be switched off: {error}"),
+    }
+    Ok(())
+}
+
+/// Has PCR 10 say so. False: it could not be made to. Where there is no TPM, there is nothing to say, and nobody who asks.
+fn is_marked(reason: &str) -> bool {
+    // Nothing is measured between this and the mark: no module is loaded here, and nobody else runs.
+    let list = read(LIST).unwrap_or_default();
+    let extended = ImaList::read(&list).is_ok_and(|list| list.is_extended());
+    let at = if extended { list.len().to_string() } else { String::new() };
+    match tpm::extend(IMA_PCR, &ima_unmeasured().0) {
+        Ok(false) => return true,
+        Ok(true) => println!("kiln-agent: kexec unmeasured: {reason}"),
+        Err(error) => {
+            println!("kiln-agent: kexec unmeasured: {reason}; PCR {IMA_PCR} does not say so: {error}");
+            return false;
+        }
+    }
+    if let Err(error) = std::fs::write(MARK, at) {
+        println!("kiln-agent: {MARK}: {error}: this boot will not be attested");
+    }
+    true
+}
+
 /// A kernel without `CONFIG_IMA_WRITE_POLICY`, as Debian's are, takes one policy and no second.
-fn load_policy(list: &Path, policy: &Path) -> Result<(), Unmeasured> {
+fn load_policy(list: &Path, policy: &Path) -> std::result::Result<(), Unmeasured> {
     let bytes = std::fs::read(list).map_err(Unmeasured::NoList)?;
     if !ImaList::read(&bytes)?.is_extended() {
         return Err(Unmeasured::NotExtended);

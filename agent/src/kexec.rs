@@ -156,11 +156,16 @@ pub fn load(uki: &File, manifest: &Manifest, root: Option<(&Path, &str)>) -> Res
             .map_err(failed("writing the root artifact to memory"))?;
     }
     sys::kexec_file_load(&kernel, &initrd, &manifest.command_line).map_err(failed("kexec_file_load"))?;
-    std::fs::write(DISABLED, "1").map_err(AgentError::file(DISABLED))?;
+    disable()?;
     // A kernel that comes by kexec is past the initramfs that firmware started, also when it is started from there. Where nothing
     // was loaded the boot goes on as the one it was. Under a TPM that cannot be capped it would pass for one that firmware
     // started: a cold boot leads to the release as well.
     Ok(tpm::leave_initramfs(true)?)
+}
+
+/// From here on nothing is loaded for a kexec in this boot, by whomever.
+pub fn disable() -> Result<()> {
+    std::fs::write(DISABLED, "1").map_err(AgentError::file(DISABLED))
 }
 
 /// A newc cpio of the one file and its directories. Not a byte of it may depend on anything but the release: what the kernel

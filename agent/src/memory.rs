@@ -316,12 +316,8 @@ impl Place {
     /// The memory. One that cannot be parsed is an error, not an empty one: it would forget what it has seen.
     pub fn memory(&self) -> Result<Memory> {
         if let Self::Tpm(place) = self {
-            return match open_tpm()?.recall()? {
-                Some(bytes) => serde_json::from_slice(&bytes)
-                    .map_err(|e| AgentError::Format { path: "the TPM's memory".into(), reason: e.to_string() }),
-                // Before its first writing there: what was seen without a TPM counts on.
-                None => place.memory(),
-            };
+            // Before its first writing there: what was seen without a TPM counts on.
+            return recalled(&mut open_tpm()?)?.map_or_else(|| place.memory(), Ok);
         }
         match self.read("Seen")? {
             None => Ok(Memory::default()),
@@ -401,6 +397,17 @@ fn unsealed(tpm: &mut Tpm, sealed: &[u8]) -> std::result::Result<Vec<u8>, TpmFau
             }
             done => return done,
         }
+    }
+}
+
+/// What a TPM remembers; none: nothing was written there yet.
+pub fn recalled(tpm: &mut Tpm) -> Result<Option<Memory>> {
+    let spoilt = |reason: String| AgentError::Format { path: "the TPM's memory".into(), reason };
+    match tpm.recall() {
+        Ok(None) => Ok(None),
+        Ok(Some(bytes)) => serde_json::from_slice(&bytes).map(Some).map_err(|e| spoilt(e.to_string())),
+        Err(fault @ TpmFault::Spoilt) => Err(spoilt(fault.to_string())),
+        Err(fault @ (TpmFault::Device(_) | TpmFault::Answer(_))) => Err(fault.into()),
     }
 }
 

@@ -177,7 +177,8 @@ pub enum Choice {
 
 /// Chooses: a disk of Kiln's that holds what is to run, then one of Kiln's, then a blank one, then, only where the
 /// signed settings say so, one with somebody else's data. Among equals the smallest that is large enough, then the
-/// first by name. A disk that cannot be read is passed over if another will do.
+/// first by name. A disk that cannot be read is passed over if another will do. One that is late may be Kiln's, and in time at
+/// the next boot: beside it none is partitioned.
 pub fn choose(
     mut disks: Vec<Candidate>,
     settings: &DiskSettings,
@@ -194,6 +195,7 @@ pub fn choose(
     if let Some((disk, layout)) = ours.iter().find(|(_, layout)| holds(layout)).or(ours.first()) {
         return Ok(Choice::Use(disk.name.clone(), (*layout).clone()));
     }
+    let late = disks.iter().filter_map(|disk| disk.found.as_ref().err()).find(|e| matches!(e, DiskError::Late { .. }));
     let mut refused = DiskError::NoDisk;
     for foreign in [false, true] {
         for disk in &disks {
@@ -206,9 +208,17 @@ pub fn choose(
                 }
                 Ok(Found::Blank | Found::Foreign(_) | Found::Ours(_)) | Err(_) => continue,
             }
-            match Layout::new(disk.size, settings, site) {
-                Ok(layout) => return Ok(Choice::Format(disk.name.clone(), layout)),
-                Err(error) => refused = refused.or(error),
+            match (Layout::new(disk.size, settings, site), late) {
+                (Ok(layout), None) => return Ok(Choice::Format(disk.name.clone(), layout)),
+                (Ok(_), Some(late)) => {
+                    let reason = format!("{late}; that one may be this machine's: take it out if it is dead");
+                    return Err(DiskError::Io {
+                        disk: disk.name.clone(),
+                        what: "not partitioned in this boot",
+                        reason,
+                    });
+                }
+                (Err(error), Some(_) | None) => refused = refused.or(error),
             }
         }
     }

@@ -78,6 +78,8 @@ impl MachineDisk {
             }
         };
         let disk = name.clone();
+        // Given up, its thread may still write, until the release starts and ends it: an empty table and empty file systems, onto
+        // the disk that the signed settings gave it. Cut there it is a blank disk again, or one with empty slots.
         let open = move || Self::open(&disk, layout, format, floor);
         search::in_time(&name, search::OPENING, search::OPENS, open).await?
     }

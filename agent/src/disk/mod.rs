@@ -36,6 +36,9 @@ pub enum DiskError {
     SectorSize { disk: String, bytes: u32 },
     #[error("{disk}: {what}: {reason}")]
     Io { disk: String, what: &'static str, reason: String },
+    /// It gave no answer in its time, or ever: what is on it is not known.
+    #[error("{disk}: {what}: {reason}")]
+    Late { disk: String, what: &'static str, reason: String },
     #[error("slot on {disk} has {size} bytes, the root artifact {length}")]
     SlotTooSmall { disk: String, size: u64, length: u64 },
     #[error("what was read back from {disk} is not what was written: {reason}")]
@@ -76,7 +79,7 @@ impl DiskError {
             Self::TooSmall { .. } => "disk-too-small",
             Self::Foreign { .. } => "disk-foreign",
             Self::SectorSize { .. } => "disk-unsupported-sector-size",
-            Self::Io { .. } => "disk-io-error",
+            Self::Io { .. } | Self::Late { .. } => "disk-io-error",
             Self::SlotTooSmall { .. } => "disk-slot-too-small",
             Self::ReadBack { .. } => "disk-read-back",
             Self::NoData { .. } => "disk-no-data",

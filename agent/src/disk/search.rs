@@ -115,7 +115,7 @@ async fn heard<T>(
         Ok(Err(_)) => "its thread ended without an answer".to_owned(),
         Err(_) => format!("no answer within {} s", patience.as_secs()),
     };
-    Err(DiskError::Io { disk: disk.to_owned(), what, reason })
+    Err(DiskError::Late { disk: disk.to_owned(), what, reason })
 }
 
 #[cfg(test)]
@@ -168,7 +168,7 @@ mod tests {
         let found = runtime().block_on(look_at(disks, Duration::from_secs(1)));
         let [late, broken, blank] = &found[..] else { panic!("{found:?}") };
         let reason = "no answer within 1 s".to_owned();
-        assert_eq!(late.found, Err(DiskError::Io { disk: "sda".into(), what: LOOKING, reason }));
+        assert_eq!(late.found, Err(DiskError::Late { disk: "sda".into(), what: LOOKING, reason }));
         assert_eq!(late.found.clone().unwrap_err().to_string(), "sda: looking at it: no answer within 1 s");
         assert!(matches!(&broken.found, Err(DiskError::Io { disk, .. }) if disk == "sdb"), "{broken:?}");
         assert_eq!((&*blank.name, blank.size, &blank.found), ("sdc", 16 << 20, &Ok(Found::Blank)));
@@ -223,6 +223,6 @@ mod tests {
         let panics = move || -> u8 { panic!("on purpose: the disk's thread dies") };
         let died = runtime().block_on(in_time("sda", OPENING, Duration::from_secs(60), panics));
         let reason = "its thread ended without an answer".to_owned();
-        assert_eq!(died, Err(DiskError::Io { disk: "sda".into(), what: OPENING, reason }));
+        assert_eq!(died, Err(DiskError::Late { disk: "sda".into(), what: OPENING, reason }));
     }
 }

@@ -12,7 +12,7 @@ use crate::flow::Flow;
 use crate::handoff::{Handoff, OnDisk};
 use crate::net::Uplink;
 use crate::verifier::Verified;
-use crate::{kexec, local, log, mounts, secrets, tpm, verity};
+use crate::{ima, kexec, local, log, mounts, secrets, tpm, verity};
 use kiln_protocol::slot::{Event, SlotId};
 use kiln_protocol::{Class, Stage};
 use kiln_release::crossing::PREFETCHED_PATH;
@@ -154,7 +154,11 @@ async fn mount_and_leave(
     handoff.write()?;
     secure_boot(&flow.verifier.boot).restrict()?;
     // A machine that cannot be capped does not go on into a system that would be taken for an initramfs.
-    blocking(move || tpm::leave_initramfs(guards).map_err(AgentError::from)).await?;
+    blocking(move || {
+        ima::leave_initramfs(guards)?;
+        tpm::leave_initramfs(guards).map_err(AgentError::from)
+    })
+    .await?;
     log::hand_over()?;
     switch_root()
 }

@@ -2,7 +2,6 @@
 
 use super::Service;
 use super::slots::DISK_DEADLINE;
-use crate::api::Api;
 use crate::change::{Otherwise, Ready, blocking};
 use crate::error::AgentError;
 use crate::{attest, log};
@@ -37,15 +36,9 @@ impl Service {
         if self.journal.machine.tpm != Some(TpmPresence::Ready) {
             return Via::Kexec;
         }
-        let verifier = self.verifier.lock().await;
-        let (site, servers) = (&verifier.boot.site, &verifier.servers.agent);
-        let carries = match Api::new(servers, &site.agent_api_ca_pem, &verifier.key, &verifier.clock) {
-            Ok(mut api) => attest::may_carry(&mut api, &self.journal.machine.id, &self.journal.state.boot_id).await,
-            Err(error) => {
-                eprintln!("kiln-agent: what this kernel measured cannot be told: {error}");
-                false
-            }
-        };
+        // Over a connection of its own: whoever leaves waits for no lock.
+        let mut api = self.prover.0.another();
+        let carries = attest::may_carry(&mut api, &self.journal.machine.id, &self.journal.state.boot_id).await;
         let otherwise = self.ready.as_deref().map(|ready| ready.otherwise(self.disk.is_some()));
         match otherwise {
             Some(Otherwise::Cold) if !carries => Via::Cold,

@@ -174,7 +174,7 @@ impl Service {
         self.order_boot();
         let mut works = false;
         let changed = self.secrets.changed();
-        loop {
+        let cold = 'service: loop {
             let event = tokio::select! {
                 (mut checks, health, turns) = &mut round => {
                     // The end of the machine's downtime; that it is no accident is said by the soak.
@@ -200,8 +200,7 @@ impl Service {
                         Ok(()) => {
                             // The initramfs does it, where no disk is in use.
                             self.journal.started(Stage::Going);
-                            drop((round, post, job));
-                            return self.leave(true).await;
+                            break 'service true;
                         }
                         Err(error) => {
                             self.journal.failed(Stage::Wipe, &error, 1, Some(ORDER_PAUSE));
@@ -241,8 +240,7 @@ impl Service {
             if let Event::Checked(health) = &event
                 && self.prove(health.healthy).await
             {
-                drop((round, post, job));
-                return self.leave(true).await;
+                break 'service true;
             }
             let jitter = random().map_or(0, |bytes| bytes[0]);
             let (duty, actions) = self.duty.event(event, monotonic_ms(), jitter);
@@ -263,13 +261,13 @@ impl Service {
                     Action::Drain => hooks = Some(self.watch.drain()),
                     Action::Undrain => hooks = Some(self.watch.undrain()),
                     Action::Load => job = Some(self.load()),
-                    Action::Leave { cold } => {
-                        drop((round, post, job));
-                        return self.leave(cold).await;
-                    }
+                    Action::Leave { cold } => break 'service cold,
                 }
             }
-        }
+        };
+        // What is not polled any more keeps the locks that it holds: none of it may be there while the machine leaves.
+        drop((round, post, job, wipe, dbx, selects));
+        self.leave(cold).await
     }
 
     /// If the newest reply offers a list of revoked boot programs that was not tried just now.

@@ -18,6 +18,8 @@ pub enum TpmFault {
     Device(#[from] io::Error),
     #[error(transparent)]
     Answer(#[from] TpmError),
+    #[error("it was written to, and none of its places holds what the agent wrote")]
+    Spoilt,
 }
 
 impl TpmFault {
@@ -31,7 +33,7 @@ impl TpmFault {
     pub fn code(&self) -> Option<u32> {
         match self {
             Self::Answer(TpmError::Refused { code, .. }) => Some(*code),
-            Self::Answer(_) | Self::Device(_) => None,
+            Self::Answer(_) | Self::Device(_) | Self::Spoilt => None,
         }
     }
 }

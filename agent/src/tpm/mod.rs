@@ -79,23 +79,47 @@ pub fn leave_initramfs(guards: bool) -> Result<()> {
 
 fn leave(guards: bool, pause: Duration, open: impl Fn() -> Result<Option<Tpm>>) -> Result<()> {
     let mut after = [None; 2];
+    let capped = patiently(pause, open, |tpm| tpm.cap_to(&mut after));
+    match capped {
+        Ok(_) => Ok(()),
+        Err(error) => {
+            println!("kiln-agent: PCR {UKI_PCR} could not be capped: {error}");
+            if guards { Err(error) } else { Ok(()) }
+        }
+    }
+}
+
+/// Extends a PCR, as patiently as the cap is made. False: there is no TPM. Blocks.
+pub fn extend(pcr: u8, digest: &[u8; 32]) -> Result<bool> {
+    extended(pcr, digest, CAP_PAUSE, Tpm::open)
+}
+
+fn extended(pcr: u8, digest: &[u8; 32], pause: Duration, open: impl Fn() -> Result<Option<Tpm>>) -> Result<bool> {
+    let mut after = None;
+    patiently(pause, open, |tpm| tpm.extend_to(pcr, digest, &mut after))
+}
+
+/// Has a TPM do it, which may be busy with itself. False: there is none.
+fn patiently(
+    pause: Duration,
+    open: impl Fn() -> Result<Option<Tpm>>,
+    mut work: impl FnMut(&mut Tpm) -> Result<()>,
+) -> Result<bool> {
     let mut tries = 1;
-    let error = loop {
-        let capped = match open() {
-            Ok(Some(mut tpm)) => tpm.cap_to(&mut after),
-            Ok(None) if tries == 1 => return Ok(()),
+    loop {
+        let done = match open() {
+            Ok(Some(mut tpm)) => work(&mut tpm),
+            Ok(None) if tries == 1 => return Ok(false),
             Ok(None) => Err(std::io::Error::from(std::io::ErrorKind::NotFound).into()),
             Err(error) => Err(error),
         };
-        match capped {
-            Ok(()) => return Ok(()),
-            Err(error) if tries == CAP_TRIES => break error,
+        match done {
+            Ok(()) => return Ok(true),
+            Err(error) if tries == CAP_TRIES => return Err(error),
             Err(_) => tries += 1,
         }
         std::thread::sleep(pause);
-    };
-    println!("kiln-agent: PCR {UKI_PCR} could not be capped: {error}");
-    if guards { Err(error) } else { Ok(()) }
+    }
 }
 
 /// Whether a kexec started this kernel, as the TPM knows it. One that does not answer gives no key either.
@@ -221,17 +245,22 @@ impl Tpm {
         self.run(&command::flush(keys.attestation))
     }
 
-    /// Both caps, once. `after` is what the two PCRs come to, as far as an earlier try has found out: an extension whose answer
-    /// was lost is not made twice, which would be the cap of another kernel.
+    /// Both caps, once: twice would be the cap of another kernel.
     fn cap_to(&mut self, after: &mut [Option<[u8; 32]>; 2]) -> Result<()> {
-        let cap = measured::cap();
         // This one first: a cut between the two is an initramfs that is asked for nothing more.
         for (pcr, after) in [LEFT_PCR, UKI_PCR].into_iter().zip(after) {
-            let now = self.run(&command::pcr_read(pcr))?;
-            let wanted = *after.get_or_insert_with(|| measured::extend(&now, &cap));
-            if now != wanted {
-                self.run(&command::pcr_extend(pcr, &cap))?;
-            }
+            self.extend_to(pcr, &measured::cap(), after)?;
+        }
+        Ok(())
+    }
+
+    /// Extends a PCR, once. `after` is what it comes to, as far as an earlier try has found out: an extension whose answer was lost is
+    /// not made twice.
+    fn extend_to(&mut self, pcr: u8, digest: &[u8; 32], after: &mut Option<[u8; 32]>) -> Result<()> {
+        let now = self.run(&command::pcr_read(pcr))?;
+        let wanted = *after.get_or_insert_with(|| measured::extend(&now, digest));
+        if now != wanted {
+            self.run(&command::pcr_extend(pcr, digest))?;
         }
         Ok(())
     }

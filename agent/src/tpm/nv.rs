@@ -15,6 +15,16 @@ const MAGIC: &[u8; 4] = b"KLN1";
 /// Magic, counter, length, SHA-256 of counter and content.
 const HEAD: usize = 4 + 8 + 2 + 32;
 
+/// What became of a place.
+enum Kept {
+    Unwritten,
+    /// `head`: the magic is there.
+    Torn {
+        head: bool,
+    },
+    Whole(Held),
+}
+
 /// What a place holds.
 struct Held {
     counter: u64,
@@ -36,10 +46,18 @@ impl Tpm {
         Ok(())
     }
 
-    /// What was written last; none: nothing yet.
+    /// What was written last; none: nothing yet. Of two places a cut leaves one whole; none that is, is somebody's work.
     pub fn recall(&mut self) -> Result<Option<Vec<u8>>> {
-        let [first, second] = [self.place(PLACES[0])?, self.place(PLACES[1])?];
-        Ok(first.into_iter().chain(second).max_by_key(|held| held.counter).map(|held| held.content))
+        let held = match [self.place(PLACES[0])?, self.place(PLACES[1])?] {
+            [Kept::Whole(first), Kept::Whole(second)] if first.counter > second.counter => first,
+            [Kept::Whole(held), Kept::Unwritten | Kept::Torn { .. }] | [_, Kept::Whole(held)] => held,
+            // The second: the very first writing was cut, before its head.
+            [Kept::Unwritten | Kept::Torn { head: false }, Kept::Unwritten] => return Ok(None),
+            [Kept::Torn { head: true }, Kept::Unwritten] | [Kept::Unwritten | Kept::Torn { .. }, Kept::Torn { .. }] => {
+                return Err(TpmFault::Spoilt);
+            }
+        };
+        Ok(Some(held.content))
     }
 
     /// Writes beside what was written last.
@@ -52,7 +70,10 @@ impl Tpm {
                     content.len()
                 )))
             })?;
-        let counters = [self.place(PLACES[0])?, self.place(PLACES[1])?].map(|held| held.map_or(0, |held| held.counter));
+        let counters = [self.place(PLACES[0])?, self.place(PLACES[1])?].map(|kept| match kept {
+            Kept::Whole(held) => held.counter,
+            Kept::Unwritten | Kept::Torn { .. } => 0,
+        });
         let index = if counters[0] <= counters[1] { PLACES[0] } else { PLACES[1] };
         let counter = (counters[0].max(counters[1]) + 1).to_be_bytes();
         let sum = digest(&SHA256, &[&counter, content].concat());
@@ -67,17 +88,17 @@ impl Tpm {
         Ok(())
     }
 
-    fn place(&mut self, index: u32) -> Result<Option<Held>> {
+    fn place(&mut self, index: u32) -> Result<Kept> {
         let mut bytes = Vec::with_capacity(usize::from(SIZE));
         let step = u16::try_from(NV_CHUNK).expect("512");
         for offset in (0..SIZE).step_by(NV_CHUNK) {
             match self.run(&command::nv_read(index, step.min(SIZE - offset), offset)) {
                 Ok(chunk) => bytes.extend(chunk),
-                Err(fault) if fault.code() == Some(code::NV_UNWRITTEN) => return Ok(None),
+                Err(fault) if fault.code() == Some(code::NV_UNWRITTEN) => return Ok(Kept::Unwritten),
                 Err(fault) => return Err(fault),
             }
         }
-        Ok(held(&bytes))
+        Ok(held(&bytes).map_or_else(|| Kept::Torn { head: bytes.starts_with(MAGIC) }, Kept::Whole))
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::error::{AgentError, FailureClass};
-use crate::memory::Place;
+use crate::memory::{Memory, Place, recalled};
 use kiln_protocol::tpm::{OWNER, pcr_digest, pcr_policy, qualifying_data};
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -141,6 +141,36 @@ fn its_memory_keeps_the_last_of_two_writings_and_outlives_a_cut_between() {
     tpm.run(&command::nv_write(0x0180_4b02, b"x", 0)).unwrap();
     assert_eq!(tpm.recall().unwrap().as_ref(), Some(&texts[4]));
     assert!(tpm.memorise(&[0; 1600]).is_err(), "longer than a place");
+}
+
+/// An empty memory in its place would forget all that was seen.
+#[test]
+fn a_memory_that_was_spoilt_is_no_memory_that_was_never_written() {
+    let Some((_running, mut tpm)) = Software::start() else { return };
+    let (first, second) = (0x0180_4b01, 0x0180_4b02);
+    tpm.make_memory().unwrap();
+    assert_eq!(recalled(&mut tpm).unwrap(), None);
+    // The first writing, cut before its head.
+    tpm.run(&command::nv_write(first, &[9; 100], 1024)).unwrap();
+    assert_eq!(recalled(&mut tpm).unwrap(), None);
+
+    let memory = Memory { sequence: 7, ..Memory::default() };
+    let bytes = serde_json::to_vec(&memory).unwrap();
+    // A byte of what was written: once, and then twice.
+    for places in [&[first][..], &[first, second]] {
+        for _ in places {
+            tpm.memorise(&bytes).unwrap();
+        }
+        for place in places {
+            assert_eq!(recalled(&mut tpm).unwrap().as_ref(), Some(&memory));
+            tpm.run(&command::nv_write(*place, b"x", 50)).unwrap();
+        }
+        let error = recalled(&mut tpm).unwrap_err();
+        assert_eq!((error.kind(), error.class()), ("machine-format", FailureClass::Machine), "{error}");
+    }
+    // What is written then, on a person's word, is remembered.
+    tpm.memorise(&bytes).unwrap();
+    assert_eq!(recalled(&mut tpm).unwrap(), Some(memory));
 }
 
 #[test]
@@ -383,6 +413,12 @@ fn a_cap_is_tried_again_and_made_once() {
     for pcr in [LEFT_PCR, UKI_PCR] {
         assert_eq!(tpm.run(&command::pcr_read(pcr)).unwrap(), once, "PCR {pcr}");
     }
+    // Likewise the mark of a kernel that measures no kexec.
+    let (pcr, mark) = (measured::IMA_PCR, measured::ima_unmeasured().0);
+    faults.lock().unwrap().extend([Fault::Busy, Fault::Busy, Fault::Lost]);
+    assert!(extended(pcr, &mark, Duration::ZERO, open).unwrap() && faults.lock().unwrap().is_empty());
+    assert_eq!(tpm.run(&command::pcr_read(pcr)).unwrap(), measured::extend(&[0; 32], &mark));
+    assert!(!extended(pcr, &mark, Duration::ZERO, || Ok(None)).unwrap(), "there is no TPM");
 }
 
 /// A TPM that gives no answer.

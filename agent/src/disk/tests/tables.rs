@@ -45,6 +45,33 @@ fn each_kind_of_disk_has_its_outcome() {
     assert!(matches!(choose(two, &settings, SITE, label).unwrap(), Choice::Use(name, _) if name == "vdb"));
 }
 
+/// It may be Kiln's: with another table this machine would have two disks, and somebody one less.
+#[test]
+fn beside_a_disk_that_is_late_none_is_partitioned() {
+    let never = settings();
+    let foreign = DiskSettings { wipe: WipePolicy::Foreign, ..never.clone() };
+    let blank = Recorded::default();
+    let ours = installed().disk().clone();
+    let mut data = Recorded::default();
+    data.write_at(40 * MIB, &vec![0x5a; 256 << 10]).unwrap();
+    let late = || {
+        let error =
+            DiskError::Late { disk: "sda".into(), what: "looking at it", reason: "no answer within 20 s".into() };
+        Candidate { name: "sda".into(), size: SIZE, found: Err(error) }
+    };
+    for (settings, other) in [(&never, &blank), (&foreign, &blank), (&foreign, &data)] {
+        assert!(matches!(choose(vec![candidate("sdb", other)], settings, SITE, None), Ok(Choice::Format(..))));
+        let error = choose(vec![late(), candidate("sdb", other)], settings, SITE, None).unwrap_err();
+        assert_eq!(error.kind(), "disk-io-error");
+        let words = "sdb: not partitioned in this boot: sda: looking at it: no answer within 20 s";
+        assert!(error.to_string().starts_with(words), "{error}");
+    }
+    assert_eq!(choose(vec![late()], &foreign, SITE, None).unwrap_err().kind(), "disk-io-error");
+    // What is Kiln's is used, whatever another does.
+    let used = choose(vec![late(), candidate("sdb", &ours)], &foreign, SITE, None).unwrap();
+    assert!(matches!(used, Choice::Use(name, _) if name == "sdb"));
+}
+
 #[test]
 fn a_table_with_one_copy_gone_is_read_from_the_other_and_mended() {
     let mut disk = installed().disk().clone();

@@ -9,7 +9,7 @@ use crate::spool::Keeper;
 use crate::testing::director::{Director, Line, Order};
 use crate::testing::web::{self, Gate, Gates, Happened};
 use crate::testing::{TestSite, journal, root_hash};
-use kiln_protocol::{Report, StageState, Via};
+use kiln_protocol::{Attestation, HexBytes, Judged, Report, StageState, Via};
 use std::collections::BTreeMap;
 use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
@@ -434,6 +434,14 @@ fn a_server_whose_key_the_site_does_not_name_hears_nothing_any_more() {
         assert_eq!(error.kind(), "agent-api-key-revoked", "{error}");
         journal.send(&mut api, 0).await.unwrap();
     });
+    // Nor what the machine says when it leaves: that goes over another connection, which knows the same keys.
+    let (machine, boot_id) = (journal.machine.id.clone(), journal.state.boot_id.clone());
+    let leave = Attestation::Leave { machine, boot_id, measured: HexBytes(Vec::new()) };
+    let door = Door { systemctl: "systemctl".into(), reboot: |_| unreachable!("nobody leaves here") };
+    let service = Service::new(verifier, journal, state.path().join("next"), door).unwrap();
+    let told = async { service.prover.0.another().attest::<Judged>(&leave).await };
+    let error = runtime.block_on(told).map(drop).unwrap_err();
+    assert_eq!(error.kind(), "agent-api-key-revoked", "{error}");
     assert_eq!((thief.heard().len(), good.heard().len()), (1, 1));
 }
 

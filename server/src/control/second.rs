@@ -63,7 +63,7 @@ impl Control {
                 let id = self.lock().resolve(machine).map_or_else(|_| machine.to_owned(), |id| id.to_string());
                 let mut known = self.access.lock();
                 let who = alone(&caller.name, &known.tokens);
-                !known.spree.take(&who, &id, limit, now_ms())
+                !known.spree.take(&caller.name, &who, &id, limit, now_ms())
             }
             _ => false,
         }

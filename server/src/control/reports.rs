@@ -210,7 +210,8 @@ impl Control {
         Ok(())
     }
 
-    /// That a listed machine alone claims its serial number, where that says which it is; and that it can have its name, and run what its role would be given.
+    /// That a listed machine alone claims its serial number, where that says which it is; and that it can have its name, and
+    /// run what its role would be given.
     fn check_listed(
         &self,
         inner: &Inner,
@@ -234,8 +235,8 @@ impl Control {
         self.check_role(&listed.role, release)
     }
 
-    /// The line of the list for where it was heard. Only for a machine that has nothing better to be known by than its name, and
-    /// only where nobody else has that place: two machines behind one port are for a person to tell apart.
+    /// The line of the list for where it was heard. Only for a machine that has nothing better to be known by than its name,
+    /// and only where nobody else has that place: two machines behind one port are for a person to tell apart.
     fn listed_by_position(&self, inner: &Inner, machine: &Machine) -> Option<(&Listed, Option<String>)> {
         let place = machine.heard_at.as_ref()?;
         let listed = self.config.positions.get(place)?;

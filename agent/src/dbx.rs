@@ -5,31 +5,39 @@
 
 use crate::change::blocking;
 use crate::disk::data::{self, Carried};
+use crate::disk::loader::LoaderHold;
+use crate::disk::machine::{SharedDisk, on_disk};
 use crate::error::{AgentError, Result};
 use crate::verifier::{Verified, Verifier};
 use crate::{fetch, init, sys, tpm};
 use kiln_protocol::{DbxOffer, DbxOutcome, DbxState, ReleaseId, dbx_hold};
 use kiln_release::efi::{APPEND, Entry, entries};
-use kiln_release::{DbxUpdate, hex};
+use kiln_release::{DbxUpdate, Mode, hex};
+use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
+use tokio::time::timeout;
 
 const DBX: &str = "/sys/firmware/efi/efivars/dbx-d719b2cb-3d3a-4596-a3bc-dad00e67656f";
 /// A list that did not go in is tried again after so long.
 pub const AGAIN: Duration = Duration::from_secs(10 * 60);
 /// Another list is looked at after so long at the earliest.
 pub const ANOTHER: Duration = Duration::from_secs(60);
+/// Longest wait for the disk.
+const DISK_DEADLINE: Duration = Duration::from_secs(20);
 
-/// Does what is offered. `good` is the newest release that was proven good here, where this machine knows it.
+/// Does what is offered. `good` is the newest release that was proven good here, where this machine knows it; `disk` the one that
+/// it runs from.
 pub async fn install(
     verifier: &mut Verifier,
     here: &ReleaseId,
     good: Option<&ReleaseId>,
+    disk: Option<&SharedDisk>,
     offer: &DbxOffer,
 ) -> DbxState {
-    let outcome = match tried(verifier, here, good, offer).await {
+    let outcome = match tried(verifier, here, good, disk, offer).await {
         Ok(outcome) => outcome,
         Err(error) => DbxOutcome::Failed { reason: format!("{error} ({})", error.kind()) },
     };
@@ -41,6 +49,7 @@ async fn tried(
     verifier: &mut Verifier,
     here: &ReleaseId,
     good: Option<&ReleaseId>,
+    disk: Option<&SharedDisk>,
     offer: &DbxOffer,
 ) -> Result<DbxOutcome> {
     let verified = verifier.verify_metadata(here).await?;
@@ -53,9 +62,18 @@ async fn tried(
         let reason = "its firmware does not check boot programs against the site's keys".to_owned();
         return Ok(DbxOutcome::Held { reason });
     }
+    // Also where the list is in already: until the next boot such a disk can still be mended.
+    let hold = match (disk, &verifier.boot.site.mode) {
+        (Some(disk), _) => loader_hold(disk, list, good == Some(here)).await?,
+        (None, Mode::Disk) => Some(LoaderHold::NoDisk),
+        (None, Mode::Ram) => None,
+    };
     let path = Path::new(DBX);
     if lacks(path, list)? == 0 {
         return Ok(DbxOutcome::Installed);
+    }
+    if let Some(hold) = hold {
+        return Ok(DbxOutcome::Held { reason: hold.to_string() });
     }
     let change = download(verifier, list).await?;
     let before = value(path)?;
@@ -75,6 +93,13 @@ async fn tried(
             Ok(DbxOutcome::Failed { reason: format!("the firmware took it, and lacks {missing} entries of it") })
         }
     }
+}
+
+/// Whether the disk starts through a loader that the list revokes, once this release has put its own there where it may.
+async fn loader_hold(disk: &SharedDisk, list: &DbxUpdate, good: bool) -> Result<Option<LoaderHold>> {
+    let revoked: BTreeSet<String> = list.revoked.iter().map(|program| program.digest.clone()).collect();
+    let renewed = on_disk(disk, move |disk| disk.renew_loader(&revoked, good));
+    timeout(DISK_DEADLINE, renewed).await.unwrap_or(Ok(Some(LoaderHold::NoDisk)))
 }
 
 fn named<'a>(verified: &'a Verified, offer: &DbxOffer) -> Result<&'a DbxUpdate> {

@@ -27,6 +27,7 @@ pub mod rack;
 pub mod report;
 pub mod server;
 pub mod site;
+mod spec;
 pub mod story;
 pub mod testing;
 pub mod tpm;

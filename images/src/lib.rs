@@ -3,7 +3,8 @@
 //!
 //! Packages come from Debian's mirror by mmdebstrap, the file system from mkfs.erofs; the layers, the initramfs, the
 //! module closure, the verity tree and the UKI are made here. The same inputs give the same bytes. UKI, the kernel's
-//! copy for a kexec, boot loader, root hash and IPE policy are signed for Secure Boot when they are made; metadata is signed by `publish`.
+//! copy for a kexec, boot loader, root hash and IPE policy are signed for Secure Boot when they are made; metadata is signed by
+//! `publish`.
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod base;

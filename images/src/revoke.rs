@@ -1,8 +1,9 @@
 //! `kiln trust revoke`: a release's boot programs are named in dbx, and firmware that has the new dbx refuses them.
 //!
 //! What is revoked is a line in `offline/secure-boot/revoked`: the Authenticode digest of a program, and of which release it
-//! is: its UKI, and what else it has that the site signed, as far as no release that stays needs it. `kiln trust secureboot enroll` makes dbx of them, and where KEK is at hand `site.json` names a signed change of dbx
-//! that machines put into their own firmware.
+//! is: its UKI, and what else it has that the site signed, as far as no release that stays needs it. `kiln trust secureboot
+//! enroll` makes dbx of them, and where KEK is at hand `site.json` names a signed change of dbx that machines put into their
+//! own firmware.
 
 use crate::boot_keys::{SigningKey, Unlock};
 use crate::files::{PUBLIC, read_capped, write_atomic};
@@ -146,8 +147,8 @@ fn names(folder: &Path) -> Result<Vec<String>, SiteError> {
     Ok(names)
 }
 
-/// Which kernel a release has that the site signed, as its manifest tells it: releases with the same one have the same here. None:
-/// it is not signed for Secure Boot.
+/// Which kernel a release has that the site signed, as its manifest tells it: releases with the same one have the same here.
+/// None: it is not signed for Secure Boot.
 fn signed_kernel(manifest: &Manifest) -> Option<(bool, &str)> {
     let digest = match &manifest.measured {
         Some(measured) => measured.certificate.as_ref().map(|_| measured.kernel.as_str())?,
@@ -157,7 +158,8 @@ fn signed_kernel(manifest: &Manifest) -> Option<(bool, &str)> {
 }
 
 /// The digest of that kernel: of the copy for a kexec, or of the one in the UKI where that one was signed. Firmware starts the
-/// latter with any initramfs. The former it refuses with or without dbx; shim does not look at what tells it to, and looks here.
+/// latter with any initramfs. The former it refuses with or without dbx; shim does not look at what tells it to, and looks
+/// here.
 fn signed_kernel_digest(uki: &[u8], path: &Path) -> Result<Option<[u8; 32]>, SiteError> {
     let fail = |source| SiteError::Image { path: path.into(), source };
     let pe = Pe::parse(uki).map_err(fail)?;
@@ -174,8 +176,8 @@ fn signed_kernel_digest(uki: &[u8], path: &Path) -> Result<Option<[u8; 32]>, Sit
     }
 }
 
-/// The release's boot loader, if releases that stay have loaders and none has this one. While none stays nothing is said of it: the
-/// next build may have the same, and would never start.
+/// The release's boot loader, if releases that stay have loaders and none has this one. While none stays nothing is said of it:
+/// the next build may have the same, and would never start.
 fn superseded_loader(manifest: &Manifest, staying: &BTreeMap<String, Manifest>) -> Option<[u8; 32]> {
     let loader = |manifest: &Manifest| manifest.measured.as_ref().and_then(|measured| measured.loader.clone());
     let mine = loader(manifest)?;

@@ -3,6 +3,7 @@
 use super::block::Block;
 use super::device::Device;
 use super::layout::{Choice, Found, Layout, choose, look};
+use super::loader::{self, LOADER, LoaderHold};
 use super::record::Record;
 use super::search::{self, BLOCKS};
 use super::store::{Starts, Store};
@@ -13,14 +14,13 @@ use crate::sys;
 use kiln_protocol::slot::{Action, Content, EntryKind, Event, Go, Label, SlotId, SlotState, Slots};
 use kiln_protocol::{ReleaseId, Sha256Hex, Via};
 use kiln_release::{BootInfo, DiskSettings, Manifest};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// The loader in the initramfs: the UKI's signature covers it.
-const LOADER: &str = "/kiln/systemd-boot.efi";
 /// So many starts of a good release in a row without its being healthy, and the machine is in safe mode.
 pub const STARTS: u32 = 5;
 /// After so many its root is read back before the next.
@@ -234,6 +234,12 @@ impl MachineDisk {
                 "kiln-agent: the boot loader is not on the disk, which starts nothing without the network: {error}"
             );
         }
+    }
+
+    /// [`loader::renew`] by the loader that the initramfs left.
+    pub fn renew_loader(&mut self, revoked: &BTreeSet<String>, good: bool) -> Result<Option<LoaderHold>> {
+        let own = std::fs::read(loader::KEPT).ok();
+        Ok(loader::renew(&mut self.store, revoked, good, own.as_deref())?)
     }
 
     /// The disk's place in the firmware's boot order.

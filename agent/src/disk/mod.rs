@@ -12,6 +12,7 @@ pub mod device;
 pub mod fat;
 pub mod gpt;
 pub mod layout;
+pub mod loader;
 pub mod machine;
 pub mod record;
 pub mod search;

@@ -207,6 +207,21 @@ impl<B: Block> Store<B> {
         there.map_err(|e| self.io("looking for the boot loader", &e))
     }
 
+    /// The loader's files that are there.
+    pub fn loaders(&mut self) -> Result<Vec<(&'static str, Vec<u8>)>, DiskError> {
+        let look = |esp: &Fat<Part<'_, B>>| -> io::Result<Vec<(&'static str, Vec<u8>)>> {
+            let mut files = Vec::new();
+            for path in LOADERS {
+                if let Some(file) = esp.read(path, LOADER_LIMIT)? {
+                    files.push((path, file));
+                }
+            }
+            Ok(files)
+        };
+        let files = look(&self.esp()?);
+        files.map_err(|e| self.io("reading the boot loader", &e))
+    }
+
     /// What was kept for the release with this root hash.
     pub fn record(&mut self, root_hash: &Sha256Hex) -> Result<Option<Vec<u8>>, DiskError> {
         let read = self.state()?.read(&record_name(root_hash), RECORD_LIMIT);

@@ -5,7 +5,7 @@ use super::switch_root::{NEW_ROOT, switch_root};
 use crate::change::blocking;
 use crate::coldplug::Drivers;
 use crate::disk::machine::{SharedDisk, on_disk};
-use crate::disk::{DiskError, data};
+use crate::disk::{DiskError, data, loader};
 use crate::error::{AgentError, ROOT, Result};
 use crate::fetch::Expected;
 use crate::flow::Flow;
@@ -134,6 +134,9 @@ async fn mount_and_leave(
     flow.journal.done(Stage::Verity);
     if std::mem::take(&mut flow.verifier.memory.failed_boots) > 0 {
         flow.verifier.place.remember(&flow.verifier.memory)?;
+    }
+    if on.is_some() {
+        loader::keep();
     }
     flow.journal.started(Stage::Handover);
     flow.report().await;

@@ -283,7 +283,11 @@ impl Service {
         }
         let (verifier, here) = (Rc::clone(&self.verifier), self.here.clone());
         let good = self.disk.as_ref().and_then(|disk| crate::disk::machine::lock(disk).slots().disk.newest_good());
-        Some(Box::pin(async move { dbx::install(&mut *verifier.lock().await, &here, good.as_ref(), &offer).await }))
+        let disk = self.disk.clone();
+        Some(Box::pin(async move {
+            let mut verifier = verifier.lock().await;
+            dbx::install(&mut verifier, &here, good.as_ref(), disk.as_ref(), &offer).await
+        }))
     }
 
     /// What a reply says for the next decision, before anything of it is believed.

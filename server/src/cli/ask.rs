@@ -77,7 +77,7 @@ pub(super) async fn withhold(
 }
 
 /// That nothing stands against these floors: no machine runs, shall run, would fall back or come to a release below one.
-/// Campaigns, which do not exist yet, need to be asked here alone: while one is open the floor does not move (DESIGN §4).
+/// Campaigns, which do not exist yet, need to be asked here alone: while one is open the floor does not move.
 async fn nobody_below(site: &SiteDir, at: &At, floors: &BTreeMap<String, u64>) -> Result<(), CliError> {
     let client = Client::new(at)?;
     client.is_of(site, at).await?;

@@ -2,8 +2,11 @@
 
 use super::second::{Asked, MACHINES};
 use super::{Control, Inner};
-use crate::error::ControlError;
+use crate::error::{AccessError, ControlError};
+use axum::extract::Query;
+use axum::http::Uri;
 use kiln_protocol::MachineId;
+use reqwest::Url;
 
 /// A call as it is kept.
 pub(super) struct Pinned {
@@ -48,19 +51,24 @@ fn pinned_body(inner: &Inner, asked: &Asked<'_>) -> Result<Option<(String, Strin
     Ok(Some((body.to_string(), name, id)))
 }
 
-/// `kiln secret remove` says in its query whose secret it is.
+/// `kiln secret remove` says in its query whose secret it is. The query is read as the call itself reads it, however it is
+/// written, and what is kept is written anew.
 fn pinned_query(inner: &Inner, path: &str, named: &mut Vec<(String, MachineId)>) -> Result<String, ControlError> {
-    let Some((path, query)) = path.split_once('?') else { return Ok(path.to_owned()) };
-    let mut pairs = Vec::new();
-    for pair in query.split('&') {
-        match pair.strip_prefix("machine=") {
-            Some(name) => {
-                let id = inner.resolve(name)?;
-                pairs.push(format!("machine={id}"));
-                named.push((name.to_owned(), id));
-            }
-            None => pairs.push(pair.to_owned()),
+    let Some((plain, _)) = path.split_once('?') else { return Ok(path.to_owned()) };
+    let uri: Uri = path.parse().map_err(|_| AccessError::ProposalForm)?;
+    let Query(pairs) = Query::<Vec<(String, String)>>::try_from_uri(&uri).map_err(|_| AccessError::ProposalForm)?;
+    if pairs.is_empty() {
+        return Ok(plain.to_owned());
+    }
+    let mut url = Url::parse("http://localhost/").expect("a constant URL");
+    for (key, value) in pairs {
+        if key == "machine" {
+            let id = inner.resolve(&value)?;
+            url.query_pairs_mut().append_pair(&key, id.as_str());
+            named.push((value, id));
+        } else {
+            url.query_pairs_mut().append_pair(&key, &value);
         }
     }
-    Ok(format!("{path}?{}", pairs.join("&")))
+    Ok(format!("{plain}?{}", url.query().unwrap_or_default()))
 }

@@ -223,7 +223,8 @@ impl Control {
         Ok(())
     }
 
-    /// That a listed machine alone claims its serial number, where that says which it is; and that it can have its name, and run what its role would be given.
+    /// That a listed machine alone claims its serial number, where that says which it is; and that it can have its name, and
+    /// run what its role would be given.
     fn check_listed(
         &self,
         inner: &Inner,

@@ -63,7 +63,7 @@ impl Control {
                 let id = self.lock().resolve(machine).map_or_else(|_| machine.to_owned(), |id| id.to_string());
                 let mut known = self.access.lock();
                 let who = alone(&caller.name, &known.tokens);
-                !known.spree.take(&who, &id, limit, now_ms())
+                !known.spree.take(&caller.name, &who, &id, limit, now_ms())
             }
             _ => false,
         }
@@ -84,6 +84,9 @@ impl Control {
         let Pinned { path, body: pinned, named } = self.pinned(asked)?;
         let title = machine.map_or_else(String::new, |m| format!(" {m}"));
         let mut what = format!("{}{title}: {}", call.action, printable(cut_at(body, SHOWN)));
+        if path.contains('?') {
+            let _ = write!(what, " ({})", printable(cut_at(&path, SHOWN)));
+        }
         for (name, id) in named {
             let _ = write!(what, " ({} is machine {id})", printable(cut_at(&name, SHOWN)));
         }

@@ -194,7 +194,7 @@ function show(machine) {
   const way = machine.prefetch && !machine.prefetch.ready && machine.prefetch.progress;
   const fetched = way ? `, ${Math.floor((100 * way.received_bytes) / Math.max(1, way.total_bytes))} % fetched` : "";
   cell(row, "assigned", release(machine.assigned) + fetched);
-  const weak = machine.key_storage === "ephemeral" ? "name only, " : "";
+  const weak = machine.key_storage !== "ephemeral" ? "" : machine.position ? "position, " : "name only, ";
   const proof = machine.attestation;
   const memory = machine.rollback_memory === "none" ? "no rollback memory" : "";
   const verdict = proof ? `${proof.state}: ${proof.reason}` : "";

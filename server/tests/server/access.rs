@@ -398,7 +398,17 @@ async fn what_is_confirmed_is_done_to_the_machines_that_were_meant() {
     assert!(pending["what"].as_str().unwrap().contains(&format!("rack-2 is machine {meant}")), "{pending}");
     let query = "secrets/db?machine=rack-2";
     let removal = server.with(&ann, "DELETE", query, Value::Null).await;
-    assert_eq!(removal.json()["pending"]["path"], format!("/api/v1/secrets/db?machine={meant}"), "{}", removal.text());
+    let pinned = format!("/api/v1/secrets/db?machine={meant}");
+    assert_eq!(removal.json()["pending"]["path"], pinned, "{}", removal.text());
+    // However it is written: the call reads the same of it.
+    for encoded in ["m%61chine=rack-2", "%6Dachine=r%61ck%2D2", "&machine=rack-2&"] {
+        let removal = server.with(&ann, "DELETE", &format!("secrets/db?{encoded}"), Value::Null).await;
+        assert_eq!(removal.json()["pending"]["path"], pinned, "{encoded}: {}", removal.text());
+        let what = removal.json()["pending"]["what"].as_str().unwrap().to_owned();
+        assert!(what.contains(&pinned) && what.contains(&format!("rack-2 is machine {meant}")), "{what}");
+    }
+    let nobody = server.with(&ann, "DELETE", "secrets/db?m%61chine=rack-7", Value::Null).await;
+    assert_eq!(nobody.status, StatusCode::NOT_FOUND, "{}", nobody.text());
 
     // Somebody gives the name to another; and nobody gives a machine's id as a name.
     let mut other = Agent::new(9, &site.manifest(1));

@@ -128,10 +128,9 @@ fn only_what_the_site_has_released_may_be_loaded() {
 
     let error = judged(&[aggregate(), line("console=ttyS0 ro init=/bin/sh")].concat()).unwrap_err();
     assert!(error.to_string().contains("the command line \"console=ttyS0 ro init=/bin/sh\""), "{error}");
-    // Not whole: a kernel that is none of the release's, and no command line.
+    // Not whole: a kernel that is none of the release's.
     let other = [aggregate(), file([8; 32], "k"), initramfs(&crossing(2, true)), line(LINE)].concat();
-    assert_eq!(judged(&other), Ok(none.clone()));
-    assert_eq!(judged(&[file(sha256(KERNEL), "k"), initramfs(&crossing(2, true))].concat()), Ok(none));
+    assert_eq!(judged(&other), Ok(none));
     // What no rule asks for: another hash, a violation, a form of its own.
     let sha1 = entry("ima-ng", &[&[b"sha1:\0".as_slice(), &[1; 20]].concat(), b"f\0"]);
     let mut violation = aggregate();
@@ -139,6 +138,47 @@ fn only_what_the_site_has_released_may_be_loaded() {
     for odd in [sha1, violation, entry("x", &[b"a"]), entry("x", &[]), entry("x", &[b"a", b"b", b"c", b"d"])] {
         assert!(judged(&odd).unwrap_err().what.contains("no rule"), "{odd:?}");
     }
+}
+
+/// The second release has another command line than the first.
+fn judged_with(second: &str, list: &[u8]) -> Result<BTreeSet<u64>, ForeignKexec> {
+    let (first, second) = (manifest(1), Manifest { command_line: second.to_owned(), ..manifest(2) });
+    loaded(&ImaList::read(list).unwrap(), &[(1, &first), (2, &second)])
+}
+
+#[test]
+fn a_command_line_is_bound_to_what_was_loaded_with_it() {
+    let second = "console=ttyS0 rw";
+    let kernel = file(sha256(KERNEL), "memfd:kiln-kernel");
+    let [one, two] = [1, 2].map(|release| initramfs(&crossing(release, true)));
+    let (own, other) = (line(LINE), line(second));
+    let judged = |parts: &[&[u8]]| judged_with(second, &[aggregate(), kernel.clone(), parts.concat()].concat());
+    assert_eq!(judged(&[&one, &own]), Ok(BTreeSet::from([1])));
+    assert_eq!(judged(&[&two, &other]), Ok(BTreeSet::from([2])));
+    // A module may be measured between the two.
+    assert_eq!(judged(&[&one, &file([9; 32], "/lib/modules/erofs.ko"), &own]), Ok(BTreeSet::from([1])));
+    // Another release's line: at once, or when it is loaded again, of which the kernel lists only what is new.
+    for (parts, entry, what) in [
+        (vec![&one, &other], 4, "the command line"),
+        (vec![&one, &own, &other], 5, "the command line"),
+        (vec![&one, &other, &own], 4, "the command line"),
+        // No initramfs at all.
+        (vec![&own], 3, "the command line"),
+        // None, or an empty one: nothing of it is measured.
+        (vec![&one], 3, "the initramfs"),
+        (vec![&one, &two, &other], 3, "the initramfs"),
+        // The second one's was listed before: the first was loaded with it, or with none.
+        (vec![&two, &other, &one], 5, "the initramfs"),
+    ] {
+        let parts: Vec<&[u8]> = parts.into_iter().map(Vec::as_slice).collect();
+        let error = judged(&parts).unwrap_err();
+        assert!(error.entry == entry && error.what.starts_with(what), "{error}");
+    }
+    // Each with its own, and then, which is not listed any more, either with the other's.
+    assert_eq!(judged(&[&one, &own, &two, &other]), Ok(BTreeSet::new()));
+    // Where both have the same there is nothing to mix up, and it is listed once.
+    let same = [aggregate(), kernel.clone(), one.clone(), own.clone(), two.clone()].concat();
+    assert_eq!(judged_with(LINE, &same), Ok(BTreeSet::from([1, 2])));
 }
 
 #[test]

@@ -18,8 +18,15 @@ pub struct ForeignKexec {
 /// The releases that were loaded whole: kernel, initramfs and command line are theirs. The kernel's rules do not tell a kernel that
 /// was loaded from a module, and of neither every possible one is known: of files it is asked only that the release's kernel is
 /// among them. That it is signed is the business of the kernel that loads it.
+///
+/// A command line comes right behind its initramfs, and is of the same release. Of an initramfs without any, the line was another
+/// or empty, which is not measured. The kernel lists what it has listed before no second time (`ima_add_template_entry`): what
+/// is loaded again may have any line of the list. So with several different ones no release is whole. A release that was loaded
+/// whole, and then again with an empty line, leaves no trace.
 pub fn loaded<K: Ord + Clone>(list: &ImaList<'_>, releases: &[(K, &Manifest)]) -> Result<BTreeSet<K>, ForeignKexec> {
     let (mut files, mut lines, mut crossed) = (BTreeSet::new(), BTreeSet::new(), Vec::new());
+    // The release whose initramfs came last, until its command line does.
+    let mut open: Option<&Manifest> = None;
     for (n, entry) in list.0.iter().enumerate() {
         let foreign = || ForeignKexec { entry: n + 1, what: entry.what.describe() };
         match entry.what {
@@ -27,7 +34,7 @@ pub fn loaded<K: Ord + Clone>(list: &ImaList<'_>, releases: &[(K, &Manifest)]) -
                 files.insert(hex::encode(&sha256));
             }
             ImaWhat::CommandLine(line) => {
-                if !releases.iter().any(|(_, manifest)| manifest.command_line.as_bytes() == line) {
+                if open.take().is_none_or(|manifest| manifest.command_line.as_bytes() != line) {
                     return Err(foreign());
                 }
                 lines.insert(line);
@@ -37,14 +44,22 @@ pub fn loaded<K: Ord + Clone>(list: &ImaList<'_>, releases: &[(K, &Manifest)]) -
                 let is =
                     |manifest: &Manifest| manifest.measured.as_ref()?.kexec.as_ref().map(|kexec| kexec.is(&sha256));
                 let release = releases.iter().find(|(_, manifest)| is(manifest) == Some(true));
-                crossed.push(release.ok_or_else(foreign)?);
+                let (release, manifest) = release.ok_or_else(foreign)?;
+                open = Some(*manifest);
+                crossed.push((release, *manifest, foreign()));
             }
             ImaWhat::Unmeasured => {}
             ImaWhat::Other => return Err(foreign()),
         }
     }
-    let whole = crossed.into_iter().filter(|(_, manifest)| {
-        files.contains(&manifest.loaded_kernel().sha256) && lines.contains(manifest.command_line.as_bytes())
-    });
-    Ok(whole.map(|(release, _)| release.clone()).collect())
+    let mut whole = BTreeSet::new();
+    for (release, manifest, foreign) in crossed {
+        if !lines.contains(manifest.command_line.as_bytes()) {
+            return Err(foreign);
+        }
+        if lines.len() == 1 && files.contains(&manifest.loaded_kernel().sha256) {
+            whole.insert(release.clone());
+        }
+    }
+    Ok(whole)
 }

@@ -142,14 +142,20 @@ fn what_is_refused_or_too_old_is_over() {
 #[test]
 fn a_person_changes_a_few_machines_alone_in_an_hour() {
     let mut spree = Spree::default();
-    let mut take = |who: &[&str], machine: &str, now: u64| spree.take(&set(who), machine, 2, now);
+    let mut take = |who: &[&str], machine: &str, now: u64| spree.take(who[0], &set(who), machine, 2, now);
     assert!(take(&["ann"], "rack-1", 0) && take(&["ann"], "rack-2", 10));
     assert!(!take(&["ann"], "rack-3", 20) && take(&["ben"], "rack-3", 20));
     assert!(take(&["ann"], "rack-1", 30), "the same one again is no further one");
     assert!(!take(&["ann"], "rack-3", 3_600_000), "rack-1 was changed again at 30");
     assert!(!take(&["doll", "ann"], "rack-3", 3_600_000), "a token of her own making is no other person");
     assert!(take(&["doll", "ann"], "rack-3", 3_600_011));
-    assert!(!take(&["toy", "ann"], "rack-4", 3_600_012), "what one of her tokens changed counts for her");
+    assert!(
+        take(&["toy", "ann"], "rack-4", 3_600_012),
+        "what doll changed is not toy's, and ann may have made both for others"
+    );
+    assert!(!take(&["ann"], "rack-5", 3_600_013), "what her tokens changed counts for her");
+    assert!(take(&["toy", "ann"], "rack-5", 3_600_014) && !take(&["toy", "ann"], "rack-6", 3_600_015));
+    assert!(take(&["doll", "ann"], "rack-6", 3_600_016), "toy spent its own, not doll's");
 }
 
 #[test]

@@ -132,7 +132,7 @@ fn a_copy_under_its_own_id_is_one_where_both_live_and_a_disk_that_moved_is_none(
     assert!(out.contains(&Action::Wake));
     // Once the false one is off, a person's word counts at once.
     let cleared = held.event(Event::Clear, LIMITS, start + 100_000).0;
-    let (well, _) = cleared.event(by(2, healthy(2, "a", 2, 1)), LIMITS, start + 101_000);
+    let (well, _) = cleared.event(by(1, healthy(2, "a", 2, 1)), LIMITS, start + 101_000);
     assert_eq!(well.state.kind, StateKind::Healthy);
     assert!(!well.lives_beside(&old, start + 101_000));
 }

@@ -33,6 +33,7 @@ fn a_machine_that_drifts_is_told_of_and_put_up_anew() {
         let spec = MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe));
         let id = spec.uuid();
         let mut options = RackOptions::scenario(paths, "drifts", spec);
+        options.image = site::DRIFTS.to_owned();
         options.unknown = vec![NAME.to_owned()];
         options.config = "[[role]]\nname = \"strict\"\nimage = \"drifts\"\ndrift = \"reimage\"\n".into();
         let mut rack = Rack::start(paths, &options).unwrap();

@@ -9,6 +9,8 @@ use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{site, testing};
 use kiln_protocol::Stage;
+use kiln_release::kexec;
+use kiln_release::pe::Pe;
 use std::path::Path;
 
 const NAME: &str = "rack-1";
@@ -135,6 +137,14 @@ fn a_kexec_of_a_foreign_initramfs_is_found_out() {
         options.image = site::THIEF.to_owned();
         let mut rack = Rack::start(paths, &options).unwrap();
         rack.kiln(&["release", "publish", "thief/1"]).unwrap();
+        // What a thief makes of the UKI: the copy of the kernel that has the site's signature for a kexec.
+        let manifest = site::manifest_of(&rack.site, site::THIEF, 1).unwrap();
+        let named = |part: &str| rack.artifact(manifest[part]["sha256"].as_str().unwrap());
+        let uki = std::fs::read(named("uki")).unwrap();
+        let pe = Pe::parse(&uki).unwrap();
+        let part = |name| pe.content(&uki, name).unwrap();
+        let copy = kexec::copy(part(".linux"), part(kexec::SIGNATURE_SECTION)).unwrap();
+        std::fs::write(named("kexec_kernel"), copy).unwrap();
         rack.machine(NAME).power_on().unwrap();
         let view = rack.wait_healthy(NAME, 1).unwrap();
         println!("cold boot: {:?}", proof(&view));

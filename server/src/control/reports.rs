@@ -106,9 +106,12 @@ impl Control {
             self.admit_report(&mut inner, id, now, &mut pending)?;
         }
         let heard_at = inner.positions.of(&report.machine.macs, now).map(str::to_owned);
-        if let Some(machine) = inner.machines.get_mut(id) {
-            machine.heard_at = heard_at;
-        }
+        let place = |inner: &mut Inner| {
+            if let Some(machine) = inner.machines.get_mut(id) {
+                machine.heard_at.clone_from(&heard_at);
+            }
+        };
+        place(&mut inner);
         let published_root = report.running.as_ref().and_then(|r| {
             let id = ReleaseId { image: r.image.clone(), release: r.release };
             catalog.releases.get(&id).and_then(|r| r.manifest.verity.root_hash.parse::<Sha256Hex>().ok())
@@ -120,6 +123,8 @@ impl Control {
             now,
             &mut pending,
         )?;
+        // Of one that is known only since this report.
+        place(&mut inner);
         self.approve_listed(&mut inner, id, &catalog, &mut pending)?;
         self.hold_copies(&mut inner, id, now, &mut pending)?;
         // Not for a stranger: it is the machine that is seen.

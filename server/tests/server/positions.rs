@@ -52,8 +52,9 @@ async fn a_machine_with_nothing_but_a_name_is_known_where_a_trusted_relay_hears_
     // Another machine behind that port is for a person to look at.
     let mut second = new(7);
     control.heard_at(mac(7), PLACE);
-    let reply = says(&control, &mut second).await;
-    assert!(waits(&reply).contains("its position is by-port's already"), "{}", waits(&reply));
+    waits(&says(&control, &mut second).await);
+    let why = view(&control, 7).reason;
+    assert!(why.contains("its position is by-port's already"), "{why}");
 
     // Its next boot makes another key. The same from another port is somebody else.
     let signer = Arc::new(kiln_release::Signer::from_seed(&[78; 32]));

@@ -230,13 +230,11 @@ impl Declared {
     }
 }
 
-/// The drop-in of a limit: systemd.resource-control(5). Memory is reclaimed from nine tenths on, before anything is killed.
+/// The drop-in of a limit: systemd.resource-control(5). No MemoryHigh=: without swap, what only grows is slowed down there until it
+/// stands still, and nothing ends or tells it; before MemoryMax= kills anything the kernel reclaims what it can as well.
 pub(crate) fn drop_in(limit: &UnitLimit) -> (String, String) {
     let section = if kind_of(&limit.unit) == "slice" { "Slice" } else { "Service" };
-    let memory = limit.memory.map(|most| {
-        let high = most / 10 * 9;
-        format!("MemoryHigh={high}\nMemoryMax={most}\nMemorySwapMax=0\n")
-    });
+    let memory = limit.memory.map(|most| format!("MemoryMax={most}\nMemorySwapMax=0\n"));
     let cpu = limit.cpu.map(|cpu| format!("CPUQuota={cpu}%\n"));
     let lines: String = memory.into_iter().chain(cpu).collect();
     (format!("/etc/systemd/system/{}.d/50-kiln-limit.conf", limit.unit), format!("[{section}]\n{lines}"))
@@ -256,7 +254,7 @@ mod tests {
         let limit = |unit: &str, memory, cpu| drop_in(&UnitLimit { unit: unit.into(), memory, cpu });
         let (path, text) = limit("web.service", Some(1000), Some(150));
         assert_eq!(path, "/etc/systemd/system/web.service.d/50-kiln-limit.conf");
-        assert_eq!(text, "[Service]\nMemoryHigh=900\nMemoryMax=1000\nMemorySwapMax=0\nCPUQuota=150%\n");
+        assert_eq!(text, "[Service]\nMemoryMax=1000\nMemorySwapMax=0\nCPUQuota=150%\n");
         let (path, text) = limit("apps.slice", None, Some(10));
         assert_eq!(path, "/etc/systemd/system/apps.slice.d/50-kiln-limit.conf");
         assert_eq!(text, "[Slice]\nCPUQuota=10%\n");

@@ -124,47 +124,45 @@ fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
 /// The kernel of release 3 (recipe `hangs`) never comes to its init, and says nothing more. It was started by kexec: no firmware and no
 /// boot loader is there to notice. The watchdog that the release before armed, before it loaded any other driver, restarts the machine, the boot
 /// server takes that for what it is, and the machine comes back on the release that ran before.
-fn a_hang_is_ended(test: &str, image: &str, watchdog: HardwareWatchdog) {
-    testing::rack(|paths| {
-        let spec = MachineSpec { watchdog, ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) };
-        let mut options = RackOptions::scenario(paths, test, spec);
-        image.clone_into(&mut options.image);
-        options.config = "[fleet]\ntrial_attempts = 1\n".into();
-        let mut rack = Rack::start(paths, &options).unwrap();
-        if image != site::IMAGE {
-            rack.kiln(&["release", "publish", &format!("{image}/1")]).unwrap();
-        }
-        rack.machine(NAME).power_on().unwrap();
-        rack.wait_healthy(NAME, 1).unwrap();
-        let console = rack.machine(NAME).console().unwrap().clone();
-        let said = console.since(Mark::default());
-        let at = |what: &str| said.find(what).unwrap_or_else(|| panic!("{what}: {}", console.last_words(40)));
-        assert!(at("hardware watchdog: a hang of 180 s") < at(Stage::Modules.label()), "armed before other drivers");
-        let release = format!("{image}/3");
-        rack.kiln(&["release", "publish", &release]).unwrap();
-        let resets = rack.machine(NAME).resets();
-        rack.kiln(&["assign", NAME, &release, "--via", "kexec"]).unwrap();
-        console.wait_for("end Kernel panic", Mark::default(), IDLE).unwrap();
-        assert_eq!(rack.machine(NAME).resets(), resets, "it hangs");
-        // Nobody touches it. The chipset's watchdog counts down twice.
-        rack.machine(NAME).wait_reset(resets, 4 * IDLE).unwrap();
-        let view = rack.wait(NAME, "back on release 1", |v| v.state == "fell-back" && v.release == Some(1)).unwrap();
-        assert!(view.reason.as_deref().is_some_and(|r| r.contains(&release)), "{view:#?}");
-        rack.wait(NAME, "healthy", |v| v.boot().is_some_and(|b| b.at(Stage::Healthy, "done").is_some())).unwrap();
-    });
+fn a_hang_is_ended(paths: &kiln_lab::paths::Paths, test: &str, image: &str, watchdog: HardwareWatchdog) {
+    let spec = MachineSpec { watchdog, ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) };
+    let mut options = RackOptions::scenario(paths, test, spec);
+    image.clone_into(&mut options.image);
+    options.config = "[fleet]\ntrial_attempts = 1\n".into();
+    let mut rack = Rack::start(paths, &options).unwrap();
+    if image != site::IMAGE {
+        rack.kiln(&["release", "publish", &format!("{image}/1")]).unwrap();
+    }
+    rack.machine(NAME).power_on().unwrap();
+    rack.wait_healthy(NAME, 1).unwrap();
+    let console = rack.machine(NAME).console().unwrap().clone();
+    let said = console.since(Mark::default());
+    let at = |what: &str| said.find(what).unwrap_or_else(|| panic!("{what}: {}", console.last_words(40)));
+    assert!(at("hardware watchdog: a hang of 180 s") < at(Stage::Modules.label()), "armed before other drivers");
+    let release = format!("{image}/3");
+    rack.kiln(&["release", "publish", &release]).unwrap();
+    let resets = rack.machine(NAME).resets();
+    rack.kiln(&["assign", NAME, &release, "--via", "kexec"]).unwrap();
+    console.wait_for("end Kernel panic", Mark::default(), IDLE).unwrap();
+    assert_eq!(rack.machine(NAME).resets(), resets, "it hangs");
+    // Nobody touches it. The chipset's watchdog counts down twice.
+    rack.machine(NAME).wait_reset(resets, 4 * IDLE).unwrap();
+    let view = rack.wait(NAME, "back on release 1", |v| v.state == "fell-back" && v.release == Some(1)).unwrap();
+    assert!(view.reason.as_deref().is_some_and(|r| r.contains(&release)), "{view:#?}");
+    rack.wait(NAME, "healthy", |v| v.boot().is_some_and(|b| b.at(Stage::Healthy, "done").is_some())).unwrap();
 }
 
 #[test]
 #[ignore = "slow: waits for a watchdog; make test-slow"]
 fn a_kernel_that_hangs_after_kexec_is_ended_by_the_watchdog() {
-    a_hang_is_ended("watchdog", site::IMAGE, HardwareWatchdog::I6300esb);
+    testing::rack(|paths| a_hang_is_ended(paths, "watchdog", site::IMAGE, HardwareWatchdog::I6300esb));
 }
 
 /// The same with what most servers have: a chipset's watchdog, whose device appears only once the bridge's driver is there.
 #[test]
 #[ignore = "slow: waits for a watchdog; make test-slow"]
 fn a_chipsets_own_watchdog_ends_a_hang_too() {
-    a_hang_is_ended("watchdog-chipset", site::SERVERS, HardwareWatchdog::Itco);
+    testing::rack(|paths| a_hang_is_ended(paths, "watchdog-chipset", site::SERVERS, HardwareWatchdog::Itco));
 }
 
 /// One file that needs nothing beside it, and no more of it than an initramfs should carry.

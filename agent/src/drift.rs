@@ -273,10 +273,10 @@ impl Looker {
         for limit in &expected.limits {
             let Some(folder) = groups.get(&limit.unit) else { continue };
             let usage = self.usage.remove(&limit.unit).unwrap_or_default();
-            let before = told.len();
+            let before = usage.killed();
             let (usage, more) = usage.look(&limit.unit, &file(folder, "memory.events"), &file(folder, "cpu.stat"));
             told.extend(more);
-            killed |= told.len() > before;
+            killed |= usage.killed() > before;
             self.usage.insert(limit.unit.clone(), usage);
         }
         // A unit that was killed whole has a new group; the slice above it remembers.

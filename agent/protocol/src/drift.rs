@@ -212,6 +212,12 @@ pub struct Usage {
 }
 
 impl Usage {
+    /// Processes that were killed at the memory limit, as counted last.
+    #[must_use]
+    pub fn killed(self) -> u64 {
+        self.killed
+    }
+
     /// From the texts of `memory.events` and `cpu.stat`. What is to be told: whether it needs a person, and a sentence.
     #[must_use]
     pub fn look(self, unit: &str, memory_events: &str, cpu_stat: &str) -> (Self, Vec<(bool, String)>) {

@@ -94,9 +94,22 @@ fn units_control_groups_and_limits_are_read_where_they_lie() {
         looker.look().limits,
         [(true, "a service with a limit: 1 process(es) killed at its memory limit".into())]
     );
+    // So it does where another limit is met in the same look.
     put(&format!("{group}/memory.events"), "oom_kill 2\n");
-    put(&format!("{group}/web.service/memory.events"), "oom_kill 1\n");
     put(&format!("{group}/web.service/cpu.stat"), "nr_periods 10\nnr_throttled 9\n");
+    let told: Vec<String> = looker.look().limits.into_iter().map(|(_, text)| text).collect();
+    assert_eq!(
+        told,
+        [
+            "web.service: held back by its CPU limit in 9 of 10 periods",
+            "a service with a limit: 1 process(es) killed at its memory limit"
+        ]
+    );
+    put(&format!("{group}/web.service/cpu.stat"), "nr_periods 20\nnr_throttled 9\n");
+    looker.look();
+    put(&format!("{group}/memory.events"), "oom_kill 3\n");
+    put(&format!("{group}/web.service/memory.events"), "oom_kill 1\n");
+    put(&format!("{group}/web.service/cpu.stat"), "nr_periods 30\nnr_throttled 18\n");
     let told: Vec<String> = looker.look().limits.into_iter().map(|(_, text)| text).collect();
     assert_eq!(
         told,

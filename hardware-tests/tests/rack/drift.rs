@@ -17,7 +17,7 @@ const DIFFERS: [&str; 3] = ["/run/kiln-copied", "/mnt", "tcp/4444"];
 
 /// What the units with limits meet.
 const LIMITS: [&str; 2] =
-    ["kiln-eater.service: 1 process(es) killed at its memory limit", "kiln-burner.service: held back by its CPU limit"];
+    ["1 process(es) killed at its memory limit", "kiln-burner.service: held back by its CPU limit"];
 
 fn differences(view: &MachineView) -> Vec<&str> {
     view.condition.drift.iter().map(|difference| difference.what.as_str()).collect()

@@ -64,7 +64,7 @@ fn a_machine_that_drifts_is_told_of_and_put_up_anew() {
 
         rack.machine(NAME).wait_reset(resets, 2 * IDLE).unwrap();
         let log = &rack.server().unwrap().log;
-        log.wait_for("put up anew for its drift", Mark::default(), IDLE).unwrap();
+        log.wait_for("it is put up anew with drifts/1", Mark::default(), IDLE).unwrap();
         let anew = |view: &MachineView| view.boots.len() > 1 && view.is_healthy_on(1) && differences(view).is_empty();
         rack.wait(NAME, "as released again", anew).unwrap();
     });

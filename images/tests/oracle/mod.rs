@@ -1,5 +1,5 @@
 //! Other people's programs, asked for a second opinion. The crates that ask share this file.
-#![allow(dead_code)]
+#![allow(dead_code)] // each crate that shares it uses a part
 
 /// Set by `make test`, whose set-up installs those that are Debian's: what is missing then fails, lest a test pass that asked
 /// nobody.

@@ -21,6 +21,15 @@ const WATCHDOGS: [&str; 7] = ["i6300esb", "lpc_ich", "i2c_i801", "iTCO_wdt", "sp
 /// Rounds of looking: a bus driver makes devices appear that ask for more.
 const ROUNDS: usize = 8;
 
+/// What was loaded last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum After {
+    /// The driver of a network card, for the first time.
+    Card,
+    /// Any other, or none.
+    Driver,
+}
+
 /// The drivers of one kernel.
 pub struct Drivers {
     dir: PathBuf,
@@ -92,17 +101,23 @@ impl Drivers {
     /// Loads what the devices present ask for, until nothing new is asked for. A driver that will not load is told and
     /// passed over: the machine may not need it.
     pub fn coldplug(&mut self) {
-        self.coldplug_and(&mut || {});
+        self.coldplug_and(&mut |_| {});
     }
 
-    /// The same; `each` is called behind each driver.
-    pub fn coldplug_and(&mut self, each: &mut dyn FnMut()) {
+    /// The same; `each` is called behind each driver. Network cards come first.
+    pub fn coldplug_and(&mut self, each: &mut dyn FnMut(After)) {
         self.settle();
         for _ in 0..ROUNDS {
             let before = self.loaded.len();
-            for module in self.wanted() {
+            let (cards, others) = cards_first(&self.index, self.wanted());
+            for module in cards {
+                let known = self.loaded.contains(&module);
                 self.load(&module);
-                each();
+                each(if known { After::Driver } else { After::Card });
+            }
+            for module in others {
+                self.load(&module);
+                each(After::Driver);
             }
             for (module, companion) in COMPANIONS {
                 if self.loaded.contains(module) {
@@ -128,6 +143,13 @@ impl Drivers {
         self.loaded.extend(order.iter().map(|(name, _)| name.clone()));
         insert(&self.dir, module, order);
     }
+}
+
+/// Drivers of network cards, and all others; each in the order of their names, so that one boot is as the next.
+fn cards_first(index: &ModuleIndex, wanted: HashSet<String>) -> (Vec<String>, Vec<String>) {
+    let mut wanted: Vec<String> = wanted.into_iter().collect();
+    wanted.sort_unstable();
+    wanted.into_iter().partition(|module| index.is_network(module))
 }
 
 /// Those of them that are watchdogs, or lead to one.
@@ -188,6 +210,23 @@ mod tests {
         alias pci:v00001022d0000790Bsv*sd*bc*sc*i* sp5100_tco\nalias pci:v00001022d0000790Bsv*sd*bc*sc*i* i2c_piix4\n\
         alias pci:v0000103Cd00003306sv*sd*bc*sc*i* hpwdt\nalias platform:wdat_wdt wdat_wdt\n\
         alias pci:v00008086d000010D3sv*sd*bc*sc*i* e1000e\n";
+
+    #[test]
+    fn network_cards_come_first() {
+        let dep = "kernel/drivers/net/ethernet/intel/igb/igb.ko: kernel/drivers/i2c/algos/i2c-algo-bit.ko\n\
+            kernel/drivers/i2c/algos/i2c-algo-bit.ko:\nkernel/drivers/net/virtio_net.ko:\nkernel/drivers/ata/ahci.ko:\n\
+            kernel/drivers/scsi/megaraid/megaraid_sas.ko:\n";
+        let index = ModuleIndex::parse(dep, "", "");
+        let wanted = ["megaraid_sas", "virtio_net", "ahci", "igb", "built_in"].map(str::to_owned);
+        let (cards, others) = cards_first(&index, HashSet::from(wanted));
+        assert_eq!(
+            (cards.as_slice(), others.as_slice()),
+            (
+                &["igb", "virtio_net"].map(str::to_owned)[..],
+                &["ahci", "built_in", "megaraid_sas"].map(str::to_owned)[..]
+            )
+        );
+    }
 
     #[test]
     fn devices_of_buses_and_classes_and_the_kernels_own_are_asked() {

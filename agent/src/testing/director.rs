@@ -10,7 +10,7 @@ use kiln_release::certificate::{spki_der, spki_key_id};
 use kiln_release::{Signer, hex, sign_envelope};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use rustls::{HandshakeKind, ServerConfig, ServerConnection, StreamOwned};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -38,6 +38,8 @@ struct State {
     order: Order,
     line: Line,
     heard: Vec<(Instant, Report)>,
+    /// Of each connection: whether it went on from the session of another.
+    resumed: Vec<bool>,
     /// An operator's order that is handed on.
     given: Option<String>,
     /// Sequence from which on the release has to be fetched anew.
@@ -85,6 +87,7 @@ impl Director {
                 order,
                 line: Line::Whole,
                 heard: Vec::new(),
+                resumed: Vec::new(),
                 given: None,
                 rebuild: 0,
                 thresholds: BTreeMap::new(),
@@ -164,11 +167,21 @@ impl Director {
     pub fn heard(&self) -> Vec<Report> {
         self.shared.state.lock().unwrap().heard.iter().map(|(_, report)| report.clone()).collect()
     }
+
+    /// Of each connection on which something was asked, whether it went on from the session of another.
+    pub fn resumed(&self) -> Vec<bool> {
+        self.shared.state.lock().unwrap().resumed.clone()
+    }
 }
 
 fn connection(stream: TcpStream, config: Arc<ServerConfig>, shared: &Shared) {
     let connection = ServerConnection::new(config).unwrap();
     let mut stream = BufReader::new(StreamOwned::new(connection, stream));
+    if !matches!(stream.fill_buf(), Ok([_, ..])) {
+        return;
+    }
+    let kind = stream.get_ref().conn.handshake_kind();
+    shared.state.lock().unwrap().resumed.push(kind == Some(HandshakeKind::Resumed));
     loop {
         let (mut length, mut line) = (0, String::new());
         while line != "\r\n" {

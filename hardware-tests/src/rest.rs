@@ -57,9 +57,10 @@ impl Process {
             id: id.parse().ok()?,
             parent: field(4)?,
             started: hundredths(field(22)?),
-            cpu: hundredths(field(14)? + field(15)?),
-            ran: hundredths(field(16)? + field(17)?),
-            rss_bytes: field(24)? * PAGE,
+            // A line that others have torn may hold any number.
+            cpu: hundredths(field(14)?.saturating_add(field(15)?)),
+            ran: hundredths(field(16)?.saturating_add(field(17)?)),
+            rss_bytes: field(24)?.saturating_mul(PAGE),
         })
     }
 

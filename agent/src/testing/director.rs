@@ -255,30 +255,24 @@ impl Shared {
             let forged = r#""settings":{"boot_first":"network"},"spec_version""#;
             assignment = assignment.replacen(r#""spec_version""#, forged, 1);
         }
-        let freshness = Freshness {
-            type_: FRESHNESS_TYPE.into(),
-            spec_version: SPEC_VERSION.into(),
-            nonce: report.nonce.clone(),
-            assignment_sha256: hex::sha256(assignment.as_bytes()).parse().unwrap(),
-            now: now(),
+        // Over exactly the bytes of what it goes with.
+        let fresh = |text: &str| {
+            let freshness = Freshness {
+                type_: FRESHNESS_TYPE.into(),
+                spec_version: SPEC_VERSION.into(),
+                nonce: report.nonce.clone(),
+                assignment_sha256: hex::sha256(text.as_bytes()).parse().unwrap(),
+                now: now(),
+            };
+            sign_envelope(&freshness, &[&self.signer]).unwrap()
         };
-        let freshness = sign_envelope(&freshness, &[&self.signer]).unwrap();
+        let freshness = fresh(&assignment);
         let ready = report.prefetch.as_ref().is_some_and(|p| p.ready && p.sequence == sequence);
         let grant =
             if ready && may_go { Grant::Go } else { Grant::Hold { reason: "the test says so".into(), until_ms: None } };
         let etag = format!("{release}-{sequence}-{via}-{}", grant == Grant::Go);
         let decision = Decision::Assigned { assignment, freshness, via, grant };
-        let order = state.given.as_ref().map(|order| {
-            let freshness = Freshness {
-                type_: FRESHNESS_TYPE.into(),
-                spec_version: SPEC_VERSION.into(),
-                nonce: report.nonce.clone(),
-                assignment_sha256: hex::sha256(order.as_bytes()).parse().unwrap(),
-                now: now(),
-            };
-            let freshness = sign_envelope(&freshness, &[&self.signer]).unwrap();
-            OrderGiven { order: order.clone(), freshness }
-        });
+        let order = state.given.as_ref().map(|order| OrderGiven { order: order.clone(), freshness: fresh(order) });
         let etag = format!("{etag}-{}", order.as_ref().map_or(String::new(), |o| hex::sha256(o.order.as_bytes())));
         let desired = Desired { etag, decision, order };
         Reply {

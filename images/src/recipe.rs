@@ -25,6 +25,9 @@ use words::{is_class, is_command_line, is_module, is_name, is_package, is_unit};
 const EXTENDS_LIMIT: usize = 4;
 /// What the data partition needs of the kernel: the agent loads them by these names.
 const DATA_MODULES: [&str; 5] = ["aes_generic", "aesni_intel", "dm_crypt", "ext4", "xts"];
+/// What a recipe's command line is.
+const COMMAND_LINE: &str = "one line of printable ASCII, exactly what the kernel gets, that says \
+                            systemd.import_credentials=no (=yes takes credentials, as root's password, from firmware)";
 /// Most bytes of noise in one file.
 const MAX_NOISE: u64 = 1 << 20;
 
@@ -256,7 +259,7 @@ impl Partial {
             "an architecture this builder knows: x86_64",
         )?;
         single(&mut self.kernel, raw.kernel, is_package, "a Debian package name")?;
-        single(&mut self.command_line, raw.command_line, is_command_line, "one line of printable ASCII")?;
+        single(&mut self.command_line, raw.command_line, is_command_line, COMMAND_LINE)?;
         self.packages.extend(source.check_all(raw.packages, is_package, "a Debian package name")?);
         self.modules.extend(source.check_all(raw.modules, is_module, "a kernel module's name")?);
         self.firmware.extend(source.check_all(raw.firmware, is_package, "a Debian package name")?);
@@ -392,7 +395,7 @@ impl Partial {
             suite: self.suite.ok_or_else(missing("suite", "it names the Debian suite"))?,
             architecture: self.architecture.ok_or_else(missing("architecture", "x86_64"))?,
             kernel: self.kernel.ok_or_else(missing("kernel", "it names the kernel's package"))?,
-            command_line: self.command_line.ok_or_else(missing("command_line", "the kernel gets it exactly"))?,
+            command_line: self.command_line.ok_or_else(missing("command_line", COMMAND_LINE))?,
             packages: sorted(self.packages),
             modules: sorted(self.modules),
             firmware: sorted(self.firmware),

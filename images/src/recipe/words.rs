@@ -33,8 +33,14 @@ pub(crate) fn is_root_path(text: &str) -> bool {
     text.strip_prefix('/').is_some_and(|rest| rest.split('/').all(plain))
 }
 
+/// It says whether systemd makes credentials (root's password, units, files) of what firmware, hypervisor and boot stub hand
+/// over (systemd(1), `systemd.import_credentials=`): nothing measures them, and left unsaid it does.
 pub(super) fn is_command_line(text: &str) -> bool {
-    text.len() < 2048 && text.trim() == text && text.chars().all(|c| c == ' ' || c.is_ascii_graphic())
+    let said = |word| matches!(word, "systemd.import_credentials=no" | "systemd.import_credentials=yes");
+    text.split(' ').any(said)
+        && text.len() < 2048
+        && text.trim() == text
+        && text.chars().all(|c| c == ' ' || c.is_ascii_graphic())
 }
 
 pub(crate) fn bytes_of(size: &str) -> Option<u64> {

@@ -86,13 +86,10 @@ pub struct Machine {
     pub heard_at: Option<String>,
     /// The key of the boot before, of a machine that makes a new one at each boot.
     pub previous_key: Option<KeyId>,
-    /// The last key that reported under this id and is not the machine's: [`crate::Event::Clear`] makes it so, unless
-    /// [`Machine::keeps_its_own`].
-    #[serde(default)]
-    pub stranger: Option<KeyId>,
-    /// That key spoke after the machine's own, since the server started.
-    #[serde(skip)]
-    pub stranger_last: bool,
+    /// Keys that reported under this id and are not the machine's, the newest last; at most [`crate::STRANGERS_KEPT`].
+    /// [`crate::Event::Adopt`] makes one the machine's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub strangers: Vec<KeyId>,
     /// A person ended its quarantine: in whichever boot its key speaks next, that is the machine's.
     #[serde(default)]
     pub any_boot: bool,
@@ -235,8 +232,7 @@ impl Machine {
             position: None,
             heard_at: None,
             previous_key: None,
-            stranger: None,
-            stranger_last: false,
+            strangers: Vec::new(),
             any_boot: false,
             code: None,
             facts: None,
@@ -290,7 +286,10 @@ impl Machine {
     pub fn pin(&mut self, key: Option<&KeyId>) {
         self.pinned = key.cloned();
         if key.is_some() && self.key.as_ref() != key {
-            self.stranger = self.key.take().or(self.stranger.take());
+            if let Some(old) = self.key.take() {
+                self.hear_stranger(&old);
+            }
+            self.strangers.retain(|other| Some(other) != key);
             self.previous_key = None;
             self.agent_seen = None;
         }

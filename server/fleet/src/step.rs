@@ -35,6 +35,7 @@ impl Machine {
             | Event::Wiped { .. }
             | Event::Granted
             | Event::Clear
+            | Event::Adopt(_)
             | Event::Retire
             | Event::Replaced { .. }
             | Event::Excuse { .. }
@@ -68,6 +69,7 @@ impl Machine {
             Event::Wiped { order, failed } => self.wiped(&order, &failed, &mut out),
             Event::Granted => self.grant_given(now, &mut out),
             Event::Clear => self.clear(now, &mut out),
+            Event::Adopt(key) => self.adopt(key, now, &mut out),
             Event::Retire => self.retire("a person took it out of service", now, &mut out),
             Event::Replaced { by } => self.retire(&format!("{by} took its place"), now, &mut out),
             Event::Excuse { reason } => self.excuse(reason, &mut out),

@@ -15,6 +15,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use futures_util::stream::{self, Stream};
+use kiln_fleet::Refusal;
 use kiln_protocol::{ImageName, ReleaseId, Via};
 use serde::Deserialize;
 use serde_json::json;
@@ -87,6 +88,7 @@ impl From<ControlError> for ApiError {
             | ControlError::ReceiptWithoutOrder { .. }
             | ControlError::OtherImage { .. }
             | ControlError::NoReport { .. }
+            | ControlError::Refused(Refusal::KeyDigits { .. })
             | ControlError::ForgetsKey { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             ControlError::NothingPublished { .. }
             | ControlError::NameTaken(_)
@@ -354,12 +356,22 @@ async fn assign(
     Ok(Json(app.control.view(&machine)?))
 }
 
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Clear {
+    /// The beginning of the fingerprint of another key, which is the machine's from now on.
+    key: Option<String>,
+}
+
+/// Without a body, or a key in it, no other key becomes the machine's.
 async fn clear(
     State(app): State<App>,
     Extension(peer): Extension<Peer>,
     Path(machine): Path<String>,
+    body: Result<Option<Json<Clear>>, JsonRejection>,
 ) -> Result<Json<MachineView>, ApiError> {
-    app.control.clear(&machine, &who(&peer)).await?;
+    let key = body?.and_then(|Json(order)| order.key);
+    app.control.clear(&machine, key.as_deref(), &who(&peer)).await?;
     Ok(Json(app.control.view(&machine)?))
 }
 

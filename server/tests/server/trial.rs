@@ -83,7 +83,7 @@ async fn after_three_boots_without_healthy_the_last_good_release_is_booted() {
     assert_eq!((assignment.release, assignment.sequence), (1, 4), "an older release under a higher sequence");
     let again = control.assign("rack-1", &"minimal/2".parse().unwrap(), Via::Cold, "test").await;
     assert!(again.unwrap_err().to_string().contains("kiln machine clear rack-1"));
-    control.clear("rack-1", "test").await.unwrap();
+    control.clear("rack-1", None, "test").await.unwrap();
     control.assign("rack-1", &"minimal/2".parse().unwrap(), Via::Cold, "test").await.unwrap();
 }
 

@@ -49,6 +49,11 @@ pub enum StoreError {
         "the disk of the database is full: nothing of this was done, and what was stored before is kept. Free some room"
     )]
     Full,
+    #[error(
+        "what this machine did a moment ago could not be stored, so this was not done either: the machine is as it was \
+         stored before. Try again"
+    )]
+    Unwritten,
     #[error("the database is of version {got}, this kiln knows {known}: it was written by a newer one")]
     TooNew { known: i64, got: i64 },
     #[error("the database's row for {id} cannot be read: {reason}")]

@@ -35,6 +35,7 @@ mod secrets;
 mod silence;
 mod state;
 mod step;
+mod stored;
 mod trial;
 mod way;
 

@@ -21,6 +21,7 @@ mod pin;
 mod positions;
 mod releases;
 mod reports;
+mod restore;
 mod roles;
 mod second;
 mod secrets;
@@ -121,6 +122,8 @@ pub struct Control {
     pub(crate) server_key: KeyId,
     catalog: RwLock<Arc<Catalog>>,
     told: broadcast::Sender<Told>,
+    /// Machines are put back one at a time.
+    restoring: tokio::sync::Mutex<()>,
     changed: watch::Sender<u64>,
     /// Tickets of those who want the repository looked at now, and the newest ticket that was served.
     look_wanted: watch::Sender<u64>,
@@ -197,9 +200,7 @@ impl Control {
         let secrets = Arc::new(secrets::Secrets::load(&store, site.online("secrets.key")).await?);
         let oidc = config.oidc.clone().map(Provider::new).transpose().map_err(AccessError::from)?;
         for (id, mut stored) in store.load().await? {
-            let key = config.key_of_known(&stored.machine);
-            stored.machine.pin(key);
-            stored.machine.key_revoked = stored.machine.key.as_ref().is_some_and(|key| access.is_revoked(key));
+            furnish(&config, &access, &mut stored.machine);
             let (mut machine, _) = stored.machine.event(Event::ServerStarted, config.limits, now);
             config.rule(&mut machine);
             inner.index(&machine);
@@ -221,6 +222,7 @@ impl Control {
             director: RwLock::new(Arc::new(director)),
             catalog: RwLock::new(Arc::new(catalog)),
             told: broadcast::channel(1024).0,
+            restoring: tokio::sync::Mutex::default(),
             changed: watch::channel(0).0,
             look_wanted: watch::channel(0).0,
             looked: watch::channel(0).0,
@@ -346,7 +348,10 @@ impl Control {
         if let Some(seen) = seen {
             self.store.seen(seen);
         }
-        self.finish(pending).await
+        self.finish(pending).await?;
+        // Of whom nobody waited for.
+        self.restore().await;
+        Ok(())
     }
 
     /// Stores what is not stored yet; at the end.
@@ -427,7 +432,7 @@ impl Control {
                     pending.lines.push(Line { warn, machine: title.clone(), stage: "", text });
                 }
                 Action::Record(what) => {
-                    pending.commits.push(self.store.audit(audit::Line::done(now, "kiln", &title, what)));
+                    pending.commits.push(self.store.audit_of(id, audit::Line::done(now, "kiln", &title, what)));
                 }
                 Action::Forget => {
                     self.forget(inner, id, pending);
@@ -454,19 +459,28 @@ impl Control {
 
     pub(crate) fn audit(&self, pending: &mut Pending, machine: &Machine, actor: &str, what: String) {
         let line = audit::Line::done(now_ms(), actor, machine.title(), what);
-        pending.commits.push(self.store.audit(line));
+        pending.commits.push(self.store.audit_of(&machine.id, line));
     }
 
-    /// Waits for the commits, then tells everybody.
+    /// Waits for the commits, then tells everybody. Where one fails, memory has what the database has when this returns.
     pub(crate) async fn finish(&self, pending: Pending) -> Result<(), ControlError> {
         let mut untold = Untold { control: self, pending };
+        let mut failed = None;
         for commit in std::mem::take(&mut untold.pending.commits) {
             if let Err(error) = commit.wait().await {
-                untold.pending = Pending::default(); // it is not stored: nobody hears of it
-                return Err(error.into());
+                failed.get_or_insert(error);
             }
         }
-        Ok(())
+        let Some(error) = failed else { return Ok(()) };
+        let Pending { touched, gone, wake, .. } = std::mem::take(&mut untold.pending);
+        self.restore().await;
+        // What was said of it is not so; what others see of these machines is what they are now.
+        let gone: Vec<MachineId> = {
+            let inner = self.lock();
+            gone.into_iter().filter(|id| !inner.machines.contains_key(id)).collect()
+        };
+        untold.pending = Pending { touched, gone, wake, ..Pending::default() };
+        Err(error.into())
     }
 
     fn tell(&self, pending: Pending) {
@@ -496,6 +510,13 @@ impl Control {
             self.wake();
         }
     }
+}
+
+/// What is not stored of a machine's key, and others know: which one the configuration names, and whether it was revoked.
+fn furnish(config: &Config, access: &Access, machine: &mut Machine) {
+    let key = config.key_of_known(machine).cloned();
+    machine.pin(key.as_ref());
+    machine.key_revoked = machine.key.as_ref().is_some_and(|key| access.is_revoked(key));
 }
 
 /// Of the certificate that machines see.

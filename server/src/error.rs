@@ -314,8 +314,10 @@ pub enum ControlError {
     Ambiguous(String),
     #[error("{release} is not published here: `kiln release list` shows what is")]
     NoSuchRelease { release: ReleaseId },
-    #[error("no release of {image} (class normal) is published yet: build and publish one first")]
-    NothingPublished { image: String },
+    #[error(
+        "no release of {image} (class normal) that machines may have is published: build and publish one first{passed}"
+    )]
+    NothingPublished { image: String, passed: String },
     #[error(
         "{release} is of class {class}: the director may assign only class normal; sign an order for it (`kiln order \
          sign assign {release} --class {class}`)"

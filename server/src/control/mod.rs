@@ -237,6 +237,7 @@ impl Control {
             stop,
         });
         control.tell_if_unnamed(&control.catalog());
+        control.tell_passed_over(&control.catalog(), None);
         Ok(control)
     }
 
@@ -283,6 +284,8 @@ impl Control {
             *self.director.write().expect("no code panics under this lock") = Arc::new(director);
         }
         self.tell_if_unnamed(&catalog);
+        let before = self.catalog();
+        self.tell_passed_over(&catalog, Some(before.as_ref()));
         *self.catalog.write().expect("no code panics under this lock") = Arc::new(catalog);
         self.wake();
         Ok(())

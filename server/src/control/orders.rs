@@ -20,10 +20,10 @@ impl Control {
         self.look_again().await;
         let catalog = self.catalog();
         let image = self.config.image_of(role)?;
-        let release = catalog
-            .newest(image)
-            .cloned()
-            .ok_or_else(|| ControlError::NothingPublished { image: image.to_string() })?;
+        let passed = catalog.passed_over(image);
+        let Some(release) = catalog.newest(image).cloned() else {
+            return Err(ControlError::NothingPublished { image: image.to_string(), passed });
+        };
         let pending = {
             let mut inner = self.lock();
             let id = inner.resolve(machine)?;
@@ -45,7 +45,7 @@ impl Control {
                 inner.check_code(&id, code, now_ms())?;
             }
             let compared = if code.is_some() { "; its code was compared" } else { "" };
-            let what = format!("approved as {name} with role {role}, to run {release}{compared}");
+            let what = format!("approved as {name} with role {role}, to run {release}{passed}{compared}");
             let mut pending = Pending::default();
             let event = Event::Approve { name, role: role.to_owned(), release };
             self.step(&mut inner, &id, event, now_ms(), &mut pending)?;

@@ -56,6 +56,8 @@ pub enum Event {
         /// Why, and what to do.
         reason: String,
     },
+    /// The pre-loaded list does not name it, or not any more.
+    NotListed,
     /// A person ordered a release.
     Assign {
         /// Which.

@@ -30,6 +30,7 @@ impl Machine {
             | Event::Downloaded
             | Event::Approve { .. }
             | Event::NotApproved { .. }
+            | Event::NotListed
             | Event::Assign { .. }
             | Event::Ordered(_)
             | Event::Wiped { .. }
@@ -60,6 +61,7 @@ impl Machine {
             Event::Report(reported) => self.report(&reported, limits, now, &mut out),
             Event::Approve { name, role, release } => self.approve(name, role, release, now, &mut out),
             Event::NotApproved { reason } => self.not_approved(reason, now, &mut out),
+            Event::NotListed => self.not_listed(now, &mut out),
             Event::Assign { release, via } => {
                 if self.assign_by(release, via, None, now, &mut out) {
                     self.supersede_orders();

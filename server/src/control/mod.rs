@@ -238,7 +238,30 @@ impl Control {
         });
         control.tell_if_unnamed(&control.catalog());
         control.tell_passed_over(&control.catalog(), None);
+        if let Err(error) = control.drop_old_list().await {
+            tracing::error!(%error, "what an older kiln.toml said of machines was not dropped");
+        }
         Ok(control)
+    }
+
+    /// Machines that nobody approved have nothing more of a list that does not name them: no name that another may be
+    /// given, and no reason to wait that is gone.
+    async fn drop_old_list(&self) -> Result<(), ControlError> {
+        let pending = {
+            let mut inner = self.lock();
+            let (now, mut pending) = (now_ms(), Pending::default());
+            let serial = |m: &Machine| m.facts.as_ref().map(|facts| facts.serial.clone());
+            // By its position, where it is not heard yet; such a line gives no name before it approves.
+            let placed = |m: &Machine| m.name.is_none() && !self.config.positions.is_empty();
+            let listed = |m: &Machine| self.config.listed(&m.id, serial(m).as_deref()).is_some() || placed(m);
+            let old = inner.machines.values().filter(|m| m.has_words_of_a_list() && !listed(m));
+            let old: Vec<MachineId> = old.map(|m| m.id.clone()).collect();
+            for id in old {
+                self.step(&mut inner, &id, Event::NotListed, now, &mut pending)?;
+            }
+            pending
+        };
+        self.finish(pending).await
     }
 
     /// What is published.

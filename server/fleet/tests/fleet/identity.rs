@@ -264,3 +264,23 @@ fn a_cleared_machine_that_cannot_read_its_memory_hears_of_a_newer_assignment() {
     s.then(by(1, report(1, "c", 1, 1))).then(Event::Clear);
     assert_eq!(sequence(&s), 2);
 }
+
+/// Its line in kiln.toml was taken out: what that line gave is dropped, and nothing of what a person gave.
+#[test]
+fn what_a_list_said_of_a_machine_goes_with_its_line() {
+    let mut s = Story::new();
+    s.m.name = Some("rack-1".into());
+    s.then(by(1, report(1, "a", 1, 1)));
+    s.then(Event::NotApproved { reason: "kiln.toml lists it as rack-1, and it is not approved: why".into() });
+    assert!(s.m.has_words_of_a_list() && s.m.state.reason.contains("lists it"));
+    s.then(Event::NotListed).is(StateKind::Discovered);
+    assert_eq!((&s.m.name, &s.m.key), (&None, &Some(key(1))));
+    assert!(s.m.state.reason.starts_with("nobody has approved it: run `kiln machine approve"), "{}", s.m.state.reason);
+    assert!(s.last.contains(&Action::Save), "{:?}", s.last);
+    s.then(Event::NotListed);
+    assert_eq!(s.last, [], "once");
+    s.approve();
+    let before = s.m.clone();
+    s.then(Event::NotListed);
+    assert_eq!((&before, s.last.len()), (&s.m, 0), "a person named it");
+}

@@ -403,6 +403,8 @@ pub enum ControlError {
     NoReportYet(kiln_protocol::MachineId),
     #[error("the key that speaks is not {0}'s")]
     NotItsKey(String),
+    #[error("{0} is quarantined: what it is made of is taken once a person has cleared it (`kiln machine clear {0}`)")]
+    Quarantined(String),
     #[error("{machine} is not approved, and its inventory has {got} bytes of at most {limit}: approve it first")]
     TooLongForAStranger { machine: kiln_protocol::MachineId, got: usize, limit: usize },
     #[error(

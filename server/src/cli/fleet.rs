@@ -21,7 +21,10 @@ pub(super) async fn machine(command: Machine) -> Result<(), CliError> {
             print(&if json { pretty(&machine)? } else { show(&machine, now_ms()) })
         }
         Machine::Inventory { machine, at, json } => super::hardware::inventory(&machine, &at, json, now_ms()).await,
-        Machine::Log { machine, boot, follow, at, json } => super::log::log(&machine, boot, follow, &at, json).await,
+        Machine::Log { machine, boot, held, follow, at, json } => {
+            let boot = if held { format!("{boot}-held") } else { boot.to_string() };
+            super::log::log(&machine, &boot, follow, &at, json).await
+        }
         Machine::Watch { machine, at, json } => watch(&at, machine.as_deref(), json).await,
         Machine::Approve { machine, role, name, code, at } => {
             let path = format!("machines/{}/approve", segment(&machine));

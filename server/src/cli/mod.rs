@@ -232,6 +232,9 @@ enum Machine {
         /// How many boots back: 0 is the newest
         #[arg(long, default_value_t = 0)]
         boot: u32,
+        /// What came under that boot while the machine was quarantined: any of those that claim to be it may have said it
+        #[arg(long)]
+        held: bool,
         /// Go on with new lines until interrupted
         #[arg(long, conflicts_with = "json")]
         follow: bool,

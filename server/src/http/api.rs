@@ -97,6 +97,7 @@ impl From<ControlError> for ApiError {
             | ControlError::BeingPruned { .. }
             | ControlError::Refused(_)
             | ControlError::NoReportYet(_)
+            | ControlError::Quarantined(_)
             | ControlError::OrderKnown { .. } => StatusCode::CONFLICT,
             ControlError::Access(e) => super::people::status_of(e),
             ControlError::Log(e) => log_status(e),

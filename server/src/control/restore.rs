@@ -14,8 +14,13 @@ impl Control {
     /// Puts back every machine that the database was not told of. Whoever's commit failed waits for it, and the clock looks
     /// once a second for those that nobody waited for.
     pub(crate) async fn restore(&self) {
+        if self.store.unwritten().is_empty() {
+            return;
+        }
         // One at a time: a row that was read stays as it is until its machine was put back.
         let _turn = self.restoring.lock().await;
+        // Whoever had the turn before may have gone while the store was still to hear of it.
+        self.store.settle().await;
         for id in self.store.unwritten() {
             match self.store.machine(&id).await {
                 Ok(stored) => {
@@ -46,6 +51,7 @@ impl Control {
                 furnish(&self.config, &self.access, &mut machine);
                 self.config.rule(&mut machine);
                 inner.index(&machine);
+                inner.comparing.again(id);
                 match envelope {
                     Some(envelope) => drop(inner.envelopes.insert(id.clone(), envelope)),
                     None => drop(inner.envelopes.remove(id)),
@@ -59,7 +65,6 @@ impl Control {
                 None
             }
         };
-        self.compare_soon(&inner);
         (self.store.put_back(id), view)
     }
 }

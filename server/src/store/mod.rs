@@ -271,6 +271,11 @@ impl Store {
         self.stale.ids()
     }
 
+    /// Waits until the writer is through with what was handed in before, whatever came of it.
+    pub(crate) async fn settle(&self) {
+        let _ = self.send(Intent::Settle).wait().await;
+    }
+
     /// Memory has of this machine what [`Store::machine`] gave.
     pub(crate) fn put_back(&self, id: &MachineId) -> Commit {
         self.send(Intent::PutBack { id: id.to_string() })

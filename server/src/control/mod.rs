@@ -52,6 +52,7 @@ use kiln_release::certificate::{certificate_spki, spki_key_id};
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use std::collections::BTreeMap;
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::Duration;
@@ -91,6 +92,26 @@ pub(crate) struct Inner {
     wrong: introductions::Wrong,
     comparing: expected::Comparing,
     withheld: releases::Withheld,
+}
+
+/// The fleet, locked.
+pub(crate) struct Locked<'a> {
+    inner: MutexGuard<'a, Inner>,
+    _whole: MutexGuard<'a, ()>,
+}
+
+impl Deref for Locked<'_> {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        &self.inner
+    }
+}
+
+impl DerefMut for Locked<'_> {
+    fn deref_mut(&mut self) -> &mut Inner {
+        &mut self.inner
+    }
 }
 
 /// What reports cost, since the start.
@@ -387,8 +408,10 @@ impl Control {
         self.note_more_refused(None);
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().expect("no code panics under this lock: steps are total")
+    /// What is handed to the store while it is held shares a transaction.
+    pub(crate) fn lock(&self) -> Locked<'_> {
+        let inner = self.inner.lock().expect("no code panics under this lock: steps are total");
+        Locked { inner, _whole: self.store.whole() }
     }
 
     pub(crate) fn wake(&self) {

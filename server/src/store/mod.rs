@@ -17,6 +17,7 @@ use sqlx::{AnyPool, Row};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{mpsc, oneshot};
 
 /// An assignment envelope as it was signed.
@@ -96,6 +97,7 @@ pub struct Store {
     pool: AnyPool,
     intents: mpsc::UnboundedSender<(Vec<Intent>, Option<Done>)>,
     stale: stale::Stale,
+    whole: Arc<Mutex<()>>,
 }
 
 /// A commit that is under way.
@@ -124,9 +126,9 @@ impl Store {
         }
         schema::migrate(&pool).await?;
         let (intents, inbox) = mpsc::unbounded_channel();
-        let stale = stale::Stale::default();
-        let task = tokio::spawn(writer::run(pool.clone(), inbox, stale.clone()));
-        Ok((Self { pool, intents, stale }, task))
+        let (stale, whole) = (stale::Stale::default(), Arc::default());
+        let task = tokio::spawn(writer::run(pool.clone(), inbox, stale.clone(), Arc::clone(&whole)));
+        Ok((Self { pool, intents, stale, whole }, task))
     }
 
     /// Everything, at start.
@@ -269,6 +271,12 @@ impl Store {
     /// Machines of which a commit failed: nothing of them is written until they are put back.
     pub(crate) fn unwritten(&self) -> Vec<MachineId> {
         self.stale.ids()
+    }
+
+    /// What is handed in while this is held shares a transaction: all of it is stored, or nothing. Not for long, and without a
+    /// wait for the store.
+    pub(crate) fn whole(&self) -> MutexGuard<'_, ()> {
+        self.whole.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until the writer is through with what was handed in before, whatever came of it.

@@ -6,14 +6,31 @@ use crate::audit::Record;
 use crate::error::StoreError;
 use sqlx::any::AnyRow;
 use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Row};
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::mpsc;
 
-/// Calls whose intents share a transaction at most.
+/// Calls whose intents share a transaction, if so many wait.
 const BATCH: usize = 256;
+/// And with what was handed in together with them.
+const LARGEST: usize = 16 * BATCH;
 
-pub(super) async fn run(pool: AnyPool, mut inbox: mpsc::UnboundedReceiver<(Vec<Intent>, Option<Done>)>, stale: Stale) {
+pub(super) async fn run(
+    pool: AnyPool,
+    mut inbox: mpsc::UnboundedReceiver<(Vec<Intent>, Option<Done>)>,
+    stale: Stale,
+    whole: Arc<Mutex<()>>,
+) {
     let mut batch = Vec::with_capacity(BATCH);
     while inbox.recv_many(&mut batch, BATCH).await > 0 {
+        {
+            // Whoever hands in several is through with them.
+            let _whole = whole.lock().unwrap_or_else(PoisonError::into_inner);
+            while batch.len() < LARGEST
+                && let Ok(more) = inbox.try_recv()
+            {
+                batch.push(more);
+            }
+        }
         let (calls, waiting): (Vec<_>, Vec<_>) = batch.drain(..).unzip();
         let taken: Vec<bool> = calls.iter().map(|call: &Vec<Intent>| stale.takes(call)).collect();
         let wanted: Vec<&[Intent]> =

@@ -8,6 +8,8 @@ use sqlx::{AnyConnection, Connection};
 
 const NO_MACHINE: &str =
     "CREATE TRIGGER refuses BEFORE INSERT ON machines BEGIN SELECT RAISE(ABORT, 'no room for it'); END";
+const NO_RECORD: &str =
+    "CREATE TRIGGER refuses BEFORE INSERT ON audit BEGIN SELECT RAISE(ABORT, 'no room for it'); END";
 const NO_NOTE: &str = "CREATE TRIGGER refuses BEFORE INSERT ON notes BEGIN SELECT RAISE(ABORT, 'no room for it'); END";
 
 /// The server's database, opened beside it. From the trigger on it refuses such rows, and with them their transactions.
@@ -69,6 +71,11 @@ async fn a_commit_that_fails_leaves_memory_as_the_database_is() {
     assert!(told("approved as rack-1") && !told("approved as rack-2"), "{audit:?}");
     assert!(!told("retired") && !told("cleared") && !told("assigned"), "{audit:?}");
 
+    allow(db).await;
+    // What the audit log does not take is not done either.
+    let db = refuse(&site, NO_RECORD).await;
+    is_not_stored(control.assign("rack-1", &release, Via::Cold, "ann").await);
+    assert_eq!(sequences(&control).await, (1, 1));
     allow(db).await;
     for (agent, name) in [(&mut agent, "rack-1"), (&mut other, "rack-2")] {
         let report = agent.healthy();

@@ -26,6 +26,31 @@ fn list(keys: &[KeyId]) -> String {
 }
 
 impl Machine {
+    /// The configuration names the only key that may speak for it, or none. A key that came first and is another is
+    /// let go: it was a stranger's.
+    pub fn pin(&mut self, key: Option<&KeyId>) {
+        self.pinned = key.cloned();
+        if key.is_some() && self.key.as_ref() != key {
+            if let Some(old) = self.key.take() {
+                self.hear_stranger(&old);
+            }
+            self.strangers.retain(|other| Some(other) != key);
+            self.previous_key = None;
+            self.agent_seen = None;
+        }
+    }
+
+    /// What is said of a key that the configuration does not name.
+    pub(crate) fn not_the_pinned_one(&self, key: &KeyId) -> String {
+        let title = self.title();
+        format!(
+            "kiln.toml names the identity key of {title}; another ({}…) that reports under its id gets nothing: it is \
+             another machine's, or the firmware settings were erased; if so, put the new key there (`kiln machine \
+             show {title}` prints it)",
+            &key.as_str()[..12]
+        )
+    }
+
     /// Remembers a key that reported under its id and is not its own. Whether it was not remembered.
     pub(crate) fn hear_stranger(&mut self, key: &KeyId) -> bool {
         let known = self.strangers.iter().position(|other| other == key);

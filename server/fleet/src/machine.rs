@@ -7,7 +7,6 @@ use crate::boots::Boot;
 use crate::clones::PastBoots;
 use crate::condition::KnownCondition;
 use crate::drift::{DriftPolicy, KnownDrift};
-use crate::error::Refusal;
 use crate::expected::Comparison;
 use crate::grant::Limits;
 use crate::held::HeldBoot;
@@ -281,31 +280,6 @@ impl Machine {
         }
     }
 
-    /// The configuration names the only key that may speak for it, or none. A key that came first and is another is
-    /// let go: it was a stranger's.
-    pub fn pin(&mut self, key: Option<&KeyId>) {
-        self.pinned = key.cloned();
-        if key.is_some() && self.key.as_ref() != key {
-            if let Some(old) = self.key.take() {
-                self.hear_stranger(&old);
-            }
-            self.strangers.retain(|other| Some(other) != key);
-            self.previous_key = None;
-            self.agent_seen = None;
-        }
-    }
-
-    /// What is said of a key that the configuration does not name.
-    pub(crate) fn not_the_pinned_one(&self, key: &KeyId) -> String {
-        let title = self.title();
-        format!(
-            "kiln.toml names the identity key of {title}; another ({}…) that reports under its id gets nothing: it is \
-             another machine's, or the firmware settings were erased; if so, put the new key there (`kiln machine \
-             show {title}` prints it)",
-            &key.as_str()[..12]
-        )
-    }
-
     /// Its name before people.
     pub fn title(&self) -> &str {
         self.name.as_deref().or(self.former_name.as_deref()).unwrap_or(self.id.as_str())
@@ -438,54 +412,6 @@ impl Machine {
     /// The newest step that shows where it is, and since when.
     pub fn stage(&self) -> Option<(Stage, &StageState, Millis)> {
         self.boots.back().and_then(|b| b.stages.last()).map(|s| (s.stage, &s.state, s.at))
-    }
-
-    /// May a person assign this release?
-    pub fn check_assign(&self, release: &ReleaseId) -> Result<(), Refusal> {
-        let machine = self.title().to_owned();
-        match self.state.kind {
-            StateKind::Discovered => return Err(Refusal::NotApproved { machine }),
-            StateKind::Retired => return Err(Refusal::Retired { machine }),
-            StateKind::Quarantined => {
-                return Err(Refusal::Held { machine, state: self.state.kind, reason: self.state.reason.clone() });
-            }
-            StateKind::Approved
-            | StateKind::Booting
-            | StateKind::Healthy
-            | StateKind::Degraded
-            | StateKind::Unreachable
-            | StateKind::Draining
-            | StateKind::Reimaging
-            | StateKind::FellBack => {}
-        }
-        match self.refused.iter().find(|r| r.release == *release) {
-            Some(r) => Err(Refusal::PairQuarantined { machine, release: release.clone(), reason: r.reason.clone() }),
-            None => Ok(()),
-        }
-    }
-
-    /// May a person excuse it?
-    pub fn check_excuse(&self) -> Result<(), Refusal> {
-        let machine = self.title().to_owned();
-        match self.state.kind {
-            StateKind::Discovered => Err(Refusal::NotApproved { machine }),
-            StateKind::Retired => Err(Refusal::Retired { machine }),
-            StateKind::Approved
-            | StateKind::Booting
-            | StateKind::Healthy
-            | StateKind::Degraded
-            | StateKind::Unreachable
-            | StateKind::Draining
-            | StateKind::Reimaging
-            | StateKind::FellBack
-            | StateKind::Quarantined => {
-                if self.is_available() {
-                    Err(Refusal::Available { machine })
-                } else {
-                    Ok(())
-                }
-            }
-        }
     }
 
     pub(crate) fn next_sequence(&self) -> u64 {

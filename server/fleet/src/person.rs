@@ -1,16 +1,65 @@
-//! What a person's word ends: what holds a machine, and its service.
+//! What a person's word may do, and what it ends: what holds a machine, and its service.
 
+use crate::error::Refusal;
 use crate::event::Action;
 use crate::machine::Machine;
 use crate::state::StateKind;
 use crate::step::{save, wake};
 use crate::{BOOT_DEADLINE_MS, LIVE_MS, Millis};
-use kiln_protocol::{Stage, StageState};
+use kiln_protocol::{ReleaseId, Stage, StageState};
 
 /// Kind of the failure of an agent that cannot read what its machine remembers.
 const UNREADABLE: &str = "machine-format";
 
 impl Machine {
+    /// May a person assign this release?
+    pub fn check_assign(&self, release: &ReleaseId) -> Result<(), Refusal> {
+        let machine = self.title().to_owned();
+        match self.state.kind {
+            StateKind::Discovered => return Err(Refusal::NotApproved { machine }),
+            StateKind::Retired => return Err(Refusal::Retired { machine }),
+            StateKind::Quarantined => {
+                return Err(Refusal::Held { machine, state: self.state.kind, reason: self.state.reason.clone() });
+            }
+            StateKind::Approved
+            | StateKind::Booting
+            | StateKind::Healthy
+            | StateKind::Degraded
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::Reimaging
+            | StateKind::FellBack => {}
+        }
+        match self.refused.iter().find(|r| r.release == *release) {
+            Some(r) => Err(Refusal::PairQuarantined { machine, release: release.clone(), reason: r.reason.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// May a person excuse it?
+    pub fn check_excuse(&self) -> Result<(), Refusal> {
+        let machine = self.title().to_owned();
+        match self.state.kind {
+            StateKind::Discovered => Err(Refusal::NotApproved { machine }),
+            StateKind::Retired => Err(Refusal::Retired { machine }),
+            StateKind::Approved
+            | StateKind::Booting
+            | StateKind::Healthy
+            | StateKind::Degraded
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::Reimaging
+            | StateKind::FellBack
+            | StateKind::Quarantined => {
+                if self.is_available() {
+                    Err(Refusal::Available { machine })
+                } else {
+                    Ok(())
+                }
+            }
+        }
+    }
+
     /// A person dealt with what held it. That makes no other key its own: anybody can report under an id.
     pub(crate) fn clear(&mut self, now: Millis, out: &mut Vec<Action>) {
         if self.pinned.is_some() {

@@ -4,7 +4,8 @@
 //! From the failed commit on the store writes nothing of such a machine until it is put back here: what was stepped
 //! meanwhile, from the state that was not stored, fails as well, and whoever wanted it hears that.
 
-use super::{Control, Told, furnish};
+use super::load::furnish;
+use super::{Control, Told};
 use crate::store::{Commit, Stored};
 use crate::view::MachineView;
 use kiln_protocol::MachineId;

@@ -289,7 +289,7 @@ impl Control {
     }
 
     /// Takes an identity key away from its machine: whoever holds it is not heard any more. The machine needs another key,
-    /// and a person who says that it is the machine's (`kiln machine clear`).
+    /// and a person who says that it is the machine's (`kiln machine clear --key`).
     pub async fn revoke_key(&self, machine: &str, by: &str) -> Result<KeyId, ControlError> {
         let pending = {
             let mut inner = self.lock();

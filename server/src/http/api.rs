@@ -7,6 +7,7 @@ use crate::error::{
     AccessError, AttestationError, CodeError, ControlError, ExpectedError, LogError, SecretError, StoreError,
 };
 use crate::view::{HardwareView, LogView, MachineView, OrderView, ReceiptView};
+use axum::body::Bytes;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
 use axum::http::{HeaderValue, StatusCode, header};
@@ -357,7 +358,7 @@ async fn assign(
     Ok(Json(app.control.view(&machine)?))
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Clear {
     /// The beginning of the fingerprint of another key, which is the machine's from now on.
@@ -369,10 +370,12 @@ async fn clear(
     State(app): State<App>,
     Extension(peer): Extension<Peer>,
     Path(machine): Path<String>,
-    body: Result<Option<Json<Clear>>, JsonRejection>,
+    body: Bytes,
 ) -> Result<Json<MachineView>, ApiError> {
-    let key = body?.and_then(|Json(order)| order.key);
-    app.control.clear(&machine, key.as_deref(), &who(&peer)).await?;
+    // It had no body before it had a key, whatever its Content-Type said.
+    let bad = |e: serde_json::Error| ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, e.to_string());
+    let order: Clear = if body.is_empty() { Clear::default() } else { serde_json::from_slice(&body).map_err(bad)? };
+    app.control.clear(&machine, order.key.as_deref(), &who(&peer)).await?;
     Ok(Json(app.control.view(&machine)?))
 }
 

@@ -7,8 +7,11 @@ use kiln_images::{Memory, Repository, SiteDir};
 use kiln_protocol::{Class, ImageName, ReleaseId, Sha256Hex};
 use kiln_release::tuf::{Expiry, Seen};
 use kiln_release::{Manifest, Signer};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+
+/// Releases that are passed over are named so many times.
+const PASSED_SHOWN: usize = 3;
 
 /// One published release.
 #[derive(Debug, Clone)]
@@ -26,6 +29,8 @@ pub struct Catalog {
     pub releases: BTreeMap<ReleaseId, Release>,
     /// The site's own object.
     pub site: kiln_release::Site,
+    /// Releases of which it revoked a boot program.
+    pub revoked: BTreeSet<ReleaseId>,
     /// Version of the snapshot.
     pub snapshot: u64,
     /// What to remember.
@@ -48,13 +53,45 @@ impl Catalog {
             let id = ReleaseId { image: image.parse()?, release };
             by_id.insert(id, Release { manifest, manifest_sha256: manifest_sha256.parse()? });
         }
-        Ok(Self { releases: by_id, site, snapshot, seen, root: trust_root, expiries, refused })
+        // A release has several programs, and one that was pruned is named still.
+        let programs = site.dbx.iter().flat_map(|dbx| &dbx.revoked);
+        let revoked = programs.filter_map(|program| program.release.parse().ok()).collect();
+        Ok(Self { releases: by_id, site, revoked, snapshot, seen, root: trust_root, expiries, refused })
     }
 
-    /// The highest release of an image that machines may have without an operator's order: of class `normal`.
+    /// The highest release of an image that machines may have without an operator's order: of class `normal`, not below the
+    /// floor, and with no boot program that the site revoked.
     pub fn newest(&self, image: &ImageName) -> Option<&ReleaseId> {
+        self.normal(image).rfind(|id| self.unfit(id).is_none())
+    }
+
+    /// Higher ones, which no machine is given, and why; it goes behind what is said of the newest. Empty: there are none.
+    pub fn passed_over(&self, image: &ImageName) -> String {
+        let unfit: Vec<String> = self.normal(image).rev().map_while(|id| self.unfit(id)).collect();
+        if unfit.is_empty() {
+            return String::new();
+        }
+        let shown = unfit.len().min(PASSED_SHOWN);
+        let more = unfit.len() - shown;
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        format!("; passed over: {}{more}", unfit[..shown].join(", "))
+    }
+
+    fn normal<'a>(&'a self, image: &ImageName) -> impl DoubleEndedIterator<Item = &'a ReleaseId> {
         let normal = |release: &Release| release.manifest.class == Class::Normal.as_str();
-        self.releases.iter().rfind(|(id, release)| id.image == *image && normal(release)).map(|(id, _)| id)
+        self.releases.iter().filter(move |(id, release)| id.image == *image && normal(release)).map(|(id, _)| id)
+    }
+
+    /// Why no machine is given this release; none: it may be.
+    fn unfit(&self, id: &ReleaseId) -> Option<String> {
+        let floor = self.site.floor(id.image.as_str());
+        if self.revoked.contains(id) {
+            Some(format!("{id} is revoked"))
+        } else if id.release < floor {
+            Some(format!("{id} is below the floor {floor}"))
+        } else {
+            None
+        }
     }
 
     /// The release that boots with this UKI, kernel or initramfs.

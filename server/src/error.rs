@@ -49,6 +49,11 @@ pub enum StoreError {
         "the disk of the database is full: nothing of this was done, and what was stored before is kept. Free some room"
     )]
     Full,
+    #[error(
+        "what this machine did a moment ago could not be stored, so this was not done either: the machine is as it was \
+         stored before. Try again"
+    )]
+    Unwritten,
     #[error("the database is of version {got}, this kiln knows {known}: it was written by a newer one")]
     TooNew { known: i64, got: i64 },
     #[error("the database's row for {id} cannot be read: {reason}")]
@@ -309,8 +314,10 @@ pub enum ControlError {
     Ambiguous(String),
     #[error("{release} is not published here: `kiln release list` shows what is")]
     NoSuchRelease { release: ReleaseId },
-    #[error("no release of {image} (class normal) is published yet: build and publish one first")]
-    NothingPublished { image: String },
+    #[error(
+        "no release of {image} (class normal) that machines may have is published: build and publish one first{passed}"
+    )]
+    NothingPublished { image: String, passed: String },
     #[error(
         "{release} is of class {class}: the director may assign only class normal; sign an order for it (`kiln order \
          sign assign {release} --class {class}`)"
@@ -396,6 +403,8 @@ pub enum ControlError {
     NoReportYet(kiln_protocol::MachineId),
     #[error("the key that speaks is not {0}'s")]
     NotItsKey(String),
+    #[error("{0} is quarantined: what it is made of is taken once a person has cleared it (`kiln machine clear {0}`)")]
+    Quarantined(String),
     #[error("{machine} is not approved, and its inventory has {got} bytes of at most {limit}: approve it first")]
     TooLongForAStranger { machine: kiln_protocol::MachineId, got: usize, limit: usize },
     #[error(

@@ -228,7 +228,8 @@ fn describe(catalog: &Catalog, config: &Config) {
             catalog.releases.len()
         ),
         None => tracing::warn!(
-            "no release of {} (class normal) is published: unknown machines boot nothing. Build and publish one",
+            "no release of {} (class normal) that machines may have is published: unknown machines boot nothing. Build and \
+             publish one",
             config.boot.default_image
         ),
     }

@@ -25,6 +25,23 @@ pub enum Refusal {
     NothingToTakeOver { machine: String },
     #[error("{machine} does its work: there is nothing to excuse")]
     Available { machine: String },
+    #[error(
+        "--key takes the beginning of an identity key's fingerprint, at least {digits} hex digits, as the machine's console \
+         and `kiln machine show {machine}` name it"
+    )]
+    KeyDigits { machine: String, digits: usize },
+    #[error("no other identity key was heard under the id of {machine}: let the machine report with it first")]
+    NoOtherKey { machine: String },
+    #[error("no identity key that was heard under the id of {machine} begins so; heard were {heard}")]
+    NoSuchKey { machine: String, heard: String },
+    #[error("several identity keys of {machine} begin with {digits}: {fits}. Give more digits")]
+    AmbiguousKey { machine: String, digits: String, fits: String },
+    #[error(
+        "that identity key is {machine}'s already; without --key `kiln machine clear {machine}` ends what else holds it"
+    )]
+    KeyIsItsOwn { machine: String },
+    #[error("no other identity key is taken: {why}")]
+    KeyStays { why: String },
     #[error("{release} is quarantined for {machine}: {reason}. Run `kiln machine clear {machine}` to allow it again")]
     PairQuarantined { machine: String, release: ReleaseId, reason: String },
 }

@@ -56,6 +56,8 @@ pub enum Event {
         /// Why, and what to do.
         reason: String,
     },
+    /// The pre-loaded list does not name it, or not any more.
+    NotListed,
     /// A person ordered a release.
     Assign {
         /// Which.
@@ -76,6 +78,8 @@ pub enum Event {
     Granted,
     /// A person dealt with what held it.
     Clear,
+    /// A person says that this key, which was heard under its id ([`crate::Machine::heard_key`]), is the machine's.
+    Adopt(KeyId),
     /// A person takes it out of service.
     Retire,
     /// A person put another in its place.

@@ -51,10 +51,7 @@ pub fn desire(machine: &Machine, key: &KeyId) -> Desire {
         | StateKind::FellBack => {}
     }
     if machine.key.as_ref() != Some(key) {
-        let title = machine.title();
-        return Desire::Wait(format!(
-            "another identity key is {title}'s: if this is {title} itself, run `kiln machine clear {title}`"
-        ));
+        return Desire::Wait(machine.not_its_key(key));
     }
     if let Some(reason) = machine.unproven() {
         return Desire::Wait(reason);

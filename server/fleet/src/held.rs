@@ -152,10 +152,13 @@ impl Machine {
         let drift = self.drift_words().filter(|words| !self.state.reason.contains(words.as_str()));
         let drift = drift.map_or(String::new(), |words| format!("; {words}"));
         let revoked = if self.key_revoked {
-            "; its identity key was revoked: it is not heard until it reports with another, and `kiln machine clear` says \
-             that this one is its own"
+            format!(
+                "; its identity key was revoked: it is not heard until it reports with another, and `kiln machine clear {} \
+                 --key` names that one",
+                self.title()
+            )
         } else {
-            ""
+            String::new()
         };
         let tests = self.acceptance_words().map_or(String::new(), |words| format!("; {words}"));
         let unsigned =

@@ -23,6 +23,7 @@ mod expected;
 mod grant;
 mod hardware;
 mod held;
+mod keys;
 mod machine;
 mod orders;
 mod person;
@@ -34,6 +35,7 @@ mod secrets;
 mod silence;
 mod state;
 mod step;
+mod stored;
 mod trial;
 mod way;
 
@@ -54,6 +56,7 @@ pub use expected::{
 pub use grant::{Desire, Limits, desire, grant, grant_among};
 pub use hardware::{EVENTS_AT_ONCE, HARDWARE_EVENTS_KEPT, Hardware, HardwareEvent, changes, summary};
 pub use held::{HELD_KEPT, HeldBoot};
+pub use keys::{KEY_DIGITS, STRANGERS_KEPT};
 pub use machine::{Assigned, Machine, Refused};
 pub use orders::{Errand, MachineOrder, ORDERS_KEPT, OrderState};
 pub use protection::Recorded;

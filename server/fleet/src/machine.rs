@@ -7,7 +7,6 @@ use crate::boots::Boot;
 use crate::clones::PastBoots;
 use crate::condition::KnownCondition;
 use crate::drift::{DriftPolicy, KnownDrift};
-use crate::error::Refusal;
 use crate::expected::Comparison;
 use crate::grant::Limits;
 use crate::held::HeldBoot;
@@ -86,13 +85,10 @@ pub struct Machine {
     pub heard_at: Option<String>,
     /// The key of the boot before, of a machine that makes a new one at each boot.
     pub previous_key: Option<KeyId>,
-    /// The last key that reported under this id and is not the machine's: [`crate::Event::Clear`] makes it so, unless
-    /// [`Machine::keeps_its_own`].
-    #[serde(default)]
-    pub stranger: Option<KeyId>,
-    /// That key spoke after the machine's own, since the server started.
-    #[serde(skip)]
-    pub stranger_last: bool,
+    /// Keys that reported under this id and are not the machine's, the newest last; at most [`crate::STRANGERS_KEPT`].
+    /// [`crate::Event::Adopt`] makes one the machine's.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub strangers: Vec<KeyId>,
     /// A person ended its quarantine: in whichever boot its key speaks next, that is the machine's.
     #[serde(default)]
     pub any_boot: bool,
@@ -235,8 +231,7 @@ impl Machine {
             position: None,
             heard_at: None,
             previous_key: None,
-            stranger: None,
-            stranger_last: false,
+            strangers: Vec::new(),
             any_boot: false,
             code: None,
             facts: None,
@@ -283,28 +278,6 @@ impl Machine {
             boots: VecDeque::new(),
             past: PastBoots::default(),
         }
-    }
-
-    /// The configuration names the only key that may speak for it, or none. A key that came first and is another is
-    /// let go: it was a stranger's.
-    pub fn pin(&mut self, key: Option<&KeyId>) {
-        self.pinned = key.cloned();
-        if key.is_some() && self.key.as_ref() != key {
-            self.stranger = self.key.take().or(self.stranger.take());
-            self.previous_key = None;
-            self.agent_seen = None;
-        }
-    }
-
-    /// What is said of a key that the configuration does not name.
-    pub(crate) fn not_the_pinned_one(&self, key: &KeyId) -> String {
-        let title = self.title();
-        format!(
-            "kiln.toml names the identity key of {title}; another ({}…) that reports under its id gets nothing: it is \
-             another machine's, or the firmware settings were erased; if so, put the new key there (`kiln machine \
-             show {title}` prints it)",
-            &key.as_str()[..12]
-        )
     }
 
     /// Its name before people.
@@ -439,54 +412,6 @@ impl Machine {
     /// The newest step that shows where it is, and since when.
     pub fn stage(&self) -> Option<(Stage, &StageState, Millis)> {
         self.boots.back().and_then(|b| b.stages.last()).map(|s| (s.stage, &s.state, s.at))
-    }
-
-    /// May a person assign this release?
-    pub fn check_assign(&self, release: &ReleaseId) -> Result<(), Refusal> {
-        let machine = self.title().to_owned();
-        match self.state.kind {
-            StateKind::Discovered => return Err(Refusal::NotApproved { machine }),
-            StateKind::Retired => return Err(Refusal::Retired { machine }),
-            StateKind::Quarantined => {
-                return Err(Refusal::Held { machine, state: self.state.kind, reason: self.state.reason.clone() });
-            }
-            StateKind::Approved
-            | StateKind::Booting
-            | StateKind::Healthy
-            | StateKind::Degraded
-            | StateKind::Unreachable
-            | StateKind::Draining
-            | StateKind::Reimaging
-            | StateKind::FellBack => {}
-        }
-        match self.refused.iter().find(|r| r.release == *release) {
-            Some(r) => Err(Refusal::PairQuarantined { machine, release: release.clone(), reason: r.reason.clone() }),
-            None => Ok(()),
-        }
-    }
-
-    /// May a person excuse it?
-    pub fn check_excuse(&self) -> Result<(), Refusal> {
-        let machine = self.title().to_owned();
-        match self.state.kind {
-            StateKind::Discovered => Err(Refusal::NotApproved { machine }),
-            StateKind::Retired => Err(Refusal::Retired { machine }),
-            StateKind::Approved
-            | StateKind::Booting
-            | StateKind::Healthy
-            | StateKind::Degraded
-            | StateKind::Unreachable
-            | StateKind::Draining
-            | StateKind::Reimaging
-            | StateKind::FellBack
-            | StateKind::Quarantined => {
-                if self.is_available() {
-                    Err(Refusal::Available { machine })
-                } else {
-                    Ok(())
-                }
-            }
-        }
     }
 
     pub(crate) fn next_sequence(&self) -> u64 {

@@ -1,19 +1,79 @@
-//! What a person's word ends: what holds a machine, and its service.
+//! What a person's word may do, and what it ends: what holds a machine, and its service.
 
+use crate::error::Refusal;
 use crate::event::Action;
 use crate::machine::Machine;
 use crate::state::StateKind;
 use crate::step::{save, wake};
 use crate::{BOOT_DEADLINE_MS, LIVE_MS, Millis};
-use kiln_protocol::{Stage, StageState};
+use kiln_protocol::{ReleaseId, Stage, StageState};
 
 /// Kind of the failure of an agent that cannot read what its machine remembers.
 const UNREADABLE: &str = "machine-format";
 
 impl Machine {
-    /// A person dealt with what held it.
+    /// May a person assign this release?
+    pub fn check_assign(&self, release: &ReleaseId) -> Result<(), Refusal> {
+        let machine = self.title().to_owned();
+        match self.state.kind {
+            StateKind::Discovered => return Err(Refusal::NotApproved { machine }),
+            StateKind::Retired => return Err(Refusal::Retired { machine }),
+            StateKind::Quarantined => {
+                return Err(Refusal::Held { machine, state: self.state.kind, reason: self.state.reason.clone() });
+            }
+            StateKind::Approved
+            | StateKind::Booting
+            | StateKind::Healthy
+            | StateKind::Degraded
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::Reimaging
+            | StateKind::FellBack => {}
+        }
+        match self.refused.iter().find(|r| r.release == *release) {
+            Some(r) => Err(Refusal::PairQuarantined { machine, release: release.clone(), reason: r.reason.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// May a person excuse it?
+    pub fn check_excuse(&self) -> Result<(), Refusal> {
+        let machine = self.title().to_owned();
+        match self.state.kind {
+            StateKind::Discovered => Err(Refusal::NotApproved { machine }),
+            StateKind::Retired => Err(Refusal::Retired { machine }),
+            StateKind::Approved
+            | StateKind::Booting
+            | StateKind::Healthy
+            | StateKind::Degraded
+            | StateKind::Unreachable
+            | StateKind::Draining
+            | StateKind::Reimaging
+            | StateKind::FellBack
+            | StateKind::Quarantined => {
+                if self.is_available() {
+                    Err(Refusal::Available { machine })
+                } else {
+                    Ok(())
+                }
+            }
+        }
+    }
+
+    /// A person dealt with what held it. That makes no other key its own: anybody can report under an id.
     pub(crate) fn clear(&mut self, now: Millis, out: &mut Vec<Action>) {
-        let keeps = self.keeps_its_own();
+        if self.pinned.is_some() {
+            // No word of a person takes one of these: they are said anew if they speak.
+            self.strangers.clear();
+        }
+        if let Some(words) = self.other_keys_wait() {
+            out.push(Action::Say { warn: true, text: format!("cleared; {words}") });
+        }
+        self.end_holds(now, out);
+    }
+
+    /// Ends whatever holds it.
+    pub(crate) fn end_holds(&mut self, now: Millis, out: &mut Vec<Action>) {
         self.refused.clear();
         self.fell_back = None;
         self.drift.forgive();
@@ -24,18 +84,6 @@ impl Machine {
             // By an assignment that is newer than the one it has heard of, it knows that a person has looked.
             a.sequence += 1;
             out.push(Action::Sign);
-        }
-        if let Some(stranger) = self.stranger.take().filter(|_| self.pinned.is_none()) {
-            if let Some(why) = keeps {
-                let (short, title) = (&stranger.as_str()[..12], self.title());
-                let text = format!("cleared; the other key ({short}…) is not {title}'s now: {why}");
-                out.push(Action::Say { warn: true, text });
-                self.stranger = Some(stranger);
-            } else {
-                // A person says that the other key is the machine's now.
-                self.key = Some(stranger);
-                self.previous_key = None;
-            }
         }
         save(out);
         wake(out);
@@ -71,36 +119,6 @@ impl Machine {
             | StateKind::Draining
             | StateKind::Reimaging
             | StateKind::Retired => {}
-        }
-    }
-
-    /// Why a clear does not make the other key that reports under its id its own; none: it does. One clear ends one thing: who
-    /// is told to clear a machine for something else has not looked at keys, and anybody can report under an id.
-    pub fn keeps_its_own(&self) -> Option<&'static str> {
-        if self.position.is_some() {
-            Some("the machine is known by its position; `kiln machine retire` ends that")
-        } else if !self.stranger_last {
-            Some(
-                "the machine's own key spoke after it, or neither since this server started; if the key is the machine's \
-                 new one, clear it again after its next report",
-            )
-        } else if self.key_revoked {
-            // Its own can end nothing any more.
-            None
-        } else if self.state.kind == StateKind::Quarantined
-            || self.fell_back.is_some()
-            || !self.refused.is_empty()
-            || self.rests().is_some()
-            || self.drift.is_held()
-        {
-            Some("this ended something else; if the key is the machine's new one, clear it once more")
-        } else if self.cannot_read_its_memory() && self.state.kind != StateKind::Unreachable {
-            Some(
-                "it could not read what it remembers, and this ended that; once it can, or is unreachable, another clear \
-                 takes the key",
-            )
-        } else {
-            None
         }
     }
 

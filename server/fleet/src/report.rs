@@ -38,13 +38,12 @@ impl Machine {
             Claim::Accepted => {}
             Claim::NewKey => {
                 self.previous_key = self.key.replace(reported.key.clone());
+                self.strangers.retain(|other| *other != reported.key);
                 save(out);
             }
             Claim::Stranger(reason) => {
-                self.stranger_last = true;
                 // Said once for each key: a stranger that repeats itself is no news, and no write.
-                if self.stranger.as_ref() != Some(&reported.key) {
-                    self.stranger = Some(reported.key.clone());
+                if self.hear_stranger(&reported.key) {
                     self.last_words.clone_from(&reason);
                     out.push(Action::Say { warn: true, text: reason });
                     save(out);
@@ -56,7 +55,6 @@ impl Machine {
                 return;
             }
         }
-        self.stranger_last = false;
         self.last_seen = now;
         match self.which_boot(report, unbound) {
             Which::Stray => {
@@ -146,8 +144,8 @@ impl Machine {
         if let Some(cause) = self.cannot_unseal(&reported.report).filter(|_| keeps) {
             Claim::Stranger(format!(
                 "another identity key ({}…) reports under this id and gets nothing: {cause}. If that is {title} itself, whose key \
-                 is sealed in its TPM, nothing is lost, and its own key speaks again then. Do not clear it: that would make the \
-                 new key the machine's",
+                 is sealed in its TPM, nothing is lost, and its own key speaks again then. Do not clear it with `--key`: that \
+                 would make the new key the machine's",
                 &reported.key.as_str()[..12],
                 title = self.title(),
             ))
@@ -155,9 +153,9 @@ impl Machine {
             // The machine has proven its own key before; a stranger's word must not take it out of service.
             Claim::Stranger(format!(
                 "another identity key ({}…) reports under this id and gets nothing: a second machine, or its firmware \
-                 settings were erased; if so, run `kiln machine clear {}`",
+                 settings were erased; if so, {}",
                 &reported.key.as_str()[..12],
-                self.title()
+                self.how_to_take(&reported.key)
             ))
         } else if current || self.previous_key.as_ref() == Some(&reported.key) {
             Claim::Conflict(format!("{two}; {act}"))

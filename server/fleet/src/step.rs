@@ -30,11 +30,13 @@ impl Machine {
             | Event::Downloaded
             | Event::Approve { .. }
             | Event::NotApproved { .. }
+            | Event::NotListed
             | Event::Assign { .. }
             | Event::Ordered(_)
             | Event::Wiped { .. }
             | Event::Granted
             | Event::Clear
+            | Event::Adopt(_)
             | Event::Retire
             | Event::Replaced { .. }
             | Event::Excuse { .. }
@@ -59,6 +61,7 @@ impl Machine {
             Event::Report(reported) => self.report(&reported, limits, now, &mut out),
             Event::Approve { name, role, release } => self.approve(name, role, release, now, &mut out),
             Event::NotApproved { reason } => self.not_approved(reason, now, &mut out),
+            Event::NotListed => self.not_listed(now, &mut out),
             Event::Assign { release, via } => {
                 if self.assign_by(release, via, None, now, &mut out) {
                     self.supersede_orders();
@@ -68,6 +71,7 @@ impl Machine {
             Event::Wiped { order, failed } => self.wiped(&order, &failed, &mut out),
             Event::Granted => self.grant_given(now, &mut out),
             Event::Clear => self.clear(now, &mut out),
+            Event::Adopt(key) => self.adopt(key, now, &mut out),
             Event::Retire => self.retire("a person took it out of service", now, &mut out),
             Event::Replaced { by } => self.retire(&format!("{by} took its place"), now, &mut out),
             Event::Excuse { reason } => self.excuse(reason, &mut out),

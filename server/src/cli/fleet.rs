@@ -21,7 +21,10 @@ pub(super) async fn machine(command: Machine) -> Result<(), CliError> {
             print(&if json { pretty(&machine)? } else { show(&machine, now_ms()) })
         }
         Machine::Inventory { machine, at, json } => super::hardware::inventory(&machine, &at, json, now_ms()).await,
-        Machine::Log { machine, boot, follow, at, json } => super::log::log(&machine, boot, follow, &at, json).await,
+        Machine::Log { machine, boot, held, follow, at, json } => {
+            let boot = if held { format!("{boot}-held") } else { boot.to_string() };
+            super::log::log(&machine, &boot, follow, &at, json).await
+        }
         Machine::Watch { machine, at, json } => watch(&at, machine.as_deref(), json).await,
         Machine::Approve { machine, role, name, code, at } => {
             let path = format!("machines/{}/approve", segment(&machine));
@@ -59,16 +62,13 @@ pub(super) async fn machine(command: Machine) -> Result<(), CliError> {
             let key = revoked.key.map_or_else(String::new, |key| format!(" {key}"));
             print(&format!("the identity key{key} of {} is revoked: {}\n", revoked.name, revoked.reason))
         }
-        Machine::Clear { machine, at } => {
+        Machine::Clear { machine, key, at } => {
             let path = format!("machines/{}/clear", segment(&machine));
-            let cleared: MachineView = Client::new(&at)?.change(Method::POST, &path, &json!({})).await?;
-            let other = cleared.other_key.map_or_else(String::new, |key| {
-                format!(
-                    "another key that reports under its id is not its own: {key}. If it is the machine's new one, clear it once \
-                     more after its next report; the server's log says why\n"
-                )
-            });
-            print(&format!("{} is {}: {}\n{other}", cleared.name, cleared.state, cleared.reason))
+            let cleared: MachineView = Client::new(&at)?.change(Method::POST, &path, &json!({ "key": key })).await?;
+            let own = cleared.key.as_ref().filter(|_| key.is_some());
+            let own = own.map_or_else(String::new, |own| format!("its identity key is {own} from now on\n"));
+            let others = cleared.other_keys_note.map_or_else(String::new, |note| format!("{note}\n"));
+            print(&format!("{} is {}: {}\n{own}{others}", cleared.name, cleared.state, cleared.reason))
         }
     }
 }

@@ -6,8 +6,9 @@ use super::error::CliError;
 use super::output::{pretty, print, segment};
 use crate::view::{BootView, LogEntry, LogView, MachineView};
 
-/// Prints a boot; with `follow` goes on until it is interrupted.
-pub(super) async fn log(machine: &str, boot: u32, follow: bool, at: &At, json: bool) -> Result<(), CliError> {
+/// Prints a boot: how many back, with `-held` what came while its machine was quarantined. With `follow` goes on until it is
+/// interrupted.
+pub(super) async fn log(machine: &str, boot: &str, follow: bool, at: &At, json: bool) -> Result<(), CliError> {
     let client = Client::new(at)?;
     let name = segment(machine);
     let mut view: LogView = client.get(&format!("machines/{name}/log?boot={boot}")).await?;
@@ -28,7 +29,8 @@ pub(super) async fn log(machine: &str, boot: u32, follow: bool, at: &At, json: b
     loop {
         last = entries.last().map_or(last, |entry| Some(entry.number));
         let machine: MachineView = client.get(&format!("machines/{name}")).await?;
-        let boot = machine.boots.iter().find(|b| b.boot_id == boot_id);
+        let staged = boot_id.strip_suffix("-held").unwrap_or(&boot_id);
+        let boot = machine.boots.iter().find(|b| b.boot_id == staged);
         print(&shown.lines(boot, &entries))?;
         if !follow {
             return Ok(());

@@ -232,6 +232,9 @@ enum Machine {
         /// How many boots back: 0 is the newest
         #[arg(long, default_value_t = 0)]
         boot: u32,
+        /// What came under that boot while the machine was quarantined: any of those that claim to be it may have said it
+        #[arg(long)]
+        held: bool,
         /// Go on with new lines until interrupted
         #[arg(long, conflicts_with = "json")]
         follow: bool,
@@ -312,18 +315,22 @@ enum Machine {
         #[command(flatten)]
         at: At,
     },
-    /// Take a machine's identity key away: whoever holds it is not heard any more. It needs another, and `clear`
+    /// Take a machine's identity key away: whoever holds it is not heard any more. It needs another, and `clear --key`
     RevokeKey {
         /// Name or id
         machine: String,
         #[command(flatten)]
         at: At,
     },
-    /// Lift what holds a machine: a quarantine, a failed release, a boot loop. Where nothing does, and another key spoke
-    /// last under its id (`show`: other key), make that one the machine's
+    /// Lift what holds a machine: a quarantine, a failed release, a boot loop. With --key, make another identity key that
+    /// reported under its id the machine's
     Clear {
         /// Name or id
         machine: String,
+        /// The beginning of that key's fingerprint, at least 8 hex digits, as the machine's console and `show` (other key)
+        /// name it. Without it no other key is taken
+        #[arg(long, value_name = "PREFIX")]
+        key: Option<String>,
         #[command(flatten)]
         at: At,
     },

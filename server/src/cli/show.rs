@@ -95,6 +95,11 @@ fn condition(text: &mut String, m: &MachineView) {
     }
 }
 
+fn other_keys(m: &MachineView) -> String {
+    let keys: Vec<String> = m.other_keys.iter().map(ToString::to_string).collect();
+    if keys.is_empty() { "-".to_owned() } else { keys.join(", ") }
+}
+
 fn secrets(m: &MachineView) -> String {
     let held: Vec<String> = m.secrets.iter().map(|(name, version)| format!("{name} (version {version})")).collect();
     if held.is_empty() { "-".to_owned() } else { held.join(", ") }
@@ -177,7 +182,7 @@ pub(super) fn show(m: &MachineView, now_ms: i64) -> String {
         ("option ROMs", option_roms(m)),
         ("identity", identity),
         ("key", m.key.as_ref().map_or_else(dash, ToString::to_string)),
-        ("other key", m.other_key.as_ref().map_or_else(dash, ToString::to_string)),
+        ("other key", other_keys(m)),
         ("code", m.code.as_ref().map_or_else(dash, ToString::to_string)),
         ("rollback", memory),
         ("firmware", m.firmware.map_or_else(dash, |f| f.to_string())),
@@ -190,6 +195,7 @@ pub(super) fn show(m: &MachineView, now_ms: i64) -> String {
     ] {
         writeln!(text, "{name:<12} {value}").expect("writing to a String cannot fail");
     }
+    text += &m.other_keys_note.as_ref().map_or_else(String::new, |note| format!("{:<12} {note}\n", "other key:"));
     text += &exec(m);
     condition(&mut text, m);
     for boot in &m.boots {
@@ -329,6 +335,8 @@ mod tests {
             firmware: Some(kiln_protocol::Firmware::Bios),
             key: Some("ab".repeat(32).parse().unwrap()),
             other_key: None,
+            other_keys: Vec::new(),
+            other_keys_note: None,
             code: None,
             key_storage: Some(kiln_protocol::KeyStorage::Ephemeral),
             position: None,

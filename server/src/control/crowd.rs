@@ -124,18 +124,25 @@ impl Control {
 
     /// Drops all that is known of a machine.
     pub(super) fn forget(&self, inner: &mut Inner, id: &MachineId, pending: &mut Pending) {
-        inner.machines.remove(id);
-        inner.envelopes.remove(id);
-        inner.macs.forget(id);
-        inner.names.forget(id);
-        inner.keys.forget(id);
-        inner.missing.forget(id);
-        inner.attestations.forget(id);
-        inner.introductions.forget(id);
-        inner.seen.remove(id);
-        inner.comparing.drop(id);
+        inner.drop_machine(id);
         pending.commits.push(self.store.forget(id));
         pending.gone.push(id.clone());
+    }
+}
+
+impl Inner {
+    /// Drops all that memory has of a machine.
+    pub(super) fn drop_machine(&mut self, id: &MachineId) {
+        self.machines.remove(id);
+        self.envelopes.remove(id);
+        self.macs.forget(id);
+        self.names.forget(id);
+        self.keys.forget(id);
+        self.missing.forget(id);
+        self.attestations.forget(id);
+        self.introductions.forget(id);
+        self.seen.remove(id);
+        self.comparing.drop(id);
     }
 }
 

@@ -24,6 +24,8 @@ const BATCH: usize = 64;
 const CLAIMANTS: usize = 16;
 /// Expected machines that are named when their day comes and they do not; more are counted.
 const OVERDUE_NAMED: usize = 20;
+/// Pause after a commit that failed.
+const AFTER_FAILURE: Duration = Duration::from_secs(5);
 /// Days pass slowly: so often it is looked which came.
 const LOOK: Duration = Duration::from_secs(60);
 
@@ -86,6 +88,11 @@ impl Comparing {
         }
         self.due.insert(machine.id.clone());
         self.known.insert(machine.id.clone(), now);
+    }
+
+    /// It is compared again with whatever comes next; nobody is woken for it.
+    pub(super) fn again(&mut self, id: &MachineId) {
+        self.due.insert(id.clone());
     }
 
     /// It was forgotten.
@@ -155,6 +162,8 @@ impl Control {
         loop {
             if let Err(error) = self.compare_due().await {
                 tracing::error!(%error, "machines were not compared with the list of expected ones");
+                // The database takes nothing, and what is due stays due.
+                tokio::time::sleep(AFTER_FAILURE).await;
             }
             until = self.tell_overdue(until, now_ms());
             // A time-out is the passing of a minute.

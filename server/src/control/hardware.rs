@@ -40,6 +40,10 @@ impl Control {
             if machine.key.as_ref() != Some(key) {
                 return Err(ControlError::NotItsKey(machine.title().to_owned()));
             }
+            // There is one record of a machine, and who says it may be the false one. The agent comes again.
+            if machine.state.kind == StateKind::Quarantined {
+                return Err(ControlError::Quarantined(machine.title().to_owned()));
+            }
             machine.state.kind == StateKind::Discovered
         };
         let _lock = self.hardware.of(&id).await;

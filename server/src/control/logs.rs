@@ -14,10 +14,17 @@ const LINES: usize = 5_000;
 /// Longest wait for a new line.
 const WAIT: Duration = Duration::from_secs(25);
 
+/// Behind a boot's id: what came under it while the machine was quarantined, from whichever of those that claim to be it.
+const HELD: &str = "-held";
+
+fn held(boot: &str) -> String {
+    format!("{boot}{HELD}")
+}
+
 /// Which lines a person wants.
 #[derive(Debug, Clone, Default)]
 pub struct LogQuery {
-    /// The boot's id, or how many boots back; none: the newest.
+    /// The boot's id, or how many boots back; none: the newest. With `-held` behind it, what came while it was quarantined.
     pub boot: Option<String>,
     /// Only lines with a higher number.
     pub after: Option<u64>,
@@ -30,8 +37,9 @@ fn signed(ms: u64) -> i64 {
 }
 
 impl Control {
-    /// Keeps lines of a machine that has proved this key, of a boot that it has reported.
-    pub async fn take_log(self: &Arc<Self>, key: &KeyId, batch: LogBatch) -> Result<LogReply, ControlError> {
+    /// Keeps lines of a machine that has proved this key, of a boot that it has reported. While it is quarantined they are
+    /// kept apart: they help to find the false one, and are not for it to put among those of the true one.
+    pub async fn take_log(self: &Arc<Self>, key: &KeyId, mut batch: LogBatch) -> Result<LogReply, ControlError> {
         if batch.lines.len() > LOG_LINES {
             return Err(LogError::TooMany { got: batch.lines.len() }.into());
         }
@@ -39,12 +47,16 @@ impl Control {
             let inner = self.lock();
             let machine = inner.machines.get(&batch.machine).filter(|m| m.key.as_ref() == Some(key));
             let machine = machine.ok_or(LogError::NotReported)?;
-            let boots: Vec<String> =
-                machine.boots.iter().filter(|b| !b.is_unclaimed()).map(|b| b.boot_id.clone()).collect();
-            if !boots.contains(&batch.boot_id) {
+            let spoken = machine.boots.iter().filter(|b| !b.is_unclaimed()).map(|b| b.boot_id.as_str());
+            let spoken: Vec<&str> = spoken.collect();
+            if !spoken.contains(&batch.boot_id.as_str()) {
                 return Err(LogError::NotReported.into());
             }
+            let boots = spoken.iter().flat_map(|boot| [(*boot).to_owned(), held(boot)]).collect();
             let stranger = machine.state.kind == StateKind::Discovered;
+            if machine.state.kind == StateKind::Quarantined {
+                batch.boot_id = held(&batch.boot_id);
+            }
             Writer { machine: machine.id.clone(), stranger, boots }
         };
         let control = Arc::clone(self);
@@ -77,7 +89,12 @@ impl Control {
             let id = inner.resolve(name)?;
             let boots = inner.machines.get(&id).map(|m| &m.boots);
             let mut spoken = boots.into_iter().flatten().rev().filter(|b| !b.is_unclaimed());
-            let chosen: Option<&Boot> = match query.boot.as_deref() {
+            let (wanted, apart) = match query.boot.as_deref().map(|text| (text, text.strip_suffix(HELD))) {
+                Some((_, Some(boot))) => (Some(boot), true),
+                Some((text, None)) => (Some(text), false),
+                None => (None, false),
+            };
+            let chosen: Option<&Boot> = match wanted {
                 None => spoken.next(),
                 Some(text) => match text.parse::<usize>() {
                     Ok(back) => spoken.nth(back),
@@ -85,7 +102,7 @@ impl Control {
                 },
             };
             let boot = chosen.ok_or_else(|| LogError::NoBoot { machine: name.to_owned() })?;
-            (id, boot.boot_id.clone())
+            (id, if apart { held(&boot.boot_id) } else { boot.boot_id.clone() })
         };
         let (control, boot) = (Arc::clone(self), boot_id.clone());
         let read = move || control.logs.read(&id, &boot);

@@ -39,9 +39,10 @@ impl Control {
             machine.and_then(|m| m.boot_release(self.config.limits.trial_attempts)).cloned()
         };
         let default = &self.config.boot.default_image;
-        let release = assigned
-            .or_else(|| catalog.newest(default).cloned())
-            .ok_or_else(|| format!("no release of {default} (class normal) is published yet"))?;
+        let release = assigned.or_else(|| catalog.newest(default).cloned()).ok_or_else(|| {
+            let passed = catalog.passed_over(default);
+            format!("no release of {default} (class normal) that machines may have is published{passed}")
+        })?;
         let published =
             catalog.releases.get(&release).ok_or_else(|| format!("the repository does not hold {release}"))?;
         if published.manifest.architecture != arch.as_str() {

@@ -1,10 +1,10 @@
 //! What a person orders. Each order is in the audit log before it is answered.
 
-use super::{Control, Pending, now_ms};
+use super::{Control, Inner, Pending, now_ms};
 use crate::config::is_name;
-use crate::error::ControlError;
+use crate::error::{AccessError, ControlError};
 use kiln_fleet::{Event, Replacement};
-use kiln_protocol::{KeyStorage, MachineId, ReleaseId, Via};
+use kiln_protocol::{KeyId, KeyStorage, MachineId, ReleaseId, Via};
 
 impl Control {
     /// Says what a machine is for. Without a name it keeps the one it has, or gets one from its id. With the code that
@@ -20,10 +20,10 @@ impl Control {
         self.look_again().await;
         let catalog = self.catalog();
         let image = self.config.image_of(role)?;
-        let release = catalog
-            .newest(image)
-            .cloned()
-            .ok_or_else(|| ControlError::NothingPublished { image: image.to_string() })?;
+        let passed = catalog.passed_over(image);
+        let Some(release) = catalog.newest(image).cloned() else {
+            return Err(ControlError::NothingPublished { image: image.to_string(), passed });
+        };
         let pending = {
             let mut inner = self.lock();
             let id = inner.resolve(machine)?;
@@ -45,7 +45,7 @@ impl Control {
                 inner.check_code(&id, code, now_ms())?;
             }
             let compared = if code.is_some() { "; its code was compared" } else { "" };
-            let what = format!("approved as {name} with role {role}, to run {release}{compared}");
+            let what = format!("approved as {name} with role {role}, to run {release}{passed}{compared}");
             let mut pending = Pending::default();
             let event = Event::Approve { name, role: role.to_owned(), release };
             self.step(&mut inner, &id, event, now_ms(), &mut pending)?;
@@ -101,9 +101,30 @@ impl Control {
         self.finish(pending).await
     }
 
-    /// Ends a quarantine.
-    pub async fn clear(&self, machine: &str, by: &str) -> Result<(), ControlError> {
-        self.order(machine, Event::Clear, by, "cleared").await
+    /// Ends what holds a machine. With the beginning of the fingerprint of another key that was heard under its id, that key is
+    /// the machine's from now on; without, none is.
+    pub async fn clear(&self, machine: &str, key: Option<&str>, by: &str) -> Result<(), ControlError> {
+        let Some(digits) = key else { return self.order(machine, Event::Clear, by, "cleared").await };
+        let pending = {
+            let mut inner = self.lock();
+            let id = inner.resolve(machine)?;
+            let key = self.heard_key(&inner, &id, digits)?;
+            let before = inner.machines.get(&id).and_then(|m| m.key.as_ref());
+            let before = before.map_or_else(|| "none".to_owned(), ToString::to_string);
+            let what = format!("cleared; its identity key is {key} from now on, it was {before}");
+            self.order_under(&mut inner, &id, Event::Adopt(key), by, what)?
+        };
+        self.finish(pending).await
+    }
+
+    /// The key that a person means by its beginning, if it may be a machine's.
+    pub(super) fn heard_key(&self, inner: &Inner, id: &MachineId, digits: &str) -> Result<KeyId, ControlError> {
+        let machine = inner.machines.get(id).ok_or_else(|| ControlError::NoSuchMachine(id.to_string()))?;
+        let key = machine.heard_key(digits)?;
+        if self.access.is_revoked(&key) {
+            return Err(AccessError::RevokedBefore(key).into());
+        }
+        Ok(key)
     }
 
     /// Takes a machine out of service.
@@ -142,7 +163,7 @@ impl Control {
     /// What `new` takes over, if it can now.
     pub(super) fn replacement(
         &self,
-        inner: &super::Inner,
+        inner: &Inner,
         old: &MachineId,
         new: &MachineId,
     ) -> Result<Replacement, ControlError> {
@@ -188,22 +209,28 @@ impl Control {
         let pending = {
             let mut inner = self.lock();
             let id = inner.resolve(machine)?;
-            let mut pending = Pending::default();
-            self.step(&mut inner, &id, event, now_ms(), &mut pending)?;
-            if let Some(m) = inner.machines.get(&id) {
-                self.audit(&mut pending, m, by, what.to_owned());
-            }
-            pending
+            self.order_under(&mut inner, &id, event, by, what.to_owned())?
         };
         self.finish(pending).await
     }
 
-    pub(super) fn check_fits(
+    fn order_under(
         &self,
-        inner: &super::Inner,
+        inner: &mut Inner,
         id: &MachineId,
-        release: &ReleaseId,
-    ) -> Result<(), ControlError> {
+        event: Event,
+        by: &str,
+        what: String,
+    ) -> Result<Pending, ControlError> {
+        let mut pending = Pending::default();
+        self.step(inner, id, event, now_ms(), &mut pending)?;
+        if let Some(m) = inner.machines.get(id) {
+            self.audit(&mut pending, m, by, what);
+        }
+        Ok(pending)
+    }
+
+    pub(super) fn check_fits(&self, inner: &Inner, id: &MachineId, release: &ReleaseId) -> Result<(), ControlError> {
         inner.check_stays(release, now_ms())?;
         let Some(machine) = inner.machines.get(id) else { return Ok(()) };
         let Some(facts) = &machine.facts else { return Ok(()) };

@@ -8,10 +8,11 @@ use crate::access::{
 use crate::audit::Line;
 use crate::config::is_name;
 use crate::error::{AccessError, ControlError, StoreError};
+use crate::store::Commit;
 use crate::view::TokenView;
 use kiln_fleet::Millis;
 use kiln_fleet::access::AccessRole;
-use kiln_protocol::KeyId;
+use kiln_protocol::{KeyId, MachineId};
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -21,6 +22,21 @@ const LOOK_AGAIN: Duration = Duration::from_secs(60);
 
 pub(super) fn json(value: &impl serde::Serialize) -> Result<String, ControlError> {
     Ok(serde_json::to_string(value).map_err(StoreError::from)?)
+}
+
+fn revoked_note(key: &KeyId) -> String {
+    format!("revoked-key/{key}")
+}
+
+/// Waits for all of them; the first that failed.
+async fn all(commits: Vec<Commit>) -> Result<(), StoreError> {
+    let mut failed = None;
+    for commit in commits {
+        if let Err(error) = commit.wait().await {
+            failed.get_or_insert(error);
+        }
+    }
+    failed.map_or(Ok(()), Err)
 }
 
 impl Control {
@@ -211,8 +227,9 @@ impl Control {
             known.tokens.insert(token.id.clone(), token.clone());
             commits
         };
-        for commit in commits {
-            commit.wait().await?;
+        if let Err(error) = all(commits).await {
+            self.token_as_stored(&token).await;
+            return Err(error.into());
         }
         Ok((TokenView::of(&token, now), text))
     }
@@ -228,7 +245,7 @@ impl Control {
     /// Ends a token now, and the sessions that rest on it.
     pub async fn token_revoke(&self, name: &str, by: &Caller) -> Result<TokenView, ControlError> {
         let now = now_ms();
-        let (view, commits) = {
+        let (token, commits) = {
             let mut known = self.access.lock();
             let known = &mut *known;
             let token = known.tokens.values_mut().find(|t| t.name == name && t.holds(now).is_ok());
@@ -244,17 +261,35 @@ impl Control {
                 keep
             });
             commits.push(self.store.audit(Line::done(now, &by.who(), "", format!("revoked token {name}"))));
-            (TokenView::of(token, now), commits)
+            (token.clone(), commits)
         };
         self.access.tell_end();
-        for commit in commits {
-            commit.wait().await?;
+        if let Err(error) = all(commits).await {
+            self.token_as_stored(&token).await;
+            return Err(error.into());
         }
-        Ok(view)
+        Ok(TokenView::of(&token, now))
+    }
+
+    /// After a commit that failed: what the database holds of a token is what holds. Else whoever revokes it again, with room,
+    /// would hear that it is revoked already, and the next start would know nothing of it.
+    async fn token_as_stored(&self, token: &Token) {
+        let stored = match self.store.note(&token.note()).await {
+            Ok(text) => text.and_then(|text| serde_json::from_str::<Token>(&text).ok()),
+            Err(error) => {
+                tracing::error!(%error, "what the database holds of {} cannot be read", token.actor());
+                return;
+            }
+        };
+        let tokens = &mut self.access.lock().tokens;
+        match stored {
+            Some(stored) => drop(tokens.insert(token.id.clone(), stored)),
+            None => drop(tokens.remove(&token.id)),
+        }
     }
 
     /// Takes an identity key away from its machine: whoever holds it is not heard any more. The machine needs another key,
-    /// and a person who says that it is the machine's (`kiln machine clear`).
+    /// and a person who says that it is the machine's (`kiln machine clear --key`).
     pub async fn revoke_key(&self, machine: &str, by: &str) -> Result<KeyId, ControlError> {
         let pending = {
             let mut inner = self.lock();
@@ -268,7 +303,7 @@ impl Control {
             }
             let revoked = RevokedKey { key: key.clone(), machine: title, at: now_ms(), by: by.to_owned() };
             let mut pending = super::Pending { wake: true, ..super::Pending::default() };
-            pending.commits.push(self.store.remember(format!("revoked-key/{key}"), json(&revoked)?));
+            pending.commits.push(self.store.remember(revoked_note(&key), json(&revoked)?));
             known.revoked.insert(key.clone(), revoked);
             drop(known);
             if let Some(machine) = inner.machines.get_mut(&id) {
@@ -281,10 +316,24 @@ impl Control {
             if let Some(machine) = inner.machines.get(&id) {
                 self.audit(&mut pending, machine, by, format!("revoked the identity key {key}"));
             }
-            (pending, key)
+            (pending, id, key)
         };
-        let (pending, key) = pending;
-        self.finish(pending).await?;
+        let (pending, id, key) = pending;
+        if let Err(error) = self.finish(pending).await {
+            self.revoked_as_stored(&id, &key).await;
+            return Err(error);
+        }
         Ok(key)
+    }
+
+    /// After a commit that failed: only what the database knows of is revoked, so that it can be revoked again.
+    async fn revoked_as_stored(&self, id: &MachineId, key: &KeyId) {
+        if self.store.note(&revoked_note(key)).await.is_ok_and(|note| note.is_none()) {
+            let mut inner = self.lock();
+            self.access.lock().revoked.remove(key);
+            if let Some(machine) = inner.machines.get_mut(id).filter(|m| m.key.as_ref() == Some(key)) {
+                machine.key_revoked = false;
+            }
+        }
     }
 }

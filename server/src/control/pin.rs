@@ -5,7 +5,7 @@ use super::{Control, Inner};
 use crate::error::{AccessError, ControlError};
 use axum::extract::Query;
 use axum::http::Uri;
-use kiln_protocol::MachineId;
+use kiln_protocol::{KeyId, MachineId};
 use reqwest::Url;
 
 /// A call as it is kept.
@@ -15,6 +15,8 @@ pub(super) struct Pinned {
     pub(super) body: String,
     /// What its body or query called which machine, for whoever confirms.
     pub(super) named: Vec<(String, MachineId)>,
+    /// The key that becomes the machine's, whole.
+    pub(super) key: Option<KeyId>,
 }
 
 impl Control {
@@ -29,13 +31,36 @@ impl Control {
             path = path.replacen(&format!("{MACHINES}{name}/"), &format!("{MACHINES}{id}/"), 1);
             old = Some(id);
         }
-        let mut body = asked.body.to_owned();
+        let (mut body, mut key) = (asked.body.to_owned(), None);
         if let (Some(old), Some((pinned, name, new))) = (&old, pinned_body(&inner, asked)?) {
             self.replacement(&inner, old, &new)?;
             body = pinned;
             named.push((name, new));
         }
-        Ok(Pinned { path, body, named })
+        if let Some(id) = &old
+            && let Some((pinned, meant)) = self.pinned_key(&inner, id, asked)?
+        {
+            body = pinned;
+            key = Some(meant);
+        }
+        Ok(Pinned { path, body, named, key })
+    }
+
+    /// `kiln machine clear --key` says in its body by its beginning which key is meant: another may begin so when it is done.
+    fn pinned_key(
+        &self,
+        inner: &Inner,
+        id: &MachineId,
+        asked: &Asked<'_>,
+    ) -> Result<Option<(String, KeyId)>, ControlError> {
+        if asked.call.action != "clear" {
+            return Ok(None);
+        }
+        let Ok(mut body) = serde_json::from_str::<serde_json::Value>(asked.body) else { return Ok(None) };
+        let Some(digits) = body.get("key").and_then(|key| key.as_str()) else { return Ok(None) };
+        let key = self.heard_key(inner, id, digits)?;
+        body["key"] = key.as_str().into();
+        Ok(Some((body.to_string(), key)))
     }
 }
 

@@ -2,6 +2,7 @@
 //! then on nobody gives them to a machine.
 
 use super::{Control, Inner, now_ms};
+use crate::catalog::Catalog;
 use crate::error::ControlError;
 use kiln_fleet::Millis;
 use kiln_protocol::{ImageName, ReleaseId};
@@ -36,6 +37,20 @@ impl Inner {
 }
 
 impl Control {
+    /// Says which releases are given to nobody though they are higher than the one that is; what was said of the catalog
+    /// before is not said again.
+    pub(super) fn tell_passed_over(&self, catalog: &Catalog, before: Option<&Catalog>) {
+        let roles = self.config.roles.values().map(|role| &role.image);
+        let images: BTreeSet<&ImageName> = roles.chain([&self.config.boot.default_image]).collect();
+        for image in images {
+            let passed = catalog.passed_over(image);
+            if !passed.is_empty() && before.is_none_or(|before| before.passed_over(image) != passed) {
+                let newest = catalog.newest(image).map_or_else(|| "none".to_owned(), ToString::to_string);
+                tracing::warn!("of {image}, machines that are approved from now on are given {newest}{passed}");
+            }
+        }
+    }
+
     /// What machines run and need.
     pub(crate) fn uses(&self) -> BTreeMap<ReleaseId, Use> {
         let mut uses: BTreeMap<ReleaseId, Use> = BTreeMap::new();

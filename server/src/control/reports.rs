@@ -212,7 +212,8 @@ impl Control {
             return self.step(inner, id, Event::NotApproved { reason }, now_ms(), pending);
         }
         let how = place.as_ref().map_or_else(String::new, |place| format!(", by its position ({place})"));
-        let what = format!("approved as {} with role {}, to run {release}{how}", listed.name, listed.role);
+        let passed = catalog.passed_over(image);
+        let what = format!("approved as {} with role {}, to run {release}{how}{passed}", listed.name, listed.role);
         if let Some(machine) = inner.machines.get_mut(id) {
             machine.position = place;
             if listed.key.is_some() {

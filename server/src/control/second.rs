@@ -81,7 +81,7 @@ impl Control {
     pub(crate) async fn propose(&self, caller: &Caller, asked: &Asked<'_>) -> Result<PendingView, ControlError> {
         let now = now_ms();
         let Asked { call, machine, content_type, body, .. } = asked;
-        let Pinned { path, body: pinned, named } = self.pinned(asked)?;
+        let Pinned { path, body: pinned, named, key } = self.pinned(asked)?;
         let title = machine.map_or_else(String::new, |m| format!(" {m}"));
         let mut what = format!("{}{title}: {}", call.action, printable(cut_at(body, SHOWN)));
         if path.contains('?') {
@@ -89,6 +89,9 @@ impl Control {
         }
         for (name, id) in named {
             let _ = write!(what, " ({} is machine {id})", printable(cut_at(&name, SHOWN)));
+        }
+        if let Some(key) = key {
+            let _ = write!(what, " (the key {key})");
         }
         let (kept, commits) = {
             let mut known = self.access.lock();

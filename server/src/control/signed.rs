@@ -106,7 +106,12 @@ impl Control {
             }
             pending
         };
-        self.finish(pending).await?;
+        if let Err(error) = self.finish(pending).await {
+            // Its machines were not told: it can be submitted again.
+            self.lock().order_texts.remove(&order.id);
+            let _ = self.store.erase(order_note(&order.id)).wait().await;
+            return Err(error);
+        }
         Ok(self.order_view(&submitted))
     }
 

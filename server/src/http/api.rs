@@ -7,6 +7,7 @@ use crate::error::{
     AccessError, AttestationError, CodeError, ControlError, ExpectedError, LogError, SecretError, StoreError,
 };
 use crate::view::{HardwareView, LogView, MachineView, OrderView, ReceiptView};
+use axum::body::Bytes;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
 use axum::http::{HeaderValue, StatusCode, header};
@@ -15,6 +16,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use futures_util::stream::{self, Stream};
+use kiln_fleet::Refusal;
 use kiln_protocol::{ImageName, ReleaseId, Via};
 use serde::Deserialize;
 use serde_json::json;
@@ -87,6 +89,7 @@ impl From<ControlError> for ApiError {
             | ControlError::ReceiptWithoutOrder { .. }
             | ControlError::OtherImage { .. }
             | ControlError::NoReport { .. }
+            | ControlError::Refused(Refusal::KeyDigits { .. })
             | ControlError::ForgetsKey { .. } => StatusCode::UNPROCESSABLE_ENTITY,
             ControlError::NothingPublished { .. }
             | ControlError::NameTaken(_)
@@ -95,6 +98,7 @@ impl From<ControlError> for ApiError {
             | ControlError::BeingPruned { .. }
             | ControlError::Refused(_)
             | ControlError::NoReportYet(_)
+            | ControlError::Quarantined(_)
             | ControlError::OrderKnown { .. } => StatusCode::CONFLICT,
             ControlError::Access(e) => super::people::status_of(e),
             ControlError::Log(e) => log_status(e),
@@ -354,12 +358,24 @@ async fn assign(
     Ok(Json(app.control.view(&machine)?))
 }
 
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Clear {
+    /// The beginning of the fingerprint of another key, which is the machine's from now on.
+    key: Option<String>,
+}
+
+/// Without a body, or a key in it, no other key becomes the machine's.
 async fn clear(
     State(app): State<App>,
     Extension(peer): Extension<Peer>,
     Path(machine): Path<String>,
+    body: Bytes,
 ) -> Result<Json<MachineView>, ApiError> {
-    app.control.clear(&machine, &who(&peer)).await?;
+    // It had no body before it had a key, whatever its Content-Type said.
+    let bad = |e: serde_json::Error| ApiError::new(StatusCode::UNPROCESSABLE_ENTITY, e.to_string());
+    let order: Clear = if body.is_empty() { Clear::default() } else { serde_json::from_slice(&body).map_err(bad)? };
+    app.control.clear(&machine, order.key.as_deref(), &who(&peer)).await?;
     Ok(Json(app.control.view(&machine)?))
 }
 

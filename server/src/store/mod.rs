@@ -5,17 +5,19 @@
 //! finds it again after a crash. Intents that arrive together share a transaction.
 
 mod schema;
+mod stale;
 mod writer;
 
 use crate::audit::{Line, Record};
 use crate::error::StoreError;
 use kiln_fleet::{Boot, Entry, Hardware, Machine};
 use kiln_protocol::{MachineId, RoleSettings};
-use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
+use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
 use sqlx::{AnyPool, Row};
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{mpsc, oneshot};
 
 /// An assignment envelope as it was signed.
@@ -75,6 +77,14 @@ pub(crate) enum Intent {
         key: String,
     },
     Audit(Line),
+    /// Nothing: what it comes with tells of a step of this machine, and is written where that could be.
+    About {
+        id: String,
+    },
+    /// Nothing: memory has of this machine again what the database has.
+    PutBack {
+        id: String,
+    },
     /// Nothing: when it is done, so is all that came before.
     Settle,
 }
@@ -86,6 +96,8 @@ type Done = oneshot::Sender<Result<(), StoreError>>;
 pub struct Store {
     pool: AnyPool,
     intents: mpsc::UnboundedSender<(Vec<Intent>, Option<Done>)>,
+    stale: stale::Stale,
+    whole: Arc<Mutex<()>>,
 }
 
 /// A commit that is under way.
@@ -114,30 +126,37 @@ impl Store {
         }
         schema::migrate(&pool).await?;
         let (intents, inbox) = mpsc::unbounded_channel();
-        let task = tokio::spawn(writer::run(pool.clone(), inbox));
-        Ok((Self { pool, intents }, task))
+        let (stale, whole) = (stale::Stale::default(), Arc::default());
+        let task = tokio::spawn(writer::run(pool.clone(), inbox, stale.clone(), Arc::clone(&whole)));
+        Ok((Self { pool, intents, stale, whole }, task))
     }
 
     /// Everything, at start.
     pub async fn load(&self) -> Result<BTreeMap<MachineId, Stored>, StoreError> {
         let mut machines = BTreeMap::new();
         for row in sqlx::query("SELECT id, doc, envelope, last_seen FROM machines").fetch_all(&self.pool).await? {
-            let id: String = row.try_get("id")?;
-            let bad = |e: serde_json::Error| StoreError::Row { id: id.clone(), reason: e.to_string() };
-            let mut machine: Machine = serde_json::from_str(row.try_get("doc")?).map_err(bad)?;
-            machine.last_seen = u64::try_from(row.try_get::<i64, _>("last_seen")?).unwrap_or(0).max(machine.last_seen);
-            let envelope: Option<Envelope> = serde_json::from_str(row.try_get("envelope")?).map_err(bad)?;
-            machines.insert(machine.id.clone(), Stored { machine, envelope });
+            let stored = stored(&row)?;
+            machines.insert(stored.machine.id.clone(), stored);
         }
         for row in sqlx::query("SELECT machine, doc FROM boots ORDER BY machine, number").fetch_all(&self.pool).await? {
-            let id: String = row.try_get("machine")?;
-            let bad = |reason: String| StoreError::Row { id: id.clone(), reason };
-            let boot: Boot = serde_json::from_str(row.try_get("doc")?).map_err(|e| bad(e.to_string()))?;
+            let (id, boot) = boot(&row)?;
             if let Some(stored) = id.parse::<MachineId>().ok().and_then(|id| machines.get_mut(&id)) {
                 stored.machine.boots.push_back(boot);
             }
         }
         Ok(machines)
+    }
+
+    /// One machine; none: there is no row of it.
+    pub async fn machine(&self, id: &MachineId) -> Result<Option<Stored>, StoreError> {
+        let row = sqlx::query("SELECT id, doc, envelope, last_seen FROM machines WHERE id = $1").bind(id.as_str());
+        let Some(row) = row.fetch_optional(&self.pool).await? else { return Ok(None) };
+        let mut stored = stored(&row)?;
+        let boots = sqlx::query("SELECT machine, doc FROM boots WHERE machine = $1 ORDER BY number").bind(id.as_str());
+        for row in boots.fetch_all(&self.pool).await? {
+            stored.machine.boots.push_back(boot(&row)?.1);
+        }
+        Ok(Some(stored))
     }
 
     /// What a machine is made of.
@@ -156,7 +175,7 @@ impl Store {
     /// The list of expected machines.
     pub async fn expected(&self) -> Result<Vec<Entry>, StoreError> {
         let rows = sqlx::query("SELECT name, doc FROM expected").fetch_all(&self.pool).await?;
-        let read = |row: &sqlx::any::AnyRow| {
+        let read = |row: &AnyRow| {
             let id: String = row.try_get("name")?;
             let bad = |e: serde_json::Error| StoreError::Row { id: id.clone(), reason: e.to_string() };
             serde_json::from_str(row.try_get("doc")?).map_err(bad)
@@ -244,6 +263,32 @@ impl Store {
         self.send_all(vec![Intent::Erase { key }, Intent::Audit(line)])
     }
 
+    /// A record of a step of this machine, which is written where the step can be.
+    pub(crate) fn audit_of(&self, id: &MachineId, line: Line) -> Commit {
+        self.send_all(vec![Intent::About { id: id.to_string() }, Intent::Audit(line)])
+    }
+
+    /// Machines of which a commit failed: nothing of them is written until they are put back.
+    pub(crate) fn unwritten(&self) -> Vec<MachineId> {
+        self.stale.ids()
+    }
+
+    /// What is handed in while this is held shares a transaction: all of it is stored, or nothing. Not for long, and without a
+    /// wait for the store.
+    pub(crate) fn whole(&self) -> MutexGuard<'_, ()> {
+        self.whole.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until the writer is through with what was handed in before, whatever came of it.
+    pub(crate) async fn settle(&self) {
+        let _ = self.send(Intent::Settle).wait().await;
+    }
+
+    /// Memory has of this machine what [`Store::machine`] gave.
+    pub(crate) fn put_back(&self, id: &MachineId) -> Commit {
+        self.send(Intent::PutBack { id: id.to_string() })
+    }
+
     fn send(&self, intent: Intent) -> Commit {
         self.send_all(vec![intent])
     }
@@ -254,5 +299,23 @@ impl Store {
         // If the writer is gone the sender is dropped, and the wait says so.
         let _ = self.intents.send((intents, Some(done)));
         Commit(wait)
+    }
+}
+
+fn stored(row: &AnyRow) -> Result<Stored, StoreError> {
+    let id: String = row.try_get("id")?;
+    let bad = |e: serde_json::Error| StoreError::Row { id: id.clone(), reason: e.to_string() };
+    let mut machine: Machine = serde_json::from_str(row.try_get("doc")?).map_err(bad)?;
+    machine.last_seen = u64::try_from(row.try_get::<i64, _>("last_seen")?).unwrap_or(0).max(machine.last_seen);
+    let envelope: Option<Envelope> = serde_json::from_str(row.try_get("envelope")?).map_err(bad)?;
+    Ok(Stored { machine, envelope })
+}
+
+/// A boot, and whose it is.
+fn boot(row: &AnyRow) -> Result<(String, Boot), StoreError> {
+    let id: String = row.try_get("machine")?;
+    match serde_json::from_str(row.try_get("doc")?) {
+        Ok(boot) => Ok((id, boot)),
+        Err(e) => Err(StoreError::Row { id, reason: e.to_string() }),
     }
 }

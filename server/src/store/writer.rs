@@ -1,27 +1,52 @@
 //! The one task that writes.
 
+use super::stale::Stale;
 use super::{Done, Intent};
 use crate::audit::Record;
 use crate::error::StoreError;
 use sqlx::any::AnyRow;
 use sqlx::{AnyConnection, AnyPool, AssertSqlSafe, Row};
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::mpsc;
 
-/// Calls whose intents share a transaction at most.
+/// Calls whose intents share a transaction, if so many wait.
 const BATCH: usize = 256;
+/// And with what was handed in together with them.
+const LARGEST: usize = 16 * BATCH;
 
-pub(super) async fn run(pool: AnyPool, mut inbox: mpsc::UnboundedReceiver<(Vec<Intent>, Option<Done>)>) {
+pub(super) async fn run(
+    pool: AnyPool,
+    mut inbox: mpsc::UnboundedReceiver<(Vec<Intent>, Option<Done>)>,
+    stale: Stale,
+    whole: Arc<Mutex<()>>,
+) {
     let mut batch = Vec::with_capacity(BATCH);
     while inbox.recv_many(&mut batch, BATCH).await > 0 {
-        let (intents, waiting): (Vec<_>, Vec<_>) = batch.drain(..).unzip();
-        let result = commit(&pool, &intents).await;
+        {
+            // Whoever hands in several is through with them.
+            let _whole = whole.lock().unwrap_or_else(PoisonError::into_inner);
+            while batch.len() < LARGEST
+                && let Ok(more) = inbox.try_recv()
+            {
+                batch.push(more);
+            }
+        }
+        let (calls, waiting): (Vec<_>, Vec<_>) = batch.drain(..).unzip();
+        let taken: Vec<bool> = calls.iter().map(|call: &Vec<Intent>| stale.takes(call)).collect();
+        let wanted: Vec<&[Intent]> =
+            calls.iter().zip(&taken).filter(|(_, taken)| **taken).map(|(call, _)| call.as_slice()).collect();
+        let result = commit(&pool, &wanted).await;
         if let Err(error) = &result {
             tracing::error!(%error, "the database was not written; nobody is told otherwise");
+            // Before anybody hears of it.
+            stale.put(&wanted);
         }
-        for done in waiting.into_iter().flatten() {
-            let _ = done.send(match &result {
-                Ok(()) => Ok(()),
-                Err(error) => Err(error.again()),
+        for (done, taken) in waiting.into_iter().zip(taken) {
+            let Some(done) = done else { continue };
+            let _ = done.send(match (&result, taken) {
+                (Ok(()) | Err(_), false) => Err(StoreError::Unwritten),
+                (Ok(()), true) => Ok(()),
+                (Err(error), true) => Err(error.again()),
             });
         }
     }
@@ -30,7 +55,7 @@ pub(super) async fn run(pool: AnyPool, mut inbox: mpsc::UnboundedReceiver<(Vec<I
 
 /// All of it or nothing. The transaction is begun and ended by its own statements: where the disk is full SQLite ends it by itself,
 /// which sqlx does not see, and would then take the next one for a part of it and never commit that.
-async fn commit(pool: &AnyPool, intents: &[Vec<Intent>]) -> Result<(), StoreError> {
+async fn commit(pool: &AnyPool, intents: &[&[Intent]]) -> Result<(), StoreError> {
     let mut db = pool.acquire().await?;
     let result = transaction(&mut db, intents).await;
     if result.is_err() {
@@ -40,9 +65,9 @@ async fn commit(pool: &AnyPool, intents: &[Vec<Intent>]) -> Result<(), StoreErro
     result.map_err(StoreError::or_full)
 }
 
-async fn transaction(db: &mut AnyConnection, intents: &[Vec<Intent>]) -> Result<(), StoreError> {
+async fn transaction(db: &mut AnyConnection, intents: &[&[Intent]]) -> Result<(), StoreError> {
     sqlx::query("BEGIN").execute(&mut *db).await?;
-    for intent in intents.iter().flatten() {
+    for intent in intents.iter().copied().flatten() {
         write(db, intent).await?;
     }
     sqlx::query("COMMIT").execute(&mut *db).await?;
@@ -116,7 +141,7 @@ async fn write(db: &mut AnyConnection, intent: &Intent) -> Result<(), StoreError
             .execute(&mut *db)
             .await?;
         }
-        Intent::Settle => {}
+        Intent::Settle | Intent::About { .. } | Intent::PutBack { .. } => {}
         Intent::Erase { key } => {
             sqlx::query("DELETE FROM notes WHERE name = $1").bind(key).execute(&mut *db).await?;
         }

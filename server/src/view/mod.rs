@@ -86,6 +86,12 @@ pub struct MachineView {
     /// The last other key that reported under its id.
     #[serde(default)]
     pub other_key: Option<KeyId>,
+    /// All that are remembered, the newest last.
+    #[serde(default)]
+    pub other_keys: Vec<KeyId>,
+    /// What makes one of them its own, in a sentence.
+    #[serde(default)]
+    pub other_keys_note: Option<String>,
     /// While it waits for a person: the code that its screen shows, if nobody stands between.
     #[serde(default)]
     pub code: Option<ApprovalCode>,

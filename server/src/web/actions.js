@@ -43,6 +43,11 @@
     };
     for (const [name, show] of Object.entries(shown)) by(name).hidden = !show;
     by("actions").hidden = !Object.values(shown).some(Boolean);
+    // Which key is the machine's, its own console says; nothing here is chosen before a person types it.
+    const others = (machine && machine.other_keys_note) || "";
+    by("other-keys").textContent = others;
+    by("other-keys").hidden = by("clear-key-label").hidden = !others;
+    if (!others) by("clear-key").value = "";
   }
 
   async function learn() {
@@ -91,7 +96,11 @@
     return act("PUT", "assignment", { image, release: Number(release), via: by("assign-via").value }, "assigned");
   });
   on("excuse", () => act("POST", "excuse", { reason: by("excuse-reason").value.trim() }, "excused"));
-  on("clear", () => act("POST", "clear", {}, "cleared"));
+  on("clear", () => {
+    const key = by("clear-key").value.trim();
+    by("clear-key").value = "";
+    return act("POST", "clear", key ? { key } : {}, key ? "cleared; that key is its own" : "cleared");
+  });
 
   const dialog = by("log-in-dialog");
   by("log-in").addEventListener("click", () => dialog.showModal());

@@ -375,6 +375,34 @@ async fn an_admin_who_makes_two_tokens_alone_is_one_person() {
     assert_eq!(confirm(&ben).await.status, StatusCode::OK);
 }
 
+/// Another key may begin as the one that was meant when the second person comes.
+#[tokio::test]
+async fn a_key_that_waits_for_a_second_person_is_named_whole() {
+    let site = TestSite::new();
+    site.configure("[access]\nfour_eyes = [\"clear\"]");
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    agent.send(&server, &report).await;
+    let signer = std::sync::Arc::new(kiln_release::Signer::from_seed(&[77; 32]));
+    let mut other = Agent { signer, boot: 50, ..agent.clone() };
+    let (ann, ben) = (server.token("ann", "operator").await, server.token("ben", "operator").await);
+    let meant = other.key_id();
+    let body = json!({ "key": &meant.as_str()[..8] });
+    let early = server.with(&ann, "POST", "machines/rack-1/clear", body.clone()).await;
+    assert_eq!(early.status, StatusCode::CONFLICT, "nobody confirms what cannot be: {}", early.text());
+    let report = other.healthy();
+    other.send(&server, &report).await;
+    let asked = server.with(&ann, "POST", "machines/rack-1/clear", body).await;
+    assert_eq!(asked.status, StatusCode::ACCEPTED, "{}", asked.text());
+    let pending = asked.json()["pending"].clone();
+    assert_eq!(pending["body"], json!({ "key": meant }).to_string());
+    assert!(pending["what"].as_str().unwrap().contains(meant.as_str()), "{pending}");
+    let confirm = format!("pending/{}/confirm", pending["id"].as_str().unwrap());
+    assert_eq!(server.with(&ben, "POST", &confirm, json!({})).await.status, StatusCode::OK);
+    assert_eq!(server.machine("rack-1").await.key, Some(meant));
+}
+
 /// A name can be another machine's when the second person comes, also one in the body or the query of a call.
 #[tokio::test]
 async fn what_is_confirmed_is_done_to_the_machines_that_were_meant() {

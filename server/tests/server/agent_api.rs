@@ -203,12 +203,37 @@ async fn another_key_under_one_id_gets_nothing_until_a_person_looks() {
     let report = agent.healthy();
     assigned(&agent.send(&server, &report).await);
     assert_eq!(server.machine("rack-1").await.state, "healthy");
-    // A person says that the other key is the machine's, which spoke last.
+    // A clear makes it nobody's, though it spoke last and nothing else holds the machine; the command says how it is taken.
     let report = other.healthy();
-    assert!(waits(&other.send(&server, &report).await).contains("kiln machine clear rack-1"));
+    let told = waits(&other.send(&server, &report).await).to_owned();
+    let dir = site.path().to_str().unwrap();
+    let (ok, out, error) = site.kiln(&["machine", "clear", "rack-1", "--site", dir]);
+    let (taken, before) = (other.key_id(), agent.key_id());
+    let shown = &taken.as_str()[..16];
+    let how = format!("`kiln machine clear rack-1 --key {shown}`");
+    assert!(ok && out.contains(&how) && told.contains(&how), "{out}{error}{told}");
     assert_eq!(server.order("POST", "machines/rack-1/clear", json!({})).await.status, StatusCode::OK);
     let report = other.healthy();
+    waits(&other.send(&server, &report).await);
+    let view = server.machine("rack-1").await;
+    assert_eq!((&view.key, &view.other_keys), (&Some(agent.key_id()), &vec![other.key_id()]));
+    assert!(view.other_keys_note.is_some_and(|note| note.contains(&how)));
+    // A person names it, by what its console shows.
+    for (digits, status, said) in [
+        (&shown[..7], StatusCode::UNPROCESSABLE_ENTITY, "at least 8 hex digits"),
+        ("0000000000", StatusCode::CONFLICT, shown),
+        (&before.as_str()[..16], StatusCode::CONFLICT, "already"),
+    ] {
+        let refused = server.order("POST", "machines/rack-1/clear", json!({ "key": digits })).await;
+        assert!(refused.status == status && refused.text().contains(said), "{} {}", refused.status, refused.text());
+    }
+    let (ok, out, error) = site.kiln(&["machine", "clear", "rack-1", "--key", &shown[..8], "--site", dir]);
+    assert!(ok && out.contains(&format!("its identity key is {taken} from now on")), "{out}{error}");
+    let report = other.healthy();
     assigned(&other.send(&server, &report).await);
+    let audit = server.audit().await;
+    let said = format!("cleared; its identity key is {taken} from now on, it was {before}");
+    assert!(audit.iter().any(|r| r.machine == "rack-1" && r.what == said), "{audit:?}");
     let report = agent.healthy();
     assert!(waits(&agent.send(&server, &report).await).contains("kiln machine clear rack-1"));
 }

@@ -198,3 +198,42 @@ async fn what_is_about_to_be_pruned_is_given_to_nobody_and_what_machines_need_is
     let audit = server.audit().await;
     assert!(audit.iter().any(|r| r.what == "withheld, to be pruned: minimal/2"), "{audit:?}");
 }
+
+/// What an older kiln.toml said of a machine is dropped when the server starts with one that does not list it.
+#[tokio::test]
+async fn a_machine_that_is_taken_off_the_list_has_nothing_more_of_it() {
+    let site = TestSite::new();
+    let two = site.publish_as(2, |manifest| manifest.measured = None);
+    let server = Server::start(&site).await;
+    let mut agent = Agent { storage: KeyStorage::Tpm, ..Agent::new(1, &two) };
+    let report = agent.healthy();
+    let reply = agent.send(&server, &report).await;
+    assert!(waits(&reply).contains("kiln.toml lists it as rack-1"), "{}", waits(&reply));
+    assert_eq!(server.machine(machine_id(1).as_str()).await.name, "rack-1");
+    drop(server);
+
+    let file = site.path().join("kiln.toml");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let line = format!("[[machine]]\nid = \"{}\"\nname = \"rack-1\"\nrole = \"lab\"\n", machine_id(1));
+    assert!(text.contains(&line), "{text}");
+    std::fs::write(&file, text.replace(&line, "")).unwrap();
+    // Before it speaks, and kept.
+    for _ in 0..2 {
+        let server = Server::start(&site).await;
+        let view = server.machine(machine_id(1).as_str()).await;
+        assert_eq!((view.state.as_str(), view.name.as_str()), ("discovered", machine_id(1).as_str()));
+        assert!(view.reason.starts_with("nobody has approved it"), "{}", view.reason);
+    }
+    let server = Server::start(&site).await;
+    let report = agent.healthy();
+    let reply = agent.send(&server, &report).await;
+    assert!(waits(&reply).contains("nobody has approved it"), "{}", waits(&reply));
+    // The name is free.
+    let one = site.manifest(1);
+    let mut other = Agent::new(9, &one);
+    let report = other.report();
+    other.send(&server, &report).await;
+    let path = format!("machines/{}/approve", machine_id(9));
+    let answer = server.order("POST", &path, json!({ "role": "lab", "name": "rack-1" })).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+}

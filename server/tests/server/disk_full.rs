@@ -6,6 +6,7 @@ use crate::namespace::{inside, tmpfs};
 use hyper::StatusCode;
 use jiff::Timestamp;
 use kiln_images::init_lab;
+use kiln_protocol::Assignment;
 use kiln_server::audit::Record;
 use kiln_server::view::SecretView;
 use serde_json::{Value, json};
@@ -96,4 +97,57 @@ async fn a_full_disk_loses_nothing_that_was_written_and_does_nothing_by_halves()
     assert_eq!(known(&server).await, (Some(after.version), versions));
     let (whole, out, error) = site.kiln(&["audit", "verify", "--site", site.path().to_str().unwrap()]);
     assert!(whole, "{out}{error}");
+}
+
+/// Sequence of what rack-1 is assigned, as the running server knows it.
+async fn sequence(server: &Server) -> u64 {
+    server.machine("rack-1").await.assigned.unwrap().sequence
+}
+
+#[tokio::test]
+async fn what_a_full_disk_did_not_take_no_machine_is_given() {
+    if !inside("disk_full::what_a_full_disk_did_not_take_no_machine_is_given") {
+        return;
+    }
+    let site = TestSite::made_by(|dir| {
+        tmpfs(dir, "size=24m,nr_inodes=4000");
+        init_lab(dir, "test", Timestamp::now()).unwrap()
+    });
+    site.publish(1);
+    site.publish(2);
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    assigned(&agent.send(&server, &report).await);
+
+    let filler = fill(site.path());
+    let mut last = sequence(&server).await;
+    let refused = loop {
+        assert!(last < 500, "it always fits");
+        let answer = server.try_assign("rack-1", 1 + last % 2).await;
+        if answer.status != StatusCode::OK {
+            break answer;
+        }
+        last += 1;
+    };
+    assert_eq!(refused.status, StatusCode::INSUFFICIENT_STORAGE, "{}", refused.text());
+    assert_eq!(sequence(&server).await, last, "memory is as the database is");
+    // What the machine is given is what was stored; or nothing, as its envelope has no room either.
+    let report = agent.healthy();
+    let body = serde_json::to_vec(&report).unwrap();
+    let answer = server.post(server.tls(Some(agent.identity())), body).await.unwrap();
+    assert!([StatusCode::OK, StatusCode::SERVICE_UNAVAILABLE].contains(&answer.status), "{}", answer.text());
+    assert_eq!(sequence(&server).await, last);
+
+    fs::remove_file(&filler).unwrap();
+    let report = agent.healthy();
+    let reply = agent.send(&server, &report).await;
+    let (assignment, _) = site.signed_site().verify_director::<Assignment>(assigned(&reply).0.as_bytes()).unwrap();
+    assert_eq!(assignment.sequence, last);
+    server.assign("rack-1", 1 + last % 2).await;
+    assert_eq!(sequence(&server).await, last + 1);
+    server.signal("-KILL");
+    drop(server);
+    let server = Server::start(&site).await;
+    assert_eq!(sequence(&server).await, last + 1);
 }

@@ -228,8 +228,9 @@ async fn a_revoked_key_is_not_heard_until_a_person_accepts_another() {
     let mut other = Agent { signer: Arc::new(kiln_release::Signer::from_seed(&[77; 32])), ..agent.clone() };
     other.boot = 50;
     let report = other.healthy();
-    assert!(waits(&other.send(&server, &report).await).contains("kiln machine clear rack-1"));
-    assert_eq!(server.order("POST", "machines/rack-1/clear", json!({})).await.status, StatusCode::OK);
+    assert!(waits(&other.send(&server, &report).await).contains("kiln machine clear rack-1 --key"));
+    let named = json!({ "key": other.key_id() });
+    assert_eq!(server.order("POST", "machines/rack-1/clear", named).await.status, StatusCode::OK);
     let report = other.healthy();
     assigned(&other.send(&server, &report).await);
     let machine = server.machine("rack-1").await;

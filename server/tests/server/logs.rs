@@ -117,3 +117,54 @@ async fn a_machine_writes_only_its_own_log() {
     let answer = post(&server, &agents[0], &batch(&agents[0], 0, many)).await;
     assert_eq!(answer.status, StatusCode::UNPROCESSABLE_ENTITY);
 }
+
+/// Two have one key: whoever is the false one, what it says is not among the true one's lines, nor in its inventory.
+#[tokio::test]
+async fn what_is_said_while_two_claim_to_be_a_machine_is_kept_apart() {
+    let site = TestSite::new();
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    agent.send(&server, &report).await;
+    let says = |text: &str| vec![line(LogSource::Kernel, 0, text)];
+    assert_eq!(send(&server, &agent, 0, says("before")).await, 1);
+    let inventory = async |agent: &Agent| {
+        let boot_id = format!("boot-{}-{}", agent.n, agent.boot);
+        let report = InventoryReport { machine: machine_id(agent.n), boot_id, inventory: Inventory::default() };
+        let body = serde_json::to_vec(&report).unwrap();
+        server.post_to(INVENTORY_PATH, server.tls(Some(agent.identity())), body).await.unwrap()
+    };
+    let mut copy = Agent { boot: 50, seq: 0, ..agent.clone() };
+    for _ in 0..4 {
+        for claimant in [&mut copy, &mut agent] {
+            let report = claimant.healthy();
+            claimant.send(&server, &report).await;
+        }
+    }
+    assert_eq!(server.machine("rack-1").await.state, "quarantined");
+
+    // The false one has read the true one's boot id from the list.
+    let forger = Agent { boot: agent.boot, ..copy.clone() };
+    assert_eq!(send(&server, &forger, 1, says("forged")).await, 2);
+    assert_eq!(send(&server, &agent, 2, says("while it was held")).await, 3);
+    assert_eq!(send(&server, &copy, 0, says("of the copy")).await, 1);
+    assert_eq!(shown(&server, "?boot=boot-1-1").await, ["before"]);
+    assert!(shown(&server, "?boot=boot-1-50").await.is_empty());
+    let missing = "1 lines are missing: there was no room for them";
+    assert_eq!(shown(&server, "?boot=boot-1-1-held").await, [missing, "forged", "while it was held"]);
+    assert_eq!(shown(&server, "?boot=boot-1-50-held").await, ["of the copy"]);
+    let newest = kiln(&site, &["machine", "log", "rack-1", "--held"]);
+    let previous = kiln(&site, &["machine", "log", "rack-1", "--boot", "1", "--held"]);
+    assert!([&newest, &previous].iter().any(|text| text.contains("of the copy")), "{newest}{previous}");
+    let refused = inventory(&copy).await;
+    assert_eq!(refused.status, StatusCode::CONFLICT, "{}", refused.text());
+    assert!(refused.text().contains("rack-1 is quarantined"), "{}", refused.text());
+
+    // The false one is off, and a person has said so.
+    assert_eq!(server.order("POST", "machines/rack-1/clear", serde_json::json!({})).await.status, StatusCode::OK);
+    let report = agent.healthy();
+    assigned(&agent.send(&server, &report).await);
+    assert_eq!(send(&server, &agent, 1, says("after")).await, 2);
+    assert_eq!(shown(&server, "?boot=boot-1-1").await, ["before", "after"]);
+    assert_eq!(inventory(&agent).await.status, StatusCode::OK);
+}

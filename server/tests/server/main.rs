@@ -12,6 +12,7 @@ mod assign;
 mod attestation;
 mod audit;
 mod clones;
+mod commits;
 mod condition;
 mod crowd;
 mod disk_full;

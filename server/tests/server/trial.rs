@@ -36,6 +36,44 @@ async fn the_default_image_gives_strangers_its_newest_normal_release() {
     assert_eq!(control.view(machine_id(9).as_str()).unwrap().assigned.unwrap().release, 2);
 }
 
+/// Where nobody names a number, no machine is given what the site took back.
+#[tokio::test]
+async fn the_newest_release_is_none_that_was_revoked_or_fell_below_the_floor() {
+    let site = TestSite::new();
+    let (two, three) = (site.publish(2), site.publish(3));
+    std::fs::write(site.site.secure_boot("revoked"), format!("{} minimal/3\n", "ab".repeat(32))).unwrap();
+    let now = jiff::Timestamp::now();
+    kiln_images::publish_dbx(&site.site, now, &mut kiln_images::Unlock::nobody()).unwrap();
+    let (control, _stop) = control(&site).await;
+    let uki = BootAnswer::Uki { sha256: two.uki.sha256.parse().unwrap() };
+    assert_eq!(control.boot_answer(&query(9, BootKind::UefiPxe)), uki);
+    let mut listed = Agent::new(1, &three);
+    let report = listed.report();
+    control.report(listed.key_id(), report).await.unwrap();
+    assert_eq!(control.view("rack-1").unwrap().assigned.unwrap().release, 2);
+    let mut agent = Agent::new(9, &two);
+    let report = agent.report();
+    control.report(agent.key_id(), report).await.unwrap();
+    control.approve(machine_id(9).as_str(), Some("nine"), "lab", None, "test").await.unwrap();
+    assert_eq!(control.view("nine").unwrap().assigned.unwrap().release, 2);
+    let audit = control.store.audit_tail(100).await.unwrap();
+    for name in ["rack-1", "nine"] {
+        let said = "to run minimal/2; passed over: minimal/3 is revoked";
+        assert!(audit.iter().any(|r| r.machine == name && r.what.contains(said)), "{audit:?}");
+    }
+
+    // A floor above all of them: nothing is left, and the reason names each.
+    kiln_images::raise_floor(site.path(), "minimal", 3, now).unwrap();
+    let mut agent = Agent::new(10, &two);
+    let report = agent.report();
+    control.report(agent.key_id(), report).await.unwrap();
+    let refused = control.approve(machine_id(10).as_str(), Some("ten"), "lab", None, "test").await.unwrap_err();
+    let said = "passed over: minimal/3 is revoked, minimal/2 is below the floor 3, minimal/1 is below the floor 3";
+    assert!(refused.to_string().contains(said), "{refused}");
+    let BootAnswer::Wait { reason } = control.boot_answer(&query(10, BootKind::UefiPxe)) else { panic!("it boots") };
+    assert!(reason.contains(said), "{reason}");
+}
+
 #[tokio::test]
 async fn after_three_boots_without_healthy_the_last_good_release_is_booted() {
     let site = TestSite::new();
@@ -83,7 +121,7 @@ async fn after_three_boots_without_healthy_the_last_good_release_is_booted() {
     assert_eq!((assignment.release, assignment.sequence), (1, 4), "an older release under a higher sequence");
     let again = control.assign("rack-1", &"minimal/2".parse().unwrap(), Via::Cold, "test").await;
     assert!(again.unwrap_err().to_string().contains("kiln machine clear rack-1"));
-    control.clear("rack-1", "test").await.unwrap();
+    control.clear("rack-1", None, "test").await.unwrap();
     control.assign("rack-1", &"minimal/2".parse().unwrap(), Via::Cold, "test").await.unwrap();
 }
 

@@ -194,7 +194,8 @@ fn a_stranger_gets_nothing_and_disturbs_nothing_until_a_person_says_so() {
     assert!(matches!(desire(&s.m, &key(1)), Desire::Run(_)));
     s.then(by(1, healthy(1, "a", 9, 1))).is(StateKind::Healthy);
     // Its firmware's settings were erased, and a person has looked.
-    s.then(by(2, report(1, "x", 3, 1))).then(Event::Clear).then(by(2, healthy(1, "x", 4, 1))).is(StateKind::Healthy);
+    s.then(by(2, report(1, "x", 3, 1))).then(Event::Adopt(key(2)));
+    s.then(by(2, healthy(1, "x", 4, 1))).is(StateKind::Healthy);
     assert!(matches!(desire(&s.m, &key(2)), Desire::Run(_)));
     assert!(matches!(desire(&s.m, &key(1)), Desire::Wait(_)));
 }

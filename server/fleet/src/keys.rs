@@ -1,0 +1,152 @@
+//! Other keys that report under a machine's id, and the word of the person who makes one of them its own.
+//!
+//! Anybody can report under an id. So nothing makes another key the machine's but a person who names it, by the beginning
+//! of its fingerprint: the machine's own console shows it, as what the server answers there says it.
+
+use crate::Millis;
+use crate::error::Refusal;
+use crate::event::Action;
+use crate::machine::Machine;
+use kiln_protocol::KeyId;
+
+/// Other keys remembered of one machine, the newest: whoever makes up more drives out only those that do not speak.
+pub const STRANGERS_KEPT: usize = 8;
+/// Fewest hex digits by which a person names a key.
+pub const KEY_DIGITS: usize = 8;
+/// Hex digits of a key in what a person is told to run: nobody makes up another key that begins so.
+const SHOWN: usize = 16;
+
+/// The beginning of a key's fingerprint.
+fn short(key: &KeyId) -> &str {
+    &key.as_str()[..SHOWN]
+}
+
+fn list(keys: &[KeyId]) -> String {
+    keys.iter().map(short).collect::<Vec<_>>().join(", ")
+}
+
+impl Machine {
+    /// The configuration names the only key that may speak for it, or none. A key that came first and is another is
+    /// let go: it was a stranger's.
+    pub fn pin(&mut self, key: Option<&KeyId>) {
+        self.pinned = key.cloned();
+        if key.is_some() && self.key.as_ref() != key {
+            if let Some(old) = self.key.take() {
+                self.hear_stranger(&old);
+            }
+            self.strangers.retain(|other| Some(other) != key);
+            self.previous_key = None;
+            self.agent_seen = None;
+        }
+    }
+
+    /// What is said of a key that the configuration does not name.
+    pub(crate) fn not_the_pinned_one(&self, key: &KeyId) -> String {
+        let title = self.title();
+        format!(
+            "kiln.toml names the identity key of {title}; another ({}…) that reports under its id gets nothing: it is \
+             another machine's, or the firmware settings were erased; if so, put the new key there (`kiln machine \
+             show {title}` prints it)",
+            &key.as_str()[..12]
+        )
+    }
+
+    /// Remembers a key that reported under its id and is not its own. Whether it was not remembered.
+    pub(crate) fn hear_stranger(&mut self, key: &KeyId) -> bool {
+        let known = self.strangers.iter().position(|other| other == key);
+        if let Some(at) = known {
+            // The newest last: those that speak stay.
+            self.strangers[at..].rotate_left(1);
+            return false;
+        }
+        self.strangers.push(key.clone());
+        if self.strangers.len() > STRANGERS_KEPT {
+            self.strangers.remove(0);
+        }
+        true
+    }
+
+    /// Why no person's clear makes another key its own; none: one that names the key does.
+    fn keeps_its_own(&self) -> Option<String> {
+        let title = self.title();
+        if self.pinned.is_some() {
+            Some(format!("kiln.toml names the key of {title}; put the new one there and restart `kiln serve`"))
+        } else if self.position.is_some() {
+            Some(format!("{title} is known by its position; `kiln machine retire {title}` ends that"))
+        } else {
+            None
+        }
+    }
+
+    /// What to run if whoever holds this key is the machine itself.
+    pub(crate) fn how_to_take(&self, key: &KeyId) -> String {
+        format!("run `kiln machine clear {} --key {}`", self.title(), short(key))
+    }
+
+    /// What whoever holds another key than its own is told.
+    pub(crate) fn not_its_key(&self, key: &KeyId) -> String {
+        let title = self.title();
+        match self.keeps_its_own() {
+            Some(why) => format!("another identity key is {title}'s, and stays it: {why}"),
+            None => format!("another identity key is {title}'s: if this is {title} itself, {}", self.how_to_take(key)),
+        }
+    }
+
+    /// The other keys that wait for a person's word, and what takes one; none: there is none.
+    pub fn other_keys_wait(&self) -> Option<String> {
+        let title = self.title();
+        let (who, how) = match &self.strangers[..] {
+            [] => return None,
+            [key] => {
+                let how = format!("if the console of {title} names it, {}", self.how_to_take(key));
+                ("another identity key reported under its id and gets nothing".to_owned(), how)
+            }
+            keys => {
+                let how = format!(
+                    "take the one that the console of {title} names by `kiln machine clear {title} --key` and one of {}",
+                    list(keys)
+                );
+                (format!("{} other identity keys reported under its id and get nothing", keys.len()), how)
+            }
+        };
+        Some(format!("{who}; {}", self.keeps_its_own().unwrap_or(how)))
+    }
+
+    /// The key, heard under its id and not its own, that a person means by the beginning of its fingerprint.
+    pub fn heard_key(&self, digits: &str) -> Result<KeyId, Refusal> {
+        let machine = self.title().to_owned();
+        let wanted = digits.to_ascii_lowercase();
+        if wanted.len() < KEY_DIGITS || !wanted.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(Refusal::KeyDigits { machine, digits: KEY_DIGITS });
+        }
+        if let Some(why) = self.keeps_its_own() {
+            return Err(Refusal::KeyStays { why });
+        }
+        let own = self.key.as_ref().filter(|key| !self.strangers.contains(*key));
+        let fits: Vec<KeyId> =
+            self.strangers.iter().chain(own).filter(|key| key.as_str().starts_with(&wanted)).cloned().collect();
+        match &fits[..] {
+            [key] if Some(key) == self.key.as_ref() => Err(Refusal::KeyIsItsOwn { machine }),
+            [key] => Ok(key.clone()),
+            [] if self.strangers.is_empty() => Err(Refusal::NoOtherKey { machine }),
+            [] => Err(Refusal::NoSuchKey { machine, heard: list(&self.strangers) }),
+            several => Err(Refusal::AmbiguousKey { machine, digits: wanted, fits: list(several) }),
+        }
+    }
+
+    /// A person says that this key is the machine's. That ends what held it, too: whoever names a key has looked.
+    pub(crate) fn adopt(&mut self, key: KeyId, now: Millis, out: &mut Vec<Action>) {
+        if let Some(why) = self.keeps_its_own() {
+            out.push(Action::Say { warn: true, text: format!("its key stays: {why}") });
+            return;
+        }
+        self.end_holds(now, out);
+        out.push(Action::Say {
+            warn: true,
+            text: format!("its identity key is {} now, by a person's word", short(&key)),
+        });
+        self.strangers.retain(|other| *other != key);
+        self.previous_key = None;
+        self.key = Some(key);
+    }
+}

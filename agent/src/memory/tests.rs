@@ -130,7 +130,7 @@ fn a_service_goes_on_with_what_was_remembered_last_whatever_becomes_of_what_is_s
         |path| std::fs::write(path, ""),
         |path| std::fs::write(path, "{\"seen\":"),
         |path| std::fs::write(path, [0xff; 40]),
-        |path| std::fs::remove_file(path),
+        |path| std::fs::rename(path, path.with_extension("gone")),
         // An older one, put back.
         |path| std::fs::write(path, serde_json::to_vec(&remembers(1, 1)).unwrap()),
     ];

@@ -1,7 +1,7 @@
 //! From the hand-over of the initramfs to a running service.
 
 use super::Service;
-use super::leave::{Door, restart};
+use super::leave::Door;
 use super::secrets::Secrets;
 use super::watch::Watch;
 use crate::api::Api;
@@ -16,7 +16,7 @@ use crate::memory::{Identity, Place, Resumed};
 use crate::net::Uplink;
 use crate::verifier::Verifier;
 use crate::watchdog::Watchdog;
-use crate::{console, exec, facts, init, inventory, local, log, tpm, uplink, verity};
+use crate::{console, exec, facts, init, inventory, local, log, restart, tpm, uplink, verity};
 use kiln_protocol::{RunningRelease, Stage, slot};
 use kiln_release::EXEC_PATH;
 use std::path::Path;
@@ -74,7 +74,7 @@ async fn serve() -> Result<()> {
     log::ship(api, &journal.state.boot_id, &journal.machine.id);
     journal.done(Stage::Handover);
     journal.done(Stage::Service);
-    let door = Door { systemctl: "systemctl".into(), reboot: restart };
+    let door = Door { systemctl: "systemctl".into(), reboot: restart::leave };
     let (boot, servers) = (&verifier.boot, &verifier.servers.agent);
     let api = Api::new(servers, &boot.site.agent_api_ca_pem, &verifier.key, &verifier.clock)?.pinned(&verifier.pins);
     tokio::spawn(inventory::keep(api, journal.machine.id.clone(), journal.state.boot_id.clone()));

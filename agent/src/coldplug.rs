@@ -1,8 +1,11 @@
-//! Loads the drivers that the machine's hardware asks for, and those that the boot itself needs. Each in a thread, with a
+//! Loads the drivers that the machine's hardware asks for, and those that the boot itself needs. Each beside the boot, with a
 //! deadline: a driver that looks at a device reads it, and a disk that hangs gives no answer, ever. The kernel cannot be
-//! called back from that; the thread is left behind, told, and the boot goes on without the device.
+//! called back from that; it is left behind, told, and the boot goes on without the device.
 
+mod alone;
 mod probe;
+
+pub use alone::{ALONE, answers, main as alone};
 
 use crate::error::{AgentError, Result};
 use crate::modules::ModuleIndex;
@@ -193,18 +196,22 @@ impl Drivers {
             self.insert_each(module, order, each);
         }
         if let Some(disks) = disks {
-            let begun = disks.look();
+            let begun = disks.look(alone::offer);
             self.wait(begun, self.patience, each);
         }
     }
 
     fn insert_in_time(&mut self, module: &str, order: Vec<(String, String)>, each: &mut dyn FnMut()) -> bool {
         let (dir, name) = (self.dir.clone(), module.to_owned());
-        let inserted = beside(&format!("driver {module}"), move || insert(&dir, &name, order));
+        // A process costs more than a thread: only where something may hang.
+        let alone = self.hangs() || order.iter().any(|(_, path)| alone::reads_disks(path));
+        let inserted = beside(&format!("driver {module}"), move || {
+            if alone { alone::insert_alone(&dir, &name, &order) } else { insert(&dir, &name, order) }
+        });
         self.wait(vec![inserted], self.patience, each)
     }
 
-    /// Beside a hang each has a thread of its own: one that does not come back stands before no other. What is there already
+    /// Beside a hang each is loaded by itself: one that does not come back stands before no other. What is there already
     /// costs nothing.
     fn insert_each(&mut self, module: &str, order: Vec<(String, String)>, each: &mut dyn FnMut()) {
         for one in order {

@@ -83,6 +83,7 @@ fn main() -> ExitCode {
     let done: Result<()> = match arguments.next().as_deref() {
         way if is_hook => restart::hook(way),
         Some(restart::LAST_RESORT) => restart::last_resort(),
+        Some(coldplug::ALONE) => coldplug::alone(arguments),
         Some("service") => service::run(),
         Some(name @ ("exec-guard" | "exec")) => {
             let policy = arguments.next().unwrap_or_default();

@@ -2,7 +2,7 @@
 //!
 //! virtio's disks have no time-out in the kernel, and their driver reads the partition table while it takes a device, one
 //! device after the other: one that hangs would hide all behind it, also the one with the machine's slots. So the bus is
-//! told not to offer them by itself, and each is offered in a thread of its own (sysfs: `drivers_autoprobe`,
+//! told not to offer them by itself, and each is offered by a process of its own (sysfs: `drivers_autoprobe`,
 //! `drivers_probe`; Documentation/ABI/testing/sysfs-bus-…). SCSI, SATA and NVMe look at theirs side by side, and have time-outs.
 
 use std::path::{Path, PathBuf};
@@ -91,7 +91,7 @@ impl VirtioDisks {
     }
 
     /// The driver is there: each disk is offered to it. Where the bus could not be told, it has them already.
-    pub(super) fn look(self) -> Vec<Work> {
+    pub(super) fn look(self, offer: fn(&Path, &str)) -> Vec<Work> {
         if !self.held {
             return Vec::new();
         }
@@ -101,11 +101,7 @@ impl VirtioDisks {
         let mut begun = Vec::new();
         for device in self.disks() {
             let (probe, name) = (self.bus.join("drivers_probe"), device.clone());
-            let work = beside(&format!("{A_DISK}{device}"), move || {
-                if let Err(error) = std::fs::write(probe, &name) {
-                    println!("kiln-agent: disk {name} is not taken by its driver: {error}");
-                }
-            });
+            let work = beside(&format!("{A_DISK}{device}"), move || offer(&probe, &name));
             if !work.ends(HEAD_START) {
                 begun.push(work);
             }
@@ -170,10 +166,10 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&autoprobe).unwrap(), "0", "the driver comes meanwhile");
         assert_eq!(disks.disks(), ["virtio9", "virtio10"]);
         nix::unistd::mkfifo(&bus.path().join("drivers_probe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
-        let begun = disks.look();
+        let begun = disks.look(|probe, device| std::fs::write(probe, device).unwrap());
         assert_eq!(std::fs::read_to_string(&autoprobe).unwrap(), "1", "what is plugged in later is looked at");
         assert_eq!(wait(begun, Duration::from_millis(100), &mut || {}), ["disk virtio9", "disk virtio10"]);
         // Without such a bus there is nothing to do.
-        assert!(VirtioDisks::of(&bus.path().join("absent")).look().is_empty());
+        assert!(VirtioDisks::of(&bus.path().join("absent")).look(|_, _| panic!("no disk")).is_empty());
     }
 }

@@ -5,6 +5,7 @@
 use super::DiskError;
 use super::device::Device;
 use super::layout::{Candidate, Found, look};
+use crate::coldplug;
 use std::path::Path;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -68,7 +69,10 @@ fn what_is_on(name: &str, site: &str) -> Result<Found, DiskError> {
         return Err(DiskError::SectorSize { disk: name.to_owned(), bytes });
     }
     let failed = |reason: String| DiskError::Io { disk: name.to_owned(), what: LOOKING, reason };
-    let device = Device::open(&Path::new("/dev").join(name)).map_err(|e| failed(e.to_string()))?;
+    let path = Path::new("/dev").join(name);
+    // One that never answers is not even opened here: this process could not close it any more.
+    coldplug::answers(&path);
+    let device = Device::open(&path).map_err(|e| failed(e.to_string()))?;
     look(&device, site).map_err(|e| failed(e.to_string()))
 }
 

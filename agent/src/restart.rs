@@ -11,8 +11,9 @@ use std::time::Duration;
 
 /// So long what was written has to reach the disks.
 const SYNC: Duration = Duration::from_secs(10);
-/// So long the kernel has to leave: the caches of large disks are written in it.
-const LEAVES: Duration = Duration::from_secs(90);
+/// So long the kernel has to leave: the caches of large disks are written in it. Less than what the hardware watchdog gives,
+/// which nobody pets meanwhile ([`crate::watchdog`]).
+const LEAVES: Duration = Duration::from_secs(60);
 const SYSRQ: &str = "/proc/sysrq-trigger";
 /// What systemd calls last of all, with the way it leaves (systemd-shutdown(8)). The image has a link to the agent there.
 pub const HOOKS: &str = "/usr/lib/systemd/system-shutdown";

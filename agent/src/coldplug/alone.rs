@@ -6,6 +6,7 @@ use super::insert;
 use crate::error::{AgentError, Result};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -14,13 +15,16 @@ pub const ALONE: &str = "alone";
 const OFFER: &str = "offer";
 const INSERT: &str = "insert";
 const READ: &str = "read";
+/// By the first letter systemd knows, when it shuts down, whom it neither ends nor waits for
+/// (https://systemd.io/ROOT_STORAGE_DAEMONS).
+const NAME: &str = "@kiln-agent";
 /// What is read at both ends of a disk: its partition table and its copy lie there.
 const END: usize = 4096;
 
 /// Does it and waits for it.
 fn run(words: &[&str]) {
     let mut command = Command::new("/proc/self/exe");
-    command.arg(ALONE).args(words).stdin(Stdio::null());
+    command.arg0(NAME).arg(ALONE).args(words).stdin(Stdio::null());
     if let Err(error) = command.status() {
         println!("kiln-agent: {}: no process for it: {error}", words.join(" "));
     }

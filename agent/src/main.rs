@@ -82,7 +82,10 @@ fn main() -> ExitCode {
     let mut arguments = std::env::args().skip(1);
     let done: Result<()> = match arguments.next().as_deref() {
         way if is_hook => restart::hook(way),
-        Some(restart::LAST_RESORT) => restart::last_resort(),
+        Some(restart::LAST_RESORT) => {
+            restart::last_resort();
+            Ok(())
+        }
         Some(coldplug::ALONE) => coldplug::alone(arguments),
         Some("service") => service::run(),
         Some(name @ ("exec-guard" | "exec")) => {

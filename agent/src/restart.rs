@@ -70,8 +70,7 @@ pub fn hook(way: Option<&str>) -> Result<()> {
 }
 
 /// That process. It goes with the kernel.
-pub fn last_resort() -> Result<()> {
+pub fn last_resort() {
     std::thread::sleep(LEAVES);
     reset();
-    Ok(())
 }

@@ -36,6 +36,15 @@ const ROOT_PATIENCE: Duration = Duration::from_secs(60);
 /// Rounds of looking: a bus driver makes devices appear that ask for more.
 const ROUNDS: usize = 8;
 
+/// What was loaded last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum After {
+    /// The driver of a network card, for the first time.
+    Card,
+    /// Any other, or none.
+    Driver,
+}
+
 /// The drivers of one kernel.
 pub struct Drivers {
     dir: PathBuf,
@@ -149,17 +158,23 @@ impl Drivers {
     /// Loads what the devices present ask for, until nothing new is asked for. A driver that will not load is told and
     /// passed over: the machine may not need it.
     pub fn coldplug(&mut self) {
-        self.coldplug_and(&mut || {});
+        self.coldplug_and(&mut |_| {});
     }
 
-    /// The same; `each` is called behind each driver.
-    pub fn coldplug_and(&mut self, each: &mut dyn FnMut()) {
+    /// The same; `each` is called behind each driver, and every second while one takes longer. Network cards come first.
+    pub fn coldplug_and(&mut self, each: &mut dyn FnMut(After)) {
         self.settle();
         for _ in 0..ROUNDS {
             let before = self.loaded.len();
-            for module in self.wanted() {
-                self.load_and(&module, each);
-                each();
+            let (cards, others) = cards_first(&self.index, self.wanted());
+            for module in cards {
+                let known = self.loaded.contains(&module);
+                self.load_and(&module, &mut || each(After::Driver));
+                each(if known { After::Driver } else { After::Card });
+            }
+            for module in others {
+                self.load_and(&module, &mut || each(After::Driver));
+                each(After::Driver);
             }
             for (module, companion) in COMPANIONS {
                 if self.loaded.contains(module) {
@@ -174,8 +189,7 @@ impl Drivers {
 
     /// What the devices present ask for.
     fn wanted(&self) -> HashSet<String> {
-        let mut aliases = HashSet::new();
-        collect_aliases(Path::new("/sys/devices"), 0, &mut aliases);
+        let aliases = aliases(Path::new("/sys"));
         aliases.iter().flat_map(|alias| self.index.matching(alias)).map(str::to_owned).collect()
     }
 
@@ -220,6 +234,13 @@ impl Drivers {
     }
 }
 
+/// Drivers of network cards, and all others; each in the order of their names, so that one boot is as the next.
+fn cards_first(index: &ModuleIndex, wanted: HashSet<String>) -> (Vec<String>, Vec<String>) {
+    let mut wanted: Vec<String> = wanted.into_iter().collect();
+    wanted.sort_unstable();
+    wanted.into_iter().partition(|module| index.is_network(module))
+}
+
 /// Those of them that are watchdogs, or lead to one.
 fn watchdogs(mut wanted: HashSet<String>) -> HashSet<String> {
     wanted.retain(|module| WATCHDOGS.contains(&module.as_str()));
@@ -259,20 +280,14 @@ fn parameters(module: &str) -> &'static CStr {
     }
 }
 
-fn collect_aliases(dir: &Path, depth: usize, aliases: &mut HashSet<String>) {
-    let Ok(entries) = std::fs::read_dir(dir) else { return };
-    for entry in entries.flatten() {
-        let Ok(kind) = entry.file_type() else { continue };
-        if kind.is_dir() && depth < 24 {
-            collect_aliases(&entry.path(), depth + 1, aliases);
-        } else if kind.is_file()
-            && entry.file_name() == "modalias"
-            && let Ok(text) = std::fs::read_to_string(entry.path())
-            && !text.trim().is_empty()
-        {
-            aliases.insert(text.trim().to_owned());
-        }
-    }
+/// What every device calls itself. Each is of a bus or of a class, but for a few that are the kernel's own (the processor):
+/// there are far fewer of them than directories below /sys/devices, which this is called in front of every round of drivers.
+fn aliases(sys: &Path) -> HashSet<String> {
+    let below = |dir: PathBuf| std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.path());
+    let buses = below(sys.join("bus")).map(|bus| bus.join("devices"));
+    let groups = buses.chain(below(sys.join("class"))).chain([sys.join("devices/system")]);
+    let texts = groups.flat_map(below).filter_map(|device| std::fs::read_to_string(device.join("modalias")).ok());
+    texts.map(|text| text.trim().to_owned()).filter(|alias| !alias.is_empty()).collect()
 }
 
 #[cfg(test)]
@@ -284,6 +299,72 @@ mod tests {
         alias pci:v00001022d0000790Bsv*sd*bc*sc*i* sp5100_tco\nalias pci:v00001022d0000790Bsv*sd*bc*sc*i* i2c_piix4\n\
         alias pci:v0000103Cd00003306sv*sd*bc*sc*i* hpwdt\nalias platform:wdat_wdt wdat_wdt\n\
         alias pci:v00008086d000010D3sv*sd*bc*sc*i* e1000e\n";
+
+    #[test]
+    fn network_cards_come_first() {
+        let dep = "kernel/drivers/net/ethernet/intel/igb/igb.ko: kernel/drivers/i2c/algos/i2c-algo-bit.ko\n\
+            kernel/drivers/i2c/algos/i2c-algo-bit.ko:\nkernel/drivers/net/virtio_net.ko:\nkernel/drivers/ata/ahci.ko:\n\
+            kernel/drivers/scsi/megaraid/megaraid_sas.ko:\n";
+        let index = ModuleIndex::parse(dep, "", "");
+        let wanted = ["megaraid_sas", "virtio_net", "ahci", "igb", "built_in"].map(str::to_owned);
+        let (cards, others) = cards_first(&index, HashSet::from(wanted));
+        assert_eq!(
+            (cards.as_slice(), others.as_slice()),
+            (
+                &["igb", "virtio_net"].map(str::to_owned)[..],
+                &["ahci", "built_in", "megaraid_sas"].map(str::to_owned)[..]
+            )
+        );
+    }
+
+    #[test]
+    fn devices_of_buses_and_classes_and_the_kernels_own_are_asked() {
+        let dir = tempfile::tempdir().unwrap();
+        let sys = dir.path();
+        let device = |path: &str, alias: Option<&str>, link: Option<&str>| {
+            let place = sys.join("devices").join(path);
+            std::fs::create_dir_all(&place).unwrap();
+            if let Some(alias) = alias {
+                std::fs::write(place.join("modalias"), format!("{alias}\n")).unwrap();
+            }
+            if let Some(link) = link {
+                let link = sys.join(link);
+                std::fs::create_dir_all(link.parent().unwrap()).unwrap();
+                std::os::unix::fs::symlink(place, link).unwrap();
+            }
+        };
+        device("pci0/0000:00:02.0", Some("pci:card"), Some("bus/pci/devices/0000:00:02.0"));
+        device("pci0/0000:00:02.0/virtio0", Some("virtio:d1"), Some("bus/virtio/devices/virtio0"));
+        device("virtual/dmi/id", Some("dmi:id"), Some("class/dmi/id"));
+        device("system/cpu", Some("cpu:type:x86"), None);
+        device("platform/mute", Some(""), Some("bus/platform/devices/mute"));
+        device("platform/none", None, Some("bus/platform/devices/none"));
+        std::fs::write(sys.join("class/bonding_masters"), "").unwrap();
+        let mut found: Vec<String> = aliases(sys).into_iter().collect();
+        found.sort();
+        assert_eq!(found, ["cpu:type:x86", "dmi:id", "pci:card", "virtio:d1"]);
+    }
+
+    /// Every modalias below `dir`, which is slow.
+    fn walk(dir: &Path, found: &mut HashSet<String>) {
+        for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => walk(&entry.path(), found),
+                Ok(kind) if kind.is_file() && entry.file_name() == "modalias" => {
+                    let text = std::fs::read_to_string(entry.path()).unwrap_or_default();
+                    found.extend(Some(text.trim().to_owned()).filter(|alias| !alias.is_empty()));
+                }
+                Ok(_) | Err(_) => {}
+            }
+        }
+    }
+
+    #[test]
+    fn no_device_of_this_machine_is_overlooked() {
+        let mut all = HashSet::new();
+        walk(Path::new("/sys/devices"), &mut all);
+        assert_eq!(aliases(Path::new("/sys")), all);
+    }
 
     #[test]
     fn only_watchdogs_and_what_leads_to_them_come_first() {

@@ -8,7 +8,7 @@ mod switch_root;
 pub use embedded::{embedded, parse_boot_info, running_command_line, secure_boot};
 
 use crate::change::Otherwise;
-use crate::coldplug::Drivers;
+use crate::coldplug::{After, Drivers};
 use crate::disk::machine::{self, on_disk};
 use crate::error::{AgentError, FailureClass, Result};
 use crate::flow::{Flow, RESTART_PAUSE};
@@ -18,7 +18,7 @@ use crate::plan::{self, Plan};
 use crate::uplink::Network;
 use crate::verifier::{Answer, Verified, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{change, console, ima, local, log, mounts, restart, safe, tpm, wipe};
+use crate::{change, console, ima, local, log, mounts, net, restart, safe, tpm, wipe};
 use embedded::{read_boot_info, tell_command_line_drift};
 use kiln_protocol::{Assignment, Failure, ReleaseId, RollbackMemory, Stage, Via};
 use kiln_release::BootInfo;
@@ -66,8 +66,14 @@ fn boot() -> Result<Infallible> {
     let mut watchdog = Watchdog::is_there().then(Watchdog::arm).flatten();
     journal.record(Stage::Modules, kiln_protocol::StageState::Started);
     drivers.load_always();
-    // Each driver has the watchdog's whole time: many that are slow are no hang.
-    drivers.coldplug_and(&mut || watchdog.iter_mut().for_each(Watchdog::pet));
+    drivers.coldplug_and(&mut |after| {
+        // A link takes seconds to find its other end: other drivers are loaded meanwhile.
+        if after == After::Card {
+            net::raise();
+        }
+        // Each driver has the watchdog's whole time: many that are slow are no hang.
+        watchdog.iter_mut().for_each(Watchdog::pet);
+    });
     drivers.load_for_root();
     ima::measure_kexecs();
     // The variables' file system may have been a module.

@@ -2,6 +2,7 @@
 //! boots.
 
 use super::{Proof, Service};
+use crate::dbx;
 use crate::disk::machine::{SharedDisk, on_disk};
 use kiln_protocol::{BootFirst, slot};
 use std::time::Duration;
@@ -42,7 +43,7 @@ impl Service {
         }
     }
 
-    /// What failed here before may be told no more, and the count of starts ends.
+    /// What failed here before may be told no more, the count of starts ends, and a loader that the firmware refuses is replaced.
     async fn started_well(&mut self, disk: &SharedDisk) {
         let root_hash = self.journal.embedded.root_hash.clone();
         let done = timeout(DISK_DEADLINE, on_disk(disk, move |disk| disk.forget_starts(&root_hash))).await;
@@ -51,6 +52,9 @@ impl Service {
         }
         if crate::disk::machine::lock(disk).slots().disk.fallback().is_none() {
             self.journal.fallback = None;
+        }
+        if let Err(error) = dbx::mend_loader(disk, &self.here).await {
+            eprintln!("kiln-agent: the boot loader on the disk stays as it is: {error}");
         }
     }
 

@@ -1,13 +1,21 @@
-//! Loads the drivers that the machine's hardware asks for, and those that the boot itself needs.
+//! Loads the drivers that the machine's hardware asks for, and those that the boot itself needs. Each beside the boot, with a
+//! deadline: a driver that looks at a device reads it, and a disk that hangs gives no answer, ever. The kernel cannot be
+//! called back from that; it is left behind, told, and the boot goes on without the device.
+
+mod alone;
+mod probe;
+
+pub use alone::{ALONE, answers, main as alone};
 
 use crate::error::{AgentError, Result};
 use crate::modules::ModuleIndex;
 use crate::sys;
+use probe::{Work, beside};
 use std::collections::HashSet;
 use std::ffi::CStr;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::thread::JoinHandle;
+use std::time::Duration;
 
 /// What the boot needs whatever the hardware: loaded if the image has it, else it is built in.
 const ALWAYS: [&str; 4] = ["efivarfs", "efi_pstore", "af_packet", "virtio_rng"];
@@ -18,6 +26,13 @@ const COMPANIONS: [(&str, &str); 2] = [("ipmi_si", "ipmi_devintf"), ("ipmi_ssif"
 /// Watchdogs of real and virtual machines, and what makes the devices of some of them: the LPC bridge and the SMBus
 /// controller of Intel's chipsets.
 const WATCHDOGS: [&str; 7] = ["i6300esb", "lpc_ich", "i2c_i801", "iTCO_wdt", "sp5100_tco", "wdat_wdt", "hpwdt"];
+/// So long a driver has: as long as a disk has to show what is on it ([`crate::disk::search`]).
+const PATIENCE: Duration = Duration::from_secs(20);
+/// And so long, once a device hangs, each module has: the kernel may let it wait for that device as well, behind having looked
+/// at its own (`do_init_module`, `async_synchronize_full`).
+const BESIDE_A_HANG: Duration = Duration::from_secs(2);
+/// So long what the root needs has, which is loaded beside the network.
+const ROOT_PATIENCE: Duration = Duration::from_secs(60);
 /// Rounds of looking: a bus driver makes devices appear that ask for more.
 const ROUNDS: usize = 8;
 
@@ -36,7 +51,10 @@ pub struct Drivers {
     index: ModuleIndex,
     loaded: HashSet<String>,
     /// Loads [`ROOT`] meanwhile.
-    beside: Option<JoinHandle<()>>,
+    beside: Option<Work>,
+    /// What gave no answer in its time, and was not told yet.
+    silent: Vec<AgentError>,
+    patience: Duration,
 }
 
 impl Drivers {
@@ -50,7 +68,8 @@ impl Drivers {
         // These two may be left out of an image whose modules have neither.
         let text = |name: &str| std::fs::read_to_string(dir.join(name)).unwrap_or_default();
         let index = ModuleIndex::parse(&dep, &text("modules.alias"), &text("modules.softdep"));
-        Ok(Self { dir, index, loaded: HashSet::new(), beside: None })
+        let (loaded, silent) = (HashSet::new(), Vec::new());
+        Ok(Self { dir, index, loaded, beside: None, silent, patience: PATIENCE })
     }
 
     /// Loads the watchdogs of the devices present, and nothing else: what comes after them may hang.
@@ -75,6 +94,12 @@ impl Drivers {
 
     /// Begins to load what the root needs, while the network comes up and the boot server is asked.
     pub fn load_for_root(&mut self) {
+        if self.hangs() {
+            for module in ROOT {
+                self.load(module);
+            }
+            return;
+        }
         let orders: Vec<_> = ROOT
             .into_iter()
             .map(|module| {
@@ -84,17 +109,49 @@ impl Drivers {
             })
             .collect();
         let dir = self.dir.clone();
-        self.beside = Some(std::thread::spawn(move || {
+        self.beside = Some(beside("what the root needs", move || {
             for (module, order) in orders {
                 insert(&dir, module, order);
             }
         }));
     }
 
-    /// Waits until that is done; what did not load was told.
+    /// What gave no answer since this was asked last.
+    pub fn silent(&mut self) -> Vec<AgentError> {
+        std::mem::take(&mut self.silent)
+    }
+
+    /// Some device gave no answer.
+    fn hangs(&self) -> bool {
+        self.patience == BESIDE_A_HANG
+    }
+
+    /// Waits for what was begun; `each` is called every second meanwhile. Whether all of it ended.
+    fn wait(&mut self, works: Vec<Work>, patience: Duration, each: &mut dyn FnMut()) -> bool {
+        let late = probe::wait(works, patience, each);
+        let ended = late.is_empty();
+        for what in late {
+            // Beside a hang a driver is late because of that; a disk is late by itself.
+            if !self.hangs() || what.starts_with(probe::A_DISK) {
+                let error = AgentError::DriverSilent { what, seconds: patience.as_secs() };
+                println!("kiln-agent: {error}");
+                self.silent.push(error);
+            }
+        }
+        if !ended {
+            self.patience = BESIDE_A_HANG;
+        }
+        ended
+    }
+
+    /// Waits until that is done, a minute at most; what did not load was told.
     pub fn settle(&mut self) {
-        if let Some(beside) = self.beside.take() {
-            let _ = beside.join();
+        let Some(root) = self.beside.take() else { return };
+        if !self.wait(vec![root], ROOT_PATIENCE, &mut || {}) {
+            for module in ROOT {
+                let order = self.index.load_order(module, &HashSet::new());
+                self.insert_each(module, order, &mut || {});
+            }
         }
     }
 
@@ -104,7 +161,7 @@ impl Drivers {
         self.coldplug_and(&mut |_| {});
     }
 
-    /// The same; `each` is called behind each driver. Network cards come first.
+    /// The same; `each` is called behind each driver, and every second while one takes longer. Network cards come first.
     pub fn coldplug_and(&mut self, each: &mut dyn FnMut(After)) {
         self.settle();
         for _ in 0..ROUNDS {
@@ -112,11 +169,11 @@ impl Drivers {
             let (cards, others) = cards_first(&self.index, self.wanted());
             for module in cards {
                 let known = self.loaded.contains(&module);
-                self.load(&module);
+                self.load_and(&module, &mut || each(After::Driver));
                 each(if known { After::Driver } else { After::Card });
             }
             for module in others {
-                self.load(&module);
+                self.load_and(&module, &mut || each(After::Driver));
                 each(After::Driver);
             }
             for (module, companion) in COMPANIONS {
@@ -138,10 +195,42 @@ impl Drivers {
 
     /// Loads a module and what it needs.
     pub fn load(&mut self, module: &str) {
+        self.load_and(module, &mut || {});
+    }
+
+    fn load_and(&mut self, module: &str, each: &mut dyn FnMut()) {
         self.settle();
         let order = self.index.load_order(module, &self.loaded);
+        if order.is_empty() {
+            return;
+        }
         self.loaded.extend(order.iter().map(|(name, _)| name.clone()));
-        insert(&self.dir, module, order);
+        let disks = order.iter().any(|(name, _)| name == probe::VIRTIO_DISKS).then(probe::VirtioDisks::hold);
+        if self.hangs() || !self.insert_in_time(module, order.clone(), each) {
+            self.insert_each(module, order, each);
+        }
+        if let Some(disks) = disks {
+            let begun = disks.look(alone::offer);
+            self.wait(begun, self.patience, each);
+        }
+    }
+
+    fn insert_in_time(&mut self, module: &str, order: Vec<(String, String)>, each: &mut dyn FnMut()) -> bool {
+        let (dir, name) = (self.dir.clone(), module.to_owned());
+        // A process costs more than a thread: only where something may hang.
+        let alone = self.hangs() || order.iter().any(|(_, path)| alone::reads_disks(path));
+        let inserted = beside(&format!("driver {module}"), move || {
+            if alone { alone::insert_alone(&dir, &name, &order) } else { insert(&dir, &name, order) }
+        });
+        self.wait(vec![inserted], self.patience, each)
+    }
+
+    /// Beside a hang each is loaded by itself: one that does not come back stands before no other. What is there already
+    /// costs nothing.
+    fn insert_each(&mut self, module: &str, order: Vec<(String, String)>, each: &mut dyn FnMut()) {
+        for one in order {
+            self.insert_in_time(module, vec![one], each);
+        }
     }
 }
 

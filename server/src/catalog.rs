@@ -9,6 +9,7 @@ use kiln_release::tuf::{Expiry, Seen};
 use kiln_release::{Manifest, Signer};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
+use std::sync::Arc;
 
 /// Releases that are passed over are named so many times.
 const PASSED_SHOWN: usize = 3;
@@ -31,6 +32,8 @@ pub struct Catalog {
     pub site: kiln_release::Site,
     /// Releases of which it revoked a boot program.
     pub revoked: BTreeSet<ReleaseId>,
+    /// Its floors, for whoever keeps them.
+    pub floors: Arc<BTreeMap<String, u64>>,
     /// Version of the snapshot.
     pub snapshot: u64,
     /// What to remember.
@@ -56,7 +59,8 @@ impl Catalog {
         // A release has several programs, and one that was pruned is named still.
         let programs = site.dbx.iter().flat_map(|dbx| &dbx.revoked);
         let revoked = programs.filter_map(|program| program.release.parse().ok()).collect();
-        Ok(Self { releases: by_id, site, revoked, snapshot, seen, root: trust_root, expiries, refused })
+        let floors = Arc::new(site.floors.clone());
+        Ok(Self { releases: by_id, site, revoked, floors, snapshot, seen, root: trust_root, expiries, refused })
     }
 
     /// The highest release of an image that machines may have without an operator's order: of class `normal`, not below the

@@ -18,11 +18,11 @@ use crate::plan::{self, Plan};
 use crate::uplink::Network;
 use crate::verifier::{Answer, Verified, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{change, console, ima, local, log, mounts, net, safe, tpm, wipe};
+use crate::{change, console, ima, local, log, mounts, net, restart, safe, tpm, wipe};
 use embedded::{read_boot_info, tell_command_line_drift};
-use kiln_protocol::{Assignment, ReleaseId, RollbackMemory, Stage, Via};
+use kiln_protocol::{Assignment, Failure, ReleaseId, RollbackMemory, Stage, Via};
 use kiln_release::BootInfo;
-use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::reboot::RebootMode;
 use start::start;
 use std::convert::Infallible;
 use std::time::Duration;
@@ -43,10 +43,9 @@ pub fn run() -> ! {
 }
 
 fn restart() -> ! {
-    nix::unistd::sync();
     // It returns only with an error; the loop keeps PID 1 alive, and a watchdog or a person is next.
-    let error = reboot(RebootMode::RB_AUTOBOOT);
-    println!("kiln-agent: the kernel does not restart the machine: {error:?}");
+    let error = restart::leave(RebootMode::RB_AUTOBOOT);
+    println!("kiln-agent: the kernel does not restart the machine: {error}");
     loop {
         std::thread::sleep(Duration::from_secs(60));
     }
@@ -81,6 +80,11 @@ fn boot() -> Result<Infallible> {
     mounts::efivars();
     mounts::pstore();
     log::earlier();
+    for error in drivers.silent() {
+        let (kind, message) = (error.kind().to_owned(), error.to_string());
+        let failure = Failure { kind, message, attempt: 1, retry_in_ms: Some(0) };
+        journal.record(Stage::Modules, kiln_protocol::StageState::Failed(failure));
+    }
     journal.record(Stage::Modules, kiln_protocol::StageState::Done);
 
     let runtime = tokio::runtime::Builder::new_current_thread()

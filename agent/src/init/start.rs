@@ -152,6 +152,7 @@ async fn mount_and_leave(
         sequence: flow.verifier.memory.sequence,
         settings: flow.verifier.settings.clone(),
         agent_api_keys: flow.verifier.pins.keys(),
+        memory: Some(flow.verifier.memory.clone()),
         now: flow.verifier.now,
     };
     handoff.write()?;

@@ -51,7 +51,12 @@ impl Control {
         self.tell_if_unnamed(&catalog);
         let before = self.catalog();
         self.tell_passed_over(&catalog, Some(before.as_ref()));
-        *self.catalog.write().expect("no code panics under this lock") = Arc::new(catalog);
+        let catalog = Arc::new(catalog);
+        *self.catalog.write().expect("no code panics under this lock") = Arc::clone(&catalog);
+        // What is served must not wait for a machine's next step.
+        for machine in self.lock().machines.values_mut() {
+            machine.floors = Arc::clone(&catalog.floors);
+        }
         self.wake();
         Ok(())
     }

@@ -22,10 +22,10 @@ const NAME: &str = "rack-1";
 const SLOT_A: u64 = 129 << 20;
 
 /// A machine with a blank disk installs itself over the network; it comes up from its disk after a power cut with the
-/// boot server gone; a reimage goes to the other slot through the loader; and a trial whose root is overwritten on the
+/// boot server gone, and with the whole network gone, which its service finds when it is back; a reimage goes to the other slot through the loader; and a trial whose root is overwritten on the
 /// disk is left for the release before, by itself, with the boot server gone.
 #[test]
-#[ignore = "slow: an install, three boots from the disk and a fall-back; make test-slow"]
+#[ignore = "slow: an install, four boots from the disk and a fall-back; make test-slow"]
 fn a_machine_lives_on_its_disk() {
     testing::rack(|paths| {
         let spec =
@@ -49,6 +49,19 @@ fn a_machine_lives_on_its_disk() {
         console.wait_for("disk/1 is healthy: vda: A Good disk/1", begun, IDLE).unwrap();
         rack.start_server().unwrap();
         rack.wait_healthy(NAME, 1).unwrap();
+
+        // No packet comes through at all: not even an address. It is heard of once there is a network again.
+        let before = boot_id(rack.view(NAME).as_ref());
+        rack.machine(NAME).power_off();
+        rack.machine(NAME).set_connected(false).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("the release in the slot starts", Mark::default(), IDLE).unwrap();
+        console.wait_for("disk/1 is healthy: vda: A Good disk/1", Mark::default(), IDLE).unwrap();
+        assert!(console.since(Mark::default()).contains("no DHCP offer on"), "{}", console.last_words(40));
+        assert_eq!(boot_id(rack.view(NAME).as_ref()), before, "the server has not heard of this boot");
+        rack.machine(NAME).set_connected(true).unwrap();
+        rack.wait(NAME, "heard of again", |v| boot_id(Some(v)) != before && v.is_healthy_on(1)).unwrap();
 
         // Into the other slot, and there through the loader.
         rack.kiln(&["release", "publish", "disk/2"]).unwrap();
@@ -89,6 +102,11 @@ fn a_machine_lives_on_its_disk() {
         let again = rack.kiln(&["assign", NAME, "disk/1"]).unwrap_err().to_string();
         assert!(again.contains("trial-root-spoilt"), "not offered again, and why: {again}");
     });
+}
+
+/// The newest boot that the server has heard of.
+fn boot_id(view: Option<&MachineView>) -> Option<String> {
+    view.and_then(MachineView::boot).map(|boot| boot.boot_id.clone())
 }
 
 fn spec() -> MachineSpec {

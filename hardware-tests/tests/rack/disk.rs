@@ -320,6 +320,38 @@ fn entries(disk: &Path) -> String {
     command::run_command(Command::new("mdir").args(["-b", "-i", &image, "::/loader/entries"])).unwrap()
 }
 
+/// A machine that lives on its disk, and the disk begins to fail: one that cannot be read costs the slots and not the machine, one
+/// that takes no more writes starts what it holds. Whole again, it is used again, and what it holds is as it was.
+#[test]
+#[ignore = "slow: an install and three boots; make test-slow"]
+fn a_disk_that_begins_to_fail_costs_the_slots_and_not_the_machine() {
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-fails");
+        installed(&mut rack);
+        rack.machine(NAME).power_off();
+        let held = rack.machine(NAME).hold_disk(0).unwrap();
+
+        let before = boot_id(rack.view(NAME).as_ref());
+        held.set_fault(Fault::Reads);
+        rack.machine(NAME).power_on().unwrap();
+        let told = |v: &MachineView| boot_id(Some(v)) != before && v.failures().contains(&"disk-io-error");
+        rack.wait(NAME, "healthy in memory", |v| told(v) && v.is_healthy_on(1)).unwrap();
+        let said = rack.machine(NAME).console().unwrap().since(Mark::default());
+        assert!(said.contains("Start PXE"), "its firmware cannot read the disk either");
+        rack.machine(NAME).power_off();
+
+        held.set_fault(Fault::Writes);
+        let said = starts_and_says(&mut rack, "is healthy: vda: A Good disk/1");
+        assert!(!said.contains("Start PXE"), "from its disk");
+        assert!(said.contains("the start is not counted"), "the disk takes no writes");
+        rack.machine(NAME).power_off();
+
+        held.set_fault(Fault::None);
+        let said = starts_and_says(&mut rack, "is healthy: vda: A Good disk/1");
+        assert!(!said.contains("Start PXE") && !said.contains("is not counted"), "as before");
+    });
+}
+
 /// Each kind of disk that a machine may have has its outcome: it comes up, says why, and nobody's data is touched.
 #[test]
 #[ignore = "slow: six boots; make test-slow"]

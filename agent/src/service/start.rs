@@ -63,6 +63,7 @@ async fn serve() -> Result<()> {
     tokio::spawn(log::follow());
     let watch = Watch::of(&handoff.manifest, disk.clone());
     let uplink = handoff.uplink.clone();
+    let lives_on = handoff.disk.as_ref().map(|on| Path::new("/sys/class/block").join(&on.name));
     let (verifier, mut journal) = resume(handoff, disk.as_ref())?;
     journal.fallback =
         disk.as_ref().and_then(|disk| local::fallback(&verifier.memory, &crate::disk::machine::lock(disk)));
@@ -79,6 +80,7 @@ async fn serve() -> Result<()> {
     tokio::spawn(inventory::keep(api, journal.machine.id.clone(), journal.state.boot_id.clone()));
     let mut service = Service::new(verifier, journal, change::NEXT, door)?;
     (service.disk, service.watch, service.exec, service.secrets) = (disk, watch, exec, secrets);
+    service.lives_on = lives_on;
     Err(Box::pin(service.run(checks)).await)
 }
 

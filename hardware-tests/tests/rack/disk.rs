@@ -320,14 +320,24 @@ fn entries(disk: &Path) -> String {
     command::run_command(Command::new("mdir").args(["-b", "-i", &image, "::/loader/entries"])).unwrap()
 }
 
-/// A machine that lives on its disk, and the disk begins to fail: one that cannot be read costs the slots and not the machine, one
-/// that takes no more writes starts what it holds. Whole again, it is used again, and what it holds is as it was.
+/// A machine that lives on its disk. The disk is pulled out while it runs: it restarts by itself and comes up in memory. Then the disk
+/// begins to fail: one that cannot be read costs the slots and not the machine, one that takes no more writes starts what it
+/// holds. Whole again, it is used again, and what it holds is as it was.
 #[test]
-#[ignore = "slow: an install and three boots; make test-slow"]
-fn a_disk_that_begins_to_fail_costs_the_slots_and_not_the_machine() {
+#[ignore = "slow: an install and four boots; make test-slow"]
+fn a_disk_that_is_pulled_out_or_begins_to_fail_costs_the_slots_and_not_the_machine() {
     testing::rack(|paths| {
         let mut rack = rack(paths, "disk-fails");
+        rack.machine(NAME).set_disks(vec![Disk::VirtioBlkAtPort]).unwrap();
         installed(&mut rack);
+        let (before, resets) = (boot_id(rack.view(NAME).as_ref()), rack.machine(NAME).resets());
+        rack.machine(NAME).pull_disk(0).unwrap();
+        rack.machine(NAME).wait_reset(resets, 2 * IDLE).unwrap();
+        let told = |v: &MachineView| boot_id(Some(v)) != before && v.failures().contains(&"disk-none");
+        let view = rack.wait(NAME, "healthy in memory", |v| told(v) && v.is_healthy_on(1)).unwrap();
+        let earlier = view.boots.iter().filter(|boot| Some(&boot.boot_id) == before.as_ref()).flat_map(|b| &b.stages);
+        let said: Vec<&str> = earlier.filter_map(|stage| stage.message.as_deref()).collect();
+        assert!(said.iter().any(|said| said.contains("vda, which this system runs from, is not in")), "{said:?}");
         rack.machine(NAME).power_off();
         let held = rack.machine(NAME).hold_disk(0).unwrap();
 

@@ -1,6 +1,6 @@
 //! Other hardware than virtio: what the agent finds by modalias with the generic kernel (image `servers`).
 
-use kiln_lab::api;
+use kiln_lab::api::{self, MachineView};
 use kiln_lab::machine::{DISK_BYTES, Disk, Firmware, HardwareWatchdog, MachineSpec, text};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
@@ -118,6 +118,38 @@ fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
         // This controller has no network: that it was asked is to be seen by its answer.
         assert!(found.bmc.present && found.bmc.note.contains("no address: it has no LAN channel"), "{:?}", found.bmc);
         println!("{said}");
+    });
+}
+
+/// The card that the firmware booted from has lost its link by the time the agent asks: one of the others that has a link carries the
+/// machine, root and all. Each by a driver that no firmware here boots with.
+#[test]
+#[ignore = "slow: two boots; make test-slow"]
+fn a_card_that_has_a_link_carries_the_machine_where_the_one_that_booted_has_none() {
+    testing::rack(|paths| {
+        let mut spec = MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe));
+        spec.qemu = newer_qemu::with(paths, "igb").expect("`kiln-lab prepare --image servers` unpacks one");
+        spec.cards = vec!["virtio-net-pci", "igb", "vmxnet3"];
+        let macs = [1, 2].map(|card| text(spec.mac_of(card)));
+        let mut rack = start(paths, "cards", spec);
+        let mut before = None;
+        for (card, without, mac) in [(1, 2, &macs[0]), (2, 1, &macs[1])] {
+            rack.machine(NAME).power_on().unwrap();
+            rack.machine(NAME).set_cable(without, false).unwrap();
+            let console = rack.machine(NAME).console().unwrap().clone();
+            // By the first card everything came so far; none has a driver yet.
+            console.wait_for("image servers release 1", Mark::default(), IDLE).unwrap();
+            rack.machine(NAME).set_cable(0, false).unwrap();
+            let id = |v: &MachineView| v.boot().map(|boot| boot.boot_id.clone());
+            let view = rack.wait(NAME, "healthy", |v| id(v) != before && v.is_healthy_on(1)).unwrap();
+            before = id(&view);
+            let dhcp = std::fs::read_to_string(paths.consoles.join("cards/site-dhcp.log")).unwrap();
+            let given = dhcp.lines().rfind(|line| line.contains("DHCPACK") && line.contains(mac.as_str()));
+            let given = given.unwrap_or_else(|| panic!("card {card} has no lease: {dhcp}"));
+            let address = given.split(' ').find(|word| word.parse::<std::net::Ipv4Addr>().is_ok()).unwrap();
+            let said = console.since(Mark::default());
+            assert!(said.contains(&format!(" has [{address}]")), "card {card}: {given}: {said}");
+        }
     });
 }
 

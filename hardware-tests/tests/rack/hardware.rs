@@ -8,6 +8,8 @@ use kiln_lab::{command, console::Mark, newer_qemu, site, testing};
 use kiln_protocol::{Inventory, Stage};
 
 const NAME: &str = "rack-1";
+/// Of every machine of the rack.
+const MEMORY: u64 = 2 << 30;
 
 /// Every kind of disk, and what the inventory calls its driver, how it is attached, and a part of its model.
 const DISKS: [(Disk, &str, &str, &str); 6] = [
@@ -64,8 +66,8 @@ cards! {
     boots_by_rtl8139 "rtl8139"
 }
 
-/// One machine with every card and every kind of disk: all have drivers and are in the inventory that the server shows, and
-/// the address is that of the card the firmware booted from, though the others could have one too.
+/// One machine with every card and every kind of disk: all have drivers and are in the inventory that the server shows, as are its
+/// processor, memory, firmware and PCI devices, and the address is that of the card the firmware booted from, though the others could have one too.
 #[test]
 #[ignore = "slow: the device matrix; make test-slow"]
 fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
@@ -110,6 +112,12 @@ fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
             let driver = CARDS.iter().find(|(known, _)| known == card).unwrap().1;
             assert_eq!(nic.driver, driver, "{nic:?}");
         }
+        assert!(found.cpus.iter().any(|cpu| cpu.cores > 0), "{:?}", found.cpus);
+        assert_eq!(found.dimms.iter().map(|dimm| dimm.bytes).sum::<u64>(), MEMORY, "{:?}", found.dimms);
+        assert_eq!(found.system.product, "Virtual rack machine", "{:?}", found.system);
+        assert!(!found.firmware.vendor.is_empty() && !found.firmware.version.is_empty(), "{:?}", found.firmware);
+        let has = |driver: &str| found.pci.iter().any(|device| device.driver == driver && !device.address.is_empty());
+        assert!(has("nvme") && has("igb") && has("ahci"), "{:?}", found.pci);
         for healthy in ["nvme", "ahci"] {
             let disk = found.disks.iter().find(|disk| disk.driver == healthy).unwrap();
             assert!(disk.health.as_ref().is_some_and(|health| health.passed), "{disk:?}");

@@ -171,6 +171,24 @@ impl Api {
         self.url().unwrap_or_default()
     }
 
+    /// Whether one of the servers shows a certificate of the site's CA now. Nothing is said to it.
+    pub async fn reaches(&mut self) -> Result<()> {
+        let mut last = AgentError::NoServer;
+        for url in self.urls.clone() {
+            let (_, host, port) = authority(&url, 443)?;
+            let opened = timeout(ANSWER, self.open(&url, &host, port)).await;
+            match opened {
+                Ok(Ok(_)) => return Ok(()),
+                Ok(Err(error)) => last = error,
+                Err(_) => {
+                    let reason = format!("no handshake within {} s", ANSWER.as_secs());
+                    last = AgentError::Unreachable { url, reason };
+                }
+            }
+        }
+        Err(last)
+    }
+
     /// Lets the connection go; the next call makes another.
     pub fn hang_up(&mut self) {
         self.connection = None;

@@ -1,25 +1,33 @@
 //! The way to the boot server: every way to be connected is tried until one reaches it, and a newly signed network
 //! configuration is tried and, if it does not, left again. What is decided here is [`trial`]'s; here it is done.
 
+use crate::api::Api;
 use crate::coldplug::Drivers;
 use crate::console;
 use crate::error::{AgentError, Result};
 use crate::facts;
 use crate::flow::Flow;
 use crate::net::trial::{Action, Choice, Event, Known, Refused};
-use crate::net::{self, Uplink};
+use crate::net::{self, Ground, Uplink};
 use crate::verifier::{Servers, Verified};
-use kiln_protocol::Stage;
+use kiln_protocol::{MachineId, Stage};
 use kiln_release::BootInfo;
 use kiln_release::network::{LinkKind, Section};
 use std::collections::HashSet;
 use std::time::Duration;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout_at};
 
 /// A new configuration has so long to reach the server: a switch that learns the link, LACP and DHCP are in it.
 const TRIAL: Duration = Duration::from_secs(90);
 /// Between two tries within a trial.
 const AGAIN: Duration = Duration::from_secs(2);
+/// Between two looks of a running system for its server.
+const LOOK: Duration = Duration::from_secs(30);
+/// So long it stays with the way that has an address after a first round that did not find the server; twice as long after each
+/// further one, and at most [`LAST_HOLD`].
+const FIRST_HOLD: Duration = Duration::from_secs(120);
+const LAST_HOLD: Duration = Duration::from_secs(24 * 3600);
 
 /// How this boot is connected.
 pub struct Network {
@@ -124,7 +132,8 @@ impl Network {
         let (site, section) = (&flow.verifier.boot.site, &way.section);
         let need_location = (site.http_urls.is_empty() && section.http_urls.is_empty())
             || (site.agent_urls.is_empty() && section.agent_urls.is_empty());
-        let uplink = net::bring_up(&flow.journal.machine.id, need_location, section, &mut self.avoid).await?;
+        let machine = &flow.journal.machine.id;
+        let uplink = net::bring_up(Ground::Initramfs, machine, need_location, section, &mut self.avoid).await?;
         flow.journal.machine.macs = facts::mac_addresses();
         flow.verifier.servers = servers(&flow.verifier.boot, section, &uplink);
         let how = if way.version == 0 { String::new() } else { format!(" (network configuration {})", way.version) };
@@ -202,19 +211,93 @@ pub fn servers(boot: &BootInfo, section: &Section, uplink: &Uplink) -> Servers {
     servers
 }
 
-/// Connects a running system whose boot was not: the ways of the boot, without trials, until there is an address.
-pub async fn connect_later(known: Known, boot: BootInfo, machine: kiln_protocol::MachineId) -> Uplink {
+/// Connects a running system whose boot was not: the ways of the boot, without trials, until the server answers by one. Comes
+/// back with the renewals of what is leased. Where no way leads to it, the first that gives an address stays: the image's
+/// programs live on it, and every further round takes it from them for a while.
+pub async fn connect_later(known: Known, boot: BootInfo, machine: MachineId, mut api: Api) -> JoinSet<()> {
     let macs = facts::mac_addresses();
     let embedded = boot.site.network.as_ref().map(|config| Choice::of(config, None, machine.as_str(), &macs));
     let ways = known.ways(embedded);
-    for way in ways.iter().cycle() {
-        match net::bring_up(&machine, false, &way.section, &mut HashSet::new()).await {
-            Ok(uplink) => return uplink,
-            Err(error) => eprintln!("kiln-agent: {error}"),
+    let mut so_long = FIRST_HOLD;
+    loop {
+        match round(&ways, &machine, &mut api).await {
+            Ok(uplink) => return keep(&uplink, &machine),
+            Err(Some(way)) => {
+                if let Some(renewals) = hold(way, &machine, &mut api, (LOOK, so_long)).await {
+                    return renewals;
+                }
+                so_long = (so_long * 2).min(LAST_HOLD);
+            }
+            Err(None) => sleep(LOOK).await,
         }
-        sleep(Duration::from_secs(30)).await;
     }
-    unreachable!("there is always the way of asking every card")
+}
+
+/// Every way once, and every card of one that names none, until the server answers; else the first that gave an address.
+async fn round<'a>(
+    ways: &'a [Choice],
+    machine: &MachineId,
+    api: &mut Api,
+) -> std::result::Result<Uplink, Option<&'a Choice>> {
+    let mut first = None;
+    for way in ways {
+        let mut tried = HashSet::new();
+        loop {
+            let mut avoid = tried.clone();
+            let uplink = match net::bring_up(Ground::System, machine, false, &way.section, &mut avoid).await {
+                Ok(uplink) => uplink,
+                Err(error) => {
+                    eprintln!("kiln-agent: {error}");
+                    break;
+                }
+            };
+            // No other card is given an address.
+            if !tried.insert(uplink.interface.clone()) {
+                break;
+            }
+            match api.reaches().await {
+                Ok(()) => return Ok(uplink),
+                Err(error) => eprintln!("kiln-agent: not by {}: {error}", uplink.interface),
+            }
+            first = first.or(Some(way));
+            if !way.section.link.is_empty() {
+                break;
+            }
+        }
+    }
+    Err(first)
+}
+
+/// Is connected in this way for so long, and looks for the server now and then; ends with the renewals once it answers.
+pub async fn hold(
+    way: &Choice,
+    machine: &MachineId,
+    api: &mut Api,
+    (look, so_long): (Duration, Duration),
+) -> Option<JoinSet<()>> {
+    let until = Instant::now() + so_long;
+    let uplink = match net::bring_up(Ground::System, machine, false, &way.section, &mut HashSet::new()).await {
+        Ok(uplink) => uplink,
+        Err(error) => {
+            eprintln!("kiln-agent: {error}");
+            sleep(look).await;
+            return None;
+        }
+    };
+    let renewals = keep(&uplink, machine);
+    while api.reaches().await.is_err() {
+        if Instant::now() >= until {
+            return None;
+        }
+        sleep(look).await;
+    }
+    Some(renewals)
+}
+
+fn keep(uplink: &Uplink, machine: &MachineId) -> JoinSet<()> {
+    console::address(&uplink.describe());
+    eprintln!("kiln-agent: {} has {:?}", uplink.interface, uplink.addresses);
+    uplink.keep(machine)
 }
 
 #[cfg(test)]

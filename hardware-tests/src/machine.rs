@@ -183,6 +183,12 @@ impl Machine {
         self.power()?.qmp.execute("set_link", &arguments).map(drop)
     }
 
+    /// Pulls a disk out of its port ([`Disk::VirtioBlkAtPort`]): the system lets it go. It is there again when the machine is switched
+    /// off and on.
+    pub fn pull_disk(&self, number: usize) -> Result<(), LabError> {
+        self.power()?.qmp.execute("device_del", &json!({ "id": format!("card{number}") })).map(drop)
+    }
+
     /// Copies what is on its screen now into a file, as a portable pixmap.
     pub fn picture(&self, to: &Path) -> Result<(), LabError> {
         self.power()?.qmp.execute("screendump", &json!({ "filename": to })).map(drop)

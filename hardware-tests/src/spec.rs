@@ -64,6 +64,8 @@ pub enum HardwareWatchdog {
 pub enum Disk {
     /// virtio-blk.
     VirtioBlk,
+    /// virtio-blk at a PCIe port of its own, out of which it can be pulled.
+    VirtioBlkAtPort,
     /// virtio-scsi.
     VirtioScsi,
     /// NVMe.
@@ -159,6 +161,11 @@ impl Disk {
         };
         match self {
             Self::VirtioBlk => (None, "virtio-blk-pci".into()),
+            // The machine's own slots take and give no card while it runs.
+            Self::VirtioBlkAtPort => (
+                Some(format!("pcie-root-port,id=port{number},chassis={}", number + 1)),
+                format!("virtio-blk-pci,id=card{number},bus=port{number}"),
+            ),
             Self::VirtioScsi => at("virtio-scsi-pci", "scsi-hd"),
             Self::Nvme => (None, "nvme".into()),
             Self::Nvme4k => (None, "nvme,logical_block_size=4096,physical_block_size=4096".into()),

@@ -1,7 +1,7 @@
 //! A switch whose trunk ports one machine is cabled to, for bonds and VLANs on real links: untagged frames belong to the
 //! rack's bridge, those of one VLAN to a network of their own on which the boot server has an address too. It speaks
 //! LACP (IEEE 802.1AX-2014 §6.4) or does not, and before a bundle is made its ports work by themselves, as firmware needs
-//! it.
+//! it. By LLDP it says each second which port a cable is at.
 //!
 //! ```text
 //!  machine ── cable0 ─┐                    ┌─ untagged: tap `native` on the bridge
@@ -18,6 +18,7 @@ use std::collections::BTreeMap;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -25,11 +26,15 @@ use std::time::{Duration, Instant};
 pub const VLAN: u16 = 10;
 /// The boot server's address in it.
 pub const SERVER: &str = "10.77.10.1";
+/// What its LLDP calls it.
+pub const NAME: &str = "trunk-1";
 
 const NATIVE: &str = "native";
 const ACCESS: &str = "access10";
 const SLOW_PROTOCOLS: [u8; 2] = [0x88, 0x09];
 const LACP: u8 = 1;
+const LLDP: [u8; 2] = [0x88, 0xcc];
+const LLDP_EVERY: Duration = Duration::from_secs(1);
 const TAGGED: [u8; 2] = [0x81, 0x00];
 /// This switch as LACP's actor: it takes part by itself, wants fast answers, may be bundled, and has done so.
 const STATE: u8 = 0x3f;
@@ -139,6 +144,28 @@ impl Switch {
     }
 }
 
+/// What its LLDP calls the port of a cable.
+pub fn port_name(cable: u8) -> String {
+    format!("Eth1/{}", cable + 1)
+}
+
+/// IEEE Std 802.1AB-2016 §8: chassis id (a MAC address), port id (locally assigned), time to live, system name, end.
+fn lldp(cable: u8) -> Vec<u8> {
+    let chassis = [&[4][..], &SYSTEM].concat();
+    let port = [&[7][..], port_name(cable).as_bytes()].concat();
+    let parts: [(u8, &[u8]); 5] = [(1, &chassis), (2, &port), (3, &[0, 120]), (5, NAME.as_bytes()), (0, &[])];
+    let mut frame = vec![0x01, 0x80, 0xc2, 0, 0, 0x0e];
+    frame.extend([0x02, 0x4b, 0x49, 0x4c, 0x4e, 0x10 + cable]);
+    frame.extend(LLDP);
+    for (kind, value) in parts {
+        frame.extend([kind << 1, u8::try_from(value.len()).expect("a few bytes")]);
+        frame.extend(value);
+    }
+    // The shortest frame that a card sends.
+    frame.resize(frame.len().max(60), 0);
+    frame
+}
+
 type Shared = Arc<(Mutex<Switch>, Condvar)>;
 
 fn lock(shared: &Shared) -> MutexGuard<'_, Switch> {
@@ -150,6 +177,8 @@ fn lock(shared: &Shared) -> MutexGuard<'_, Switch> {
 pub struct Trunk {
     shared: Shared,
     plugs: Vec<Child>,
+    /// Its LLDP ends with it.
+    _speaks: Sender<()>,
 }
 
 /// The two ends of a cable: the machine's socket and the switch's.
@@ -196,7 +225,17 @@ impl Trunk {
                 }
             });
         }
-        Ok(Self { shared, plugs })
+        let (speaks, ended) = channel();
+        std::thread::spawn(move || {
+            while ended.recv_timeout(LLDP_EVERY) == Err(RecvTimeoutError::Timeout) {
+                for cable in 0..cables {
+                    let (socket, to) = &ports[&Port::Cable(cable)];
+                    // As above.
+                    let _ = socket.send_to(&lldp(cable), to);
+                }
+            }
+        });
+        Ok(Self { shared, plugs, _speaks: speaks })
     }
 
     /// Speaks LACP from now on, or no more.
@@ -288,6 +327,14 @@ mod tests {
         let all = frame([255; 6], OTHER, &[8, 6]);
         assert_eq!(switch.frame(Port::Native, &all, now).len(), 2, "to both cables");
         assert!(switch.frame(Port::Cable(0), &[0; 13], now).is_empty());
+    }
+
+    #[test]
+    fn each_port_says_by_lldp_which_it_is() {
+        let said = kiln_protocol::parse_lldp(&lldp(1)[14..]).unwrap();
+        let kiln_protocol::Lldp::Neighbour(neighbour, 120) = said else { panic!("{said:?}") };
+        assert_eq!((neighbour.system_name.as_str(), neighbour.port.as_str()), (NAME, "Eth1/2"));
+        assert_eq!(neighbour.chassis, "02:4b:49:4c:4e:01");
     }
 
     #[test]

@@ -26,6 +26,8 @@ mod tests;
 pub enum DiskError {
     #[error("no disk was found; the release runs in memory")]
     NoDisk,
+    #[error("{disk}, which this system runs from, is not in the machine any more: it restarts, and runs in memory")]
+    Gone { disk: String },
     #[error("the disk has {size} bytes, the layout that the release signs needs {needed}")]
     TooSmall { size: u64, needed: u64 },
     #[error("{disk} holds {what}: it is not touched; wipe = \"foreign\" in the recipe's [disk] allows it")]
@@ -76,7 +78,7 @@ impl DiskError {
     /// The stable word of `Failure::kind`.
     pub fn kind(&self) -> &'static str {
         match self {
-            Self::NoDisk => "disk-none",
+            Self::NoDisk | Self::Gone { .. } => "disk-none",
             Self::TooSmall { .. } => "disk-too-small",
             Self::Foreign { .. } => "disk-foreign",
             Self::SectorSize { .. } => "disk-unsupported-sector-size",

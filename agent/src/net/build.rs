@@ -1,36 +1,48 @@
-//! Links and static addresses of a section: cards are chosen, bonds and VLANs made of them. What was there before is
+//! Links and static addresses of a section: cards are chosen, bonds and VLANs made of them. What the agent made before is
 //! taken away first, so that going back to an older section is the same as going to a newer one.
 
 use super::netlink::{Bonding, Link, Netlink, Watch};
+use super::own::Ground;
 use super::{CARRIER, bootcard};
 use crate::error::{AgentError, Result};
 use kiln_release::network::{LinkConfig, LinkKind, Section, parse_address, parse_mac};
 use std::collections::HashSet;
 use tokio::time::{Instant, timeout_at};
 
-/// Takes away every bond, VLAN and address. All cards are up afterwards, and listen to routers or not.
-pub fn clear(netlink: &mut Netlink, listen: bool) -> Result<()> {
-    let links = netlink.links()?;
+/// Takes away every bond, VLAN and address; in a running system, those that the agent made. The cards that are left to ask
+/// on are up afterwards, and listen to routers or not.
+pub fn clear(netlink: &mut Netlink, ground: Ground, listen: bool) -> Result<Vec<Link>> {
+    let (links, own) = (netlink.links()?, netlink.own.clone());
     for kind in ["vlan", "bond"] {
-        for link in links.iter().filter(|link| link.kind == kind) {
+        for link in links.iter().filter(|link| link.kind == kind && own.made(ground, link)) {
             netlink.delete(link)?;
         }
     }
-    let cards: Vec<Link> = netlink.links()?.into_iter().filter(Link::is_card).collect();
+    let cards = all_cards(netlink, ground)?;
     for address in netlink.addresses()? {
+        let goes = match ground {
+            Ground::Initramfs => address.ip.is_ipv4() && cards.iter().any(|card| card.index == address.index),
+            Ground::System => own.gave(&address),
+        };
         // With its last address an interface loses its routes.
-        if address.ip.is_ipv4() && cards.iter().any(|card| card.index == address.index) {
+        if goes {
             netlink.delete_address(&address)?;
         }
     }
+    netlink.own.begin(ground, &cards)?;
     for card in &cards {
-        listen_to_routers(&card.name, listen, listen);
+        listen_to_routers(netlink, ground, card, (listen, listen))?;
         // A card that does not come up is one without a link to whoever chooses.
         if let Err(error) = netlink.set(card, true) {
             println!("kiln-agent: {error}");
         }
     }
-    Ok(())
+    Ok(cards)
+}
+
+fn all_cards(netlink: &mut Netlink, ground: Ground) -> Result<Vec<Link>> {
+    let links = netlink.links()?;
+    Ok(links.into_iter().filter(|link| netlink.own.is_card(ground, link)).collect())
 }
 
 /// Sets every card up that is not. No router is listened to before the machine is configured, which begins with [`clear`].
@@ -44,22 +56,37 @@ pub fn raise(netlink: &mut Netlink) -> Result<()> {
 }
 
 /// Whether the kernel takes a router's word for routes, and for addresses (Documentation/networking/ip-sysctl.rst). What
-/// it took before is forgotten, and routers are asked anew.
-fn listen_to_routers(interface: &str, routes: bool, addresses: bool) {
+/// it took before is forgotten, and routers are asked anew; in a running system only where the word is another than before and
+/// nobody has an address there that would be lost.
+fn listen_to_routers(
+    netlink: &mut Netlink,
+    ground: Ground,
+    link: &Link,
+    (routes, addresses): (bool, bool),
+) -> Result<()> {
+    let file = |key: &str| format!("/proc/sys/net/ipv6/conf/{}/{key}", link.name);
     let (routes, addresses) = (if routes { "1" } else { "0" }, if addresses { "1" } else { "0" });
+    if ground == Ground::System {
+        let is = |key: &str, value: &str| std::fs::read_to_string(file(key)).is_ok_and(|text| text.trim() == value);
+        let mut used = netlink.addresses()?.into_iter().filter(|a| a.index == link.index && a.global);
+        if (is("accept_ra", routes) && is("autoconf", addresses)) || used.any(|address| address.ip.is_ipv6()) {
+            return Ok(());
+        }
+    }
     for (key, value) in [("disable_ipv6", "1"), ("accept_ra", routes), ("autoconf", addresses), ("disable_ipv6", "0")] {
         // A kernel without IPv6 has no such file, and no such word to take.
-        drop(std::fs::write(format!("/proc/sys/net/ipv6/conf/{interface}/{key}"), value));
+        drop(std::fs::write(file(key), value));
     }
+    Ok(())
 }
 
 /// All cards, the one the firmware booted from first, then those with a carrier. Waits a while for the first carrier.
-pub async fn cards(netlink: &mut Netlink, watch: &mut Watch) -> Result<Vec<Link>> {
+pub async fn cards(netlink: &mut Netlink, watch: &mut Watch, ground: Ground) -> Result<Vec<Link>> {
     let until = Instant::now() + CARRIER;
     let booted = bootcard::mac();
     let is_booted = |link: &Link| booted.is_some_and(|mac| mac[..] == *link.own_mac());
     loop {
-        let mut cards: Vec<Link> = netlink.links()?.into_iter().filter(Link::is_card).collect();
+        let mut cards = all_cards(netlink, ground)?;
         cards.sort_by_key(|card| (!is_booted(card), !card.carrier, card.name.clone()));
         if cards.is_empty() {
             return Err(AgentError::NoInterface);
@@ -111,8 +138,13 @@ fn choose(
 
 /// Makes the links of a section on cleared cards, and gives them their static addresses. With each configured link comes
 /// the kernel's.
-pub async fn build(netlink: &mut Netlink, watch: &mut Watch, section: &Section) -> Result<Vec<(LinkConfig, Link)>> {
-    let cards = cards(netlink, watch).await?;
+pub async fn build(
+    netlink: &mut Netlink,
+    watch: &mut Watch,
+    ground: Ground,
+    section: &Section,
+) -> Result<Vec<(LinkConfig, Link)>> {
+    let cards = cards(netlink, watch, ground).await?;
     let mut taken = HashSet::new();
     let mut made: Vec<(LinkConfig, Link)> = Vec::new();
     for config in &section.link {
@@ -125,6 +157,7 @@ pub async fn build(netlink: &mut Netlink, watch: &mut Watch, section: &Section) 
                 let parent = made.iter().find(|(other, _)| other.name == config.on);
                 let (_, parent) = parent.expect("the configuration was checked: it stands before its VLAN");
                 netlink.add_vlan(&config.name, parent, config.id)?;
+                netlink.own.add_link(&config.name)?;
                 netlink.link(&config.name)?
             }
             LinkKind::ActiveBackup | LinkKind::Lacp => {
@@ -133,6 +166,7 @@ pub async fn build(netlink: &mut Netlink, watch: &mut Watch, section: &Section) 
                 }
                 let lacp = config.kind == LinkKind::Lacp;
                 netlink.add_bond(&config.name, if lacp { Bonding::Lacp } else { Bonding::ActiveBackup })?;
+                netlink.own.add_link(&config.name)?;
                 let bond = netlink.link(&config.name)?;
                 for card in &members {
                     netlink.set(card, false)?;
@@ -145,7 +179,7 @@ pub async fn build(netlink: &mut Netlink, watch: &mut Watch, section: &Section) 
         if config.mtu > 0 {
             netlink.set_mtu(&link, config.mtu)?;
         }
-        listen_to_routers(&link.name, config.slaac || config.dhcp6, config.slaac);
+        listen_to_routers(netlink, ground, &link, (config.slaac || config.dhcp6, config.slaac))?;
         netlink.set(&link, true)?;
         for (ip, prefix) in config.address.iter().filter_map(|text| parse_address(text)) {
             netlink.add_address(&link, &ip, prefix)?;

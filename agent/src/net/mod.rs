@@ -11,12 +11,14 @@ mod dhcp6;
 mod dhcp6_message;
 mod dhcp_message;
 mod netlink;
+mod own;
 #[cfg(test)]
 mod tests;
 pub mod trial;
 
 pub use dhcp_message::Lease;
 pub use dhcp6_message::Lease6;
+pub use own::Ground;
 
 use crate::error::{AgentError, Result};
 use kiln_protocol::MachineId;
@@ -117,14 +119,16 @@ impl Uplink {
         Ok(self)
     }
 
-    /// Renews what is leased for as long as the machine runs.
-    pub fn keep(&self, machine: &MachineId) {
+    /// Renews what is leased for as long as the value is kept.
+    pub fn keep(&self, machine: &MachineId) -> JoinSet<()> {
+        let mut renewals = JoinSet::new();
         for lease in &self.leases {
-            tokio::spawn(keep(lease.clone(), machine.clone()));
+            renewals.spawn(keep(lease.clone(), machine.clone()));
         }
         for lease in &self.leases6 {
-            tokio::spawn(keep6(lease.clone(), machine.clone()));
+            renewals.spawn(keep6(lease.clone(), machine.clone()));
         }
+        renewals
     }
 }
 
@@ -137,26 +141,31 @@ pub fn raise() {
 }
 
 /// Connects the machine as a section says; one without links: by any card that is given an address, those in `avoid` last.
-/// What was configured before is taken away.
+/// What was configured before is taken away; in a running system, by the agent alone.
 pub async fn bring_up(
+    ground: Ground,
     machine: &MachineId,
     need_location: bool,
     section: &Section,
     avoid: &mut HashSet<String>,
 ) -> Result<Uplink> {
     if section.link.is_empty() {
-        automatic(machine, need_location, avoid).await
+        automatic(ground, machine, need_location, avoid).await
     } else {
-        configured(machine, need_location, section).await
+        configured(ground, machine, need_location, section).await
     }
 }
 
 /// Asks on every card, and configures the first that gets a lease: that of the card the firmware booted from, if it gets
 /// one soon after another. Without any lease, a card that hears an IPv6 router does.
-async fn automatic(machine: &MachineId, need_location: bool, avoid: &mut HashSet<String>) -> Result<Uplink> {
+async fn automatic(
+    ground: Ground,
+    machine: &MachineId,
+    need_location: bool,
+    avoid: &mut HashSet<String>,
+) -> Result<Uplink> {
     let mut netlink = Netlink::open()?;
-    build::clear(&mut netlink, true)?;
-    let cards: Vec<Link> = netlink.links()?.into_iter().filter(Link::is_card).collect();
+    let cards = build::clear(&mut netlink, ground, true)?;
     if cards.is_empty() {
         return Err(AgentError::NoInterface);
     }
@@ -209,10 +218,10 @@ enum Got {
     Routed,
 }
 
-async fn configured(machine: &MachineId, need_location: bool, section: &Section) -> Result<Uplink> {
+async fn configured(ground: Ground, machine: &MachineId, need_location: bool, section: &Section) -> Result<Uplink> {
     let (mut netlink, mut watch) = (Netlink::open()?, Watch::open()?);
-    build::clear(&mut netlink, false)?;
-    let made = build::build(&mut netlink, &mut watch, section).await?;
+    build::clear(&mut netlink, ground, false)?;
+    let made = build::build(&mut netlink, &mut watch, ground, section).await?;
     let addressed: Vec<&Link> = made.iter().filter(|(config, _)| is_addressed(config)).map(|(_, link)| link).collect();
     connected(&mut netlink, &mut watch, &addressed).await?;
     let mut asking: JoinSet<Result<Got>> = JoinSet::new();

@@ -1,6 +1,7 @@
 //! Links, addresses and routes by NETLINK_ROUTE messages: rtnetlink(7), netlink(7), linux/if_link.h, linux/if_addr.h.
 //! The kernel answers at once, so a request is a plain call; [`Watch`] waits for what the kernel tells by itself.
 
+use super::own::Own;
 use crate::error::{AgentError, Result};
 use nix::sys::socket::{AddressFamily, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, socket};
 use socket2::{Domain, Protocol, Socket, Type};
@@ -71,6 +72,8 @@ pub struct Link {
     pub up: bool,
     /// And it has found its other end.
     pub carrier: bool,
+    /// Number of the bond or bridge that it is a member of; 0: none.
+    pub master: u32,
     pub mac: Vec<u8>,
     /// The card's own address, where a bond has lent it another.
     pub permanent_mac: Vec<u8>,
@@ -186,6 +189,7 @@ fn parse_link(body: &[u8]) -> Option<Link> {
         match kind {
             IFLA_IFNAME => link.name = text(data),
             IFLA_ADDRESS => link.mac = data.to_vec(),
+            IFLA_MASTER => link.master = number(data, 0).unwrap_or(0),
             IFLA_PERM_ADDRESS => link.permanent_mac = data.to_vec(),
             IFLA_LINKINFO => {
                 // A member of a bond has this too, with the bond's kind alone.
@@ -226,6 +230,8 @@ fn octets(ip: &IpAddr) -> (u8, Vec<u8>) {
 pub struct Netlink {
     socket: Socket,
     sequence: u32,
+    /// What of it the agent has made.
+    pub own: Own,
 }
 
 impl Netlink {
@@ -235,7 +241,8 @@ impl Netlink {
             socket.set_read_timeout(Some(PATIENCE))?;
             Ok::<_, Error>(socket)
         };
-        Ok(Self { socket: open().map_err(AgentError::system("opening a netlink socket"))?, sequence: 0 })
+        let socket = open().map_err(AgentError::system("opening a netlink socket"))?;
+        Ok(Self { socket, sequence: 0, own: Own::read() })
     }
 
     /// Sends; gives the bodies that come back, or the kernel's refusal.
@@ -355,7 +362,8 @@ impl Netlink {
     }
 
     pub fn add_address(&mut self, link: &Link, ip: &IpAddr, prefix: u8) -> Result<()> {
-        self.address(NEW_ADDRESS, CREATE | REPLACE, (link.index, ip, prefix))
+        self.address(NEW_ADDRESS, CREATE | REPLACE, (link.index, ip, prefix))?;
+        self.own.add_address(link, *ip, prefix)
     }
 
     pub fn delete_address(&mut self, address: &Address) -> Result<()> {

@@ -2,13 +2,14 @@
 //! cables; at their other ends, in a second namespace, are dnsmasq's DHCP, DHCPv6 and router advertisements.
 
 use super::*;
+use crate::api::Api;
 use crate::flow::Flow;
 use crate::journal::Journal;
 use crate::testing::director::Director;
 use crate::testing::namespace::enter;
 use crate::testing::oracle::skipped;
-use crate::testing::{TestSite, journal};
-use crate::uplink::servers;
+use crate::testing::{TestSite, journal, listen};
+use crate::uplink::{connect_later, hold, servers};
 use kiln_protocol::Via;
 use kiln_release::network::NetworkConfig;
 use std::collections::HashSet;
@@ -74,7 +75,7 @@ fn run<T>(future: impl Future<Output = T>) -> T {
 }
 
 async fn up(section: &Section, avoid: &mut HashSet<String>) -> Result<Uplink> {
-    bring_up(&id(), false, section, avoid).await
+    bring_up(Ground::Initramfs, &id(), false, section, avoid).await
 }
 
 /// Whether a packet comes back from there: nobody listens, and that is said at once.
@@ -261,6 +262,63 @@ fn ipv6_by_routers_and_by_dhcp() {
     });
 }
 
+/// A running system whose boot reached nobody. Each card has a lease, the server is behind the second only. It is found, and what
+/// the image's programs have made for themselves since the boot is as it was: a container's cable, addresses on a card.
+#[test]
+fn a_running_system_finds_its_server_and_leaves_alone_what_others_made() {
+    if !machine("a_running_system_finds_its_server_and_leaves_alone_what_others_made") {
+        return;
+    }
+    let site = TestSite::new(1);
+    let dir = tempfile::tempdir().unwrap();
+    let verifier = site.verifier(1, &[], &[], dir.path());
+    // This machine itself, once its second card has the address that is leased there.
+    let (listener, address) = listen();
+    let (closed, nobody) = listen();
+    drop(closed);
+    let director = Director::start_on((listener, address), &site, (1, 1, Via::Cold, false));
+    let api = |server: SocketAddr| {
+        let url = format!("https://10.9.1.50:{}", server.port());
+        Api::new(&[url], &site.tls[0], &verifier.key, &verifier.clock).unwrap()
+    };
+    let there = || Netlink::open().unwrap().addresses().unwrap().iter().map(|a| a.ip.to_string()).collect::<Vec<_>>();
+    run(async {
+        // Without a router: whom a card does not reach it does not reach at once.
+        let first = Dnsmasq::start("--interface=b0 --dhcp-range=10.9.0.50,10.9.0.50,1h --dhcp-option=3");
+        assert_eq!(up(&Section::default(), &mut HashSet::new()).await.unwrap().interface, "a0");
+        sh("ip link add c0 type veth peer name c1; ip link set c0 up; ip link set c1 up; ip addr add 10.9.7.1/24 dev c0
+            ip addr add 10.9.8.1/32 dev a0; ip addr add 2001:db8:8::1/64 dev a0 nodad");
+        std::fs::remove_file(RESOLVER).unwrap();
+        let behind = async {
+            let mut watch = Watch::open().unwrap();
+            // The first card has its lease again, and that was not the way.
+            while !Path::new(RESOLVER).exists() {
+                watch.changed().await;
+            }
+            Dnsmasq::start("--interface=b1 --dhcp-range=10.9.1.50,10.9.1.50,1h --dhcp-option=3")
+        };
+        let found = connect_later(trial::Known::default(), verifier.boot.clone(), id(), api(address));
+        let (renewals, second) = tokio::join!(found, behind);
+        assert_eq!(renewals.len(), 1, "its lease is renewed");
+        let left_alone = ["10.9.7.1", "10.9.8.1", "2001:db8:8::1"];
+        let all = there();
+        assert!(left_alone.iter().chain(&["10.9.1.50"]).all(|ip| all.iter().any(|there| there == ip)), "{all:?}");
+        assert!(!all.iter().any(|ip| ip == "10.9.0.50"), "its own lease of the first card is given up: {all:?}");
+        drop((renewals, first));
+
+        // No server anywhere: the address stays all the same. And once there is one it is seen.
+        let (way, look) = (trial::Choice::default(), Duration::from_millis(100));
+        let none = hold(&way, &id(), &mut api(nobody), (look, Duration::from_secs(1))).await;
+        let all = there();
+        assert!(none.is_none() && all.iter().any(|ip| ip == "10.9.1.50"), "{all:?}");
+        assert!(hold(&way, &id(), &mut api(address), (look, Duration::from_secs(60))).await.is_some());
+        let all = there();
+        assert!(left_alone.iter().all(|ip| all.iter().any(|there| there == ip)), "{all:?}");
+        drop(second);
+    });
+    assert!(director.heard().is_empty(), "looking for it says nothing");
+}
+
 /// A boot server of this site at an address that no DHCP server of an honest site names.
 fn stands_at(address: &str, site: &TestSite) -> Director {
     let address: SocketAddr = address.parse().unwrap();
@@ -295,7 +353,7 @@ fn a_lying_dhcp_server_names_an_attacker_who_hears_nothing() {
         ] {
             let _dhcp = Dnsmasq::start(&format!("--interface=b0 --dhcp-range=10.9.0.50,10.9.0.90,1h {says}"));
             let nowhere = Section::default();
-            let uplink = bring_up(&id(), true, &nowhere, &mut HashSet::new()).await.unwrap();
+            let uplink = bring_up(Ground::Initramfs, &id(), true, &nowhere, &mut HashSet::new()).await.unwrap();
             let said = servers(&flow.verifier.boot, &nowhere, &uplink);
             let expected = (vec![format!("http://{host}:8080")], vec![format!("https://{host}:8443")]);
             assert_eq!((&said.http, &said.agent), (&expected.0, &expected.1), "{way}: {uplink:?}");

@@ -50,6 +50,11 @@ impl Service {
             eprintln!("kiln-agent: report not delivered: {error}");
         }
         log::sent().await;
+        // The image's init could not execute its own end.
+        if self.gone {
+            let error = (self.door.reboot)(RebootMode::RB_AUTOBOOT);
+            return AgentError::system("leaving a system whose disk is gone")(error);
+        }
         // What that report did not bring to the server waits on the disk for the next boot.
         if let Some(kept) = self.watch.keeper.flush()
             && timeout(DISK_DEADLINE, kept).await.is_err()

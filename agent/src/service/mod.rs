@@ -97,6 +97,10 @@ struct Service {
     watch: Watch,
     /// In disk mode.
     disk: Option<SharedDisk>,
+    /// The kernel's folder of the disk that the root lies on, in disk mode.
+    lives_on: Option<PathBuf>,
+    /// That disk is in the machine no more.
+    gone: bool,
     /// What the role selects, by the newest assignment that was verified.
     settings: RoleSettings,
     /// What a reply claims that it selects.
@@ -147,6 +151,8 @@ impl Service {
             ready: None,
             watch: Watch::new(Keeper::open(None, None), BTreeMap::new(), "/"),
             disk: None,
+            lives_on: None,
+            gone: false,
             settings,
             claimed: None,
             disbelieved: None,
@@ -237,10 +243,15 @@ impl Service {
                 }
                 () = until(self.duty.wakes()) => Event::Time,
             };
-            if let Event::Checked(health) = &event
-                && self.prove(health.healthy).await
-            {
+            // What is not in memory cannot be read any more. The boot server is there to boot from again.
+            if self.gone && matches!(event, Event::Answered(_)) {
                 break 'service true;
+            }
+            if let Event::Checked(health) = &event {
+                self.look_for_disk();
+                if self.prove(health.healthy).await {
+                    break 'service true;
+                }
             }
             let jitter = random().map_or(0, |bytes| bytes[0]);
             let (duty, actions) = self.duty.event(event, monotonic_ms(), jitter);

@@ -3,8 +3,9 @@
 
 use super::{Proof, Service};
 use crate::dbx;
+use crate::disk::DiskError;
 use crate::disk::machine::{SharedDisk, on_disk};
-use kiln_protocol::{BootFirst, slot};
+use kiln_protocol::{BootFirst, Stage, slot};
 use std::time::Duration;
 use tokio::time::timeout;
 
@@ -41,6 +42,16 @@ impl Service {
                 false
             }
         }
+    }
+
+    /// Whether the disk that this system runs from is still in the machine: the kernel forgets one that is pulled out. Without it the
+    /// system goes on as long as nothing is read that is not in memory, so it is left, by the firmware, once a boot server answers:
+    /// the machine comes up again in memory.
+    pub(super) fn look_for_disk(&mut self) {
+        let Some(folder) = self.lives_on.as_deref().filter(|folder| !self.gone && !folder.exists()) else { return };
+        let disk = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        self.gone = true;
+        self.journal.failed(Stage::Service, &DiskError::Gone { disk }.into(), 1, Some(Duration::ZERO));
     }
 
     /// What failed here before may be told no more, the count of starts ends, and a loader that the firmware refuses is replaced.

@@ -17,8 +17,8 @@ use crate::net::Uplink;
 use crate::verifier::Verifier;
 use crate::watchdog::Watchdog;
 use crate::{console, exec, facts, init, inventory, local, log, restart, tpm, uplink, verity};
-use kiln_protocol::{RunningRelease, Stage, slot};
-use kiln_release::EXEC_PATH;
+use kiln_protocol::{MachineId, RunningRelease, Stage, slot};
+use kiln_release::{BootInfo, EXEC_PATH};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,7 +42,6 @@ async fn serve() -> Result<()> {
     if let Some(watchdog) = Watchdog::arm() {
         tokio::spawn(watchdog.keep());
     }
-    tokio::spawn(stay_connected(handoff.uplink.clone(), handoff.boot.clone(), facts_id()?));
     forget_an_earlier_start();
     let probe = Probe::new(verity::running_root_hash, "systemctl");
     let checks = Checks::new(handoff.manifest.health.clone(), handoff.manifest.verity.root_hash.clone(), probe);
@@ -65,12 +64,15 @@ async fn serve() -> Result<()> {
     log::take_over();
     tokio::spawn(log::follow());
     let watch = Watch::of(&handoff.manifest, disk.clone());
+    let uplink = handoff.uplink.clone();
+    let lives_on = handoff.disk.as_ref().map(|on| Path::new("/sys/class/block").join(&on.name));
     let (verifier, mut journal) = resume(handoff, place, resumed, disk.as_ref())?;
     journal.fallback =
         disk.as_ref().and_then(|disk| local::fallback(&verifier.memory, &crate::disk::machine::lock(disk)));
     let site = &verifier.boot.site;
     let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, &verifier.key, &verifier.clock)?;
     let api = api.pinned(&verifier.pins);
+    tokio::spawn(stay_connected(uplink, verifier.boot.clone(), journal.machine.id.clone(), api.another()));
     log::ship(api, &journal.state.boot_id, &journal.machine.id);
     journal.done(Stage::Handover);
     journal.done(Stage::Service);
@@ -80,16 +82,18 @@ async fn serve() -> Result<()> {
     tokio::spawn(inventory::keep(api, journal.machine.id.clone(), journal.state.boot_id.clone()));
     let mut service = Service::new(verifier, journal, change::NEXT, door)?;
     (service.disk, service.watch, service.exec, service.secrets) = (disk, watch, exec, secrets);
+    service.lives_on = lives_on;
     Err(Box::pin(service.run(checks)).await)
 }
 
 /// Keeps what is leased, or goes on asking: in disk mode a machine comes up without a network.
-async fn stay_connected(uplink: Option<Uplink>, boot: kiln_release::BootInfo, machine: kiln_protocol::MachineId) {
-    let uplink = match uplink {
-        Some(uplink) => uplink,
-        None => uplink::connect_later(Place::of_this_machine().network(), boot, machine.clone()).await,
+async fn stay_connected(uplink: Option<Uplink>, boot: BootInfo, machine: MachineId, api: Api) {
+    let mut renewals = match uplink {
+        Some(uplink) => uplink.keep(&machine),
+        None => uplink::connect_later(Place::of_this_machine().network(), boot, machine, api).await,
     };
-    uplink.keep(&machine);
+    // Renewals have no end.
+    while renewals.join_next().await.is_some() {}
 }
 
 /// The disk that this system runs from. One that cannot be opened any more, or not in time, costs the slots: the release
@@ -108,7 +112,7 @@ async fn slots(handoff: &Handoff, floor: u64) -> Option<SharedDisk> {
     opened.inspect_err(|error| eprintln!("kiln-agent: disk {name}: {error} ({})", error.kind())).ok()
 }
 
-fn facts_id() -> Result<kiln_protocol::MachineId> {
+fn facts_id() -> Result<MachineId> {
     let place = Place::of_this_machine();
     Ok(facts::read(place.key_storage(), place.rollback_memory())?.id)
 }

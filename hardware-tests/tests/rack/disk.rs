@@ -22,10 +22,10 @@ const NAME: &str = "rack-1";
 const SLOT_A: u64 = 129 << 20;
 
 /// A machine with a blank disk installs itself over the network; it comes up from its disk after a power cut with the
-/// boot server gone; a reimage goes to the other slot through the loader; and a trial whose root is overwritten on the
+/// boot server gone, and with the whole network gone, which its service finds when it is back; a reimage goes to the other slot through the loader; and a trial whose root is overwritten on the
 /// disk is left for the release before, by itself, with the boot server gone.
 #[test]
-#[ignore = "slow: an install, three boots from the disk and a fall-back; make test-slow"]
+#[ignore = "slow: an install, four boots from the disk and a fall-back; make test-slow"]
 fn a_machine_lives_on_its_disk() {
     testing::rack(|paths| {
         let spec =
@@ -49,6 +49,19 @@ fn a_machine_lives_on_its_disk() {
         console.wait_for("disk/1 is healthy: vda: A Good disk/1", begun, IDLE).unwrap();
         rack.start_server().unwrap();
         rack.wait_healthy(NAME, 1).unwrap();
+
+        // No packet comes through at all: not even an address. It is heard of once there is a network again.
+        let before = boot_id(rack.view(NAME).as_ref());
+        rack.machine(NAME).power_off();
+        rack.machine(NAME).set_connected(false).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("the release in the slot starts", Mark::default(), IDLE).unwrap();
+        console.wait_for("disk/1 is healthy: vda: A Good disk/1", Mark::default(), IDLE).unwrap();
+        assert!(console.since(Mark::default()).contains("no DHCP offer on"), "{}", console.last_words(40));
+        assert_eq!(boot_id(rack.view(NAME).as_ref()), before, "the server has not heard of this boot");
+        rack.machine(NAME).set_connected(true).unwrap();
+        rack.wait(NAME, "heard of again", |v| boot_id(Some(v)) != before && v.is_healthy_on(1)).unwrap();
 
         // Into the other slot, and there through the loader.
         rack.kiln(&["release", "publish", "disk/2"]).unwrap();
@@ -89,6 +102,11 @@ fn a_machine_lives_on_its_disk() {
         let again = rack.kiln(&["assign", NAME, "disk/1"]).unwrap_err().to_string();
         assert!(again.contains("trial-root-spoilt"), "not offered again, and why: {again}");
     });
+}
+
+/// The newest boot that the server has heard of.
+fn boot_id(view: Option<&MachineView>) -> Option<String> {
+    view.and_then(MachineView::boot).map(|boot| boot.boot_id.clone())
 }
 
 fn spec() -> MachineSpec {
@@ -300,6 +318,48 @@ fn a_boot_loop_ends_in_a_safe_mode_that_reports() {
 fn entries(disk: &Path) -> String {
     let image = format!("{}@@{}", disk.display(), 1 << 20);
     command::run_command(Command::new("mdir").args(["-b", "-i", &image, "::/loader/entries"])).unwrap()
+}
+
+/// A machine that lives on its disk. The disk is pulled out while it runs: it restarts by itself and comes up in memory. Then the disk
+/// begins to fail: one that cannot be read costs the slots and not the machine, one that takes no more writes starts what it
+/// holds. Whole again, it is used again, and what it holds is as it was.
+#[test]
+#[ignore = "slow: an install and four boots; make test-slow"]
+fn a_disk_that_is_pulled_out_or_begins_to_fail_costs_the_slots_and_not_the_machine() {
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-fails");
+        rack.machine(NAME).set_disks(vec![Disk::VirtioBlkAtPort]).unwrap();
+        installed(&mut rack);
+        let (before, resets) = (boot_id(rack.view(NAME).as_ref()), rack.machine(NAME).resets());
+        rack.machine(NAME).pull_disk(0).unwrap();
+        rack.machine(NAME).wait_reset(resets, 2 * IDLE).unwrap();
+        let told = |v: &MachineView| boot_id(Some(v)) != before && v.failures().contains(&"disk-none");
+        let view = rack.wait(NAME, "healthy in memory", |v| told(v) && v.is_healthy_on(1)).unwrap();
+        let earlier = view.boots.iter().filter(|boot| Some(&boot.boot_id) == before.as_ref()).flat_map(|b| &b.stages);
+        let said: Vec<&str> = earlier.filter_map(|stage| stage.message.as_deref()).collect();
+        assert!(said.iter().any(|said| said.contains("vda, which this system runs from, is not in")), "{said:?}");
+        rack.machine(NAME).power_off();
+        let held = rack.machine(NAME).hold_disk(0).unwrap();
+
+        let before = boot_id(rack.view(NAME).as_ref());
+        held.set_fault(Fault::Reads);
+        rack.machine(NAME).power_on().unwrap();
+        let told = |v: &MachineView| boot_id(Some(v)) != before && v.failures().contains(&"disk-io-error");
+        rack.wait(NAME, "healthy in memory", |v| told(v) && v.is_healthy_on(1)).unwrap();
+        let said = rack.machine(NAME).console().unwrap().since(Mark::default());
+        assert!(said.contains("Start PXE"), "its firmware cannot read the disk either");
+        rack.machine(NAME).power_off();
+
+        held.set_fault(Fault::Writes);
+        let said = starts_and_says(&mut rack, "is healthy: vda: A Good disk/1");
+        assert!(!said.contains("Start PXE"), "from its disk");
+        assert!(said.contains("the start is not counted"), "the disk takes no writes");
+        rack.machine(NAME).power_off();
+
+        held.set_fault(Fault::None);
+        let said = starts_and_says(&mut rack, "is healthy: vda: A Good disk/1");
+        assert!(!said.contains("Start PXE") && !said.contains("is not counted"), "as before");
+    });
 }
 
 /// Each kind of disk that a machine may have has its outcome: it comes up, says why, and nobody's data is touched.

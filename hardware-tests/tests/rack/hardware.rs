@@ -1,6 +1,6 @@
 //! Other hardware than virtio: what the agent finds by modalias with the generic kernel (image `servers`).
 
-use kiln_lab::api;
+use kiln_lab::api::{self, MachineView};
 use kiln_lab::machine::{DISK_BYTES, Disk, Firmware, HardwareWatchdog, MachineSpec, text};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
@@ -8,6 +8,8 @@ use kiln_lab::{command, console::Mark, newer_qemu, site, testing};
 use kiln_protocol::{Inventory, Stage};
 
 const NAME: &str = "rack-1";
+/// Of every machine of the rack.
+const MEMORY: u64 = 2 << 30;
 
 /// Every kind of disk, and what the inventory calls its driver, how it is attached, and a part of its model.
 const DISKS: [(Disk, &str, &str, &str); 6] = [
@@ -64,8 +66,8 @@ cards! {
     boots_by_rtl8139 "rtl8139"
 }
 
-/// One machine with every card and every kind of disk: all have drivers and are in the inventory that the server shows, and
-/// the address is that of the card the firmware booted from, though the others could have one too.
+/// One machine with every card and every kind of disk: all have drivers and are in the inventory that the server shows, as are its
+/// processor, memory, firmware and PCI devices, and the address is that of the card the firmware booted from, though the others could have one too.
 #[test]
 #[ignore = "slow: the device matrix; make test-slow"]
 fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
@@ -110,6 +112,12 @@ fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
             let driver = CARDS.iter().find(|(known, _)| known == card).unwrap().1;
             assert_eq!(nic.driver, driver, "{nic:?}");
         }
+        assert!(found.cpus.iter().any(|cpu| cpu.cores > 0), "{:?}", found.cpus);
+        assert_eq!(found.dimms.iter().map(|dimm| dimm.bytes).sum::<u64>(), MEMORY, "{:?}", found.dimms);
+        assert_eq!(found.system.product, "Virtual rack machine", "{:?}", found.system);
+        assert!(!found.firmware.vendor.is_empty() && !found.firmware.version.is_empty(), "{:?}", found.firmware);
+        let has = |driver: &str| found.pci.iter().any(|device| device.driver == driver && !device.address.is_empty());
+        assert!(has("nvme") && has("igb") && has("ahci"), "{:?}", found.pci);
         for healthy in ["nvme", "ahci"] {
             let disk = found.disks.iter().find(|disk| disk.driver == healthy).unwrap();
             assert!(disk.health.as_ref().is_some_and(|health| health.passed), "{disk:?}");
@@ -118,6 +126,38 @@ fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
         // This controller has no network: that it was asked is to be seen by its answer.
         assert!(found.bmc.present && found.bmc.note.contains("no address: it has no LAN channel"), "{:?}", found.bmc);
         println!("{said}");
+    });
+}
+
+/// The card that the firmware booted from has lost its link by the time the agent asks: one of the others that has a link carries the
+/// machine, root and all. Each by a driver that no firmware here boots with.
+#[test]
+#[ignore = "slow: two boots; make test-slow"]
+fn a_card_that_has_a_link_carries_the_machine_where_the_one_that_booted_has_none() {
+    testing::rack(|paths| {
+        let mut spec = MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe));
+        spec.qemu = newer_qemu::with(paths, "igb").expect("`kiln-lab prepare --image servers` unpacks one");
+        spec.cards = vec!["virtio-net-pci", "igb", "vmxnet3"];
+        let macs = [1, 2].map(|card| text(spec.mac_of(card)));
+        let mut rack = start(paths, "cards", spec);
+        let mut before = None;
+        for (card, without, mac) in [(1, 2, &macs[0]), (2, 1, &macs[1])] {
+            rack.machine(NAME).power_on().unwrap();
+            rack.machine(NAME).set_cable(without, false).unwrap();
+            let console = rack.machine(NAME).console().unwrap().clone();
+            // By the first card everything came so far; none has a driver yet.
+            console.wait_for("image servers release 1", Mark::default(), IDLE).unwrap();
+            rack.machine(NAME).set_cable(0, false).unwrap();
+            let id = |v: &MachineView| v.boot().map(|boot| boot.boot_id.clone());
+            let view = rack.wait(NAME, "healthy", |v| id(v) != before && v.is_healthy_on(1)).unwrap();
+            before = id(&view);
+            let dhcp = std::fs::read_to_string(paths.consoles.join("cards/site-dhcp.log")).unwrap();
+            let given = dhcp.lines().rfind(|line| line.contains("DHCPACK") && line.contains(mac.as_str()));
+            let given = given.unwrap_or_else(|| panic!("card {card} has no lease: {dhcp}"));
+            let address = given.split(' ').find(|word| word.parse::<std::net::Ipv4Addr>().is_ok()).unwrap();
+            let said = console.since(Mark::default());
+            assert!(said.contains(&format!(" has [{address}]")), "card {card}: {given}: {said}");
+        }
     });
 }
 

@@ -1,12 +1,13 @@
 //! Signed network configurations on real links: bonds and VLANs of a machine whose cables end at a switch's trunk ports.
 //! How the agent decides is in `agent/src/net/trial.rs` and `agent/src/uplink.rs`.
 
-use kiln_lab::api::MachineView;
+use kiln_lab::api::{self, MachineView};
 use kiln_lab::console::Mark;
 use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::rack::{IDLE, LIMIT, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{testing, trunk};
+use kiln_protocol::Inventory;
 use std::fmt::Write as _;
 
 const NAME: &str = "rack-1";
@@ -37,7 +38,7 @@ fn uses(version: u64) -> String {
     format!("vlan10 has [10.77.10.{}] (network configuration {version})", 10 + version)
 }
 
-/// A machine comes up by DHCP; a configuration with LACP and a VLAN is signed and it comes healthy by that at its next
+/// A machine comes up by DHCP, and the server knows at which switch ports its cables end; a configuration with LACP and a VLAN is signed and it comes healthy by that at its next
 /// boot. With one of the two cables pulled it reimages itself by kexec, and the next kernel makes the same links again. A
 /// configuration whose VLAN nobody serves is left again, and told; one with an active-backup bond replaces the first.
 #[test]
@@ -52,6 +53,19 @@ fn bonds_and_vlans_carry_a_machine_and_one_that_loses_the_server_is_left() {
         let trunk = rack.machine(NAME).connect_trunk().unwrap();
         rack.machine(NAME).power_on().unwrap();
         rack.wait_healthy(NAME, 1).unwrap();
+        let (socket, path) = (rack.site.join("state/kiln.sock"), format!("/api/v1/machines/{NAME}/inventory"));
+        let ports = [0, 1].map(trunk::port_name);
+        let named = || {
+            let found = api::get(&socket, &path).ok()?["inventory"].take();
+            let found: Inventory = serde_json::from_value(found).ok()?;
+            let ends = found.nics.into_iter().filter_map(|nic| nic.neighbour);
+            let mut ends: Vec<String> = ends.filter(|end| end.system_name == trunk::NAME).map(|end| end.port).collect();
+            ends.sort();
+            Some(ends)
+        };
+        rack.wait(NAME, "where its cables end", |_| named().is_some_and(|ends| ends == ports)).unwrap();
+        let said = rack.kiln(&["machine", "inventory", NAME]).unwrap();
+        assert!(ports.iter().all(|port| said.contains(&format!("at switch {} port {port}", trunk::NAME))), "{said}");
 
         trunk.set_lacp(true);
         sign(&rack, 1, "lacp", trunk::VLAN);

@@ -149,3 +149,49 @@ fn nothing_is_left_on_a_wiped_disk() {
         }
     });
 }
+
+/// Room for the layout of the image `disk`, and not much to read back.
+const SMALL: u64 = 800 << 20;
+
+/// The disk that a machine lives on. What runs from it is left first; the receipt is there before anything is written to the disk
+/// again, which is all zeros by then; and the machine installs itself anew.
+#[test]
+#[ignore = "slow: two installs and a wipe; make test-slow"]
+fn a_machine_is_wiped_of_the_disk_that_it_lives_on() {
+    testing::rack(|paths| {
+        let spec =
+            MachineSpec { disks: vec![Disk::VirtioBlk], ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) };
+        let mut options = RackOptions::scenario(paths, "wipe-own", spec);
+        options.image = site::DISK.to_owned();
+        let mut rack = Rack::start(paths, &options).unwrap();
+        rack.kiln(&["release", "publish", "disk/1"]).unwrap();
+        let disk = std::fs::File::options().read(true).write(true).open(rack.machine(NAME).disk(0)).unwrap();
+        disk.set_len(SMALL).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        rack.wait_healthy(NAME, 1).unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("disk/1 is healthy: vda: A Good disk/1", Mark::default(), IDLE).unwrap();
+
+        let operator = rack.site.join("offline/operator.key").display().to_string();
+        let resets = rack.machine(NAME).resets();
+        rack.kiln(&["machine", "wipe", NAME, "--order-key", &operator, "--all-disks"]).unwrap();
+        rack.wait(NAME, "a receipt", |v| v.last_words.as_ref().is_some_and(|w| w.to_string().contains("disks wiped")))
+            .unwrap();
+        // Into the initramfs, and once more when it is done.
+        rack.machine(NAME).wait_reset(resets + 1, IDLE).unwrap();
+        rack.machine(NAME).power_off();
+        let receipt = rack.kiln(&["machine", "receipt", NAME]).unwrap();
+        let row = receipt.lines().find(|line| line.contains("rack-1-disk0")).unwrap_or_else(|| panic!("{receipt}"));
+        assert!(row.contains("wiped") && row.contains(&SMALL.to_string()), "{row}");
+        let mut piece = vec![0; 1 << 20];
+        for at in (0..SMALL).step_by(piece.len()) {
+            disk.read_exact_at(&mut piece, at).unwrap();
+            assert!(piece.iter().all(|byte| *byte == 0), "something is left in the MiB at {at}");
+        }
+
+        rack.machine(NAME).power_on().unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("disk/1 is healthy: vda: A Good disk/1, B Empty -", Mark::default(), IDLE).unwrap();
+        assert!(console.since(Mark::default()).contains("vda is partitioned"), "{}", console.last_words(40));
+    });
+}

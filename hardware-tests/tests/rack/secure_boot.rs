@@ -8,7 +8,7 @@ use kiln_lab::machine::{Disk, Firmware, MachineSpec};
 use kiln_lab::paths::Paths;
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
-use kiln_lab::{site, testing};
+use kiln_lab::{command, site, testing};
 use kiln_protocol::{DbxOutcome, Stage};
 use kiln_release::pe::Pe;
 use kiln_release::{authenticode, hex, kexec};
@@ -206,9 +206,10 @@ fn only_the_signed_root_is_executed() {
 }
 
 /// A machine in disk mode installs itself, and boots from its disk with the boot server gone: the loader on it is signed
-/// by the site, and so is the UKI that it starts.
+/// by the site, and so is the UKI that it starts. A UKI with one byte flipped the firmware does not start; the machine comes by
+/// the network, and what lies on the disk is as it was signed again.
 #[test]
-#[ignore = "slow: an install and a boot from the disk; make test-slow"]
+#[ignore = "slow: an install, a boot from the disk and one by the network; make test-slow"]
 fn a_disk_boots_through_the_signed_loader() {
     testing::rack(|paths| {
         let spec = MachineSpec { disks: vec![Disk::VirtioBlk], ..secure(paths, NetworkBoot::Pxe) };
@@ -229,6 +230,35 @@ fn a_disk_boots_through_the_signed_loader() {
         let said = console.since(begun);
         assert!(said.contains(LOCKED), "{}", console.last_words(40));
         assert!(!said.contains("Start PXE"), "the disk comes first in the boot order");
+
+        // One byte of the boot program on the disk is flipped. The machine comes by the network, and puts it right.
+        rack.machine(NAME).power_off();
+        rack.start_server().unwrap();
+        let manifest = site::manifest_of(&rack.site, site::DISK, 1).unwrap();
+        let uki = manifest["uki"]["sha256"].as_str().unwrap();
+        let image = format!("{}@@{}", rack.machine(NAME).disk(0).display(), 1 << 20);
+        let (there, here) = (format!("::/EFI/kiln/{uki}.efi"), paths.scratch.join("kiln.efi"));
+        let read = || {
+            command::run_command(Command::new("mcopy").args(["-n", "-i", &image, &there]).arg(&here)).ok()?;
+            std::fs::read(&here).ok()
+        };
+        let mut bytes = read().unwrap();
+        assert_eq!(hex::sha256(&bytes), uki);
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&here, &bytes).unwrap();
+        command::run_command(Command::new("mcopy").args(["-o", "-i", &image]).arg(&here).arg(&there)).unwrap();
+        assert!(read().is_some_and(|bytes| hex::sha256(&bytes) != uki));
+        rack.machine(NAME).power_on().unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("disk/1 is healthy: vda: A Good disk/1", Mark::default(), IDLE).unwrap();
+        assert!(
+            console.since(Mark::default()).contains("Start PXE"),
+            "the firmware refuses it: {}",
+            console.last_words(40)
+        );
+        rack.wait(NAME, "its boot program is as signed", |_| read().is_some_and(|bytes| hex::sha256(&bytes) == uki))
+            .unwrap();
     });
 }
 

@@ -26,6 +26,13 @@ struct Machine {
     dir: TempDir,
     /// What systemctl was told to leave by.
     left: Receiver<String>,
+    /// How the service ended, were it not for the restart.
+    ended: Receiver<String>,
+}
+
+/// The machine's restart.
+fn stays(_: nix::sys::reboot::RebootMode) -> std::io::Error {
+    std::io::Error::other("the test stays in the room")
 }
 
 /// `state` says what `is-system-running` says; "hang" hangs it. Leaving is told through a FIFO.
@@ -71,6 +78,7 @@ impl Machine {
         std::fs::set_permissions(at("systemctl"), std::fs::Permissions::from_mode(0o755)).unwrap();
         nix::unistd::mkfifo(&at("left"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         std::fs::create_dir(at("next")).unwrap();
+        std::fs::create_dir(at("vda")).unwrap();
         let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let (agents, http) = ([format!("https://{nobody}"), agent.to_owned()], [http.to_owned()]);
         let verifier = site.verifier(release, &http, &agents, &at("machine"));
@@ -82,9 +90,9 @@ impl Machine {
         );
         let (systemctl, next, spool, root) = (at("systemctl"), at("next"), at("spool.json"), root.to_owned());
         let hooks = site.manifests[&release].hooks.clone();
+        let (lives_on, (end, ended)) = (at("vda"), channel());
         std::thread::spawn(move || {
-            let door =
-                Door { systemctl, reboot: |_| unreachable!("systemctl never fails here, and does not take a minute") };
+            let door = Door { systemctl, reboot: stays };
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             let journal = journal(&verifier);
             let mut verifier = verifier;
@@ -92,7 +100,10 @@ impl Machine {
             // Ends with the test: its thread is not waited for.
             let mut service = Service::new(verifier, journal, next, door).unwrap();
             service.watch = Watch::new(Keeper::open(Some(&spool), None), hooks, root);
-            runtime.block_on(Box::pin(service.run(checks)));
+            service.lives_on = Some(lives_on);
+            let error = runtime.block_on(Box::pin(service.run(checks)));
+            // Most tests do not wait for it.
+            let _ = end.send(error.to_string());
         });
         let (tell, left) = channel();
         let fifo = at("left");
@@ -101,7 +112,7 @@ impl Machine {
             let read = std::fs::File::open(fifo).and_then(|mut file| file.read_to_string(&mut verb));
             let _ = read.map(|_| tell.send(verb.trim().to_owned()));
         });
-        Self { dir, left }
+        Self { dir, left, ended }
     }
 
     fn set_state(&self, state: &str) {
@@ -291,6 +302,21 @@ fn a_release_that_does_not_verify_is_not_gone_to_and_the_machine_stays_healthy()
     assert!(healthy(&given_up));
     assert!(machine.left.try_recv().is_err());
     assert!(machine.next().is_empty());
+}
+
+/// A disk-mode machine goes on from memory while nobody is there to boot it. Its init, which lies on that disk, is not asked.
+#[test]
+fn a_machine_whose_disk_is_pulled_out_restarts_once_its_server_answers() {
+    let (_site, director, machine) = healthy_on_1(false);
+    director.line(Line::Dead);
+    std::fs::remove_dir(machine.dir.path().join("vda")).unwrap();
+    assert!(machine.ended.recv_timeout(WATCH_EVERY + Duration::from_secs(3)).is_err(), "it stays without a server");
+    let back = Instant::now();
+    director.line(Line::Whole);
+    director.wait("of the disk", back, 3 * PATIENCE, |r| failed(r, Stage::Service) == Some("disk-none"));
+    let ended = machine.ended.recv_timeout(PATIENCE).unwrap();
+    assert!(ended.contains("leaving a system whose disk is gone"), "{ended}");
+    assert!(machine.left.try_recv().is_err(), "systemctl was not asked");
 }
 
 /// An order for the machine of these tests, signed by this key.

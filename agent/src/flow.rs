@@ -36,8 +36,8 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// At its beginning, by what the boot image says and this machine remembers. The floor comes before anything else is
-    /// believed.
+    /// At its beginning, by what the boot image says and this machine remembers. Whether that may boot at all
+    /// ([`Memory::may_boot`]) is for the caller to ask first: what is refused is told by such a flow as well.
     pub fn begin(
         boot: BootInfo,
         state: JournalState,
@@ -45,7 +45,6 @@ impl Flow {
         memory: Memory,
         tpm: Option<TpmPresence>,
     ) -> Result<Self> {
-        memory.may_boot(&boot)?;
         let Identity { key, lost } = place.key()?;
         let embedded = embedded(&boot)?;
         let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));

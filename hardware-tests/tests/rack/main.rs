@@ -13,6 +13,7 @@ mod drift;
 mod exec;
 mod expired;
 mod extras;
+mod floor;
 mod hardware;
 mod lying_dhcp;
 mod measured;

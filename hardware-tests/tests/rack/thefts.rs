@@ -387,5 +387,6 @@ fn below_the_floor_nothing_runs() {
         assert!(hostile.failures().iter().any(|kind| kind == "assignment-below-floor"));
         machine.look_at(&hostile.url);
         machine.refuses("release-below-floor");
+        assert!(hostile.failures().iter().any(|kind| kind == "release-below-floor"));
     });
 }

@@ -189,7 +189,7 @@ impl Flow {
         let Some(api) = &mut self.api else { return };
         let (key, journal) = (self.verifier.key_id(), &self.journal);
         match attest::prove(api, &journal.machine.id, &journal.state.boot_id, &key, false).await {
-            Ok(Proved { judged, .. }) => println!("kiln-agent: {}: {}", judged.state, judged.reason),
+            Ok(Proved { judged, .. }) => println!("kiln-agent: {}: {}", judged.state, log::said(&judged.reason)),
             Err(error) => println!("kiln-agent: no proof of this boot: {error} ({})", error.kind()),
         }
     }

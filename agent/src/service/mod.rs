@@ -22,7 +22,7 @@ use crate::journal::{Journal, monotonic_ms};
 use crate::memory::random;
 use crate::spool::Keeper;
 use crate::verifier::Verifier;
-use crate::{attest, dbx, exec};
+use crate::{attest, dbx, exec, log};
 use duty::{Action, Duty, Event};
 use kiln_protocol::{
     Condition, DbxOutcome, DbxState, Health, KeyId, Nonce, ReleaseId, Reply, Report, RoleSettings, Stage, Turn,
@@ -324,7 +324,7 @@ impl Service {
             match proven {
                 Ok(proved) => {
                     let judged = &proved.judged;
-                    eprintln!("kiln-agent: {}: {}", judged.state, judged.reason);
+                    eprintln!("kiln-agent: {}: {}", judged.state, log::said(&judged.reason));
                     taker.take(judged.refused.clone(), proved.secrets).await;
                 }
                 Err(error) => {

@@ -106,7 +106,7 @@ pub async fn read_back(flow: &mut Flow, disk: &SharedDisk) -> Result<()> {
     let root_hash = flow.journal.embedded.root_hash.clone();
     on_disk(disk, move |disk| {
         let Some(slot) = disk.slots().disk.slot_of(&root_hash) else { return Ok(()) };
-        let read = disk.verify(slot, &manifest);
+        let read = disk.verify(slot, &manifest).map_err(AgentError::of_whole_slot);
         if read.is_err() {
             disk.event(Event::Spoilt(slot), None)?;
         }

@@ -10,7 +10,7 @@ use crate::memory::random;
 use kiln_protocol::slot::Fallback;
 use kiln_protocol::{
     Condition, Decision, Failure, Health, MachineFacts, Nonce, Prefetch, Reply, Report, RunningRelease, Stage,
-    StageRecord, StageState,
+    StageRecord, StageState, Stale,
 };
 use kiln_release::hex;
 use nix::time::{ClockId, clock_gettime};
@@ -39,6 +39,9 @@ pub struct JournalState {
     pub last: Option<(Stage, bool)>,
     /// Sequence that the last reply's assignment claims: not verified, only a hint that something else is wanted.
     pub sequence_hint: Option<u64>,
+    /// [`Report::stale`].
+    #[serde(default)]
+    pub stale: Option<Stale>,
 }
 
 /// The stages of this boot.
@@ -78,6 +81,7 @@ impl JournalState {
             desired_etag: String::new(),
             last: None,
             sequence_hint: None,
+            stale: None,
         }
     }
 
@@ -151,6 +155,7 @@ impl Journal {
             condition: self.condition.clone(),
             acceptance: acceptance::state(),
             secrets: None,
+            stale: self.state.stale.clone(),
             wait_s,
             desired_etag: self.state.desired_etag.clone(),
         })

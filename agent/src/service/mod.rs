@@ -341,6 +341,10 @@ impl Service {
             self.duty.prefetch().map(|p| kiln_protocol::Prefetch { progress: self.meter.read(), ..p });
         let put_up = self.disk.is_some().then_some(self.put_up).filter(|sequence| *sequence != u64::MAX);
         self.journal.condition = Some(Condition { put_up, ..self.watch.condition() });
+        // Whoever verifies meanwhile has the verifier; the next report has what came of it.
+        if let Ok(verifier) = self.verifier.try_lock() {
+            self.journal.state.stale.clone_from(&verifier.stale);
+        }
         let report = self.journal.report(hold_s);
         let listed = self.dbx.as_ref().map(|(state, _)| state.clone());
         let secrets = self.secrets.held();

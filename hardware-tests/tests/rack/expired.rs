@@ -46,6 +46,12 @@ fn a_rack_comes_up_after_a_power_cut_with_everything_expired_and_starts_nothing_
             let again = |v: &MachineView| v.is_healthy_on(1) && boot_id(v) != before;
             let view = rack.wait(name, "healthy again", again).unwrap();
             assert!(view.failures().is_empty(), "{name}: {view:#?}");
+            let stale = view.stale.as_ref().unwrap_or_else(|| panic!("{name} does not say so: {view:#?}"));
+            assert!(stale.file.ends_with(".json"), "{stale:?}");
+            let shown = rack.kiln(&["machine", "show", name]).unwrap();
+            assert!(shown.contains(&stale.words()), "{shown}");
+            let event = view.condition.events.iter().find(|event| event.kind == "stale").unwrap();
+            assert!(event.alarm && event.text == stale.words(), "{event:?}");
         }
         let status = rack.kiln(&["trust", "status"]).unwrap();
         assert!(status.contains("has EXPIRED"), "{status}");
@@ -56,5 +62,6 @@ fn a_rack_comes_up_after_a_power_cut_with_everything_expired_and_starts_nothing_
         assert!(view.is_healthy_on(1), "it works on: {view:#?}");
         rack.kiln(&["trust", "renew"]).unwrap();
         rack.wait_healthy(NAMES[0], 2).unwrap();
+        rack.wait(NAMES[0], "new dates", |v| v.stale.is_none()).unwrap();
     });
 }

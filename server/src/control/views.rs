@@ -50,6 +50,7 @@ impl MachineView {
             exec: m.exec.clone(),
             dbx: m.dbx.clone(),
             condition: condition(m),
+            stale: m.condition.stale.clone(),
             comparison: m.comparison.clone(),
             acceptance: m.acceptance.clone(),
             awaits_acceptance: m.awaits_acceptance(),

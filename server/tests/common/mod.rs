@@ -463,6 +463,7 @@ impl Agent {
             condition: None,
             acceptance: None,
             secrets: None,
+            stale: None,
             wait_s: 0,
             desired_etag: String::new(),
         }

@@ -4,8 +4,8 @@
 use crate::common::*;
 use fantoccini::{Client, ClientBuilder, Locator};
 use kiln_protocol::{
-    INTRODUCTION_PATH, Introduction, LOG_PATH, LogBatch, LogLine, LogSource, Stage, StageRecord, StageState,
-    TpmPresence, commitment,
+    INTRODUCTION_PATH, Introduction, LOG_PATH, LogBatch, LogLine, LogSource, Report, Stage, StageRecord, StageState,
+    Stale, TpmPresence, commitment,
 };
 use serde_json::json;
 use std::io::{BufRead, BufReader};
@@ -122,6 +122,12 @@ async fn the_rack_is_live_in_a_browser() {
     other.send(&server, &report).await;
     cell(&page, "rack-1", "protection", |text| text == "unprotected, unattested").await;
     cell(&page, "rack-2", "protection", |text| text == "unprotected, no-tpm").await;
+
+    // Expired metadata is said beside the state.
+    let stale = Stale { file: "targets.json".into(), expires: "2026-01-01T00:00:00Z".parse().unwrap() };
+    let report = Report { stale: Some(stale), ..agent.healthy() };
+    agent.send(&server, &report).await;
+    cell(&page, "rack-1", "state", |text| text == "healthy, stale").await;
 
     // The page of one machine: its newest boot, the kernel's lines and the stages in order, as text only.
     let line = |at_us, text: &str| LogLine { source: LogSource::Kernel, level: 6, at_us, text: text.to_owned() };

@@ -78,6 +78,11 @@ impl MachineView {
     }
 }
 
+/// What its boot can promise and what was proven of it, for people.
+pub(super) fn words_of(m: &Machine) -> String {
+    protection_words(m.protection(), m.facts.as_ref().map(|_| attestation(m)).as_ref())
+}
+
 /// Of the key that would be approved, and only while it waits.
 fn code(m: &Machine) -> Option<ApprovalCode> {
     let (of, code) = m.code.as_ref()?;

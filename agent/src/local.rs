@@ -120,11 +120,7 @@ fn may_run(flow: &Flow, verified: &Verified) -> Result<()> {
     let boot = &flow.verifier.boot;
     verified.manifest.matches_boot(boot)?;
     flow.verifier.memory.may_boot(boot)?;
-    let running = init::running_command_line();
-    if verified.manifest.policy.refuse_foreign_command_line && !plan::command_line_is(&running, &boot.command_line) {
-        return Err(AgentError::CommandLine { expected: boot.command_line.clone(), got: running });
-    }
-    Ok(())
+    plan::check_command_line(&verified.manifest, &boot.command_line, &init::running_command_line())
 }
 
 /// Makes sure that this release lies in a slot and that the loader starts it from there; says in which.

@@ -235,10 +235,7 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
     let mut verified = metadata(flow, &here, Stage::Metadata).await?;
     let boot = &flow.verifier.boot;
     verified.manifest.matches_boot(boot)?;
-    let running = running_command_line();
-    if verified.manifest.policy.refuse_foreign_command_line && !plan::command_line_is(&running, &boot.command_line) {
-        return Err(AgentError::CommandLine { expected: boot.command_line.clone(), got: running });
-    }
+    plan::check_command_line(&verified.manifest, &boot.command_line, &running_command_line())?;
     loop {
         let (assignment, via, plan) = wait_for_assignment(flow, &mut verified).await?;
         network.adopt(flow, drivers, &verified, &assignment.role).await?;

@@ -100,8 +100,9 @@ fn a_tpm_says_what_was_booted() {
         assert!(proof(&view).reason.contains("PCR 12"), "{:?}", proof(&view));
         assert_eq!(view.protection.as_deref(), Some("unprotected"));
         // The agent tells it as well, whether a TPM does or not: the machine works, and differs from its release.
-        let added =
-            |d: &Difference| d.kind == DriftKind::CommandLine && format!("{} {}", d.what, d.text).contains("kiln.extra");
+        let added = |d: &Difference| {
+            d.kind == DriftKind::CommandLine && format!("{} {}", d.what, d.text).contains("kiln.extra")
+        };
         rack.wait(NAME, "told as drift", |v| v.condition.drift.iter().any(added)).unwrap();
         rack.machine(NAME).spec.smbios.clear();
 

@@ -5,6 +5,7 @@ use crate::api::Api;
 use crate::change::blocking;
 use crate::error::{AgentError, Result};
 use crate::ima;
+use crate::log;
 use crate::secrets::{self, Opened};
 use crate::tpm::{self, Tpm};
 use kiln_protocol::tpm::qualifying_data;
@@ -100,7 +101,7 @@ pub async fn may_carry(api: &mut Api, machine: &MachineId, boot_id: &str) -> boo
         Err(_) => Some(format!("the server did not hear it within {} s", LEAVES.as_secs())),
     };
     if let Some(reason) = &refused {
-        println!("kiln-agent: the next boot would not be attested by kexec: {reason}");
+        println!("kiln-agent: the next boot would not be attested by kexec: {}", log::said(reason));
     }
     refused.is_none()
 }

@@ -301,7 +301,8 @@ impl Prefetch {
             disk.keep_put_up(&root_hash, order)?;
             Ok(via)
         });
-        let allowed = allowed.await?;
+        let fetched = self.root.is_some();
+        let allowed = allowed.await.map_err(|error| if fetched { error } else { error.of_whole_slot() })?;
         self.allowed = Some(allowed);
         Ok(())
     }

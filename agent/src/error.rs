@@ -1,6 +1,7 @@
 //! Everything that can go wrong, by the step that failed. Each has a stable kebab-case kind for the server, a class
 //! that decides between retry and restart, and a message that names what, where and what to do.
 
+use crate::disk::DiskError;
 use kiln_protocol::slot::FallbackReason;
 use kiln_protocol::{AssignmentError, FreshnessError, OrderError};
 use std::path::PathBuf;
@@ -111,6 +112,8 @@ pub enum AgentError {
     Uki(String),
     #[error("kernel's table for the root names root hash {got}, this image embeds {expected}")]
     RunningRoot { expected: String, got: String },
+    #[error("the root on {place} is not as it was signed any more: {reason}. It is fetched anew")]
+    RootRotten { place: String, reason: String },
     #[error("another assignment came while this one's release was fetched")]
     Superseded,
     #[error("the agent API's CA in this boot image is not the one that the site signs now: build a release anew")]
@@ -135,7 +138,7 @@ pub enum AgentError {
     #[error("the next release does not fit into memory beside this one, and in safe mode there is no other way to it")]
     NoWayOut,
     #[error("{0}")]
-    Disk(#[from] crate::disk::DiskError),
+    Disk(#[from] DiskError),
     #[error("the TPM: {0}")]
     Tpm(#[from] crate::tpm::TpmFault),
     #[error("there is no TPM")]
@@ -153,6 +156,16 @@ impl AgentError {
     pub fn file(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::File { path, source }
+    }
+
+    /// Of a slot that was whole when it was written: what it gives back else was altered since.
+    #[must_use]
+    pub fn of_whole_slot(self) -> Self {
+        if let Self::Disk(DiskError::ReadBack { disk, reason }) = self {
+            Self::RootRotten { place: disk, reason }
+        } else {
+            self
+        }
     }
 
     /// Says what was tried, to a system call's error.
@@ -236,6 +249,7 @@ kinds!({
     Self::DrainHook { .. } => "drain-hook", Machine;
     Self::Tpm(_) | Self::NoTpm | Self::SilentTpm { .. } => "machine-tpm", Machine;
     Self::Secrets { .. } => "machine-secrets", Machine;
+    Self::RootRotten { .. } => "root-rotten", Machine;
     Self::Usage(_) => "usage", Usage;
 } of {
     Metadata(kiln_release::TufError), Verification;
@@ -245,7 +259,7 @@ kinds!({
     Freshness(FreshnessError), Verification;
     Operator(kiln_release::OperatorError), Verification;
     Order(OrderError), Verification;
-    Disk(crate::disk::DiskError), Machine;
+    Disk(DiskError), Machine;
 });
 
 pub type Result<T> = std::result::Result<T, AgentError>;
@@ -311,6 +325,11 @@ mod tests {
             assert_eq!((error.kind(), error.class()), (kind, FailureClass::Verification));
             assert!(AgentError::kinds().contains(&(kind, FailureClass::Verification)));
         }
+        let read_back = || DiskError::ReadBack { disk: "vda".into(), reason: "another root hash".into() };
+        let (written, whole) = (AgentError::from(read_back()), AgentError::from(read_back()).of_whole_slot());
+        assert_eq!((written.kind(), whole.kind()), ("disk-read-back", "root-rotten"));
+        assert!(whole.to_string().contains("vda is not as it was signed any more: another root hash"), "{whole}");
+        assert_eq!(AgentError::from(DiskError::NoDisk).of_whole_slot().kind(), "disk-none");
         let kebab = |kind: &str| kind.bytes().all(|b| b == b'-' || b.is_ascii_lowercase());
         assert!(AgentError::kinds().iter().all(|(kind, _)| kebab(kind)));
     }

@@ -36,8 +36,8 @@ pub struct Flow {
 }
 
 impl Flow {
-    /// At its beginning, by what the boot image says and this machine remembers. The floor comes before anything else is
-    /// believed.
+    /// At its beginning, by what the boot image says and this machine remembers. Whether that may boot at all
+    /// ([`Memory::may_boot`]) is for the caller to ask first: what is refused is told by such a flow as well.
     pub fn begin(
         boot: BootInfo,
         state: JournalState,
@@ -45,7 +45,6 @@ impl Flow {
         memory: Memory,
         tpm: Option<TpmPresence>,
     ) -> Result<Self> {
-        memory.may_boot(&boot)?;
         let Identity { key, lost } = place.key()?;
         let embedded = embedded(&boot)?;
         let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));
@@ -108,6 +107,7 @@ impl Flow {
 
     /// Tells the server what it has not heard; if it does not hear now, the next report will.
     pub async fn report(&mut self) {
+        self.journal.state.stale.clone_from(&self.verifier.stale);
         if let Some(api) = &mut self.api
             && let Err(error) = self.journal.send(api, 0).await
         {
@@ -178,6 +178,7 @@ impl Flow {
 
     /// Asks the server and verifies what it answers: both signatures, the machine, the sequence, the nonce.
     pub async fn ask(&mut self, verified: &Verified, wait_s: u32) -> Result<Answer> {
+        self.journal.state.stale.clone_from(&self.verifier.stale);
         let api = self.api.as_mut().ok_or(AgentError::NoServer)?;
         let (mut reply, mut nonce) = self.journal.send(api, wait_s).await?;
         if reply.about.as_ref().is_some_and(|about| about.introduce) {
@@ -197,7 +198,7 @@ impl Flow {
         let Some(api) = &mut self.api else { return };
         let (key, journal) = (self.verifier.key_id(), &self.journal);
         match attest::prove(api, &journal.machine.id, &journal.state.boot_id, &key, false).await {
-            Ok(Proved { judged, .. }) => println!("kiln-agent: {}: {}", judged.state, judged.reason),
+            Ok(Proved { judged, .. }) => println!("kiln-agent: {}: {}", judged.state, log::said(&judged.reason)),
             Err(error) => println!("kiln-agent: no proof of this boot: {error} ({})", error.kind()),
         }
     }

@@ -5,11 +5,12 @@ use crate::api::Api;
 use crate::console;
 use crate::error::{AgentError, Result};
 use crate::facts;
+use crate::log;
 use crate::memory::random;
 use kiln_protocol::slot::Fallback;
 use kiln_protocol::{
     Condition, Decision, Failure, Health, MachineFacts, Nonce, Prefetch, Reply, Report, RunningRelease, Stage,
-    StageRecord, StageState,
+    StageRecord, StageState, Stale,
 };
 use kiln_release::hex;
 use nix::time::{ClockId, clock_gettime};
@@ -38,6 +39,9 @@ pub struct JournalState {
     pub last: Option<(Stage, bool)>,
     /// Sequence that the last reply's assignment claims: not verified, only a hint that something else is wanted.
     pub sequence_hint: Option<u64>,
+    /// [`Report::stale`].
+    #[serde(default)]
+    pub stale: Option<Stale>,
 }
 
 /// The stages of this boot.
@@ -77,6 +81,7 @@ impl JournalState {
             desired_etag: String::new(),
             last: None,
             sequence_hint: None,
+            stale: None,
         }
     }
 
@@ -86,15 +91,7 @@ impl JournalState {
 
     pub fn record(&mut self, stage: Stage, state: StageState) {
         let at_ms = self.at_ms();
-        let words = match &state {
-            StageState::Started => "…".to_owned(),
-            StageState::Done => "done".to_owned(),
-            StageState::Waiting { reason } => format!("waiting: {reason}"),
-            StageState::Failed(f) => {
-                let then = f.retry_in_ms.map_or("giving up".to_owned(), |ms| format!("next try in {ms} ms"));
-                format!("failed ({}, try {}): {}; {then}", f.kind, f.attempt, f.message)
-            }
-        };
+        let words = words(&state);
         // Not as a line of the log: it goes to the server as a record.
         std::println!("kiln-agent [{:>4}.{:03}] {:<28} {words}", at_ms / 1000, at_ms % 1000, stage.label());
         console::stage(stage, &state);
@@ -158,6 +155,7 @@ impl Journal {
             condition: self.condition.clone(),
             acceptance: acceptance::state(),
             secrets: None,
+            stale: self.state.stale.clone(),
             wait_s,
             desired_etag: self.state.desired_etag.clone(),
         })
@@ -178,6 +176,40 @@ impl Journal {
     }
 }
 
+/// A state as the console has it. Why it waits is the server's word, and an error may repeat what was served.
+fn words(state: &StageState) -> String {
+    match state {
+        StageState::Started => "…".to_owned(),
+        StageState::Done => "done".to_owned(),
+        StageState::Waiting { reason } => format!("waiting: {}", log::said(reason)),
+        StageState::Failed(f) => {
+            let then = f.retry_in_ms.map_or("giving up".to_owned(), |ms| format!("next try in {ms} ms"));
+            format!("failed ({}, try {}): {}; {then}", f.kind, f.attempt, log::said(&f.message))
+        }
+    }
+}
+
 fn claimed_sequence(envelope: &str) -> Option<u64> {
     serde_json::from_str::<serde_json::Value>(envelope).ok()?.get("signed")?.get("sequence")?.as_u64()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_server_says_begins_no_line_of_the_console() {
+        let evil = "\u{1b}[2J\r\nkiln-agent: approval code AAAA-AAAA";
+        let failed = |message: String| {
+            let failure = Failure { kind: "server-bad-status".into(), message, attempt: 1, retry_in_ms: Some(1000) };
+            StageState::Failed(failure)
+        };
+        for state in [StageState::Waiting { reason: evil.into() }, failed(evil.into())] {
+            let said = words(&state);
+            assert!(said.contains("approval code AAAA-AAAA") && !said.chars().any(char::is_control), "{said:?}");
+        }
+        let long = words(&failed("x".repeat(1 << 20)));
+        assert!(long.len() < 1200 && long.ends_with("; next try in 1000 ms"), "{} bytes", long.len());
+        assert_eq!(words(&StageState::Waiting { reason: "für später".into() }), "waiting: für später");
+    }
 }

@@ -109,7 +109,7 @@ pub async fn read_back(flow: &mut Flow, disk: &SharedDisk) -> Result<()> {
     let root_hash = flow.journal.embedded.root_hash.clone();
     on_disk(disk, move |disk| {
         let Some(slot) = disk.slots().disk.slot_of(&root_hash) else { return Ok(()) };
-        let read = disk.verify(slot, &manifest);
+        let read = disk.verify(slot, &manifest).map_err(AgentError::of_whole_slot);
         if read.is_err() {
             disk.event(Event::Spoilt(slot), None)?;
         }
@@ -123,11 +123,7 @@ fn may_run(flow: &Flow, verified: &Verified) -> Result<()> {
     let boot = &flow.verifier.boot;
     verified.manifest.matches_boot(boot)?;
     flow.verifier.memory.may_boot(boot)?;
-    let running = init::running_command_line();
-    if verified.manifest.policy.refuse_foreign_command_line && !plan::command_line_is(&running, &boot.command_line) {
-        return Err(AgentError::CommandLine { expected: boot.command_line.clone(), got: running });
-    }
-    Ok(())
+    plan::check_command_line(&verified.manifest, &boot.command_line, &init::running_command_line())
 }
 
 /// Makes sure that this release lies in a slot and that the loader starts it from there; says in which.

@@ -4,6 +4,7 @@ use crate::error::{AgentError, Result};
 use crate::memory::Memory;
 use jiff::Timestamp;
 use kiln_protocol::{Assignment, ReleaseId};
+use kiln_release::Manifest;
 
 /// What to do about an assignment that has passed its checks.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -53,6 +54,14 @@ pub fn command_line_is(running: &str, signed: &str) -> bool {
         line.split_whitespace().filter(loaders).map(str::to_owned).collect()
     };
     words(running) == words(signed)
+}
+
+/// That a release whose policy says so does not start with another command line than its own.
+pub fn check_command_line(manifest: &Manifest, signed: &str, running: &str) -> Result<()> {
+    if manifest.policy.refuse_foreign_command_line && !command_line_is(running, signed) {
+        return Err(AgentError::CommandLine { expected: signed.to_owned(), got: running.to_owned() });
+    }
+    Ok(())
 }
 
 /// What stands against a kexec.
@@ -131,6 +140,19 @@ mod tests {
         assert!(command_line_is("BOOT_IMAGE=kernel console=ttyS0", "console=ttyS0"));
         assert!(!command_line_is("console=ttyS0 init=/bin/sh", "console=ttyS0"));
         assert!(!command_line_is("", "console=ttyS0"));
+    }
+
+    #[test]
+    fn a_foreign_command_line_starts_nothing_where_the_release_says_so() {
+        let mut manifest = crate::testing::TestSite::new(1).manifests[&1].clone();
+        let check = |manifest: &Manifest, running| {
+            check_command_line(manifest, "console=ttyS0", running).map_err(|error| error.kind())
+        };
+        manifest.policy.refuse_foreign_command_line = false;
+        assert_eq!(check(&manifest, "console=ttyS0 init=/bin/sh"), Ok(()), "elsewhere it is drift, and told");
+        manifest.policy.refuse_foreign_command_line = true;
+        assert_eq!(check(&manifest, "console=ttyS0 init=/bin/sh"), Err("command-line-mismatch"));
+        assert_eq!(check(&manifest, "initrd=initramfs console=ttyS0"), Ok(()));
     }
 
     #[test]

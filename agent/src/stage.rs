@@ -70,8 +70,16 @@ async fn stage(options: &Options) -> Result<()> {
     let place = Place::Directory(options.state.clone());
     let memory = place.memory()?;
     let state = JournalState::begin(boot_id()?, started_ms);
+    let below_floor = memory.may_boot(&boot).err();
     let mut flow = Flow::begin(boot, state, place, memory, None)?;
     flow.tries = Some(options.tries);
+    if let Some(error) = below_floor {
+        if flow.find_server().await.is_ok() {
+            flow.journal.failed(Stage::Start, &error, 1, None);
+            flow.give_up(&error).await;
+        }
+        return Err(error);
+    }
     flow.journal.done(Stage::Start);
     flow.find_server().await?;
     flow.ship_log()?;

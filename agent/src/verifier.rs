@@ -10,8 +10,8 @@ use crate::plan::Currency;
 use jiff::Timestamp;
 use kiln_protocol::{
     Assignment, Class, Decision, Freshness, Grant, ImageName, KeyId, KeyStorage, Nonce, ORDER_TYPE, Order, OrderAction,
-    OrderError, OrderGiven, Ordered, ReleaseId, Reply, RoleSettings, Running, Via, check_assignment, check_freshness,
-    check_order,
+    OrderError, OrderGiven, Ordered, ReleaseId, Reply, RoleSettings, Running, Stale, Via, check_assignment,
+    check_freshness, check_order,
 };
 use kiln_release::certificate::{spki_der, spki_key_id};
 use kiln_release::tuf::{self, ExpiryPolicy, Fetched, Limits, Outcome, Request, TargetPath};
@@ -79,6 +79,8 @@ pub struct Verifier {
     pub wipe: Option<Order>,
     /// Sequence of the assignment under which what runs was fetched and verified.
     pub put_up: u64,
+    /// What had expired of the metadata that was verified last, by the time that is believed now.
+    pub stale: Option<Stale>,
 }
 
 impl Verifier {
@@ -98,6 +100,7 @@ impl Verifier {
             order: None,
             wipe: None,
             put_up: u64::MAX,
+            stale: None,
         }
     }
 
@@ -152,6 +155,7 @@ impl Verifier {
         }
         // Signed offline with the release: it is at least so late.
         self.move_clock(self.boot.built.max(verified.manifest.built));
+        self.note_stale(&verified);
         self.place.remember(&self.memory)?;
         Ok(verified)
     }
@@ -202,7 +206,12 @@ impl Verifier {
             let (expected, got) = (verified.manifest_sha256, assigned.manifest_sha256.to_string());
             return Err(AgentError::ManifestMismatch { expected, got });
         }
+        self.note_stale(&verified);
         Ok((verified, assigned))
+    }
+
+    fn note_stale(&mut self, verified: &Verified) {
+        self.stale = verified.stale_at(self.now).map(|(file, expires)| Stale { file, expires });
     }
 
     /// What a finished update says of the site and the release.
@@ -274,6 +283,7 @@ impl Verifier {
         self.settings.clone_from(&assigned.settings);
         self.order = order;
         self.move_clock(fresh.now.min(verified.outcome.offline_expires_newest));
+        self.note_stale(verified);
         self.place.remember(&self.memory)?;
         Ok(Answer::Assigned { assignment: assigned, via, grant })
     }

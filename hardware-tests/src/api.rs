@@ -3,7 +3,7 @@
 //! Requests are HTTP/1.0 on purpose: the answer then ends with the connection, also a stream of events.
 
 use crate::error::LabError;
-use kiln_protocol::{AgentMemory, DbxState, Difference, ExecState, Stage};
+use kiln_protocol::{AgentMemory, DbxState, Difference, ExecState, Stage, Stale};
 use serde::Deserialize;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -55,6 +55,9 @@ pub struct MachineView {
     pub condition: ConditionView,
     #[serde(default)]
     pub last_words: Option<Value>,
+    /// Its metadata has expired.
+    #[serde(default)]
+    pub stale: Option<Stale>,
     #[serde(default)]
     pub boots: Vec<Boot>,
 }

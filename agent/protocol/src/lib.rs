@@ -25,6 +25,7 @@ pub mod slot;
 mod smbios;
 mod spool;
 mod stage;
+mod stale;
 pub mod tpm;
 mod verdict;
 mod wire;
@@ -67,6 +68,7 @@ pub use secrets::{
 pub use smbios::{SMBIOS_LIMIT, Smbios, is_placeholder, parse_smbios};
 pub use spool::{Clocks, Intake, Kept, Noted, SPOOL_BATCH, SPOOL_LIMIT, SPOOL_TEXT, Spool, SpoolReport};
 pub use stage::{Failure, Stage, StageRecord, StageState};
+pub use stale::Stale;
 pub use verdict::{Found, Rule, Turn, Verdict};
 pub use wire::{
     AgentMemory, Firmware, Health, KeyStorage, MachineFacts, Prefetch, Progress, ProtectionClass, REPORT_PATH, Report,

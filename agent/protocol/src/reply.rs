@@ -45,6 +45,9 @@ pub struct About {
     pub approved: bool,
     /// The server would show its approval code and has none: see [`crate::Introduction`].
     pub introduce: bool,
+    /// Its protection class and how its boot stands beside it, in the words of every list; empty: a server from before.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub protection: String,
 }
 
 /// What the server wants of the machine.
@@ -138,12 +141,18 @@ mod tests {
         let newer = golden.replacen('{', r#"{"added_later":1,"#, 1);
         assert_eq!(serde_json::from_str::<Reply>(&newer).unwrap(), reply, "unknown fields are ignored");
         let (name, page) = ("rack-7".to_owned(), Some("http://10.0.0.1:8080/m/rack-7".to_owned()));
-        let about = Reply { about: Some(About { name, page, approved: false, introduce: true }), ..reply.clone() };
+        let about = About { name, page, approved: false, introduce: true, protection: String::new() };
+        let about = Reply { about: Some(about), ..reply.clone() };
         let more =
             r#","about":{"name":"rack-7","page":"http://10.0.0.1:8080/m/rack-7","approved":false,"introduce":true}}"#;
         let told = format!("{}{more}", golden.strip_suffix('}').unwrap());
         assert_eq!(serde_json::to_string(&about).unwrap(), told);
         assert_eq!(serde_json::from_str::<Reply>(&told).unwrap(), about);
+        let with = told.replace(r#""introduce":true"#, r#""introduce":true,"protection":"attested""#);
+        let promises = about.about.map(|about| About { protection: "attested".into(), ..about });
+        let promises = Reply { about: promises, ..reply.clone() };
+        assert_eq!(serde_json::to_string(&promises).unwrap(), with);
+        assert_eq!(serde_json::from_str::<Reply>(&with).unwrap(), promises);
         let set = Reply { thresholds: [("disk./var".into(), "10%".into())].into(), ..reply.clone() };
         let with = golden.replace(r#""may_wait":true"#, r#""may_wait":true,"thresholds":{"disk./var":"10%"}"#);
         assert_eq!(serde_json::to_string(&set).unwrap(), with);

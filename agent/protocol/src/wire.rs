@@ -13,6 +13,7 @@ use crate::log::printable;
 use crate::secrets::{SECRETS_OF_A_RELEASE, SecretVersions};
 use crate::slot::Fallback;
 use crate::stage::StageRecord;
+use crate::stale::Stale;
 use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::str::FromStr;
@@ -240,6 +241,9 @@ pub struct Report {
     /// The secrets it holds; none: its release wants none, or its agent knows of none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secrets: Option<SecretVersions>,
+    /// The metadata that this boot rests on has expired; none: it has not, or nothing was verified yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stale: Option<Stale>,
     /// Seconds the server may hold this report until the desired state differs from [`Report::desired_etag`]; 0: none.
     #[serde(default)]
     pub wait_s: u32,
@@ -265,6 +269,9 @@ impl Report {
         cut(&mut self.boot_id, 64);
         if let Some(health) = &mut self.health {
             cut(&mut health.detail, 500);
+        }
+        if let Some(stale) = &mut self.stale {
+            cut(&mut stale.file, 128);
         }
         self.exec.iter_mut().for_each(ExecState::tame);
         if let Some(held) = &mut self.secrets {
@@ -340,6 +347,13 @@ mod tests {
         let new = new.replace(r#""wait_s""#, &format!(r#"{condition}"wait_s""#));
         assert_eq!(serde_json::to_string(&report).unwrap(), new);
         assert_eq!(serde_json::from_str::<Report>(&new).unwrap(), report);
+
+        let stale = Stale { file: "targets.json".into(), expires: "2026-01-01T00:00:00Z".parse().unwrap() };
+        let told = Report { stale: Some(stale), ..report.clone() };
+        let stale = r#""stale":{"file":"targets.json","expires":"2026-01-01T00:00:00Z"},"wait_s""#;
+        let with = new.replace(r#""wait_s""#, stale);
+        assert_eq!(serde_json::to_string(&told).unwrap(), with);
+        assert_eq!(serde_json::from_str::<Report>(&with).unwrap(), told);
         assert_eq!(report.condition.unwrap().draining.unwrap().words(), "draining: 1 of 2, hook h since 40 s");
     }
 

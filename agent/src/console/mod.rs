@@ -118,6 +118,7 @@ pub fn about(about: &About) {
     change(|status| {
         about.name.clone_into(&mut status.name);
         status.page.clone_from(&about.page);
+        status.protection.clone_from(&about.protection);
         if about.approved {
             status.code = None;
         }

@@ -25,6 +25,8 @@ pub struct Status {
     pub code: Option<ApprovalCode>,
     /// The machine's page.
     pub page: Option<String>,
+    /// What this boot can promise, as the server has it; empty until it has said so.
+    pub protection: String,
 }
 
 /// How the machine stands, in one word.
@@ -138,6 +140,7 @@ impl Status {
             ("stage", self.stage_label().to_owned()),
             ("why", self.why()),
             ("release", self.release.clone()),
+            ("class", self.protection.clone()),
             ("address", self.address.clone()),
             ("server", self.server.clone()),
             ("code", code.unwrap_or_default()),
@@ -157,7 +160,8 @@ impl Status {
             Some((_, StageState::Started | StageState::Done)) | None => String::new(),
         };
         let code = self.code.as_ref().map(ToString::to_string).unwrap_or_default();
-        (kind, self.mood().word(), format!("{} {code}", self.page.as_deref().unwrap_or_default()))
+        let page = self.page.as_deref().unwrap_or_default();
+        (kind, self.mood().word(), format!("{page} {code} {}", self.protection))
     }
 
     /// The block; `with_qr` where the page is new to this console.
@@ -255,6 +259,7 @@ mod tests {
             stage: None,
             code: None,
             page: None,
+            protection: String::new(),
         }
     }
 
@@ -324,6 +329,12 @@ mod tests {
         assert_ne!(failing.news(), over.news());
         let again = Status { stage: Some((Stage::Network, failure(Some(9_000)))), ..status() };
         assert_eq!(failing.news(), again.news(), "the next try of the same is no news");
+        let proven = Status { protection: "attested, by kexec\x1b[2J".into(), ..failing.clone() };
+        let block = proven.block(false);
+        assert!(block.contains("| class    attested, by kexec\\u{1b}[2J\r\n") && !block.contains('\x1b'), "{block}");
+        assert_ne!(failing.news(), proven.news());
+        let drawn = drawn(&proven.page());
+        assert!(drawn.iter().any(|row| row.iter().collect::<String>().starts_with("class    attested, by kexec")));
         let healthy = Status { stage: Some((Stage::Healthy, StageState::Done)), ..status() };
         assert_eq!((healthy.mood(), healthy.why().as_str()), (Mood::Healthy, ""));
     }

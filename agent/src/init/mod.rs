@@ -26,7 +26,10 @@ use nix::sys::reboot::RebootMode;
 use start::start;
 use std::convert::Infallible;
 use std::time::Duration;
+use tokio::time::timeout;
 
+/// So long a boot image below the floor looks for a server that hears of it.
+const LAST_WORD: Duration = Duration::from_secs(90);
 /// Where versions are kept while those of earlier boots cannot be read.
 const MEANWHILE: &str = "/run/kiln/meanwhile";
 
@@ -107,22 +110,22 @@ fn boot() -> Result<Infallible> {
 
 async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Infallible> {
     let place = Place::of_this_machine();
-    let (mut memory, unreadable) = match place.memory() {
+    let (memory, unreadable) = match place.memory() {
         Ok(memory) => (memory, None),
         Err(error @ AgentError::Format { .. }) => (Memory::default(), Some(error)),
         Err(error) => return Err(error),
     };
-    if let Err(error) = memory.may_boot(&boot) {
-        rest(&place, &mut memory, &error).await;
-        return Err(error);
-    }
+    let below_floor = memory.may_boot(&boot).err();
     let protection = secure_boot(&boot).class();
     let mut flow = Flow::begin(boot, state, place, memory, Some(tpm::presence()))?;
     flow.journal.machine.protection = protection;
     console::open(flow.journal.machine.id.as_str(), &flow.verifier.here()?.to_string());
 
     let drivers = &mut Some(drivers);
-    let error = if let Some(error) = unreadable {
+    let error = if let Some(error) = below_floor {
+        Box::pin(tell_floor(&mut flow, drivers, &error)).await;
+        error
+    } else if let Some(error) = unreadable {
         let mut network = Network::start(&mut flow);
         let meanwhile = (Place::Directory(MEANWHILE.into()), safe::TELL_EVERY);
         match Box::pin(safe::ask_a_person(&mut flow, drivers, &mut network, &error, meanwhile)).await {
@@ -135,14 +138,37 @@ async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Inf
             Err(error) => error,
         }
     };
-    if let Some(order) = flow.verifier.wipe.take() {
-        wipe::obey(&mut flow, &order).await?;
-        restart();
-    }
+    let error = match flow.verifier.wipe.take() {
+        None => error,
+        Some(order) => match wipe::obey(&mut flow, &order).await {
+            Ok(()) => restart(),
+            Err(error) => error,
+        },
+    };
     flow.give_up(&error).await;
     let Verifier { place, memory, .. } = &mut flow.verifier;
     rest(place, memory, &error).await;
     Err(error)
+}
+
+/// A boot image below the floor starts nothing and asks for nothing. It says so to whichever server it finds, or a rack that is
+/// sent old boot programs would restart for ever and nobody would hear why. What it finds a server with is old code: before it
+/// hears a byte, this boot leaves the state in which the TPM gives out data and secrets.
+async fn tell_floor(flow: &mut Flow, drivers: &mut Option<Drivers>, error: &AgentError) {
+    println!("kiln-agent: {error} ({}): nothing is started", error.kind());
+    match change::blocking(|| tpm::leave_initramfs(true).map_err(AgentError::from)).await {
+        Ok(()) => {
+            let mut network = Network::start(flow);
+            match timeout(LAST_WORD, network.connect(flow, drivers)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => println!("kiln-agent: no server hears of it: {error} ({})", error.kind()),
+                Err(_) => println!("kiln-agent: no server hears of it within {} s", LAST_WORD.as_secs()),
+            }
+        }
+        Err(error) => println!("kiln-agent: no server is asked to hear of it: {error} ({})", error.kind()),
+    }
+    // It goes out when the boot is given up.
+    flow.journal.failed(Stage::Start, error, 1, None);
 }
 
 /// A boot that ends because what was served does not verify: the more of them in a row, the longer the pause.
@@ -195,11 +221,11 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
             local::read_back(flow, &disk).await?;
         }
         // It starts from its slot whatever the network says, or does not say.
-        let asked = tokio::time::timeout(local::PATIENCE, local::ask(flow, drivers, &mut network)).await;
+        let asked = timeout(local::PATIENCE, local::ask(flow, drivers, &mut network)).await;
         let error = match asked {
             Ok(Ok((verified, role))) => {
                 let adopted = network.adopt(flow, drivers, &verified, &role);
-                if !tokio::time::timeout(local::ADOPTION, adopted).await.is_ok_and(|adopted| adopted.is_ok()) {
+                if !timeout(local::ADOPTION, adopted).await.is_ok_and(|adopted| adopted.is_ok()) {
                     println!("kiln-agent: the boot server is lost again; the release in the slot starts");
                 }
                 return Box::pin(start(flow, drivers, verified, network.uplink(), Some(disk))).await;
@@ -219,10 +245,7 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
     let mut verified = metadata(flow, &here, Stage::Metadata).await?;
     let boot = &flow.verifier.boot;
     verified.manifest.matches_boot(boot)?;
-    let running = running_command_line();
-    if verified.manifest.policy.refuse_foreign_command_line && !plan::command_line_is(&running, &boot.command_line) {
-        return Err(AgentError::CommandLine { expected: boot.command_line.clone(), got: running });
-    }
+    plan::check_command_line(&verified.manifest, &boot.command_line, &running_command_line())?;
     loop {
         let (assignment, via, plan) = wait_for_assignment(flow, &mut verified).await?;
         network.adopt(flow, drivers, &verified, &assignment.role).await?;

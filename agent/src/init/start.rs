@@ -95,8 +95,8 @@ async fn start_slot(
     flow.journal.started(Stage::Verity);
     let (name, device) = on_disk(disk, move |disk| Ok((disk.name().to_owned(), disk.device(slot)?))).await?;
     let params = verified.manifest.verity.clone();
-    let boot = &flow.verifier.boot;
-    let device = verity::open_device(&device.display().to_string(), &params, &boot.root_hash, secure_boot(boot))?;
+    let (boot, place) = (&flow.verifier.boot, device.display().to_string());
+    let device = verity::open_device(&place, &params, &boot.root_hash, secure_boot(boot))?;
     let on = OnDisk { name, via: kexec::started_this() };
     let error = match mount_and_leave(flow, verified, uplink, &device, Some(on), Some(disk)).await {
         Ok(never) => match never {},
@@ -106,6 +106,7 @@ async fn start_slot(
         && [libc::EIO, libc::EINVAL, libc::EUCLEAN, libc::EBADMSG].map(Some).contains(&source.raw_os_error())
     {
         on_disk(disk, move |disk| disk.event(Event::Spoilt(slot), None)).await?;
+        return Err(AgentError::RootRotten { place, reason: error.to_string() });
     }
     Err(error)
 }

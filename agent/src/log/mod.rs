@@ -13,7 +13,7 @@ use crate::error::{AgentError, FailureClass, Result};
 use crate::memory::random;
 use crate::retry::{self, Next};
 use crate::sys;
-use kiln_protocol::{LogBatch, LogLine, LogSource, MachineId};
+use kiln_protocol::{LogBatch, LogLine, LogSource, MachineId, cut_at, printable};
 use kmsg::{Kmsg, Read1};
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
@@ -26,6 +26,8 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
+/// So many bytes of what a server says are shown.
+const SAID: usize = 1000;
 /// Where the spool crosses the hand-over.
 const CARRIED: &str = "/run/kiln/log.json";
 /// Where the kernel shows what one before it left.
@@ -77,6 +79,11 @@ fn now_us() -> u64 {
 fn push(line: LogLine) {
     lock().spool.push(line);
     NEWS.notify_one();
+}
+
+/// What somebody else said, as a part of one line: it can neither begin another, nor steer the terminal, nor fill it.
+pub fn said(text: &str) -> String {
+    printable(cut_at(text, SAID))
 }
 
 /// What `println!` does in this program: the words go to the console and into the spool.

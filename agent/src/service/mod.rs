@@ -22,7 +22,7 @@ use crate::journal::{Journal, monotonic_ms};
 use crate::memory::random;
 use crate::spool::Keeper;
 use crate::verifier::Verifier;
-use crate::{attest, dbx, exec};
+use crate::{attest, dbx, exec, log};
 use duty::{Action, Duty, Event};
 use kiln_protocol::{
     Condition, DbxOutcome, DbxState, Health, KeyId, Nonce, ReleaseId, Reply, Report, RoleSettings, Stage, Turn,
@@ -335,7 +335,7 @@ impl Service {
             match proven {
                 Ok(proved) => {
                     let judged = &proved.judged;
-                    eprintln!("kiln-agent: {}: {}", judged.state, judged.reason);
+                    eprintln!("kiln-agent: {}: {}", judged.state, log::said(&judged.reason));
                     taker.take(judged.refused.clone(), proved.secrets).await;
                 }
                 Err(error) => {
@@ -352,6 +352,10 @@ impl Service {
             self.duty.prefetch().map(|p| kiln_protocol::Prefetch { progress: self.meter.read(), ..p });
         let put_up = self.disk.is_some().then_some(self.put_up).filter(|sequence| *sequence != u64::MAX);
         self.journal.condition = Some(Condition { put_up, ..self.watch.condition() });
+        // Whoever verifies meanwhile has the verifier; the next report has what came of it.
+        if let Ok(verifier) = self.verifier.try_lock() {
+            self.journal.state.stale.clone_from(&verifier.stale);
+        }
         let report = self.journal.report(hold_s);
         let listed = self.dbx.as_ref().map(|(state, _)| state.clone());
         let secrets = self.secrets.held();

@@ -2,6 +2,7 @@
 
 use crate::change::blocking;
 use crate::error::AgentError;
+use crate::log;
 use crate::secrets::{Keeper, Opened, lock};
 use kiln_protocol::{SecretVersions, SecretsWord};
 use kiln_release::WantedSecret;
@@ -100,7 +101,7 @@ impl Taker {
         }
         let Some(opened) = opened else {
             let reason = refused.unwrap_or_else(|| "the server gave none, and says not why: it is too old".into());
-            eprintln!("kiln-agent: no secrets: {reason}");
+            eprintln!("kiln-agent: no secrets: {}", log::said(&reason));
             lock(&self.keeper).refuse(reason);
             return;
         };

@@ -171,6 +171,7 @@ fn resume(handoff: Handoff, place: Place, resumed: Resumed, disk: Option<&Shared
     }
     let mut verifier = Verifier::new(handoff.boot, place, key, memory, handoff.servers, now);
     verifier.settings = handoff.settings;
+    verifier.stale.clone_from(&journal.state.stale);
     verifier.pins.set(&handoff.agent_api_keys);
     // A system in memory was fetched for this boot; one on a disk was verified whole when the disk says so.
     verifier.put_up = match disk {

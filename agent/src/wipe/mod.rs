@@ -37,21 +37,30 @@ const KEY_PAUSE: Duration = Duration::from_secs(3);
 /// Wipes, and delivers the receipt. Comes back when it is delivered: the machine then starts anew.
 pub async fn obey(flow: &mut Flow, order: &Order) -> Result<()> {
     let OrderAction::Wipe { disks, method } = order.action.clone() else { return Ok(()) };
+    let (meter, site) = (Arc::<Meter>::default(), flow.verifier.boot.site.name.clone());
+    let metered = Arc::clone(&meter);
+    let work = move || {
+        let kept = give_up_data(&disks, &site);
+        let mut report = wipe_all(&disks, method, &metered);
+        if let Some(kept) = kept {
+            kept.tell(&mut report);
+        }
+        report
+    };
+    carry_out(flow, order, &meter, work).await
+}
+
+/// The same by whatever does it.
+async fn carry_out(
+    flow: &mut Flow,
+    order: &Order,
+    meter: &Meter,
+    work: impl FnOnce() -> Vec<WipedDisk> + Send + 'static,
+) -> Result<()> {
     println!("kiln-agent: order {} is to {}", order.id, order.action);
     flow.journal.started(Stage::Wipe);
     flow.report().await;
-    let (begun, meter) = (Instant::now(), Arc::new(Meter::default()));
-    let mut work = {
-        let (meter, site) = (Arc::clone(&meter), flow.verifier.boot.site.name.clone());
-        spawn_blocking(move || {
-            let kept = give_up_data(&disks, &site);
-            let mut report = wipe_all(&disks, method, &meter);
-            if let Some(kept) = kept {
-                kept.tell(&mut report);
-            }
-            report
-        })
-    };
+    let (begun, mut work) = (Instant::now(), spawn_blocking(work));
     let done = loop {
         if let Ok(done) = timeout(TELL_EVERY, &mut work).await {
             break done;
@@ -204,6 +213,44 @@ fn wipe(disk: &Disk, method: WipeMethod, meter: &Meter) -> WipedDisk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::journal::Journal;
+    use crate::testing::director::Director;
+    use crate::testing::{TestSite, journal, now};
+    use kiln_protocol::{ORDER_TYPE, OrderedMachine, StageState, Via};
+
+    /// What fails here is no disk, which a receipt would tell of: the agent itself.
+    #[test]
+    fn a_wipe_that_comes_to_no_receipt_is_told_before_the_restart() {
+        let site = TestSite::new(1);
+        let dir = tempfile::tempdir().unwrap();
+        let director = Director::start(&site, (1, 1, Via::Cold, false));
+        let verifier = site.verifier(1, &[], std::slice::from_ref(&director.url), &dir.path().join("state"));
+        let journal = Journal { running: None, ..journal(&verifier) };
+        let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: Duration::from_secs(20) };
+        let order = Order {
+            type_: ORDER_TYPE.into(),
+            spec_version: SPEC_VERSION.into(),
+            id: "ab".repeat(16).parse().unwrap(),
+            machines: vec![OrderedMachine { id: flow.journal.machine.id.clone(), key: None }],
+            action: OrderAction::Wipe { disks: Vec::new(), method: WipeMethod::Best },
+            issued: now(),
+            expires: now() + jiff::SignedDuration::from_hours(1),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            flow.find_server().await.unwrap();
+            let error = carry_out(&mut flow, &order, &Meter::default(), || panic!("it fails")).await.unwrap_err();
+            assert_eq!(error.kind(), "machine-system-call");
+            flow.give_up(&error).await;
+        });
+        let heard = director.heard();
+        let told = heard.iter().flat_map(|report| &report.stages).any(|record| {
+            record.stage == Stage::Wipe && matches!(&record.state, StageState::Failed(f) if f.retry_in_ms.is_none())
+        });
+        assert!(told, "{heard:#?}");
+        let order = order.id.as_str();
+        assert!(!flow.verifier.memory.orders.contains_key(order), "it is done again after the restart");
+    }
 
     #[test]
     fn the_data_s_key_goes_with_its_disk_and_with_no_other() {

@@ -229,12 +229,10 @@ fn an_unreadable_esp_and_a_rotten_slot_are_mended_over_the_network() {
         disk.write_all_at(&[0x5a; 4 << 20], SLOT_A).unwrap();
         let said = starts_and_says(&mut rack, "is healthy: vda: A Good disk/1");
         assert!(!said.contains("Start PXE"), "by its own boot loader");
-        let why = "failed (machine-system-call";
+        let why = "failed (root-rotten";
         let line = said.lines().find(|line| line.contains(why)).unwrap_or_else(|| panic!("no {why:?} in {said}"));
         assert!(line.contains("mounting /dev/"), "{line}");
-        let kind = Some("machine-system-call");
-        let told = |v: &MachineView| v.boots.iter().flat_map(|b| &b.stages).any(|s| s.kind.as_deref() == kind);
-        rack.wait(NAME, "told of the boot that found it", told).unwrap();
+        rack.wait(NAME, "told of the boot that found it", rotten).unwrap();
 
         rack.machine(NAME).power_off();
         rack.kill_server();
@@ -250,6 +248,11 @@ fn an_unreadable_esp_and_a_rotten_slot_are_mended_over_the_network() {
         let said = starts_and_says(&mut rack, "is healthy: vda: A Good disk/1");
         assert!(said.contains("Start PXE"), "the network comes first");
     });
+}
+
+/// Whether the server was told, in one of the boots that it knows.
+fn rotten(view: &MachineView) -> bool {
+    view.boots.iter().flat_map(|boot| &boot.stages).any(|stage| stage.kind.as_deref() == Some("root-rotten"))
 }
 
 /// One byte of the last block of the root in the slot is flipped while the machine is off. Whether anything needs that block is
@@ -272,12 +275,14 @@ fn a_byte_deep_in_a_slot_is_found_when_the_slot_is_read_back() {
 
         rack.kiln(&["release", "publish", "disk/2"]).unwrap();
         let console = rack.machine(NAME).console().unwrap().clone();
+        assert!(!rotten(&rack.view(NAME).unwrap()), "nothing has read it yet");
         for (release, slots) in [(2, "A Good disk/1, B Good disk/2"), (1, "A Good disk/1, B Good disk/2")] {
             let begun = console.mark();
             rack.kiln(&["assign", NAME, &format!("disk/{release}"), "--via", "cold"]).unwrap();
             rack.wait_healthy(NAME, release).unwrap();
             console.wait_for(&format!("disk/{release} is healthy: vda: {slots}"), begun, IDLE).unwrap();
         }
+        assert!(rotten(&rack.view(NAME).unwrap()), "told when the slot was read back");
         rack.machine(NAME).power_off();
         let signed = std::fs::read(rack.artifact(manifest["root"]["sha256"].as_str().unwrap())).unwrap();
         let mut lies_there = vec![0; signed.len()];

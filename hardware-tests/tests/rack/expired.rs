@@ -2,16 +2,25 @@
 
 use crate::thefts::{forge, hours, key};
 use kiln_lab::api::MachineView;
-use kiln_lab::machine::{Firmware, MachineSpec};
-use kiln_lab::rack::{Rack, RackOptions};
-use kiln_lab::testing;
+use kiln_lab::console::Mark;
+use kiln_lab::machine::{Disk, Firmware, MachineSpec};
+use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
+use kiln_lab::{site, testing};
 use serde_json::json;
 
 const NAMES: [&str; 2] = ["rack-1", "rack-2"];
 
 fn boot_id(view: &MachineView) -> Option<String> {
     view.boot().map(|boot| boot.boot_id.clone())
+}
+
+/// Everything that is signed offline has ended an hour ago. The boot server is off.
+fn expire(rack: &Rack, image: &str) {
+    for role in ["targets", image, "snapshot"] {
+        let own = key(&rack.site, &format!("offline/{role}.key"));
+        forge(&rack.site, role, &[&own], &|document| document["expires"] = json!(hours(-1)));
+    }
 }
 
 /// Everything that is signed offline has expired when the power comes back: both machines boot what they were assigned, and
@@ -33,10 +42,7 @@ fn a_rack_comes_up_after_a_power_cut_with_everything_expired_and_starts_nothing_
             rack.machine(name).power_off();
         }
         assert!(rack.stop_server().unwrap());
-        for role in ["targets", "image-minimal", "snapshot"] {
-            let own = key(&rack.site, &format!("offline/{role}.key"));
-            forge(&rack.site, role, &[&own], &|document| document["expires"] = json!(hours(-1)));
-        }
+        expire(&rack, "image-minimal");
         rack.start_server().unwrap();
 
         for name in NAMES {
@@ -46,6 +52,12 @@ fn a_rack_comes_up_after_a_power_cut_with_everything_expired_and_starts_nothing_
             let again = |v: &MachineView| v.is_healthy_on(1) && boot_id(v) != before;
             let view = rack.wait(name, "healthy again", again).unwrap();
             assert!(view.failures().is_empty(), "{name}: {view:#?}");
+            let stale = view.stale.as_ref().unwrap_or_else(|| panic!("{name} does not say so: {view:#?}"));
+            assert!(stale.file.ends_with(".json"), "{stale:?}");
+            let shown = rack.kiln(&["machine", "show", name]).unwrap();
+            assert!(shown.contains(&stale.words()), "{shown}");
+            let event = view.condition.events.iter().find(|event| event.kind == "stale").unwrap();
+            assert!(event.alarm && event.text == stale.words(), "{event:?}");
         }
         let status = rack.kiln(&["trust", "status"]).unwrap();
         assert!(status.contains("has EXPIRED"), "{status}");
@@ -56,5 +68,54 @@ fn a_rack_comes_up_after_a_power_cut_with_everything_expired_and_starts_nothing_
         assert!(view.is_healthy_on(1), "it works on: {view:#?}");
         rack.kiln(&["trust", "renew"]).unwrap();
         rack.wait_healthy(NAMES[0], 2).unwrap();
+        rack.wait(NAMES[0], "new dates", |v| v.stale.is_none()).unwrap();
+    });
+}
+
+/// The boot server is off for sixty days, and the power fails in the end: by its clock it is two months later, and what lies beside the
+/// release on its disk has expired, the assignment too. The machine comes up from its disk without a server, says on its console what is
+/// stale, and to the server once that is back.
+#[test]
+#[ignore = "slow: an install and a boot from the disk; make test-slow"]
+fn a_machine_with_a_disk_comes_up_after_sixty_days_without_a_server_and_says_that_it_is_stale() {
+    testing::rack(|paths| {
+        let name = NAMES[0];
+        let spec =
+            MachineSpec { disks: vec![Disk::VirtioBlk], ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) };
+        let mut options = RackOptions::scenario(paths, "sixty-days", spec);
+        options.image = site::DISK.to_owned();
+        let mut rack = Rack::start(paths, &options).unwrap();
+        rack.kiln(&["release", "publish", "disk/1"]).unwrap();
+        // The machine believes no clock of its own: what its disk keeps is to be expired by the time that its director told it last.
+        assert!(rack.stop_server().unwrap());
+        expire(&rack, "image-disk");
+        rack.start_server().unwrap();
+        rack.machine(name).power_on().unwrap();
+        let view = rack.wait_healthy(name, 1).unwrap();
+        let console = rack.machine(name).console().unwrap().clone();
+        console.wait_for("A Good disk/1, B Empty -", Mark::default(), IDLE).unwrap();
+        assert!(view.stale.is_some() && view.failures().is_empty(), "{view:#?}");
+        let before = boot_id(&view);
+        rack.machine(name).power_off();
+        rack.kill_server();
+
+        let later: &'static str = hours(60 * 24).to_string().leak();
+        rack.machine(name).spec.clock = Some(&later[.."2026-01-01".len()]);
+        rack.machine(name).power_on().unwrap();
+        let console = rack.machine(name).console().unwrap().clone();
+        console.wait_for("disk/1 is healthy: vda: A Good disk/1", Mark::default(), IDLE).unwrap();
+        let said = console.since(Mark::default());
+        assert!(said.contains("the release in the slot starts"), "without a server: {said}");
+        assert!(said.contains("kiln-agent: metadata is stale: "), "{said}");
+        assert!(!said.contains("Start PXE"), "from its disk: {said}");
+
+        rack.start_server().unwrap();
+        let again = |v: &MachineView| v.is_healthy_on(1) && boot_id(v) != before && v.stale.is_some();
+        let view = rack.wait(name, "told when the server is back", again).unwrap();
+        rack.kiln(&["release", "publish", "disk/2"]).unwrap();
+        rack.kiln(&["assign", name, "disk/2", "--via", "cold"]).unwrap();
+        let stale = "metadata-stale";
+        rack.wait(name, stale, |v| v.failures().contains(&stale)).unwrap();
+        assert_eq!(view.release, Some(1), "{view:#?}");
     });
 }

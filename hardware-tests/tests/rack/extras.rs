@@ -1,5 +1,6 @@
 //! Whoever has the disk in hand puts files beside the UKI on the EFI system partition, as systemd's stub takes them: credentials,
-//! extensions. They are not signed. Firmware and loader start the release all the same; the TPM tells.
+//! extensions. They are not signed. Firmware and loader start the release all the same; the TPM tells. Where there is none, a release
+//! may refuse what was added to its command line.
 
 use crate::secure_boot::secure;
 use kiln_lab::api::{AttestationView, MachineView};
@@ -8,6 +9,7 @@ use kiln_lab::machine::{Disk, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{command, site, testing};
+use kiln_protocol::Stage;
 use std::path::Path;
 use std::process::Command;
 
@@ -74,5 +76,37 @@ fn a_credential_beside_the_uki_fails_attestation_and_reaches_nobody() {
         on_esp(&disk, "mrd", &[&folder]);
         let (view, _) = boots(&mut rack);
         assert_eq!(proof(&view).state, "attested", "{:?}", proof(&view));
+    });
+}
+
+/// Without a TPM nobody measures what is added to the command line. A release that says so does not start with it: its agent ends the
+/// boot, and the server hears why. Without the addition the same machine comes up.
+#[test]
+#[ignore = "slow: three boots of the firmware; make test-slow"]
+fn an_addition_to_the_command_line_is_refused_where_the_release_says_so() {
+    const ADDED: &str = "io.systemd.stub.kernel-cmdline-extra=kiln.extra=1";
+    const REFUSED: &str = "command-line-mismatch";
+    testing::rack(|paths| {
+        let mut options = RackOptions::scenario(paths, "command-line", secure(paths, NetworkBoot::Pxe));
+        options.image = site::PROBE.to_owned();
+        let mut rack = Rack::start(paths, &options).unwrap();
+        rack.kiln(&["release", "publish", "probe/1"]).unwrap();
+        let (view, _) = boots(&mut rack);
+        assert!(view.failures().is_empty(), "{view:#?}");
+        assert_eq!(proof(&view).state, "no-tpm", "{:?}", proof(&view));
+
+        rack.machine(NAME).spec.smbios = vec![ADDED.to_owned()];
+        rack.machine(NAME).power_on().unwrap();
+        let view = rack.wait(NAME, REFUSED, |v| v.failures().contains(&REFUSED)).unwrap();
+        let failed = view.boot().unwrap().stages.iter().find(|stage| stage.kind.as_deref() == Some(REFUSED)).unwrap();
+        assert!(failed.message.as_deref().unwrap().contains("kiln.extra=1"), "{failed:?}");
+        let said = rack.machine(NAME).console().unwrap().since(Mark::default());
+        assert!(said.contains("command line differs from the embedded one"), "{said}");
+        assert!(!said.contains(Stage::Root.label()) && !said.contains(Stage::Handover.label()), "{said}");
+        rack.machine(NAME).power_off();
+
+        rack.machine(NAME).spec.smbios.clear();
+        let (view, _) = boots(&mut rack);
+        assert!(view.failures().is_empty(), "{view:#?}");
     });
 }

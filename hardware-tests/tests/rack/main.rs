@@ -13,6 +13,7 @@ mod drift;
 mod exec;
 mod expired;
 mod extras;
+mod floor;
 mod hanging;
 mod hardware;
 mod lying_dhcp;

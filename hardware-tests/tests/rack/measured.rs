@@ -8,7 +8,7 @@ use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{site, testing};
-use kiln_protocol::Stage;
+use kiln_protocol::{Difference, DriftKind, Stage};
 use kiln_release::kexec;
 use kiln_release::pe::Pe;
 use std::path::Path;
@@ -99,6 +99,11 @@ fn a_tpm_says_what_was_booted() {
         let view = boots(&mut rack, NAME, "an addition by SMBIOS", |v| v.state == "failed");
         assert!(proof(&view).reason.contains("PCR 12"), "{:?}", proof(&view));
         assert_eq!(view.protection.as_deref(), Some("unprotected"));
+        // The agent tells it as well, whether a TPM does or not: the machine works, and differs from its release.
+        let added = |d: &Difference| {
+            d.kind == DriftKind::CommandLine && format!("{} {}", d.what, d.text).contains("kiln.extra")
+        };
+        rack.wait(NAME, "told as drift", |v| v.condition.drift.iter().any(added)).unwrap();
         rack.machine(NAME).spec.smbios.clear();
 
         // Another TPM: what the old one sealed is of no use, and whoever speaks then is a stranger.

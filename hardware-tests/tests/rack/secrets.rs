@@ -2,11 +2,13 @@
 //! the TPM, seen from inside the machine and from the disk.
 
 use crate::secure_boot::secure;
+use kiln_lab::api::MachineView;
 use kiln_lab::console::Mark;
 use kiln_lab::machine::{Disk, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{site, testing};
+use kiln_protocol::Stage;
 use std::path::Path;
 use std::process::Command;
 
@@ -37,11 +39,44 @@ fn has_none(file: &Path, pieces: &[&str]) {
     }
 }
 
+/// Retired and wiped: its receipt says so, and nothing of the data is on its disk. Somebody who had taken a copy of the disk before puts
+/// that back into the same machine: the TPM has no key for it any more.
+fn is_decommissioned(rack: &mut Rack, clear: &[&str]) {
+    rack.machine(NAME).power_off();
+    let (disk, copy) = (rack.machine(NAME).disk(0), rack.paths().scratch.join("before-the-wipe"));
+    let copied = Command::new("cp").arg("--sparse=always").arg(&disk).arg(&copy).status().unwrap();
+    assert!(copied.success());
+    let operator = rack.site.join("offline/operator.key").display().to_string();
+    rack.kiln(&["machine", "wipe", NAME, "--all-disks", "--order-key", &operator]).unwrap();
+    rack.machine(NAME).power_on().unwrap();
+    let wiped = |v: &MachineView| v.boots.iter().any(|boot| boot.at(Stage::Wipe, "done").is_some());
+    rack.wait(NAME, "a receipt", wiped).unwrap();
+    let said = rack.machine(NAME).console().unwrap().since(Mark::default());
+    assert!(said.contains("the key of this machine's data is destroyed"), "{said}");
+    rack.machine(NAME).power_off();
+    let receipt = rack.kiln(&["machine", "receipt", NAME]).unwrap();
+    let row = receipt.lines().find(|line| line.contains("rack-1-disk0")).unwrap_or_else(|| panic!("{receipt}"));
+    assert!(row.contains("wiped"), "{row}");
+    has_none(&disk, clear);
+
+    std::fs::rename(&copy, &disk).unwrap();
+    rack.machine(NAME).power_on().unwrap();
+    let console = rack.machine(NAME).console().unwrap().clone();
+    console.wait_for("(disk-data-other-key)", Mark::default(), IDLE).unwrap();
+    console.wait_for("| stage    Checks health", Mark::default(), IDLE).unwrap();
+    let said = console.since(Mark::default());
+    assert!(said.contains("the machine's data is not there"), "{said}");
+    for word in ["the machine's data, under its TPM's key", "KILN-VAULT secret", "KILN-VAULT data"] {
+        assert!(!said.contains(word), "{word:?} in {said}");
+    }
+}
+
 /// A machine without its secret says which is missing. Set, it reaches a service of the image as a file of its user in memory; set
 /// anew, too. What the service keeps outlives a reimage to the other slot, which goes through firmware whatever was asked
-/// for. On the disk nothing of either is in clear. Retired, the machine forgets at once, and after a restart gets nothing.
+/// for. On the disk nothing of either is in clear. Retired, the machine forgets at once, and after a restart gets nothing;
+/// its data it can still open, until it is wiped: then nothing of it is left to read.
 #[test]
-#[ignore = "slow: an install, a reimage and a restart; make test-slow"]
+#[ignore = "slow: an install, a reimage, a wipe and three restarts; make test-slow"]
 fn secrets_and_data_live_in_one_machine_and_end_with_it() {
     testing::rack(|paths| {
         let disks = vec![Disk::VirtioBlk];
@@ -51,7 +86,7 @@ fn secrets_and_data_live_in_one_machine_and_end_with_it() {
         let mut rack = Rack::start(paths, &options).unwrap();
         rack.kiln(&["release", "publish", "vault/1"]).unwrap();
         rack.machine(NAME).power_on().unwrap();
-        let waits = |v: &kiln_lab::api::MachineView| {
+        let waits = |v: &MachineView| {
             v.last_words.as_ref().is_some_and(|words| words.to_string().contains("the secret db-password has not come"))
         };
         rack.wait(NAME, "its secret is missing", waits).unwrap();
@@ -94,5 +129,6 @@ fn secrets_and_data_live_in_one_machine_and_end_with_it() {
         console.wait_for("kiln: rack-1: BOOTING", begun, IDLE).unwrap();
         console.wait_for("| stage    Checks health", begun, IDLE).unwrap();
         assert!(!console.since(begun).contains("KILN-VAULT secret"));
+        is_decommissioned(&mut rack, &clear);
     });
 }

@@ -100,6 +100,7 @@ fn with_expired_metadata_machines_return_and_start_nothing_new() {
         bench.start_server();
         for machine in &machines {
             machine.accepts();
+            assert!(bench.view(machine).stale.is_some(), "it says so");
         }
         bench.kiln(&["assign", &machines[0].spec.name, "minimal/2"]);
         machines[0].refuses("metadata-stale");
@@ -387,5 +388,6 @@ fn below_the_floor_nothing_runs() {
         assert!(hostile.failures().iter().any(|kind| kind == "assignment-below-floor"));
         machine.look_at(&hostile.url);
         machine.refuses("release-below-floor");
+        assert!(hostile.failures().iter().any(|kind| kind == "release-below-floor"));
     });
 }

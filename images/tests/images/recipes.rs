@@ -41,6 +41,7 @@ fn shipped_recipes_are_valid() {
     let probe = Recipe::load(&shipped("probe.toml")).unwrap();
     assert_eq!((probe.name.as_str(), &probe.modules, &probe.kernel), ("probe", &minimal.modules, &minimal.kernel));
     assert!(probe.files.len() > minimal.files.len());
+    assert!(probe.policy.refuse_foreign_command_line && !minimal.policy.refuse_foreign_command_line);
 }
 
 #[test]

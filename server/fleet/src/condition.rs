@@ -5,7 +5,7 @@ use crate::event::Action;
 use crate::machine::Machine;
 use crate::state::StateKind;
 use crate::{DRAIN_DEADLINE_MS, Millis};
-use kiln_protocol::{Condition, DRIFT_LIMIT, Difference, Draining, Intake};
+use kiln_protocol::{Condition, DRIFT_LIMIT, Difference, Draining, Intake, Report, Stale};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 
@@ -19,7 +19,7 @@ const LONGEST_DRAIN_MS: Millis = 2 * 3_600_000;
 pub struct EventAt {
     /// When, on the server's clock.
     pub at: Millis,
-    /// `health`, `drift`, `hook`, `limit`, `threshold`, `dropped`; the server's own: `expected`.
+    /// `health`, `drift`, `hook`, `limit`, `threshold`, `dropped`; the server's own: `expected`, `stale`.
     pub kind: String,
     /// It needs a person's eye.
     pub alarm: bool,
@@ -45,6 +45,9 @@ pub struct KnownCondition {
     /// Of a machine in disk mode: under which assignment its disk was last verified whole, and since when that is so.
     #[serde(default)]
     pub(crate) put_up: Option<(u64, Millis)>,
+    /// Its metadata has expired, by its own word.
+    #[serde(default)]
+    pub stale: Option<Stale>,
     #[serde(default)]
     intake: Intake,
 }
@@ -100,6 +103,22 @@ impl Machine {
         }
         self.note_drift(now);
         new
+    }
+
+    /// Takes over whether its metadata is stale. A boot that has verified nothing yet says nothing of it: what was known stays.
+    /// Whether that is news.
+    pub(crate) fn note_stale(&mut self, report: &Report, now: Millis, out: &mut Vec<Action>) -> bool {
+        let known = &mut self.condition;
+        let stale = report.stale.as_ref().map(|s| Stale { file: plain(&s.file), expires: s.expires });
+        if known.stale == stale || (stale.is_none() && report.running.is_none()) {
+            return false;
+        }
+        if let Some(stale) = &stale {
+            let event = EventAt { at: now, kind: "stale".into(), alarm: true, text: stale.words() };
+            known.keep(event, out);
+        }
+        known.stale = stale;
+        true
     }
 
     /// A machine whose hooks run has as long as they have.

@@ -324,6 +324,7 @@ impl Machine {
             }
         }
         new |= self.note_condition(report.condition.as_ref(), now, out);
+        new |= self.note_stale(report, now, out);
         if self.health != report.health {
             new |= self.health.as_ref().map(|h| h.healthy) != report.health.as_ref().map(|h| h.healthy);
             self.health.clone_from(&report.health);

@@ -32,7 +32,7 @@ pub(super) fn list(machines: &[MachineView], now_ms: i64) -> String {
     table(&["NAME", "STATE", "STAGE", "RELEASE", "ASSIGNED", "PROTECTION", "SEEN", "LAST WORDS"], &rows)
 }
 
-/// Its state, and that it differs from its release, or from what was expected.
+/// Its state, that its metadata has expired, and that it differs from its release, or from what was expected.
 fn flagged(m: &MachineView) -> String {
     let drift = match m.condition.drift_count {
         0 => String::new(),
@@ -47,7 +47,8 @@ fn flagged(m: &MachineView) -> String {
         None if m.awaits_acceptance => ", awaits acceptance".to_owned(),
         Some(_) | None => String::new(),
     };
-    format!("{}{drift}{listed}{tests}", m.state)
+    let stale = if m.stale.is_some() { ", stale" } else { "" };
+    format!("{}{stale}{drift}{listed}{tests}", m.state)
 }
 
 /// What was expected, drift and events, below a machine's values.
@@ -171,6 +172,7 @@ pub(super) fn show(m: &MachineView, now_ms: i64) -> String {
         ("runs", release(m)),
         ("root hash", m.root_hash.clone().unwrap_or_else(dash)),
         ("assigned", assigned),
+        ("stale", m.stale.as_ref().map_or_else(dash, kiln_protocol::Stale::words)),
         ("rebuild", m.rebuild_due_ms.map_or_else(dash, |due| format!("due {}", ahead(due, now_ms)))),
         ("order", m.order.clone().unwrap_or_else(dash)),
         ("prefetch", prefetch),
@@ -305,6 +307,7 @@ mod tests {
                     text: "late".into(),
                 }],
             },
+            stale: None,
             comparison: Some(kiln_fleet::Comparison {
                 entry: Some("ABC1".into()),
                 expected: kiln_fleet::Position { rack: "A".into(), unit: "U14".into() },
@@ -431,6 +434,12 @@ mod tests {
         assert!(
             list(std::slice::from_ref(&machine), 0).contains("healthy, drift 3, not as expected 2, acceptance failed")
         );
+        assert!(text.contains("\nstale        -\n"), "{text}");
+        let stale =
+            kiln_protocol::Stale { file: "targets.json".into(), expires: "2026-01-01T00:00:00Z".parse().unwrap() };
+        let stale = MachineView { stale: Some(stale), ..machine.clone() };
+        assert!(show(&stale, 0).contains("\nstale        targets.json expired at 2026-01-01T00:00:00Z; it goes to no"));
+        assert!(list(&[stale], 0).contains("healthy, stale, drift 3"));
         let tested = "\nacceptance   failed on acceptance/1 at 00:01:00\n             failed disk vda: reading at byte 0: Input/output error\nno pass      disk vda:";
         assert!(text.contains(tested), "{text}");
         let rows: Vec<&str> = text.lines().filter(|l| l.trim_end().ends_with(" done")).collect();

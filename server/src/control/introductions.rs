@@ -1,5 +1,6 @@
 //! Introductions of machines that nobody approved: the short code that a person compares, and how often it may be tried.
 
+use super::views::words_of;
 use super::{Control, Inner, Pending, now_ms};
 use crate::error::{CodeError, ControlError};
 use kiln_fleet::{Millis, StateKind};
@@ -105,6 +106,7 @@ impl Control {
             page: None,
             approved: !waits,
             introduce: waits && machine.code.as_ref().is_none_or(|(of, _)| of != key),
+            protection: words_of(machine),
         })
     }
 }

@@ -50,6 +50,7 @@ impl MachineView {
             exec: m.exec.clone(),
             dbx: m.dbx.clone(),
             condition: condition(m),
+            stale: m.condition.stale.clone(),
             comparison: m.comparison.clone(),
             acceptance: m.acceptance.clone(),
             awaits_acceptance: m.awaits_acceptance(),
@@ -77,6 +78,11 @@ impl MachineView {
             boots: m.boots.iter().map(boot).collect(),
         }
     }
+}
+
+/// What its boot can promise and what was proven of it, for people.
+pub(super) fn words_of(m: &Machine) -> String {
+    protection_words(m.protection(), m.facts.as_ref().map(|_| attestation(m)).as_ref())
 }
 
 /// Of the key that would be approved, and only while it waits.

@@ -12,7 +12,7 @@ use kiln_fleet::{AcceptanceRun, Comparison, ExpectedMachine, Sku};
 use kiln_protocol::{
     AgentMemory, ApprovalCode, AttestationState, DbxState, Difference, Draining, ExecState, Firmware, Inventory, KeyId,
     KeyStorage, MachineId, OrderId, Prefetch, ProtectionClass, Receipt, ReleaseId, RollbackMemory, SecretName,
-    SecretVersions, Sha256Hex, Stage, Via,
+    SecretVersions, Sha256Hex, Stage, Stale, Via,
 };
 use serde::{Deserialize, Serialize};
 
@@ -64,6 +64,9 @@ pub struct MachineView {
     /// Drift, draining and events.
     #[serde(default)]
     pub condition: ConditionView,
+    /// Its metadata has expired: it runs what it was assigned, and goes nowhere else.
+    #[serde(default)]
+    pub stale: Option<Stale>,
     /// What the list of expected machines says of it, if there is a list.
     #[serde(default)]
     pub comparison: Option<Comparison>,
@@ -201,7 +204,7 @@ pub struct ConditionView {
 pub struct EventView {
     /// When, on the server's clock.
     pub at_ms: i64,
-    /// `health`, `drift`, `hook`, `limit`, `threshold`, `dropped`, `expected`.
+    /// `health`, `drift`, `hook`, `limit`, `threshold`, `dropped`, `expected`, `stale`.
     pub kind: String,
     /// It needs a person's eye.
     pub alarm: bool,

@@ -180,8 +180,10 @@ function show(machine) {
   const differs = drift.length ? `, drift ${machine.condition.drift_count}` : "";
   const other = machine.comparison ? machine.comparison.differences : [];
   const listed = other.length ? `, not as expected ${other.length}` : "";
-  const why = [machine.reason, ...other, ...drift.map((difference) => difference.text)].join("\n");
-  cell(row, "state", machine.state + differs + listed, why);
+  const expired = machine.stale ? `${machine.stale.file} expired at ${machine.stale.expires}` : "";
+  const stale = expired ? ", stale" : "";
+  const why = [machine.reason, expired, ...other, ...drift.map((difference) => difference.text)].filter(Boolean).join("\n");
+  cell(row, "state", machine.state + stale + differs + listed, why);
   row.dataset.drift = drift.length ? "yes" : "no";
   const stage = cell(row, "stage", machine.stage_label || "–");
   const at = stages.indexOf(machine.stage);

@@ -67,6 +67,7 @@ impl Agent {
             condition: None,
             acceptance: None,
             secrets: None,
+            stale: None,
             wait_s: 0,
             desired_etag: String::new(),
         }

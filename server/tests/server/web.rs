@@ -1,11 +1,13 @@
 //! The web page in a real browser: headless Chromium, driven by WebDriver, against a running `kiln serve` and a machine
 //! that proves its key.
 
+use crate::common::chip::{Chip, boots, report};
 use crate::common::*;
 use fantoccini::{Client, ClientBuilder, Locator};
+use kiln_protocol::tpm::command::pcr_extend;
 use kiln_protocol::{
-    INTRODUCTION_PATH, Introduction, LOG_PATH, LogBatch, LogLine, LogSource, Stage, StageRecord, StageState,
-    TpmPresence, commitment,
+    AttestationState, INTRODUCTION_PATH, Introduction, LOG_PATH, LogBatch, LogLine, LogSource, ProtectionClass, Report,
+    Stage, StageRecord, StageState, Stale, TpmPresence, commitment,
 };
 use serde_json::json;
 use std::io::{BufRead, BufReader};
@@ -123,6 +125,12 @@ async fn the_rack_is_live_in_a_browser() {
     cell(&page, "rack-1", "protection", |text| text == "unprotected, unattested").await;
     cell(&page, "rack-2", "protection", |text| text == "unprotected, no-tpm").await;
 
+    // Expired metadata is said beside the state.
+    let stale = Stale { file: "targets.json".into(), expires: "2026-01-01T00:00:00Z".parse().unwrap() };
+    let report = Report { stale: Some(stale), ..agent.healthy() };
+    agent.send(&server, &report).await;
+    cell(&page, "rack-1", "state", |text| text == "healthy, stale").await;
+
     // The page of one machine: its newest boot, the kernel's lines and the stages in order, as text only.
     let line = |at_us, text: &str| LogLine { source: LogSource::Kernel, level: 6, at_us, text: text.to_owned() };
     let lines = vec![line(0, "Linux version 6.12"), line(9_000_000, "<b>late</b>")];
@@ -152,6 +160,44 @@ async fn the_rack_is_live_in_a_browser() {
     server.signal("-TERM");
     let lost = "#summary[data-connected=\"false\"]";
     page.wait().at_most(PATIENCE).for_element(Locator::Css(lost)).await.unwrap();
+    page.close().await.unwrap();
+    drop(driver);
+}
+
+/// How a boot stands, in each of its four states, is told apart on the page, and in the words for the machine's own screen.
+#[tokio::test]
+async fn what_each_boot_can_promise_is_told_apart_in_a_browser_and_on_the_machines_screen() {
+    let Some(mut chip) = Chip::new() else { return };
+    let site = TestSite::new();
+    let server = Server::start(&site).await;
+    let (mut agent, mut bare) = (Agent::new(1, &site.manifest(1)), Agent::new(2, &site.manifest(1)));
+    report(&server, &mut agent, TpmPresence::Ready).await;
+    let mut enforced = bare.report();
+    (enforced.machine.tpm, enforced.machine.protection) = (Some(TpmPresence::Absent), ProtectionClass::Enforced);
+    let screen = |reply: kiln_protocol::Reply| reply.about.unwrap().protection;
+    assert_eq!(screen(bare.send(&server, &enforced).await), "enforced, no-tpm");
+    let Some((driver, page)) = browser().await else { return };
+    page.goto(&format!("http://{}/", server.http)).await.unwrap();
+    cell(&page, "rack-1", "protection", |text| text == "unprotected, unattested").await;
+    cell(&page, "rack-2", "protection", |text| text == "enforced, no-tpm").await;
+
+    chip.boot(1, b"firmware", 1);
+    agent.restart(&site.manifest(1));
+    let judged = boots(&server, &mut agent, &mut chip).await;
+    assert_eq!(judged.state, AttestationState::Attested, "{judged:?}");
+    cell(&page, "rack-1", "protection", |text| text == "attested").await;
+    assert_eq!(screen(report(&server, &mut agent, TpmPresence::Ready).await), "attested");
+
+    // Something else was started before the next kernel.
+    chip.run(&pcr_extend(11, &[7; 32]));
+    agent.restart(&site.manifest(1));
+    let judged = boots(&server, &mut agent, &mut chip).await;
+    assert_eq!(judged.state, AttestationState::Failed, "{judged:?}");
+    cell(&page, "rack-1", "protection", |text| text == "unprotected, attestation failed").await;
+    let title = "return document.querySelector('tr[data-machine=\"rack-1\"] [data-cell=\"protection\"]').title";
+    let title = page.execute(title, vec![]).await.unwrap();
+    assert!(title.as_str().unwrap().starts_with("failed: ") && title.as_str().unwrap().contains("PCR 11"), "{title}");
+    assert_eq!(screen(report(&server, &mut agent, TpmPresence::Ready).await), "unprotected, attestation failed");
     page.close().await.unwrap();
     drop(driver);
 }

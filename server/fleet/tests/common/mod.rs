@@ -53,6 +53,7 @@ pub fn report(machine: u8, boot: &str, seq: u64, release: u64) -> Report {
         condition: None,
         acceptance: None,
         secrets: None,
+        stale: None,
         wait_s: 0,
         desired_etag: String::new(),
     }

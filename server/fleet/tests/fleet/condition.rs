@@ -97,3 +97,25 @@ fn a_machine_that_drains_has_its_hooks_time_and_says_which_runs() {
     story.m.state.deadline = Some(story.now);
     story.wait(1000).is(StateKind::Degraded);
 }
+
+#[test]
+fn stale_metadata_is_said_once_and_stands_until_the_running_system_says_otherwise() {
+    let of = |file: &str| Some(Stale { file: file.into(), expires: "2026-01-01T00:00:00Z".parse().unwrap() });
+    let mut story = Story::good_on_1();
+    let with = |seq, stale| by(1, Report { stale, ..healthy(1, "a", seq, 1) });
+    story.then(with(3, of("targets.json\u{1b}"))).is(StateKind::Healthy);
+    assert_eq!(story.m.condition.stale, of("targets.json"), "no control character reaches a terminal");
+    let words =
+        "stale: targets.json expired at 2026-01-01T00:00:00Z; it goes to no other release until new dates are signed";
+    assert_eq!(said(&story), [(true, words.to_owned())]);
+    story.then(with(4, of("targets.json")));
+    assert!(said(&story).is_empty() && !story.last.contains(&Action::Save), "the same again is no news");
+    let kept: Machine = serde_json::from_str(&serde_json::to_string(&story.m).unwrap()).unwrap();
+    assert_eq!(kept.condition, story.m.condition);
+    story.then(by(1, report(1, "b", 1, 1)));
+    assert_eq!(story.m.condition.stale, of("targets.json"), "this boot has verified nothing yet");
+    story.then(by(1, Report { stale: of("targets.json"), ..report(1, "b", 2, 1) }));
+    assert!(said(&story).is_empty(), "nor is it news in the next boot");
+    story.then(by(1, healthy(1, "b", 3, 1)));
+    assert!(story.m.condition.stale.is_none() && story.last.contains(&Action::Save));
+}

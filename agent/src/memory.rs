@@ -154,9 +154,14 @@ impl Memory {
     }
 
     /// Remembers that an order was taken under the assignment of this sequence; with 0 that it is done. One that cannot
-    /// be remembered is not taken: it could be replayed.
+    /// be remembered is not taken: it could be replayed. What is forgotten because it has expired by `now` has expired for good: an
+    /// earlier time is not believed after a restart either, whatever the director says by then.
     pub fn take_order(&mut self, order: &Order, sequence: u64, now: Timestamp) -> std::result::Result<(), OrderError> {
+        let before = self.orders.len();
         self.orders.retain(|id, mark| mark.expires > now || id == order.id.as_str());
+        if self.orders.len() < before {
+            self.time_floor = self.time_floor.max(Some(now));
+        }
         if self.orders.len() >= ORDERS && !self.orders.contains_key(order.id.as_str()) {
             return Err(OrderError::MemoryFull { limit: ORDERS });
         }

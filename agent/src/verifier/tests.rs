@@ -245,6 +245,23 @@ fn orders_are_remembered_until_they_expire_and_no_more_than_fit() {
     assert_eq!(machine.verifier.memory.orders.len(), 1, "those that expired are forgotten");
 }
 
+/// What is forgotten of an order is worth the time by which it had expired.
+#[test]
+fn a_wipe_is_not_obeyed_anew_when_the_director_turns_the_time_back() {
+    let mut machine = Machine::of(1);
+    let first = order(&machine.verifier, 1, wipe());
+    machine.verifier.wiped(&first).unwrap();
+    machine.verifier.now += SignedDuration::from_hours(2);
+    let second = Order { expires: now() + SignedDuration::from_hours(9), ..order(&machine.verifier, 2, wipe()) };
+    machine.verifier.wiped(&second).unwrap();
+    assert!(machine.verifier.memory.mark(&first).is_none(), "it has expired");
+    // A restart, as it begins; the director says the time at which the first order was given.
+    let memory = machine.verifier.place.memory().unwrap();
+    machine.verifier.now = memory.time_floor.map_or(now(), |floor| floor.max(now()));
+    machine.verifier.memory = memory;
+    assert_eq!(machine.hears(signed(&first), 1, 2).err(), Some("order-expired"));
+}
+
 #[test]
 fn the_stolen_boot_server_is_told_why_its_rescue_release_is_not_fetched() {
     let machine = Machine::of(1);

@@ -117,6 +117,11 @@ pub enum AgentError {
         "{url} shows a key of the agent API that the site does not name: the boot server's before this one, or a thief's"
     )]
     AgentApiKey { url: String },
+    #[error(
+        "what is kept of {release} on the disk is not what this machine wrote there last: an older copy, put back? Without a \
+         boot server nothing starts by it"
+    )]
+    OtherRecord { release: String },
     #[error("{release} is of class {class}; from a disk only class normal starts")]
     Class { release: String, class: String },
     #[error(
@@ -230,6 +235,7 @@ kinds!({
     Self::AgentApiCa => "agent-api-ca-mismatch", Verification;
     // Another server may show one that counts, or newer metadata name this one.
     Self::AgentApiKey { .. } => "agent-api-key-revoked", Unreachable;
+    Self::OtherRecord { .. } => "disk-other-record", Verification;
     Self::Class { .. } => "release-wrong-class", Verification;
     Self::CommandLine { .. } => "command-line-mismatch", Verification;
     Self::FellBack { .. } => "trial-fell-back", Machine;

@@ -181,7 +181,7 @@ pub fn disable() -> Result<()> {
 /// From here on this kernel loads one other, once, by whomever, and none for a panic. The call counts, not what comes of it
 /// (`kexec_load_permitted` of the kernel's kernel/kexec_core.c).
 pub fn allow_one(sysctls: &Path) -> std::io::Result<()> {
-    for (name, most) in [(LOADS_LEFT, 1), (CRASH_LOADS_LEFT, 0)] {
+    for (name, most) in [(LOADS_LEFT, 1_u8), (CRASH_LOADS_LEFT, 0)] {
         let path = sysctls.join(name);
         let written =
             File::options().write(true).open(&path).and_then(|mut file| file.write_all(&[b'0' + most, b'\n']));

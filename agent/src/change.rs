@@ -2,7 +2,7 @@
 
 use crate::disk::DiskError;
 use crate::disk::machine::{self, SharedDisk, on_disk};
-use crate::disk::record::Record;
+use crate::disk::record::{self, Record};
 use crate::error::{self, AgentError, FailureClass, Result};
 use crate::fetch::{Download, Expected, Scratch};
 use crate::flow::Flow;
@@ -188,6 +188,10 @@ impl Prefetch {
     pub async fn prepare(&mut self, verifier: &mut Verifier) -> Result<Given> {
         if self.manifest.is_none() {
             self.verify(verifier).await?;
+        }
+        if let (Some(disk), Some(manifest)) = (&self.disk, &self.manifest) {
+            let slots = on_disk(disk, |disk| Ok(disk.slots().disk.labels)).await?;
+            verifier.expect_record(manifest, &record::digest(&self.files, &self.assignment), slots)?;
         }
         Ok(Given {
             servers: verifier.servers.clone(),

@@ -122,6 +122,11 @@ pub enum AgentError {
         "{url} shows a key of the agent API that the site does not name: the boot server's before this one, or a thief's"
     )]
     AgentApiKey { url: String },
+    #[error(
+        "what is kept of {release} on the disk is not what this machine wrote there last: an older copy, put back? Without a \
+         boot server nothing starts by it"
+    )]
+    OtherRecord { release: String },
     #[error("{release} is of class {class}; from a disk only class normal starts")]
     Class { release: String, class: String },
     #[error(
@@ -135,6 +140,11 @@ pub enum AgentError {
          reports. A new assignment ends it; without one the release is tried once more every {minutes} min"
     )]
     BootLoop { release: String, starts: u32, minutes: u64 },
+    #[error(
+        "no kernel is loaded for a kexec in this boot any more: a boot has one load, and it was used, or kexec is switched \
+         off. The next release comes through firmware"
+    )]
+    KexecSpent,
     #[error("the next release does not fit into memory beside this one, and in safe mode there is no other way to it")]
     NoWayOut,
     #[error("{0}")]
@@ -240,11 +250,13 @@ kinds!({
     Self::AgentApiCa => "agent-api-ca-mismatch", Verification;
     // Another server may show one that counts, or newer metadata name this one.
     Self::AgentApiKey { .. } => "agent-api-key-revoked", Unreachable;
+    Self::OtherRecord { .. } => "disk-other-record", Verification;
     Self::Class { .. } => "release-wrong-class", Verification;
     Self::CommandLine { .. } => "command-line-mismatch", Verification;
     Self::DriverSilent { .. } => "machine-driver-silent", Machine;
     Self::FellBack { .. } => "trial-fell-back", Machine;
     Self::BootLoop { .. } => "boot-loop", Machine;
+    Self::KexecSpent => "kexec-spent", Machine;
     Self::NoWayOut => "safe-mode-no-memory", Machine;
     Self::DrainHook { .. } => "drain-hook", Machine;
     Self::Tpm(_) | Self::NoTpm | Self::SilentTpm { .. } => "machine-tpm", Machine;

@@ -1,7 +1,8 @@
 //! Kexecs are measured: the kernel extends PCR 10 by what is loaded for one (IMA), so that the server sees what its signature does
-//! not cover. The policy is loaded in the initramfs, before anything else could load a kernel. Where that fails, the agent itself
-//! extends PCR 10 by a mark that says so: it stops no boot, and cannot be taken back by whoever is root later. Where that fails too,
-//! nothing is loaded for a kexec in this boot.
+//! not cover. The policy is loaded in the initramfs, before anything else could load a kernel; from then on the kernel loads one,
+//! once: of a second, what was listed before is not listed again. Where either fails, the agent itself extends PCR 10 by a mark
+//! that says so: it stops no boot, and cannot be taken back by whoever is root later. Where that fails too, nothing is loaded for a
+//! kexec in this boot.
 
 use crate::error::Result;
 use crate::{kexec, tpm};
@@ -29,6 +30,8 @@ enum Unmeasured {
     NotExtended,
     #[error("the kernel does not take the policy: {0}")]
     Policy(std::io::Error),
+    #[error("the kernel does not limit how often one is loaded, as Linux 6.3 and later do: {0}")]
+    Unlimited(std::io::Error),
 }
 
 /// Kexecs are not measured, and PCR 10 does not say so.
@@ -36,7 +39,9 @@ static OWES_MARK: AtomicBool = AtomicBool::new(false);
 
 /// Has the kernel measure what is loaded for a kexec from here on, whether or not this process reaches the TPM: the kernel may.
 pub fn measure_kexecs() {
-    if let Err(reason) = load_policy(Path::new(LIST), Path::new(POLICY)) {
+    let measured = load_policy(Path::new(LIST), Path::new(POLICY))
+        .and_then(|()| kexec::allow_one(Path::new(kexec::SYSCTLS)).map_err(Unmeasured::Unlimited));
+    if let Err(reason) = measured {
         OWES_MARK.store(!is_marked(&reason.to_string()), Ordering::Relaxed);
     }
 }

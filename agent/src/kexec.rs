@@ -15,7 +15,13 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-const DISABLED: &str = "/proc/sys/kernel/kexec_load_disabled";
+/// The kernel's settings, in which only ever less can be said until the machine restarts.
+pub const SYSCTLS: &str = "/proc/sys/kernel";
+const DISABLED: &str = "kexec_load_disabled";
+/// How often a kernel may still be loaded for a kexec, also in vain; −1: without end. Linux 6.3 and later have it.
+const LOADS_LEFT: &str = "kexec_load_limit_reboot";
+/// The same of kernels that start when this one panics.
+const CRASH_LOADS_LEFT: &str = "kexec_load_limit_panic";
 /// So much of a UKI is read to find its parts, and so long may its command line be: the parts themselves stay in the
 /// file, because the agent's memory is the image's.
 const HEAD: usize = 64 * 1024;
@@ -136,6 +142,9 @@ pub fn started_this() -> Via {
 /// Loads the UKI's kernel and initramfs, with `root` (path, SHA-256) as a further segment, and closes the door behind
 /// it. A release that lies in a slot has an empty segment instead, by which the next kernel knows how it was started.
 pub fn load(uki: &File, manifest: &Manifest, root: Option<(&Path, &str)>) -> Result<()> {
+    if is_spent(Path::new(SYSCTLS)) {
+        return Err(AgentError::KexecSpent);
+    }
     let failed = |what: &'static str| AgentError::system(what);
     let parts = parts(uki)?;
     same_command_line(uki, parts.command_line.clone(), manifest)?;
@@ -165,7 +174,32 @@ pub fn load(uki: &File, manifest: &Manifest, root: Option<(&Path, &str)>) -> Res
 
 /// From here on nothing is loaded for a kexec in this boot, by whomever.
 pub fn disable() -> Result<()> {
-    std::fs::write(DISABLED, "1").map_err(AgentError::file(DISABLED))
+    let path = Path::new(SYSCTLS).join(DISABLED);
+    std::fs::write(&path, "1").map_err(AgentError::file(path))
+}
+
+/// From here on this kernel loads one other, once, by whomever, and none for a panic. The call counts, not what comes of it
+/// (`kexec_load_permitted` of the kernel's kernel/kexec_core.c).
+pub fn allow_one(sysctls: &Path) -> std::io::Result<()> {
+    for (name, most) in [(LOADS_LEFT, 1_u8), (CRASH_LOADS_LEFT, 0)] {
+        let path = sysctls.join(name);
+        let written =
+            File::options().write(true).open(&path).and_then(|mut file| file.write_all(&[b'0' + most, b'\n']));
+        // It is refused where that little or less is left already.
+        let left = std::fs::read_to_string(&path)?;
+        if !left.trim().parse::<u8>().is_ok_and(|left| left <= most) {
+            let is = || std::io::Error::other(format!("{} is {}", path.display(), left.trim()));
+            return Err(written.err().unwrap_or_else(is));
+        }
+    }
+    Ok(())
+}
+
+/// Whether this kernel loads none any more.
+fn is_spent(sysctls: &Path) -> bool {
+    let says =
+        |name: &str, value: &str| std::fs::read_to_string(sysctls.join(name)).is_ok_and(|text| text.trim() == value);
+    says(LOADS_LEFT, "0") || says(DISABLED, "1")
 }
 
 /// A newc cpio of the one file and its directories. Not a byte of it may depend on anything but the release: what the kernel
@@ -231,6 +265,33 @@ mod tests {
         let long = vec![0; HEAD + 1];
         sections.push((".kxsig", &long));
         assert!(matches!(verify(&file(&sections), &manifest), Err(AgentError::Uki(_))), "no signature is so long");
+    }
+
+    #[test]
+    fn a_kernel_loads_once_and_then_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let [left, crash, disabled] = [LOADS_LEFT, CRASH_LOADS_LEFT, DISABLED].map(|name| dir.path().join(name));
+        // Linux 6.1 has neither.
+        assert_eq!(allow_one(dir.path()).unwrap_err().kind(), std::io::ErrorKind::NotFound);
+        assert!(!is_spent(dir.path()) && !left.exists(), "what is not there is not made");
+        std::fs::write(&left, "-1\n").unwrap();
+        assert_eq!(
+            allow_one(dir.path()).unwrap_err().kind(),
+            std::io::ErrorKind::NotFound,
+            "a panic's are not limited"
+        );
+        std::fs::write(&crash, "-1\n").unwrap();
+        std::fs::write(&disabled, "0\n").unwrap();
+        allow_one(dir.path()).unwrap();
+        let says =
+            [&left, &crash].map(|path| std::fs::read_to_string(path).unwrap().lines().next().unwrap().to_owned());
+        assert_eq!(says, ["1", "0"]);
+        assert!(!is_spent(dir.path()));
+        std::fs::write(&left, "0\n").unwrap();
+        assert!(is_spent(dir.path()));
+        std::fs::write(&left, "1\n").unwrap();
+        std::fs::write(&disabled, "1\n").unwrap();
+        assert!(is_spent(dir.path()));
     }
 
     #[test]

@@ -14,8 +14,8 @@ use crate::memory::Memory;
 use crate::plan;
 use crate::uplink::Network;
 use crate::verifier::Verified;
-use kiln_protocol::slot::{Action, Event, Fallback, Go, SlotId};
-use kiln_protocol::{BootFirst, Stage};
+use kiln_protocol::slot::{Action, Event, Fallback, Go, Label, SlotId};
+use kiln_protocol::{Assignment, BootFirst, ReleaseId, Stage};
 use kiln_release::{Manifest, Mode};
 use std::fs::File;
 use std::sync::{Arc, Mutex};
@@ -140,7 +140,15 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
         }
         Ok((disk.slots().running.as_ref().map(|running| running.slot), rest))
     });
+    let record = Record {
+        files: verified.files.clone(),
+        assignment: flow.verifier.accepted.clone().unwrap_or_default(),
+        servers: flow.verifier.servers.clone(),
+    };
     if let (Some(slot), rest) = started.await? {
+        if let Err(error) = renew_record(flow, disk, &manifest, record).await {
+            println!("kiln-agent: what is kept of this release stays as it is: {error}");
+        }
         for action in rest {
             if let Action::Tell(Fallback { release, reason, .. }) = action {
                 let error = AgentError::FellBack { release: release.to_string(), reason };
@@ -169,11 +177,8 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
         }
     }
     let slot = slot.ok_or(AgentError::Superseded)?;
-    let record = Record {
-        files: verified.files.clone(),
-        assignment: flow.verifier.accepted.clone().unwrap_or_default(),
-        servers: flow.verifier.servers.clone(),
-    };
+    let slots = machine::lock(disk).slots().disk.labels;
+    flow.verifier.expect_record(&manifest, &record.digest(), slots)?;
     on_disk(disk, move |disk| {
         disk.finish_install(slot, &manifest, &record, &uki)?;
         disk.keep_put_up(&machine::content(&manifest)?.root_hash, order)?;
@@ -185,6 +190,31 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
     })
     .await?;
     Ok(slot)
+}
+
+/// Writes anew what is kept of the release that starts, by what the boot server has just said, where it is not what this machine
+/// remembers: an earlier agent wrote it, or somebody else.
+async fn renew_record(flow: &mut Flow, disk: &SharedDisk, manifest: &Manifest, record: Record) -> Result<()> {
+    let here = flow.verifier.here()?;
+    if !assigns(&record.assignment, &here) {
+        return Ok(());
+    }
+    let root_hash = machine::content(manifest)?.root_hash;
+    let (label, hash) = (Label::of(&root_hash), root_hash.clone());
+    // What cannot be read is written anew as well.
+    let (kept, slots) = on_disk(disk, move |disk| Ok((disk.record(&hash).ok(), disk.slots().disk.labels))).await?;
+    if kept.is_some_and(|kept| flow.verifier.memory.has_record(&label, &kept.digest())) {
+        return Ok(());
+    }
+    flow.verifier.expect_record(manifest, &record.digest(), slots)?;
+    on_disk(disk, move |disk| disk.keep_record(&root_hash, &record)).await
+}
+
+/// Whether this is an assignment of that release; it was verified when it came.
+fn assigns(assignment: &str, release: &ReleaseId) -> bool {
+    let signed = |text| serde_json::from_str::<serde_json::Value>(text).ok()?.get("signed").cloned();
+    let assigned = signed(assignment).and_then(|signed| serde_json::from_value::<Assignment>(signed).ok());
+    assigned.is_some_and(|assigned| assigned.release_id() == *release)
 }
 
 async fn fetch_root(flow: &mut Flow, manifest: &Manifest, disk: &SharedDisk, slot: SlotId) -> Result<()> {

@@ -12,6 +12,7 @@ use crate::net::trial::Known;
 use crate::sys;
 use crate::tpm::{self, Tpm, TpmFault};
 use jiff::Timestamp;
+use kiln_protocol::slot::Label;
 use kiln_protocol::{Assignment, KeyStorage, Order, OrderError, OrderMark, RollbackMemory};
 use kiln_release::tuf::Seen;
 use kiln_release::{BootInfo, Signer, Site, hex};
@@ -71,6 +72,15 @@ pub struct Memory {
     /// Operators' orders that were taken and have not expired, by id: none is done twice.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub orders: BTreeMap<String, OrderMark>,
+    /// What may be kept on the state partition: release, by the beginning of its root hash, and the digest of what is kept of it
+    /// ([`crate::disk::record::digest`]), the newest last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub records: Vec<(String, String)>,
+}
+
+/// A release's name in [`Memory::records`]; what lies there is bound to the release by its own signatures.
+fn record_name(release: &Label) -> String {
+    hex::encode(&release.0[..4])
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
@@ -158,14 +168,54 @@ impl Memory {
     }
 
     /// Remembers that an order was taken under the assignment of this sequence; with 0 that it is done. One that cannot
-    /// be remembered is not taken: it could be replayed.
+    /// be remembered is not taken: it could be replayed. What is forgotten because it has expired by `now` has expired for good: an
+    /// earlier time is not believed after a restart either, whatever the director says by then.
     pub fn take_order(&mut self, order: &Order, sequence: u64, now: Timestamp) -> std::result::Result<(), OrderError> {
+        let before = self.orders.len();
         self.orders.retain(|id, mark| mark.expires > now || id == order.id.as_str());
+        if self.orders.len() < before {
+            self.time_floor = self.time_floor.max(Some(now));
+        }
         if self.orders.len() >= ORDERS && !self.orders.contains_key(order.id.as_str()) {
             return Err(OrderError::MemoryFull { limit: ORDERS });
         }
         self.orders.insert(order.id.to_string(), OrderMark { sequence, expires: order.expires });
         Ok(())
+    }
+
+    /// A record with this digest is about to be written for a release, and `slots` hold these. Until a boot has seen which lies there,
+    /// it may be this one or the one before; what belongs to none of them is forgotten.
+    pub fn expect_record(&mut self, release: &Label, digest: &str, slots: &[Label]) {
+        let new = (record_name(release), digest.to_owned());
+        let wanted: Vec<String> = slots.iter().map(record_name).collect();
+        self.records.retain(|kept| *kept != new && (kept.0 == new.0 || wanted.contains(&kept.0)));
+        let mut same = self.records.iter().enumerate().filter(|(_, kept)| kept.0 == new.0).map(|(n, _)| n);
+        // Of several that were never written the newest counts.
+        if let (Some(_), Some(unwritten)) = (same.next(), same.next()) {
+            self.records.remove(unwritten);
+        }
+        self.records.push(new);
+    }
+
+    /// Whether this is what was written for the release.
+    pub fn has_record(&self, release: &Label, digest: &str) -> bool {
+        let name = record_name(release);
+        self.records.iter().any(|kept| kept.0 == name && kept.1 == digest)
+    }
+
+    /// That this lies on the disk, and so no other that was to be written. A memory that has none, of an earlier agent, takes what it
+    /// finds. False: it was not written here, or was replaced since.
+    pub fn found_record(&mut self, release: &Label, digest: &str) -> bool {
+        let name = record_name(release);
+        if self.records.is_empty() {
+            self.records.push((name, digest.to_owned()));
+            return true;
+        }
+        let known = self.has_record(release, digest);
+        if known {
+            self.records.retain(|kept| kept.0 != name || kept.1 == digest);
+        }
+        known
     }
 
     /// Where an assignment of this director stands in the boot loader's order.

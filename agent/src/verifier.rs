@@ -2,12 +2,14 @@
 //! that metadata. PID 1, the running system's service and `kiln-agent stage` have this one way; none goes around it.
 
 use crate::api::{Clock, Pins};
+use crate::disk::machine::content;
 use crate::disk::record::Record;
 use crate::error::{AgentError, FailureClass, Result};
 use crate::fetch::Documents;
 use crate::memory::{Memory, Place};
 use crate::plan::Currency;
 use jiff::Timestamp;
+use kiln_protocol::slot::Label;
 use kiln_protocol::{
     Assignment, Class, Decision, Freshness, Grant, ImageName, KeyId, KeyStorage, Nonce, ORDER_TYPE, Order, OrderAction,
     OrderError, OrderGiven, Ordered, ReleaseId, Reply, RoleSettings, Running, Stale, Via, check_assignment,
@@ -163,7 +165,8 @@ impl Verifier {
     /// Verifies a release and its assignment by what was kept of them, without a boot server: the same checks, against
     /// the trust root in this boot image, but for those that only a server can answer (freshness) and those that look
     /// forward: versions may be lower than the highest seen, because the machine returns to what it was assigned, maybe by
-    /// a director that was replaced since. The floor binds.
+    /// a director that was replaced since. The floor binds, and it must be what this machine kept of the release last: whoever has
+    /// the disk has older ones too.
     pub fn verify_record(&mut self, release: &ReleaseId, record: &Record) -> Result<(Verified, Assignment)> {
         let site_path = TargetPath::site();
         let manifest_path = TargetPath::manifest(release.image.as_str(), release.release)?;
@@ -206,8 +209,23 @@ impl Verifier {
             let (expected, got) = (verified.manifest_sha256, assigned.manifest_sha256.to_string());
             return Err(AgentError::ManifestMismatch { expected, got });
         }
+        if !self.memory.found_record(&Label::of(&content(&verified.manifest)?.root_hash), &record.digest()) {
+            return Err(AgentError::OtherRecord { release: release.to_string() });
+        }
+        // Nothing is lost where that fails: it is found again.
+        if let Err(error) = self.place.remember(&self.memory) {
+            println!("kiln-agent: which record lies on the disk is not remembered: {error}");
+        }
         self.note_stale(&verified);
         Ok((verified, assigned))
+    }
+
+    /// Before a record with this digest is written for a release: a boot without a server believes no other. `slots`: what they
+    /// hold until then.
+    pub fn expect_record(&mut self, manifest: &Manifest, digest: &str, slots: [Option<Label>; 2]) -> Result<()> {
+        let slots: Vec<Label> = slots.into_iter().flatten().collect();
+        self.memory.expect_record(&Label::of(&content(manifest)?.root_hash), digest, &slots);
+        self.place.remember(&self.memory)
     }
 
     fn note_stale(&mut self, verified: &Verified) {

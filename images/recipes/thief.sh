@@ -1,8 +1,10 @@
 #!/bin/sh
 # Says on the console what root can load for a kexec: KILN-THIEF <what> <detail>. Told so on the serial line, it goes by kexec
-# into the release's own kernel, with the release's own initramfs and one file more.
+# into the release's own kernel, with the release's own initramfs and one file more: `steal` as it is; `hide` after the kernel has
+# measured that as a module. `twice` does the same behind a load of the release's own, and stays.
 
 place=/run/kiln-thief
+lists=/sys/kernel/security/ima/ascii_runtime_measurements
 
 say() {
     echo "KILN-THIEF $*" >/dev/console
@@ -13,15 +15,27 @@ said() {
     sed -n "s/.*$1\([^\"]*\)\".*/\1/p" /run/kiln/handoff.json
 }
 
+# Loads this initramfs: what kexec says, and whether a kernel is loaded.
 load() {
-    kexec -s -l "$place/kexec_kernel" --initrd="$place/initramfs" --command-line="$(said '"command_line":"')" 2>&1 | tr '\n' ' '
+    kexec -s -l "$place/kexec_kernel" --initrd="$1" --command-line="$(said '"command_line":"')" 2>&1 | tr '\n' ' '
     test "$(cat /sys/kernel/kexec_loaded)" = 1
+}
+
+jump() {
+    say goes "the kernel takes it"
+    kexec -e
+}
+
+# The kernel refuses it as a module, and has measured it by then.
+hide() {
+    busybox insmod "$place/foreign" 2>/dev/null
+    say hidden "listed $(grep -c "$place/foreign" "$lists") time"
 }
 
 if [ "$1" = late ]; then
     if [ "$(cat /proc/sys/kernel/kexec_load_disabled)" = 1 ]; then
         # One is loaded, and stays: the refusal is in the words.
-        say late "refused: $(load)"
+        say late "refused: $(load "$place/foreign")"
     else
         say late "nothing was loaded"
     fi
@@ -35,20 +49,35 @@ for part in kexec_kernel initramfs; do
     hash=$(said "\"$part\":{\"sha256\":\"")
     busybox wget -q -O "$place/$part" "$server/a/$hash" || say fail "$part does not come from $server"
 done
+cp "$place/initramfs" "$place/foreign"
+echo "not the site's" >"$place/more/kiln/foreign"
+truncate -s %4 "$place/foreign"
+(cd "$place/more" && find kiln | busybox cpio -o -H newc 2>/dev/null) >>"$place/foreign"
 # Open before anybody is told, so that no word is lost.
 exec 3</dev/ttyS0
 say ready "$(wc -c <"$place/kexec_kernel") and $(wc -c <"$place/initramfs") bytes"
 
-until [ "$word" = steal ]; do
+while true; do
     # Its end is a hang-up of the line.
-    read -r word <&3 || { sleep 1; exec 3</dev/ttyS0; }
+    read -r word <&3 || { sleep 1; exec 3</dev/ttyS0; continue; }
+    case "$word" in
+    steal)
+        if message=$(load "$place/foreign"); then jump; else say fail "$message"; fi
+        ;;
+    hide)
+        hide
+        if message=$(load "$place/foreign"); then
+            say loaded "listed $(grep -c "$place/foreign" "$lists") time"
+            jump
+        else
+            say fail "$message"
+        fi
+        ;;
+    twice)
+        hide
+        if message=$(load "$place/initramfs"); then say once "the kernel takes it"; else say fail "$message"; fi
+        # One is loaded, and stays.
+        say twice "refused: $(load "$place/foreign")"
+        ;;
+    esac
 done
-echo "not the site's" >"$place/more/kiln/foreign"
-truncate -s %4 "$place/initramfs"
-(cd "$place/more" && find kiln | busybox cpio -o -H newc 2>/dev/null) >>"$place/initramfs"
-if message=$(load); then
-    say goes "the kernel takes it"
-    kexec -e
-else
-    say fail "$message"
-fi

@@ -245,6 +245,67 @@ fn orders_are_remembered_until_they_expire_and_no_more_than_fit() {
     assert_eq!(machine.verifier.memory.orders.len(), 1, "those that expired are forgotten");
 }
 
+/// Whoever has the disk has older records of the same release, each as well signed.
+#[test]
+fn only_the_record_that_was_written_last_starts_a_release() {
+    let mut machine = Machine::of(1);
+    let (http, _hear) = web::honest(machine.site.files.clone(), BTreeMap::new());
+    machine.verifier.servers.http = vec![http];
+    machine.verifier.boot.site.mode = Mode::Disk;
+    let here = machine.verifier.here().unwrap();
+    let files = machine.runtime.block_on(machine.verifier.verify_metadata(&here)).unwrap().files;
+    let [first, second, third] = [2, 3, 4].map(|sequence| {
+        assert!(machine.hears(None, 1, sequence).is_ok());
+        let assignment = machine.verifier.accepted.clone().unwrap();
+        Record { files: files.clone(), assignment, servers: Servers::default() }
+    });
+    let (manifest, mut verifier) = (machine.site.manifests[&1].clone(), machine.verifier);
+    let starts = |verifier: &mut Verifier, record: &Record| {
+        verifier.verify_record(&here, record).map(|(_, assignment)| assignment.sequence).map_err(|e| e.kind())
+    };
+    // A memory of an earlier agent has none, and takes what it finds.
+    assert_eq!(starts(&mut verifier, &first), Ok(2));
+    assert_eq!(starts(&mut verifier, &second), Err("disk-other-record"));
+    // The next is to be written: a cut leaves the one or the other, and what a boot has found is it.
+    let slots = [Some(Label::of(&content(&manifest).unwrap().root_hash)), Some(Label([9; 16]))];
+    verifier.expect_record(&manifest, &second.digest(), slots).unwrap();
+    let expecting = verifier.memory.clone();
+    assert_eq!(starts(&mut verifier, &first), Ok(2));
+    verifier.memory = expecting;
+    assert_eq!(starts(&mut verifier, &second), Ok(3));
+    assert_eq!(starts(&mut verifier, &first), Err("disk-other-record"), "put back by whoever has the disk");
+    // Over a restart, and over a third that was never written, another way to the same server.
+    verifier.memory = verifier.place.memory().unwrap();
+    for digest in [third.digest(), "never written".to_owned(), third.digest()] {
+        verifier.expect_record(&manifest, &digest, slots).unwrap();
+    }
+    assert_eq!(verifier.memory.records.len(), 2);
+    let servers = Servers { http: vec!["http://elsewhere".into()], ..Servers::default() };
+    assert_eq!(starts(&mut verifier, &Record { servers, ..third }), Ok(4));
+    // What lies in no slot any more is forgotten.
+    let next = Label([7; 16]);
+    verifier.memory.expect_record(&next, "next", &[]);
+    assert_eq!(verifier.memory.records.len(), 1);
+    assert_eq!(starts(&mut verifier, &second), Err("disk-other-record"));
+}
+
+/// What is forgotten of an order is worth the time by which it had expired.
+#[test]
+fn a_wipe_is_not_obeyed_anew_when_the_director_turns_the_time_back() {
+    let mut machine = Machine::of(1);
+    let first = order(&machine.verifier, 1, wipe());
+    machine.verifier.wiped(&first).unwrap();
+    machine.verifier.now += SignedDuration::from_hours(2);
+    let second = Order { expires: now() + SignedDuration::from_hours(9), ..order(&machine.verifier, 2, wipe()) };
+    machine.verifier.wiped(&second).unwrap();
+    assert!(machine.verifier.memory.mark(&first).is_none(), "it has expired");
+    // A restart, as it begins; the director says the time at which the first order was given.
+    let memory = machine.verifier.place.memory().unwrap();
+    machine.verifier.now = memory.time_floor.map_or(now(), |floor| floor.max(now()));
+    machine.verifier.memory = memory;
+    assert_eq!(machine.hears(signed(&first), 1, 2).err(), Some("order-expired"));
+}
+
 #[test]
 fn the_stolen_boot_server_is_told_why_its_rescue_release_is_not_fetched() {
     let machine = Machine::of(1);

@@ -63,6 +63,10 @@ pub mod ima_list {
             let lines = has(&|what| *what == ImaWhat::CommandLine(LINE.as_bytes()));
             assert_eq!(found.contains(&1), crossed && kernel && lines);
             assert!(!has(&|what| *what == ImaWhat::Other), "what no rule asks for is passed over");
+            let disguised = |what: &ImaWhat<'_>| matches!(what, ImaWhat::File { sha256, .. } if *sha256 == CROSSING);
+            assert!(!has(&disguised), "a release's initramfs passes for a module");
+            let first = |what: &ImaWhat<'_>| matches!(what, ImaWhat::File { name: b"boot_aggregate\0", .. });
+            assert!(!list.0.iter().skip(1).any(|entry| first(&entry.what)), "two kernels pass for one");
         }
         // Whatever came before it, a foreign initramfs is seen.
         for foreign in [initramfs([9; 32]), line(b"init=/bin/sh")] {
@@ -77,6 +81,15 @@ pub mod ima_list {
         let first = file([1; 32], b"boot_aggregate\0");
         let kexec = [file(KERNEL, b"memfd:kiln-kernel\0"), initramfs(CROSSING), line(LINE.as_bytes())].concat();
         let (_, mark) = ima_unmeasured();
-        vec![first.clone(), [first.clone(), kexec.clone()].concat(), [first, mark, kexec].concat(), initramfs([9; 32])]
+        let second = [first.clone(), kexec.clone(), first.clone()].concat();
+        let disguised = [first.clone(), file(CROSSING, b"/run/x\0"), kexec.clone()].concat();
+        vec![
+            first.clone(),
+            [first.clone(), kexec.clone()].concat(),
+            [first, mark, kexec].concat(),
+            initramfs([9; 32]),
+            second,
+            disguised,
+        ]
     }
 }

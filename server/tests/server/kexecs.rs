@@ -134,6 +134,38 @@ async fn a_word_that_is_not_the_truth_is_found_out_by_the_next_kernel() {
     assert_eq!(judged.state, AttestationState::Failed, "{judged:?}");
 }
 
+/// A file that was read as a module is listed as one, and as nothing else when it is loaded for a kexec.
+#[tokio::test]
+async fn an_initramfs_that_was_measured_as_a_module_carries_nobody() {
+    let Some(Bed { mut chip, server, mut agent, third, _site, .. }) = bed().await else { return };
+    let named = |sha256: [u8; 32]| [b"sha256:\0".as_slice(), &sha256].concat();
+    for told in [true, false] {
+        assert_eq!(boots(&server, &mut agent, &mut chip).await.state, AttestationState::Attested);
+        chip.measures(&[&named(sha256(b"the right initramfs, and one file more")), b"/run/x\0", &[]]);
+        chip.measures(&[&named(raw(&third.loaded_kernel().sha256)), b"/run/kernel\0", &[]]);
+        let before = chip.measured.clone();
+        if told {
+            let judged = leaves(&server, &agent, &chip.measured).await;
+            assert_eq!(judged.state, AttestationState::Failed, "{judged:?}");
+            jumps(&mut agent, &mut chip, &third);
+            let judged = boots(&server, &mut agent, &mut chip).await;
+            assert_eq!(judged.state, AttestationState::Failed);
+            assert!(judged.reason.contains("the kernel before loaded no release"), "{judged:?}");
+            chip.restart();
+            chip.boot(3, b"firmware", 1);
+            chip.kernel_starts();
+            agent.restart(&third);
+        } else {
+            // It says nothing, and passes for the boot that it was: with the cap that it had, and a list that goes on.
+            chip.kernel_starts();
+            chip.measured = [before, chip.measured.clone()].concat();
+            let judged = prove(&server, &agent, &mut chip).await.0;
+            assert_eq!(judged.state, AttestationState::Failed);
+            assert!(judged.reason.contains("another kernel has started since"), "{judged:?}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_kernel_that_measures_nothing_is_shown_so_and_one_that_hides_its_list_fails() {
     let Some(Bed { mut chip, server, mut agent, second, third, _site }) = bed().await else { return };

@@ -10,7 +10,8 @@ use super::{extend, sha256};
 use crate::hex;
 
 /// What the agent has the kernel measure. A kernel for a kexec keeps the default form: under Secure Boot a rule of the kernel's
-/// own comes first.
+/// own comes first. All are of one PCR: with one of its own (`pcr=`), an initramfs that was measured as a module before would be
+/// measured again, by the hash that its file had then (`IMA_COLLECTED`), and pass for what it was.
 pub const IMA_POLICY: [&str; 3] = [
     "measure func=KEXEC_KERNEL_CHECK\n",
     "measure func=KEXEC_INITRAMFS_CHECK template=ima-ngv2\n",
@@ -24,7 +25,8 @@ const MAX_ENTRIES: usize = 2048;
 const MAX_NAME: usize = 64;
 /// What the agent extends PCR 10 by where kexecs are not measured. No entry of the kernel's is like it: they begin with a length.
 const UNMEASURED: &[u8] = b"kiln: kexecs are not measured";
-const BOOT_AGGREGATE: &[u8] = b"boot_aggregate\0";
+/// A kernel's first word, on the boot before it.
+pub(super) const BOOT_AGGREGATE: &[u8] = b"boot_aggregate\0";
 
 /// Why a list cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

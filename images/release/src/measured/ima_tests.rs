@@ -181,10 +181,29 @@ fn a_command_line_is_bound_to_what_was_loaded_with_it() {
     assert_eq!(judged_with(LINE, &same), Ok(BTreeSet::from([1, 2])));
 }
 
+/// What root gets by having a file measured as a module, which the kernel then refuses, before it is loaded for a kexec.
+#[test]
+fn an_initramfs_that_was_measured_as_a_file_before_is_none() {
+    let (genuine, foreign) = (crossing(2, true), sha256(b"foreign"));
+    let (kernel, hidden) = (file(sha256(KERNEL), "memfd:kiln-kernel"), file(foreign, "/run/x"));
+    // Read already: of its loading the kernel lists the line alone, or nothing.
+    let error = judged(&[aggregate(), hidden.clone(), kernel.clone(), line(LINE)].concat()).unwrap_err();
+    assert!(error.entry == 4 && error.what.starts_with("the command line"), "{error}");
+    assert_eq!(judged(&[aggregate(), hidden.clone(), kernel.clone()].concat()), Ok(BTreeSet::new()));
+    // The right one was read, and what lies under its file system changed since: its hash is the one from before.
+    let before = file(sha256(&genuine), "/run/x");
+    let error = judged(&[aggregate(), before, kexec(&genuine)].concat()).unwrap_err();
+    assert_eq!((error.entry, error.why), (2, "which is a release's initramfs, and read for something else"));
+    // No word of a kexec: the next kernel goes on as the one before, and has begun with a word of its own.
+    let next = [aggregate(), file([8; 32], "/lib/modules/erofs.ko")].concat();
+    let error = judged(&[aggregate(), hidden, kernel, next].concat()).unwrap_err();
+    assert!(error.entry == 4 && error.to_string().contains("another kernel has started since"), "{error}");
+}
+
 #[test]
 fn a_kernel_that_measures_nothing_is_told_apart() {
     let (digest, mark) = ima_unmeasured();
-    let whole = [aggregate(), mark.clone(), aggregate()].concat();
+    let whole = [aggregate(), mark.clone(), file([9; 32], "/lib/modules/erofs.ko")].concat();
     let list = ImaList::read(&whole).unwrap();
     assert!(list.is_unmeasured() && list.0[1].digest == digest);
     assert_eq!(judged(&whole), Ok(BTreeSet::new()));

@@ -4,9 +4,12 @@
 
 #![allow(clippy::unwrap_used, clippy::needless_pass_by_value)] // a test; its steps read better as values
 
+#[path = "slots/steps.rs"]
+mod steps;
+
 use kiln_protocol::Via;
 use kiln_protocol::slot::{
-    Action, Content, Disk, EntryKind, EntryName, Event, Go, Label, Refusal, SlotId, SlotState, Slots, TRIES, Tries,
+    Action, Content, Disk, EntryKind, EntryName, Event, Go, Label, SlotId, SlotState, Slots, TRIES, Tries,
 };
 use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -160,6 +163,17 @@ impl World {
         out.push(world.off());
     }
 
+    /// It was started for the last time of too many, and no server answers. The other good root is read back first.
+    fn loops(&self, release: u64, out: &mut Vec<Self>) {
+        let slot = self.disk.slot_of(&content(release).root_hash).expect("it was started from its slot");
+        let slots = Slots::new(self.disk.clone(), self.floor);
+        let rotten = self.disk.is_good(slot) && self.disk.is_good(slot.other()) && !self.good_and_whole(slot.other());
+        let event = if rotten { Event::Spoilt(slot.other()) } else { Event::Loops(slot) };
+        let (after, actions) = slots.event(event);
+        let left = self.perform(after, &actions, out);
+        out.push(left.off());
+    }
+
     /// Does actions; `cuts` gets the machine as a power cut at any moment leaves it.
     fn perform(&self, slots: Slots, actions: &[Action], cuts: &mut Vec<Self>) -> Self {
         let mut world = Self { on: Some(slots.clone()), ..self.clone() };
@@ -203,6 +217,7 @@ impl World {
             }
             if self.holds(release) {
                 after.start(release, Via::Cold, out);
+                after.loops(release, out);
             } else if let Some(slot) = self.disk.slot_of(&content(release).root_hash) {
                 after.finds_rot(release, slot, out);
             }
@@ -384,7 +399,7 @@ fn nor_does_a_floor_that_rises_twice() {
     explore(with_a_good_release([1, 2, 5], 3));
 }
 
-/// A machine with release 1 good in A; the events after that, and the entries on its disk after each.
+/// A machine with release 1 good in A.
 fn good_machine(sequence: u64) -> Slots {
     let mut slots = Slots::new(Disk::default(), 1);
     for event in
@@ -393,83 +408,4 @@ fn good_machine(sequence: u64) -> Slots {
         slots = slots.event(event).0;
     }
     slots
-}
-
-fn names(slots: &Slots) -> Vec<String> {
-    let mut names: Vec<String> = slots.disk.entries.iter().map(|e| e.name.to_string()).collect();
-    names.sort();
-    names
-}
-
-fn steps(mut slots: Slots, events: impl IntoIterator<Item = Event>) -> (Slots, Vec<Action>) {
-    let mut last = Vec::new();
-    for event in events {
-        (slots, last) = slots.event(event);
-    }
-    (slots, last)
-}
-
-#[test]
-fn each_state_has_its_file_names_and_the_good_ones_never_changes() {
-    let slots = good_machine(4);
-    assert_eq!(names(&slots), ["kiln-4.conf"]);
-    let (slots, actions) = slots.event(Event::Assign(content(2), 5, Go::Leave(Via::Cold)));
-    assert_eq!(actions, [Action::Fetch(SlotId::B, content(2))]);
-    assert_eq!(slots.disk.state(SlotId::B), SlotState::Empty);
-    let (slots, actions) = slots.event(Event::Fetched);
-    assert!(matches!(actions[..], [Action::Label(..), Action::PutUki(_), Action::PutEntry(..)]), "{actions:?}");
-    assert_eq!(
-        (names(&slots).join(" "), slots.disk.state(SlotId::B)),
-        ("kiln-4.conf kiln-5+3.next".into(), SlotState::Allowed)
-    );
-    let (slots, actions) = slots.event(Event::Granted);
-    assert_eq!(
-        (names(&slots).join(" "), slots.disk.state(SlotId::B)),
-        ("kiln-4.conf kiln-5+3.conf".into(), SlotState::Preferred)
-    );
-    assert_eq!(actions.last(), Some(&Action::Leave(Via::Cold)));
-    let (slots, _) = steps(slots, [Event::Started(content(2).root_hash, Via::Cold), Event::Healthy]);
-    assert_eq!(names(&slots), ["kiln-4.conf", "kiln-5.conf"]);
-}
-
-#[test]
-fn a_kexec_is_proven_by_a_cold_boot_before_anything_is_stacked_on_it() {
-    let slots = good_machine(4);
-    let go = Go::Leave(Via::Kexec);
-    let (slots, left) = steps(slots, [Event::Assign(content(2), 5, go), Event::Fetched, Event::Granted]);
-    assert_eq!(left.last(), Some(&Action::Leave(Via::Kexec)));
-    let (slots, said) = steps(slots, [Event::Started(content(2).root_hash, Via::Kexec), Event::Healthy]);
-    assert_eq!((names(&slots).join(" "), said.len()), ("kiln-4.conf kiln-5+3.conf".into(), 0), "it keeps its counter");
-    let (slots, said) = slots.event(Event::Assign(content(3), 6, go));
-    assert_eq!(said, [Action::Refuse(Refusal::ProveFirst)]);
-    // Back to what is good is always allowed, and by a cold boot.
-    let (_, left) = steps(slots, [Event::Assign(content(1), 6, go), Event::Fetched, Event::Granted]);
-    assert_eq!(left.last(), Some(&Action::Leave(Via::Cold)));
-}
-
-#[test]
-fn a_trial_that_used_up_its_tries_is_told_and_not_installed_again() {
-    let (mut slots, _) =
-        steps(good_machine(4), [Event::Assign(content(3), 5, Go::Leave(Via::Cold)), Event::Fetched, Event::Granted]);
-    let from = "kiln-5+3.conf".parse().unwrap();
-    slots.disk.apply(&Action::RenameEntry { from, to: "kiln-5+0-3.conf".parse().unwrap() });
-    let (slots, said) = Slots::new(slots.disk, 1).event(Event::Started(content(1).root_hash, Via::Cold));
-    let Some(Action::Tell(fallback)) = said.last() else { panic!("{said:?}") };
-    assert_eq!((fallback.release.release, fallback.reason.as_str()), (3, "trial-tries-used-up"));
-    assert_eq!(names(&slots), ["kiln-4.conf", "kiln-5.failed"]);
-    let again = |sequence| Event::Assign(content(3), sequence, Go::Leave(Via::Cold));
-    let (slots, said) = slots.event(again(5));
-    assert!(matches!(said[..], [Action::Refuse(Refusal::Quarantined { sequence: 5, .. })]), "{said:?}");
-    let (_, said) = slots.event(again(6));
-    assert!(!matches!(said[..], [Action::Refuse(_)]), "a person's new assignment clears it: {said:?}");
-}
-
-#[test]
-fn a_power_blip_on_a_good_slot_costs_nothing() {
-    let slots = good_machine(4);
-    let before = slots.disk.clone();
-    for _ in 0..10 {
-        let (after, actions) = Slots::new(before.clone(), 1).event(Event::Started(content(1).root_hash, Via::Cold));
-        assert_eq!((after.disk, actions), (before.clone(), vec![]));
-    }
 }

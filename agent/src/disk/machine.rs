@@ -11,7 +11,7 @@ use super::{DiskError, boot_order};
 use crate::change::blocking;
 use crate::error::{AgentError, Result};
 use crate::sys;
-use kiln_protocol::slot::{Action, Content, EntryKind, Event, Go, Label, SlotId, SlotState, Slots};
+use kiln_protocol::slot::{Action, Content, Entry, EntryKind, Event, Go, Label, SlotId, SlotState, Slots};
 use kiln_protocol::{ReleaseId, Sha256Hex, Via};
 use kiln_release::{BootInfo, DiskSettings, Manifest};
 use std::collections::BTreeSet;
@@ -127,6 +127,15 @@ impl MachineDisk {
     /// Whether the loader knows the release with this root hash, be its root whole or not.
     pub fn knows(&self, root_hash: &Sha256Hex) -> bool {
         self.slots.disk.listed(root_hash).is_some()
+    }
+
+    /// The good release in the slot beside the one that holds this root hash.
+    pub fn good_beside(&self, root_hash: &Sha256Hex) -> Option<(SlotId, Content)> {
+        let Slots { disk, floor, .. } = &self.slots;
+        let other = disk.slot_of(root_hash)?.other();
+        let good = |entry: &&Entry| entry.name.kind == EntryKind::Good && entry.content.release.release >= *floor;
+        let newest = disk.entries_of(other).filter(good).max_by_key(|entry| entry.name.sequence)?;
+        disk.is_good(other).then(|| (other, newest.content.clone()))
     }
 
     /// Performs what an event asks for; `uki` is the file of the UKI that is put in place. Gives back what is no
@@ -289,13 +298,18 @@ impl MachineDisk {
         })
     }
 
-    /// What runs from here is read back whole: its root, and its UKI. Whether the UKI is as it was signed. A root that is
-    /// not ends with an error, and its slot is spoilt: the next boot fetches it anew.
+    /// What runs from here, by [`Self::is_whole`]: the next boot fetches a root anew that is not.
     pub fn look_whole(&mut self, manifest: &Manifest) -> Result<bool> {
         let content = content(manifest)?;
         let runs = self.slots.running.as_ref().map(|running| running.slot);
         let slot = runs.filter(|slot| self.slots.disk.slot_of(&content.root_hash) == Some(*slot));
-        let slot = slot.ok_or(AgentError::Superseded)?;
+        self.is_whole(slot.ok_or(AgentError::Superseded)?, manifest)
+    }
+
+    /// A slot's release is read back whole: its root, and its UKI. Whether the UKI is as it was signed. A root that is not ends
+    /// with an error, and its slot is spoilt.
+    pub fn is_whole(&mut self, slot: SlotId, manifest: &Manifest) -> Result<bool> {
+        let content = content(manifest)?;
         if let Err(error) = self.verify(slot, manifest) {
             self.event(Event::Spoilt(slot), None)?;
             return Err(error);

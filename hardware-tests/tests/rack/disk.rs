@@ -296,6 +296,39 @@ fn a_boot_loop_ends_in_a_safe_mode_that_reports() {
     });
 }
 
+/// Both slots hold a good release, the boot server is dead, and the newer one never gets healthy any more: the machine goes to
+/// the other by itself. The server is told once it is back.
+#[test]
+#[ignore = "slow: an install, a reimage and seven boots; make test-slow"]
+fn a_release_that_loops_is_left_for_the_other_slots_without_a_server() {
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-way-back");
+        let console = installed(&mut rack);
+        rack.kiln(&["release", "publish", "disk/2"]).unwrap();
+        rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
+        rack.wait_healthy(NAME, 2).unwrap();
+        console.wait_for("disk/2 is healthy: vda: A Good disk/1, B Good disk/2", Mark::default(), IDLE).unwrap();
+        rack.machine(NAME).power_off();
+        rack.kill_server();
+        for _ in 0..5 {
+            starts_in_vain(&mut rack, 2);
+        }
+        let said = starts_and_says(&mut rack, "disk/1 is healthy: vda: A Good disk/1, B Failed disk/2");
+        assert!(said.contains("disk/2 was started 5 times in a row") && !said.contains("SAFE MODE"), "{said}");
+        rack.start_server().unwrap();
+        let gave_up = |v: &MachineView| v.reason.as_ref().is_some_and(|r| r.contains("good-boot-loop"));
+        let view = rack.wait(NAME, "fell back", |v| v.state == "fell-back" && gave_up(v)).unwrap();
+        assert_eq!(view.release, Some(1), "it works on the other");
+    });
+}
+
+/// Comes up as far as the image's own init, and the power is cut.
+fn starts_in_vain(rack: &mut Rack, release: u64) {
+    let said = starts_and_says(rack, "systemd[1]");
+    assert!(said.contains(&format!("image disk release {release}")), "{said}");
+    rack.machine(NAME).power_off();
+}
+
 /// Names in `loader/entries`, as mtools reads them.
 fn entries(disk: &Path) -> String {
     let image = format!("{}@@{}", disk.display(), 1 << 20);

@@ -47,6 +47,8 @@ pub fn lock(disk: &SharedDisk) -> MutexGuard<'_, MachineDisk> {
 pub struct MachineDisk {
     store: Store<Device>,
     slots: Slots,
+    /// What is written as `starts` when this start comes to the hand-over.
+    starts: Option<(Sha256Hex, Starts)>,
 }
 
 fn settings(boot: &BootInfo) -> DiskSettings {
@@ -103,7 +105,7 @@ impl MachineDisk {
                 .map_err(AgentError::system(format!("making the kernel read {name}'s table")))?;
         }
         let disk = store.read()?;
-        Ok(Self { store, slots: Slots::new(disk, floor) })
+        Ok(Self { store, slots: Slots::new(disk, floor), starts: None })
     }
 
     /// `vda`, `nvme0n1`.
@@ -260,8 +262,8 @@ impl MachineDisk {
         Ok(())
     }
 
-    /// One more start of the good release with this root hash, of which none was healthy yet: how many there were before.
-    /// A disk that does not take it starts what it holds all the same.
+    /// The good release with this root hash starts once more: how many starts of it there were before, none of them healthy.
+    /// This one counts from its hand-over on ([`Self::hands_over`]): a power cut before that burns no try.
     pub fn count_start(&mut self, root_hash: &Sha256Hex, sequence: u64) -> Starts {
         let disk = &self.slots.disk;
         let good = disk.slot_of(root_hash).is_some_and(|slot| disk.state(slot) == SlotState::Good);
@@ -270,12 +272,27 @@ impl MachineDisk {
         }
         let known = self.store.starts(root_hash).unwrap_or_default();
         let begun = if known.count == 0 { sequence } else { known.begun };
-        // After a safe mode the release has one start, not all of them.
-        let count = if known.count >= STARTS { STARTS - 1 } else { known.count + 1 };
-        if let Err(error) = self.store.keep_starts(root_hash, Some(Starts { count, begun })) {
-            println!("kiln-agent: the start is not counted: {error}");
+        if known.count >= STARTS {
+            // After a safe mode the release has one start, not all of them. Nothing is handed over to in this one.
+            self.count(root_hash, Starts { count: STARTS - 1, begun });
+        } else {
+            self.starts = Some((root_hash.clone(), Starts { count: known.count + 1, begun }));
         }
         known
+    }
+
+    /// The image's init is next: from here on it is the release that has to become healthy.
+    pub fn hands_over(&mut self) {
+        if let Some((root_hash, starts)) = self.starts.take() {
+            self.count(&root_hash, starts);
+        }
+    }
+
+    /// A disk that does not take it starts what it holds all the same.
+    fn count(&mut self, root_hash: &Sha256Hex, starts: Starts) {
+        if let Err(error) = self.store.keep_starts(root_hash, Some(starts)) {
+            println!("kiln-agent: the start is not counted: {error}");
+        }
     }
 
     /// It was healthy, or a person wants it tried anew.

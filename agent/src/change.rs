@@ -392,16 +392,8 @@ pub async fn renew(
     };
     if !whole {
         let [path, _] = files(next);
-        let uki = Download::new(expected(error::UKI, &manifest.uki), Some(&path), &meter.uki)?;
-        // Its file goes with it: it is kept until the disk has it.
-        let mut uki = uki.capped(prefetch_rate(&verifier.boot));
-        uki.run_any(&verifier.servers.http).await?;
-        let signed = manifest.clone();
-        let mended = on_disk(disk, move |disk| {
-            kexec::verify(&File::open(&path).map_err(AgentError::file(&path))?, &signed)?;
-            disk.mend_uki(&signed, &path)
-        });
-        mended.await?;
+        let from = (verifier.servers.http.as_slice(), prefetch_rate(&verifier.boot));
+        mend_uki(disk, &manifest, from, &path, &meter.uki).await?;
     }
     let order = verifier.memory.order(assignment.sequence);
     let root_hash = machine::content(&manifest)?.root_hash;
@@ -409,8 +401,29 @@ pub async fn renew(
     Ok(ready((!whole).then(|| "its UKI on the disk was not as it was signed: it was fetched anew".to_owned())))
 }
 
+/// Fetches a release's UKI from these servers, at this rate, to `path`, and puts it in place of the one on the disk, which is
+/// not as it was signed.
+pub async fn mend_uki(
+    disk: &SharedDisk,
+    manifest: &Manifest,
+    (servers, rate): (&[String], Option<u64>),
+    path: &Path,
+    meter: &Arc<AtomicU64>,
+) -> Result<()> {
+    let uki = Download::new(expected(error::UKI, &manifest.uki), Some(path), meter)?;
+    // Its file goes with it: it is kept until the disk has it.
+    let mut uki = uki.capped(rate);
+    uki.run_any(servers).await?;
+    let (signed, path) = (manifest.clone(), path.to_owned());
+    on_disk(disk, move |disk| {
+        kexec::verify(&File::open(&path).map_err(AgentError::file(&path))?, &signed)?;
+        disk.mend_uki(&signed, &path)
+    })
+    .await
+}
+
 /// What a running system's fetching of another release may take of the link, by its own release. Bytes per second.
-fn prefetch_rate(boot: &BootInfo) -> Option<u64> {
+pub fn prefetch_rate(boot: &BootInfo) -> Option<u64> {
     boot.site.disk.as_ref().and_then(|disk| disk.prefetch_rate)
 }
 

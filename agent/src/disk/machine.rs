@@ -253,6 +253,18 @@ impl MachineDisk {
         Ok(loader::renew(&mut self.store, revoked, good, own.as_deref())?)
     }
 
+    /// [`loader::put_right`]; by the loader that the initramfs left, once the release that runs is good.
+    pub fn put_loader_right(&mut self, runs: &ReleaseId) -> Result<Vec<&'static str>> {
+        let is_good = self.slots.disk.newest_good().as_ref() == Some(runs);
+        let own = std::fs::read(loader::KEPT).ok().filter(|_| is_good);
+        Ok(loader::put_right(&mut self.store, own.as_deref())?)
+    }
+
+    /// [`Store::wrong_ukis`].
+    pub fn wrong_ukis(&mut self) -> Result<Vec<Content>> {
+        Ok(self.store.wrong_ukis()?)
+    }
+
     /// The disk's place in the firmware's boot order.
     pub fn order_boot(&self, network_first: bool) -> Result<()> {
         if boot_order::put(self.store.layout.esp_address(), network_first)? {

@@ -9,6 +9,7 @@ mod cleanup;
 mod cuts;
 mod disk;
 mod drift;
+mod esp_files;
 mod exec;
 mod expired;
 mod extras;

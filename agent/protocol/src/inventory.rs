@@ -168,6 +168,9 @@ pub struct Disk {
     pub pci: String,
     /// It turns.
     pub rotational: bool,
+    /// Its firmware's version; of SCSI and ATA the four characters of their INQUIRY.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub firmware: String,
     /// What it says of its own health; none: it was not asked, or has no answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub health: Option<DiskHealth>,
@@ -195,6 +198,9 @@ pub struct Nic {
     pub driver: String,
     /// PCI address.
     pub pci: String,
+    /// Its firmware's version, as its driver says it.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub firmware: String,
     /// Whether there is a link; none: the interface is down, and nobody knows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub carrier: Option<bool>,
@@ -325,13 +331,14 @@ impl Inventory {
         for d in &mut self.disks {
             let texts = [&mut d.name, &mut d.model, &mut d.serial, &mut d.transport, &mut d.driver, &mut d.pci];
             texts.into_iter().for_each(text);
+            text(&mut d.firmware);
             if let Some(health) = &mut d.health {
                 health.detail = clean(&health.detail, SENTENCE);
             }
         }
         for n in &mut self.nics {
             n.mac.make_ascii_lowercase();
-            [&mut n.name, &mut n.mac, &mut n.driver, &mut n.pci].into_iter().for_each(text);
+            [&mut n.name, &mut n.mac, &mut n.driver, &mut n.pci, &mut n.firmware].into_iter().for_each(text);
             if let Some(to) = &mut n.neighbour {
                 let texts = [&mut to.chassis, &mut to.port, &mut to.port_description, &mut to.system_name];
                 texts.into_iter().for_each(text);
@@ -462,6 +469,18 @@ mod tests {
     }
 
     #[test]
+    fn golden_bytes_of_the_firmware_that_was_added() {
+        let disk = Disk { name: "sda".into(), firmware: "F1".into(), ..Disk::default() };
+        let nic = Nic { name: "eth0".into(), firmware: "9.20".into(), ..Nic::default() };
+        let golden = concat!(
+            r#"[{"name":"sda","model":"","serial":"","bytes":0,"transport":"","driver":"","pci":"","rotational":false,"#,
+            r#""firmware":"F1"},{"name":"eth0","mac":"","driver":"","pci":"","firmware":"9.20","mbps":0}]"#,
+        );
+        assert_eq!(serde_json::to_string(&(&disk, &nic)).unwrap(), golden);
+        assert_eq!(serde_json::from_str::<(Disk, Nic)>(golden).unwrap(), (disk, nic));
+    }
+
+    #[test]
     fn sizes_and_speeds_are_read_aloud() {
         let binary = |b: u64| binary_size(b);
         assert_eq!(
@@ -484,11 +503,12 @@ mod tests {
             [&mut d.name, &mut d.model, &mut d.serial, &mut d.transport, &mut d.driver, &mut d.pci]
                 .into_iter()
                 .for_each(text);
+            d.firmware.clone_from(&wide);
             d.health = Some(DiskHealth { passed: true, detail: wide.clone() });
         }
         big.disks = vec![big.disks[0].clone(); 2000];
         for n in &mut big.nics {
-            [&mut n.name, &mut n.mac, &mut n.driver, &mut n.pci].into_iter().for_each(text);
+            [&mut n.name, &mut n.mac, &mut n.driver, &mut n.pci, &mut n.firmware].into_iter().for_each(text);
             let to = n.neighbour.as_mut().unwrap();
             [&mut to.chassis, &mut to.port, &mut to.port_description, &mut to.system_name].into_iter().for_each(text);
         }

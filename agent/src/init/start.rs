@@ -135,15 +135,6 @@ async fn mount_and_leave(
     }
     mounts::writable(Path::new(NEW_ROOT), &verified.manifest.writable);
     let no_data = open_data(&flow.verifier.boot, disk).await;
-    if let Some(disk) = disk {
-        let counted = on_disk(disk, |disk| {
-            disk.hands_over();
-            Ok(())
-        });
-        if timeout(COUNTS, counted).await.is_err() {
-            println!("kiln-agent: the start is not counted: the disk gives no answer");
-        }
-    }
     flow.journal.done(Stage::Verity);
     if std::mem::take(&mut flow.verifier.memory.failed_boots) > 0 {
         flow.verifier.place.remember(&flow.verifier.memory)?;
@@ -175,6 +166,15 @@ async fn mount_and_leave(
         tpm::leave_initramfs(guards).map_err(AgentError::from)
     })
     .await?;
+    if let Some(disk) = disk {
+        let counted = on_disk(disk, |disk| {
+            disk.hands_over();
+            Ok(())
+        });
+        if timeout(COUNTS, counted).await.is_err() {
+            println!("kiln-agent: the start is not counted: the disk gives no answer");
+        }
+    }
     log::hand_over()?;
     switch_root()
 }

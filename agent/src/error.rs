@@ -145,6 +145,11 @@ pub enum AgentError {
          off. The next release comes through firmware"
     )]
     KexecSpent,
+    #[error(
+        "the hardware watchdog takes no more than {seconds} s, and a kexec without a petting may last {least} s: it is a \
+         cold boot"
+    )]
+    ShortWatchdog { seconds: i32, least: i32 },
     #[error("the next release does not fit into memory beside this one, and in safe mode there is no other way to it")]
     NoWayOut,
     #[error("{0}")]
@@ -257,6 +262,7 @@ kinds!({
     Self::FellBack { .. } => "trial-fell-back", Machine;
     Self::BootLoop { .. } => "boot-loop", Machine;
     Self::KexecSpent => "kexec-spent", Machine;
+    Self::ShortWatchdog { .. } => "kexec-short-watchdog", Machine;
     Self::NoWayOut => "safe-mode-no-memory", Machine;
     Self::DrainHook { .. } => "drain-hook", Machine;
     Self::Tpm(_) | Self::NoTpm | Self::SilentTpm { .. } => "machine-tpm", Machine;

@@ -214,6 +214,9 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
         let (root_hash, sequence) = (root_hash.clone(), flow.verifier.memory.sequence);
         let starts = on_disk(&disk, move |disk| Ok(disk.count_start(&root_hash, sequence))).await?;
         if starts.count >= machine::STARTS {
+            if local::leave_loop(flow, &disk, starts).await {
+                restart();
+            }
             safe::stay(flow, drivers, &mut network, &disk, starts).await?;
             restart();
         }

@@ -22,10 +22,14 @@ use std::convert::Infallible;
 use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
+use tokio::time::timeout;
 
 /// The root artifact as it was downloaded, in a tmpfs that moves to the new root's /run. One that crossed a kexec stays
 /// where the kernel unpacked it: it is memory there as well, and a copy would be twice as much.
 const ROOT_FILE: &str = "/run/kiln/root";
+
+/// A disk that gives no answer within this does not count the start.
+const COUNTS: Duration = Duration::from_secs(20);
 
 /// Fetches, verifies, mounts and starts the release that this UKI embeds.
 pub(super) async fn start(
@@ -164,6 +168,15 @@ async fn mount_and_leave(
         tpm::leave_initramfs(guards).map_err(AgentError::from)
     })
     .await?;
+    if let Some(disk) = disk {
+        let counted = on_disk(disk, |disk| {
+            disk.hands_over();
+            Ok(())
+        });
+        if timeout(COUNTS, counted).await.is_err() {
+            println!("kiln-agent: the start is not counted: the disk gives no answer");
+        }
+    }
     log::hand_over()?;
     switch_root()
 }

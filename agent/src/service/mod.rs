@@ -2,6 +2,7 @@
 //! comes next is decided in [`duty`]; here it is done.
 
 mod duty;
+mod files;
 mod leave;
 mod next;
 mod secrets;
@@ -119,6 +120,8 @@ struct Service {
     proof: Option<tokio::task::JoinHandle<()>>,
     /// The release's secrets.
     secrets: secrets::Secrets,
+    /// Looks at what the disk starts from.
+    files: files::Files,
 }
 
 /// What the slots know of the release that runs.
@@ -162,6 +165,7 @@ impl Service {
             dbx: None,
             proof: None,
             secrets: secrets::Secrets::default(),
+            files: files::Files::default(),
         })
     }
 
@@ -177,6 +181,7 @@ impl Service {
         let mut hooks: Option<Hooks> = None;
         let mut look = self.watch.look();
         let mut selects: Option<Selects> = None;
+        let mut files: Option<files::Look> = None;
         self.order_boot();
         let mut works = false;
         let changed = self.secrets.changed();
@@ -230,6 +235,10 @@ impl Service {
                     self.dbx = Some((state, Instant::now()));
                     Event::News
                 }
+                wrong = maybe(&mut files) => {
+                    files = None;
+                    self.saw_files(wrong)
+                }
                 () = exec::news(exec.as_ref()) => Event::News,
                 () = changed.notified() => Event::News,
                 event = maybe(&mut hooks) => {
@@ -253,6 +262,7 @@ impl Service {
                     break 'service true;
                 }
             }
+            files = files.or_else(|| self.look_at_files());
             let jitter = random().map_or(0, |bytes| bytes[0]);
             let (duty, actions) = self.duty.event(event, monotonic_ms(), jitter);
             self.duty = duty;
@@ -277,7 +287,7 @@ impl Service {
             }
         };
         // What is not polled any more keeps the locks that it holds: none of it may be there while the machine leaves.
-        drop((round, post, job, wipe, dbx, selects));
+        drop((round, post, job, wipe, dbx, selects, files));
         self.leave(cold).await
     }
 

@@ -1,7 +1,7 @@
 //! Going to another release: its metadata, UKI and root are verified here, before this one is left.
 
 use crate::disk::DiskError;
-use crate::disk::machine::{self, SharedDisk, on_disk};
+use crate::disk::machine::{self, SharedDisk, on_disk, place, read_slot};
 use crate::disk::record::Record;
 use crate::error::{self, AgentError, FailureClass, Result};
 use crate::fetch::{Download, Expected, Scratch};
@@ -296,7 +296,7 @@ impl Prefetch {
         let record =
             Record { files: self.files.clone(), assignment: self.assignment.clone(), servers: given.servers.clone() };
         let (root_hash, order) = (machine::content(&manifest)?.root_hash, self.order);
-        let allowed = on_disk(disk, move |disk| {
+        let allowed = read_slot(disk, manifest.root.length, move |disk| {
             let via = disk.finish_install(slot, &manifest, &record, &uki)?;
             disk.keep_put_up(&root_hash, order)?;
             Ok(via)
@@ -319,8 +319,8 @@ impl Prefetch {
             }
             if let Action::Fetch(slot, _) = action {
                 let (slot, length) = (*slot, manifest.root.length);
-                let place = on_disk(disk, move |disk| disk.place(slot, length)).await?;
-                let root = Download::onto(expected(error::ROOT, &manifest.root), place, &self.meter.root);
+                let put = place(disk, slot, length).await?;
+                let root = Download::onto(expected(error::ROOT, &manifest.root), put, &self.meter.root);
                 self.root = Some((Leave::Cold, root.capped(rate)));
             }
         }
@@ -383,7 +383,7 @@ pub async fn renew(
     verifier.may_run(&manifest)?;
     let signed = manifest.clone();
     let ready = |note| Ready { manifest: manifest.clone(), kexec: None, installed: None, note };
-    let whole = match on_disk(disk, move |disk| disk.look_whole(&signed)).await {
+    let whole = match read_slot(disk, manifest.root.length, move |disk| disk.look_whole(&signed)).await {
         Ok(whole) => whole,
         Err(AgentError::Disk(error @ DiskError::ReadBack { .. })) => {
             return Ok(ready(Some(format!("{error}; the next boot fetches it anew"))));
@@ -425,20 +425,26 @@ fn how_to_leave(manifest: &Manifest, via: Via, free: u64) -> Leave {
 
 /// Loads the kernel for a kexec; a cold boot needs nothing. In disk mode the loader is told first: power that is cut
 /// from here on starts the same release through the firmware.
-pub fn load(ready: &Ready) -> Result<()> {
-    if let Some(Installed { disk, uki, via }) = &ready.installed {
-        let rest = machine::lock(disk).event(Event::Granted, None)?;
-        return match via {
-            Via::Cold => Ok(()),
+pub async fn load(ready: &Arc<Ready>) -> Result<()> {
+    if let Some(Installed { disk, via, .. }) = &ready.installed {
+        let rest = on_disk(disk, |disk| disk.event(Event::Granted, None)).await?;
+        match via {
+            Via::Cold => return Ok(()),
             // What was good when it was fetched may not be by now: then it is a cold boot.
             Via::Kexec if !rest.contains(&Action::Leave(Via::Kexec)) => {
-                Err(DiskError::Refused(Refusal::ProveFirst).into())
+                return Err(DiskError::Refused(Refusal::ProveFirst).into());
             }
-            Via::Kexec => {
-                let uki = File::open(uki.path()).map_err(AgentError::file(uki.path()))?;
-                kexec::load(&uki, &ready.manifest, None)
-            }
-        };
+            Via::Kexec => {}
+        }
+    }
+    let ready = Arc::clone(ready);
+    blocking(move || load_kernel(&ready)).await
+}
+
+fn load_kernel(ready: &Ready) -> Result<()> {
+    if let Some(Installed { uki, .. }) = &ready.installed {
+        let uki = File::open(uki.path()).map_err(AgentError::file(uki.path()))?;
+        return kexec::load(&uki, &ready.manifest, None);
     }
     let Some(Files { uki, root }) = &ready.kexec else { return Ok(()) };
     let uki = File::open(uki.path()).map_err(AgentError::file(uki.path()))?;
@@ -456,8 +462,8 @@ pub enum Otherwise {
 
 /// From the initramfs: fetches, tells the server, and goes. Comes back when the caller must restart the machine.
 pub async fn now(flow: &mut Flow, assignment: &Assignment, via: Via, otherwise: Otherwise) -> Result<()> {
-    let ready = flow.prefetch(assignment, via, Path::new(NEXT)).await?;
-    load(&ready)?;
+    let ready = Arc::new(flow.prefetch(assignment, via, Path::new(NEXT)).await?);
+    load(&ready).await?;
     flow.journal.started(Stage::Going);
     let via = match ready.via() {
         Via::Cold => Via::Cold,

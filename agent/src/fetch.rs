@@ -14,10 +14,10 @@ use kiln_release::{hex, with_causes};
 use ring::digest::{Context, SHA256};
 use std::fs::File;
 use std::io::{Seek, Write};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
@@ -95,7 +95,7 @@ impl<'a> Documents<'a> {
             }
             let mut keep = |piece: &[u8]| {
                 body.extend_from_slice(piece);
-                Ok(())
+                Ok(None)
             };
             copy(&patience, &url, response, limit, StatusCode::OK, &mut keep).await?;
             // What was not read to its end is in the way of the next.
@@ -153,20 +153,57 @@ impl Drop for Scratch {
     }
 }
 
+/// Bytes on their way to a disk.
+pub type Storing = Pin<Box<dyn Future<Output = Result<()>>>>;
+/// Puts bytes at a place on a disk, counted from where that begins. It ends in its time, whatever the disk does.
+pub type Put = Box<dyn Fn(u64, Vec<u8>) -> Storing>;
+
+/// So much is gathered in memory for one turn of a disk.
+const TURN: usize = 1 << 20;
+
+/// A place on a disk.
+struct Place {
+    put: Put,
+    /// What waits for its turn, and where that begins.
+    held: Vec<u8>,
+    at: u64,
+    /// A turn was begun and nobody waited for its end: what is on the disk is not known.
+    torn: Arc<AtomicBool>,
+}
+
+impl Place {
+    /// Takes bytes in. Where that fills a turn, it is to be waited for.
+    fn take(&mut self, piece: &[u8]) -> Option<Storing> {
+        self.held.extend_from_slice(piece);
+        (self.held.len() >= TURN).then(|| self.store())
+    }
+
+    /// One turn with what is held, or the first of it.
+    fn store(&mut self) -> Storing {
+        let rest = self.held.split_off(self.held.len().min(TURN));
+        let piece = std::mem::replace(&mut self.held, rest);
+        let at = self.at;
+        self.at += piece.len() as u64;
+        self.torn.store(true, Ordering::Relaxed);
+        let (storing, torn) = ((self.put)(at, piece), Arc::clone(&self.torn));
+        Box::pin(async move {
+            storing.await?;
+            torn.store(false, Ordering::Relaxed);
+            Ok(())
+        })
+    }
+}
+
 /// Where a download goes.
 enum Out {
     /// Nowhere: it is only read.
     Nowhere,
     File(File, Scratch),
-    /// A place on a disk.
-    Place {
-        disk: File,
-        start: u64,
-    },
+    Place(Place),
 }
 
 /// One download that can be resumed: the state over several tries. It may be dropped between two pieces and gone on
-/// with, as each piece is hashed and stored before the next is waited for.
+/// with, as each piece is hashed and stored before the next is waited for. Dropped in a disk's turn it begins anew.
 pub struct Download {
     expected: Expected,
     patience: Patience,
@@ -193,9 +230,10 @@ impl Download {
         Ok(Self::to(expected, out, meter))
     }
 
-    /// To a disk, from `start` on. It is not flushed.
-    pub fn onto(expected: Expected, (disk, start): (File, u64), meter: &Arc<AtomicU64>) -> Self {
-        Self::to(expected, Out::Place { disk, start }, meter)
+    /// To a disk. It is not flushed.
+    pub fn onto(expected: Expected, put: Put, meter: &Arc<AtomicU64>) -> Self {
+        let place = Place { put, held: Vec::new(), at: 0, torn: Arc::default() };
+        Self::to(expected, Out::Place(place), meter)
     }
 
     fn to(expected: Expected, out: Out, meter: &Arc<AtomicU64>) -> Self {
@@ -219,7 +257,7 @@ impl Download {
     pub fn into_file(self) -> Option<Scratch> {
         match self.out {
             Out::File(_, scratch) => Some(scratch),
-            Out::Nowhere | Out::Place { .. } => None,
+            Out::Nowhere | Out::Place(_) => None,
         }
     }
 
@@ -266,16 +304,33 @@ impl Download {
     fn begin_anew(&mut self) -> Result<()> {
         (self.hash, self.received) = (Context::new(&SHA256), 0);
         self.meter.store(0, Ordering::Relaxed);
-        if let Out::File(file, scratch) = &mut self.out {
-            file.set_len(0).and_then(|()| file.rewind()).map_err(AgentError::file(scratch.path()))?;
+        match &mut self.out {
+            Out::Nowhere => {}
+            Out::File(file, scratch) => {
+                file.set_len(0).and_then(|()| file.rewind()).map_err(AgentError::file(scratch.path()))?;
+            }
+            Out::Place(place) => {
+                (place.held, place.at) = (Vec::new(), 0);
+                place.torn.store(false, Ordering::Relaxed);
+            }
         }
         Ok(())
     }
 
     async fn fetch_rest(&mut self, base: &str) -> Result<()> {
         let Expected { what, length, .. } = self.expected;
+        if let Out::Place(place) = &self.out
+            && place.torn.load(Ordering::Relaxed)
+        {
+            self.begin_anew()?;
+        }
         if self.received < length {
             self.transfer(&self.url(base)).await?;
+        }
+        while let Out::Place(place) = &mut self.out
+            && !place.held.is_empty()
+        {
+            place.store().await?;
         }
         if self.received < length {
             return Err(AgentError::LengthMismatch { what, expected: length, got: self.received });
@@ -307,16 +362,18 @@ impl Download {
         let left = length - self.received;
         let (hash, received, meter, out) = (&mut self.hash, &mut self.received, &self.meter, &mut self.out);
         let mut take = |piece: &[u8]| {
-            let stored = match out {
-                Out::Nowhere => Ok(()),
-                Out::File(file, _) => file.write_all(piece),
-                Out::Place { disk, start } => disk.write_all_at(piece, *start + *received),
+            let storing = match out {
+                Out::Nowhere => None,
+                Out::File(file, _) => {
+                    file.write_all(piece).map_err(AgentError::system(format!("storing the {what}")))?;
+                    None
+                }
+                Out::Place(place) => place.take(piece),
             };
-            stored.map_err(AgentError::system(format!("storing the {what}")))?;
             hash.update(piece);
             *received += piece.len() as u64;
             meter.store(*received, Ordering::Relaxed);
-            Ok(())
+            Ok(storing)
         };
         // Of what is left now: a server without ranges gets the time that the whole takes.
         let copied = copy(&patience, url, response, left, wanted, &mut take);
@@ -428,14 +485,14 @@ impl Connection {
     }
 }
 
-/// Feeds a body to `sink`, under cap, gap and rate.
+/// Feeds a body to `sink`, under cap, gap and rate. What it gives back is waited for before the next piece.
 async fn copy(
     patience: &Patience,
     url: &str,
     response: Response<Incoming>,
     limit: u64,
     wanted: StatusCode,
-    sink: &mut dyn FnMut(&[u8]) -> Result<()>,
+    sink: &mut dyn FnMut(&[u8]) -> Result<Option<Storing>>,
 ) -> Result<()> {
     let url_text = || url.to_owned();
     if response.status() != wanted {
@@ -459,7 +516,9 @@ async fn copy(
         if total > limit {
             return Err(AgentError::TooLong { url: url_text(), limit });
         }
-        sink(&piece)?;
+        if let Some(storing) = sink(&piece)? {
+            storing.await?;
+        }
         if let Some(cap) = patience.cap {
             let due = Duration::from_millis(total.saturating_mul(1000) / cap.max(1));
             tokio::time::sleep(due.saturating_sub(begun.elapsed())).await;

@@ -3,6 +3,7 @@
 use super::Service;
 use super::slots::DISK_DEADLINE;
 use crate::change::{Otherwise, Ready, blocking};
+use crate::disk::worker;
 use crate::error::AgentError;
 use crate::{attest, log};
 use kiln_protocol::{TpmPresence, Via};
@@ -23,7 +24,7 @@ pub(super) struct Door {
 }
 
 pub(super) fn restart(mode: RebootMode) -> std::io::Error {
-    nix::unistd::sync();
+    worker::sync_all();
     match reboot(mode) {
         Err(errno) => errno.into(),
         Ok(never) => match never {},

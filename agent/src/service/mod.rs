@@ -29,6 +29,7 @@ use kiln_protocol::{
 };
 use leave::Door;
 use next::{ORDER_PAUSE, Selects, claimed, claimed_settings};
+use slots::Proving;
 use std::collections::BTreeMap;
 use std::future::pending;
 use std::path::PathBuf;
@@ -167,6 +168,7 @@ impl Service {
         let mut job: Option<Job> = None;
         let mut wipe: Option<Check> = None;
         let mut dbx: Option<Listing> = None;
+        let mut proving: Option<Proving> = None;
         let exec = self.exec.clone();
         let mut hooks: Option<Hooks> = None;
         let mut look = self.watch.look();
@@ -224,6 +226,13 @@ impl Service {
                     self.dbx = Some((state, Instant::now()));
                     Event::News
                 }
+                told = maybe(&mut proving) => {
+                    proving = None;
+                    if self.proved(told) {
+                        break 'service true;
+                    }
+                    Event::Time
+                }
                 () = exec::news(exec.as_ref()) => Event::News,
                 () = changed.notified() => Event::News,
                 event = maybe(&mut hooks) => {
@@ -237,10 +246,8 @@ impl Service {
                 }
                 () = until(self.duty.wakes()) => Event::Time,
             };
-            if let Event::Checked(health) = &event
-                && self.prove(health.healthy).await
-            {
-                break 'service true;
+            if let Event::Checked(health) = &event {
+                proving = proving.or_else(|| self.prove(health.healthy));
             }
             let jitter = random().map_or(0, |bytes| bytes[0]);
             let (duty, actions) = self.duty.event(event, monotonic_ms(), jitter);
@@ -266,7 +273,7 @@ impl Service {
             }
         };
         // What is not polled any more keeps the locks that it holds: none of it may be there while the machine leaves.
-        drop((round, post, job, wipe, dbx, selects));
+        drop((round, post, job, wipe, dbx, proving, selects));
         self.leave(cold).await
     }
 
@@ -282,7 +289,7 @@ impl Service {
             }
         }
         let (verifier, here) = (Rc::clone(&self.verifier), self.here.clone());
-        let good = self.disk.as_ref().and_then(|disk| crate::disk::machine::lock(disk).slots().disk.newest_good());
+        let good = self.disk.as_ref().and_then(|disk| disk.slots().disk.newest_good());
         let disk = self.disk.clone();
         Some(Box::pin(async move {
             let mut verifier = verifier.lock().await;

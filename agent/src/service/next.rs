@@ -3,7 +3,7 @@
 
 use super::duty::{Event, Target, Trouble, Wanted};
 use super::{Check, Done, Job, Service};
-use crate::change::{self, Prefetch, blocking};
+use crate::change::{self, Prefetch};
 use crate::error::AgentError;
 use crate::plan::{self, Plan};
 use crate::verifier::{Answer, Verifier};
@@ -153,7 +153,10 @@ impl Service {
     pub(super) fn load(&self) -> Job {
         let ready = self.ready.clone();
         Box::pin(async move {
-            let loaded = blocking(move || ready.as_deref().map_or(Ok(()), change::load)).await;
+            let loaded = match &ready {
+                Some(ready) => change::load(ready).await,
+                None => Ok(()),
+            };
             Event::Loaded(loaded.err().map(|error| trouble(Stage::Going, &error, false))).into()
         })
     }

@@ -34,6 +34,44 @@ pub fn forget_buffers(disk: &File) -> Result<()> {
     }
 }
 
+/// `fsync(2)` of an open disk, by a process of its own. Whoever waits for a disk that hangs is woken by no signal, and a thread of
+/// PID 1 that is held so would hold the hand-over to the image's init: execve(2) first ends all other threads, and waits for them.
+/// The wait for a process ends with a signal.
+pub fn flush(disk: &File) -> Result<()> {
+    let fd = disk.as_raw_fd().unsigned_abs();
+    // SAFETY: the child makes system calls and ends: nothing that a lock of another thread could hold up (signal-safety(7)). It
+    // keeps no descriptor but the disk's: one that hangs would hold the watchdog's, which takes a single owner.
+    let child = unsafe {
+        match libc::fork() {
+            0 => {
+                if fd > 0 {
+                    libc::syscall(libc::SYS_close_range, 0, fd - 1, 0);
+                }
+                libc::syscall(libc::SYS_close_range, fd + 1, libc::c_uint::MAX, 0);
+                let failed = libc::fsync(disk.as_raw_fd()) != 0;
+                libc::_exit(if failed { Error::last_os_error().raw_os_error().unwrap_or(libc::EIO) } else { 0 })
+            }
+            child => child,
+        }
+    };
+    if child < 0 {
+        return Err(Error::last_os_error());
+    }
+    let mut status = 0;
+    // SAFETY: the child is this function's own, and nobody else waits for it; `status` is the int that is written.
+    while unsafe { libc::waitpid(child, &raw mut status, 0) } < 0 {
+        let error = Error::last_os_error();
+        if error.kind() != ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    match (libc::WIFEXITED(status), libc::WEXITSTATUS(status)) {
+        (true, 0) => Ok(()),
+        (true, errno) => Err(Error::from_raw_os_error(errno)),
+        (false, _) => Err(Error::other("what flushes the disk was killed")),
+    }
+}
+
 /// `struct nvme_passthru_cmd` of linux/nvme_ioctl.h.
 #[repr(C)]
 #[derive(Default)]
@@ -168,5 +206,14 @@ mod tests {
     fn the_layout_is_the_kernels() {
         assert_eq!(size_of::<NvmePassthru>(), 72);
         assert_eq!(size_of::<SgIoHdr>(), 88);
+    }
+
+    #[test]
+    fn a_flush_says_what_the_kernel_says_of_it() {
+        flush(&tempfile::tempfile().unwrap()).unwrap();
+        let (_reader, writer) = std::io::pipe().unwrap();
+        // A pipe has nothing to be flushed to (fsync(2), EINVAL).
+        let refused = flush(&File::from(std::os::fd::OwnedFd::from(writer))).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EINVAL));
     }
 }

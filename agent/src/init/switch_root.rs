@@ -1,14 +1,18 @@
 //! The last step of the initramfs.
 
 use crate::error::{AgentError, Result};
+use crate::sys;
 use nix::mount::{MsFlags, mount};
 use std::convert::Infallible;
 use std::ffi::CString;
+use std::time::Duration;
 
 /// Where the verified root is mounted before the hand-over.
 pub(super) const NEW_ROOT: &str = "/newroot";
 /// The image's own init.
 const NEXT_INIT: &str = "/sbin/init";
+/// So long the kernel has to end this program's threads.
+const HAND_OVER: Duration = Duration::from_secs(60);
 
 /// Moves the mounts, frees the initramfs, and gives the machine to the image's init.
 pub(super) fn switch_root() -> Result<Infallible> {
@@ -23,6 +27,9 @@ pub(super) fn switch_root() -> Result<Infallible> {
     mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).map_err(step("moving the root"))?;
     nix::unistd::chroot(".").map_err(step("chroot"))?;
     std::env::set_current_dir("/").map_err(AgentError::file("/"))?;
+    if let Err(error) = sys::restart_unless_gone(HAND_OVER) {
+        println!("kiln-agent: nothing restarts this machine if a disk holds up the hand-over: {error}");
+    }
     let init = CString::new(NEXT_INIT).expect("a constant without NUL");
     match nix::unistd::execv(&init, &[&init]) {
         Err(errno) => Err(step(NEXT_INIT)(errno)),

@@ -1,6 +1,6 @@
 //! What is asked of disks: to forget, and by NVMe and SCSI how they are.
 
-use super::raw_ioctl;
+use super::{close_all_but, raw_ioctl};
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::AsRawFd;
@@ -38,16 +38,11 @@ pub fn forget_buffers(disk: &File) -> Result<()> {
 /// PID 1 that is held so would hold the hand-over to the image's init: execve(2) first ends all other threads, and waits for them.
 /// The wait for a process ends with a signal.
 pub fn flush(disk: &File) -> Result<()> {
-    let fd = disk.as_raw_fd().unsigned_abs();
-    // SAFETY: the child makes system calls and ends: nothing that a lock of another thread could hold up (signal-safety(7)). It
-    // keeps no descriptor but the disk's: one that hangs would hold the watchdog's, which takes a single owner.
+    // SAFETY: the child makes system calls and ends: nothing that a lock of another thread could hold up (signal-safety(7)).
     let child = unsafe {
         match libc::fork() {
             0 => {
-                if fd > 0 {
-                    libc::syscall(libc::SYS_close_range, 0, fd - 1, 0);
-                }
-                libc::syscall(libc::SYS_close_range, fd + 1, libc::c_uint::MAX, 0);
+                close_all_but(disk.as_raw_fd());
                 let failed = libc::fsync(disk.as_raw_fd()) != 0;
                 libc::_exit(if failed { Error::last_os_error().raw_os_error().unwrap_or(libc::EIO) } else { 0 })
             }

@@ -4,6 +4,7 @@
 //! Sources: UEFI 2.10 §8.2.2 (authenticated append), Linux Documentation/filesystems/efivarfs.rst.
 
 use crate::change::blocking;
+use crate::disk::DiskError;
 use crate::disk::data::{self, Carried};
 use crate::disk::loader::LoaderHold;
 use crate::disk::machine::{SharedDisk, on_disk};
@@ -99,7 +100,10 @@ async fn tried(
 async fn loader_hold(disk: &SharedDisk, list: &DbxUpdate, good: bool) -> Result<Option<LoaderHold>> {
     let revoked: BTreeSet<String> = list.revoked.iter().map(|program| program.digest.clone()).collect();
     let renewed = on_disk(disk, move |disk| disk.renew_loader(&revoked, good));
-    timeout(DISK_DEADLINE, renewed).await.unwrap_or(Ok(Some(LoaderHold::NoDisk)))
+    match timeout(DISK_DEADLINE, renewed).await {
+        Err(_) | Ok(Err(AgentError::Disk(DiskError::Late { .. }))) => Ok(Some(LoaderHold::NoDisk)),
+        Ok(renewed) => renewed,
+    }
 }
 
 fn named<'a>(verified: &'a Verified, offer: &DbxOffer) -> Result<&'a DbxUpdate> {

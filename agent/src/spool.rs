@@ -24,6 +24,8 @@ pub struct Keeper {
     disk: Option<SharedDisk>,
     /// The disk does not have the newest.
     behind: Arc<AtomicBool>,
+    /// It did not take them, and that was said.
+    refused: Arc<AtomicBool>,
 }
 
 impl Keeper {
@@ -53,6 +55,7 @@ impl Keeper {
             file: file.map(Path::to_owned),
             disk: None,
             behind: Arc::default(),
+            refused: Arc::default(),
         }
     }
 
@@ -103,11 +106,15 @@ impl Keeper {
         if !self.behind.swap(false, Ordering::Relaxed) {
             return None;
         }
-        let (bytes, behind) = (self.bytes(), Arc::clone(&self.behind));
+        let (bytes, behind, refused) = (self.bytes(), Arc::clone(&self.behind), Arc::clone(&self.refused));
         Some(tokio::spawn(async move {
-            if let Err(error) = on_disk(&disk, move |disk| disk.keep_spool(&bytes)).await {
+            let kept = on_disk(&disk, move |disk| disk.keep_spool(&bytes)).await;
+            let said = refused.swap(kept.is_err(), Ordering::Relaxed);
+            if let Err(error) = kept {
                 behind.store(true, Ordering::Relaxed);
-                eprintln!("kiln-agent: events cannot be kept on the disk: {error}");
+                if !said {
+                    eprintln!("kiln-agent: events cannot be kept on the disk: {error}");
+                }
             }
         }))
     }

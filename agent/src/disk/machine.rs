@@ -106,11 +106,12 @@ pub async fn read_slot<T: Send + 'static>(
 pub async fn place(disk: &SharedDisk, slot: SlotId, length: u64) -> Result<Put> {
     on_disk(disk, move |disk| Ok(disk.store.fits(slot, length)?)).await?;
     let disk = disk.clone();
-    Ok(Box::new(move |at, bytes| {
+    let put: Put = Box::new(move |at, bytes| {
         let disk = disk.clone();
         let write = move |disk: &mut MachineDisk| disk.write_slot(slot, at, &bytes);
         Box::pin(async move { on_disk_within(&disk, "writing a slot", COMMIT, write).await })
-    }))
+    });
+    Ok(put)
 }
 
 /// Whether the loader can start the release with this root hash from these slots: it lies in one, and an entry names it.

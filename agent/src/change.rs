@@ -296,7 +296,8 @@ impl Prefetch {
         let record =
             Record { files: self.files.clone(), assignment: self.assignment.clone(), servers: given.servers.clone() };
         let (root_hash, order) = (machine::content(&manifest)?.root_hash, self.order);
-        let allowed = read_slot(disk, manifest.root.length, move |disk| {
+        let length = manifest.root.length.saturating_add(manifest.uki.length);
+        let allowed = read_slot(disk, length, move |disk| {
             let via = disk.finish_install(slot, &manifest, &record, &uki)?;
             disk.keep_put_up(&root_hash, order)?;
             Ok(via)

@@ -185,7 +185,8 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
         assignment: flow.verifier.accepted.clone().unwrap_or_default(),
         servers: flow.verifier.servers.clone(),
     };
-    read_slot(disk, manifest.root.length, move |disk| {
+    let length = manifest.root.length.saturating_add(manifest.uki.length);
+    read_slot(disk, length, move |disk| {
         disk.finish_install(slot, &manifest, &record, &uki)?;
         disk.keep_put_up(&machine::content(&manifest)?.root_hash, order)?;
         // What the loader starts, then the loader, then the firmware that starts the loader: whatever is cut, nothing points

@@ -22,6 +22,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use tokio::sync::oneshot;
 
 /// So many starts of a good release in a row without its being healthy, and the machine is in safe mode.
 pub const STARTS: u32 = 5;
@@ -84,13 +85,16 @@ pub async fn on_disk_within<T: Send + 'static>(
     patience: Duration,
     work: impl FnOnce(&mut MachineDisk) -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    let slots = Arc::clone(&disk.slots);
-    let worked = disk.worker.run(what, patience, move |disk| {
+    let (slots, (tell, mut told)) = (Arc::clone(&disk.slots), oneshot::channel());
+    // Of one type: the machinery is compiled once.
+    let work: Box<dyn FnOnce(&mut MachineDisk) + Send> = Box::new(move |disk| {
         let done = work(disk);
         slots.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&disk.slots);
-        done
+        // Nobody listens to what comes late.
+        let _ = tell.send(done);
     });
-    worked.await?
+    disk.worker.run(what, patience, work).await?;
+    told.try_recv().expect("work that has ended has told what it did")
 }
 
 /// For work that reads a slot back whole.

@@ -158,7 +158,7 @@ fn tried<T>(pause: Duration, mut work: impl FnMut() -> Result<T>) -> Result<T> {
             Ok(done) => return Ok(done),
             Err(error) => println!("kiln-agent: the key of this machine's data is not destroyed: {error}"),
         }
-        std::thread::sleep(pause);
+        thread::sleep(pause);
     }
     work()
 }

@@ -131,6 +131,15 @@ impl Api {
         Self { urls: self.urls.clone(), tls: self.tls.clone(), connection: None, server_key: None, pins }
     }
 
+    /// The same to these servers, from the one that is asked now.
+    pub fn another_of(&self, urls: &[String]) -> Self {
+        let mut urls: VecDeque<String> = urls.iter().cloned().collect();
+        if let Some(now) = urls.iter().position(|url| url == self.server()) {
+            urls.rotate_left(now);
+        }
+        Self { urls, ..self.another() }
+    }
+
     /// Posts a report. The connection is reused; a stale one is replaced once.
     pub async fn report(&mut self, report: &Report) -> Result<Reply> {
         let deadline = ANSWER + Duration::from_secs(u64::from(report.wait_s));

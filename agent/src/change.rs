@@ -8,7 +8,7 @@ use crate::fetch::{Download, Expected, Scratch};
 use crate::flow::Flow;
 use crate::plan::{self, Leave};
 use crate::verifier::{Servers, Verifier};
-use crate::{facts, kexec};
+use crate::{facts, kexec, restart};
 use kiln_protocol::slot::{Action, Event, Go, Refusal, SlotId};
 use kiln_protocol::{Assignment, Progress, ReleaseId, Stage, Via};
 use kiln_release::{Artifact, BootInfo, Manifest};
@@ -477,8 +477,8 @@ pub async fn now(flow: &mut Flow, assignment: &Assignment, via: Via, otherwise: 
     match via {
         Via::Cold => Ok(()),
         Via::Kexec => {
-            let error = nix::sys::reboot::reboot(nix::sys::reboot::RebootMode::RB_KEXEC);
-            Err(AgentError::system("starting the loaded kernel")(std::io::Error::other(format!("{error:?}"))))
+            let error = restart::leave(nix::sys::reboot::RebootMode::RB_KEXEC);
+            Err(AgentError::system("starting the loaded kernel")(error))
         }
     }
 }

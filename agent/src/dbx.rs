@@ -65,7 +65,10 @@ async fn tried(
     }
     // Also where the list is in already: until the next boot such a disk can still be mended.
     let hold = match (disk, &verifier.boot.site.mode) {
-        (Some(disk), _) => loader_hold(disk, list, good == Some(here)).await?,
+        (Some(disk), _) => {
+            let revoked = list.revoked.iter().map(|program| program.digest.clone()).collect();
+            loader_hold(disk, revoked, good == Some(here)).await?
+        }
         (None, Mode::Disk) => Some(LoaderHold::NoDisk),
         (None, Mode::Ram) => None,
     };
@@ -96,9 +99,22 @@ async fn tried(
     }
 }
 
-/// Whether the disk starts through a loader that the list revokes, once this release has put its own there where it may.
-async fn loader_hold(disk: &SharedDisk, list: &DbxUpdate, good: bool) -> Result<Option<LoaderHold>> {
-    let revoked: BTreeSet<String> = list.revoked.iter().map(|program| program.digest.clone()).collect();
+/// Where the firmware's dbx names the loader on the disk already, whoever put either there, the firmware starts nothing of that
+/// disk, and no list is offered any more: the release that runs puts its own there, once it is good.
+pub async fn mend_loader(disk: &SharedDisk, here: &ReleaseId) -> Result<()> {
+    let revoked = digests(Path::new(DBX))?;
+    if revoked.is_empty() {
+        return Ok(());
+    }
+    let good = disk.slots().disk.newest_good().as_ref() == Some(here);
+    if let Some(hold) = loader_hold(disk, revoked, good).await? {
+        eprintln!("kiln-agent: dbx: {hold}");
+    }
+    Ok(())
+}
+
+/// Whether the disk starts through a loader that is revoked, once this release has put its own there where it may.
+async fn loader_hold(disk: &SharedDisk, revoked: BTreeSet<String>, good: bool) -> Result<Option<LoaderHold>> {
     let renewed = on_disk(disk, move |disk| disk.renew_loader(&revoked, good));
     match timeout(DISK_DEADLINE, renewed).await {
         Err(_) | Ok(Err(AgentError::Disk(DiskError::Late { .. }))) => Ok(Some(LoaderHold::NoDisk)),
@@ -145,12 +161,20 @@ fn value(path: &Path) -> Result<Vec<u8>> {
     }
 }
 
+/// The programs that the firmware's variable names.
+fn digests(path: &Path) -> Result<BTreeSet<String>> {
+    let value = value(path)?;
+    let digest = |entry: Entry<'_>| match entry {
+        Entry::Sha256(digest) => Some(hex::encode(digest)),
+        Entry::X509(_) | Entry::Other => None,
+    };
+    Ok(entries(&value).unwrap_or_default().into_iter().filter_map(digest).collect())
+}
+
 /// How many of the list's entries the firmware does not have.
 fn lacks(path: &Path, list: &DbxUpdate) -> Result<usize> {
-    let value = value(path)?;
-    let known = entries(&value).unwrap_or_default();
-    let has = |digest: &str| known.iter().any(|e| matches!(e, Entry::Sha256(known) if hex::encode(known) == digest));
-    Ok(list.revoked.iter().filter(|program| !has(&program.digest)).count())
+    let known = digests(path)?;
+    Ok(list.revoked.iter().filter(|program| !known.contains(&program.digest)).count())
 }
 
 async fn download(verifier: &Verifier, list: &DbxUpdate) -> Result<Vec<u8>> {

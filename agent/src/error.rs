@@ -48,6 +48,8 @@ pub enum AgentError {
     LostIdentity { path: PathBuf, reason: String },
     #[error("{what}: {source}")]
     System { what: String, source: std::io::Error },
+    #[error("{what}: no answer from the hardware within {seconds} s: the boot goes on without it")]
+    DriverSilent { what: String, seconds: u64 },
     #[error("secrets: {reason}")]
     Secrets { reason: String },
     #[error("no network interface found: is the driver in the image's module list?")]
@@ -227,6 +229,7 @@ kinds!({
     Self::AgentApiKey { .. } => "agent-api-key-revoked", Unreachable;
     Self::Class { .. } => "release-wrong-class", Verification;
     Self::CommandLine { .. } => "command-line-mismatch", Verification;
+    Self::DriverSilent { .. } => "machine-driver-silent", Machine;
     Self::FellBack { .. } => "trial-fell-back", Machine;
     Self::BootLoop { .. } => "boot-loop", Machine;
     Self::NoWayOut => "safe-mode-no-memory", Machine;

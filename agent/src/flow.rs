@@ -126,10 +126,17 @@ impl Flow {
 
     /// Begins to send the log; the server has heard of this boot.
     pub fn ship_log(&self) -> Result<()> {
-        let Verifier { boot, key, clock, pins, servers, .. } = &self.verifier;
-        let api = Api::new(&servers.agent, &boot.site.agent_api_ca_pem, key, clock)?.pinned(pins);
-        log::ship(api, &self.journal.state.boot_id, &self.journal.machine.id);
+        log::ship(self.log_api()?, &self.journal.state.boot_id, &self.journal.machine.id);
         Ok(())
+    }
+
+    /// It goes on from the session of the reports, without a second look at certificates beside the metadata's.
+    fn log_api(&self) -> Result<Api> {
+        let Verifier { boot, key, clock, pins, servers, .. } = &self.verifier;
+        match &self.api {
+            Some(api) => Ok(api.another_of(&servers.agent)),
+            None => Ok(Api::new(&servers.agent, &boot.site.agent_api_ca_pem, key, clock)?.pinned(pins)),
+        }
     }
 
     /// Finds a server that answers a report.
@@ -422,6 +429,23 @@ mod tests {
             let (assignment, _, plan) = crate::init::wait_for_assignment(&mut flow, &mut verified).await.unwrap();
             assert_eq!((assignment.sequence, plan), (5, crate::plan::Plan::Stay));
             drop(told.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn the_logs_connection_goes_on_from_the_session_of_the_reports() {
+        let site = TestSite::new(1);
+        let dir = tempfile::tempdir().unwrap();
+        let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+        let director = Director::start(&site, (1, 1, Via::Cold, false));
+        runtime().block_on(async {
+            let (mut flow, ..) = asked(&site, &[http], &director, &dir.path().join("state")).await;
+            flow.verifier.servers.agent = vec!["https://127.0.0.1:9".into(), director.url.clone()];
+            let mut api = flow.log_api().unwrap();
+            assert_eq!(api.server(), director.url, "the server that answers comes first");
+            let report = flow.journal.report(0).unwrap();
+            api.report(&report).await.unwrap();
+            assert_eq!(director.resumed(), [false, true]);
         });
     }
 

@@ -3,6 +3,7 @@
 
 use crate::error::{AgentError, Result};
 use crate::journal::JournalState;
+use crate::memory::Memory;
 use crate::net::Uplink;
 use crate::verifier::Servers;
 use jiff::Timestamp;
@@ -42,6 +43,9 @@ pub struct Handoff {
     /// The agent API's keys that count, verified; empty: every one that its CA has signed.
     #[serde(default)]
     pub agent_api_keys: Vec<String>,
+    /// What the machine remembers; none: an older initramfs.
+    #[serde(default)]
+    pub memory: Option<Memory>,
     /// The newest time believed.
     pub now: Timestamp,
 }

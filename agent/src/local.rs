@@ -33,9 +33,12 @@ pub async fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
     match boot.site.mode {
         Mode::Ram => None,
         Mode::Disk => match MachineDisk::find(boot, flow.verifier.memory.floor(&boot.image)).await {
-            Ok(disk) => {
+            Ok((disk, broken)) => {
                 let disk = SharedDisk::new(disk);
                 println!("kiln-agent: disk {}", disk.describe());
+                for error in broken {
+                    flow.journal.failed(Stage::Modules, &error.into(), 1, Some(Duration::ZERO));
+                }
                 let memory = &mut flow.verifier.memory;
                 if (memory.sequence, memory.order_base) == (0, 0) {
                     // The firmware's variables were erased; what the loader knows was assigned before that.

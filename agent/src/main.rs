@@ -41,6 +41,7 @@ mod modules;
 mod mounts;
 mod net;
 mod plan;
+mod restart;
 mod retry;
 mod run;
 mod safe;
@@ -77,8 +78,15 @@ fn main() -> ExitCode {
     if std::process::id() == 1 {
         init::run();
     }
+    let is_hook = std::env::args_os().next().is_some_and(|me| Path::new(&me).starts_with(restart::HOOKS));
     let mut arguments = std::env::args().skip(1);
     let done: Result<()> = match arguments.next().as_deref() {
+        way if is_hook => restart::hook(way),
+        Some(restart::LAST_RESORT) => {
+            restart::last_resort();
+            Ok(())
+        }
+        Some(coldplug::ALONE) => coldplug::alone(arguments),
         Some("service") => service::run(),
         Some(name @ ("exec-guard" | "exec")) => {
             let policy = arguments.next().unwrap_or_default();

@@ -3,6 +3,10 @@
 //! the power. Where there is a TPM, the versions are in its own memory, and the key's variable is sealed by it. Source:
 //! Linux Documentation/filesystems/efivarfs.rst.
 
+mod copy;
+
+pub use copy::Resumed;
+
 use crate::error::{AgentError, Result};
 use crate::net::trial::Known;
 use crate::sys;
@@ -328,10 +332,11 @@ impl Place {
 
     /// Stores the memory if it differs from what is stored: EFI variables wear.
     pub fn remember(&self, memory: &Memory) -> Result<()> {
+        let bytes = serde_json::to_vec(memory).expect("a map of numbers and strings always becomes JSON");
+        self.keep_copy(&bytes);
         if self.memory().is_ok_and(|stored| stored == *memory) {
             return Ok(());
         }
-        let bytes = serde_json::to_vec(memory).expect("a map of numbers and strings always becomes JSON");
         if let Self::Tpm(_) = self {
             return Ok(open_tpm()?.memorise(&bytes)?);
         }

@@ -77,6 +77,11 @@ impl ModuleIndex {
         self.alias.iter().filter(move |(glob, _)| glob_match(glob, &modalias)).map(|(_, module)| module.as_str())
     }
 
+    /// Whether it is the driver of a network card, by its place in the kernel's tree.
+    pub fn is_network(&self, module: &str) -> bool {
+        self.dep.get(module).is_some_and(|(path, _)| path.contains("/drivers/net/"))
+    }
+
     /// Paths to load for `module`, dependencies first and what is to follow it last, without those in `loaded`. A
     /// module that is not in the index is built in or left out of the image: nothing to load.
     pub fn load_order(&self, module: &str, loaded: &HashSet<String>) -> Vec<(String, String)> {
@@ -195,6 +200,7 @@ mod tests {
         assert_eq!(names("virtio-net", &["virtio"]), ["crc", "failover", "virtio_net"]);
         assert_eq!(names("dm-verity", &[]), ["dm_mod", "dm_verity"]);
         assert!(names("not_there", &[]).is_empty());
+        assert!(index.is_network("virtio_net") && !index.is_network("failover") && !index.is_network("not_there"));
     }
 
     #[test]

@@ -72,9 +72,15 @@ impl Accelerator {
         Ok(if works {
             (Self::Kvm, "a kernel ran under KVM".into())
         } else {
-            (Self::Tcg, "/dev/kvm opens, but a kernel hangs under it".into())
+            (Self::Tcg, format!("/dev/kvm opens, but a kernel hangs under it{}", why_it_hangs()))
         })
     }
+}
+
+/// What is known of it: PVM does without the processor's virtualisation and runs only kernels that are built for it, which
+/// no distribution's are.
+fn why_it_hangs() -> &'static str {
+    if Path::new("/sys/module/kvm_pvm").exists() { " (it is PVM's: only kernels made for it run)" } else { "" }
 }
 
 fn kernel_restarts(kernel: &Path) -> Result<bool, LabError> {

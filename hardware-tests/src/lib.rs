@@ -25,6 +25,7 @@ pub mod paths;
 pub mod qmp;
 pub mod rack;
 pub mod report;
+pub mod rest;
 pub mod server;
 pub mod site;
 mod spec;

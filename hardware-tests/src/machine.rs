@@ -84,7 +84,7 @@ impl Machine {
 
     fn set_up_firmware(&self) -> Result<(), LabError> {
         let Firmware::Uefi(way) = self.spec.firmware else { return Ok(()) };
-        let (from, store) = (self.spec.keys.as_deref().unwrap_or(Path::new(OVMF_VARS)), self.dir.join("variables.fd"));
+        let (from, store) = (self.spec.keys.as_deref().unwrap_or(Path::new(OVMF_VARS)), self.variable_store());
         std::fs::copy(from, &store).at(from)?;
         variables::set_first_boot(&store, way, CARD_SLOT, self.spec.mac())
     }
@@ -153,8 +153,7 @@ impl Machine {
                 OVMF_CODE
             };
             arg(&["-drive", &format!("if=pflash,format=raw,readonly=on,file={code}")]);
-            let store = self.dir.join("variables.fd");
-            arg(&["-drive", &format!("if=pflash,format=raw,file={}", store.display())]);
+            arg(&["-drive", &format!("if=pflash,format=raw,file={}", self.variable_store().display())]);
         }
         arg(&["-device", "virtio-rng-pci"]);
         match spec.watchdog {
@@ -331,6 +330,11 @@ impl Machine {
     /// The file behind a disk, to be looked at or damaged while it is off.
     pub fn disk_file(&self, number: usize) -> PathBuf {
         disk_path(&self.dir, number)
+    }
+
+    /// The file behind its firmware's variables, to be copied while it is off.
+    pub fn variable_store(&self) -> PathBuf {
+        self.dir.join("variables.fd")
     }
 
     /// PID of its QEMU.

@@ -40,8 +40,8 @@ enum What {
         /// How many of each
         #[arg(long, default_value_t = 3)]
         rounds: u8,
-        /// Seconds at rest
-        #[arg(long, default_value_t = 180)]
+        /// Seconds at rest, at least 120
+        #[arg(long, default_value_t = 180, value_parser = clap::value_parser!(u64).range(120..))]
         rest: u64,
         /// Only this (repeatable)
         #[arg(long)]

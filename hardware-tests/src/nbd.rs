@@ -1,6 +1,6 @@
 //! A disk that a test holds in its hand: an NBD server (the NBD project's doc/proto.md: fixed newstyle, `NBD_OPT_GO`,
 //! simple replies) on a file. It keeps a record of every write and flush, says when a given write comes, so that the
-//! power can be cut there, and answers reads or writes with I/O errors. One machine at a time.
+//! power can be cut there, and answers reads or writes with I/O errors, or reads never. One machine at a time.
 
 use crate::error::{AtPath, LabError};
 use std::fs::File;
@@ -40,6 +40,8 @@ pub enum Fault {
     Reads,
     /// Every write is an error.
     Writes,
+    /// Reads are never answered; writes are done.
+    HoldReads,
     /// The write of this number, from 0, and all that follows is never done and never answered.
     Hold(usize),
 }
@@ -51,6 +53,8 @@ struct State {
     writes: usize,
     fault: Fault,
     held: bool,
+    /// Reads without an answer: whom to tell, and what they are known by.
+    waiting: Vec<(Arc<Mutex<UnixStream>>, [u8; 8])>,
 }
 
 /// The disk.
@@ -69,7 +73,8 @@ impl Nbd {
     pub fn serve(file: &Path, socket: &Path) -> Result<Self, LabError> {
         let listener = UnixListener::bind(socket).at(socket)?;
         let file = Arc::new(File::options().read(true).write(true).open(file).at(file)?);
-        let state = State { steps: Vec::new(), keep: false, writes: 0, fault: Fault::None, held: false };
+        let (steps, waiting) = (Vec::new(), Vec::new());
+        let state = State { steps, keep: false, writes: 0, fault: Fault::None, held: false, waiting };
         let shared = Arc::new((Mutex::new(state), Condvar::new()));
         let theirs = Arc::clone(&shared);
         std::thread::spawn(move || {
@@ -93,6 +98,16 @@ impl Nbd {
         (state.fault, state.held, state.writes) = (fault, false, 0);
     }
 
+    /// Answers every read that is held with an error. Before it resets a device, QEMU waits for what is under way; a real
+    /// controller that is reset forgets it.
+    pub fn give_up_reads(&self) {
+        let waiting = std::mem::take(&mut lock(&self.shared).waiting);
+        for (stream, cookie) in waiting {
+            // Its machine may be off by now.
+            let _ = answer(&stream, EIO, &cookie, &[]);
+        }
+    }
+
     /// Keeps a record from now on.
     pub fn record(&self) {
         let mut state = lock(&self.shared);
@@ -111,14 +126,15 @@ impl Nbd {
         lock(&self.shared).steps.len()
     }
 
-    /// Waits until the write of [`Fault::Hold`] has come: the machine's power is to be cut now.
+    /// Waits until the write of [`Fault::Hold`] has come: the machine's power is to be cut now. Likewise for the first read
+    /// that [`Fault::HoldReads`] holds.
     pub fn wait_held(&self, limit: Duration) -> Result<(), LabError> {
         let deadline = Instant::now() + limit;
         let mut state = lock(&self.shared);
         while !state.held {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let what = format!("its write number {:?}; {} came", state.fault, state.writes);
+                let what = format!("what {:?} holds; {} writes came", state.fault, state.writes);
                 return Err(LabError::TooLong { who: self.url(), what, limit });
             }
             state = self.shared.1.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -135,21 +151,44 @@ fn u64_of(bytes: &[u8]) -> u64 {
     u64::from_be_bytes(bytes[..8].try_into().expect("eight bytes"))
 }
 
+/// An answer in one piece, whoever else has one.
+fn answer(stream: &Mutex<UnixStream>, error: u32, cookie: &[u8; 8], bytes: &[u8]) -> io::Result<()> {
+    let mut stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
+    stream.write_all(&[&REPLY.to_be_bytes()[..], &error.to_be_bytes(), cookie].concat())?;
+    stream.write_all(bytes)
+}
+
 fn talk(mut stream: UnixStream, file: &File, shared: &(Mutex<State>, Condvar)) -> io::Result<()> {
     greet(&mut stream, file.metadata()?.len())?;
+    let answers = Arc::new(Mutex::new(stream.try_clone()?));
     loop {
         let mut head = [0; 28];
         stream.read_exact(&mut head)?;
-        let (kind, cookie, at, length) =
-            (u32_of(&head[4..]) & 0xffff, &head[8..16], u64_of(&head[16..]), u32_of(&head[24..]));
+        let (kind, at, length) = (u32_of(&head[4..]) & 0xffff, u64_of(&head[16..]), u32_of(&head[24..]));
+        let cookie: [u8; 8] = head[8..16].try_into().expect("eight bytes");
         if u32_of(&head) != REQUEST || length > LONGEST {
             return Err(io::Error::other("not a request"));
         }
         let mut bytes = vec![0; length as usize];
         let mut error = 0;
         match kind {
-            0 if lock(shared).fault == Fault::Reads => error = EIO,
-            0 => file.read_exact_at(&mut bytes, at)?,
+            0 => {
+                let mut state = lock(shared);
+                let fault = state.fault;
+                match fault {
+                    Fault::Reads => error = EIO,
+                    Fault::HoldReads => {
+                        state.waiting.push((Arc::clone(&answers), cookie));
+                        state.held = true;
+                        shared.1.notify_all();
+                        continue;
+                    }
+                    Fault::None | Fault::Writes | Fault::Hold(_) => {
+                        drop(state);
+                        file.read_exact_at(&mut bytes, at)?;
+                    }
+                }
+            }
             1 => {
                 stream.read_exact(&mut bytes)?;
                 match write(file, shared, at, &bytes)? {
@@ -168,10 +207,8 @@ fn talk(mut stream: UnixStream, file: &File, shared: &(Mutex<State>, Condvar)) -
             }
             _ => error = 22,
         }
-        stream.write_all(&[&REPLY.to_be_bytes()[..], &error.to_be_bytes(), cookie].concat())?;
-        if kind == 0 && error == 0 {
-            stream.write_all(&bytes)?;
-        }
+        let payload: &[u8] = if kind == 0 && error == 0 { &bytes } else { &[] };
+        answer(&answers, error, &cookie, payload)?;
     }
 }
 
@@ -190,7 +227,7 @@ fn write(file: &File, shared: &(Mutex<State>, Condvar), at: u64, bytes: &[u8]) -
             shared.1.notify_all();
             return Ok(Done::Held);
         }
-        Fault::None | Fault::Reads | Fault::Hold(_) => {}
+        Fault::None | Fault::Reads | Fault::HoldReads | Fault::Hold(_) => {}
     }
     state.writes += 1;
     if state.keep {

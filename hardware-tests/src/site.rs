@@ -30,6 +30,8 @@ pub const HANGS_SERVERS: &str = "hangs-servers";
 pub const SERVERS: &str = "servers";
 /// The image of machines that live on their disk.
 pub const DISK: &str = "disk";
+/// The release of [`DISK`] that brings another boot loader than those before it.
+pub const OTHER_LOADER: u64 = 3;
 /// The same with a secret and with data.
 pub const VAULT: &str = "vault";
 
@@ -68,12 +70,54 @@ pub fn prepare(paths: &Paths, further: &[String]) -> Result<(), LabError> {
             build(paths, &site, image, "2")?;
         }
     }
+    let other = site.join(format!("build/{DISK}/{OTHER_LOADER}/manifest.json"));
+    if further.iter().any(|further| further == DISK) && !other.exists() {
+        println!("lab: building {DISK}/{OTHER_LOADER}, with another boot loader");
+        build_from(paths, &site, DISK, &OTHER_LOADER.to_string(), &with_other_loader(paths)?)?;
+    }
     Ok(())
 }
 
+/// A cache whose base layers are the lab's, but for one digit of their boot loader's version: as a newer package would bring it.
+fn with_other_loader(paths: &Paths) -> Result<PathBuf, LabError> {
+    const VERSION: &[u8] = b"#### LoaderInfo: systemd-boot ";
+    let (from, cache) = (paths.lab.join("cache/base"), paths.lab.join("cache-other-loader"));
+    if cache.exists() {
+        std::fs::remove_dir_all(&cache).at(&cache)?;
+    }
+    for base in std::fs::read_dir(&from).at(&from)? {
+        let base = base.at(&from)?;
+        let folder = cache.join("base").join(base.file_name());
+        std::fs::create_dir_all(&folder).at(&folder)?;
+        for part in std::fs::read_dir(base.path()).at(&from)? {
+            let part = part.at(&from)?;
+            let (path, to) = (part.path(), folder.join(part.file_name()));
+            if part.file_name() != "systemd-boot.efi" {
+                std::os::unix::fs::symlink(&path, &to).at(&to)?;
+                continue;
+            }
+            let mut loader = std::fs::read(&path).at(&path)?;
+            let digit = loader.windows(VERSION.len()).position(|window| window == VERSION).map(|at| at + VERSION.len());
+            let digit = digit.and_then(|at| loader.get_mut(at)).filter(|digit| digit.is_ascii_digit());
+            let Some(digit) = digit else {
+                return Err(LabError::File { path, source: std::io::Error::other("it does not say its version") });
+            };
+            // 2 becomes 3.
+            *digit ^= 1;
+            std::fs::write(&to, loader).at(&to)?;
+        }
+    }
+    Ok(cache)
+}
+
 fn build(paths: &Paths, site: &Path, recipe: &str, release: &str) -> Result<(), LabError> {
+    build_from(paths, site, recipe, release, &paths.lab.join("cache"))
+}
+
+/// With base layers, or packages for them, from a cache.
+fn build_from(paths: &Paths, site: &Path, recipe: &str, release: &str, cache: &Path) -> Result<(), LabError> {
     let recipe = text(&paths.repository.join(format!("images/recipes/{recipe}.toml")));
-    let (site, agent, cache) = (text(site), text(&paths.agent), text(&paths.lab.join("cache")));
+    let (site, agent, cache) = (text(site), text(&paths.agent), text(cache));
     let args = ["image", "build", &recipe, "--site", &site, "--release", release, "--agent", &agent, "--cache", &cache];
     kiln(paths, &args)
 }

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Says on the console what starts from a place with an allow-list and what does not, one line a check:
 # KILN-EXEC <name> <ok|fail> <detail>. Then the guard is killed, and stopped. Times are of /proc/uptime, in 10 ms.
+# From then on nothing happens, and what the agent costs at rest is said: KILN-REST <uptime> <line of /proc/PID/stat>.
 
 say() {
     echo "KILN-EXEC $*" >/dev/console
@@ -113,3 +114,17 @@ kill -KILL "$agent"
 denied service-gone $place/foreign
 starts after-service $place/true
 say done ok "all was tried"
+
+# By the shell's own words, but for the pause: no process is started to look at processes.
+while :; do
+    read -r up _ </proc/uptime
+    for process in /proc/[0-9]*; do
+        # It may have ended since.
+        { read -r comm <"$process/comm" && read -r stat <"$process/stat"; } 2>/dev/null || continue
+        if [ "$comm" = kiln-agent ]; then
+            echo "KILN-REST $up $stat" >/dev/console
+        fi
+    done
+    echo "KILN-REST $up all" >/dev/console
+    sleep 15
+done

@@ -3,25 +3,31 @@
 //! A recipe may extend another (`extends = "minimal.toml"`): single values replace the other's, lists are added to it.
 
 pub(crate) mod allow;
+mod disk;
+mod words;
 
 use crate::declared::{Declared, RawDrift, RawHealth, RawHook, RawLimit};
 use crate::error::RecipeError;
 use crate::network::read_network;
 pub use allow::ExecPlace;
 use allow::RawExec;
+use disk::RawDisk;
 use kiln_release::network::NetworkConfig;
-use kiln_release::{
-    AcceptancePlan, DataSettings, DiskSettings, FilePolicy, WantedSecret, WipePolicy, WritableMount, is_image_name,
-};
+use kiln_release::{AcceptancePlan, DiskSettings, FilePolicy, WantedSecret, WritableMount, is_image_name};
 use serde::Deserialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use toml::Spanned;
+pub(crate) use words::{bytes_of, is_root_path};
+use words::{is_class, is_command_line, is_module, is_name, is_package, is_unit};
 
 /// How many recipes may extend each other.
 const EXTENDS_LIMIT: usize = 4;
 /// What the data partition needs of the kernel: the agent loads them by these names.
 const DATA_MODULES: [&str; 5] = ["aes_generic", "aesni_intel", "dm_crypt", "ext4", "xts"];
+/// What a recipe's command line is.
+const COMMAND_LINE: &str = "one line of printable ASCII, exactly what the kernel gets, that says \
+                            systemd.import_credentials=no (=yes takes credentials, as root's password, from firmware)";
 /// Most bytes of noise in one file.
 const MAX_NOISE: u64 = 1 << 20;
 
@@ -115,18 +121,6 @@ struct Raw {
     disk: Option<Spanned<RawDisk>>,
     network: Option<Spanned<String>>,
     acceptance: Option<Spanned<AcceptancePlan>>,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct RawDisk {
-    esp: Option<Spanned<String>>,
-    slot: Option<Spanned<String>>,
-    state: Option<Spanned<String>>,
-    wipe: Option<Spanned<String>>,
-    data: Option<Spanned<String>>,
-    data_at: Option<Spanned<String>>,
-    prefetch_rate: Option<Spanned<String>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -265,7 +259,7 @@ impl Partial {
             "an architecture this builder knows: x86_64",
         )?;
         single(&mut self.kernel, raw.kernel, is_package, "a Debian package name")?;
-        single(&mut self.command_line, raw.command_line, is_command_line, "one line of printable ASCII")?;
+        single(&mut self.command_line, raw.command_line, is_command_line, COMMAND_LINE)?;
         self.packages.extend(source.check_all(raw.packages, is_package, "a Debian package name")?);
         self.modules.extend(source.check_all(raw.modules, is_module, "a kernel module's name")?);
         self.firmware.extend(source.check_all(raw.firmware, is_package, "a Debian package name")?);
@@ -319,7 +313,7 @@ impl Partial {
             if self.disk_mode != Some(true) {
                 return Err(source.invalid(span, "[disk] is for mode = \"disk\", which this recipe does not say"));
             }
-            self.disk = Some(disk_settings(disk.into_inner(), source)?);
+            self.disk = Some(disk.into_inner().settings(source)?);
         }
         if let Some(plan) = raw.acceptance {
             plan.get_ref().check().map_err(|reason| source.invalid(plan.span(), reason))?;
@@ -401,7 +395,7 @@ impl Partial {
             suite: self.suite.ok_or_else(missing("suite", "it names the Debian suite"))?,
             architecture: self.architecture.ok_or_else(missing("architecture", "x86_64"))?,
             kernel: self.kernel.ok_or_else(missing("kernel", "it names the kernel's package"))?,
-            command_line: self.command_line.ok_or_else(missing("command_line", "the kernel gets it exactly"))?,
+            command_line: self.command_line.ok_or_else(missing("command_line", COMMAND_LINE))?,
             packages: sorted(self.packages),
             modules: sorted(self.modules),
             firmware: sorted(self.firmware),
@@ -421,98 +415,12 @@ impl Partial {
     }
 }
 
-fn disk_settings(raw: RawDisk, source: &Source<'_>) -> Result<DiskSettings, RecipeError> {
-    let size = |value: Option<Spanned<String>>, default: u64, least: u64| match value {
-        None => Ok(default),
-        Some(text) => bytes_of(text.get_ref()).filter(|bytes| *bytes >= least).ok_or_else(|| {
-            let unit = if least >= 1 << 20 { (least >> 20, "M") } else { (least >> 10, "K") };
-            source.invalid(text.span(), format!("a number with K, M or G, at least \"{}{}\"", unit.0, unit.1))
-        }),
-    };
-    let default = DiskSettings::default();
-    let wipe = match raw.wipe {
-        None => WipePolicy::Never,
-        Some(word) => match word.get_ref().as_str() {
-            "never" => WipePolicy::Never,
-            "foreign" => WipePolicy::Foreign,
-            _ => return Err(source.invalid(word.span(), "a wipe policy is: never, foreign")),
-        },
-    };
-    let rate = raw.prefetch_rate.map(|rate| size(Some(rate), 0, DiskSettings::LEAST_RATE)).transpose()?;
-    let data = match (raw.data, raw.data_at) {
-        (None, None) => None,
-        (Some(bytes), Some(at)) => {
-            let path = source.check(at, is_root_path, "an absolute path without . or ..")?;
-            Some(DataSettings { size: size(Some(bytes), 0, DataSettings::LEAST)?, path })
-        }
-        (Some(one), None) | (None, Some(one)) => {
-            return Err(source.invalid(one.span(), "data (its size) and data_at (where it is mounted) come together"));
-        }
-    };
-    Ok(DiskSettings {
-        data,
-        esp: size(raw.esp, default.esp, DiskSettings::LEAST_ESP)?,
-        slot: size(raw.slot, default.slot, DiskSettings::LEAST_SLOT)?,
-        state: size(raw.state, default.state, DiskSettings::LEAST_STATE)?,
-        wipe,
-        prefetch_rate: rate,
-    })
-}
-
 fn read(path: &Path) -> Result<Vec<u8>, RecipeError> {
     std::fs::read(path).map_err(|error| RecipeError::Read { path: path.into(), detail: error.to_string() })
-}
-
-fn is_name(text: &str) -> bool {
-    text.len() <= 40
-        && text.starts_with(|first: char| first.is_ascii_lowercase())
-        && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
-}
-
-fn is_class(text: &str) -> bool {
-    matches!(text, "normal" | "rescue" | "acceptance" | "wipe")
-}
-
-/// Debian Policy §5.6.7.
-fn is_package(text: &str) -> bool {
-    text.len() >= 2
-        && text.starts_with(|first: char| first.is_ascii_lowercase() || first.is_ascii_digit())
-        && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || "+-.".contains(c))
-}
-
-fn is_module(text: &str) -> bool {
-    !text.is_empty() && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-".contains(c))
-}
-
-fn is_unit(text: &str) -> bool {
-    let kinds = [".service", ".socket", ".timer", ".mount", ".automount", ".path", ".target"];
-    kinds.iter().any(|kind| text.len() > kind.len() && text.ends_with(kind))
-        && text.chars().all(|c| c.is_ascii_alphanumeric() || "_-.@:\\".contains(c))
-}
-
-pub(crate) fn is_root_path(text: &str) -> bool {
-    let plain =
-        |part: &str| !part.is_empty() && part != "." && part != ".." && !part.contains(|c: char| c.is_control());
-    text.strip_prefix('/').is_some_and(|rest| rest.split('/').all(plain))
-}
-
-fn is_command_line(text: &str) -> bool {
-    text.len() < 2048 && text.trim() == text && text.chars().all(|c| c == ' ' || c.is_ascii_graphic())
 }
 
 /// Bytes that no compression makes smaller, the same for the same path: what they are appended to stays where it is.
 fn noise(path: &str, length: usize) -> Vec<u8> {
     let hash = |index: u64| ring::digest::digest(&ring::digest::SHA256, format!("noise {index} {path}").as_bytes());
     (0..).flat_map(|index| hash(index).as_ref().to_vec()).take(length).collect()
-}
-
-pub(crate) fn bytes_of(size: &str) -> Option<u64> {
-    let (number, unit) = size.split_at_checked(size.len().checked_sub(1)?)?;
-    let unit = match unit {
-        "K" => 1 << 10,
-        "M" => 1 << 20,
-        "G" => 1 << 30,
-        _ => return None,
-    };
-    number.parse::<u64>().ok().filter(|number| *number > 0)?.checked_mul(unit)
 }

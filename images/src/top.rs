@@ -13,6 +13,9 @@ use std::collections::BTreeMap;
 /// The agent in the root.
 pub const AGENT_PATH: &str = "/usr/lib/kiln/kiln-agent";
 
+/// The agent again, as systemd calls it last of all: a kernel that a disk keeps from leaving is reset (`agent/src/restart.rs`).
+const SHUTDOWN_HOOK: &str = "/usr/lib/systemd/system-shutdown/kiln-agent";
+
 const AGENT_UNIT: &str = "\
 [Unit]
 Description=Kiln agent: health, reports, reimaging
@@ -102,6 +105,7 @@ pub(crate) fn layer(
     top.file(AGENT_PATH, 0o755, agent);
     top.file("/usr/lib/systemd/system/kiln-agent.service", 0o644, AGENT_UNIT);
     top.enable("multi-user.target.wants", "kiln-agent.service", "/usr/lib/systemd/system");
+    top.link(SHUTDOWN_HOOK, AGENT_PATH);
     top.file("/usr/lib/systemd/system/emergency.service", 0o644, EMERGENCY_UNIT);
     top.link("/etc/systemd/system/default.target", "/usr/lib/systemd/system/multi-user.target");
 

@@ -9,6 +9,7 @@ use kiln_release::tuf::{Expiry, Seen};
 use kiln_release::{Manifest, Signer};
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::Arc;
 
 /// One published release.
 #[derive(Debug, Clone)]
@@ -26,6 +27,8 @@ pub struct Catalog {
     pub releases: BTreeMap<ReleaseId, Release>,
     /// The site's own object.
     pub site: kiln_release::Site,
+    /// Its floors, for whoever keeps them.
+    pub floors: Arc<BTreeMap<String, u64>>,
     /// Version of the snapshot.
     pub snapshot: u64,
     /// What to remember.
@@ -48,7 +51,8 @@ impl Catalog {
             let id = ReleaseId { image: image.parse()?, release };
             by_id.insert(id, Release { manifest, manifest_sha256: manifest_sha256.parse()? });
         }
-        Ok(Self { releases: by_id, site, snapshot, seen, root: trust_root, expiries, refused })
+        let floors = Arc::new(site.floors.clone());
+        Ok(Self { releases: by_id, site, floors, snapshot, seen, root: trust_root, expiries, refused })
     }
 
     /// The highest release of an image that machines may have without an operator's order: of class `normal`.

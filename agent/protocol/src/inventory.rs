@@ -6,6 +6,12 @@
 //! Both sides ignore fields they do not know, and every field may be missing. Nothing here proves anything, and all of it
 //! is as long as firmware, disks and switches like: [`Inventory::tame`] bounds it on both sides.
 
+mod tame;
+mod units;
+
+pub(crate) use tame::clean;
+pub use units::{binary_size, decimal_size, speed};
+
 use crate::ids::MachineId;
 use serde::{Deserialize, Serialize};
 
@@ -15,16 +21,6 @@ pub const INVENTORY_PATH: &str = "/agent/v1/inventory";
 pub const INVENTORY_VERSION: u32 = 1;
 /// Longest [`InventoryReport`] on the wire, bytes; one that is [`Inventory::tame`] is shorter.
 pub const INVENTORY_LIMIT: usize = 1280 << 10;
-/// Longest text in it, bytes.
-const TEXT: usize = 64;
-/// Longest sentence in it, bytes.
-const SENTENCE: usize = 200;
-/// Most CPU sockets, memory slots, PCI devices, disks and network interfaces kept.
-const CPUS: usize = 64;
-const DIMMS: usize = 256;
-const PCI: usize = 1024;
-const DISKS: usize = 256;
-const NICS: usize = 128;
 
 /// What the agent posts to [`INVENTORY_PATH`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -271,88 +267,7 @@ impl Unread {
     pub const SECTIONS: [&str; 4] = ["smbios", "pci", "disks", "nics"];
 }
 
-/// Trimmed, without characters that nobody sees, and cut to so many bytes.
-pub(crate) fn clean(text: &str, limit: usize) -> String {
-    let mut short = String::new();
-    for c in text.chars().filter(|c| !c.is_control() && !is_direction(*c)) {
-        // Blanks before the first word count neither way: they are not kept.
-        if short.is_empty() && c.is_whitespace() {
-            continue;
-        }
-        if short.len() + c.len_utf8() > limit {
-            break;
-        }
-        short.push(c);
-    }
-    short.truncate(short.trim_end().len());
-    short
-}
-
-/// Characters that turn the direction of what follows: they make a line say something else than it does (UAX #9).
-fn is_direction(c: char) -> bool {
-    matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
-}
-
 impl Inventory {
-    /// Cuts everything to its bounds, and puts it in order, so that the same machine always gives the same bytes.
-    #[must_use]
-    pub fn tame(mut self) -> Self {
-        let text = |t: &mut String| *t = clean(t, TEXT);
-        let s = &mut self.system;
-        for t in [&mut s.manufacturer, &mut s.product, &mut s.serial, &mut s.asset_tag, &mut s.chassis] {
-            text(t);
-        }
-        text(&mut s.chassis_serial);
-        let f = &mut self.firmware;
-        [&mut f.vendor, &mut f.version, &mut f.date].into_iter().for_each(text);
-        self.cpus.truncate(CPUS);
-        self.dimms.truncate(DIMMS);
-        self.pci.truncate(PCI);
-        self.disks.truncate(DISKS);
-        self.nics.truncate(NICS);
-        self.unread.truncate(Unread::SECTIONS.len());
-        for c in &mut self.cpus {
-            [&mut c.socket, &mut c.model].into_iter().for_each(text);
-        }
-        for d in &mut self.dimms {
-            let texts = [&mut d.slot, &mut d.kind, &mut d.manufacturer, &mut d.part, &mut d.serial];
-            texts.into_iter().for_each(text);
-        }
-        for p in &mut self.pci {
-            let short = |t: &mut String| *t = clean(t, 32);
-            [&mut p.address, &mut p.id, &mut p.class, &mut p.driver].into_iter().for_each(short);
-        }
-        for d in &mut self.disks {
-            let texts = [&mut d.name, &mut d.model, &mut d.serial, &mut d.transport, &mut d.driver, &mut d.pci];
-            texts.into_iter().for_each(text);
-            if let Some(health) = &mut d.health {
-                health.detail = clean(&health.detail, SENTENCE);
-            }
-        }
-        for n in &mut self.nics {
-            n.mac.make_ascii_lowercase();
-            [&mut n.name, &mut n.mac, &mut n.driver, &mut n.pci].into_iter().for_each(text);
-            if let Some(to) = &mut n.neighbour {
-                let texts = [&mut to.chassis, &mut to.port, &mut to.port_description, &mut to.system_name];
-                texts.into_iter().for_each(text);
-            }
-        }
-        let b = &mut self.bmc;
-        [&mut b.address, &mut b.firmware].into_iter().for_each(text);
-        b.note = clean(&b.note, SENTENCE);
-        if let Some(tpm) = &mut self.tpm {
-            text(&mut tpm.version);
-        }
-        for u in &mut self.unread {
-            text(&mut u.section);
-            u.reason = clean(&u.reason, SENTENCE);
-        }
-        self.pci.sort_by(|a, b| a.address.cmp(&b.address));
-        self.disks.sort_by(|a, b| (a.name.len(), &a.name).cmp(&(b.name.len(), &b.name)));
-        self.nics.sort_by(|a, b| a.name.cmp(&b.name));
-        self
-    }
-
     /// The section could not be looked at.
     pub fn is_unread(&self, section: &str) -> bool {
         self.unread.iter().any(|u| u.section == section)
@@ -364,49 +279,11 @@ impl Inventory {
     }
 }
 
-/// `64 GiB`, `1.5 TiB`: the largest binary unit, a decimal where it says something. For memory.
-pub fn binary_size(bytes: u64) -> String {
-    size(bytes, 1024, &["B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"])
-}
-
-/// `960 GB`, `7.7 TB`: likewise with decimal units. For disks.
-pub fn decimal_size(bytes: u64) -> String {
-    size(bytes, 1000, &["B", "kB", "MB", "GB", "TB", "PB", "EB"])
-}
-
-fn size(bytes: u64, step: u64, units: &[&str]) -> String {
-    let (mut unit, mut power) = (0, 1_u64);
-    while unit + 1 < units.len() && bytes / power >= step {
-        power *= step;
-        unit += 1;
-    }
-    // One decimal below ten, rounded to the nearest.
-    let tenths = (u128::from(bytes) * 10 + u128::from(power) / 2) / u128::from(power);
-    let (whole, tenth) = (tenths / 10, tenths % 10);
-    let name = units.get(unit).copied().unwrap_or_default();
-    if tenth == 0 || whole >= 10 {
-        let rounded = (u128::from(bytes) + u128::from(power) / 2) / u128::from(power);
-        format!("{rounded} {name}")
-    } else {
-        format!("{whole}.{tenth} {name}")
-    }
-}
-
-/// `25 Gb/s`, `100 Mb/s`, `2.5 Gb/s`.
-pub fn speed(mbps: u32) -> String {
-    match (mbps / 1000, mbps % 1000 / 100) {
-        (0, _) => format!("{mbps} Mb/s"),
-        (gbps, 0) => format!("{gbps} Gb/s"),
-        (gbps, tenth) => format!("{gbps}.{tenth} Gb/s"),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
 
-    fn full() -> Inventory {
+    pub(super) fn full() -> Inventory {
         Inventory {
             version: INVENTORY_VERSION,
             system: System { manufacturer: "QEMU".into(), serial: "S1".into(), ..System::default() },
@@ -459,63 +336,5 @@ mod tests {
         assert_eq!(serde_json::from_str::<InventoryReport>(&newer).unwrap(), report, "unknown fields are ignored");
         let empty: Inventory = serde_json::from_str("{}").unwrap();
         assert_eq!(empty, Inventory::default(), "and every field may be missing");
-    }
-
-    #[test]
-    fn sizes_and_speeds_are_read_aloud() {
-        let binary = |b: u64| binary_size(b);
-        assert_eq!(
-            (binary(64 << 30), binary(1536 << 20), binary(0)),
-            ("64 GiB".into(), "1.5 GiB".into(), "0 B".into())
-        );
-        assert_eq!(decimal_size(960_197_124_096), "960 GB");
-        assert_eq!((decimal_size(7_681_501_126_656), decimal_size(999)), ("7.7 TB".into(), "999 B".into()));
-        assert_eq!(binary(u64::MAX), "16 EiB");
-        assert_eq!((speed(25_000), speed(2_500), speed(100)), ("25 Gb/s".into(), "2.5 Gb/s".into(), "100 Mb/s".into()));
-    }
-
-    #[test]
-    fn the_largest_that_is_tame_fits_the_wire() {
-        // Each becomes two bytes of JSON.
-        let wide = "\\".repeat(1000);
-        let mut big = full();
-        let text = |t: &mut String| t.clone_from(&wide);
-        for d in &mut big.disks {
-            [&mut d.name, &mut d.model, &mut d.serial, &mut d.transport, &mut d.driver, &mut d.pci]
-                .into_iter()
-                .for_each(text);
-            d.health = Some(DiskHealth { passed: true, detail: wide.clone() });
-        }
-        big.disks = vec![big.disks[0].clone(); 2000];
-        for n in &mut big.nics {
-            [&mut n.name, &mut n.mac, &mut n.driver, &mut n.pci].into_iter().for_each(text);
-            let to = n.neighbour.as_mut().unwrap();
-            [&mut to.chassis, &mut to.port, &mut to.port_description, &mut to.system_name].into_iter().for_each(text);
-        }
-        big.nics = vec![big.nics[0].clone(); 2000];
-        let d = &mut big.dimms[0];
-        [&mut d.slot, &mut d.kind, &mut d.manufacturer, &mut d.part, &mut d.serial].into_iter().for_each(text);
-        big.dimms = vec![big.dimms[0].clone(); 2000];
-        let p = &mut big.pci[0];
-        [&mut p.address, &mut p.id, &mut p.class, &mut p.driver].into_iter().for_each(text);
-        big.pci = vec![big.pci[0].clone(); 2000];
-        let c = &mut big.cpus[0];
-        [&mut c.socket, &mut c.model].into_iter().for_each(text);
-        big.cpus = vec![big.cpus[0].clone(); 2000];
-        let length = serde_json::to_vec(&big.tame()).unwrap().len();
-        assert!((INVENTORY_LIMIT / 2..INVENTORY_LIMIT).contains(&length), "{length}");
-    }
-
-    proptest! {
-        #[test]
-        fn tame_is_final(text in "\\PC{0,300}", control in "[\\x00-\\x1f\u{202e}a]{0,20}") {
-            let mut any = full();
-            any.system.product = format!("{control}{text}{control}");
-            any.disks[0].health = Some(DiskHealth { passed: false, detail: format!("{text}{control}") });
-            let once = any.tame();
-            prop_assert!(once.system.product.len() <= TEXT);
-            prop_assert!(!once.system.product.chars().any(|c| c.is_control() || is_direction(c)));
-            prop_assert_eq!(once.clone().tame(), once);
-        }
     }
 }

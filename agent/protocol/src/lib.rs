@@ -19,6 +19,7 @@ mod inventory;
 mod lldp;
 mod log;
 mod order;
+mod reply;
 mod secrets;
 pub mod slot;
 mod smbios;
@@ -58,6 +59,7 @@ pub use order::{
     ORDER_DISKS, ORDER_MACHINES, ORDER_TYPE, Order, OrderAction, OrderError, OrderMark, Ordered, OrderedMachine,
     RECEIPT_PATH, RECEIPT_TYPE, Receipt, WipeMethod, WipeOutcome, WipedDisk, check_order,
 };
+pub use reply::{About, Decision, Desired, Grant, OrderGiven, Reply};
 pub use secrets::{
     Delivered, SECRET_LIMIT, SECRETS_OF_A_MACHINE, SECRETS_OF_A_RELEASE, SecretSet, SecretSetError, SecretVersions,
     SecretsWord, bound_to,
@@ -67,9 +69,8 @@ pub use spool::{Clocks, Intake, Kept, Noted, SPOOL_BATCH, SPOOL_LIMIT, SPOOL_TEX
 pub use stage::{Failure, Stage, StageRecord, StageState};
 pub use verdict::{Found, Rule, Turn, Verdict};
 pub use wire::{
-    About, AgentMemory, Decision, Desired, Firmware, Grant, Health, KeyStorage, MachineFacts, OrderGiven, Prefetch,
-    Progress, ProtectionClass, REPORT_PATH, Reply, Report, RollbackMemory, RunningRelease, VENDOR_CLASS,
-    VENDOR_OPTION_AGENT_URL, VENDOR_OPTION_HTTP_URL, Via,
+    AgentMemory, Firmware, Health, KeyStorage, MachineFacts, Prefetch, Progress, ProtectionClass, REPORT_PATH, Report,
+    RollbackMemory, RunningRelease, VENDOR_CLASS, VENDOR_OPTION_AGENT_URL, VENDOR_OPTION_HTTP_URL, Via,
 };
 
 /// `spec_version` of every object whose `_type` begins with `kiln-`.

@@ -148,11 +148,13 @@ pub fn content(manifest: &Manifest) -> Result<Content> {
 
 impl MachineDisk {
     /// Finds the machine's disk, partitions it where that is allowed, and reads it. Whatever the disks do, it ends within
-    /// the time that [`search`] gives them, and the runtime goes on meanwhile.
-    pub async fn find(boot: &BootInfo, floor: u64) -> Result<Self> {
+    /// the time that [`search`] gives them, and the runtime goes on meanwhile. With it come the disks beside it that failed, or
+    /// gave no answer.
+    pub async fn find(boot: &BootInfo, floor: u64) -> Result<(Self, Vec<DiskError>)> {
         let wanted: Option<Sha256Hex> = boot.root_hash.parse().ok();
         let site = &boot.site.name;
         let disks = search::candidates(site).await;
+        let broken = search::broken(&disks);
         let (name, layout, format) = match choose(disks, &settings(boot), site, wanted.as_ref().map(Label::of))? {
             Choice::Use(name, layout) => (name, layout, false),
             Choice::Format(name, layout) => {
@@ -164,7 +166,7 @@ impl MachineDisk {
         // Given up, its thread may still write, until the release starts and ends it: an empty table and empty file systems, onto
         // the disk that the signed settings gave it. Cut there it is a blank disk again, or one with empty slots.
         let open = move || Self::open(&disk, layout, format, floor);
-        search::in_time(&name, search::OPENING, search::OPENS, open).await?
+        Ok((search::in_time(&name, search::OPENING, search::OPENS, open).await??, broken))
     }
 
     /// Opens the disk that the initramfs chose.

@@ -5,6 +5,7 @@
 use super::DiskError;
 use super::device::Device;
 use super::layout::{Candidate, Found, look};
+use crate::coldplug;
 use std::path::Path;
 use std::time::Duration;
 use tokio::sync::oneshot;
@@ -56,13 +57,22 @@ pub(super) async fn candidates(site: &str) -> Vec<Candidate> {
     look_at(disks.collect(), LOOKS).await
 }
 
+/// Those that failed, or gave no answer. What is only not Kiln's is nobody's affair.
+pub(super) fn broken(disks: &[Candidate]) -> Vec<DiskError> {
+    let failed = disks.iter().filter_map(|disk| disk.found.as_ref().err());
+    failed.filter(|error| matches!(error, DiskError::Io { .. } | DiskError::Late { .. })).cloned().collect()
+}
+
 fn what_is_on(name: &str, site: &str) -> Result<Found, DiskError> {
     let sector = attribute(name, "queue/logical_block_size").and_then(|bytes| u32::try_from(bytes).ok());
     if let Some(bytes) = sector.filter(|bytes| *bytes != 512) {
         return Err(DiskError::SectorSize { disk: name.to_owned(), bytes });
     }
     let failed = |reason: String| DiskError::Io { disk: name.to_owned(), what: LOOKING, reason };
-    let device = Device::open(&Path::new("/dev").join(name)).map_err(|e| failed(e.to_string()))?;
+    let path = Path::new("/dev").join(name);
+    // One that never answers is not even opened here: this process could not close it any more.
+    coldplug::answers(&path);
+    let device = Device::open(&path).map_err(|e| failed(e.to_string()))?;
     look(&device, site).map_err(|e| failed(e.to_string()))
 }
 
@@ -172,6 +182,8 @@ mod tests {
         assert_eq!(late.found.clone().unwrap_err().to_string(), "sda: looking at it: no answer within 1 s");
         assert!(matches!(&broken.found, Err(DiskError::Io { disk, .. }) if disk == "sdb"), "{broken:?}");
         assert_eq!((&*blank.name, blank.size, &blank.found), ("sdc", 16 << 20, &Ok(Found::Blank)));
+        let told: Vec<String> = super::broken(&found).iter().map(ToString::to_string).collect();
+        assert!(told.len() == 2 && told[0].starts_with("sda: ") && told[1].starts_with("sdb: "), "{told:?}");
         drop(never);
     }
 

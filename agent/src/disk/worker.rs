@@ -76,14 +76,6 @@ pub fn answer_within<R: Send + 'static>(patience: Duration, work: impl FnOnce() 
     begun.ok().and_then(|_| told.recv_timeout(patience).ok())
 }
 
-/// `sync(2)` before a restart, which a disk that hangs must not hold up.
-pub fn sync_all() {
-    const PATIENCE: Duration = Duration::from_secs(20);
-    if answer_within(PATIENCE, nix::unistd::sync).is_none() {
-        println!("kiln-agent: a disk does not take what is to be written within {} s", PATIENCE.as_secs());
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -167,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn a_restart_waits_for_no_disk_that_hangs() {
+    fn what_is_asked_once_has_its_time_too() {
         let (_never, nothing) = mpsc::channel::<()>();
         assert_eq!(answer_within(SHORT, move || nothing.recv().is_ok()), None);
         assert_eq!(answer_within(LONG, || 7), Some(7));

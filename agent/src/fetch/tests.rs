@@ -232,11 +232,7 @@ fn breaks_off_after(file: Vec<u8>, at_once: usize) -> (String, Receiver<Happened
     web::serve(move |_, from, stream| {
         let from = usize::try_from(from).unwrap();
         let rest = &file[from..];
-        let status = match from {
-            0 => "200 OK".to_owned(),
-            _ => format!("206 Partial Content\r\nContent-Range: bytes {from}-{}/{}", file.len() - 1, file.len()),
-        };
-        let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\n\r\n", rest.len());
+        let head = web::head(from, file.len());
         let _ = stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&rest[..at_once.min(rest.len())]));
     })
 }

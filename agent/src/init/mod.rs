@@ -8,10 +8,9 @@ mod switch_root;
 pub use embedded::{embedded, parse_boot_info, running_command_line, secure_boot};
 
 use crate::change::Otherwise;
-use crate::coldplug::Drivers;
+use crate::coldplug::{After, Drivers};
 use crate::disk::machine::{self, on_disk};
 use crate::disk::store::Starts;
-use crate::disk::worker;
 use crate::error::{AgentError, FailureClass, Result};
 use crate::flow::{Flow, RESTART_PAUSE};
 use crate::journal::{JournalState, boot_id, monotonic_ms};
@@ -20,11 +19,11 @@ use crate::plan::{self, Plan};
 use crate::uplink::Network;
 use crate::verifier::{Answer, Verified, Verifier};
 use crate::watchdog::Watchdog;
-use crate::{change, console, ima, local, log, mounts, safe, tpm, wipe};
+use crate::{change, console, ima, local, log, mounts, net, restart, safe, tpm, wipe};
 use embedded::{read_boot_info, tell_command_line_drift};
-use kiln_protocol::{Assignment, ReleaseId, RollbackMemory, Stage, Via};
+use kiln_protocol::{Assignment, Failure, ReleaseId, RollbackMemory, Stage, Via};
 use kiln_release::BootInfo;
-use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::reboot::RebootMode;
 use start::start;
 use std::convert::Infallible;
 use std::time::Duration;
@@ -45,10 +44,9 @@ pub fn run() -> ! {
 }
 
 fn restart() -> ! {
-    worker::sync_all();
     // It returns only with an error; the loop keeps PID 1 alive, and a watchdog or a person is next.
-    let error = reboot(RebootMode::RB_AUTOBOOT);
-    println!("kiln-agent: the kernel does not restart the machine: {error:?}");
+    let error = restart::leave(RebootMode::RB_AUTOBOOT);
+    println!("kiln-agent: the kernel does not restart the machine: {error}");
     loop {
         std::thread::sleep(Duration::from_secs(60));
     }
@@ -69,14 +67,25 @@ fn boot() -> Result<Infallible> {
     let mut watchdog = Watchdog::is_there().then(Watchdog::arm).flatten();
     journal.record(Stage::Modules, kiln_protocol::StageState::Started);
     drivers.load_always();
-    // Each driver has the watchdog's whole time: many that are slow are no hang.
-    drivers.coldplug_and(&mut || watchdog.iter_mut().for_each(Watchdog::pet));
+    drivers.coldplug_and(&mut |after| {
+        // A link takes seconds to find its other end: other drivers are loaded meanwhile.
+        if after == After::Card {
+            net::raise();
+        }
+        // Each driver has the watchdog's whole time: many that are slow are no hang.
+        watchdog.iter_mut().for_each(Watchdog::pet);
+    });
     drivers.load_for_root();
     ima::measure_kexecs();
     // The variables' file system may have been a module.
     mounts::efivars();
     mounts::pstore();
     log::earlier();
+    for error in drivers.silent() {
+        let (kind, message) = (error.kind().to_owned(), error.to_string());
+        let failure = Failure { kind, message, attempt: 1, retry_in_ms: Some(0) };
+        journal.record(Stage::Modules, kiln_protocol::StageState::Failed(failure));
+    }
     journal.record(Stage::Modules, kiln_protocol::StageState::Done);
 
     let runtime = tokio::runtime::Builder::new_current_thread()

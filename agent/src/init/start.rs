@@ -165,6 +165,7 @@ async fn leave(
         sequence: flow.verifier.memory.sequence,
         settings: flow.verifier.settings.clone(),
         agent_api_keys: flow.verifier.pins.keys(),
+        memory: Some(flow.verifier.memory.clone()),
         now: flow.verifier.now,
     };
     handoff.write()?;

@@ -116,3 +116,73 @@ fn a_boot_that_is_not_given_its_data_restarts_once() {
     // After a boot through firmware it may once more.
     assert!(!memory.restart_for_data(false) && memory.restart_for_data(true));
 }
+
+fn remembers(sequence: u64, floor: u64) -> Memory {
+    Memory { sequence, floors: [("minimal".to_owned(), floor)].into(), ..Memory::default() }
+}
+
+/// What becomes of what is stored while the system runs, and its service is started again.
+#[test]
+fn a_service_goes_on_with_what_was_remembered_last_whatever_becomes_of_what_is_stored() {
+    let handed_over = remembers(3, 2);
+    let newest = remembers(7, 3);
+    let spoils: [fn(&Path) -> std::io::Result<()>; 5] = [
+        |path| std::fs::write(path, ""),
+        |path| std::fs::write(path, "{\"seen\":"),
+        |path| std::fs::write(path, [0xff; 40]),
+        |path| std::fs::rename(path, path.with_extension("gone")),
+        // An older one, put back.
+        |path| std::fs::write(path, serde_json::to_vec(&remembers(1, 1)).unwrap()),
+    ];
+    for spoil in spoils {
+        let dir = tempfile::tempdir().unwrap();
+        let place = Place::Directory(dir.path().join("state"));
+        place.remember(&handed_over).unwrap();
+        place.remember(&newest).unwrap();
+        let Resumed { memory, spoilt } = place.resume(Some(&handed_over)).unwrap();
+        assert!(memory == newest && spoilt.is_none(), "{spoilt:?}");
+
+        spoil(&place.path("Seen")).unwrap();
+        let Resumed { memory, spoilt } = place.resume(Some(&handed_over)).unwrap();
+        assert_eq!((&memory, memory.floor("minimal")), (&newest, 3));
+        assert_eq!(spoilt.expect("it is told").kind(), "machine-format");
+        place.remember(&memory).unwrap();
+        assert_eq!(place.memory().unwrap(), newest, "stored anew: the next boot can read it");
+        assert!(place.resume(Some(&handed_over)).unwrap().spoilt.is_none(), "told once");
+    }
+}
+
+#[test]
+fn without_its_copy_a_service_goes_on_with_what_was_handed_over_and_never_with_nothing() {
+    let (handed_over, newest) = (remembers(3, 2), remembers(7, 3));
+    let dir = tempfile::tempdir().unwrap();
+    let place = Place::Directory(dir.path().join("state"));
+    place.remember(&newest).unwrap();
+    let (seen, copy) = (place.path("Seen"), dir.path().join("state/remembered.json"));
+    std::fs::write(&copy, "spoilt as well").unwrap();
+    let Resumed { memory, spoilt } = place.resume(Some(&handed_over)).unwrap();
+    assert!(memory == newest && spoilt.is_none(), "what is stored can be read: {spoilt:?}");
+    std::fs::remove_file(&copy).unwrap();
+    for gone in [false, true] {
+        let done = if gone { std::fs::remove_file(&seen) } else { std::fs::write(&seen, "spoilt") };
+        done.unwrap();
+        let Resumed { memory, spoilt } = place.resume(Some(&handed_over)).unwrap();
+        assert!(memory == handed_over && spoilt.is_some());
+    }
+    // Handed over by an initramfs that knew nothing of this.
+    std::fs::write(&seen, "spoilt").unwrap();
+    assert_eq!(place.resume(None).unwrap_err().kind(), "machine-format", "a broken memory is not an empty one");
+}
+
+#[test]
+fn the_copy_is_never_older_than_what_is_stored() {
+    let dir = tempfile::tempdir().unwrap();
+    let place = Place::Directory(dir.path().join("state"));
+    place.remember(&remembers(3, 2)).unwrap();
+    // No file can be put there any more: a folder has its name.
+    let copy = dir.path().join("state/remembered.json");
+    std::fs::remove_file(&copy).unwrap();
+    std::fs::create_dir_all(copy.join("in the way")).unwrap();
+    place.remember(&remembers(7, 3)).unwrap();
+    assert_eq!(place.resume(None).unwrap().memory, remembers(7, 3));
+}

@@ -33,6 +33,16 @@ pub fn clear(netlink: &mut Netlink, listen: bool) -> Result<()> {
     Ok(())
 }
 
+/// Sets every card up that is not. No router is listened to before the machine is configured, which begins with [`clear`].
+pub fn raise(netlink: &mut Netlink) -> Result<()> {
+    for card in netlink.links()?.iter().filter(|link| link.is_card() && !link.up) {
+        drop(std::fs::write(format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", card.name), "1"));
+        // Told where it is chosen.
+        drop(netlink.set(card, true));
+    }
+    Ok(())
+}
+
 /// Whether the kernel takes a router's word for routes, and for addresses (Documentation/networking/ip-sysctl.rst). What
 /// it took before is forgotten, and routers are asked anew.
 fn listen_to_routers(interface: &str, routes: bool, addresses: bool) {

@@ -128,6 +128,14 @@ impl Uplink {
     }
 }
 
+/// Sets every card up, ahead of all else: what its link needs until it carries something passes beside what else the machine
+/// has to do. One that does not come up is one without a link to [`bring_up`].
+pub fn raise() {
+    if let Err(error) = Netlink::open().and_then(|mut netlink| build::raise(&mut netlink)) {
+        println!("kiln-agent: {error}");
+    }
+}
+
 /// Connects the machine as a section says; one without links: by any card that is given an address, those in `avoid` last.
 /// What was configured before is taken away.
 pub async fn bring_up(
@@ -160,7 +168,7 @@ async fn automatic(machine: &MachineId, need_location: bool, avoid: &mut HashSet
     let favourite = favourite.map(|card| card.name.clone()).filter(|name| !avoid.contains(name));
     let mut asking = JoinSet::new();
     for card in &cards {
-        asking.spawn(dhcp::acquire(card.name.clone(), card.mac.clone(), machine.clone(), need_location));
+        asking.spawn(ask(card.clone(), machine.clone(), need_location));
     }
     let until = Instant::now() + ROUND;
     let choice = Choice { favourite: favourite.as_deref(), avoid, other: None, avoided: None, until };
@@ -184,6 +192,14 @@ async fn automatic(machine: &MachineId, need_location: bool, avoid: &mut HashSet
         uplink.lease6(&mut netlink, names)?;
     }
     uplink.finish(&mut netlink, &[card])
+}
+
+/// Asks for a lease as soon as the card has a carrier: a question before that is lost, and the next comes only after a pause
+/// (RFC 2131 §4.1). A driver that never says so is asked all the same.
+async fn ask(card: Link, machine: MachineId, need_location: bool) -> Result<Lease> {
+    let (mut netlink, mut watch) = (Netlink::open()?, Watch::open()?);
+    connected(&mut netlink, &mut watch, &[&card]).await?;
+    dhcp::acquire(card.name, card.mac, machine, need_location).await
 }
 
 /// What came of one question.

@@ -67,6 +67,9 @@ pub struct Link {
     /// `bond`, `vlan`, `veth`; of a card: none.
     pub kind: String,
     pub ethernet: bool,
+    /// Somebody set it up.
+    pub up: bool,
+    /// And it has found its other end.
     pub carrier: bool,
     pub mac: Vec<u8>,
     /// The card's own address, where a bond has lent it another.
@@ -175,6 +178,7 @@ fn parse_link(body: &[u8]) -> Option<Link> {
     let mut link = Link {
         index: number(body, 4)?,
         ethernet: short(body, 2)? == ETHERNET,
+        up: flags & UP == UP,
         carrier: flags & (UP | LOWER_UP) == UP | LOWER_UP,
         ..Link::default()
     };

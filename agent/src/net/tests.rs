@@ -128,6 +128,51 @@ fn reaches_by_a1() -> bool {
 }
 
 #[test]
+fn cards_are_up_before_they_are_configured_and_listen_to_nobody() {
+    if !machine("cards_are_up_before_they_are_configured_and_listen_to_nobody") {
+        return;
+    }
+    let is_deaf = |card: &str| {
+        let setting = std::fs::read_to_string(format!("/proc/sys/net/ipv6/conf/{card}/disable_ipv6"));
+        setting.unwrap().trim() == "1"
+    };
+    let up_ones = || {
+        let links = Netlink::open().unwrap().links().unwrap();
+        links.into_iter().filter(|link| link.is_card() && link.up).map(|link| link.name).collect::<HashSet<_>>()
+    };
+    assert!(up_ones().is_empty());
+    raise();
+    assert_eq!(up_ones(), HashSet::from(["a0".to_owned(), "a1".to_owned()]));
+    assert!(is_deaf("a0") && is_deaf("a1"));
+    let _server = Dnsmasq::start("--interface=b0 --dhcp-range=10.9.0.50,10.9.0.90,1h");
+    assert_eq!(run(up(&Section::default(), &mut HashSet::new())).unwrap().interface, "a0");
+    assert!(!is_deaf("a0"), "without a section a router is listened to");
+}
+
+/// A question that nobody could hear would be asked again after two seconds, and then after four.
+#[test]
+fn a_link_that_comes_late_is_asked_when_it_comes() {
+    if !machine("a_link_that_comes_late_is_asked_when_it_comes") {
+        return;
+    }
+    let [first, second, _] = dhcp::PAUSES.map(Duration::from_secs);
+    run(async {
+        let _server = Dnsmasq::start("--interface=b0 --no-ping --dhcp-range=10.9.0.50,10.9.0.90,1h");
+        sh("ip -n net link set b0 down; ip -n net link set b1 down");
+        let begun = Instant::now();
+        let cable = async {
+            // Behind the second question, well ahead of the third.
+            tokio::time::sleep_until(begun + first + Duration::from_millis(200)).await;
+            sh("ip -n net link set b0 up");
+        };
+        let (automatic, mut avoid) = (Section::default(), HashSet::new());
+        let connect = timeout_at(begun + first + second, up(&automatic, &mut avoid));
+        let (uplink, ()) = tokio::join!(connect, cable);
+        assert_eq!(uplink.expect("the third question was not waited for").unwrap().interface, "a0");
+    });
+}
+
+#[test]
 fn without_any_word_the_reason_names_the_cards() {
     if !machine("without_any_word_the_reason_names_the_cards") {
         return;

@@ -3,11 +3,10 @@
 use super::Service;
 use super::slots::DISK_DEADLINE;
 use crate::change::{Otherwise, Ready, blocking};
-use crate::disk::worker;
 use crate::error::AgentError;
 use crate::{attest, log};
 use kiln_protocol::{TpmPresence, Via};
-use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::reboot::RebootMode;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -21,14 +20,6 @@ pub(super) struct Door {
     pub systemctl: PathBuf,
     /// Comes back only with an error.
     pub reboot: fn(RebootMode) -> std::io::Error,
-}
-
-pub(super) fn restart(mode: RebootMode) -> std::io::Error {
-    worker::sync_all();
-    match reboot(mode) {
-        Err(errno) => errno.into(),
-        Ok(never) => match never {},
-    }
 }
 
 impl Service {

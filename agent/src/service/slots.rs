@@ -2,6 +2,7 @@
 //! boots.
 
 use super::{Proof, Service};
+use crate::dbx;
 use crate::disk::machine::on_disk;
 use crate::error::Result;
 use kiln_protocol::{BootFirst, slot};
@@ -28,7 +29,7 @@ impl Service {
             false if since.elapsed() >= TRIAL => slot::Event::Late,
             false => return None,
         };
-        let root_hash = self.journal.embedded.root_hash.clone();
+        let (root_hash, here) = (self.journal.embedded.root_hash.clone(), self.here.clone());
         Some(Box::pin(async move {
             let told = on_disk(&disk, move |disk| {
                 let actions = disk.event(event, None)?;
@@ -41,6 +42,8 @@ impl Service {
             if let Err(error) = &told {
                 eprintln!("kiln-agent: the boot loader cannot be told how this release is: {error}");
                 sleep(AGAIN).await;
+            } else if healthy && let Err(error) = dbx::mend_loader(&disk, &here).await {
+                eprintln!("kiln-agent: the boot loader on the disk stays as it is: {error}");
             }
             (healthy, told)
         }))

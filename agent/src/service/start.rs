@@ -1,7 +1,7 @@
 //! From the hand-over of the initramfs to a running service.
 
 use super::Service;
-use super::leave::{Door, restart};
+use super::leave::Door;
 use super::secrets::Secrets;
 use super::watch::Watch;
 use crate::api::Api;
@@ -12,11 +12,11 @@ use crate::error::{AgentError, Result};
 use crate::handoff::{Handoff, OnDisk};
 use crate::health::{Checks, Probe};
 use crate::journal::{Journal, monotonic_ms};
-use crate::memory::{Identity, Place};
+use crate::memory::{Identity, Place, Resumed};
 use crate::net::Uplink;
 use crate::verifier::Verifier;
 use crate::watchdog::Watchdog;
-use crate::{console, exec, facts, init, inventory, local, log, tpm, uplink, verity};
+use crate::{console, exec, facts, init, inventory, local, log, restart, tpm, uplink, verity};
 use kiln_protocol::{RunningRelease, Stage, slot};
 use kiln_release::EXEC_PATH;
 use std::path::Path;
@@ -51,7 +51,9 @@ async fn serve() -> Result<()> {
         None => checks,
         Some(reason) => checks.without_data(reason.clone()),
     };
-    let disk = slots(&handoff).await;
+    let place = Place::of_this_machine();
+    let resumed = place.resume(handoff.memory.as_ref())?;
+    let disk = slots(&handoff, resumed.memory.floor(&handoff.boot.image)).await;
     console::open(facts_id()?.as_str(), &format!("{}/{}", handoff.boot.image, handoff.boot.release));
     if let Some(uplink) = &handoff.uplink {
         console::address(&uplink.describe());
@@ -62,7 +64,7 @@ async fn serve() -> Result<()> {
     log::take_over();
     tokio::spawn(log::follow());
     let watch = Watch::of(&handoff.manifest, disk.clone()).await;
-    let (verifier, mut journal) = resume(handoff, disk.as_ref()).await?;
+    let (verifier, mut journal) = resume(handoff, place, resumed, disk.as_ref()).await?;
     journal.fallback = disk.as_ref().and_then(|disk| local::fallback(&verifier.memory, disk));
     let site = &verifier.boot.site;
     let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, &verifier.key, &verifier.clock)?;
@@ -70,7 +72,7 @@ async fn serve() -> Result<()> {
     log::ship(api, &journal.state.boot_id, &journal.machine.id);
     journal.done(Stage::Handover);
     journal.done(Stage::Service);
-    let door = Door { systemctl: "systemctl".into(), reboot: restart };
+    let door = Door { systemctl: "systemctl".into(), reboot: restart::leave };
     let (boot, servers) = (&verifier.boot, &verifier.servers.agent);
     let api = Api::new(servers, &boot.site.agent_api_ca_pem, &verifier.key, &verifier.clock)?.pinned(&verifier.pins);
     tokio::spawn(inventory::keep(api, journal.machine.id.clone(), journal.state.boot_id.clone()));
@@ -90,11 +92,10 @@ async fn stay_connected(uplink: Option<Uplink>, boot: kiln_release::BootInfo, ma
 
 /// The disk that this system runs from. One that cannot be opened any more, or not in time, costs the slots: the release
 /// goes on.
-async fn slots(handoff: &Handoff) -> Option<SharedDisk> {
+async fn slots(handoff: &Handoff, floor: u64) -> Option<SharedDisk> {
     let OnDisk { name, via } = handoff.disk.clone()?;
     let (disk, boot) = (name.clone(), handoff.boot.clone());
     let open = move || {
-        let floor = Place::of_this_machine().memory()?.floor(&boot.image);
         let mut disk = MachineDisk::reopen(&disk, &boot, floor)?;
         let root_hash = init::embedded(&boot)?.root_hash;
         disk.event(slot::Event::Started(root_hash, via), None)?;
@@ -121,8 +122,12 @@ fn forget_an_earlier_start() {
     }
 }
 
-async fn resume(handoff: Handoff, disk: Option<&SharedDisk>) -> Result<(Verifier, Journal)> {
-    let place = Place::of_this_machine();
+async fn resume(
+    handoff: Handoff,
+    place: Place,
+    resumed: Resumed,
+    disk: Option<&SharedDisk>,
+) -> Result<(Verifier, Journal)> {
     let Identity { key, lost } = place.key()?;
     let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
     machine.protection = init::secure_boot(&handoff.boot).class();
@@ -138,7 +143,7 @@ async fn resume(handoff: Handoff, disk: Option<&SharedDisk>) -> Result<(Verifier
     })?;
     let running = RunningRelease { root_hash, ..embedded.clone() };
     // Not the hand-over's: this may be a later start of the service, and what was seen since then counts.
-    let memory = place.memory()?;
+    let Resumed { memory, spoilt } = resumed;
     let now = memory.time_floor.map_or(handoff.now, |t| t.max(handoff.now));
     let mut state = handoff.journal;
     // Likewise reports: their numbers go on above all that an earlier start can have made.
@@ -153,8 +158,15 @@ async fn resume(handoff: Handoff, disk: Option<&SharedDisk>) -> Result<(Verifier
         fallback: None,
         condition: None,
     };
-    if let Some(error) = lost {
-        journal.failed(Stage::Service, &error, 1, Some(Duration::ZERO));
+    for error in [lost.as_ref(), spoilt.as_ref()].into_iter().flatten() {
+        journal.failed(Stage::Service, error, 1, Some(Duration::ZERO));
+    }
+    if spoilt.is_some() {
+        // Else the next boot could not read it, and would wait for a person.
+        match place.remember(&memory) {
+            Ok(()) => eprintln!("kiln-agent: what this machine remembers is stored anew"),
+            Err(error) => eprintln!("kiln-agent: what this machine remembers cannot be stored anew: {error}"),
+        }
     }
     let mut verifier = Verifier::new(handoff.boot, place, key, memory, handoff.servers, now);
     verifier.settings = handoff.settings;

@@ -10,7 +10,7 @@ use kiln_release::certificate::{spki_der, spki_key_id};
 use kiln_release::{Signer, hex, sign_envelope};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use rustls::{HandshakeKind, ServerConfig, ServerConnection, StreamOwned};
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -38,6 +38,8 @@ struct State {
     order: Order,
     line: Line,
     heard: Vec<(Instant, Report)>,
+    /// Of each connection: whether it went on from the session of another.
+    resumed: Vec<bool>,
     /// An operator's order that is handed on.
     given: Option<String>,
     /// Sequence from which on the release has to be fetched anew.
@@ -85,6 +87,7 @@ impl Director {
                 order,
                 line: Line::Whole,
                 heard: Vec::new(),
+                resumed: Vec::new(),
                 given: None,
                 rebuild: 0,
                 thresholds: BTreeMap::new(),
@@ -164,11 +167,21 @@ impl Director {
     pub fn heard(&self) -> Vec<Report> {
         self.shared.state.lock().unwrap().heard.iter().map(|(_, report)| report.clone()).collect()
     }
+
+    /// Of each connection on which something was asked, whether it went on from the session of another.
+    pub fn resumed(&self) -> Vec<bool> {
+        self.shared.state.lock().unwrap().resumed.clone()
+    }
 }
 
 fn connection(stream: TcpStream, config: Arc<ServerConfig>, shared: &Shared) {
     let connection = ServerConnection::new(config).unwrap();
     let mut stream = BufReader::new(StreamOwned::new(connection, stream));
+    if !matches!(stream.fill_buf(), Ok([_, ..])) {
+        return;
+    }
+    let kind = stream.get_ref().conn.handshake_kind();
+    shared.state.lock().unwrap().resumed.push(kind == Some(HandshakeKind::Resumed));
     loop {
         let (mut length, mut line) = (0, String::new());
         while line != "\r\n" {
@@ -242,30 +255,24 @@ impl Shared {
             let forged = r#""settings":{"boot_first":"network"},"spec_version""#;
             assignment = assignment.replacen(r#""spec_version""#, forged, 1);
         }
-        let freshness = Freshness {
-            type_: FRESHNESS_TYPE.into(),
-            spec_version: SPEC_VERSION.into(),
-            nonce: report.nonce.clone(),
-            assignment_sha256: hex::sha256(assignment.as_bytes()).parse().unwrap(),
-            now: now(),
+        // Over exactly the bytes of what it goes with.
+        let fresh = |text: &str| {
+            let freshness = Freshness {
+                type_: FRESHNESS_TYPE.into(),
+                spec_version: SPEC_VERSION.into(),
+                nonce: report.nonce.clone(),
+                assignment_sha256: hex::sha256(text.as_bytes()).parse().unwrap(),
+                now: now(),
+            };
+            sign_envelope(&freshness, &[&self.signer]).unwrap()
         };
-        let freshness = sign_envelope(&freshness, &[&self.signer]).unwrap();
+        let freshness = fresh(&assignment);
         let ready = report.prefetch.as_ref().is_some_and(|p| p.ready && p.sequence == sequence);
         let grant =
             if ready && may_go { Grant::Go } else { Grant::Hold { reason: "the test says so".into(), until_ms: None } };
         let etag = format!("{release}-{sequence}-{via}-{}", grant == Grant::Go);
         let decision = Decision::Assigned { assignment, freshness, via, grant };
-        let order = state.given.as_ref().map(|order| {
-            let freshness = Freshness {
-                type_: FRESHNESS_TYPE.into(),
-                spec_version: SPEC_VERSION.into(),
-                nonce: report.nonce.clone(),
-                assignment_sha256: hex::sha256(order.as_bytes()).parse().unwrap(),
-                now: now(),
-            };
-            let freshness = sign_envelope(&freshness, &[&self.signer]).unwrap();
-            OrderGiven { order: order.clone(), freshness }
-        });
+        let order = state.given.as_ref().map(|order| OrderGiven { order: order.clone(), freshness: fresh(order) });
         let etag = format!("{etag}-{}", order.as_ref().map_or(String::new(), |o| hex::sha256(o.order.as_bytes())));
         let desired = Desired { etag, decision, order };
         Reply {

@@ -92,6 +92,15 @@ impl Gate {
     }
 }
 
+/// The head of an answer with the bytes of a file of `length` from there on.
+pub fn head(from: usize, length: usize) -> String {
+    let status = match from {
+        0 => "200 OK".to_owned(),
+        _ => format!("206 Partial Content\r\nContent-Range: bytes {from}-{}/{length}", length - 1),
+    };
+    format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\n\r\n", length - from)
+}
+
 /// By path: how many of its bytes come at once, and what the rest waits for.
 pub type Gates = BTreeMap<String, (usize, Arc<Gate>)>;
 
@@ -113,11 +122,7 @@ pub fn honest_on(
         };
         let from = usize::try_from(from).unwrap();
         let rest = &file[from..];
-        let status = match from {
-            0 => "200 OK".to_owned(),
-            _ => format!("206 Partial Content\r\nContent-Range: bytes {from}-{}/{}", file.len() - 1, file.len()),
-        };
-        let head = format!("HTTP/1.1 {status}\r\nContent-Length: {}\r\n\r\n", rest.len());
+        let head = head(from, file.len());
         let first = gates.get(path).map_or(rest.len(), |(bytes, _)| (*bytes).min(rest.len()));
         if stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(&rest[..first])).is_err() {
             return;

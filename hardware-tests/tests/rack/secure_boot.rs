@@ -144,6 +144,33 @@ fn rack_kiln(paths: &Paths, args: &[&str]) {
     site::kiln_quiet(paths, args).unwrap();
 }
 
+/// The kernel of the machine's release.
+pub struct Kernels {
+    /// As it lies in the UKI: not signed.
+    pub bare: Vec<u8>,
+    /// The copy that the site signed for a kexec.
+    pub copy: Vec<u8>,
+    /// Signed by the site as a boot program, which no release has.
+    pub signed: Vec<u8>,
+}
+
+impl Kernels {
+    /// Out of the boot program that the server sends.
+    pub fn of(paths: &Paths, rack: &Rack) -> Self {
+        let uki = std::fs::read(program(rack)).unwrap();
+        let pe = Pe::parse(&uki).unwrap();
+        let bare = pe.content(&uki, ".linux").unwrap().to_vec();
+        let copy = kexec::copy(&bare, pe.content(&uki, kexec::SIGNATURE_SECTION).unwrap()).unwrap();
+        let manifest = site::manifest(&rack.site, 1).unwrap();
+        assert_eq!(manifest["kexec_kernel"]["sha256"], hex::sha256(&copy));
+        let [file, out] = ["bare", "signed"].map(|name| paths.scratch.join(name).display().to_string());
+        std::fs::write(&file, &bare).unwrap();
+        let template = site::template(paths).display().to_string();
+        rack_kiln(paths, &["trust", "secureboot", "sign", &file, "--site", &template, "--out", &out]);
+        Self { bare, copy, signed: std::fs::read(out).unwrap() }
+    }
+}
+
 /// What clouds hand to a machine that asks: systemd's credentials, and where cloud-init finds its user-data.
 const USER_DATA: [&str; 3] = [
     "io.systemd.credential:tmpfiles.extra=f /run/kiln-user-data 0644 - - - here",
@@ -206,7 +233,7 @@ fn a_disk_boots_through_the_signed_loader() {
 }
 
 /// The boot loader that the site signed for disks, out of a release's initramfs.
-fn signed_loader(paths: &Paths) -> Vec<u8> {
+pub fn signed_loader(paths: &Paths) -> Vec<u8> {
     let initramfs = site::template(paths).join(format!("build/{}/1/initramfs", site::DISK));
     let names = "kiln/systemd-boot.efi /kiln/systemd-boot.efi";
     let script = format!("zstd -dcq < {} | cpio --quiet -i --to-stdout {names}", initramfs.display());
@@ -231,18 +258,7 @@ fn a_signed_kernel_alone_starts_nothing() {
         options.machines.push(alone(MachineSpec::new(2, Firmware::Uefi(NetworkBoot::Pxe))));
         let mut rack = Rack::start(paths, &options).unwrap();
 
-        let uki = std::fs::read(program(&rack)).unwrap();
-        let pe = Pe::parse(&uki).unwrap();
-        let bare = pe.content(&uki, ".linux").unwrap();
-        let copy = kexec::copy(bare, pe.content(&uki, kexec::SIGNATURE_SECTION).unwrap()).unwrap();
-        let manifest = site::manifest(&rack.site, 1).unwrap();
-        assert_eq!(manifest["kexec_kernel"]["sha256"], hex::sha256(&copy));
-        let [file, out] = ["bare", "signed"].map(|name| paths.scratch.join(name).display().to_string());
-        std::fs::write(&file, bare).unwrap();
-        let template = site::template(paths).display().to_string();
-        rack_kiln(paths, &["trust", "secureboot", "sign", &file, "--site", &template, "--out", &out]);
-        let signed = std::fs::read(&out).unwrap();
-
+        let Kernels { bare, copy, signed } = Kernels::of(paths, &rack);
         let (loader, initramfs) = (signed_loader(paths), esp::initramfs());
         let mut starts = |name: &str, kernel: &[u8], until: &str| {
             let machine = rack.machine(name);
@@ -260,8 +276,8 @@ fn a_signed_kernel_alone_starts_nothing() {
             console.wait_for_line(until, Mark::default(), IDLE).unwrap();
             console.since(Mark::default())
         };
-        for (name, kernel, control) in [(NAME, &copy[..], &signed[..]), (OPEN, &copy[..], bare)] {
-            let said = starts(name, kernel, "Error loading");
+        for (name, control) in [(NAME, &signed), (OPEN, &bare)] {
+            let said = starts(name, &copy, "Error loading");
             let refusal = said.lines().find(|line| line.contains("Error loading")).unwrap();
             assert!(refusal.contains("k.efi") && refusal.contains("Unsupported"), "{name}: {said}");
             assert!(!said.contains("Linux version") && !said.contains(esp::WORD), "{name}: {said}");

@@ -12,13 +12,13 @@ use kiln_lab::{command, site, testing};
 use std::path::{Path, PathBuf};
 
 const NAME: &str = "rack-1";
-const SNPONLY: &str = "/usr/lib/ipxe/snponly.efi";
+pub const SNPONLY: &str = "/usr/lib/ipxe/snponly.efi";
 const SHIM: &str = "/usr/lib/shim/shimx64.efi.signed";
 /// A variable store that trusts Microsoft, as machines are sold.
 const MICROSOFT: &str = "/usr/share/OVMF/OVMF_VARS_4M.ms.fd";
 
 /// The host's iPXE with the site's signature, by the real command.
-fn signed(paths: &Paths, program: &Path) -> PathBuf {
+pub fn signed(paths: &Paths, program: &Path) -> PathBuf {
     let out = paths.scratch.join("snponly.efi");
     let (program, to) = (program.display().to_string(), out.display().to_string());
     let template = site::template(paths).display().to_string();

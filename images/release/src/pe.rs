@@ -54,7 +54,7 @@ pub enum PeError {
     CutShort { what: &'static str, offset: usize, length: usize },
     #[error("not a PE32+ image: optional header magic {got:#06x}, expected 0x020b")]
     NotPe32Plus { got: u16 },
-    #[error("{what} is {got}; a power of two is needed, of at least 512, in the file of at most 65536")]
+    #[error("{what} is {got}; a power of two is needed, of at least 512 or both alike, in the file of at most 65536")]
     BadAlignment { what: &'static str, got: u32 },
     #[error("section {index} has a name that is not ASCII")]
     BadName { index: usize },
@@ -157,11 +157,13 @@ impl Pe {
         };
         let section_alignment = optional(32, "SectionAlignment")?;
         let file_alignment = optional(36, "FileAlignment")?;
-        // In the file at most 64 KiB (PE format, "Optional Header Windows-Specific Fields"): what is laid out anew grows by it.
+        // PE format, "Optional Header Windows-Specific Fields": at least 512, or both the same and less than a page, as iPXE
+        // has them (32). In the file at most 64 KiB: what is laid out anew grows by it.
+        let least = if section_alignment == file_alignment { 1 } else { 512 };
         for (what, got, most) in
             [("SectionAlignment", section_alignment, u32::MAX), ("FileAlignment", file_alignment, 1 << 16)]
         {
-            if !got.is_power_of_two() || got < 512 || got > most {
+            if !got.is_power_of_two() || got < least || got > most {
                 return Err(PeError::BadAlignment { what, got });
             }
         }

@@ -21,6 +21,17 @@ fn key(seed: u8) -> Signer {
 /// it delegates everything to.
 type Roles<'a> = Vec<(&'a str, u8, bool, Vec<(&'a str, u8, bool)>)>;
 
+/// A root whose one key has signed everything, and what a timestamp would say of the snapshot, which is put to the files.
+fn signed(snapshot: &Snapshot, files: &mut BTreeMap<String, Vec<u8>>) -> (String, MetaFile) {
+    let one = RoleKeys::new(&[key(0).public()], 1);
+    let keys = RootRoles { root: one.clone(), timestamp: one.clone(), snapshot: one.clone(), targets: one };
+    let root = sign_envelope(&Root::new(1, snapshot.expires, &[key(0).public()], keys), &[&key(0)]).unwrap();
+    let snapshot = sign_envelope(snapshot, &[&key(0)]).unwrap().into_bytes();
+    let listed = MetaFile::of(1, &snapshot);
+    files.insert("metadata/1.snapshot.json".into(), snapshot);
+    (root, listed)
+}
+
 fn update(roles: &Roles<'_>, limits: Limits) -> Result<Outcome, TufError> {
     let expires = now() + SignedDuration::from_hours(24);
     let mut files = BTreeMap::new();
@@ -39,12 +50,7 @@ fn update(roles: &Roles<'_>, limits: Limits) -> Result<Outcome, TufError> {
         snapshot.list(name, 1, text.as_bytes());
         files.insert(format!("metadata/1.{name}.json"), text.into_bytes());
     }
-    let one = RoleKeys::new(&[key(0).public()], 1);
-    let keys = RootRoles { root: one.clone(), timestamp: one.clone(), snapshot: one.clone(), targets: one };
-    let root = sign_envelope(&Root::new(1, expires, &[key(0).public()], keys), &[&key(0)]).unwrap();
-    let snapshot = sign_envelope(&snapshot, &[&key(0)]).unwrap().into_bytes();
-    let listed = MetaFile::of(1, &snapshot);
-    files.insert("metadata/1.snapshot.json".into(), snapshot);
+    let (root, listed) = signed(&snapshot, &mut files);
     let wanted = vec![TargetPath::new("dir/file").unwrap()];
     let policy = ExpiryPolicy::Refuse;
     let mut client = Client::from_snapshot(root.as_bytes(), Seen::default(), now(), limits, policy, wanted, listed)?;
@@ -156,12 +162,7 @@ fn a_cached_role_is_judged_by_the_keys_of_each_delegator() {
     for folder in ["a", "b"] {
         files.insert(format!("targets/{folder}/{}.file", hex::sha256(b"x")), b"x".to_vec());
     }
-    let one = RoleKeys::new(&[key(0).public()], 1);
-    let keys = RootRoles { root: one.clone(), timestamp: one.clone(), snapshot: one.clone(), targets: one };
-    let root = sign_envelope(&Root::new(1, expires, &[key(0).public()], keys), &[&key(0)]).unwrap();
-    let snapshot = sign_envelope(&snapshot, &[&key(0)]).unwrap().into_bytes();
-    let listed = MetaFile::of(1, &snapshot);
-    files.insert("metadata/1.snapshot.json".into(), snapshot);
+    let (root, listed) = signed(&snapshot, &mut files);
     for (wanted, kind) in [(vec!["a/file"], None), (vec!["a/file", "b/file"], Some("metadata-bad-signature"))] {
         let wanted: Vec<TargetPath> = wanted.into_iter().map(|path| TargetPath::new(path).unwrap()).collect();
         let (limits, policy) = (Limits::default(), ExpiryPolicy::Refuse);

@@ -151,7 +151,7 @@ mod tests {
         let path = temp.path().join("r.toml");
         let text = format!(
             "name = \"test\"\nsuite = \"trixie\"\narchitecture = \"x86_64\"\nkernel = \"linux-image-cloud-amd64\"\n\
-             command_line = \"a\"\n[[health]]\nkind = \"systemd\"\nsoak = 5\n[[writable]]\npath = \"/srv\"\nsize = \
+             command_line = \"systemd.import_credentials=no\"\n[[health]]\nkind = \"systemd\"\nsoak = 5\n[[writable]]\npath = \"/srv\"\nsize = \
              \"1M\"\n[[file]]\npath = \"/usr/bin/own\"\ncontent = \"own\"\n[[exec]]\n{exec}"
         );
         std::fs::write(temp.path().join("tool"), "tool").unwrap();

@@ -8,6 +8,7 @@ use kiln_release::verity::{BLOCK, TreeBuilder};
 use kiln_release::{Artifact, FilePolicy, HealthCheck, HealthKind, MANIFEST_TYPE, Manifest, VerityParams, hex};
 use std::collections::BTreeMap;
 use std::fs;
+use std::path::Path;
 
 /// What `kiln image build` leaves, with small contents that differ from release to release.
 pub fn build(site: &SiteDir, image: &str, release: u64, built: Timestamp) -> Manifest {
@@ -69,6 +70,20 @@ pub fn new_site(now: Timestamp) -> (tempfile::TempDir, SiteDir) {
     let dir = tempfile::tempdir().unwrap();
     let site = init_lab(dir.path(), "lab", now).unwrap();
     (dir, site)
+}
+
+/// Every file below a folder, by path.
+pub fn files_below(path: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut out = BTreeMap::new();
+    for entry in fs::read_dir(path).unwrap() {
+        let entry = entry.unwrap().path();
+        if entry.is_dir() {
+            out.extend(files_below(&entry));
+        } else {
+            out.insert(entry.display().to_string(), fs::read(&entry).unwrap());
+        }
+    }
+    out
 }
 
 /// The repository as machines are served it: from its first root and by the timestamp that is there.

@@ -6,6 +6,7 @@ mod common;
 #[path = "../oracle/mod.rs"]
 mod oracle;
 
+mod both_ways;
 mod ceremony;
 mod cpio;
 mod differential;

@@ -1,12 +1,11 @@
 //! A site from nothing to published releases, and what it refuses.
 
-use crate::common::{served, write_manifest};
+use crate::common::{files_below, served, write_manifest};
 use jiff::{SignedDuration, Timestamp};
 use kiln_images::{Memory, Repository, SiteDir, SiteError, init_lab, publish, read_network, sign_network};
 use kiln_release::network::NetworkConfig;
 use kiln_release::verity::BLOCK;
 use kiln_release::{Manifest, hex};
-use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -25,20 +24,6 @@ fn build(site: &SiteDir, image: &str, release: u64) -> Manifest {
 
 fn new_site() -> (tempfile::TempDir, SiteDir) {
     crate::common::new_site(now())
-}
-
-/// Every file below, and the SHA-256 of its bytes.
-fn files_below(path: &Path) -> BTreeMap<String, String> {
-    let mut out = BTreeMap::new();
-    for entry in fs::read_dir(path).unwrap() {
-        let entry = entry.unwrap().path();
-        if entry.is_dir() {
-            out.extend(files_below(&entry));
-        } else {
-            out.insert(entry.display().to_string(), hex::sha256(&fs::read(&entry).unwrap()));
-        }
-    }
-    out
 }
 
 #[test]

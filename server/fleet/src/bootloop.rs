@@ -1,7 +1,8 @@
 //! A good release that is started again and again and never becomes healthy. Nobody's trial is at stake, so a power blip must
 //! cost nothing: a start counts only if it came as far as the hand-over to the image and ended before it was once
 //! healthy. That is a short part of a boot, and a supply that flickers does not hit it [`LOOP_STARTS`] times in a row; should it
-//! do so, the machine goes on by itself after [`LOOP_REST_MS`].
+//! do so, the machine goes on by itself after [`LOOP_REST_MS`]. What ends before its agent says a word is counted in
+//! `mute.rs`.
 
 use crate::Millis;
 use crate::event::Action;
@@ -31,6 +32,12 @@ pub struct BootLoop {
     /// Until when nothing is started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rests_until: Option<Millis>,
+    /// Starts in a row whose boot program was sent whole and whose agent never spoke.
+    #[serde(default)]
+    pub mute: u32,
+    /// What is downloaded in the boot that goes on is a good release, asked for by a DISCOVER.
+    #[serde(default)]
+    pub fetches: bool,
 }
 
 impl Machine {

@@ -80,6 +80,11 @@ impl Boot {
         self.stages.iter().any(|s| s.stage == stage)
     }
 
+    /// Its boot program was sent whole.
+    pub(crate) fn is_loaded(&self) -> bool {
+        self.stages.iter().any(|s| s.stage == Stage::Program && s.state == StageState::Done)
+    }
+
     /// The agent's clock against the server's: `at_ms` was on the agent's clock when its report arrived at `now`.
     pub(crate) fn set_clock(&mut self, at_ms: u64, now: Millis) {
         let zero = now.saturating_sub(at_ms);

@@ -24,6 +24,7 @@ mod grant;
 mod hardware;
 mod held;
 mod machine;
+mod mute;
 mod orders;
 mod person;
 mod protection;
@@ -55,6 +56,7 @@ pub use grant::{Desire, Limits, desire, grant, grant_among};
 pub use hardware::{EVENTS_AT_ONCE, HARDWARE_EVENTS_KEPT, Hardware, HardwareEvent, changes, summary};
 pub use held::{HELD_KEPT, HeldBoot};
 pub use machine::{Assigned, Machine, Refused};
+pub use mute::{LONGEST_PAUSE_S, MUTE_STARTS};
 pub use orders::{Errand, MachineOrder, ORDERS_KEPT, OrderState};
 pub use protection::Recorded;
 pub use replace::Replacement;
@@ -81,6 +83,8 @@ pub const NO_DOWNLOAD: &str = "no-download";
 pub const STALLED: &str = "download-stalled";
 /// Kind of the failure of [`kiln_protocol::Stage::Start`]: the boot program was sent whole, and no agent is heard.
 pub const NO_AGENT: &str = "no-agent";
+/// Kind of the failure of [`kiln_protocol::Stage::Start`]: a good release was started again and again, and no agent spoke.
+pub const BOOT_LOOP: &str = "boot-loop";
 /// From the grant to *going*; a machine whose drain hooks run has as long as they have.
 pub const DRAIN_DEADLINE_MS: Millis = 5 * 60_000;
 /// A machine that nobody approved is forgotten after so long without a word: anyone can make one up.

@@ -20,7 +20,8 @@ use kiln_protocol::{
     ReleaseId, RunningRelease, SecretVersions, Stage, StageState, Via,
 };
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
 
 /// The one answer to "which release does this machine run".
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -114,6 +115,9 @@ pub struct Machine {
     /// Starts of a good release that were in vain.
     #[serde(default)]
     pub boot_loop: BootLoop,
+    /// Lowest release of each image that may run, by the site's signed word; not stored.
+    #[serde(skip)]
+    pub floors: Arc<BTreeMap<String, u64>>,
     /// Releases quarantined for this machine.
     pub refused: Vec<Refused>,
     /// Boots of the assigned trial without *healthy*, counted from DISCOVER to download.
@@ -245,6 +249,7 @@ impl Machine {
             carried: None,
             left_by: None,
             boot_loop: BootLoop::default(),
+            floors: Arc::default(),
             refused: Vec::new(),
             attempts: 0,
             asked: false,
@@ -312,15 +317,20 @@ impl Machine {
         self.name.as_deref().or(self.former_name.as_deref()).unwrap_or(self.id.as_str())
     }
 
-    /// The newest release that became healthy here and is not quarantined.
+    /// The newest release that became healthy here, is not quarantined and not below its floor.
     pub fn last_good(&self) -> Option<&ReleaseId> {
-        self.good.iter().rev().find(|r| !self.is_refused(r))
+        self.good.iter().rev().find(|r| self.may_go_back_to(r))
+    }
+
+    fn may_go_back_to(&self, release: &ReleaseId) -> bool {
+        let floor = self.floors.get(release.image.as_str()).copied().unwrap_or(1);
+        release.release >= floor && !self.is_refused(release)
     }
 
     /// The same, if it is another than what is assigned: where it goes when that is given up.
     pub(crate) fn way_back(&self) -> Option<&ReleaseId> {
         let assigned = self.assigned.as_ref().map(|a| &a.release);
-        self.good.iter().rev().find(|r| !self.is_refused(r) && Some(*r) != assigned)
+        self.good.iter().rev().find(|r| self.may_go_back_to(r) && Some(*r) != assigned)
     }
 
     /// It left for another release, by the last that was heard.
@@ -345,7 +355,7 @@ impl Machine {
 
     /// What its firmware is given to boot; none: what an unknown machine gets. Asking changes nothing: a trial that had
     /// its `limit` boots, those that are not confirmed yet included, is answered with the last-known-good release also
-    /// before [`crate::Event::Asked`] assigns it.
+    /// before [`crate::Event::Asked`] assigns it. So is a good release whose agent never speaks (`mute.rs`).
     pub fn boot_release(&self, limit: u32) -> Option<&ReleaseId> {
         if !self.state.kind.in_fleet() {
             return None;
@@ -353,7 +363,7 @@ impl Machine {
         let assigned = self.assigned.as_ref().map(|a| &a.release);
         let attempts = self.attempts_if_believed() + u32::from(self.jumped());
         let spent = self.is_trial() && attempts >= limit;
-        if spent { self.last_good().or(assigned) } else { assigned }
+        if spent { self.last_good().or(assigned) } else { self.in_its_place().or(assigned) }
     }
 
     /// It does its work: seen healthy, and nothing since says otherwise.

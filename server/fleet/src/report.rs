@@ -70,6 +70,7 @@ impl Machine {
                     save(out);
                 }
                 self.disbelieve(out);
+                self.forget_mute();
             }
             Which::New => {
                 self.any_boot = false;
@@ -220,6 +221,7 @@ impl Machine {
         self.count_start(now, out);
         let zero = now.saturating_sub(report.at_ms);
         self.mend(out);
+        self.end_mute(&release, now, out);
         if !self.boots.back().is_some_and(Boot::is_unclaimed) {
             self.push_boot(via, zero, now);
         }

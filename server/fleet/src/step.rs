@@ -149,8 +149,10 @@ impl Machine {
         match self.boots.back() {
             Some(boot) if boot.is_unclaimed() => {
                 if boot.downloads() {
+                    let loaded = boot.is_loaded();
                     self.boots.pop_back();
                     self.push_boot(Via::Cold, now, now);
+                    self.count_mute(loaded, now, out);
                 }
             }
             Some(_) | None => self.push_boot(Via::Cold, now, now),
@@ -172,7 +174,7 @@ impl Machine {
             self.fall_back(&format!("was not healthy in {} boots", limits.trial_attempts), now, out);
         }
         let deadline = Some(now + BOOT_DEADLINE_MS);
-        let suspicion = self.suspects();
+        let suspicion = self.suspects().or_else(|| self.mute_loop());
         match self.state.kind {
             StateKind::Approved | StateKind::Booting | StateKind::Unreachable | StateKind::Degraded => {
                 let reason = suspicion.unwrap_or_else(|| "its firmware asked for a boot program".to_owned());
@@ -210,6 +212,9 @@ impl Machine {
             }
         }
         let counts = self.asked && self.is_trial() && self.assigned.as_ref().is_some_and(|a| a.release == *release);
+        if self.asked {
+            self.boot_loop.fetches = self.is_good_start(release);
+        }
         self.asked = false;
         if counts {
             self.attempts += 1;
@@ -219,7 +224,10 @@ impl Machine {
             StateKind::Booting => {
                 let reason = match (counts, self.attempts) {
                     (true, n) if n > 1 => format!("downloads {release}, try {n} of a trial"),
-                    (true | false, _) => format!("downloads {release}"),
+                    (true | false, _) => {
+                        let looped = self.mute_loop().map_or(String::new(), |words| format!("; {words}"));
+                        format!("downloads {release}{looped}")
+                    }
                 };
                 self.enter(StateKind::Booting, reason, self.state.deadline, now);
             }

@@ -12,6 +12,7 @@ use kiln_protocol::{MachineId, Sha256Hex};
 /// Where the server answers with a script.
 pub const SCRIPT_PATH: &str = "/boot.ipxe";
 
+const FIRST_LINE: &str = "#!ipxe\n";
 const FEATURE_HTTP: u8 = 19;
 const FEATURE_BZIMAGE: u8 = 24;
 const FEATURE_EFI: u8 = 36;
@@ -119,12 +120,19 @@ pub fn uki_script(http: &str, uki: &Sha256Hex) -> Result<String, ScriptError> {
 
 /// The script for a machine that must wait: says why, then starts over.
 pub fn wait_script(reason: &str) -> String {
-    let reason: String = reason
-        .chars()
-        .map(|c| if (c.is_ascii_graphic() || c == ' ') && !matches!(c, '$' | '|' | '&') { c } else { ' ' })
-        .take(200)
-        .collect();
-    format!("#!ipxe\necho Kiln: {reason}\nsleep 30\nreboot\n")
+    format!("#!ipxe\necho Kiln: {}\nsleep 30\nreboot\n", said(reason))
+}
+
+/// The same script, after a pause; the screen says why.
+pub fn after_pause(script: &str, seconds: u64, reason: &str) -> String {
+    let rest = script.strip_prefix(FIRST_LINE).unwrap_or(script);
+    format!("{FIRST_LINE}echo Kiln: in {seconds} s: {}\nsleep {seconds}\n{rest}", said(reason))
+}
+
+/// As a script can print it.
+fn said(reason: &str) -> String {
+    let tame = |c: char| (c.is_ascii_graphic() || c == ' ') && !matches!(c, '$' | '|' | '&');
+    reason.chars().map(|c| if tame(c) { c } else { ' ' }).take(200).collect()
 }
 
 fn check(what: &'static str, text: &str, allowed: fn(char) -> bool) -> Result<(), ScriptError> {
@@ -177,5 +185,8 @@ mod tests {
         }
         assert!(boot_script("http://h x", &hash, &hash, "").is_err());
         assert_eq!(wait_script("a\n${b}").lines().nth(1), Some("echo Kiln: a  {b}"));
+        let script = after_pause(&uki_script("http://h", &hash).unwrap(), 20, "a\n${b}");
+        assert_eq!(script.lines().take(3).collect::<Vec<_>>(), ["#!ipxe", "echo Kiln: in 20 s: a  {b}", "sleep 20"]);
+        assert!(script.lines().nth(3).unwrap().starts_with("chain http://h/b/"), "{script}");
     }
 }

@@ -200,6 +200,7 @@ impl Control {
             let key = config.key_of_known(&stored.machine);
             stored.machine.pin(key);
             stored.machine.key_revoked = stored.machine.key.as_ref().is_some_and(|key| access.is_revoked(key));
+            stored.machine.floors = Arc::clone(&catalog.floors);
             let (mut machine, _) = stored.machine.event(Event::ServerStarted, config.limits, now);
             config.rule(&mut machine);
             inner.index(&machine);
@@ -281,7 +282,12 @@ impl Control {
             *self.director.write().expect("no code panics under this lock") = Arc::new(director);
         }
         self.tell_if_unnamed(&catalog);
-        *self.catalog.write().expect("no code panics under this lock") = Arc::new(catalog);
+        let catalog = Arc::new(catalog);
+        *self.catalog.write().expect("no code panics under this lock") = Arc::clone(&catalog);
+        // What is served must not wait for a machine's next step.
+        for machine in self.lock().machines.values_mut() {
+            machine.floors = Arc::clone(&catalog.floors);
+        }
         self.wake();
         Ok(())
     }
@@ -383,6 +389,7 @@ impl Control {
             let name = name.filter(|name| !inner.names.is_taken(name, id));
             let mut machine = Machine { name, ..Machine::discovered(id.clone(), now) };
             machine.pin(self.config.key_of(id));
+            machine.floors = Arc::clone(&self.catalog().floors);
             machine
         });
         let (held, refused) = (machine.state.kind == StateKind::Quarantined, machine.refused.len());

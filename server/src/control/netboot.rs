@@ -50,6 +50,11 @@ impl Control {
         Ok((release, published))
     }
 
+    /// How long a client that can be told so waits before it starts that, in seconds, and why.
+    pub fn pause_before(&self, id: Option<&MachineId>) -> Option<(u64, String)> {
+        self.lock().machines.get(id?)?.pause_s()
+    }
+
     /// Its firmware asked for a boot program.
     pub async fn asked(&self, query: &BootQuery) -> Result<(), ControlError> {
         let pending = {

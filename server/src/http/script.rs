@@ -50,5 +50,9 @@ pub(super) async fn script(
                 .map_err(|e| e.to_string())
         })
         .unwrap_or_else(|reason| ipxe::wait_script(&reason));
+    let script = match control.pause_before(machine.as_ref()) {
+        Some((seconds, reason)) => ipxe::after_pause(&script, seconds, &reason),
+        None => script,
+    };
     text(StatusCode::OK, script)
 }

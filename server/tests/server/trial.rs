@@ -3,6 +3,7 @@
 use crate::common::*;
 use kiln_netboot::{BootAnswer, BootKind, BootQuery};
 use kiln_protocol::*;
+use kiln_server::control::Control;
 
 fn query(n: u8, kind: BootKind) -> BootQuery {
     BootQuery {
@@ -85,6 +86,82 @@ async fn after_three_boots_without_healthy_the_last_good_release_is_booted() {
     assert!(again.unwrap_err().to_string().contains("kiln machine clear rack-1"));
     control.clear("rack-1", "test").await.unwrap();
     control.assign("rack-1", &"minimal/2".parse().unwrap(), Via::Cold, "test").await.unwrap();
+}
+
+/// Its firmware asks and takes the whole boot program.
+async fn loads(control: &Control, q: &BootQuery, manifest: &kiln_release::Manifest) {
+    control.asked(q).await.unwrap();
+    control.downloads(Some(q.mac), q.id.as_ref(), &manifest.uki.sha256, false).await.unwrap();
+    control.downloads(Some(q.mac), q.id.as_ref(), &manifest.uki.sha256, true).await.unwrap();
+}
+
+/// It comes up once more, and gives that boot up: what its agent said last is that its firmware is next.
+async fn gives_up(control: &Control, agent: &mut Agent, manifest: &kiln_release::Manifest) {
+    agent.restart(manifest);
+    let mut report = agent.report();
+    let failure = Failure { kind: "k".into(), message: "does not verify".into(), attempt: 3, retry_in_ms: None };
+    report.stages = vec![StageRecord { stage: Stage::Root, state: StageState::Failed(failure), at_ms: 1 }];
+    control.report(agent.key_id(), report).await.unwrap();
+}
+
+/// A good release whose kernel dies before its agent speaks is a boot loop that only the network's side sees.
+#[tokio::test]
+async fn a_good_release_whose_agent_never_speaks_gives_way_to_the_one_before() {
+    let site = TestSite::new();
+    let (one, two) = (site.manifest(1), site.publish(2));
+    let (control, _stop) = control(&site).await;
+    let uki = |m: &kiln_release::Manifest| BootAnswer::Uki { sha256: m.uki.sha256.parse().unwrap() };
+    // Machine 1 is good on both, machine 2 on the newer one only.
+    let mut agents = [Agent::new(1, &one), Agent::new(2, &two)];
+    for agent in &mut agents {
+        let report = agent.healthy();
+        control.report(agent.key_id(), report).await.unwrap();
+    }
+    control.assign("rack-1", &"minimal/1".parse().unwrap(), Via::Cold, "test").await.unwrap();
+    let report = agents[0].healthy();
+    control.report(agents[0].key_id(), report).await.unwrap();
+    control.assign("rack-1", &"minimal/2".parse().unwrap(), Via::Cold, "test").await.unwrap();
+    agents[0].restart(&two);
+    let report = agents[0].healthy();
+    control.report(agents[0].key_id(), report).await.unwrap();
+    for agent in &mut agents {
+        gives_up(&control, agent, &two).await;
+        let q = query(agent.n, BootKind::UefiPxe);
+        for n in 0..kiln_fleet::MUTE_STARTS {
+            assert_eq!(control.boot_answer(&q), uki(&two), "start {n}");
+            loads(&control, &q, &two).await;
+        }
+    }
+
+    let q = query(1, BootKind::UefiPxe);
+    assert_eq!(control.boot_answer(&q), uki(&one), "decided before the packet is recorded");
+    loads(&control, &q, &one).await;
+    let view = control.view("rack-1").unwrap();
+    assert!(view.reason.contains("boot loop: minimal/2 was started 5 times in a row"), "{}", view.reason);
+    let kinds: Vec<_> = view.boots.last().unwrap().stages.iter().filter_map(|s| s.kind.as_deref()).collect();
+    assert_eq!(kinds, [kiln_fleet::BOOT_LOOP]);
+    assert_eq!(view.assigned.unwrap().release, 2, "packets assign nothing");
+    agents[0].restart(&one);
+    let report = agents[0].report();
+    let reply = control.report(agents[0].key_id(), report).await.unwrap();
+    let (envelope, ..) = assigned(&reply);
+    let (assignment, _) = site.signed_site().verify_director::<Assignment>(envelope.as_bytes()).unwrap();
+    assert_eq!(assignment.release, 1, "signed for its agent at once");
+    let view = control.view("rack-1").unwrap();
+    assert_eq!((view.state.as_str(), view.assigned.unwrap().release), ("fell-back", 1));
+    assert!(view.reason.contains("its agent never spoke: back on minimal/1"), "{}", view.reason);
+
+    // Nowhere to go: it is served on, and iPXE waits longer each time and says why.
+    let q = query(2, BootKind::UefiPxe);
+    let mut pauses = Vec::new();
+    for _ in 0..3 {
+        assert_eq!(control.boot_answer(&q), uki(&two));
+        loads(&control, &q, &two).await;
+        let (seconds, why) = control.pause_before(q.id.as_ref()).unwrap();
+        assert!(why.contains("no other release is known to be good here"), "{why}");
+        pauses.push(seconds);
+    }
+    assert_eq!(pauses, [5, 10, 20]);
 }
 
 #[tokio::test]

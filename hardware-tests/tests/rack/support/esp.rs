@@ -1,5 +1,5 @@
 //! A disk as somebody with a screwdriver makes it: the site's own signed loader, and an entry that starts a kernel with an initramfs
-//! of one's own. Made by other programs than the agent: sgdisk, mkfs.vfat, mtools.
+//! of one's own. Made by other programs than the agent: sgdisk, mkfs.vfat, mtools. And what these read and write on the agent's disk.
 
 use kiln_lab::command;
 use kiln_release::newc::{Header, TRAILER, padding};
@@ -9,7 +9,7 @@ use std::process::Command;
 /// What the initramfs prints when it runs.
 pub const WORD: &str = "KILN-FOREIGN-INIT";
 
-/// Where the partition begins, in bytes.
+/// Where the partition begins, in bytes; the agent's begins there too.
 const BEGIN: u64 = 1 << 20;
 const KIB: u32 = 64 << 10;
 
@@ -73,4 +73,25 @@ pub fn write(disk: &Path, scratch: &Path, files: &[(&str, &[u8])]) {
         std::fs::write(&from, content).unwrap();
         command::run_command(Command::new("mcopy").args(["-i", &image]).arg(&from).arg(format!("::/{name}"))).unwrap();
     }
+}
+
+/// A file of a disk's ESP. The machine is off.
+pub fn read(disk: &Path, scratch: &Path, name: &str) -> Vec<u8> {
+    let to = scratch.join("from-esp");
+    let image = format!("{}@@{BEGIN}", disk.display());
+    let mut mcopy = Command::new("mcopy");
+    mcopy.args(["-n", "-i", &image]).arg(format!("::/{name}")).arg(&to);
+    command::run_command(&mut mcopy).unwrap();
+    std::fs::read(&to).unwrap()
+}
+
+/// Puts another file in the place of one on a disk's ESP. The machine is off.
+pub fn replace(disk: &Path, scratch: &Path, name: &str, content: &[u8]) {
+    let from = scratch.join("to-esp");
+    std::fs::write(&from, content).unwrap();
+    let image = format!("{}@@{BEGIN}", disk.display());
+    let mut mcopy = Command::new("mcopy");
+    mcopy.args(["-o", "-i", &image]).arg(&from).arg(format!("::/{name}"));
+    command::run_command(&mut mcopy).unwrap();
+    assert!(read(disk, scratch, name) == content, "{name} is replaced");
 }

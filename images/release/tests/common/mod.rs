@@ -17,6 +17,11 @@ pub fn day(days: i64) -> Timestamp {
     now() + SignedDuration::from_hours(24 * days)
 }
 
+/// Why an update failed.
+pub fn kind_of(result: Result<Outcome, TufError>) -> &'static str {
+    result.unwrap_err().kind()
+}
+
 /// A key by its seed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Key(u8);

@@ -3,7 +3,7 @@
 mod keys;
 mod refused;
 
-use crate::common::{build, served};
+use crate::common::{build, files_below, served};
 use jiff::{SignedDuration, Timestamp};
 use kiln_images::request::Request;
 use kiln_images::sealed::{Passphrase, make_key, public_file, read_public};
@@ -12,7 +12,6 @@ use kiln_images::{
     Applied, Ceremony, Repository, RoleHolders, SiteDir, SiteError, TakenAway, apply, drop_request, init_site, publish,
     sign_request,
 };
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -24,20 +23,6 @@ fn now() -> Timestamp {
 
 fn later(days: i64) -> Timestamp {
     now() + SignedDuration::from_hours(days * 24)
-}
-
-/// Everything that machines are served, by path.
-fn files_below(path: &Path) -> BTreeMap<String, Vec<u8>> {
-    let mut out = BTreeMap::new();
-    for entry in fs::read_dir(path).unwrap() {
-        let entry = entry.unwrap().path();
-        if entry.is_dir() {
-            out.extend(files_below(&entry));
-        } else {
-            out.insert(entry.display().to_string(), fs::read(&entry).unwrap());
-        }
-    }
-    out
 }
 
 /// People with keys on machines of their own, and a site.

@@ -26,7 +26,7 @@ fn waits(s: &Story) -> String {
 }
 
 /// Good on 1, then on 2.
-fn good_on_both() -> Story {
+pub fn good_on_both() -> Story {
     let mut s = Story::good_on_1();
     s.assign(2, Via::Cold).then(Event::Granted).leaves();
     s.then(Event::Asked).then(Event::Downloads(rel(2))).then(by(1, report(1, "b", 1, 2)));

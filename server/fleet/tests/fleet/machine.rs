@@ -367,7 +367,8 @@ proptest! {
                 prop_assert!(out.contains(&Action::Sign) && out.contains(&Action::Save));
                 let held = u32::try_from(before.held_packets.len()).unwrap();
                 let up = before.healthy_by.is_some_and(|by| by <= now) && before.agent_seen.is_some();
-                let looped = before.boot_loop.starts.len() + 1 >= LOOP_STARTS;
+                let looped = before.boot_loop.starts.len() + 1 >= LOOP_STARTS
+                    || before.boot_loop.mute + held + 1 >= MUTE_STARTS;
                 let fell = after.fell_back.is_some() && (before.attempts + held >= LIMIT || up || looped);
                 prop_assert!(steps == 1 && (forced || fell) || steps == 2 && forced && held > 0, "{steps}");
             }

@@ -17,6 +17,7 @@ mod hardware;
 mod held;
 mod identity;
 mod machine;
+mod mute;
 mod orders;
 mod replace;
 mod secrets;

@@ -1,0 +1,61 @@
+//! A copy of the memory in /run, for this boot. The service of the running system may be started again at any time, and what
+//! is stored may have been spoilt since the initramfs read it: a variable that was cut or deleted, a TPM that does not
+//! answer. It goes on with what this machine remembered last, so that nothing that was seen is forgotten; in the initramfs,
+//! where there is no such copy yet, a person decides ([`crate::safe`]).
+
+use super::{BOOT_PLACE, Memory, Place, write_file};
+use crate::error::{AgentError, Result};
+use std::path::{Path, PathBuf};
+
+const COPY: &str = "remembered.json";
+
+/// What a start of the service goes on with.
+#[derive(Debug)]
+pub struct Resumed {
+    pub memory: Memory,
+    /// What is stored is not that: why.
+    pub spoilt: Option<AgentError>,
+}
+
+impl Place {
+    fn copy(&self) -> PathBuf {
+        match self {
+            Self::Efi => Path::new(BOOT_PLACE).join(COPY),
+            Self::Directory(dir) | Self::Boot(dir) => dir.join(COPY),
+            Self::Tpm(place) => place.copy(),
+        }
+    }
+
+    /// Before it is stored, so that the copy is never the older one.
+    pub(super) fn keep_copy(&self, bytes: &[u8]) {
+        let path = self.copy();
+        if std::fs::read(&path).is_ok_and(|kept| kept == bytes) {
+            return;
+        }
+        let dir = path.parent().unwrap_or(Path::new("/"));
+        if let Err(error) = write_file(dir, &path, bytes) {
+            println!("kiln-agent: {}: no copy of what this machine remembers: {error}", path.display());
+            // None is better than an old one.
+            let _ = std::fs::remove_file(&path);
+        }
+    }
+
+    /// What this machine remembered last in this boot: the copy; without one what is stored, unless that is gone; else what
+    /// the initramfs handed over.
+    pub fn resume(&self, handed_over: Option<&Memory>) -> Result<Resumed> {
+        let stored = self.memory();
+        let copy = std::fs::read(self.copy()).ok().and_then(|bytes| serde_json::from_slice::<Memory>(&bytes).ok());
+        let gone = stored.as_ref().is_ok_and(|stored| *stored == Memory::default());
+        let other = if stored.is_err() || gone { copy.or_else(|| handed_over.cloned()) } else { copy };
+        match (other, stored) {
+            (Some(memory), Ok(stored)) if memory == stored => Ok(Resumed { memory, spoilt: None }),
+            (Some(memory), Ok(_)) => {
+                let reason = "it is not what this machine remembered last in this boot".to_owned();
+                let spoilt = Some(AgentError::Format { path: self.path("Seen"), reason });
+                Ok(Resumed { memory, spoilt })
+            }
+            (Some(memory), Err(error)) => Ok(Resumed { memory, spoilt: Some(error) }),
+            (None, stored) => Ok(Resumed { memory: stored?, spoilt: None }),
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! A disk that never answers a read. The machine comes up without it and names it; nothing waits for it, also not the way
+//! out: the kernel cannot shut such a disk down, and is reset.
+//!
+//! Firmware reads disks too, and OVMF waits for them for ever: they hang from the agent's first line on. Before QEMU resets
+//! a device it waits for what is under way, so what is held is given up when the machine is reset, as a real controller
+//! would.
+
+use kiln_lab::api::MachineView;
+use kiln_lab::console::{Console, Mark};
+use kiln_lab::machine::{Disk, Firmware, MachineSpec};
+use kiln_lab::nbd::{Fault, Nbd};
+use kiln_lab::paths::Paths;
+use kiln_lab::rack::{IDLE, Rack, RackOptions};
+use kiln_lab::variables::NetworkBoot;
+use kiln_lab::{site, testing};
+use std::sync::Arc;
+
+const NAME: &str = "rack-1";
+
+/// A rack with one machine, off, and release 1 of the image for disks published.
+fn rack(paths: &Paths, name: &str, disks: Vec<Disk>) -> Rack {
+    let spec = MachineSpec { disks, ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) };
+    let mut options = RackOptions::scenario(paths, name, spec);
+    options.image = site::DISK.to_owned();
+    let rack = Rack::start(paths, &options).unwrap();
+    rack.kiln(&["release", "publish", "disk/1"]).unwrap();
+    rack
+}
+
+fn power_on(rack: &mut Rack) -> Arc<Console> {
+    rack.machine(NAME).power_on().unwrap();
+    rack.machine(NAME).console().unwrap().clone()
+}
+
+/// From the first line of this release's agent on. Comes back once a read hangs.
+fn hangs(disk: &Nbd, console: &Console, begun: Mark, release: u64) {
+    console.wait_for_line(&format!("image disk release {release}"), begun, IDLE).unwrap();
+    disk.set_fault(Fault::HoldReads);
+    disk.wait_held(IDLE).unwrap();
+}
+
+/// Its newest boot says by typed reasons which disk gave no answer, to its driver and to the agent.
+fn names(view: &MachineView, disk: &str) -> bool {
+    let said = |kind: &str, words: &str| {
+        view.boot().is_some_and(|boot| {
+            boot.stages.iter().any(|stage| {
+                stage.kind.as_deref() == Some(kind) && stage.message.as_ref().is_some_and(|said| said.contains(words))
+            })
+        })
+    };
+    said("disk-io-error", &format!("{disk}: looking at it: no answer within 20 s"))
+        && said("machine-driver-silent", "disk virtio")
+}
+
+/// It leaves, its kernel hangs in that, and it is reset. `disk` answers again while firmware reads it.
+fn is_reset(rack: &mut Rack, disk: &Nbd, console: &Console, (resets, begun): (usize, Mark)) -> Mark {
+    console.wait_for("sysrq: Resetting", begun, IDLE).unwrap();
+    let reset = console.mark();
+    disk.set_fault(Fault::None);
+    disk.give_up_reads();
+    rack.machine(NAME).wait_reset(resets, IDLE).unwrap();
+    reset
+}
+
+/// The disk that hangs is the first one; Kiln's is behind it. Then by kexec to another release.
+#[test]
+#[ignore = "slow: an install, two boots, and a shutdown that hangs; make test-slow"]
+fn a_disk_that_hangs_beside_the_machines_own_holds_nothing_up() {
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-hangs-beside", vec![Disk::VirtioBlk, Disk::VirtioBlk]);
+        let disk = rack.machine(NAME).hold_disk(0).unwrap();
+        // So that the second one is taken.
+        disk.set_fault(Fault::Reads);
+        let console = power_on(&mut rack);
+        rack.wait_healthy(NAME, 1).unwrap();
+        console.wait_for("is healthy: vdb: A Good disk/1", Mark::default(), IDLE).unwrap();
+        let told = |v: &MachineView| v.failures().contains(&"disk-io-error");
+        rack.wait(NAME, "told of the disk that fails beside its own", told).unwrap();
+        rack.machine(NAME).power_off();
+
+        disk.set_fault(Fault::None);
+        let console = power_on(&mut rack);
+        hangs(&disk, &console, Mark::default(), 1);
+        console.wait_for("is healthy: vdb: A Good disk/1", Mark::default(), IDLE).unwrap();
+        rack.wait(NAME, "healthy, and says what hangs", |v| v.is_healthy_on(1) && names(v, "vda")).unwrap();
+        let said = console.since(Mark::default());
+        assert!(said.contains("vda: looking at it: no answer within 20 s"), "{said}");
+        assert!(!said.contains("Start PXE"), "its own disk started it");
+
+        rack.kiln(&["release", "publish", "disk/2"]).unwrap();
+        let before = (rack.machine(NAME).resets(), console.mark());
+        rack.kiln(&["assign", NAME, "disk/2", "--via", "kexec"]).unwrap();
+        let reset = is_reset(&mut rack, &disk, &console, before);
+        hangs(&disk, &console, reset, 2);
+        rack.wait(NAME, "healthy on 2, and says what hangs", |v| v.is_healthy_on(2) && names(v, "vda")).unwrap();
+        console.wait_for("disk/2 is healthy: vdb: A Good disk/1, B Good disk/2", reset, IDLE).unwrap();
+    });
+}
+
+/// The release runs in memory, each time, and is left by a cold boot.
+#[test]
+#[ignore = "slow: two boots, and a shutdown that hangs; make test-slow"]
+fn a_machine_whose_only_disk_hangs_runs_in_memory() {
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-hangs", vec![Disk::VirtioBlk]);
+        let disk = rack.machine(NAME).hold_disk(0).unwrap();
+        let console = power_on(&mut rack);
+        hangs(&disk, &console, Mark::default(), 1);
+        rack.wait(NAME, "healthy, and says what hangs", |v| v.is_healthy_on(1) && names(v, "vda")).unwrap();
+        assert!(!console.since(Mark::default()).contains("is partitioned"), "nothing is written to it");
+
+        rack.kiln(&["release", "publish", "disk/2"]).unwrap();
+        let before = (rack.machine(NAME).resets(), console.mark());
+        rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
+        let reset = is_reset(&mut rack, &disk, &console, before);
+        hangs(&disk, &console, reset, 2);
+        rack.wait(NAME, "healthy on 2, and says what hangs", |v| v.is_healthy_on(2) && names(v, "vda")).unwrap();
+    });
+}

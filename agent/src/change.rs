@@ -8,7 +8,7 @@ use crate::fetch::{Download, Expected, Scratch};
 use crate::flow::Flow;
 use crate::plan::{self, Leave};
 use crate::verifier::{Servers, Verifier};
-use crate::{facts, kexec, restart};
+use crate::{facts, kexec, restart, watchdog};
 use kiln_protocol::slot::{Action, Event, Go, Refusal, SlotId};
 use kiln_protocol::{Assignment, Progress, ReleaseId, Stage, Via};
 use kiln_release::{Artifact, BootInfo, Manifest};
@@ -17,6 +17,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use tokio::task::spawn_blocking;
 
 /// Where the next release waits for its turn.
@@ -393,16 +394,8 @@ pub async fn renew(
     };
     if !whole {
         let [path, _] = files(next);
-        let uki = Download::new(expected(error::UKI, &manifest.uki), Some(&path), &meter.uki)?;
-        // Its file goes with it: it is kept until the disk has it.
-        let mut uki = uki.capped(prefetch_rate(&verifier.boot));
-        uki.run_any(&verifier.servers.http).await?;
-        let signed = manifest.clone();
-        let mended = on_disk(disk, move |disk| {
-            kexec::verify(&File::open(&path).map_err(AgentError::file(&path))?, &signed)?;
-            disk.mend_uki(&signed, &path)
-        });
-        mended.await?;
+        let from = (verifier.servers.http.as_slice(), prefetch_rate(&verifier.boot));
+        mend_uki(disk, &manifest, from, &path, &meter.uki).await?;
     }
     let order = verifier.memory.order(assignment.sequence);
     let root_hash = machine::content(&manifest)?.root_hash;
@@ -410,8 +403,29 @@ pub async fn renew(
     Ok(ready((!whole).then(|| "its UKI on the disk was not as it was signed: it was fetched anew".to_owned())))
 }
 
+/// Fetches a release's UKI from these servers, at this rate, to `path`, and puts it in place of the one on the disk, which is
+/// not as it was signed.
+pub async fn mend_uki(
+    disk: &SharedDisk,
+    manifest: &Manifest,
+    (servers, rate): (&[String], Option<u64>),
+    path: &Path,
+    meter: &Arc<AtomicU64>,
+) -> Result<()> {
+    let uki = Download::new(expected(error::UKI, &manifest.uki), Some(path), meter)?;
+    // Its file goes with it: it is kept until the disk has it.
+    let mut uki = uki.capped(rate);
+    uki.run_any(servers).await?;
+    let (signed, path) = (manifest.clone(), path.to_owned());
+    on_disk(disk, move |disk| {
+        kexec::verify(&File::open(&path).map_err(AgentError::file(&path))?, &signed)?;
+        disk.mend_uki(&signed, &path)
+    })
+    .await
+}
+
 /// What a running system's fetching of another release may take of the link, by its own release. Bytes per second.
-fn prefetch_rate(boot: &BootInfo) -> Option<u64> {
+pub fn prefetch_rate(boot: &BootInfo) -> Option<u64> {
     boot.site.disk.as_ref().and_then(|disk| disk.prefetch_rate)
 }
 
@@ -425,8 +439,9 @@ fn how_to_leave(manifest: &Manifest, via: Via, free: u64) -> Leave {
 }
 
 /// Loads the kernel for a kexec; a cold boot needs nothing. In disk mode the loader is told first: power that is cut
-/// from here on starts the same release through the firmware.
-pub async fn load(ready: &Arc<Ready>) -> Result<()> {
+/// from here on starts the same release through the firmware. A kexec that the hardware watchdog would end is refused where a
+/// cold boot leads to the release as well.
+pub async fn load(ready: &Arc<Ready>, otherwise: Otherwise) -> Result<()> {
     if let Some(Installed { disk, via, .. }) = &ready.installed {
         let rest = on_disk(disk, |disk| disk.event(Event::Granted, None)).await?;
         match via {
@@ -439,15 +454,21 @@ pub async fn load(ready: &Arc<Ready>) -> Result<()> {
         }
     }
     let ready = Arc::clone(ready);
-    blocking(move || load_kernel(&ready)).await
+    blocking(move || load_kernel(&ready, otherwise)).await
 }
 
-fn load_kernel(ready: &Ready) -> Result<()> {
+fn load_kernel(ready: &Ready, otherwise: Otherwise) -> Result<()> {
+    let watched = || match otherwise {
+        Otherwise::Cold => watchdog::covers_a_kexec(),
+        Otherwise::Kexec => Ok(()),
+    };
     if let Some(Installed { uki, .. }) = &ready.installed {
+        watched()?;
         let uki = File::open(uki.path()).map_err(AgentError::file(uki.path()))?;
         return kexec::load(&uki, &ready.manifest, None);
     }
     let Some(Files { uki, root }) = &ready.kexec else { return Ok(()) };
+    watched()?;
     let uki = File::open(uki.path()).map_err(AgentError::file(uki.path()))?;
     kexec::load(&uki, &ready.manifest, Some((root.path(), ready.manifest.root.sha256.as_str())))
 }
@@ -464,9 +485,16 @@ pub enum Otherwise {
 /// From the initramfs: fetches, tells the server, and goes. Comes back when the caller must restart the machine.
 pub async fn now(flow: &mut Flow, assignment: &Assignment, via: Via, otherwise: Otherwise) -> Result<()> {
     let ready = Arc::new(flow.prefetch(assignment, via, Path::new(NEXT)).await?);
-    load(&ready).await?;
+    let via = match load(&ready, otherwise).await {
+        Ok(()) => ready.via(),
+        Err(error @ AgentError::ShortWatchdog { .. }) => {
+            flow.journal.failed(Stage::Going, &error, 1, Some(Duration::ZERO));
+            Via::Cold
+        }
+        Err(error) => return Err(error),
+    };
     flow.journal.started(Stage::Going);
-    let via = match ready.via() {
+    let via = match via {
         Via::Cold => Via::Cold,
         Via::Kexec => match (flow.may_carry().await, otherwise) {
             (false, Otherwise::Cold) => Via::Cold,

@@ -132,6 +132,11 @@ pub enum AgentError {
          reports. A new assignment ends it; without one the release is tried once more every {minutes} min"
     )]
     BootLoop { release: String, starts: u32, minutes: u64 },
+    #[error(
+        "the hardware watchdog takes no more than {seconds} s, and a kexec without a petting may last {least} s: it is a \
+         cold boot"
+    )]
+    ShortWatchdog { seconds: i32, least: i32 },
     #[error("the next release does not fit into memory beside this one, and in safe mode there is no other way to it")]
     NoWayOut,
     #[error("{0}")]
@@ -232,6 +237,7 @@ kinds!({
     Self::DriverSilent { .. } => "machine-driver-silent", Machine;
     Self::FellBack { .. } => "trial-fell-back", Machine;
     Self::BootLoop { .. } => "boot-loop", Machine;
+    Self::ShortWatchdog { .. } => "kexec-short-watchdog", Machine;
     Self::NoWayOut => "safe-mode-no-memory", Machine;
     Self::DrainHook { .. } => "drain-hook", Machine;
     Self::Tpm(_) | Self::NoTpm | Self::SilentTpm { .. } => "machine-tpm", Machine;

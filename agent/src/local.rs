@@ -6,6 +6,7 @@ use crate::coldplug::Drivers;
 use crate::disk::DiskError;
 use crate::disk::machine::{self, MachineDisk, SharedDisk, boots, on_disk, read_slot};
 use crate::disk::record::Record;
+use crate::disk::store::Starts;
 use crate::error::{AgentError, ROOT, Result, UKI};
 use crate::fetch::{Download, Expected};
 use crate::flow::Flow;
@@ -15,7 +16,7 @@ use crate::memory::Memory;
 use crate::plan;
 use crate::uplink::Network;
 use crate::verifier::Verified;
-use kiln_protocol::slot::{Action, Event, Fallback, Go, SlotId};
+use kiln_protocol::slot::{Action, Content, Event, Fallback, Go, SlotId};
 use kiln_protocol::{BootFirst, Stage};
 use kiln_release::{Manifest, Mode};
 use std::fs::File;
@@ -125,6 +126,51 @@ pub async fn read_back(flow: &mut Flow, disk: &SharedDisk) -> Result<()> {
         }
         read => read,
     }
+}
+
+/// A good release that was started again and again and never became healthy is left for the other slot's, if that one is
+/// good and whole. Whether the machine must restart: the loader then starts the other.
+pub async fn leave_loop(flow: &mut Flow, disk: &SharedDisk, starts: Starts) -> bool {
+    let boot = &flow.verifier.boot;
+    let (root_hash, here) = (flow.journal.embedded.root_hash.clone(), format!("{}/{}", boot.image, boot.release));
+    let Some((slot, other)) = machine::good_beside(&disk.slots(), &root_hash) else { return false };
+    let release = other.release.clone();
+    let left = match beside_is_whole(flow, disk, slot, other).await {
+        Ok(()) => on_disk(disk, move |disk| disk.event(Event::Loops(slot.other()), None)).await,
+        Err(error) => Err(error),
+    };
+    match left {
+        Ok(rest) if rest.iter().any(|action| matches!(action, Action::Tell(_))) => {
+            let times = starts.count;
+            println!(
+                "kiln-agent: {here} was started {times} times in a row and never became healthy: {release} is next"
+            );
+            true
+        }
+        // Without its UKI on the disk this one is not good there, and nothing was changed.
+        Ok(_) => false,
+        Err(error) => {
+            println!("kiln-agent: {release} in the other slot is no way out: {error} ({})", error.kind());
+            false
+        }
+    }
+}
+
+/// By what was kept of it, verified anew.
+async fn beside_is_whole(flow: &mut Flow, disk: &SharedDisk, slot: SlotId, content: Content) -> Result<()> {
+    let root_hash = content.root_hash.clone();
+    let record = on_disk(disk, move |disk| disk.record(&root_hash)).await?;
+    let (verified, _) = flow.verifier.verify_record(&content.release, &record)?;
+    let manifest = verified.manifest;
+    let is_it = machine::content(&manifest)? == content;
+    read_slot(disk, manifest.root.length.saturating_add(manifest.uki.length), move |disk| {
+        if is_it && disk.is_whole(slot, &manifest)? {
+            return Ok(());
+        }
+        let reason = format!("what lies there is not {} as it was signed", content.release);
+        Err(DiskError::ReadBack { disk: disk.name().to_owned(), reason }.into())
+    })
+    .await
 }
 
 /// What is checked of this boot image against its release, and of the image against the floor.

@@ -1,5 +1,5 @@
 //! Safe mode: the good release in the slot was started again and again and never became healthy. No other is known to
-//! start, so nothing is started: the agent stays in its initramfs, says so to whoever listens, and waits for an
+//! start ([`crate::local::leave_loop`] would have gone to it), so nothing is started: the agent stays in its initramfs, says so to whoever listens, and waits for an
 //! assignment that was made since. A site whose boot server is dead must not keep a machine down for ever: after a
 //! pause the release is tried once more.
 //!

@@ -6,6 +6,7 @@
 //! `coldplug`); the time-out covers each of these jumps. The petting is a task of the agent's own loop: an agent that
 //! hangs is a machine that hangs.
 
+use crate::error::{AgentError, Result};
 use crate::sys;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -14,6 +15,8 @@ use std::time::Duration;
 
 /// The longest time without a petting: a kexec with a slow kernel, or the image's init up to the agent's service.
 const TIMEOUT_S: i32 = 180;
+/// A kexec is not risked under a shorter one: from the last petting to the next kernel's agent it is on its own.
+const KEXEC_S: i32 = 120;
 const PET_EVERY: Duration = Duration::from_secs(15);
 const DEVICE: &str = "/dev/watchdog0";
 /// What the kernel says of it: `timeout` and `max_timeout`, in seconds.
@@ -41,6 +44,20 @@ fn set(max_timeout: Option<i32>, set: &mut dyn FnMut(i32) -> io::Result<i32>) ->
 fn pause(seconds: Option<i32>) -> Duration {
     let seconds = seconds.and_then(|seconds| u64::try_from(seconds).ok()).filter(|seconds| *seconds > 0);
     seconds.map_or(PET_EVERY, |seconds| PET_EVERY.min(Duration::from_millis(seconds * 1000 / 3)))
+}
+
+/// Fails where the watchdog's time does not cover the jump of a kexec. A cold boot resets most of them with the machine.
+pub fn covers_a_kexec() -> Result<()> {
+    let timeout = if Watchdog::is_there() { attribute("timeout") } else { None };
+    covers(timeout)
+}
+
+/// No watchdog, or one of which nobody knows, holds up nothing.
+fn covers(timeout: Option<i32>) -> Result<()> {
+    match timeout {
+        Some(seconds) if (1..KEXEC_S).contains(&seconds) => Err(AgentError::ShortWatchdog { seconds, least: KEXEC_S }),
+        Some(_) | None => Ok(()),
+    }
 }
 
 impl Watchdog {
@@ -120,6 +137,16 @@ mod tests {
         ] {
             let (result, asked) = asked(most, known);
             assert_eq!((result.ok(), asked), (set, tries), "{most} {known:?}");
+        }
+    }
+
+    #[test]
+    fn a_kexec_is_not_risked_under_a_short_one() {
+        for (timeout, covered) in
+            [(None, true), (Some(0), true), (Some(1), false), (Some(119), false), (Some(120), true), (Some(180), true)]
+        {
+            let kind = covers(timeout).err().map(|error| error.kind());
+            assert_eq!(kind, (!covered).then_some("kexec-short-watchdog"), "{timeout:?}");
         }
     }
 

@@ -188,6 +188,18 @@ impl Machine {
         self.power()?.qmp.execute("screendump", &json!({ "filename": to })).map(drop)
     }
 
+    /// The characters in its VGA card's text memory, 80 to a row: the screen, and what was scrolled off it. What is not ASCII
+    /// is a dot.
+    pub fn text_memory(&self) -> Result<String, LabError> {
+        let to = self.dir.join("text-memory");
+        // IBM PC: 32 KiB from B8000, a character and its attributes each.
+        let memory = json!({ "val": 0xb_8000, "size": 0x8000, "filename": to });
+        self.power()?.qmp.execute("pmemsave", &memory)?;
+        let cells = std::fs::read(&to).at(&to)?;
+        let shown = |cell: &[u8]| if (b' '..=b'~').contains(&cell[0]) { char::from(cell[0]) } else { '.' };
+        Ok(cells.chunks_exact(2).map(shown).collect())
+    }
+
     /// From the next time it is switched on, a disk's every block goes through the test's hand.
     pub fn hold_disk(&mut self, number: usize) -> Result<Arc<Nbd>, LabError> {
         if let Some(nbd) = self.held.get(&number) {

@@ -164,6 +164,9 @@ pub struct Disk {
     pub pci: String,
     /// It turns.
     pub rotational: bool,
+    /// Its firmware's version; of SCSI and ATA the four characters of their INQUIRY.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub firmware: String,
     /// What it says of its own health; none: it was not asked, or has no answer.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub health: Option<DiskHealth>,
@@ -191,6 +194,9 @@ pub struct Nic {
     pub driver: String,
     /// PCI address.
     pub pci: String,
+    /// Its firmware's version, as its driver says it.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub firmware: String,
     /// Whether there is a link; none: the interface is down, and nobody knows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub carrier: Option<bool>,
@@ -336,5 +342,17 @@ mod tests {
         assert_eq!(serde_json::from_str::<InventoryReport>(&newer).unwrap(), report, "unknown fields are ignored");
         let empty: Inventory = serde_json::from_str("{}").unwrap();
         assert_eq!(empty, Inventory::default(), "and every field may be missing");
+    }
+
+    #[test]
+    fn golden_bytes_of_the_firmware_that_was_added() {
+        let disk = Disk { name: "sda".into(), firmware: "F1".into(), ..Disk::default() };
+        let nic = Nic { name: "eth0".into(), firmware: "9.20".into(), ..Nic::default() };
+        let golden = concat!(
+            r#"[{"name":"sda","model":"","serial":"","bytes":0,"transport":"","driver":"","pci":"","rotational":false,"#,
+            r#""firmware":"F1"},{"name":"eth0","mac":"","driver":"","pci":"","firmware":"9.20","mbps":0}]"#,
+        );
+        assert_eq!(serde_json::to_string(&(&disk, &nic)).unwrap(), golden);
+        assert_eq!(serde_json::from_str::<(Disk, Nic)>(golden).unwrap(), (disk, nic));
     }
 }

@@ -49,7 +49,7 @@ pub struct Noted {
     pub number: u64,
     /// How long before the report it happened. Of an earlier boot: by the machine's own clock.
     pub age_ms: u64,
-    /// `health`, `drift`, `hook`, `limit`, `fall-back`, …
+    /// `health`, `drift`, `hook`, `limit`, `boot-files`, `fall-back`, …
     pub kind: String,
     /// It needs a person's eye.
     pub alarm: bool,

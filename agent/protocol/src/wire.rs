@@ -296,6 +296,10 @@ mod tests {
         let fallback: Fallback = serde_json::from_str(golden).unwrap();
         assert_eq!(fallback.reason, crate::slot::FallbackReason::TriesUsedUp);
         assert_eq!(serde_json::to_string(&fallback).unwrap(), golden);
+        let looped = golden.replace("trial-tries-used-up", "good-boot-loop");
+        let fallback = Fallback { reason: crate::slot::FallbackReason::BootLoop, ..fallback };
+        assert_eq!(serde_json::to_string(&fallback).unwrap(), looped);
+        assert_eq!(serde_json::from_str::<Fallback>(&looped).unwrap(), fallback);
         let golden = r#"{"etag":"7","decision":"wait","reason":"r"}"#;
         let desired: Desired = serde_json::from_str(golden).unwrap();
         assert_eq!(serde_json::to_string(&desired).unwrap(), golden);

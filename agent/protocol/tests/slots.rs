@@ -4,9 +4,12 @@
 
 #![allow(clippy::unwrap_used, clippy::needless_pass_by_value)] // a test; its steps read better as values
 
+#[path = "slots/steps.rs"]
+mod steps;
+
 use kiln_protocol::Via;
 use kiln_protocol::slot::{
-    Action, Content, Disk, EntryKind, EntryName, Event, Go, Label, Refusal, SlotId, SlotState, Slots, TRIES, Tries,
+    Action, Content, Disk, EntryKind, EntryName, Event, Go, Label, SlotId, SlotState, Slots, TRIES, Tries,
 };
 use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -21,8 +24,8 @@ fn content(release: u64) -> Content {
     }
 }
 
-/// 1 and 2 are fine, 3 never gets healthy, 4 runs well after a kexec and no firmware starts it.
-const RELEASES: [u64; 4] = [1, 2, 3, 4];
+/// 1, 2 and 5 are fine, 3 never gets healthy, 4 runs well after a kexec and no firmware starts it.
+const RELEASES: [u64; 5] = [1, 2, 3, 4, 5];
 
 fn starts_cold(release: u64) -> bool {
     release != 4
@@ -70,6 +73,19 @@ impl World {
         slot.is_some_and(|slot| self.data[slot.index()] == Some(release))
     }
 
+    /// A good release lies in it, whole, and may still run.
+    fn good_and_whole(&self, slot: SlotId) -> bool {
+        let release = self.disk.labels[slot.index()].map(release_of);
+        self.disk.is_good(slot) && self.data[slot.index()] == release && release >= Some(self.floor)
+    }
+
+    /// A good root has rotted, and nothing has read it since. What overwrites the other good one then leaves the machine
+    /// with a rotten one alone, and that needs the network.
+    fn rots_unseen(&self) -> bool {
+        let label = |slot: SlotId| self.disk.labels[slot.index()].map(release_of);
+        SlotId::BOTH.into_iter().any(|slot| self.disk.is_good(slot) && self.data[slot.index()] != label(slot))
+    }
+
     /// What systemd-boot may start next, and the disk after it has counted. More than one where its order leaves it
     /// open.
     fn loader(&self) -> Vec<(u64, Self)> {
@@ -105,10 +121,17 @@ impl World {
                     return false;
                 }
                 for (release, after) in choices {
-                    let up = starts_cold(release) && gets_healthy(release) && world.holds(release);
-                    if !up || release < self.floor {
+                    let starts = starts_cold(release) && release >= self.floor;
+                    if starts && gets_healthy(release) && world.holds(release) {
+                        continue;
+                    }
+                    let noticed = after.after_rot(release).filter(|_| starts);
+                    // Of a trial the loader's count does, also where only what is read later is rotten. A good release that does
+                    // not come up is read back.
+                    if noticed.is_none() || after != *world {
                         next.push(after);
                     }
+                    next.extend(noticed);
                 }
             }
             if next.is_empty() {
@@ -119,6 +142,36 @@ impl World {
             worlds = next;
         }
         false
+    }
+
+    /// What the agent in the initramfs makes of a rotten root, if this release's is.
+    fn after_rot(&self, release: u64) -> Option<Self> {
+        let mut cuts = Vec::new();
+        let slot = self.disk.slot_of(&content(release).root_hash).filter(|_| !self.holds(release))?;
+        self.finds_rot(release, slot, &mut cuts);
+        cuts.pop()
+    }
+
+    /// The release was started, and its root does not verify: the boot ends with that. The last of `out` is what it left.
+    fn finds_rot(&self, release: u64, slot: SlotId, out: &mut Vec<Self>) {
+        let mut world = self.clone();
+        for event in [Event::Started(content(release).root_hash, Via::Cold), Event::Spoilt(slot)] {
+            let slots = world.on.clone().unwrap_or_else(|| Slots::new(self.disk.clone(), self.floor));
+            let (after, actions) = slots.event(event);
+            world = world.perform(after, &actions, out);
+        }
+        out.push(world.off());
+    }
+
+    /// It was started for the last time of too many, and no server answers. The other good root is read back first.
+    fn loops(&self, release: u64, out: &mut Vec<Self>) {
+        let slot = self.disk.slot_of(&content(release).root_hash).expect("it was started from its slot");
+        let slots = Slots::new(self.disk.clone(), self.floor);
+        let rotten = self.disk.is_good(slot) && self.disk.is_good(slot.other()) && !self.good_and_whole(slot.other());
+        let event = if rotten { Event::Spoilt(slot.other()) } else { Event::Loops(slot) };
+        let (after, actions) = slots.event(event);
+        let left = self.perform(after, &actions, out);
+        out.push(left.off());
     }
 
     /// Does actions; `cuts` gets the machine as a power cut at any moment leaves it.
@@ -159,8 +212,14 @@ impl World {
     fn power_on(&self, out: &mut Vec<Self>) {
         for (release, after) in self.loader() {
             out.push(after.clone());
-            if starts_cold(release) && self.holds(release) && release >= self.floor {
+            if !starts_cold(release) || release < self.floor {
+                continue;
+            }
+            if self.holds(release) {
                 after.start(release, Via::Cold, out);
+                after.loops(release, out);
+            } else if let Some(slot) = self.disk.slot_of(&content(release).root_hash) {
+                after.finds_rot(release, slot, out);
             }
         }
         // Through the network: what holds its root is used, else it is installed.
@@ -179,7 +238,7 @@ impl World {
                 let event = Event::Assign(content.clone(), entry.name.sequence, Go::Here(Via::Cold));
                 self.step(slots.clone(), event, out);
             }
-            if let Some(sequence) = self.next_sequence() {
+            if let Some(sequence) = self.next_sequence().filter(|_| !self.rots_unseen()) {
                 self.step(slots, Event::Assign(content, sequence, Go::Here(Via::Cold)), out);
             }
         }
@@ -219,7 +278,8 @@ impl World {
     fn happens(&self, slots: &Slots, out: &mut Vec<Self>) {
         out.push(self.off());
         let mut events = vec![Event::CalledOff, Event::Granted, Event::Late];
-        if let Some(sequence) = self.next_sequence() {
+        let no_place = slots.running.is_none() && self.rots_unseen();
+        if let Some(sequence) = self.next_sequence().filter(|_| !no_place) {
             for release in self.releases {
                 for via in [Via::Kexec, Via::Cold] {
                     events.push(Event::Assign(content(release), sequence, Go::Leave(via)));
@@ -235,7 +295,7 @@ impl World {
                 events.push(Event::Fetched);
             }
             // A read error; of the only good root there is no other copy, and the network is asked for it.
-            if !self.disk.is_good(install.slot) || self.disk.is_good(install.slot.other()) {
+            if !self.disk.is_good(install.slot) || self.good_and_whole(install.slot.other()) {
                 events.push(Event::Spoilt(install.slot));
             }
         }
@@ -244,21 +304,24 @@ impl World {
             if gets_healthy(release) {
                 events.push(Event::Healthy);
             }
-            // A disk that rots under what is not good yet.
-            let other = running.slot.other();
-            if self.disk.state(other) != SlotState::Good && !self.disk.is_good(other) {
+        }
+        // A disk that rots: under what runs as well as beside it, under what is good only where another is good.
+        for slot in SlotId::BOTH.into_iter().filter(|_| slots.running.is_some()) {
+            let good = self.disk.state(slot) == SlotState::Good || self.disk.is_good(slot);
+            if !good || self.good_and_whole(slot.other()) {
                 let mut rotten = self.clone();
-                rotten.data[other.index()] = None;
-                rotten.step(slots.clone(), Event::Spoilt(other), out);
+                rotten.data[slot.index()] = None;
+                rotten.step(slots.clone(), Event::Spoilt(slot), out);
                 out.push(rotten.off());
             }
         }
         // The floor never rises above the last-known-good release: `kiln` refuses it.
-        let newest =
-            self.disk.entries.iter().filter(|e| e.name.kind == EntryKind::Good).max_by_key(|e| e.name.sequence);
-        if self.floor == 1 && newest.is_some_and(|e| e.content.release.release >= 2) {
-            let raised = Self { floor: 2, ..self.clone() };
-            raised.step(slots.clone(), Event::Floor(2), out);
+        let good = self.disk.entries.iter().filter(|e| e.name.kind == EntryKind::Good);
+        let newest = good.max_by_key(|e| e.name.sequence).map(|e| e.content.release.release);
+        let whole = newest.filter(|release| self.holds(*release));
+        for floor in self.releases.into_iter().filter(|release| *release > self.floor && Some(*release) <= whole) {
+            let raised = Self { floor, ..self.clone() };
+            raised.step(slots.clone(), Event::Floor(floor), out);
         }
         for event in events {
             self.step(slots.clone(), event, out);
@@ -330,7 +393,13 @@ fn neither_does_a_release_that_only_a_kexec_starts_leave_a_machine_stranded() {
     explore(with_a_good_release([1, 2, 4], 3));
 }
 
-/// A machine with release 1 good in A; the events after that, and the entries on its disk after each.
+#[test]
+fn nor_does_a_floor_that_rises_twice() {
+    explore(blank([1, 2, 5], 2));
+    explore(with_a_good_release([1, 2, 5], 3));
+}
+
+/// A machine with release 1 good in A.
 fn good_machine(sequence: u64) -> Slots {
     let mut slots = Slots::new(Disk::default(), 1);
     for event in
@@ -339,83 +408,4 @@ fn good_machine(sequence: u64) -> Slots {
         slots = slots.event(event).0;
     }
     slots
-}
-
-fn names(slots: &Slots) -> Vec<String> {
-    let mut names: Vec<String> = slots.disk.entries.iter().map(|e| e.name.to_string()).collect();
-    names.sort();
-    names
-}
-
-fn steps(mut slots: Slots, events: impl IntoIterator<Item = Event>) -> (Slots, Vec<Action>) {
-    let mut last = Vec::new();
-    for event in events {
-        (slots, last) = slots.event(event);
-    }
-    (slots, last)
-}
-
-#[test]
-fn each_state_has_its_file_names_and_the_good_ones_never_changes() {
-    let slots = good_machine(4);
-    assert_eq!(names(&slots), ["kiln-4.conf"]);
-    let (slots, actions) = slots.event(Event::Assign(content(2), 5, Go::Leave(Via::Cold)));
-    assert_eq!(actions, [Action::Fetch(SlotId::B, content(2))]);
-    assert_eq!(slots.disk.state(SlotId::B), SlotState::Empty);
-    let (slots, actions) = slots.event(Event::Fetched);
-    assert!(matches!(actions[..], [Action::Label(..), Action::PutUki(_), Action::PutEntry(..)]), "{actions:?}");
-    assert_eq!(
-        (names(&slots).join(" "), slots.disk.state(SlotId::B)),
-        ("kiln-4.conf kiln-5+3.next".into(), SlotState::Allowed)
-    );
-    let (slots, actions) = slots.event(Event::Granted);
-    assert_eq!(
-        (names(&slots).join(" "), slots.disk.state(SlotId::B)),
-        ("kiln-4.conf kiln-5+3.conf".into(), SlotState::Preferred)
-    );
-    assert_eq!(actions.last(), Some(&Action::Leave(Via::Cold)));
-    let (slots, _) = steps(slots, [Event::Started(content(2).root_hash, Via::Cold), Event::Healthy]);
-    assert_eq!(names(&slots), ["kiln-4.conf", "kiln-5.conf"]);
-}
-
-#[test]
-fn a_kexec_is_proven_by_a_cold_boot_before_anything_is_stacked_on_it() {
-    let slots = good_machine(4);
-    let go = Go::Leave(Via::Kexec);
-    let (slots, left) = steps(slots, [Event::Assign(content(2), 5, go), Event::Fetched, Event::Granted]);
-    assert_eq!(left.last(), Some(&Action::Leave(Via::Kexec)));
-    let (slots, said) = steps(slots, [Event::Started(content(2).root_hash, Via::Kexec), Event::Healthy]);
-    assert_eq!((names(&slots).join(" "), said.len()), ("kiln-4.conf kiln-5+3.conf".into(), 0), "it keeps its counter");
-    let (slots, said) = slots.event(Event::Assign(content(3), 6, go));
-    assert_eq!(said, [Action::Refuse(Refusal::ProveFirst)]);
-    // Back to what is good is always allowed, and by a cold boot.
-    let (_, left) = steps(slots, [Event::Assign(content(1), 6, go), Event::Fetched, Event::Granted]);
-    assert_eq!(left.last(), Some(&Action::Leave(Via::Cold)));
-}
-
-#[test]
-fn a_trial_that_used_up_its_tries_is_told_and_not_installed_again() {
-    let (mut slots, _) =
-        steps(good_machine(4), [Event::Assign(content(3), 5, Go::Leave(Via::Cold)), Event::Fetched, Event::Granted]);
-    let from = "kiln-5+3.conf".parse().unwrap();
-    slots.disk.apply(&Action::RenameEntry { from, to: "kiln-5+0-3.conf".parse().unwrap() });
-    let (slots, said) = Slots::new(slots.disk, 1).event(Event::Started(content(1).root_hash, Via::Cold));
-    let Some(Action::Tell(fallback)) = said.last() else { panic!("{said:?}") };
-    assert_eq!((fallback.release.release, fallback.reason.as_str()), (3, "trial-tries-used-up"));
-    assert_eq!(names(&slots), ["kiln-4.conf", "kiln-5.failed"]);
-    let again = |sequence| Event::Assign(content(3), sequence, Go::Leave(Via::Cold));
-    let (slots, said) = slots.event(again(5));
-    assert!(matches!(said[..], [Action::Refuse(Refusal::Quarantined { sequence: 5, .. })]), "{said:?}");
-    let (_, said) = slots.event(again(6));
-    assert!(!matches!(said[..], [Action::Refuse(_)]), "a person's new assignment clears it: {said:?}");
-}
-
-#[test]
-fn a_power_blip_on_a_good_slot_costs_nothing() {
-    let slots = good_machine(4);
-    let before = slots.disk.clone();
-    for _ in 0..10 {
-        let (after, actions) = Slots::new(before.clone(), 1).event(Event::Started(content(1).root_hash, Via::Cold));
-        assert_eq!((after.disk, actions), (before.clone(), vec![]));
-    }
 }

@@ -45,6 +45,29 @@ pub fn keep() {
     }
 }
 
+/// Makes the loader's two files the same again where they are not, from `own`, of the release that runs and is good; and its
+/// settings. Says which were wrong. Two that are the same stay, whichever release brought them.
+pub fn put_right<B: Block>(store: &mut Store<B>, own: Option<&[u8]>) -> Result<Vec<&'static str>, DiskError> {
+    let bad = |disk: &str, reason: String| DiskError::ReadBack { disk: disk.to_owned(), reason };
+    store.disk().forget();
+    let right = match (store.loaders().unwrap_or_default().as_slice(), own) {
+        ([(_, first), (_, second)], _) if first == second => first.clone(),
+        (_, Some(own)) => own.to_vec(),
+        (_, None) => {
+            let reason = "the two copies of its boot loader differ, and only a good release has another at hand";
+            return Err(bad(store.name(), reason.to_owned()));
+        }
+    };
+    let wrong = store.wrong_loader_files(&right)?;
+    if !wrong.is_empty() {
+        store.install_loader(&right)?;
+        if let Some(path) = store.wrong_loader_files(&right)?.first() {
+            return Err(bad(store.name(), format!("{path} stays as it is")));
+        }
+    }
+    Ok(wrong)
+}
+
 /// Replaces a loader that the list revokes by `own`, of the release that runs, where that one is `good`. Each file is the old one
 /// or the new one whenever power is cut. Says why the list must wait, if it must. `revoked` are Authenticode digests in hex, as the
 /// list has them: a file that has none cannot be named by it.

@@ -12,7 +12,7 @@ use super::{DiskError, boot_order};
 use crate::error::{AgentError, Result};
 use crate::fetch::Put;
 use crate::sys;
-use kiln_protocol::slot::{Action, Content, EntryKind, Event, Go, Label, SlotId, SlotState, Slots};
+use kiln_protocol::slot::{Action, Content, Entry, EntryKind, Event, Go, Label, SlotId, SlotState, Slots};
 use kiln_protocol::{ReleaseId, Sha256Hex, Via};
 use kiln_release::{BootInfo, DiskSettings, Manifest};
 use std::collections::BTreeSet;
@@ -126,10 +126,21 @@ pub fn boots(slots: &Slots, root_hash: &Sha256Hex) -> bool {
     })
 }
 
+/// The good release in the slot beside the one that holds this root hash.
+pub fn good_beside(slots: &Slots, root_hash: &Sha256Hex) -> Option<(SlotId, Content)> {
+    let Slots { disk, floor, .. } = slots;
+    let other = disk.slot_of(root_hash)?.other();
+    let good = |entry: &&Entry| entry.name.kind == EntryKind::Good && entry.content.release.release >= *floor;
+    let newest = disk.entries_of(other).filter(good).max_by_key(|entry| entry.name.sequence)?;
+    disk.is_good(other).then(|| (other, newest.content.clone()))
+}
+
 /// The disk that is used, open.
 pub struct MachineDisk {
     store: Store<Device>,
     slots: Slots,
+    /// What is written as `starts` when this start comes to the hand-over.
+    starts: Option<(Sha256Hex, Starts)>,
 }
 
 fn settings(boot: &BootInfo) -> DiskSettings {
@@ -188,7 +199,7 @@ impl MachineDisk {
                 .map_err(AgentError::system(format!("making the kernel read {name}'s table")))?;
         }
         let disk = store.read()?;
-        Ok(Self { store, slots: Slots::new(disk, floor) })
+        Ok(Self { store, slots: Slots::new(disk, floor), starts: None })
     }
 
     /// `vda`, `nvme0n1`.
@@ -314,6 +325,18 @@ impl MachineDisk {
         Ok(loader::renew(&mut self.store, revoked, good, own.as_deref())?)
     }
 
+    /// [`loader::put_right`]; by the loader that the initramfs left, once the release that runs is good.
+    pub fn put_loader_right(&mut self, runs: &ReleaseId) -> Result<Vec<&'static str>> {
+        let is_good = self.slots.disk.newest_good().as_ref() == Some(runs);
+        let own = std::fs::read(loader::KEPT).ok().filter(|_| is_good);
+        Ok(loader::put_right(&mut self.store, own.as_deref())?)
+    }
+
+    /// [`Store::wrong_ukis`].
+    pub fn wrong_ukis(&mut self) -> Result<Vec<Content>> {
+        Ok(self.store.wrong_ukis()?)
+    }
+
     /// The disk's place in the firmware's boot order.
     pub fn order_boot(&self, network_first: bool) -> Result<()> {
         if boot_order::put(self.store.layout.esp_address(), network_first)? {
@@ -323,8 +346,8 @@ impl MachineDisk {
         Ok(())
     }
 
-    /// One more start of the good release with this root hash, of which none was healthy yet: how many there were before.
-    /// A disk that does not take it starts what it holds all the same.
+    /// The good release with this root hash starts once more: how many starts of it there were before, none of them healthy.
+    /// This one counts from its hand-over on ([`Self::hands_over`]): a power cut before that burns no try.
     pub fn count_start(&mut self, root_hash: &Sha256Hex, sequence: u64) -> Starts {
         let disk = &self.slots.disk;
         let good = disk.slot_of(root_hash).is_some_and(|slot| disk.state(slot) == SlotState::Good);
@@ -333,12 +356,27 @@ impl MachineDisk {
         }
         let known = self.store.starts(root_hash).unwrap_or_default();
         let begun = if known.count == 0 { sequence } else { known.begun };
-        // After a safe mode the release has one start, not all of them.
-        let count = if known.count >= STARTS { STARTS - 1 } else { known.count + 1 };
-        if let Err(error) = self.store.keep_starts(root_hash, Some(Starts { count, begun })) {
-            println!("kiln-agent: the start is not counted: {error}");
+        if known.count >= STARTS {
+            // After a safe mode the release has one start, not all of them. Nothing is handed over to in this one.
+            self.count(root_hash, Starts { count: STARTS - 1, begun });
+        } else {
+            self.starts = Some((root_hash.clone(), Starts { count: known.count + 1, begun }));
         }
         known
+    }
+
+    /// The image's init is next: from here on it is the release that has to become healthy.
+    pub fn hands_over(&mut self) {
+        if let Some((root_hash, starts)) = self.starts.take() {
+            self.count(&root_hash, starts);
+        }
+    }
+
+    /// A disk that does not take it starts what it holds all the same.
+    fn count(&mut self, root_hash: &Sha256Hex, starts: Starts) {
+        if let Err(error) = self.store.keep_starts(root_hash, Some(starts)) {
+            println!("kiln-agent: the start is not counted: {error}");
+        }
     }
 
     /// It was healthy, or a person wants it tried anew.
@@ -361,13 +399,18 @@ impl MachineDisk {
         })
     }
 
-    /// What runs from here is read back whole: its root, and its UKI. Whether the UKI is as it was signed. A root that is
-    /// not ends with an error, and its slot is spoilt: the next boot fetches it anew.
+    /// What runs from here, by [`Self::is_whole`]: the next boot fetches a root anew that is not.
     pub fn look_whole(&mut self, manifest: &Manifest) -> Result<bool> {
         let content = content(manifest)?;
         let runs = self.slots.running.as_ref().map(|running| running.slot);
         let slot = runs.filter(|slot| self.slots.disk.slot_of(&content.root_hash) == Some(*slot));
-        let slot = slot.ok_or(AgentError::Superseded)?;
+        self.is_whole(slot.ok_or(AgentError::Superseded)?, manifest)
+    }
+
+    /// A slot's release is read back whole: its root, and its UKI. Whether the UKI is as it was signed. A root that is not ends
+    /// with an error, and its slot is spoilt.
+    pub fn is_whole(&mut self, slot: SlotId, manifest: &Manifest) -> Result<bool> {
+        let content = content(manifest)?;
         if let Err(error) = self.verify(slot, manifest) {
             self.event(Event::Spoilt(slot), None)?;
             return Err(error);
@@ -420,7 +463,7 @@ impl MachineDisk {
         let layout = Layout::new(size, &settings, "lab").unwrap();
         let mut store = Store::open(Device::open(path).unwrap(), layout, true, "sda").unwrap();
         let slots = Slots::new(store.read().unwrap(), 0);
-        let mut disk = Self { store, slots };
+        let mut disk = Self { store, slots, starts: None };
         let assign = Event::Assign(content(manifest).unwrap(), 4, Go::Here(Via::Cold));
         for event in [assign, Event::Fetched, Event::Granted] {
             disk.event(event, Some(uki)).unwrap();

@@ -174,6 +174,16 @@ impl<B: Block> Store<B> {
         Ok(hex::encode(hash.finish().as_ref()))
     }
 
+    /// Releases that the loader knows, whose UKI is not what its name says, or cannot be read.
+    pub fn wrong_ukis(&mut self) -> Result<Vec<Content>, DiskError> {
+        let entries = self.read()?.entries.into_iter();
+        let mut listed: Vec<Content> = entries.filter(|e| e.name.is_listed()).map(|e| e.content).collect();
+        listed.sort();
+        listed.dedup();
+        listed.retain(|content| !self.uki_hash(content).is_ok_and(|hash| hash == content.uki.as_str()));
+        Ok(listed)
+    }
+
     /// Puts the boot loader where firmware looks for it, if it is not there yet.
     pub fn install_loader(&mut self, loader: &[u8]) -> Result<(), DiskError> {
         let install = |esp: &mut Fat<Part<'_, B>>| -> io::Result<()> {
@@ -220,6 +230,18 @@ impl<B: Block> Store<B> {
         };
         let files = look(&self.esp()?);
         files.map_err(|e| self.io("reading the boot loader", &e))
+    }
+
+    /// Of the loader's files and its settings those that are not as they would be with this loader, or cannot be read.
+    pub fn wrong_loader_files(&mut self, loader: &[u8]) -> Result<Vec<&'static str>, DiskError> {
+        self.disk.forget();
+        let esp = self.esp()?;
+        let texts = LOADER_TEXTS.map(|(path, text)| (path, text.as_bytes()));
+        let files = texts.into_iter().chain(LOADERS.map(|path| (path, loader)));
+        let is_wrong = |(path, bytes): &(&'static str, &[u8])| {
+            esp.read(path, LOADER_LIMIT).ok().flatten().as_deref() != Some(*bytes)
+        };
+        Ok(files.filter(is_wrong).map(|(path, _)| path).collect())
     }
 
     /// What was kept for the release with this root hash.

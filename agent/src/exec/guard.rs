@@ -2,6 +2,7 @@
 
 use super::cache::{Cache, Look};
 use super::hasher::{self, Job, RECORD, Told};
+use super::lost::{self, Lost};
 use super::rules::{self, Hash, Rule, Verdict, rule_of};
 use super::{ANSWER_MS, MOST_WAITING, Order, Said, answer, receive, send, wait};
 use crate::error::{AgentError, Result};
@@ -46,8 +47,8 @@ pub fn run(policy: &Path, choice: ExecChoice) -> Result<()> {
     let (jobs, given) = channel();
     let hasher = std::thread::Builder::new().stack_size(STACK).spawn(move || hasher::run(&given, out));
     hasher.map_err(system("starting the hasher"))?;
-    let guard =
-        Guard { group, control, rules, results, jobs, cache: Cache::default(), waiting: BTreeMap::new(), last: 0 };
+    let (cache, waiting, lost) = (Cache::default(), BTreeMap::new(), Lost::default());
+    let guard = Guard { group, control, rules, results, jobs, cache, waiting, last: 0, lost };
     guard.serve().map_err(system("serving"))
 }
 
@@ -60,6 +61,7 @@ struct Guard {
     cache: Cache,
     waiting: BTreeMap<u32, Waiting>,
     last: u32,
+    lost: Lost,
 }
 
 /// A program that is hashed or told of.
@@ -114,9 +116,8 @@ impl Guard {
         }
     }
 
-    /// The supervisor that reads nothing for long is not waited for: each answer has its time.
-    fn say(&self, said: &Said) {
-        let _ = send(self.control.as_fd(), said);
+    fn say(&mut self, said: &Said) {
+        lost::say(self.control.as_fd(), &mut self.lost, said);
     }
 
     fn event(&mut self, event: FanEvent) {
@@ -260,7 +261,7 @@ impl Guard {
         }
     }
 
-    fn tell(&self, id: u32, file: &File, pid: i32, hash: Option<&Hash>, verdict: ExecVerdict) {
+    fn tell(&mut self, id: u32, file: &File, pid: i32, hash: Option<&Hash>, verdict: ExecVerdict) {
         let link = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd()));
         let path = link.map_or_else(|_| "?".into(), |path| path.to_string_lossy().into_owned());
         let from = path.char_indices().map(|(at, _)| at).find(|at| path.len() - at <= EXEC_PATH_LIMIT);

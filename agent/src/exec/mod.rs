@@ -10,6 +10,7 @@ mod cache;
 pub mod guard;
 mod hasher;
 mod ledger;
+mod lost;
 mod post;
 mod rules;
 mod supervisor;
@@ -22,6 +23,7 @@ use supervisor::start;
 
 use crate::error::{AgentError, Result as AgentResult};
 use kiln_protocol::{ExecChoice, ExecVerdict};
+use lost::Lost;
 use serde::{Deserialize, Serialize};
 use std::io::{Error, Result};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -73,6 +75,8 @@ enum Said {
     /// This program is not on the list, or was not judged in time. It is held until [`Order::Noted`], or its 100 ms
     /// end.
     Judged { id: u32, pid: i32, path: String, sha256: Option<String>, verdict: ExecVerdict },
+    /// So many more were judged, and could not be told.
+    Lost(Lost),
 }
 
 /// To the guard.

@@ -165,6 +165,10 @@ impl Supervisor {
                             let _ = send(socket.as_fd(), &Order::Noted(id));
                         }
                     }
+                    Ok(Some(Said::Lost(lost))) => {
+                        self.post.change(|state| lost.count(state));
+                        self.post.alarm(&lost.describe());
+                    }
                     Ok(None) => break,
                     Err(_) => {
                         events.push(Event::Died(self.end()));

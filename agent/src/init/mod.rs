@@ -194,6 +194,9 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
             Starts::default()
         });
         if starts.count >= machine::STARTS {
+            if local::leave_loop(flow, &disk, starts).await {
+                restart();
+            }
             safe::stay(flow, drivers, &mut network, &disk, starts).await?;
             restart();
         }

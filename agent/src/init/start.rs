@@ -29,6 +29,9 @@ const ROOT_FILE: &str = "/run/kiln/root";
 /// So long a disk has to open the data, and to make its file system where it is new.
 const DATA_OPENS: Duration = Duration::from_secs(10 * 60);
 
+/// A disk that gives no answer within this does not count the start.
+const COUNTS: Duration = Duration::from_secs(20);
+
 /// Fetches, verifies, mounts and starts the release that this UKI embeds.
 pub(super) async fn start(
     flow: &mut Flow,
@@ -144,6 +147,15 @@ async fn leave(
     }
     mounts::writable(Path::new(NEW_ROOT), &verified.manifest.writable);
     let no_data = open_data(&flow.verifier.boot, disk).await;
+    if let Some(disk) = disk {
+        let counted = on_disk_within(disk, "counting the start", COUNTS, |disk| {
+            disk.hands_over();
+            Ok(())
+        });
+        if let Err(error) = counted.await {
+            println!("kiln-agent: the start is not counted: {error}");
+        }
+    }
     flow.journal.done(Stage::Verity);
     if std::mem::take(&mut flow.verifier.memory.failed_boots) > 0 {
         flow.verifier.place.remember(&flow.verifier.memory)?;

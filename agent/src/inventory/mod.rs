@@ -16,7 +16,7 @@ pub use sysfs::{disks, nics};
 pub use task::keep;
 
 use crate::error::{AgentError, Result};
-use crate::facts;
+use crate::{facts, sys};
 use kiln_protocol::{Disk, DiskHealth, INVENTORY_VERSION, Inventory, SMBIOS_LIMIT, Unread, parse_smbios};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -25,11 +25,14 @@ use std::time::Duration;
 pub struct Root {
     pub sys: PathBuf,
     pub dev: PathBuf,
+    /// What the driver of this interface says of its card's firmware; empty: nothing.
+    pub card_firmware: fn(&str) -> String,
 }
 
 impl Root {
     pub fn of_this_machine() -> Self {
-        Self { sys: "/sys".into(), dev: "/dev".into() }
+        let card_firmware = |name: &str| sys::card_firmware(name).unwrap_or_default();
+        Self { sys: "/sys".into(), dev: "/dev".into(), card_firmware }
     }
 }
 

@@ -106,7 +106,10 @@ pub fn disks(root: &Root) -> Result<Vec<Disk>, String> {
         let model = format!("{vendor} {}", model.unwrap_or_default());
         let rotational = text(&block.join("queue/rotational")) == "1";
         let transport = transport.to_owned();
-        found.push(Disk { name, model, serial, bytes, transport, driver, pci, rotational, health: None });
+        // NVMe's, SCSI's with ATA, MMC's.
+        let firmware = ["firmware_rev", "rev", "fwrev"].map(|name| text(&device.join(name)));
+        let firmware = firmware.into_iter().find(|t| !t.is_empty()).unwrap_or_default();
+        found.push(Disk { name, model, serial, bytes, transport, driver, pci, rotational, firmware, health: None });
     }
     Ok(found)
 }
@@ -161,7 +164,8 @@ pub fn nics(root: &Root) -> Result<Vec<Nic>, String> {
         };
         let mbps = if carrier == Some(true) { text(&nic.join("speed")).parse().unwrap_or(0) } else { 0 };
         let (pci, driver) = controller(&ancestors(root, &device));
-        found.push(Nic { name, mac, driver, pci, carrier, mbps, neighbour: None });
+        let firmware = (root.card_firmware)(&name);
+        found.push(Nic { name, mac, driver, pci, firmware, carrier, mbps, neighbour: None });
     }
     Ok(found)
 }

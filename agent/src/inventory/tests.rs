@@ -9,7 +9,8 @@ struct Tree(Root, #[allow(dead_code)] tempfile::TempDir); // the folder goes wit
 impl Tree {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let root = Root { sys: dir.path().join("sys"), dev: dir.path().join("dev") };
+        let card_firmware = |name: &str| if name == "eth0" { "9.20 0x8000d8c5".to_owned() } else { String::new() };
+        let root = Root { sys: dir.path().join("sys"), dev: dir.path().join("dev"), card_firmware };
         std::fs::create_dir_all(&root.sys).unwrap();
         std::fs::create_dir_all(&root.dev).unwrap();
         Self(root, dir)
@@ -79,6 +80,7 @@ fn server() -> Tree {
     let nvme = tree.pci("0000:00:04.0", ("1b36", "0010"), "010802", "nvme");
     tree.file(&format!("{nvme}/nvme/nvme0/model"), "SAMSUNG MZQL2960HCJR-00A07              \n");
     tree.file(&format!("{nvme}/nvme/nvme0/serial"), "S64FNE0R5     \n");
+    tree.file(&format!("{nvme}/nvme/nvme0/firmware_rev"), "GDC5602Q\n");
     tree.disk("nvme0n1", &format!("{nvme}/nvme/nvme0"), 1_875_385_008, false);
     let ahci = tree.pci("0000:00:1f.2", ("8086", "2922"), "010601", "ahci");
     let sata = format!("{ahci}/ata1/host0/target0:0:0/0:0:0:0");
@@ -93,6 +95,7 @@ fn server() -> Tree {
     let sas = tree.pci("0000:00:05.0", ("1000", "00af"), "010700", "mpt3sas");
     let sas = format!("{sas}/host2/port-2:0/end_device-2:0/target2:0:0/2:0:0:0");
     tree.scsi(&sas, "SEAGATE", "ST1200MM0099", "WFK1");
+    tree.file(&format!("{sas}/rev"), "ST31\n");
     tree.disk("sdb", &sas, 2_344_225_968, true);
     let usb = tree.pci("0000:00:06.0", ("1b36", "000d"), "0c0330", "xhci_hcd");
     tree.file(&format!("{usb}/usb1/1-1/idVendor"), "0781\n");
@@ -148,6 +151,10 @@ fn a_server_is_found_with_all_its_parts() {
         ["nvme0n1", "nvme", "nvme", "0000:00:04.0", "SAMSUNG MZQL2960HCJR-00A07", "S64FNE0R5"],
     ];
     assert_eq!(disks, expected);
+    let firmware: Vec<&str> = found.disks.iter().map(|d| d.firmware.as_str()).collect();
+    assert_eq!(firmware, ["", "ST31", "", "", "GDC5602Q"]);
+    let firmware: Vec<&str> = found.nics.iter().map(|n| n.firmware.as_str()).collect();
+    assert_eq!(firmware, ["9.20 0x8000d8c5", ""]);
     assert_eq!((found.disks[0].bytes, found.disks[0].rotational), (8_001_563_222_016, true));
     assert!(found.disks.iter().all(|d| d.health.is_none()), "a file answers no disk's command");
     let nics: Vec<_> = found.nics.iter().map(|n| (&*n.name, &*n.mac, &*n.driver, n.carrier, n.mbps)).collect();

@@ -2,6 +2,7 @@
 //! comes next is decided in [`duty`]; here it is done.
 
 mod duty;
+mod files;
 mod leave;
 mod next;
 mod secrets;
@@ -116,6 +117,8 @@ struct Service {
     proof: Option<tokio::task::JoinHandle<()>>,
     /// The release's secrets.
     secrets: secrets::Secrets,
+    /// Looks at what the disk starts from.
+    files: files::Files,
 }
 
 /// What the slots know of the release that runs.
@@ -157,6 +160,7 @@ impl Service {
             dbx: None,
             proof: None,
             secrets: secrets::Secrets::default(),
+            files: files::Files::default(),
         })
     }
 
@@ -173,6 +177,7 @@ impl Service {
         let mut hooks: Option<Hooks> = None;
         let mut look = self.watch.look();
         let mut selects: Option<Selects> = None;
+        let mut files: Option<files::Look> = None;
         self.order_boot();
         let mut works = false;
         let changed = self.secrets.changed();
@@ -233,6 +238,10 @@ impl Service {
                     }
                     Event::Time
                 }
+                wrong = maybe(&mut files) => {
+                    files = None;
+                    self.saw_files(wrong)
+                }
                 () = exec::news(exec.as_ref()) => Event::News,
                 () = changed.notified() => Event::News,
                 event = maybe(&mut hooks) => {
@@ -249,6 +258,7 @@ impl Service {
             if let Event::Checked(health) = &event {
                 proving = proving.or_else(|| self.prove(health.healthy));
             }
+            files = files.or_else(|| self.look_at_files());
             let jitter = random().map_or(0, |bytes| bytes[0]);
             let (duty, actions) = self.duty.event(event, monotonic_ms(), jitter);
             self.duty = duty;
@@ -273,7 +283,7 @@ impl Service {
             }
         };
         // What is not polled any more keeps the locks that it holds: none of it may be there while the machine leaves.
-        drop((round, post, job, wipe, dbx, proving, selects));
+        drop((round, post, job, wipe, dbx, proving, selects, files));
         self.leave(cold).await
     }
 

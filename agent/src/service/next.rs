@@ -151,10 +151,10 @@ impl Service {
     }
 
     pub(super) fn load(&self) -> Job {
-        let ready = self.ready.clone();
+        let (ready, has_disk) = (self.ready.clone(), self.disk.is_some());
         Box::pin(async move {
             let loaded = match &ready {
-                Some(ready) => change::load(ready).await,
+                Some(ready) => change::load(ready, ready.otherwise(has_disk)).await,
                 None => Ok(()),
             };
             Event::Loaded(loaded.err().map(|error| trouble(Stage::Going, &error, false))).into()

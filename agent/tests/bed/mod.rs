@@ -1,6 +1,10 @@
 //! A guarded file system of a test's own: the real agent as supervisor and guard, the real kernel. Each test starts itself
-//! again in a mount namespace. It needs root, and a kernel that asks (fanotify(7)); elsewhere it says so and does nothing.
+//! again in a mount namespace. It needs root, and a kernel that asks (fanotify(7)); elsewhere it says so and does nothing, or
+//! fails where all must run (`KILN_ORACLES`).
 #![allow(dead_code)]
+
+#[path = "../../../images/tests/oracle/mod.rs"]
+mod oracle;
 
 use kiln_protocol::ExecState;
 use kiln_release::hex::sha256;
@@ -23,7 +27,7 @@ pub fn inside(test: &str) -> bool {
         return true;
     }
     if !nix::unistd::geteuid().is_root() {
-        eprintln!("{test} cannot run here: fanotify's permission events and mounts need root");
+        oracle::skipped(&format!("{test} is not run as root, which fanotify's permission events and mounts need"));
         return false;
     }
     let mut again = Command::new("unshare");
@@ -97,7 +101,7 @@ impl Bed {
         match bed.until(|state| state.running) {
             Ok(_) => Some(bed),
             Err(said) if said.contains("CONFIG_FANOTIFY_ACCESS_PERMISSIONS") => {
-                eprintln!("this test cannot run here: {said}");
+                oracle::skipped(&said);
                 None
             }
             Err(said) => panic!("{said}"),

@@ -15,7 +15,7 @@ const NAME: &str = "rack-1";
 const DELETED: &str = "/.extra/credentials/x.cred was given to this boot beside its UKI: deleted, and not read";
 
 /// One of the mtools on the ESP of a disk, which begins at 1 MiB.
-fn on_esp(disk: &Path, tool: &str, arguments: &[&str]) -> String {
+pub fn on_esp(disk: &Path, tool: &str, arguments: &[&str]) -> String {
     let image = format!("{}@@{}", disk.display(), 1 << 20);
     command::run_command(Command::new(tool).env("MTOOLS_SKIP_CHECK", "1").args(["-i", &image]).args(arguments)).unwrap()
 }

@@ -10,6 +10,7 @@ mod cloned;
 mod cuts;
 mod disk;
 mod drift;
+mod esp_files;
 mod exec;
 mod expired;
 mod extras;

@@ -1,5 +1,5 @@
 //! What a camera in front of the machine would see: pictures of a VGA screen, and the QR code on them read by another's
-//! reader (zbar).
+//! reader (zbar). The words are read where the card keeps a text screen's characters.
 
 use kiln_lab::console::Mark;
 use kiln_lab::machine::{Firmware, MachineSpec};
@@ -12,6 +12,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 const NAME: &str = "rack-1";
+/// Of a text screen.
+const COLUMNS: usize = 80;
+const ROWS: usize = 25;
 
 /// What zbar reads on the screen, as soon as it reads anything. A screen tells nobody when it changes: it is looked at
 /// again and again.
@@ -39,7 +42,27 @@ fn page_on_console(said: &str) -> String {
         .fold(first.to_owned(), |page, line| page + line.trim_start_matches('|').trim())
 }
 
+/// Waits until a page with this title is in the text memory, with a row that begins with each of these words. The kernel
+/// scrolls through that memory, so an older page may lie there as well.
+fn reads(rack: &mut Rack, title: &str, words: &[String]) {
+    let begun = Instant::now();
+    loop {
+        let text = rack.machine(NAME).text_memory().unwrap();
+        let is_on = |at: usize| {
+            let rows: Vec<&str> = (0..ROWS).map_while(|n| text.get(at + n * COLUMNS..at + (n + 1) * COLUMNS)).collect();
+            words.iter().all(|word| rows.iter().any(|row| row.starts_with(word.as_str())))
+        };
+        if text.match_indices(&format!("Kiln  {title}")).any(|(at, _)| is_on(at)) {
+            return;
+        }
+        let rows: Vec<&str> = (0..).map_while(|n| text.get(n * COLUMNS..(n + 1) * COLUMNS)).collect();
+        assert!(begun.elapsed() < IDLE, "{title} with {words:?} is not on\n{}", rows.join("\n"));
+        std::thread::sleep(Duration::from_millis(500));
+    }
+}
+
 fn shows_its_page(paths: &Paths, name: &str, image: &str, firmware: Firmware) {
+    let has_text = matches!(firmware, Firmware::Bios);
     let spec = MachineSpec { screen: true, ..MachineSpec::new(1, firmware) };
     let id = spec.uuid();
     let mut options = RackOptions::scenario(paths, name, spec);
@@ -57,6 +80,12 @@ fn shows_its_page(paths: &Paths, name: &str, image: &str, firmware: Firmware) {
     let code = read(&mut rack, paths);
     assert_eq!(code, page_on_console(&console.since(Mark::default())));
     assert!(code.starts_with("http") && code.ends_with(&format!("/m/{id}")), "{code}");
+    if has_text {
+        console.wait_for_line("| code ", Mark::default(), IDLE).unwrap();
+        let said = console.since(Mark::default());
+        let code = said.lines().rev().find_map(|line| line.strip_prefix("| code ")).unwrap().trim();
+        reads(&mut rack, &id[..20], &[" WAITING ".into(), format!("code     {code} ")]);
+    }
 
     // In the running system too: systemd's lines have not drawn over it.
     rack.kiln(&["machine", "approve", &id, "--role", "lab", "--name", NAME]).unwrap();
@@ -69,7 +98,10 @@ fn shows_its_page(paths: &Paths, name: &str, image: &str, firmware: Firmware) {
         }
     };
     println!("{name}: waiting {code}, healthy {healthy}");
-    assert!(healthy.starts_with("http") && healthy.contains("/m/"), "{healthy}");
+    assert!(healthy.starts_with("http") && healthy.ends_with(&format!("/m/{NAME}")), "{healthy}");
+    if has_text {
+        reads(&mut rack, NAME, &[" HEALTHY ".into(), format!("release  {}/1 ", site::IMAGE)]);
+    }
 }
 
 /// BIOS: the kernel's own text screen, 80 columns by 25 rows.

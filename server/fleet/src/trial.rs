@@ -71,6 +71,7 @@ impl Machine {
         let failed = match fallback.reason {
             FallbackReason::TriesUsedUp => "was started as often as it may be and never became healthy",
             FallbackReason::RootSpoilt => "is not on the disk as it was written",
+            FallbackReason::BootLoop => "was good, and was started again and again without becoming healthy",
         };
         self.fall_back(&format!("{failed} ({})", fallback.reason), now, out);
         wake(out);

@@ -15,6 +15,11 @@ pub(super) async fn inventory(machine: &str, at: &At, json: bool, now_ms: i64) -
     print(&if json { serde_json::to_string_pretty(&view)? + "\n" } else { shown(&view, now_ms) })
 }
 
+/// `, firmware 9.20`; nothing where nobody says it.
+fn firmware(version: &str) -> String {
+    if version.is_empty() { String::new() } else { format!(", firmware {version}") }
+}
+
 fn shown(view: &HardwareView, now_ms: i64) -> String {
     let i = &view.inventory;
     let mut rows = Vec::new();
@@ -39,7 +44,7 @@ fn shown(view: &HardwareView, now_ms: i64) -> String {
         };
         let what = format!("{} {} {} {}", decimal_size(d.bytes), d.transport, d.model, d.serial);
         let driver = if d.driver.is_empty() { String::new() } else { format!(", driver {}", d.driver) };
-        row("disk", &d.name, format!("{what}{driver}{health}"));
+        row("disk", &d.name, format!("{what}{driver}{}{health}", firmware(&d.firmware)));
     }
     for n in &i.nics {
         let link = match n.carrier {
@@ -48,7 +53,7 @@ fn shown(view: &HardwareView, now_ms: i64) -> String {
             None => "down".to_owned(),
         };
         let neighbour = n.neighbour.as_ref().map_or(String::new(), |n| format!(", at {}", n.place()));
-        row("nic", &n.name, format!("{} {} {link}{neighbour}", n.mac, n.driver));
+        row("nic", &n.name, format!("{} {} {link}{}{neighbour}", n.mac, n.driver, firmware(&n.firmware)));
     }
     row("bmc", "", if i.bmc.present { format!("{} {}", i.bmc.address, i.bmc.firmware) } else { i.bmc.note.clone() });
     row("tpm", "", i.tpm.as_ref().map_or("none".to_owned(), |tpm| format!("version {}", tpm.version)));
@@ -81,6 +86,7 @@ mod tests {
             bytes: 960_000_000_000,
             serial: "S1".into(),
             driver: "nvme".into(),
+            firmware: "GDC5602Q".into(),
             health,
             ..Disk::default()
         };
@@ -97,7 +103,7 @@ mod tests {
         let text = shown(&view, 61_000);
         for line in [
             "rack-1: 1 disk, said 60 s ago\n",
-            "960 GB S1, driver nvme, EXPECTS TO FAIL: spare below its threshold\n",
+            "960 GB S1, driver nvme, firmware GDC5602Q, EXPECTS TO FAIL: spare below its threshold\n",
             "! 60 s ago: DIMM A2 gone\n",
         ] {
             assert!(text.contains(line), "{line:?} in {text}");

@@ -67,13 +67,14 @@ impl Inventory {
         for d in &mut self.disks {
             let texts = [&mut d.name, &mut d.model, &mut d.serial, &mut d.transport, &mut d.driver, &mut d.pci];
             texts.into_iter().for_each(text);
+            text(&mut d.firmware);
             if let Some(health) = &mut d.health {
                 health.detail = clean(&health.detail, SENTENCE);
             }
         }
         for n in &mut self.nics {
             n.mac.make_ascii_lowercase();
-            [&mut n.name, &mut n.mac, &mut n.driver, &mut n.pci].into_iter().for_each(text);
+            [&mut n.name, &mut n.mac, &mut n.driver, &mut n.pci, &mut n.firmware].into_iter().for_each(text);
             if let Some(to) = &mut n.neighbour {
                 let texts = [&mut to.chassis, &mut to.port, &mut to.port_description, &mut to.system_name];
                 texts.into_iter().for_each(text);
@@ -113,11 +114,12 @@ mod tests {
             [&mut d.name, &mut d.model, &mut d.serial, &mut d.transport, &mut d.driver, &mut d.pci]
                 .into_iter()
                 .for_each(text);
+            d.firmware.clone_from(&wide);
             d.health = Some(DiskHealth { passed: true, detail: wide.clone() });
         }
         big.disks = vec![big.disks[0].clone(); 2000];
         for n in &mut big.nics {
-            [&mut n.name, &mut n.mac, &mut n.driver, &mut n.pci].into_iter().for_each(text);
+            [&mut n.name, &mut n.mac, &mut n.driver, &mut n.pci, &mut n.firmware].into_iter().for_each(text);
             let to = n.neighbour.as_mut().unwrap();
             [&mut to.chassis, &mut to.port, &mut to.port_description, &mut to.system_name].into_iter().for_each(text);
         }

@@ -27,8 +27,8 @@ pub enum EntryKind {
     Trial(Tries),
     /// `kiln-SEQ.conf`: good, not counted.
     Good,
-    /// `kiln-SEQ.failed`, `kiln-SEQ.spoilt`: its tries were used up, its root is not what was written. For the agent's
-    /// memory; the loader does not see it.
+    /// `kiln-SEQ.failed`, `kiln-SEQ.spoilt`, `kiln-SEQ.looped`: its tries were used up, its root is not what was written, it
+    /// was good and never became healthy any more. For the agent's memory; the loader does not see it.
     Failed(FallbackReason),
 }
 
@@ -69,6 +69,7 @@ impl fmt::Display for EntryName {
             EntryKind::Good => write!(f, "kiln-{sequence}.conf"),
             EntryKind::Failed(FallbackReason::TriesUsedUp) => write!(f, "kiln-{sequence}.failed"),
             EntryKind::Failed(FallbackReason::RootSpoilt) => write!(f, "kiln-{sequence}.spoilt"),
+            EntryKind::Failed(FallbackReason::BootLoop) => write!(f, "kiln-{sequence}.looped"),
         }
     }
 }
@@ -76,9 +77,9 @@ impl fmt::Display for EntryName {
 impl FromStr for EntryName {
     type Err = IdError;
     fn from_str(text: &str) -> Result<Self, IdError> {
-        parse(text)
-            .filter(|name| name.to_string() == text)
-            .ok_or_else(|| IdError::new("boot entry", "kiln-SEQ[+LEFT[-DONE]].conf, .next, .failed or .spoilt", text))
+        parse(text).filter(|name| name.to_string() == text).ok_or_else(|| {
+            IdError::new("boot entry", "kiln-SEQ[+LEFT[-DONE]].conf, .next, .failed, .spoilt or .looped", text)
+        })
     }
 }
 
@@ -95,6 +96,7 @@ fn parse(text: &str) -> Option<EntryName> {
         ("next", Some(left), 0) => EntryKind::Next(left),
         ("failed", None, _) => EntryKind::Failed(FallbackReason::TriesUsedUp),
         ("spoilt", None, _) => EntryKind::Failed(FallbackReason::RootSpoilt),
+        ("looped", None, _) => EntryKind::Failed(FallbackReason::BootLoop),
         _ => return None,
     };
     Some(EntryName { sequence: sequence.parse().ok()?, kind })
@@ -152,6 +154,7 @@ mod tests {
             ("kiln-5+3.next", EntryKind::Next(3)),
             ("kiln-5.failed", EntryKind::Failed(FallbackReason::TriesUsedUp)),
             ("kiln-5.spoilt", EntryKind::Failed(FallbackReason::RootSpoilt)),
+            ("kiln-5.looped", EntryKind::Failed(FallbackReason::BootLoop)),
         ] {
             let name = EntryName { sequence: 5, kind };
             assert_eq!(text.parse(), Ok(name));

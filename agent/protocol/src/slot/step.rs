@@ -26,6 +26,8 @@ pub enum Event {
     Late,
     /// The root in this slot does not verify, or cannot be read.
     Spoilt(SlotId),
+    /// The good release in this slot was started again and again and never became healthy.
+    Loops(SlotId),
     /// The floor is this now.
     Floor(u64),
 }
@@ -59,7 +61,7 @@ pub enum Action {
     Verify(SlotId, Content),
     /// Leave what runs.
     Leave(Via),
-    /// A trial failed: tell the server.
+    /// A release failed: tell the server.
     Tell(Fallback),
     /// What was asked for is not done.
     Refuse(Refusal),
@@ -72,10 +74,12 @@ word_enum! {
         TriesUsedUp = "trial-tries-used-up",
         /// Its root in the slot does not verify, or cannot be read.
         RootSpoilt = "trial-root-spoilt",
+        /// It had been good, and was started again and again without becoming healthy.
+        BootLoop = "good-boot-loop",
     }
 }
 
-/// A trial that failed.
+/// A release that failed: a trial, or one that had been good.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Fallback {
     /// The release that is not tried again under this assignment.
@@ -142,6 +146,7 @@ impl Slots {
             Event::Healthy => self.healthy(&mut out),
             Event::Late => self.late(&mut out),
             Event::Spoilt(slot) => self.spoilt(slot, &mut out),
+            Event::Loops(slot) => self.loops(slot, &mut out),
             Event::Floor(floor) => self.raise_floor(floor, &mut out),
         }
         (self, out)
@@ -192,7 +197,7 @@ impl Slots {
         }
     }
 
-    /// A trial's entry becomes a memory, the only one of its kind, and the server is told.
+    /// A release's entry becomes a memory, the only one of its kind, and the server is told.
     fn fail(&mut self, entry: &Entry, reason: FallbackReason, out: &mut Vec<Action>) {
         let sequence = entry.name.sequence;
         let memory = EntryName { sequence, kind: EntryKind::Failed(reason) };
@@ -382,6 +387,21 @@ impl Slots {
             self.act(Action::Unlabel(slot), out);
         }
         self.running = self.running.take().filter(|running| running.slot != slot);
+    }
+
+    /// With another good release to start its entries go, the newest into a memory; its root is whole, and stays. Without
+    /// one it is better than nothing.
+    fn loops(&mut self, slot: SlotId, out: &mut Vec<Action>) {
+        if !self.is_good(slot) || !self.is_good(slot.other()) {
+            return;
+        }
+        let mut listed: Vec<Entry> = self.disk.entries_of(slot).filter(|e| e.name.is_listed()).cloned().collect();
+        listed.sort();
+        let newest = listed.pop();
+        self.remove_entries(|e| listed.iter().any(|old| old.name == e.name), out);
+        if let Some(newest) = newest {
+            self.fail(&newest, FallbackReason::BootLoop, out);
+        }
     }
 
     /// Entries below it go, if a good one at or above it stays.

@@ -1,7 +1,7 @@
 //! The loader on the disk, and a list of revoked boot programs.
 
 use super::*;
-use crate::disk::loader::{LoaderHold, renew};
+use crate::disk::loader::{LoaderHold, put_right, renew};
 use crate::testing::pe;
 use kiln_release::authenticode;
 use std::collections::BTreeSet;
@@ -62,4 +62,52 @@ fn every_cut_of_a_renewal_leaves_two_whole_loaders() {
         }
     }
     assert_eq!(seen, BTreeSet::from([0, 1, 2]));
+}
+
+fn overwrite(store: &mut Store<Recorded>, path: &str, bytes: &[u8]) {
+    let range = store.layout.esp();
+    let mut esp = Fat::open(Part::new(store.disk_mut(), &range)).unwrap();
+    let mut from = bytes;
+    esp.write(path, bytes.len() as u64, &mut from).unwrap();
+}
+
+#[test]
+fn a_flipped_byte_in_a_loader_is_put_right() {
+    let (old, new) = (loader(b"of release 1"), loader(b"of release 2"));
+    let mut flipped = old.clone();
+    flipped[40] ^= 1;
+    for wrong in LOADERS {
+        let mut store = installed();
+        store.install_loader(&old).unwrap();
+        assert_eq!(put_right(&mut store, Some(&new)), Ok(vec![]), "two that are the same stay");
+        overwrite(&mut store, wrong, &flipped);
+        assert!(matches!(put_right(&mut store, None), Err(DiskError::ReadBack { .. })), "which one is right?");
+        assert_eq!(put_right(&mut store, Some(&old)), Ok(vec![wrong]));
+        assert_eq!(store.loaders().unwrap(), LOADERS.map(|path| (path, old.clone())));
+        // The release that runs brought another one: both are its own then.
+        overwrite(&mut store, wrong, &flipped);
+        assert_eq!(put_right(&mut store, Some(&new)), Ok(LOADERS.to_vec()));
+        overwrite(&mut store, "loader/loader.conf", b"timeout 99\n");
+        assert_eq!(put_right(&mut store, None), Ok(vec!["loader/loader.conf"]));
+        assert_eq!(put_right(&mut store, None), Ok(vec![]));
+        assert_eq!(store.loaders().unwrap(), LOADERS.map(|path| (path, new.clone())));
+    }
+}
+
+#[test]
+fn a_wrong_uki_is_found_under_whichever_entry_names_it() {
+    let mut store = installed();
+    assert_eq!(store.wrong_ukis(), Ok(vec![]));
+    let first = release(1);
+    let path = format!("EFI/kiln/{}", first.content.uki_name());
+    let mut flipped = first.uki.clone();
+    flipped[2999] ^= 1;
+    overwrite(&mut store, &path, &flipped);
+    assert_eq!(store.wrong_ukis(), Ok(vec![first.content.clone()]));
+    let mut uki = first.uki.as_slice();
+    store.perform(&Action::PutUki(first.content.clone()), Some((first.uki.len() as u64, &mut uki))).unwrap();
+    assert_eq!(store.wrong_ukis(), Ok(vec![]));
+    let range = store.layout.esp();
+    Fat::open(Part::new(store.disk_mut(), &range)).unwrap().remove(&path).unwrap();
+    assert_eq!(store.wrong_ukis(), Ok(vec![first.content]), "one that is gone is wrong as well");
 }

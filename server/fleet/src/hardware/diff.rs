@@ -149,6 +149,7 @@ fn disks(before: &[Disk], now: &[Disk], out: &mut Vec<Change>) {
             let (old_size, new_size) = (decimal_size(old.bytes), decimal_size(new.bytes));
             out.push((new.bytes < old.bytes, format!("{}: had {old_size}, has now {new_size}", disk_name(new))));
         }
+        reword(&format!("firmware of {}", disk_name(new)), &old.firmware, &new.firmware, out);
         match (old.health.as_ref().map(|h| h.passed), &new.health) {
             (None | Some(true), Some(health)) if !health.passed => {
                 out.push((true, format!("{}: SMART failing: {}", disk_name(new), health.detail)));
@@ -183,6 +184,7 @@ fn nics(before: &[Nic], now: &[Nic], out: &mut Vec<Change>) {
             let slower = new.mbps < old.mbps;
             out.push((slower, format!("{name}'s link is now {}, was {}", speed(new.mbps), speed(old.mbps))));
         }
+        reword(&format!("{name}'s firmware"), &old.firmware, &new.firmware, out);
         match (&old.neighbour, &new.neighbour) {
             (Some(a), Some(b)) if a.place() != b.place() => {
                 out.push((true, format!("{name} is now at {}, was at {}", b.place(), a.place())));

@@ -19,6 +19,7 @@ fn server() -> Inventory {
         model: "PM9A3".into(),
         serial: serial.into(),
         bytes,
+        firmware: "GDC5602Q".into(),
         health: Some(DiskHealth { passed: true, detail: String::new() }),
         ..Disk::default()
     };
@@ -27,6 +28,7 @@ fn server() -> Inventory {
         mac: mac.into(),
         carrier: Some(true),
         mbps: 25_000,
+        firmware: "9.20".into(),
         neighbour: port.map(|port| Neighbour { system_name: "s1".into(), port: port.into(), ..Neighbour::default() }),
         ..Nic::default()
     };
@@ -72,6 +74,12 @@ fn every_change_has_its_sentence() {
     says(|i| i.cpus[0].cores = 120, &["! CPU 1 has now 120 cores, had 128"]);
     says(|i| drop(i.disks.remove(0)), &["! disk nvme0n1 (PM9A3, 960 GB, serial number S1) gone"]);
     says(|i| i.disks[0].name = "nvme7n1".into(), &[]);
+    says(
+        |i| i.disks[0].firmware = "GDC5902Q".into(),
+        &["firmware of disk nvme0n1 (PM9A3, 960 GB, serial number S1) is now GDC5902Q, was GDC5602Q"],
+    );
+    says(|i| i.nics[0].firmware = "9.40".into(), &["eth0's firmware is now 9.40, was 9.20"]);
+    says(|i| i.nics[0].firmware = String::new(), &[]);
     says(
         |i| i.disks[1].health = Some(DiskHealth { passed: false, detail: "it is read-only".into() }),
         &["! disk nvme1n1 (PM9A3, 960 GB, serial number S2): SMART failing: it is read-only"],

@@ -175,11 +175,13 @@ fn what_the_machine_itself_gave_up_is_not_offered_again() {
 /// The server lost its memory of the machine, or never had one: the machine's word says what is good.
 #[test]
 fn the_release_that_the_machine_came_back_on_is_good_by_its_word() {
-    let mut s = Story::new();
-    s.then(by(1, report(1, "a", 1, 2))).approve().assign(2, Via::Cold);
-    let sequence = s.m.assigned.clone().unwrap().sequence;
-    let reason = slot::FallbackReason::RootSpoilt;
-    let fallback = Some(slot::Fallback { release: rel(2), sequence, reason });
-    s.then(by(1, Report { fallback, ..report(1, "b", 1, 1) })).is(StateKind::FellBack);
-    assert_eq!(s.m.assigned.clone().unwrap().release, rel(1));
+    for reason in [slot::FallbackReason::RootSpoilt, slot::FallbackReason::BootLoop] {
+        let mut s = Story::new();
+        s.then(by(1, report(1, "a", 1, 2))).approve().assign(2, Via::Cold);
+        let sequence = s.m.assigned.clone().unwrap().sequence;
+        let fallback = Some(slot::Fallback { release: rel(2), sequence, reason });
+        s.then(by(1, Report { fallback, ..report(1, "b", 1, 1) })).is(StateKind::FellBack);
+        assert_eq!(s.m.assigned.clone().unwrap().release, rel(1));
+        assert!(s.m.state.reason.contains(reason.as_str()), "{}", s.m.state.reason);
+    }
 }

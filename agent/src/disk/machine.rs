@@ -40,13 +40,21 @@ pub struct SharedDisk {
     worker: Worker<MachineDisk>,
     /// Its slots, as whoever had the last turn left them.
     slots: Arc<Mutex<Slots>>,
+    /// As long as this is open, nothing else that closes the disk has to wait for it.
+    file: Option<Arc<File>>,
 }
 
 impl SharedDisk {
     pub fn new(disk: MachineDisk) -> Self {
         let slots = Arc::new(Mutex::new(disk.slots.clone()));
+        let file = disk.store.disk().file().try_clone().ok().map(Arc::new);
         let name = disk.name().to_owned();
-        Self { worker: Worker::new(&name, disk), slots }
+        Self { worker: Worker::new(&name, disk), slots, file }
+    }
+
+    /// The disk, open.
+    pub fn file(&self) -> Option<&File> {
+        self.file.as_deref()
     }
 
     /// `vda`, `nvme0n1`.

@@ -54,6 +54,7 @@ pub(super) async fn start(
             drivers.load(module);
         }
     }
+    let mut failed = None;
     if let Some(disk) = disk {
         match local::install_here(flow, &verified, &disk).await {
             Ok(slot) => {
@@ -61,8 +62,11 @@ pub(super) async fn start(
                 through_firmware(flow).await;
                 return start_slot(flow, verified, uplink, &disk, slot).await;
             }
-            // A disk that fails costs the slots, not the boot.
-            Err(error) => flow.journal.failed(Stage::Root, &error, 1, Some(Duration::ZERO)),
+            // A disk that fails costs the slots, not the boot. It stays open: one that hangs would hold up whoever closes it.
+            Err(error) => {
+                flow.journal.failed(Stage::Root, &error, 1, Some(Duration::ZERO));
+                failed = Some(disk);
+            }
         }
     }
     let expected =
@@ -87,7 +91,7 @@ pub(super) async fn start(
     let boot = &flow.verifier.boot;
     let device = verity::open(&root, &verified.manifest.verity, &boot.root_hash, secure_boot(boot))?;
     mount_root(&device)?;
-    leave(flow, verified, uplink, None, None).await
+    leave(flow, verified, uplink, None, failed.as_ref()).await
 }
 
 /// The same from a slot. A root that cannot be mounted is told to the slots: the next boot is another's. Where the disk gives no
@@ -130,14 +134,15 @@ fn mount_root(device: &str) -> Result<()> {
         .map_err(AgentError::system(format!("mounting {device}")))
 }
 
-/// From the mounted root to its init.
+/// From the mounted root to its init. `open` is the disk that was opened, whether the root lies `on` it or not.
 async fn leave(
     flow: &mut Flow,
     verified: Verified,
     uplink: Option<Uplink>,
     on: Option<OnDisk>,
-    disk: Option<&SharedDisk>,
+    open: Option<&SharedDisk>,
 ) -> Result<Infallible> {
+    let disk = open.filter(|_| on.is_some());
     let running = verity::running_root_hash()?;
     if running != flow.verifier.boot.root_hash {
         return Err(AgentError::RunningRoot { expected: flow.verifier.boot.root_hash.clone(), got: running });
@@ -189,7 +194,7 @@ async fn leave(
     })
     .await?;
     log::hand_over()?;
-    switch_root()
+    switch_root(open)
 }
 
 /// What the image keeps over reimages, if it keeps anything.

@@ -42,7 +42,7 @@ pub fn flush(disk: &File) -> Result<()> {
     let child = unsafe {
         match libc::fork() {
             0 => {
-                close_all_but(disk.as_raw_fd());
+                close_all_but([disk.as_raw_fd(); 2]);
                 let failed = libc::fsync(disk.as_raw_fd()) != 0;
                 libc::_exit(if failed { Error::last_os_error().raw_os_error().unwrap_or(libc::EIO) } else { 0 })
             }

@@ -110,21 +110,26 @@ pub fn inherited(number: RawFd) -> Result<OwnedFd> {
     }
 }
 
-/// Restarts the machine unless this process is another program within so long. An execve(2) first ends every other thread and waits
-/// for it (fs/exec.c, de_thread): one that a disk holds in the kernel would make that for ever.
-pub fn restart_unless_gone(patience: Duration) -> Result<()> {
-    fn restart() {
-        // It comes back only with an error, and then nobody is left to hear it.
-        let _ = nix::sys::reboot::reboot(nix::sys::reboot::RebootMode::RB_AUTOBOOT);
+/// Resets the machine unless this process is another program within so long. An execve(2) first ends every other thread and waits
+/// for it (fs/exec.c, de_thread): one that a disk holds in the kernel would make that for ever. So would the closing of the disk
+/// that it brings, if it were the last: `disk` is held beside it, by a process that may wait for it.
+pub fn reset_unless_gone(patience: Duration, disk: Option<&File>) -> Result<()> {
+    fn reset() {
+        // SAFETY: the path is NUL-terminated, and one byte is written (Documentation/admin-guide/sysrq.rst).
+        unsafe {
+            let trigger = libc::open(c"/proc/sysrq-trigger".as_ptr(), libc::O_WRONLY);
+            libc::write(trigger, b"b".as_ptr().cast(), 1);
+        }
     }
-    let (_, pipe) = minder(patience, restart)?;
+    let (_, pipe) = minder(patience, disk.map(File::as_raw_fd), reset)?;
     // The kernel closes it when the other program begins.
     let _ = pipe.into_raw_fd();
     Ok(())
 }
 
-/// A process that does `late` unless the end of a pipe that is given back is closed within so long.
-fn minder(patience: Duration, late: fn()) -> Result<(libc::pid_t, OwnedFd)> {
+/// A process that does `late` unless the end of a pipe that is given back is closed within so long. It keeps `disk` open until it
+/// ends.
+fn minder(patience: Duration, disk: Option<RawFd>, late: fn()) -> Result<(libc::pid_t, OwnedFd)> {
     let (reader, writer) = std::io::pipe()?;
     let patience = libc::c_int::try_from(patience.as_millis()).unwrap_or(libc::c_int::MAX);
     let mut wait = libc::pollfd { fd: reader.as_raw_fd(), events: libc::POLLIN, revents: 0 };
@@ -133,7 +138,7 @@ fn minder(patience: Duration, late: fn()) -> Result<(libc::pid_t, OwnedFd)> {
     match unsafe { libc::fork() } {
         ..0 => Err(Error::last_os_error()),
         0 => unsafe {
-            close_all_but(wait.fd);
+            close_all_but([wait.fd, disk.unwrap_or(wait.fd)]);
             if libc::poll(&raw mut wait, 1, patience) == 0 {
                 late();
             }
@@ -162,10 +167,11 @@ mod tests {
 
     #[test]
     fn what_is_not_gone_in_its_time_is_late_and_what_is_gone_is_not() {
-        let (child, pipe) = minder(Duration::from_millis(20), late).unwrap();
+        let disk = tempfile::tempfile().unwrap();
+        let (child, pipe) = minder(Duration::from_millis(20), None, late).unwrap();
         assert_eq!(status(child), 7);
         drop(pipe);
-        let (child, pipe) = minder(Duration::from_secs(600), late).unwrap();
+        let (child, pipe) = minder(Duration::from_secs(600), Some(disk.as_raw_fd()), late).unwrap();
         drop(pipe);
         assert_eq!(status(child), 0);
     }

@@ -22,14 +22,16 @@ use std::os::fd::RawFd;
 /// owner.
 ///
 /// SAFETY: the caller vouches that nothing of this process uses another descriptor any more.
-unsafe fn close_all_but(fd: RawFd) {
-    let fd = fd.unsigned_abs();
-    unsafe {
-        if fd > 0 {
-            libc::syscall(libc::SYS_close_range, 0, fd - 1, 0);
+unsafe fn close_all_but(mut keep: [RawFd; 2]) {
+    keep.sort_unstable();
+    let mut from = 0;
+    for fd in keep.map(RawFd::unsigned_abs) {
+        if fd > from {
+            unsafe { libc::syscall(libc::SYS_close_range, from, fd - 1, 0) };
         }
-        libc::syscall(libc::SYS_close_range, fd + 1, libc::c_uint::MAX, 0);
+        from = fd + 1;
     }
+    unsafe { libc::syscall(libc::SYS_close_range, from, libc::c_uint::MAX, 0) };
 }
 
 /// SAFETY: the caller vouches that `arg` points to what `request` reads and writes.

@@ -152,15 +152,6 @@ async fn leave(
     }
     mounts::writable(Path::new(NEW_ROOT), &verified.manifest.writable);
     let no_data = open_data(&flow.verifier.boot, disk).await;
-    if let Some(disk) = disk {
-        let counted = on_disk_within(disk, "counting the start", COUNTS, |disk| {
-            disk.hands_over();
-            Ok(())
-        });
-        if let Err(error) = counted.await {
-            println!("kiln-agent: the start is not counted: {error}");
-        }
-    }
     flow.journal.done(Stage::Verity);
     if std::mem::take(&mut flow.verifier.memory.failed_boots) > 0 {
         flow.verifier.place.remember(&flow.verifier.memory)?;
@@ -193,6 +184,15 @@ async fn leave(
         tpm::leave_initramfs(guards).map_err(AgentError::from)
     })
     .await?;
+    if let Some(disk) = disk {
+        let counted = on_disk_within(disk, "counting the start", COUNTS, |disk| {
+            disk.hands_over();
+            Ok(())
+        });
+        if let Err(error) = counted.await {
+            println!("kiln-agent: the start is not counted: {error}");
+        }
+    }
     log::hand_over()?;
     switch_root(open)
 }

@@ -1,5 +1,9 @@
 //! Going to another release: its metadata, UKI and root are verified here, before this one is left.
 
+mod load;
+
+pub use load::load;
+
 use crate::disk::DiskError;
 use crate::disk::machine::{self, SharedDisk, on_disk, place, read_slot};
 use crate::disk::record::Record;
@@ -8,7 +12,7 @@ use crate::fetch::{Download, Expected, Scratch};
 use crate::flow::Flow;
 use crate::plan::{self, Leave};
 use crate::verifier::{Servers, Verifier};
-use crate::{facts, kexec, restart, watchdog};
+use crate::{facts, kexec, restart};
 use kiln_protocol::slot::{Action, Event, Go, Refusal, SlotId};
 use kiln_protocol::{Assignment, Progress, ReleaseId, Stage, Via};
 use kiln_release::{Artifact, BootInfo, Manifest};
@@ -436,41 +440,6 @@ fn how_to_leave(manifest: &Manifest, via: Via, free: u64) -> Leave {
         Via::Cold => Leave::Cold,
         Via::Kexec => plan::may_kexec(free.saturating_sub(need), need, boot),
     }
-}
-
-/// Loads the kernel for a kexec; a cold boot needs nothing. In disk mode the loader is told first: power that is cut
-/// from here on starts the same release through the firmware. A kexec that the hardware watchdog would end is refused where a
-/// cold boot leads to the release as well.
-pub async fn load(ready: &Arc<Ready>, otherwise: Otherwise) -> Result<()> {
-    if let Some(Installed { disk, via, .. }) = &ready.installed {
-        let rest = on_disk(disk, |disk| disk.event(Event::Granted, None)).await?;
-        match via {
-            Via::Cold => return Ok(()),
-            // What was good when it was fetched may not be by now: then it is a cold boot.
-            Via::Kexec if !rest.contains(&Action::Leave(Via::Kexec)) => {
-                return Err(DiskError::Refused(Refusal::ProveFirst).into());
-            }
-            Via::Kexec => {}
-        }
-    }
-    let ready = Arc::clone(ready);
-    blocking(move || load_kernel(&ready, otherwise)).await
-}
-
-fn load_kernel(ready: &Ready, otherwise: Otherwise) -> Result<()> {
-    let watched = || match otherwise {
-        Otherwise::Cold => watchdog::covers_a_kexec(),
-        Otherwise::Kexec => Ok(()),
-    };
-    if let Some(Installed { uki, .. }) = &ready.installed {
-        watched()?;
-        let uki = File::open(uki.path()).map_err(AgentError::file(uki.path()))?;
-        return kexec::load(&uki, &ready.manifest, None);
-    }
-    let Some(Files { uki, root }) = &ready.kexec else { return Ok(()) };
-    watched()?;
-    let uki = File::open(uki.path()).map_err(AgentError::file(uki.path()))?;
-    kexec::load(&uki, &ready.manifest, Some((root.path(), ready.manifest.root.sha256.as_str())))
 }
 
 /// What becomes of a kexec after which the next boot would not be attested.

@@ -2,6 +2,10 @@
 //! that comes slowly holds the agent: every transfer has a cap, a minimum rate and a deadline ([`Patience`]), and a broken
 //! one goes on where it stopped (RFC 9110 §14).
 
+mod place;
+
+pub use place::Put;
+
 use crate::error::{AgentError, FailureClass, Result};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty};
@@ -11,13 +15,13 @@ use hyper::header::{CONTENT_RANGE, HOST, RANGE};
 use hyper::{Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 use kiln_release::{hex, with_causes};
+use place::{Place, Storing};
 use ring::digest::{Context, SHA256};
 use std::fs::File;
 use std::io::{Seek, Write};
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
@@ -153,47 +157,6 @@ impl Drop for Scratch {
     }
 }
 
-/// Bytes on their way to a disk.
-pub type Storing = Pin<Box<dyn Future<Output = Result<()>>>>;
-/// Puts bytes at a place on a disk, counted from where that begins. It ends in its time, whatever the disk does.
-pub type Put = Box<dyn Fn(u64, Vec<u8>) -> Storing>;
-
-/// So much is gathered in memory for one turn of a disk.
-const TURN: usize = 1 << 20;
-
-/// A place on a disk.
-struct Place {
-    put: Put,
-    /// What waits for its turn, and where that begins.
-    held: Vec<u8>,
-    at: u64,
-    /// A turn was begun and nobody waited for its end: what is on the disk is not known.
-    torn: Arc<AtomicBool>,
-}
-
-impl Place {
-    /// Takes bytes in. Where that fills a turn, it is to be waited for.
-    fn take(&mut self, piece: &[u8]) -> Option<Storing> {
-        self.held.extend_from_slice(piece);
-        (self.held.len() >= TURN).then(|| self.store())
-    }
-
-    /// One turn with what is held, or the first of it.
-    fn store(&mut self) -> Storing {
-        let rest = self.held.split_off(self.held.len().min(TURN));
-        let piece = std::mem::replace(&mut self.held, rest);
-        let at = self.at;
-        self.at += piece.len() as u64;
-        self.torn.store(true, Ordering::Relaxed);
-        let (storing, torn) = ((self.put)(at, piece), Arc::clone(&self.torn));
-        Box::pin(async move {
-            storing.await?;
-            torn.store(false, Ordering::Relaxed);
-            Ok(())
-        })
-    }
-}
-
 /// Where a download goes.
 enum Out {
     /// Nowhere: it is only read.
@@ -232,8 +195,7 @@ impl Download {
 
     /// To a disk. It is not flushed.
     pub fn onto(expected: Expected, put: Put, meter: &Arc<AtomicU64>) -> Self {
-        let place = Place { put, held: Vec::new(), at: 0, torn: Arc::default() };
-        Self::to(expected, Out::Place(place), meter)
+        Self::to(expected, Out::Place(Place::of(put)), meter)
     }
 
     fn to(expected: Expected, out: Out, meter: &Arc<AtomicU64>) -> Self {
@@ -309,10 +271,7 @@ impl Download {
             Out::File(file, scratch) => {
                 file.set_len(0).and_then(|()| file.rewind()).map_err(AgentError::file(scratch.path()))?;
             }
-            Out::Place(place) => {
-                (place.held, place.at) = (Vec::new(), 0);
-                place.torn.store(false, Ordering::Relaxed);
-            }
+            Out::Place(place) => place.begin_anew(),
         }
         Ok(())
     }
@@ -320,7 +279,7 @@ impl Download {
     async fn fetch_rest(&mut self, base: &str) -> Result<()> {
         let Expected { what, length, .. } = self.expected;
         if let Out::Place(place) = &self.out
-            && place.torn.load(Ordering::Relaxed)
+            && place.is_torn()
         {
             self.begin_anew()?;
         }
@@ -328,9 +287,9 @@ impl Download {
             self.transfer(&self.url(base)).await?;
         }
         while let Out::Place(place) = &mut self.out
-            && !place.held.is_empty()
+            && let Some(rest) = place.rest()
         {
-            place.store().await?;
+            rest.await?;
         }
         if self.received < length {
             return Err(AgentError::LengthMismatch { what, expected: length, got: self.received });

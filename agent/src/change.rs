@@ -1,14 +1,18 @@
 //! Going to another release: its metadata, UKI and root are verified here, before this one is left.
 
+mod load;
+
+pub use load::load;
+
 use crate::disk::DiskError;
-use crate::disk::machine::{self, SharedDisk, on_disk};
+use crate::disk::machine::{self, SharedDisk, on_disk, place, read_slot};
 use crate::disk::record::{self, Record};
 use crate::error::{self, AgentError, FailureClass, Result};
 use crate::fetch::{Download, Expected, Scratch};
 use crate::flow::Flow;
 use crate::plan::{self, Leave};
 use crate::verifier::{Servers, Verifier};
-use crate::{facts, kexec, restart, watchdog};
+use crate::{facts, kexec, restart};
 use kiln_protocol::slot::{Action, Event, Go, Refusal, SlotId};
 use kiln_protocol::{Assignment, Progress, ReleaseId, Stage, Via};
 use kiln_release::{Artifact, BootInfo, Manifest};
@@ -301,7 +305,8 @@ impl Prefetch {
         let record =
             Record { files: self.files.clone(), assignment: self.assignment.clone(), servers: given.servers.clone() };
         let (root_hash, order) = (machine::content(&manifest)?.root_hash, self.order);
-        let allowed = on_disk(disk, move |disk| {
+        let length = manifest.root.length.saturating_add(manifest.uki.length);
+        let allowed = read_slot(disk, length, move |disk| {
             let via = disk.finish_install(slot, &manifest, &record, &uki)?;
             disk.keep_put_up(&root_hash, order)?;
             Ok(via)
@@ -325,8 +330,8 @@ impl Prefetch {
             }
             if let Action::Fetch(slot, _) = action {
                 let (slot, length) = (*slot, manifest.root.length);
-                let place = on_disk(disk, move |disk| disk.place(slot, length)).await?;
-                let root = Download::onto(expected(error::ROOT, &manifest.root), place, &self.meter.root);
+                let put = place(disk, slot, length).await?;
+                let root = Download::onto(expected(error::ROOT, &manifest.root), put, &self.meter.root);
                 self.root = Some((Leave::Cold, root.capped(rate)));
             }
         }
@@ -389,7 +394,7 @@ pub async fn renew(
     verifier.may_run(&manifest)?;
     let signed = manifest.clone();
     let ready = |note| Ready { manifest: manifest.clone(), kexec: None, installed: None, note };
-    let whole = match on_disk(disk, move |disk| disk.look_whole(&signed)).await {
+    let whole = match read_slot(disk, manifest.root.length, move |disk| disk.look_whole(&signed)).await {
         Ok(whole) => whole,
         Err(AgentError::Disk(error @ DiskError::ReadBack { .. })) => {
             return Ok(ready(Some(format!("{error}; the next boot fetches it anew"))));
@@ -442,35 +447,6 @@ fn how_to_leave(manifest: &Manifest, via: Via, free: u64) -> Leave {
     }
 }
 
-/// Loads the kernel for a kexec; a cold boot needs nothing. In disk mode the loader is told first: power that is cut
-/// from here on starts the same release through the firmware. A kexec that the hardware watchdog would end is refused where a
-/// cold boot leads to the release as well.
-pub fn load(ready: &Ready, otherwise: Otherwise) -> Result<()> {
-    let watched = || match otherwise {
-        Otherwise::Cold => watchdog::covers_a_kexec(),
-        Otherwise::Kexec => Ok(()),
-    };
-    if let Some(Installed { disk, uki, via }) = &ready.installed {
-        let rest = machine::lock(disk).event(Event::Granted, None)?;
-        return match via {
-            Via::Cold => Ok(()),
-            // What was good when it was fetched may not be by now: then it is a cold boot.
-            Via::Kexec if !rest.contains(&Action::Leave(Via::Kexec)) => {
-                Err(DiskError::Refused(Refusal::ProveFirst).into())
-            }
-            Via::Kexec => {
-                watched()?;
-                let uki = File::open(uki.path()).map_err(AgentError::file(uki.path()))?;
-                kexec::load(&uki, &ready.manifest, None)
-            }
-        };
-    }
-    let Some(Files { uki, root }) = &ready.kexec else { return Ok(()) };
-    watched()?;
-    let uki = File::open(uki.path()).map_err(AgentError::file(uki.path()))?;
-    kexec::load(&uki, &ready.manifest, Some((root.path(), ready.manifest.root.sha256.as_str())))
-}
-
 /// What becomes of a kexec after which the next boot would not be attested.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Otherwise {
@@ -482,8 +458,8 @@ pub enum Otherwise {
 
 /// From the initramfs: fetches, tells the server, and goes. Comes back when the caller must restart the machine.
 pub async fn now(flow: &mut Flow, assignment: &Assignment, via: Via, otherwise: Otherwise) -> Result<()> {
-    let ready = flow.prefetch(assignment, via, Path::new(NEXT)).await?;
-    let via = match load(&ready, otherwise) {
+    let ready = Arc::new(flow.prefetch(assignment, via, Path::new(NEXT)).await?);
+    let via = match load(&ready, otherwise).await {
         Ok(()) => ready.via(),
         Err(error @ AgentError::ShortWatchdog { .. }) => {
             flow.journal.failed(Stage::Going, &error, 1, Some(Duration::ZERO));

@@ -4,9 +4,10 @@
 //! Sources: UEFI 2.10 §8.2.2 (authenticated append), Linux Documentation/filesystems/efivarfs.rst.
 
 use crate::change::blocking;
+use crate::disk::DiskError;
 use crate::disk::data::{self, Carried};
 use crate::disk::loader::LoaderHold;
-use crate::disk::machine::{SharedDisk, lock, on_disk};
+use crate::disk::machine::{SharedDisk, on_disk};
 use crate::error::{AgentError, Result};
 use crate::verifier::{Verified, Verifier};
 use crate::{fetch, init, sys, tpm};
@@ -105,7 +106,7 @@ pub async fn mend_loader(disk: &SharedDisk, here: &ReleaseId) -> Result<()> {
     if revoked.is_empty() {
         return Ok(());
     }
-    let good = lock(disk).slots().disk.newest_good().as_ref() == Some(here);
+    let good = disk.slots().disk.newest_good().as_ref() == Some(here);
     if let Some(hold) = loader_hold(disk, revoked, good).await? {
         eprintln!("kiln-agent: dbx: {hold}");
     }
@@ -115,7 +116,10 @@ pub async fn mend_loader(disk: &SharedDisk, here: &ReleaseId) -> Result<()> {
 /// Whether the disk starts through a loader that is revoked, once this release has put its own there where it may.
 async fn loader_hold(disk: &SharedDisk, revoked: BTreeSet<String>, good: bool) -> Result<Option<LoaderHold>> {
     let renewed = on_disk(disk, move |disk| disk.renew_loader(&revoked, good));
-    timeout(DISK_DEADLINE, renewed).await.unwrap_or(Ok(Some(LoaderHold::NoDisk)))
+    match timeout(DISK_DEADLINE, renewed).await {
+        Err(_) | Ok(Err(AgentError::Disk(DiskError::Late { .. }))) => Ok(Some(LoaderHold::NoDisk)),
+        Ok(renewed) => renewed,
+    }
 }
 
 fn named<'a>(verified: &'a Verified, offer: &DbxOffer) -> Result<&'a DbxUpdate> {

@@ -2,6 +2,10 @@
 //! that comes slowly holds the agent: every transfer has a cap, a minimum rate and a deadline ([`Patience`]), and a broken
 //! one goes on where it stopped (RFC 9110 §14).
 
+mod place;
+
+pub use place::Put;
+
 use crate::error::{AgentError, FailureClass, Result};
 use bytes::Bytes;
 use http_body_util::{BodyExt, Empty};
@@ -11,10 +15,10 @@ use hyper::header::{CONTENT_RANGE, HOST, RANGE};
 use hyper::{Request, Response, StatusCode, Uri};
 use hyper_util::rt::TokioIo;
 use kiln_release::{hex, with_causes};
+use place::{Place, Storing};
 use ring::digest::{Context, SHA256};
 use std::fs::File;
 use std::io::{Seek, Write};
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -95,7 +99,7 @@ impl<'a> Documents<'a> {
             }
             let mut keep = |piece: &[u8]| {
                 body.extend_from_slice(piece);
-                Ok(())
+                Ok(None)
             };
             copy(&patience, &url, response, limit, StatusCode::OK, &mut keep).await?;
             // What was not read to its end is in the way of the next.
@@ -158,15 +162,11 @@ enum Out {
     /// Nowhere: it is only read.
     Nowhere,
     File(File, Scratch),
-    /// A place on a disk.
-    Place {
-        disk: File,
-        start: u64,
-    },
+    Place(Place),
 }
 
 /// One download that can be resumed: the state over several tries. It may be dropped between two pieces and gone on
-/// with, as each piece is hashed and stored before the next is waited for.
+/// with, as each piece is hashed and stored before the next is waited for. Dropped in a disk's turn it begins anew.
 pub struct Download {
     expected: Expected,
     patience: Patience,
@@ -193,9 +193,9 @@ impl Download {
         Ok(Self::to(expected, out, meter))
     }
 
-    /// To a disk, from `start` on. It is not flushed.
-    pub fn onto(expected: Expected, (disk, start): (File, u64), meter: &Arc<AtomicU64>) -> Self {
-        Self::to(expected, Out::Place { disk, start }, meter)
+    /// To a disk. It is not flushed.
+    pub fn onto(expected: Expected, put: Put, meter: &Arc<AtomicU64>) -> Self {
+        Self::to(expected, Out::Place(Place::of(put)), meter)
     }
 
     fn to(expected: Expected, out: Out, meter: &Arc<AtomicU64>) -> Self {
@@ -219,7 +219,7 @@ impl Download {
     pub fn into_file(self) -> Option<Scratch> {
         match self.out {
             Out::File(_, scratch) => Some(scratch),
-            Out::Nowhere | Out::Place { .. } => None,
+            Out::Nowhere | Out::Place(_) => None,
         }
     }
 
@@ -266,16 +266,30 @@ impl Download {
     fn begin_anew(&mut self) -> Result<()> {
         (self.hash, self.received) = (Context::new(&SHA256), 0);
         self.meter.store(0, Ordering::Relaxed);
-        if let Out::File(file, scratch) = &mut self.out {
-            file.set_len(0).and_then(|()| file.rewind()).map_err(AgentError::file(scratch.path()))?;
+        match &mut self.out {
+            Out::Nowhere => {}
+            Out::File(file, scratch) => {
+                file.set_len(0).and_then(|()| file.rewind()).map_err(AgentError::file(scratch.path()))?;
+            }
+            Out::Place(place) => place.begin_anew(),
         }
         Ok(())
     }
 
     async fn fetch_rest(&mut self, base: &str) -> Result<()> {
         let Expected { what, length, .. } = self.expected;
+        if let Out::Place(place) = &self.out
+            && place.is_torn()
+        {
+            self.begin_anew()?;
+        }
         if self.received < length {
             self.transfer(&self.url(base)).await?;
+        }
+        while let Out::Place(place) = &mut self.out
+            && let Some(rest) = place.rest()
+        {
+            rest.await?;
         }
         if self.received < length {
             return Err(AgentError::LengthMismatch { what, expected: length, got: self.received });
@@ -307,16 +321,18 @@ impl Download {
         let left = length - self.received;
         let (hash, received, meter, out) = (&mut self.hash, &mut self.received, &self.meter, &mut self.out);
         let mut take = |piece: &[u8]| {
-            let stored = match out {
-                Out::Nowhere => Ok(()),
-                Out::File(file, _) => file.write_all(piece),
-                Out::Place { disk, start } => disk.write_all_at(piece, *start + *received),
+            let storing = match out {
+                Out::Nowhere => None,
+                Out::File(file, _) => {
+                    file.write_all(piece).map_err(AgentError::system(format!("storing the {what}")))?;
+                    None
+                }
+                Out::Place(place) => place.take(piece),
             };
-            stored.map_err(AgentError::system(format!("storing the {what}")))?;
             hash.update(piece);
             *received += piece.len() as u64;
             meter.store(*received, Ordering::Relaxed);
-            Ok(())
+            Ok(storing)
         };
         // Of what is left now: a server without ranges gets the time that the whole takes.
         let copied = copy(&patience, url, response, left, wanted, &mut take);
@@ -428,14 +444,14 @@ impl Connection {
     }
 }
 
-/// Feeds a body to `sink`, under cap, gap and rate.
+/// Feeds a body to `sink`, under cap, gap and rate. What it gives back is waited for before the next piece.
 async fn copy(
     patience: &Patience,
     url: &str,
     response: Response<Incoming>,
     limit: u64,
     wanted: StatusCode,
-    sink: &mut dyn FnMut(&[u8]) -> Result<()>,
+    sink: &mut dyn FnMut(&[u8]) -> Result<Option<Storing>>,
 ) -> Result<()> {
     let url_text = || url.to_owned();
     if response.status() != wanted {
@@ -459,7 +475,9 @@ async fn copy(
         if total > limit {
             return Err(AgentError::TooLong { url: url_text(), limit });
         }
-        sink(&piece)?;
+        if let Some(storing) = sink(&piece)? {
+            storing.await?;
+        }
         if let Some(cap) = patience.cap {
             let due = Duration::from_millis(total.saturating_mul(1000) / cap.max(1));
             tokio::time::sleep(due.saturating_sub(begun.elapsed())).await;

@@ -4,7 +4,7 @@
 use crate::change::{NEXT, files};
 use crate::coldplug::Drivers;
 use crate::disk::DiskError;
-use crate::disk::machine::{self, MachineDisk, SharedDisk, on_disk};
+use crate::disk::machine::{self, MachineDisk, SharedDisk, boots, on_disk, read_slot};
 use crate::disk::record::Record;
 use crate::disk::store::Starts;
 use crate::error::{AgentError, ROOT, Result, UKI};
@@ -20,7 +20,7 @@ use kiln_protocol::slot::{Action, Content, Event, Fallback, Go, Label, SlotId};
 use kiln_protocol::{Assignment, BootFirst, ReleaseId, Stage};
 use kiln_release::{Manifest, Mode};
 use std::fs::File;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// So long the boot server has, network and all, before the slot starts without it.
@@ -35,6 +35,7 @@ pub async fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
         Mode::Ram => None,
         Mode::Disk => match MachineDisk::find(boot, flow.verifier.memory.floor(&boot.image)).await {
             Ok((disk, broken)) => {
+                let disk = SharedDisk::new(disk);
                 println!("kiln-agent: disk {}", disk.describe());
                 for error in broken {
                     flow.journal.failed(Stage::Modules, &error.into(), 1, Some(Duration::ZERO));
@@ -44,7 +45,7 @@ pub async fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
                     // The firmware's variables were erased; what the loader knows was assigned before that.
                     memory.order_base = disk.slots().disk.highest_sequence();
                 }
-                Some(Arc::new(Mutex::new(disk)))
+                Some(disk)
             }
             Err(error) => {
                 flow.journal.failed(Stage::Modules, &error, 1, Some(Duration::ZERO));
@@ -55,14 +56,14 @@ pub async fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
 }
 
 /// What failed here, as the server knows it: by the sequence of the assignment, not by the loader's order.
-pub fn fallback(memory: &Memory, disk: &MachineDisk) -> Option<Fallback> {
+pub fn fallback(memory: &Memory, disk: &SharedDisk) -> Option<Fallback> {
     let fallback = disk.slots().disk.fallback()?;
     let sequence = memory.sequence_of(fallback.sequence)?;
     Some(Fallback { sequence, ..fallback })
 }
 
 /// A trial that failed since the release in the slot was assigned: told at every boot until a newer one is good.
-pub fn tell_fallback(flow: &mut Flow, disk: &MachineDisk) {
+pub fn tell_fallback(flow: &mut Flow, disk: &SharedDisk) {
     if let Some(Fallback { release, reason, .. }) = disk.slots().disk.fallback() {
         let error = AgentError::FellBack { release: release.to_string(), reason };
         flow.journal.failed(Stage::Modules, &error, 1, Some(Duration::ZERO));
@@ -84,9 +85,9 @@ pub async fn ask(flow: &mut Flow, drivers: &mut Option<Drivers>, network: &mut N
 }
 
 /// The same by what was kept of it.
-pub fn recorded(flow: &mut Flow, disk: &SharedDisk) -> Result<Verified> {
+pub async fn recorded(flow: &mut Flow, disk: &SharedDisk) -> Result<Verified> {
     let root_hash = flow.journal.embedded.root_hash.clone();
-    let record = machine::lock(disk).record(&root_hash)?;
+    let record = on_disk(disk, move |disk| disk.record(&root_hash)).await?;
     let here = flow.verifier.here()?;
     let (verified, assigned) = flow.verifier.verify_record(&here, &record)?;
     flow.verifier.settings = assigned.settings;
@@ -106,18 +107,25 @@ pub fn recorded(flow: &mut Flow, disk: &SharedDisk) -> Result<Verified> {
 /// A good release that did not come up is read back whole, if what was kept of it says what it should be. Where its root
 /// is rotten, this boot ends: the next starts another good release, or fetches the root anew.
 pub async fn read_back(flow: &mut Flow, disk: &SharedDisk) -> Result<()> {
-    let Ok(Verified { manifest, .. }) = recorded(flow, disk) else { return Ok(()) };
+    let Ok(Verified { manifest, .. }) = recorded(flow, disk).await else { return Ok(()) };
     println!("kiln-agent: the release in the slot did not come up: its root is read back");
     let root_hash = flow.journal.embedded.root_hash.clone();
-    on_disk(disk, move |disk| {
+    let read = read_slot(disk, manifest.root.length, move |disk| {
         let Some(slot) = disk.slots().disk.slot_of(&root_hash) else { return Ok(()) };
         let read = disk.verify(slot, &manifest).map_err(AgentError::of_whole_slot);
         if read.is_err() {
             disk.event(Event::Spoilt(slot), None)?;
         }
         read
-    })
-    .await
+    });
+    match read.await {
+        // Not rotten, but dead: the boot goes on without it.
+        Err(AgentError::Disk(late @ DiskError::Late { .. })) => {
+            println!("kiln-agent: {late}");
+            Ok(())
+        }
+        read => read,
+    }
 }
 
 /// A good release that was started again and again and never became healthy is left for the other slot's, if that one is
@@ -125,7 +133,7 @@ pub async fn read_back(flow: &mut Flow, disk: &SharedDisk) -> Result<()> {
 pub async fn leave_loop(flow: &mut Flow, disk: &SharedDisk, starts: Starts) -> bool {
     let boot = &flow.verifier.boot;
     let (root_hash, here) = (flow.journal.embedded.root_hash.clone(), format!("{}/{}", boot.image, boot.release));
-    let Some((slot, other)) = machine::lock(disk).good_beside(&root_hash) else { return false };
+    let Some((slot, other)) = machine::good_beside(&disk.slots(), &root_hash) else { return false };
     let release = other.release.clone();
     let left = match beside_is_whole(flow, disk, slot, other).await {
         Ok(()) => on_disk(disk, move |disk| disk.event(Event::Loops(slot.other()), None)).await,
@@ -155,7 +163,7 @@ async fn beside_is_whole(flow: &mut Flow, disk: &SharedDisk, slot: SlotId, conte
     let (verified, _) = flow.verifier.verify_record(&content.release, &record)?;
     let manifest = verified.manifest;
     let is_it = machine::content(&manifest)? == content;
-    on_disk(disk, move |disk| {
+    read_slot(disk, manifest.root.length.saturating_add(manifest.uki.length), move |disk| {
         if is_it && disk.is_whole(slot, &manifest)? {
             return Ok(());
         }
@@ -173,14 +181,15 @@ fn may_run(flow: &Flow, verified: &Verified) -> Result<()> {
     plan::check_command_line(&verified.manifest, &boot.command_line, &init::running_command_line())
 }
 
-/// Makes sure that this release lies in a slot and that the loader starts it from there; says in which.
+/// Makes sure that this release lies in a slot and that the loader starts it from there; says in which. A disk that gives no
+/// answer is an error like any other.
 pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDisk) -> Result<SlotId> {
     let (manifest, via) = (verified.manifest.clone(), kexec::started_this());
     let content = machine::content(&manifest)?;
     let root_hash = content.root_hash.clone();
     let network_first = flow.verifier.settings.boot_first == BootFirst::Network;
     let started = on_disk(disk, move |disk| {
-        let known = disk.boots(&root_hash);
+        let known = boots(disk.slots(), &root_hash);
         let rest = if known { disk.event(Event::Started(root_hash, via), None)? } else { Vec::new() };
         if known {
             disk.mend_loader(network_first);
@@ -202,7 +211,7 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
                 flow.journal.failed(Stage::Root, &error, 1, Some(Duration::ZERO));
             }
         }
-        flow.journal.fallback = fallback(&flow.verifier.memory, &machine::lock(disk));
+        flow.journal.fallback = fallback(&flow.verifier.memory, disk);
         return Ok(slot);
     }
     let [uki, _] = files(std::path::Path::new(NEXT));
@@ -211,7 +220,7 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
     flow.fetch_to(Stage::Root, expected, &uki).await?;
     kexec::verify(&File::open(&uki).map_err(AgentError::file(&uki))?, &manifest)?;
     // A release that the loader knows and whose root is gone comes back under the entry that it has.
-    let known = machine::lock(disk).slots().disk.listed(&content.root_hash).map(|entry| entry.name.sequence);
+    let known = disk.slots().disk.listed(&content.root_hash).map(|entry| entry.name.sequence);
     let order = known.unwrap_or(flow.verifier.memory.order(flow.verifier.memory.sequence));
     let assign = Event::Assign(content, order, Go::Here(via));
     let mut slot = None;
@@ -224,9 +233,10 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
         }
     }
     let slot = slot.ok_or(AgentError::Superseded)?;
-    let slots = machine::lock(disk).slots().disk.labels;
+    let slots = disk.slots().disk.labels;
     flow.verifier.expect_record(&manifest, &record.digest(), slots)?;
-    on_disk(disk, move |disk| {
+    let length = manifest.root.length.saturating_add(manifest.uki.length);
+    read_slot(disk, length, move |disk| {
         disk.finish_install(slot, &manifest, &record, &uki)?;
         disk.keep_put_up(&machine::content(&manifest)?.root_hash, order)?;
         // What the loader starts, then the loader, then the firmware that starts the loader: whatever is cut, nothing points
@@ -266,20 +276,8 @@ fn assigns(assignment: &str, release: &ReleaseId) -> bool {
 
 async fn fetch_root(flow: &mut Flow, manifest: &Manifest, disk: &SharedDisk, slot: SlotId) -> Result<()> {
     let length = manifest.root.length;
-    let place = on_disk(disk, move |disk| disk.place(slot, length)).await?;
+    let put = machine::place(disk, slot, length).await?;
     let expected = Expected { what: ROOT, sha256: manifest.root.sha256.clone(), length };
-    let download = Download::onto(expected, place, &Arc::default());
+    let download = Download::onto(expected, put, &Arc::default());
     flow.run_download(Stage::Root, download).await.map(drop)
-}
-
-impl MachineDisk {
-    /// For the console: the disk and what its slots hold.
-    pub fn describe(&self) -> String {
-        let disk = &self.slots().disk;
-        let slots = SlotId::BOTH.map(|slot| {
-            let release = disk.entries_of(slot).next().map_or("-".to_owned(), |e| e.content.release.to_string());
-            format!("{slot:?} {:?} {release}", disk.state(slot))
-        });
-        format!("{}: {}", self.name(), slots.join(", "))
-    }
 }

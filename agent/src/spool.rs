@@ -1,7 +1,7 @@
 //! Where the spool of events lies: a file in /run, so that a service that is started again goes on with it; in disk mode
 //! also on the state partition, so that it outlives a restart. What it means is [`kiln_protocol::Spool`].
 
-use crate::disk::machine::{SharedDisk, on_disk};
+use crate::disk::machine::{MachineDisk, SharedDisk, on_disk};
 use crate::journal::{boot_id, monotonic_ms};
 use crate::memory::random;
 use jiff::Timestamp;
@@ -24,19 +24,26 @@ pub struct Keeper {
     disk: Option<SharedDisk>,
     /// The disk does not have the newest.
     behind: Arc<AtomicBool>,
+    /// It did not take them, and that was said.
+    refused: Arc<AtomicBool>,
 }
 
 impl Keeper {
-    /// What an earlier start, or an earlier boot, kept; else an empty one. Without a file it lives as long as this value.
-    pub fn open(file: Option<&Path>, disk: Option<SharedDisk>) -> Self {
-        let of_file = file.and_then(|path| std::fs::read(path).ok());
-        let of_disk = || {
-            let disk = disk.as_ref()?;
-            crate::disk::machine::lock(disk).spool().ok().flatten()
+    /// What an earlier start, or an earlier boot, kept; else an empty one.
+    pub async fn open_on(file: &Path, disk: Option<SharedDisk>) -> Self {
+        let of_disk = match &disk {
+            Some(disk) => on_disk(disk, MachineDisk::spool).await.ok().flatten(),
+            None => None,
         };
+        Self { disk, ..Self::open(Some(file), of_disk) }
+    }
+
+    /// The same without a disk, with what one gave. Without a file it lives as long as this value.
+    pub fn open(file: Option<&Path>, of_disk: Option<Vec<u8>>) -> Self {
+        let of_file = file.and_then(|path| std::fs::read(path).ok());
         let read = |bytes: Vec<u8>| serde_json::from_slice::<Spool>(&bytes).ok();
         let name = random().map_or_else(|_| monotonic_ms().to_string(), |bytes| hex::encode(&bytes[..8]));
-        let spool = match (of_file.and_then(read), of_disk().and_then(read)) {
+        let spool = match (of_file.and_then(read), of_disk.and_then(read)) {
             // Of this boot, written at every event.
             (Some(spool), _) => spool,
             (None, Some(old)) => old.taken_up(name),
@@ -46,8 +53,9 @@ impl Keeper {
             spool: RefCell::new(spool),
             boot_id: boot_id().unwrap_or_default(),
             file: file.map(Path::to_owned),
-            disk,
+            disk: None,
             behind: Arc::default(),
+            refused: Arc::default(),
         }
     }
 
@@ -98,11 +106,15 @@ impl Keeper {
         if !self.behind.swap(false, Ordering::Relaxed) {
             return None;
         }
-        let (bytes, behind) = (self.bytes(), Arc::clone(&self.behind));
+        let (bytes, behind, refused) = (self.bytes(), Arc::clone(&self.behind), Arc::clone(&self.refused));
         Some(tokio::spawn(async move {
-            if let Err(error) = on_disk(&disk, move |disk| disk.keep_spool(&bytes)).await {
+            let kept = on_disk(&disk, move |disk| disk.keep_spool(&bytes)).await;
+            let said = refused.swap(kept.is_err(), Ordering::Relaxed);
+            if let Err(error) = kept {
                 behind.store(true, Ordering::Relaxed);
-                eprintln!("kiln-agent: events cannot be kept on the disk: {error}");
+                if !said {
+                    eprintln!("kiln-agent: events cannot be kept on the disk: {error}");
+                }
             }
         }))
     }

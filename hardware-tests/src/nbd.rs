@@ -1,6 +1,6 @@
 //! A disk that a test holds in its hand: an NBD server (the NBD project's doc/proto.md: fixed newstyle, `NBD_OPT_GO`,
 //! simple replies) on a file. It keeps a record of every write and flush, says when a given write comes, so that the
-//! power can be cut there, and answers reads or writes with I/O errors, or reads never. One machine at a time.
+//! power can be cut there, and answers reads or writes with I/O errors, or never. One machine at a time.
 
 use crate::error::{AtPath, LabError};
 use std::fs::File;
@@ -42,6 +42,8 @@ pub enum Fault {
     Writes,
     /// Reads are never answered; writes are done.
     HoldReads,
+    /// Writes and flushes are never done and never answered; reads are.
+    HoldWrites,
     /// The write of this number, from 0, and all that follows is never done and never answered.
     Hold(usize),
 }
@@ -53,7 +55,7 @@ struct State {
     writes: usize,
     fault: Fault,
     held: bool,
-    /// Reads without an answer: whom to tell, and what they are known by.
+    /// What has no answer: whom to tell, and what it is known by.
     waiting: Vec<(Arc<Mutex<UnixStream>>, [u8; 8])>,
 }
 
@@ -98,7 +100,7 @@ impl Nbd {
         (state.fault, state.held, state.writes) = (fault, false, 0);
     }
 
-    /// Answers every read that is held with an error. Before it resets a device, QEMU waits for what is under way; a real
+    /// Answers everything that is held with an error. Before it resets a device, QEMU waits for what is under way; a real
     /// controller that is reset forgets it.
     pub fn give_up_reads(&self) {
         let waiting = std::mem::take(&mut lock(&self.shared).waiting);
@@ -127,7 +129,7 @@ impl Nbd {
     }
 
     /// Waits until the write of [`Fault::Hold`] has come: the machine's power is to be cut now. Likewise for the first read
-    /// that [`Fault::HoldReads`] holds.
+    /// that [`Fault::HoldReads`] holds, and the first write or flush that [`Fault::HoldWrites`] does.
     pub fn wait_held(&self, limit: Duration) -> Result<(), LabError> {
         let deadline = Instant::now() + limit;
         let mut state = lock(&self.shared);
@@ -170,27 +172,17 @@ fn talk(mut stream: UnixStream, file: &File, shared: &(Mutex<State>, Condvar)) -
             return Err(io::Error::other("not a request"));
         }
         let mut bytes = vec![0; length as usize];
+        if kind == 1 {
+            stream.read_exact(&mut bytes)?;
+        }
+        if is_held(shared, kind, &answers, cookie) {
+            continue;
+        }
         let mut error = 0;
         match kind {
-            0 => {
-                let mut state = lock(shared);
-                let fault = state.fault;
-                match fault {
-                    Fault::Reads => error = EIO,
-                    Fault::HoldReads => {
-                        state.waiting.push((Arc::clone(&answers), cookie));
-                        state.held = true;
-                        shared.1.notify_all();
-                        continue;
-                    }
-                    Fault::None | Fault::Writes | Fault::Hold(_) => {
-                        drop(state);
-                        file.read_exact_at(&mut bytes, at)?;
-                    }
-                }
-            }
+            0 if lock(shared).fault == Fault::Reads => error = EIO,
+            0 => file.read_exact_at(&mut bytes, at)?,
             1 => {
-                stream.read_exact(&mut bytes)?;
                 match write(file, shared, at, &bytes)? {
                     Done::Written => {}
                     Done::Refused => error = EIO,
@@ -212,6 +204,22 @@ fn talk(mut stream: UnixStream, file: &File, shared: &(Mutex<State>, Condvar)) -
     }
 }
 
+/// Keeps what the fault of now never answers.
+fn is_held(shared: &(Mutex<State>, Condvar), kind: u32, answers: &Arc<Mutex<UnixStream>>, cookie: [u8; 8]) -> bool {
+    let mut state = lock(shared);
+    let holds = match state.fault {
+        Fault::HoldReads => kind == 0,
+        Fault::HoldWrites => matches!(kind, 1 | 3),
+        Fault::None | Fault::Reads | Fault::Writes | Fault::Hold(_) => false,
+    };
+    if holds {
+        state.waiting.push((Arc::clone(answers), cookie));
+        state.held = true;
+        shared.1.notify_all();
+    }
+    holds
+}
+
 enum Done {
     Written,
     Refused,
@@ -227,7 +235,7 @@ fn write(file: &File, shared: &(Mutex<State>, Condvar), at: u64, bytes: &[u8]) -
             shared.1.notify_all();
             return Ok(Done::Held);
         }
-        Fault::None | Fault::Reads | Fault::HoldReads | Fault::Hold(_) => {}
+        Fault::None | Fault::Reads | Fault::HoldReads | Fault::HoldWrites | Fault::Hold(_) => {}
     }
     state.writes += 1;
     if state.keep {

@@ -1,12 +1,12 @@
-//! Disks, side by side: each is read from its beginning for its speed, and read twice at places over its whole length: the
+//! Disks, side by side, and one that hangs is the result of none but itself: each is read from its beginning for its speed, and read twice at places over its whole length: the
 //! same bytes must come both times, from the disk and not from memory. A disk with anything on it is only read. One that is
 //! blank is written to where the release says so, and made blank again.
 
-use super::result;
+use super::{GRACE, result};
 use crate::disk::block::Block;
 use crate::disk::device::Device;
 use crate::disk::layout::{self, Found};
-use crate::inventory::{Root, disks_with_health};
+use crate::inventory::{Root, disks, health_of};
 use kiln_protocol::{Disk, Outcome, TestKind, TestResult, binary_size, decimal_size};
 use kiln_release::AcceptancePlan;
 use ring::digest::{SHA256, digest};
@@ -14,6 +14,9 @@ use std::fs::File;
 use std::io::{Error, Result};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// Read and written at once.
@@ -195,7 +198,7 @@ fn one(disk: &Disk, path: &Path, plan: &AcceptancePlan, within: Duration) -> Tes
 
 pub fn test(plan: &AcceptancePlan, within: Duration) -> Vec<TestResult> {
     let root = Root::of_this_machine();
-    let found = match disks_with_health(&root) {
+    let found = match disks(&root) {
         Ok(found) => found,
         Err(error) => return vec![result(TestKind::Disk, "disks", Outcome::Failed, error, &[])],
     };
@@ -204,15 +207,39 @@ pub fn test(plan: &AcceptancePlan, within: Duration) -> Vec<TestResult> {
         disk.transport == "usb" || says.is_ok_and(|text| text.trim() == "1")
     };
     let disks: Vec<Disk> = found.into_iter().filter(|disk| disk.bytes > 0 && !removable(disk)).collect();
-    let dev = &root.dev;
-    std::thread::scope(|scope| {
-        let tests: Vec<_> = disks
-            .iter()
-            .map(|disk| (disk, scope.spawn(move || one(disk, &dev.join(&disk.name), plan, within))))
-            .collect();
-        let dead = |disk| result(TestKind::Disk, title(disk), Outcome::Failed, "the test of it ended early", &[]);
-        tests.into_iter().map(|(disk, thread)| thread.join().unwrap_or_else(|_| dead(disk))).collect()
+    let (root, plan) = (Arc::new(root), plan.clone());
+    side_by_side(disks, within + GRACE, move |disk| {
+        let disk = Disk { health: health_of(&root, disk), ..disk.clone() };
+        one(&disk, &root.dev.join(&disk.name), &plan, within)
     })
+}
+
+/// Each in a thread of its own. One that does not end in its time is named, and left behind.
+fn side_by_side(
+    disks: Vec<Disk>,
+    within: Duration,
+    work: impl Fn(&Disk) -> TestResult + Clone + Send + 'static,
+) -> Vec<TestResult> {
+    let until = Instant::now() + within;
+    let begun = disks.into_iter().map(|disk| {
+        let (tell, told) = channel();
+        let (work, tested) = (work.clone(), disk.clone());
+        // Without a thread nobody answers, and nobody listens to what comes late.
+        let _ = thread::Builder::new().spawn(move || tell.send(work(&tested)).is_ok());
+        (disk, told)
+    });
+    // Collected before the first answer is waited for: this is what begins them.
+    let begun: Vec<_> = begun.collect();
+    let answers = begun.into_iter().map(|(disk, told)| {
+        told.recv_timeout(until.saturating_duration_since(Instant::now())).unwrap_or_else(|error| {
+            let detail = match error {
+                RecvTimeoutError::Timeout => format!("it gave no answer within {} s: it hangs", within.as_secs()),
+                RecvTimeoutError::Disconnected => "the test of it ended early".to_owned(),
+            };
+            result(TestKind::Disk, title(&disk), Outcome::Failed, detail, &[])
+        })
+    });
+    answers.collect()
 }
 
 #[cfg(test)]
@@ -267,6 +294,33 @@ mod tests {
         assert_eq!(run(Path::new("/nowhere"), &a_disk(), false).outcome, Outcome::Failed);
         let (_dir, path) = file(&[0; 512]);
         assert_eq!(run(&path, &a_disk(), false).outcome, Outcome::Skipped);
+    }
+
+    /// Its thread hangs in the kernel: in a FIFO that nobody writes to.
+    #[test]
+    fn a_disk_that_hangs_is_named_and_the_others_keep_their_results() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let disks = ["vda", "vdb", "vdc"].map(|name| Disk { name: name.into(), ..a_disk() });
+        let hangs = fifo.clone();
+        let results = side_by_side(disks.into(), Duration::from_secs(2), move |disk| {
+            match disk.name.as_str() {
+                "vda" => drop(std::fs::read(&hangs)),
+                "vdb" => panic!("on purpose: the thread of this disk dies"),
+                _ => {}
+            }
+            result(TestKind::Disk, title(disk), Outcome::Passed, "well", &[])
+        });
+        let said: Vec<_> = results.iter().map(|r| (&r.part[..8], r.outcome, r.detail.as_str())).collect();
+        let expected = [
+            ("disk vda", Outcome::Failed, "it gave no answer within 2 s: it hangs"),
+            ("disk vdb", Outcome::Failed, "the test of it ended early"),
+            ("disk vdc", Outcome::Passed, "well"),
+        ];
+        assert_eq!(said, expected);
+        // Its thread ends with the test.
+        std::fs::write(&fifo, "").unwrap();
     }
 
     #[test]

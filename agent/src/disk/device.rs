@@ -2,6 +2,7 @@
 
 use super::block::Block;
 use crate::error::{AgentError, Result};
+use crate::sys;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -63,7 +64,7 @@ impl Block for Device {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.sync_all()
+        sys::flush(&self.file)
     }
 
     fn forget(&self) {

@@ -7,9 +7,10 @@ use super::loader::{self, LOADER, LoaderHold};
 use super::record::Record;
 use super::search::{self, BLOCKS};
 use super::store::{Starts, Store};
+use super::worker::{self, COMMIT, Worker};
 use super::{DiskError, boot_order};
-use crate::change::blocking;
 use crate::error::{AgentError, Result};
+use crate::fetch::Put;
 use crate::sys;
 use kiln_protocol::slot::{Action, Content, Entry, EntryKind, Event, Go, Label, SlotId, SlotState, Slots};
 use kiln_protocol::{ReleaseId, Sha256Hex, Via};
@@ -19,28 +20,127 @@ use std::fs::File;
 use std::io::Read;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::sync::oneshot;
 
 /// So many starts of a good release in a row without its being healthy, and the machine is in safe mode.
 pub const STARTS: u32 = 5;
 /// After so many its root is read back before the next.
 pub const SUSPECT: u32 = 2;
 
-/// The disk, for whoever works on it beside the runtime.
-pub type SharedDisk = Arc<Mutex<MachineDisk>>;
+/// What is said of a commit that gets no answer.
+const COMMITTING: &str = "working on it";
+/// What a slot is flushed after, bytes: nothing that comes later waits long for what was written before.
+const FLUSH: u64 = 16 << 20;
 
-/// Works on it in a thread: a disk may be slow, or hang.
+/// The disk, for whoever works on it beside the runtime.
+#[derive(Clone)]
+pub struct SharedDisk {
+    worker: Worker<MachineDisk>,
+    /// Its slots, as whoever had the last turn left them.
+    slots: Arc<Mutex<Slots>>,
+    /// As long as this is open, nothing else that closes the disk has to wait for it.
+    file: Option<Arc<File>>,
+}
+
+impl SharedDisk {
+    pub fn new(disk: MachineDisk) -> Self {
+        let slots = Arc::new(Mutex::new(disk.slots.clone()));
+        let file = disk.store.disk().file().try_clone().ok().map(Arc::new);
+        let name = disk.name().to_owned();
+        Self { worker: Worker::new(&name, disk), slots, file }
+    }
+
+    /// The disk, open.
+    pub fn file(&self) -> Option<&File> {
+        self.file.as_deref()
+    }
+
+    /// `vda`, `nvme0n1`.
+    pub fn name(&self) -> &str {
+        self.worker.name()
+    }
+
+    /// Its slots, as they are known. Waits for no disk.
+    pub fn slots(&self) -> Slots {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// For the console: the disk and what its slots hold.
+    pub fn describe(&self) -> String {
+        let disk = self.slots().disk;
+        let slots = SlotId::BOTH.map(|slot| {
+            let release = disk.entries_of(slot).next().map_or("-".to_owned(), |e| e.content.release.to_string());
+            format!("{slot:?} {:?} {release}", disk.state(slot))
+        });
+        format!("{}: {}", self.name(), slots.join(", "))
+    }
+}
+
+/// Makes a commit on it beside the runtime: a disk may be slow, or hang. Late is [`DiskError::Late`].
 pub async fn on_disk<T: Send + 'static>(
     disk: &SharedDisk,
     work: impl FnOnce(&mut MachineDisk) -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    let disk = Arc::clone(disk);
-    blocking(move || work(&mut lock(&disk))).await
+    on_disk_within(disk, COMMITTING, COMMIT, work).await
 }
 
-/// For a moment; a thread that panicked leaves what is on the disk, which is read again when a commit fails.
-pub fn lock(disk: &SharedDisk) -> MutexGuard<'_, MachineDisk> {
-    disk.lock().unwrap_or_else(PoisonError::into_inner)
+/// The same with what is said of a disk that gives no answer, and when.
+pub async fn on_disk_within<T: Send + 'static>(
+    disk: &SharedDisk,
+    what: &'static str,
+    patience: Duration,
+    work: impl FnOnce(&mut MachineDisk) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let (slots, (tell, mut told)) = (Arc::clone(&disk.slots), oneshot::channel());
+    // Of one type: the machinery is compiled once.
+    let work: Box<dyn FnOnce(&mut MachineDisk) + Send> = Box::new(move |disk| {
+        let done = work(disk);
+        slots.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&disk.slots);
+        // Nobody listens to what comes late.
+        let _ = tell.send(done);
+    });
+    disk.worker.run(what, patience, work).await?;
+    told.try_recv().expect("work that has ended has told what it did")
+}
+
+/// For work that reads a slot back whole.
+pub async fn read_slot<T: Send + 'static>(
+    disk: &SharedDisk,
+    length: u64,
+    work: impl FnOnce(&mut MachineDisk) -> Result<T> + Send + 'static,
+) -> Result<T> {
+    on_disk_within(disk, "reading a slot back", worker::patience(length), work).await
+}
+
+/// Where a root artifact of this length goes.
+pub async fn place(disk: &SharedDisk, slot: SlotId, length: u64) -> Result<Put> {
+    on_disk(disk, move |disk| Ok(disk.store.fits(slot, length)?)).await?;
+    let disk = disk.clone();
+    let put: Put = Box::new(move |at, bytes| {
+        let disk = disk.clone();
+        let write = move |disk: &mut MachineDisk| disk.write_slot(slot, at, &bytes);
+        Box::pin(async move { on_disk_within(&disk, "writing a slot", COMMIT, write).await })
+    });
+    Ok(put)
+}
+
+/// Whether the loader can start the release with this root hash from these slots: it lies in one, and an entry names it.
+pub fn boots(slots: &Slots, root_hash: &Sha256Hex) -> bool {
+    let disk = &slots.disk;
+    disk.slot_of(root_hash).is_some_and(|slot| {
+        disk.entries_of(slot).any(|entry| matches!(entry.name.kind, EntryKind::Trial(_) | EntryKind::Good))
+    })
+}
+
+/// The good release in the slot beside the one that holds this root hash.
+pub fn good_beside(slots: &Slots, root_hash: &Sha256Hex) -> Option<(SlotId, Content)> {
+    let Slots { disk, floor, .. } = slots;
+    let other = disk.slot_of(root_hash)?.other();
+    let good = |entry: &&Entry| entry.name.kind == EntryKind::Good && entry.content.release.release >= *floor;
+    let newest = disk.entries_of(other).filter(good).max_by_key(|entry| entry.name.sequence)?;
+    disk.is_good(other).then(|| (other, newest.content.clone()))
 }
 
 /// The disk that is used, open.
@@ -119,29 +219,6 @@ impl MachineDisk {
         &self.slots
     }
 
-    /// Whether the loader can start the release with this root hash from here: it lies in a slot, and an entry names
-    /// it.
-    pub fn boots(&self, root_hash: &Sha256Hex) -> bool {
-        let disk = &self.slots.disk;
-        disk.slot_of(root_hash).is_some_and(|slot| {
-            disk.entries_of(slot).any(|entry| matches!(entry.name.kind, EntryKind::Trial(_) | EntryKind::Good))
-        })
-    }
-
-    /// Whether the loader knows the release with this root hash, be its root whole or not.
-    pub fn knows(&self, root_hash: &Sha256Hex) -> bool {
-        self.slots.disk.listed(root_hash).is_some()
-    }
-
-    /// The good release in the slot beside the one that holds this root hash.
-    pub fn good_beside(&self, root_hash: &Sha256Hex) -> Option<(SlotId, Content)> {
-        let Slots { disk, floor, .. } = &self.slots;
-        let other = disk.slot_of(root_hash)?.other();
-        let good = |entry: &&Entry| entry.name.kind == EntryKind::Good && entry.content.release.release >= *floor;
-        let newest = disk.entries_of(other).filter(good).max_by_key(|entry| entry.name.sequence)?;
-        disk.is_good(other).then(|| (other, newest.content.clone()))
-    }
-
     /// Performs what an event asks for; `uki` is the file of the UKI that is put in place. Gives back what is no
     /// commit. When a commit fails, the disk is read anew: what is there counts, not what was meant.
     pub fn event(&mut self, event: Event, uki: Option<&Path>) -> Result<Vec<Action>> {
@@ -181,12 +258,13 @@ impl MachineDisk {
         Ok(self.store.perform(action, uki)?)
     }
 
-    /// Where a root artifact of this length goes: the disk, open, and the slot's first byte on it.
-    pub fn place(&self, slot: SlotId, length: u64) -> Result<(File, u64)> {
-        self.store.fits(slot, length)?;
-        let path = self.store.disk().path();
-        let file = self.store.disk().file().try_clone().map_err(AgentError::file(path))?;
-        Ok((file, self.store.layout.slot(slot).start))
+    /// Writes bytes of a root artifact, from its byte `at` on. What is left of them in memory is little.
+    fn write_slot(&self, slot: SlotId, at: u64, bytes: &[u8]) -> Result<()> {
+        let (start, end) = (self.store.layout.slot(slot).start, at + bytes.len() as u64);
+        let file = self.store.disk().file();
+        let flush = || if at / FLUSH == end / FLUSH { Ok(()) } else { sys::flush(file) };
+        let written = file.write_all_at(bytes, start + at).and_then(|()| flush());
+        Ok(written.map_err(|e| self.store.io("writing a slot", &e))?)
     }
 
     /// Reads a slot back from the disk itself, and recomputes its root.
@@ -380,5 +458,24 @@ impl MachineDisk {
     pub fn keep_record(&mut self, root_hash: &Sha256Hex, record: &Record) -> Result<()> {
         let bytes = serde_json::to_vec(record).expect("a map of strings always becomes JSON");
         Ok(self.store.keep_record(root_hash, &bytes)?)
+    }
+}
+
+#[cfg(test)]
+impl MachineDisk {
+    /// A new file as the disk of a machine on which this release is on trial. Its slot is empty.
+    pub fn on_trial(path: &Path, manifest: &Manifest, uki: &Path) -> Self {
+        let settings = DiskSettings { esp: 64 << 20, slot: 16 << 20, state: 36 << 20, ..DiskSettings::default() };
+        let size = 140 << 20;
+        File::create_new(path).unwrap().set_len(size).unwrap();
+        let layout = Layout::new(size, &settings, "lab").unwrap();
+        let mut store = Store::open(Device::open(path).unwrap(), layout, true, "sda").unwrap();
+        let slots = Slots::new(store.read().unwrap(), 0);
+        let mut disk = Self { store, slots, starts: None };
+        let assign = Event::Assign(content(manifest).unwrap(), 4, Go::Here(Via::Cold));
+        for event in [assign, Event::Fetched, Event::Granted] {
+            disk.event(event, Some(uki)).unwrap();
+        }
+        disk
     }
 }

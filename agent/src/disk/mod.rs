@@ -20,6 +20,7 @@ pub mod show;
 pub mod store;
 #[cfg(test)]
 mod tests;
+pub mod worker;
 
 /// Why there is no disk to use.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

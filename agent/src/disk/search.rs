@@ -15,7 +15,7 @@ pub(super) const BLOCKS: &str = "/sys/class/block";
 /// No disks: memory, tapes, floppies, and what is made of other devices.
 const NO_DISKS: [&str; 8] = ["loop", "ram", "zram", "dm-", "md", "sr", "fd", "nbd"];
 /// So long a disk has to show what is on it: twice what the 1 152 reads of a blank spinning one take.
-const LOOKS: Duration = Duration::from_secs(20);
+pub const LOOKS: Duration = Duration::from_secs(20);
 const LOOKING: &str = "looking at it";
 /// So long the one that is used has to be opened, and partitioned where it is new.
 pub const OPENS: Duration = Duration::from_secs(60);

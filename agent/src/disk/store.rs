@@ -67,7 +67,7 @@ impl<B: Block> Store<B> {
         Ok(store)
     }
 
-    fn io(&self, what: &'static str, error: &io::Error) -> DiskError {
+    pub(super) fn io(&self, what: &'static str, error: &io::Error) -> DiskError {
         DiskError::Io { disk: self.name.clone(), what, reason: error.to_string() }
     }
 

@@ -1,10 +1,12 @@
 //! Downloads from servers that mean no good, over real sockets. What differs from the agent's own patience is the scale.
 
 use super::*;
+use crate::disk::worker::Worker;
 use crate::facts;
 use crate::testing::web::{self, Happened};
 use std::collections::BTreeMap;
 use std::net::TcpStream as Socket;
+use std::os::unix::fs::FileExt;
 use std::process::Command;
 use std::sync::mpsc::Receiver;
 use tokio::runtime::{Builder, Runtime};
@@ -356,9 +358,13 @@ fn a_prefetch_takes_no_more_of_the_link_than_it_may() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("disk");
     let disk = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
-    let place = (disk.try_clone().unwrap(), 4096);
+    let slot = disk.try_clone().unwrap();
+    let put: Put = Box::new(move |at, bytes| {
+        let written = slot.write_all_at(&bytes, 4096 + at).map_err(AgentError::system("writing"));
+        Box::pin(std::future::ready(written))
+    });
     let uki = dir.path().join("next.efi");
-    let onto = Download::onto(expected.clone(), place, &Arc::default());
+    let onto = Download::onto(expected.clone(), put, &Arc::default());
     for download in [onto, Download::new(expected, Some(&uki), &Arc::default()).unwrap()] {
         let mut download = download.capped(Some(256 << 10));
         let begun = Instant::now();
@@ -371,6 +377,44 @@ fn a_prefetch_takes_no_more_of_the_link_than_it_may() {
     let mut got = vec![0; bytes.len()];
     disk.read_exact_at(&mut got, 4096).unwrap();
     assert!(got == bytes);
+}
+
+/// The disk's thread hangs, and a report goes out meanwhile: one thread has the runtime.
+#[test]
+fn a_slot_that_hangs_holds_up_nothing_and_what_was_dropped_in_its_turn_is_written_anew() {
+    let (bytes, expected) = content((3 << 20) + 5000);
+    let path = format!("/a/{}", expected.sha256);
+    let (http, hear) = web::honest([(path[1..].to_owned(), bytes.clone())].into(), BTreeMap::new());
+    let slot = tempfile::tempfile().unwrap();
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let (begins, mut begun) = tokio::sync::mpsc::unbounded_channel();
+    let worker = Worker::new("sda", (slot.try_clone().unwrap(), wait));
+    let put: Put = Box::new(move |at, bytes| {
+        let (worker, begins) = (worker.clone(), begins.clone());
+        Box::pin(async move {
+            let write = move |(slot, wait): &mut (File, Receiver<()>)| {
+                begins.send(()).unwrap();
+                // The channel's end is what is waited for.
+                assert!(wait.recv().is_err());
+                slot.write_all_at(&bytes, at)
+            };
+            let written = worker.run("writing a slot", Duration::from_secs(60), write).await?;
+            written.map_err(AgentError::system("writing"))
+        })
+    });
+    runtime().block_on(async {
+        let mut download = Download::onto(expected, put, &Arc::default());
+        tokio::select! {
+            _ = download.run(&http) => panic!("it hangs"),
+            began = begun.recv() => assert!(began.is_some()),
+        }
+        drop(go);
+        download.run(&http).await.unwrap();
+    });
+    let mut got = vec![0; bytes.len()];
+    slot.read_exact_at(&mut got, 0).unwrap();
+    assert!(got == bytes && slot.metadata().unwrap().len() == bytes.len() as u64);
+    assert_eq!(hear.try_iter().filter(|h| *h == Happened::Asked(path.clone(), 0)).count(), 2, "from its beginning");
 }
 
 /// As a UKI that is wrong on the disk is fetched anew.

@@ -10,6 +10,7 @@ pub use embedded::{embedded, parse_boot_info, running_command_line, secure_boot}
 use crate::change::Otherwise;
 use crate::coldplug::{After, Drivers};
 use crate::disk::machine::{self, on_disk};
+use crate::disk::store::Starts;
 use crate::error::{AgentError, FailureClass, Result};
 use crate::flow::{Flow, RESTART_PAUSE};
 use crate::journal::{JournalState, boot_id, monotonic_ms};
@@ -209,10 +210,15 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
     let disk = local::open_disk(flow).await;
     let root_hash = flow.journal.embedded.root_hash.clone();
     let mut network = Network::start(flow);
-    if let Some(disk) = disk.clone().filter(|disk| machine::lock(disk).boots(&root_hash)) {
-        local::tell_fallback(flow, &machine::lock(&disk));
+    if let Some(disk) = disk.clone().filter(|disk| machine::boots(&disk.slots(), &root_hash)) {
+        local::tell_fallback(flow, &disk);
         let (root_hash, sequence) = (root_hash.clone(), flow.verifier.memory.sequence);
-        let starts = on_disk(&disk, move |disk| Ok(disk.count_start(&root_hash, sequence))).await?;
+        let counted = on_disk(&disk, move |disk| Ok(disk.count_start(&root_hash, sequence))).await;
+        // A disk that hangs costs the count, not the boot.
+        let starts = counted.unwrap_or_else(|error| {
+            println!("kiln-agent: the start is not counted: {error}");
+            Starts::default()
+        });
         if starts.count >= machine::STARTS {
             if local::leave_loop(flow, &disk, starts).await {
                 restart();
@@ -238,7 +244,7 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
             Err(_) => format!("no word of it within {} s", local::PATIENCE.as_secs()),
         };
         println!("kiln-agent: the boot server does not decide this boot ({error}); the release in the slot starts");
-        let verified = local::recorded(flow, &disk)?;
+        let verified = local::recorded(flow, &disk).await?;
         return Box::pin(start(flow, drivers, verified, network.uplink(), Some(disk))).await;
     }
     network.connect(flow, drivers).await?;
@@ -256,7 +262,9 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
             Plan::Stay => return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await,
             // The loader started it, and would again after a cold boot: its root is fetched anew, and the running
             // system goes on from there.
-            Plan::Change(release) if disk.as_ref().is_some_and(|disk| machine::lock(disk).knows(&root_hash)) => {
+            Plan::Change(release)
+                if disk.as_ref().is_some_and(|disk| disk.slots().disk.listed(&root_hash).is_some()) =>
+            {
                 println!("kiln-agent: {release} is assigned; {here} is mended in its slot first");
                 return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await;
             }

@@ -4,8 +4,8 @@ use super::secure_boot;
 use super::switch_root::{NEW_ROOT, switch_root};
 use crate::change::blocking;
 use crate::coldplug::Drivers;
-use crate::disk::machine::{SharedDisk, on_disk};
-use crate::disk::{DiskError, data, loader};
+use crate::disk::machine::{MachineDisk, SharedDisk, on_disk, on_disk_within};
+use crate::disk::{DiskError, data, loader, worker};
 use crate::error::{AgentError, ROOT, Result};
 use crate::fetch::Expected;
 use crate::flow::Flow;
@@ -22,11 +22,12 @@ use std::convert::Infallible;
 use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
-use tokio::time::timeout;
 
 /// The root artifact as it was downloaded, in a tmpfs that moves to the new root's /run. One that crossed a kexec stays
 /// where the kernel unpacked it: it is memory there as well, and a copy would be twice as much.
 const ROOT_FILE: &str = "/run/kiln/root";
+/// So long a disk has to open the data, and to make its file system where it is new.
+const DATA_OPENS: Duration = Duration::from_secs(10 * 60);
 
 /// A disk that gives no answer within this does not count the start.
 const COUNTS: Duration = Duration::from_secs(20);
@@ -53,6 +54,7 @@ pub(super) async fn start(
             drivers.load(module);
         }
     }
+    let mut failed = None;
     if let Some(disk) = disk {
         match local::install_here(flow, &verified, &disk).await {
             Ok(slot) => {
@@ -60,8 +62,11 @@ pub(super) async fn start(
                 through_firmware(flow).await;
                 return start_slot(flow, verified, uplink, &disk, slot).await;
             }
-            // A disk that fails costs the slots, not the boot.
-            Err(error) => flow.journal.failed(Stage::Root, &error, 1, Some(Duration::ZERO)),
+            // A disk that fails costs the slots, not the boot. It stays open: one that hangs would hold up whoever closes it.
+            Err(error) => {
+                flow.journal.failed(Stage::Root, &error, 1, Some(Duration::ZERO));
+                failed = Some(disk);
+            }
         }
     }
     let expected =
@@ -85,10 +90,12 @@ pub(super) async fn start(
     flow.journal.started(Stage::Verity);
     let boot = &flow.verifier.boot;
     let device = verity::open(&root, &verified.manifest.verity, &boot.root_hash, secure_boot(boot))?;
-    mount_and_leave(flow, verified, uplink, &device, None, None).await
+    mount_root(&device)?;
+    leave(flow, verified, uplink, None, failed.as_ref()).await
 }
 
-/// The same from a slot. A root that cannot be mounted is told to the slots: the next boot is another's.
+/// The same from a slot. A root that cannot be mounted is told to the slots: the next boot is another's. Where the disk gives no
+/// answer this boot ends.
 async fn start_slot(
     flow: &mut Flow,
     verified: Verified,
@@ -97,12 +104,19 @@ async fn start_slot(
     slot: SlotId,
 ) -> Result<Infallible> {
     flow.journal.started(Stage::Verity);
-    let (name, device) = on_disk(disk, move |disk| Ok((disk.name().to_owned(), disk.device(slot)?))).await?;
-    let params = verified.manifest.verity.clone();
-    let (boot, place) = (&flow.verifier.boot, device.display().to_string());
-    let device = verity::open_device(&place, &params, &boot.root_hash, secure_boot(boot))?;
-    let on = OnDisk { name, via: kexec::started_this() };
-    let error = match mount_and_leave(flow, verified, uplink, &device, Some(on), Some(disk)).await {
+    let (params, root_hash) = (verified.manifest.verity.clone(), flow.verifier.boot.root_hash.clone());
+    let secure_boot = secure_boot(&flow.verifier.boot);
+    let device = on_disk(disk, move |disk| disk.device(slot)).await?.display().to_string();
+    let place = device.clone();
+    let mounted = on_disk_within(disk, "mounting the root", worker::COMMIT, move |_| {
+        mount_root(&verity::open_device(&device, &params, &root_hash, secure_boot)?)
+    });
+    let on = OnDisk { name: disk.name().to_owned(), via: kexec::started_this() };
+    let left = match mounted.await {
+        Ok(()) => leave(flow, verified, uplink, Some(on), Some(disk)).await,
+        Err(error) => Err(error),
+    };
+    let error = match left {
         Ok(never) => match never {},
         Err(error) => error,
     };
@@ -115,18 +129,22 @@ async fn start_slot(
     Err(error)
 }
 
-async fn mount_and_leave(
-    flow: &mut Flow,
-    verified: Verified,
-    uplink: Option<Uplink>,
-    device: &str,
-    on: Option<OnDisk>,
-    disk: Option<&SharedDisk>,
-) -> Result<Infallible> {
+fn mount_root(device: &str) -> Result<()> {
     std::fs::create_dir_all(NEW_ROOT).map_err(AgentError::file(NEW_ROOT))?;
     let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
     mount(Some(device), NEW_ROOT, Some("erofs"), flags, None::<&str>)
-        .map_err(AgentError::system(format!("mounting {device}")))?;
+        .map_err(AgentError::system(format!("mounting {device}")))
+}
+
+/// From the mounted root to its init. `open` is the disk that was opened, whether the root lies `on` it or not.
+async fn leave(
+    flow: &mut Flow,
+    verified: Verified,
+    uplink: Option<Uplink>,
+    on: Option<OnDisk>,
+    open: Option<&SharedDisk>,
+) -> Result<Infallible> {
+    let disk = open.filter(|_| on.is_some());
     let running = verity::running_root_hash()?;
     if running != flow.verifier.boot.root_hash {
         return Err(AgentError::RunningRoot { expected: flow.verifier.boot.root_hash.clone(), got: running });
@@ -169,16 +187,16 @@ async fn mount_and_leave(
     })
     .await?;
     if let Some(disk) = disk {
-        let counted = on_disk(disk, |disk| {
+        let counted = on_disk_within(disk, "counting the start", COUNTS, |disk| {
             disk.hands_over();
             Ok(())
         });
-        if timeout(COUNTS, counted).await.is_err() {
-            println!("kiln-agent: the start is not counted: the disk gives no answer");
+        if let Err(error) = counted.await {
+            println!("kiln-agent: the start is not counted: {error}");
         }
     }
     log::hand_over()?;
-    switch_root()
+    switch_root(open)
 }
 
 /// What the image keeps over reimages, if it keeps anything.
@@ -217,7 +235,8 @@ async fn open_data(boot: &BootInfo, disk: Option<&SharedDisk>) -> Option<String>
         None => Err(DiskError::NoDisk.into()),
         Some(disk) => {
             let vouches = secure_boot(boot).vouches();
-            on_disk(disk, move |disk| data::open(disk, &settings, Path::new(NEW_ROOT), vouches)).await
+            let open = move |disk: &mut MachineDisk| data::open(disk, &settings, Path::new(NEW_ROOT), vouches);
+            on_disk_within(disk, "opening the data", DATA_OPENS, open).await
         }
     };
     let error = opened.err()?;

@@ -1,17 +1,22 @@
 //! The last step of the initramfs.
 
+use crate::disk::machine::SharedDisk;
 use crate::error::{AgentError, Result};
+use crate::sys;
 use nix::mount::{MsFlags, mount};
 use std::convert::Infallible;
 use std::ffi::CString;
+use std::time::Duration;
 
 /// Where the verified root is mounted before the hand-over.
 pub(super) const NEW_ROOT: &str = "/newroot";
 /// The image's own init.
 const NEXT_INIT: &str = "/sbin/init";
+/// So long the kernel has to end this program's threads.
+const HAND_OVER: Duration = Duration::from_secs(60);
 
-/// Moves the mounts, frees the initramfs, and gives the machine to the image's init.
-pub(super) fn switch_root() -> Result<Infallible> {
+/// Moves the mounts, frees the initramfs, and gives the machine to the image's init. `disk` is the one that was used, be it hung.
+pub(super) fn switch_root(disk: Option<&SharedDisk>) -> Result<Infallible> {
     let step = |what: &str| AgentError::system(what.to_owned());
     for dir in ["/dev", "/proc", "/sys", "/run"] {
         let target = format!("{NEW_ROOT}{dir}");
@@ -23,6 +28,9 @@ pub(super) fn switch_root() -> Result<Infallible> {
     mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>).map_err(step("moving the root"))?;
     nix::unistd::chroot(".").map_err(step("chroot"))?;
     std::env::set_current_dir("/").map_err(AgentError::file("/"))?;
+    if let Err(error) = sys::reset_unless_gone(HAND_OVER, disk.and_then(SharedDisk::file)) {
+        println!("kiln-agent: nothing restarts this machine if a disk holds up the hand-over: {error}");
+    }
     let init = CString::new(NEXT_INIT).expect("a constant without NUL");
     match nix::unistd::execv(&init, &[&init]) {
         Err(errno) => Err(step(NEXT_INIT)(errno)),

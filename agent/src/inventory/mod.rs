@@ -12,12 +12,12 @@ mod task;
 mod tests;
 
 pub use lldp::Neighbours;
-pub use sysfs::nics;
+pub use sysfs::{disks, nics};
 pub use task::keep;
 
 use crate::error::{AgentError, Result};
 use crate::{facts, sys};
-use kiln_protocol::{Disk, INVENTORY_VERSION, Inventory, SMBIOS_LIMIT, Unread, parse_smbios};
+use kiln_protocol::{Disk, DiskHealth, INVENTORY_VERSION, Inventory, SMBIOS_LIMIT, Unread, parse_smbios};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -73,12 +73,17 @@ pub fn take(root: &Root, neighbours: &Neighbours) -> Inventory {
 }
 
 /// Disks, with their own word on their health.
-pub fn disks_with_health(root: &Root) -> std::result::Result<Vec<Disk>, String> {
-    let mut disks = sysfs::disks(root)?;
+fn disks_with_health(root: &Root) -> std::result::Result<Vec<Disk>, String> {
+    let mut disks = disks(root)?;
     for disk in &mut disks {
-        disk.health = health::ask(&root.dev, disk);
+        disk.health = health_of(root, disk);
     }
     Ok(disks)
+}
+
+/// A disk's own word on its health, if it has one.
+pub fn health_of(root: &Root, disk: &Disk) -> Option<DiskHealth> {
+    health::ask(&root.dev, disk)
 }
 
 /// `kiln-agent inventory`: prints it as JSON; with `--listen` after so many seconds in which switches may name

@@ -4,8 +4,7 @@
 
 use super::{Event, Proof, Service};
 use crate::change;
-use crate::disk::DiskError;
-use crate::disk::machine::{self, MachineDisk, SharedDisk, on_disk};
+use crate::disk::machine::{self, MachineDisk, SharedDisk, on_disk_within};
 use crate::error::{AgentError, Result};
 use crate::verifier::Verifier;
 use kiln_protocol::ReleaseId;
@@ -17,7 +16,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::Mutex;
-use tokio::time::timeout;
 
 /// Between two looks.
 const EVERY: Duration = Duration::from_secs(24 * 3600);
@@ -126,9 +124,5 @@ async fn in_time<T: Send + 'static>(
     disk: &SharedDisk,
     work: impl FnOnce(&mut MachineDisk) -> Result<T> + Send + 'static,
 ) -> Result<T> {
-    let late = |_| {
-        let reason = format!("no answer within {} s", READS.as_secs());
-        Err(DiskError::Late { disk: "its disk".to_owned(), what: "looking at what it starts from", reason }.into())
-    };
-    timeout(READS, on_disk(disk, work)).await.unwrap_or_else(late)
+    on_disk_within(disk, "looking at what it starts from", READS, work).await
 }

@@ -30,6 +30,7 @@ use kiln_protocol::{
 };
 use leave::Door;
 use next::{ORDER_PAUSE, Selects, claimed, claimed_settings};
+use slots::Proving;
 use std::collections::BTreeMap;
 use std::future::pending;
 use std::path::PathBuf;
@@ -177,6 +178,7 @@ impl Service {
         let mut job: Option<Job> = None;
         let mut wipe: Option<Check> = None;
         let mut dbx: Option<Listing> = None;
+        let mut proving: Option<Proving> = None;
         let exec = self.exec.clone();
         let mut hooks: Option<Hooks> = None;
         let mut look = self.watch.look();
@@ -235,6 +237,13 @@ impl Service {
                     self.dbx = Some((state, Instant::now()));
                     Event::News
                 }
+                told = maybe(&mut proving) => {
+                    proving = None;
+                    if self.proved(told) {
+                        break 'service true;
+                    }
+                    Event::Time
+                }
                 wrong = maybe(&mut files) => {
                     files = None;
                     self.saw_files(wrong)
@@ -258,9 +267,7 @@ impl Service {
             }
             if let Event::Checked(health) = &event {
                 self.look_for_disk();
-                if self.prove(health.healthy).await {
-                    break 'service true;
-                }
+                proving = proving.or_else(|| self.prove(health.healthy));
             }
             files = files.or_else(|| self.look_at_files());
             let jitter = random().map_or(0, |bytes| bytes[0]);
@@ -287,7 +294,7 @@ impl Service {
             }
         };
         // What is not polled any more keeps the locks that it holds: none of it may be there while the machine leaves.
-        drop((round, post, job, wipe, dbx, selects, files));
+        drop((round, post, job, wipe, dbx, proving, selects, files));
         self.leave(cold).await
     }
 
@@ -303,7 +310,7 @@ impl Service {
             }
         }
         let (verifier, here) = (Rc::clone(&self.verifier), self.here.clone());
-        let good = self.disk.as_ref().and_then(|disk| crate::disk::machine::lock(disk).slots().disk.newest_good());
+        let good = self.disk.as_ref().and_then(|disk| disk.slots().disk.newest_good());
         let disk = self.disk.clone();
         Some(Box::pin(async move {
             let mut verifier = verifier.lock().await;

@@ -3,7 +3,7 @@
 
 use super::duty::{Event, Target, Trouble, Wanted};
 use super::{Check, Done, Job, Service};
-use crate::change::{self, Prefetch, Ready, blocking};
+use crate::change::{self, Prefetch};
 use crate::error::AgentError;
 use crate::plan::{self, Plan};
 use crate::verifier::{Answer, Verifier};
@@ -153,8 +153,10 @@ impl Service {
     pub(super) fn load(&self) -> Job {
         let (ready, has_disk) = (self.ready.clone(), self.disk.is_some());
         Box::pin(async move {
-            let load = move |ready: &Ready| change::load(ready, ready.otherwise(has_disk));
-            let loaded = blocking(move || ready.as_deref().map_or(Ok(()), load)).await;
+            let loaded = match &ready {
+                Some(ready) => change::load(ready, ready.otherwise(has_disk)).await,
+                None => Ok(()),
+            };
             Event::Loaded(loaded.err().map(|error| trouble(Stage::Going, &error, false))).into()
         })
     }

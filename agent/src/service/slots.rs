@@ -4,44 +4,50 @@
 use super::{Proof, Service};
 use crate::dbx;
 use crate::disk::DiskError;
-use crate::disk::machine::{SharedDisk, on_disk};
+use crate::disk::machine::on_disk;
+use crate::error::Result;
 use kiln_protocol::{BootFirst, Stage, slot};
+use std::pin::Pin;
 use std::time::Duration;
-use tokio::time::timeout;
+use tokio::time::sleep;
 
 /// A trial that is not healthy so long after the service's start leaves; the server's own limit is the same.
 const TRIAL: Duration = Duration::from_secs(15 * 60);
-/// Longest wait for a disk's commit.
+/// Longest wait for a disk while the system is left.
 pub(super) const DISK_DEADLINE: Duration = Duration::from_secs(20);
+/// A disk that did not take it is asked again after so long.
+const AGAIN: Duration = Duration::from_secs(30);
+
+/// What the slots are told of the release that runs, on its way: whether it is healthy, and what they make of it.
+pub(super) type Proving = Pin<Box<dyn Future<Output = (bool, Result<Vec<slot::Action>>)>>>;
 
 impl Service {
-    /// Tells the slots that the release that runs is healthy, or that it is late. Whether it must leave.
-    pub(super) async fn prove(&mut self, healthy: bool) -> bool {
-        let (Some(disk), Proof::Trial(since)) = (self.disk.clone(), self.proven) else { return false };
+    /// Tells the slots that the release that runs is healthy, or that it is late. One at a time, and nothing waits for it.
+    pub(super) fn prove(&self, healthy: bool) -> Option<Proving> {
+        let (Some(disk), Proof::Trial(since)) = (self.disk.clone(), self.proven) else { return None };
         let event = match healthy {
             true => slot::Event::Healthy,
             false if since.elapsed() >= TRIAL => slot::Event::Late,
-            false => return false,
+            false => return None,
         };
-        let done = timeout(DISK_DEADLINE, on_disk(&disk, move |disk| disk.event(event, None))).await;
-        match done {
-            Ok(Ok(actions)) => {
-                if healthy {
-                    self.proven = Proof::Good;
-                    self.started_well(&disk).await;
-                    eprintln!("kiln-agent: {} is healthy: {}", self.here, crate::disk::machine::lock(&disk).describe());
+        let (root_hash, here) = (self.journal.embedded.root_hash.clone(), self.here.clone());
+        Some(Box::pin(async move {
+            let told = on_disk(&disk, move |disk| {
+                let actions = disk.event(event, None)?;
+                if healthy && let Err(error) = disk.forget_starts(&root_hash) {
+                    eprintln!("kiln-agent: the starts of this release stay counted: {error}");
                 }
-                actions.iter().any(|action| matches!(action, slot::Action::Leave(_)))
+                Ok(actions)
+            });
+            let told = told.await;
+            if let Err(error) = &told {
+                eprintln!("kiln-agent: the boot loader cannot be told how this release is: {error}");
+                sleep(AGAIN).await;
+            } else if healthy && let Err(error) = dbx::mend_loader(&disk, &here).await {
+                eprintln!("kiln-agent: the boot loader on the disk stays as it is: {error}");
             }
-            Ok(Err(error)) => {
-                eprintln!("kiln-agent: the boot loader cannot be told that this release is good: {error}");
-                false
-            }
-            Err(_) => {
-                eprintln!("kiln-agent: the disk gives no answer");
-                false
-            }
-        }
+            (healthy, told)
+        }))
     }
 
     /// Whether the disk that this system runs from is still in the machine: the kernel forgets one that is pulled out. Without it the
@@ -54,19 +60,20 @@ impl Service {
         self.journal.failed(Stage::Service, &DiskError::Gone { disk }.into(), 1, Some(Duration::ZERO));
     }
 
-    /// What failed here before may be told no more, the count of starts ends, and a loader that the firmware refuses is replaced.
-    async fn started_well(&mut self, disk: &SharedDisk) {
-        let root_hash = self.journal.embedded.root_hash.clone();
-        let done = timeout(DISK_DEADLINE, on_disk(disk, move |disk| disk.forget_starts(&root_hash))).await;
-        if let Ok(Err(error)) = done {
-            eprintln!("kiln-agent: the starts of this release stay counted: {error}");
+    /// What they made of it. Whether this release must leave.
+    pub(super) fn proved(&mut self, (healthy, told): (bool, Result<Vec<slot::Action>>)) -> bool {
+        let Ok(actions) = told else { return false };
+        if healthy {
+            self.proven = Proof::Good;
+            if let Some(disk) = &self.disk {
+                // What failed here before may be told no more.
+                if disk.slots().disk.fallback().is_none() {
+                    self.journal.fallback = None;
+                }
+                eprintln!("kiln-agent: {} is healthy: {}", self.here, disk.describe());
+            }
         }
-        if crate::disk::machine::lock(disk).slots().disk.fallback().is_none() {
-            self.journal.fallback = None;
-        }
-        if let Err(error) = dbx::mend_loader(disk, &self.here).await {
-            eprintln!("kiln-agent: the boot loader on the disk stays as it is: {error}");
-        }
+        actions.iter().any(|action| matches!(action, slot::Action::Leave(_)))
     }
 
     /// The firmware's boot order is the role's.
@@ -81,8 +88,8 @@ impl Service {
         }
     }
 
-    /// The loader shall not hear of what was installed and is no longer wanted. In a thread of its own: nothing waits
-    /// for it, and the next install calls off what is left.
+    /// The loader shall not hear of what was installed and is no longer wanted. Nothing waits for it, and the next install
+    /// calls off what is left.
     pub(super) fn call_off(&self) {
         if let Some(disk) = self.disk.clone() {
             tokio::spawn(async move {

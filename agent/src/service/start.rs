@@ -6,7 +6,7 @@ use super::secrets::Secrets;
 use super::watch::Watch;
 use crate::api::Api;
 use crate::change;
-use crate::disk::machine::{MachineDisk, SharedDisk};
+use crate::disk::machine::{MachineDisk, SharedDisk, on_disk};
 use crate::disk::search;
 use crate::error::{AgentError, Result};
 use crate::handoff::{Handoff, OnDisk};
@@ -20,7 +20,6 @@ use crate::{console, exec, facts, init, inventory, local, log, restart, tpm, upl
 use kiln_protocol::{MachineId, RunningRelease, Stage, slot};
 use kiln_release::{BootInfo, EXEC_PATH};
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 /// Runs until the machine leaves for another release.
@@ -63,12 +62,11 @@ async fn serve() -> Result<()> {
     }
     log::take_over();
     tokio::spawn(log::follow());
-    let watch = Watch::of(&handoff.manifest, disk.clone());
+    let watch = Watch::of(&handoff.manifest, disk.clone()).await;
     let uplink = handoff.uplink.clone();
     let lives_on = handoff.disk.as_ref().map(|on| Path::new("/sys/class/block").join(&on.name));
-    let (verifier, mut journal) = resume(handoff, place, resumed, disk.as_ref())?;
-    journal.fallback =
-        disk.as_ref().and_then(|disk| local::fallback(&verifier.memory, &crate::disk::machine::lock(disk)));
+    let (verifier, mut journal) = resume(handoff, place, resumed, disk.as_ref()).await?;
+    journal.fallback = disk.as_ref().and_then(|disk| local::fallback(&verifier.memory, disk));
     let site = &verifier.boot.site;
     let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, &verifier.key, &verifier.clock)?;
     let api = api.pinned(&verifier.pins);
@@ -105,7 +103,7 @@ async fn slots(handoff: &Handoff, floor: u64) -> Option<SharedDisk> {
         let mut disk = MachineDisk::reopen(&disk, &boot, floor)?;
         let root_hash = init::embedded(&boot)?.root_hash;
         disk.event(slot::Event::Started(root_hash, via), None)?;
-        Ok::<_, AgentError>(Arc::new(std::sync::Mutex::new(disk)))
+        Ok::<_, AgentError>(SharedDisk::new(disk))
     };
     let opened = search::in_time(&name, search::OPENING, search::OPENS, open).await;
     let opened = opened.map_err(AgentError::from).flatten();
@@ -128,7 +126,12 @@ fn forget_an_earlier_start() {
     }
 }
 
-fn resume(handoff: Handoff, place: Place, resumed: Resumed, disk: Option<&SharedDisk>) -> Result<(Verifier, Journal)> {
+async fn resume(
+    handoff: Handoff,
+    place: Place,
+    resumed: Resumed,
+    disk: Option<&SharedDisk>,
+) -> Result<(Verifier, Journal)> {
     let Identity { key, lost } = place.key()?;
     let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
     machine.protection = init::secure_boot(&handoff.boot).class();
@@ -178,8 +181,9 @@ fn resume(handoff: Handoff, place: Place, resumed: Resumed, disk: Option<&Shared
         None if handoff.disk.is_some() => u64::MAX,
         None => handoff.sequence,
         Some(disk) => {
-            let order = crate::disk::machine::lock(disk).put_up(&journal.embedded.root_hash);
-            verifier.memory.sequence_of(order).unwrap_or(0)
+            let root_hash = journal.embedded.root_hash.clone();
+            let order = on_disk(disk, move |disk| Ok(disk.put_up(&root_hash))).await;
+            order.ok().and_then(|order| verifier.memory.sequence_of(order)).unwrap_or(0)
         }
     };
     Ok((verifier, journal))

@@ -41,10 +41,10 @@ pub struct Watch {
 
 impl Watch {
     /// Of the release that runs.
-    pub fn of(manifest: &Manifest, disk: Option<SharedDisk>) -> Self {
+    pub async fn of(manifest: &Manifest, disk: Option<SharedDisk>) -> Self {
         let root = Root { hash: verity::running_root_hash, is_corrupted: verity::is_corrupted };
         let looker = Looker::new(manifest.clone(), root, "");
-        let keeper = Keeper::open(Some(Path::new(spool::PLACE)), disk);
+        let keeper = Keeper::open_on(Path::new(spool::PLACE), disk).await;
         Self { looker: Some(looker), ..Self::new(keeper, manifest.hooks.clone(), "/") }
     }
 

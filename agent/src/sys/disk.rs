@@ -1,6 +1,6 @@
 //! What is asked of disks: to forget, and by NVMe and SCSI how they are.
 
-use super::raw_ioctl;
+use super::{close_all_but, raw_ioctl};
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::AsRawFd;
@@ -31,6 +31,39 @@ pub fn forget_buffers(disk: &File) -> Result<()> {
     match unsafe { blk_flsbuf(disk.as_raw_fd()) } {
         Ok(_) | Err(nix::errno::Errno::ENOTTY) => Ok(()),
         Err(errno) => Err(errno.into()),
+    }
+}
+
+/// `fsync(2)` of an open disk, by a process of its own. Whoever waits for a disk that hangs is woken by no signal, and a thread of
+/// PID 1 that is held so would hold the hand-over to the image's init: execve(2) first ends all other threads, and waits for them.
+/// The wait for a process ends with a signal.
+pub fn flush(disk: &File) -> Result<()> {
+    // SAFETY: the child makes system calls and ends: nothing that a lock of another thread could hold up (signal-safety(7)).
+    let child = unsafe {
+        match libc::fork() {
+            0 => {
+                close_all_but([disk.as_raw_fd(); 2]);
+                let failed = libc::fsync(disk.as_raw_fd()) != 0;
+                libc::_exit(if failed { Error::last_os_error().raw_os_error().unwrap_or(libc::EIO) } else { 0 })
+            }
+            child => child,
+        }
+    };
+    if child < 0 {
+        return Err(Error::last_os_error());
+    }
+    let mut status = 0;
+    // SAFETY: the child is this function's own, and nobody else waits for it; `status` is the int that is written.
+    while unsafe { libc::waitpid(child, &raw mut status, 0) } < 0 {
+        let error = Error::last_os_error();
+        if error.kind() != ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    match (libc::WIFEXITED(status), libc::WEXITSTATUS(status)) {
+        (true, 0) => Ok(()),
+        (true, errno) => Err(Error::from_raw_os_error(errno)),
+        (false, _) => Err(Error::other("what flushes the disk was killed")),
     }
 }
 
@@ -168,5 +201,14 @@ mod tests {
     fn the_layout_is_the_kernels() {
         assert_eq!(size_of::<NvmePassthru>(), 72);
         assert_eq!(size_of::<SgIoHdr>(), 88);
+    }
+
+    #[test]
+    fn a_flush_says_what_the_kernel_says_of_it() {
+        flush(&tempfile::tempfile().unwrap()).unwrap();
+        let (_reader, writer) = std::io::pipe().unwrap();
+        // A pipe has nothing to be flushed to (fsync(2), EINVAL).
+        let refused = flush(&File::from(std::os::fd::OwnedFd::from(writer))).unwrap_err();
+        assert_eq!(refused.raw_os_error(), Some(libc::EINVAL));
     }
 }

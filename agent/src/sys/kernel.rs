@@ -1,9 +1,11 @@
 //! Modules, kexec, the clock, the watchdog, keys and descriptors.
 
+use super::close_all_but;
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 
 /// `finit_module(2)` of a `.ko` or of one compressed as the kernel itself can read, with its parameters.
@@ -105,5 +107,72 @@ pub fn inherited(number: RawFd) -> Result<OwnedFd> {
             return Err(Error::last_os_error());
         }
         Ok(OwnedFd::from_raw_fd(number))
+    }
+}
+
+/// Resets the machine unless this process is another program within so long. An execve(2) first ends every other thread and waits
+/// for it (fs/exec.c, de_thread): one that a disk holds in the kernel would make that for ever. So would the closing of the disk
+/// that it brings, if it were the last: `disk` is held beside it, by a process that may wait for it.
+pub fn reset_unless_gone(patience: Duration, disk: Option<&File>) -> Result<()> {
+    fn reset() {
+        // SAFETY: the path is NUL-terminated, and one byte is written (Documentation/admin-guide/sysrq.rst).
+        unsafe {
+            let trigger = libc::open(c"/proc/sysrq-trigger".as_ptr(), libc::O_WRONLY);
+            libc::write(trigger, b"b".as_ptr().cast(), 1);
+        }
+    }
+    let (_, pipe) = minder(patience, disk.map(File::as_raw_fd), reset)?;
+    // The kernel closes it when the other program begins.
+    let _ = pipe.into_raw_fd();
+    Ok(())
+}
+
+/// A process that does `late` unless the end of a pipe that is given back is closed within so long. It keeps `disk` open until it
+/// ends.
+fn minder(patience: Duration, disk: Option<RawFd>, late: fn()) -> Result<(libc::pid_t, OwnedFd)> {
+    let (reader, writer) = std::io::pipe()?;
+    let patience = libc::c_int::try_from(patience.as_millis()).unwrap_or(libc::c_int::MAX);
+    let mut wait = libc::pollfd { fd: reader.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: the child makes system calls and ends: nothing that a lock of another thread could hold up (signal-safety(7)).
+    // `wait` is the one pollfd that poll reads and writes.
+    match unsafe { libc::fork() } {
+        ..0 => Err(Error::last_os_error()),
+        0 => unsafe {
+            close_all_but([wait.fd, disk.unwrap_or(wait.fd)]);
+            if libc::poll(&raw mut wait, 1, patience) == 0 {
+                late();
+            }
+            libc::_exit(0)
+        },
+        child => Ok((child, writer.into())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn status(child: libc::pid_t) -> libc::c_int {
+        let mut status = 0;
+        // SAFETY: the child is the test's own; `status` is the int that is written.
+        assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+        assert!(libc::WIFEXITED(status));
+        libc::WEXITSTATUS(status)
+    }
+
+    fn late() {
+        // SAFETY: it ends the child that calls it.
+        unsafe { libc::_exit(7) }
+    }
+
+    #[test]
+    fn what_is_not_gone_in_its_time_is_late_and_what_is_gone_is_not() {
+        let disk = tempfile::tempfile().unwrap();
+        let (child, pipe) = minder(Duration::from_millis(20), None, late).unwrap();
+        assert_eq!(status(child), 7);
+        drop(pipe);
+        let (child, pipe) = minder(Duration::from_secs(600), Some(disk.as_raw_fd()), late).unwrap();
+        drop(pipe);
+        assert_eq!(status(child), 0);
     }
 }

@@ -18,6 +18,22 @@ pub use net::*;
 
 use std::os::fd::RawFd;
 
+/// For a child that lives on: one that hangs with a copy of every descriptor would hold the watchdog's, which takes a single
+/// owner.
+///
+/// SAFETY: the caller vouches that nothing of this process uses another descriptor any more.
+unsafe fn close_all_but(mut keep: [RawFd; 2]) {
+    keep.sort_unstable();
+    let mut from = 0;
+    for fd in keep.map(RawFd::unsigned_abs) {
+        if fd > from {
+            unsafe { libc::syscall(libc::SYS_close_range, from, fd - 1, 0) };
+        }
+        from = fd + 1;
+    }
+    unsafe { libc::syscall(libc::SYS_close_range, from, libc::c_uint::MAX, 0) };
+}
+
 /// SAFETY: the caller vouches that `arg` points to what `request` reads and writes.
 unsafe fn raw_ioctl(fd: RawFd, request: libc::c_ulong, arg: *mut libc::c_void) -> libc::c_int {
     // musl and glibc differ in the type of `request`; its 32 bits are the same.

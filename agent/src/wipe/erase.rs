@@ -15,9 +15,11 @@ use std::time::{Duration, Instant};
 const PIECE: usize = 1 << 20;
 /// Flushed after so many bytes: what is written lies on the disk and not in memory.
 const FLUSH: u64 = 64 << 20;
-/// The slowest disk that is waited for, bytes per second, and what every disk has besides.
+/// The slowest disk that is waited for, bytes per second, and what every disk has besides; also the longest without an answer.
 const SLOWEST: u64 = 8 << 20;
-const GRACE: Duration = Duration::from_secs(30 * 60);
+pub const GRACE: Duration = Duration::from_secs(30 * 60);
+/// The discard of a whole disk is one command.
+const DISCARD: Duration = Duration::from_secs(6 * 3600);
 
 /// How far all disks are together.
 #[derive(Debug, Default)]
@@ -40,17 +42,52 @@ impl Meter {
     }
 }
 
+/// Until when a disk may be silent, for whoever waits for it: one that hangs answers no deadline.
+#[derive(Debug)]
+pub struct Pulse {
+    begun: Instant,
+    /// Milliseconds from then on.
+    until: AtomicU64,
+}
+
+impl Pulse {
+    pub fn new() -> Self {
+        Self { begun: Instant::now(), until: AtomicU64::new(0) }
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// It has answered; the next answer may take so long.
+    pub fn may_take(&self, next: Duration) {
+        let next = u64::try_from(next.as_millis()).unwrap_or(u64::MAX);
+        self.until.store(self.now().saturating_add(next), Ordering::Relaxed);
+    }
+
+    pub fn is_late(&self) -> bool {
+        self.now() > self.until.load(Ordering::Relaxed)
+    }
+}
+
 /// When this disk is given up.
 #[derive(Debug, Clone, Copy)]
-pub struct Deadline(Instant);
+pub struct Deadline<'a>(Instant, &'a Pulse);
 
-impl Deadline {
-    fn of(bytes: u64) -> Self {
-        Self(Instant::now() + GRACE + Duration::from_secs(bytes / SLOWEST))
+impl<'a> Deadline<'a> {
+    fn of(bytes: u64, pulse: &'a Pulse) -> Self {
+        pulse.may_take(GRACE);
+        Self(Instant::now() + GRACE + Duration::from_secs(bytes / SLOWEST), pulse)
+    }
+
+    /// One command follows that may take so long by itself.
+    pub fn extend(self, command: Duration) {
+        self.1.may_take(GRACE + command);
     }
 
     pub fn check(self) -> Result<()> {
         if Instant::now() < self.0 {
+            self.1.may_take(GRACE);
             return Ok(());
         }
         Err(Error::new(ErrorKind::TimedOut, format!("slower than {} MiB/s over its whole length", SLOWEST >> 20)))
@@ -58,8 +95,14 @@ impl Deadline {
 }
 
 /// Erases it; says how that was verified. `methods` is what was done, also before a failure.
-pub fn erase(disk: &Disk, method: WipeMethod, methods: &mut Vec<String>, meter: &Meter) -> Result<String> {
-    let deadline = Deadline::of(disk.bytes);
+pub fn erase(
+    disk: &Disk,
+    method: WipeMethod,
+    methods: &mut Vec<String>,
+    meter: &Meter,
+    pulse: &Pulse,
+) -> Result<String> {
+    let deadline = Deadline::of(disk.bytes, pulse);
     // Exclusive: a disk that is mounted or part of another device is refused here (open(2), O_EXCL on block devices).
     let options = |exclusive| OpenOptions::new().read(true).write(true).custom_flags(exclusive).open(disk.path());
     let file = options(libc::O_EXCL).map_err(|e| match e.raw_os_error() {
@@ -75,6 +118,7 @@ pub fn erase(disk: &Disk, method: WipeMethod, methods: &mut Vec<String>, meter: 
         }
     }
     if methods.is_empty() {
+        deadline.extend(DISCARD);
         if sys::discard(&file, disk.bytes, true).is_ok() {
             methods.push("secure-discard".into());
         } else if sys::discard(&file, disk.bytes, false).is_ok() {
@@ -101,7 +145,7 @@ fn every(bytes: u64, byte: u8) -> String {
     format!("all {bytes} bytes were read back and are {byte:#04x}")
 }
 
-fn write_zeros(file: &File, bytes: u64, deadline: Deadline, meter: &Meter) -> Result<()> {
+fn write_zeros(file: &File, bytes: u64, deadline: Deadline<'_>, meter: &Meter) -> Result<()> {
     let zeros = vec![0; PIECE];
     let mut at = 0;
     while at < bytes {
@@ -118,7 +162,8 @@ fn write_zeros(file: &File, bytes: u64, deadline: Deadline, meter: &Meter) -> Re
 }
 
 /// The one byte that all of it reads as, zeros or ones; else where it is first another. From the disk, not from memory.
-fn read_back(file: &File, bytes: u64, deadline: Deadline, meter: &Meter) -> Result<std::result::Result<u8, u64>> {
+fn read_back(file: &File, bytes: u64, deadline: Deadline<'_>, meter: &Meter) -> Result<std::result::Result<u8, u64>> {
+    deadline.check()?;
     file.sync_all()?;
     sys::forget_buffers(file)?;
     let mut piece = vec![0; PIECE];
@@ -171,7 +216,7 @@ mod tests {
             let (disk, _) = disk(&dir, &content);
             let (mut methods, meter) = (Vec::new(), Meter::default());
             meter.expect(BYTES);
-            let said = erase(&disk, method, &mut methods, &meter).unwrap();
+            let said = erase(&disk, method, &mut methods, &meter, &Pulse::new()).unwrap();
             assert_eq!(
                 (said.as_str(), methods),
                 ("all 2097664 bytes were read back and are 0x00", vec!["overwrite".into()])
@@ -185,7 +230,8 @@ mod tests {
     fn a_single_other_byte_is_found_wherever_it_is() {
         let dir = tempfile::tempdir().unwrap();
         let (_, file) = disk(&dir, &vec![0; usize::try_from(BYTES).unwrap()]);
-        let read = |file: &File| read_back(file, BYTES, Deadline::of(BYTES), &Meter::default()).unwrap();
+        let pulse = Pulse::new();
+        let read = |file: &File| read_back(file, BYTES, Deadline::of(BYTES, &pulse), &Meter::default()).unwrap();
         assert_eq!(read(&file), Ok(0));
         for at in [0, 1, PIECE as u64 - 1, PIECE as u64, BYTES - 1] {
             file.write_all_at(&[7], at).unwrap();
@@ -202,11 +248,12 @@ mod tests {
     fn a_disk_that_ends_early_or_is_late_has_failed() {
         let dir = tempfile::tempdir().unwrap();
         let (disk, file) = disk(&dir, &[1; 100]);
-        let late = Deadline(Instant::now());
+        let pulse = Pulse::new();
+        let late = Deadline(Instant::now(), &pulse);
         assert_eq!(write_zeros(&file, BYTES, late, &Meter::default()).unwrap_err().kind(), ErrorKind::TimedOut);
-        let read = read_back(&file, BYTES, Deadline::of(BYTES), &Meter::default());
+        let read = read_back(&file, BYTES, Deadline::of(BYTES, &pulse), &Meter::default());
         assert!(read.unwrap_err().to_string().starts_with("reading back at byte 0"));
         let gone = Disk { name: dir.path().join("none").to_str().unwrap().into(), ..disk };
-        assert!(erase(&gone, WipeMethod::Best, &mut Vec::new(), &Meter::default()).is_err());
+        assert!(erase(&gone, WipeMethod::Best, &mut Vec::new(), &Meter::default(), &pulse).is_err());
     }
 }

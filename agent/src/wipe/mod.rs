@@ -10,18 +10,20 @@ mod disks;
 mod erase;
 mod nvme;
 
-use crate::disk::data;
+use crate::disk::{data, search, worker};
 use crate::error::{AgentError, Result};
 use crate::flow::Flow;
 use crate::memory::random;
 use crate::retry::{self, Next};
 use disks::Disk;
-use erase::Meter;
+use erase::{GRACE, Meter, Pulse};
 use kiln_protocol::{
     ORDER_DISKS, Order, OrderAction, RECEIPT_TYPE, Receipt, SPEC_VERSION, Stage, WipeMethod, WipeOutcome, WipedDisk,
 };
 use kiln_release::{hex, sign_envelope};
 use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
 use std::time::{Duration, Instant};
 use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
@@ -30,6 +32,8 @@ use tokio::time::{sleep, timeout};
 const TELL_EVERY: Duration = Duration::from_secs(15);
 /// Disks wiped side by side.
 const AT_ONCE: usize = 16;
+/// So often it is looked whether one hangs.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// So often the TPM is asked to give up the data's key, and the pause between.
 const KEY_TRIES: u32 = 5;
 const KEY_PAUSE: Duration = Duration::from_secs(3);
@@ -134,7 +138,12 @@ impl Kept {
 /// disks leaves the data as it is.
 fn give_up_data(serials: &[String], site: &str) -> Option<Kept> {
     let ordered = disks::all().into_iter().filter(|disk| disk.reason_to_skip(serials).is_none());
-    let holders: Vec<String> = ordered.filter(|disk| data::lies_on(&disk.path(), site)).map(|disk| disk.name).collect();
+    let holds = |disk: &Disk| {
+        let (path, site) = (disk.path(), site.to_owned());
+        // One that hangs does not say; it will not be wiped either.
+        worker::answer_within(search::LOOKS, move || data::lies_on(&path, &site)).unwrap_or(false)
+    };
+    let holders: Vec<String> = ordered.filter(holds).map(|disk| disk.name).collect();
     if !is_for_data(serials, &holders) {
         return None;
     }
@@ -158,13 +167,13 @@ fn tried<T>(pause: Duration, mut work: impl FnMut() -> Result<T>) -> Result<T> {
             Ok(done) => return Ok(done),
             Err(error) => println!("kiln-agent: the key of this machine's data is not destroyed: {error}"),
         }
-        std::thread::sleep(pause);
+        thread::sleep(pause);
     }
     work()
 }
 
 /// Every disk of this machine, and what became of it; besides them the ordered ones that it does not have.
-fn wipe_all(serials: &[String], method: WipeMethod, meter: &Meter) -> Vec<WipedDisk> {
+fn wipe_all(serials: &[String], method: WipeMethod, meter: &Arc<Meter>) -> Vec<WipedDisk> {
     let (mut chosen, mut report) = (Vec::new(), Vec::new());
     for disk in disks::all() {
         match disk.reason_to_skip(serials) {
@@ -180,31 +189,67 @@ fn wipe_all(serials: &[String], method: WipeMethod, meter: &Meter) -> Vec<WipedD
     chosen.sort_by_key(Disk::controller);
     let groups: Vec<&[Disk]> = chosen.chunk_by(|a, b| a.controller() == b.controller()).collect();
     for wave in groups.chunks(AT_ONCE) {
-        let done: Vec<WipedDisk> = std::thread::scope(|scope| {
-            let threads: Vec<_> = wave
-                .iter()
-                .map(|group| scope.spawn(|| group.iter().map(|disk| wipe(disk, method, meter)).collect::<Vec<_>>()))
-                .collect();
-            let joined = threads.into_iter().zip(wave.iter());
-            joined
-                .flat_map(|(thread, group)| {
-                    let lost = |disk: &Disk| {
-                        disk.became(Vec::new(), WipeOutcome::Failed, "the agent failed while it was wiped".into())
-                    };
-                    thread.join().unwrap_or_else(|_| group.iter().map(lost).collect())
-                })
-                .collect()
-        });
-        report.extend(done);
+        let meter = Arc::clone(meter);
+        report.extend(side_by_side(wave, GRACE, move |disk, pulse| wipe(disk, method, &meter, pulse)));
     }
     report.sort_by(|a, b| a.name.cmp(&b.name));
     report.truncate(ORDER_DISKS);
     report
 }
 
-fn wipe(disk: &Disk, method: WipeMethod, meter: &Meter) -> WipedDisk {
+/// Each group in a thread of its own, of which nothing waits for the end: a disk that gives no answer has failed, and the
+/// receipt says so beside what became of the others. `first` is how long each may take for its first answer.
+fn side_by_side(
+    groups: &[&[Disk]],
+    first: Duration,
+    work: impl Fn(&Disk, &Pulse) -> WipedDisk + Clone + Send + 'static,
+) -> Vec<WipedDisk> {
+    let (tell, told) = channel();
+    let mut waited_for = Vec::new();
+    for group in groups {
+        let pulse = Arc::new(Pulse::new());
+        pulse.may_take(first);
+        let (disks, alive, tell, work) = (group.to_vec(), Arc::clone(&pulse), tell.clone(), work.clone());
+        let begun = thread::Builder::new().spawn(move || {
+            for disk in &disks {
+                // Nobody listens to what comes late.
+                let _ = tell.send(work(disk, &alive));
+            }
+        });
+        if let Err(error) = begun {
+            println!("kiln-agent: no thread to wipe a disk: {error}");
+        }
+        waited_for.push((*group, pulse));
+    }
+    drop(tell);
+    let mut report: Vec<WipedDisk> = Vec::new();
+    let is_told = |report: &[WipedDisk], disk: &Disk| report.iter().any(|told| told.name == disk.name);
+    loop {
+        let done =
+            waited_for.iter().all(|(group, pulse)| pulse.is_late() || group.iter().all(|disk| is_told(&report, disk)));
+        if done {
+            break;
+        }
+        match told.recv_timeout(LOOK_EVERY) {
+            Ok(wiped) => report.push(wiped),
+            Err(RecvTimeoutError::Timeout) => {}
+            // Each thread has ended.
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+    }
+    for (group, pulse) in &waited_for {
+        for disk in group.iter().filter(|disk| !is_told(&report, disk)).collect::<Vec<_>>() {
+            let why =
+                if pulse.is_late() { "it gave no answer: it hangs" } else { "the agent failed while it was wiped" };
+            report.push(disk.became(Vec::new(), WipeOutcome::Failed, why.into()));
+        }
+    }
+    report
+}
+
+fn wipe(disk: &Disk, method: WipeMethod, meter: &Meter, pulse: &Pulse) -> WipedDisk {
     let mut methods = Vec::new();
-    match erase::erase(disk, method, &mut methods, meter) {
+    match erase::erase(disk, method, &mut methods, meter, pulse) {
         Ok(how) => disk.became(methods, WipeOutcome::Wiped, how),
         Err(error) => disk.became(methods, WipeOutcome::Failed, error.to_string()),
     }
@@ -259,6 +304,56 @@ mod tests {
         assert!(!is_for_data(&named, &[]));
     }
 
+    fn disk(name: &str) -> Disk {
+        Disk { name: name.into(), model: String::new(), serial: name.into(), bytes: 1, removable: false }
+    }
+
+    /// `sda` is opened like a disk and never answers: a FIFO that nobody writes to. Its controller's other one is behind it.
+    #[test]
+    fn a_disk_that_hangs_has_failed_and_the_receipt_has_the_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("sda");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let disks = ["sda", "sdb", "sdc", "sdd"].map(disk);
+        let hangs = fifo.clone();
+        let work = move |disk: &Disk, pulse: &Pulse| {
+            if disk.name == "sda" {
+                pulse.may_take(Duration::ZERO);
+                drop(std::fs::read(&hangs));
+            }
+            disk.became(Vec::new(), WipeOutcome::Wiped, "zeros".into())
+        };
+        let report = side_by_side(&[&disks[..2], &disks[2..3], &disks[3..]], GRACE, work);
+        let outcome = |name: &str| {
+            let told: Vec<_> = report.iter().filter(|disk| disk.name == name).collect();
+            assert_eq!(told.len(), 1, "{report:?}");
+            (told[0].outcome, told[0].detail.clone())
+        };
+        for (name, wiped) in [("sda", false), ("sdb", false), ("sdc", true), ("sdd", true)] {
+            let (expected, detail) = if wiped {
+                (WipeOutcome::Wiped, "zeros")
+            } else {
+                (WipeOutcome::Failed, "it gave no answer: it hangs")
+            };
+            assert_eq!(outcome(name), (expected, detail.to_owned()), "{name}");
+        }
+        // Its thread ends with the test.
+        std::fs::write(&fifo, "").unwrap();
+    }
+
+    #[test]
+    fn a_disk_may_be_silent_for_as_long_as_its_command_may_take() {
+        let pulse = Pulse::new();
+        pulse.may_take(Duration::from_secs(3600));
+        assert!(!pulse.is_late());
+        pulse.may_take(Duration::ZERO);
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_millis(2) {
+            thread::yield_now();
+        }
+        assert!(pulse.is_late());
+    }
+
     #[test]
     fn a_disk_whose_key_stays_is_not_wiped() {
         let failed = || AgentError::system("asking the TPM")(std::io::Error::other("busy"));
@@ -275,13 +370,6 @@ mod tests {
         });
         assert_eq!(asked, KEY_TRIES);
         let kept = Kept { disks: vec!["sda".into()], why: never.unwrap_err().to_string() };
-        let disk = |name: &str| Disk {
-            name: name.into(),
-            model: String::new(),
-            serial: name.into(),
-            bytes: 1,
-            removable: false,
-        };
         let mut report = ["sda", "sdb"].map(|name| disk(name).became(Vec::new(), WipeOutcome::Wiped, "zeros".into()));
         kept.tell(&mut report);
         assert_eq!((report[0].outcome, report[1].outcome), (WipeOutcome::Failed, WipeOutcome::Wiped));

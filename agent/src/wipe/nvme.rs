@@ -45,7 +45,7 @@ fn state(log: &[u8; 512]) -> Result<bool> {
 }
 
 /// Erases by what the controller offers, and says by which name; none where it offers nothing.
-pub fn erase(disk: &File, deadline: Deadline) -> Result<Option<&'static str>> {
+pub fn erase(disk: &File, deadline: Deadline<'_>) -> Result<Option<&'static str>> {
     let mut controller = [0; 4096];
     let identify = |nsid, cns| NvmeCommand { opcode: 6, nsid, cdw10: cns, timeout_ms: QUICK_MS };
     nvme_admin(disk, identify(0, 1), &mut controller)?;
@@ -57,6 +57,7 @@ pub fn erase(disk: &File, deadline: Deadline) -> Result<Option<&'static str>> {
             nvme_admin(disk, identify(nsid, 0), &mut name_space)?;
             // The same form of blocks as now (FLBAS), with a secure erase of user data.
             let cdw10 = u32::from(name_space[26] & 0xf) | 1 << 9;
+            deadline.extend(Duration::from_millis(FORMAT_MS.into()));
             nvme_admin(disk, NvmeCommand { opcode: 0x80, nsid, cdw10, timeout_ms: FORMAT_MS }, &mut [])?;
             Ok(Some("nvme-format"))
         }

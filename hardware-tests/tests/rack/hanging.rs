@@ -117,3 +117,32 @@ fn a_machine_whose_only_disk_hangs_runs_in_memory() {
         rack.wait(NAME, "healthy on 2, and says what hangs", |v| v.is_healthy_on(2) && names(v, "vda")).unwrap();
     });
 }
+
+/// It answers reads and takes nothing any more: the boot from its slot is not counted, the hand-over waits for nobody, and the
+/// machine is healthy and says so for as long as it runs.
+#[test]
+#[ignore = "slow: an install, and a boot from a disk whose writes hang; make test-slow"]
+fn a_machine_whose_own_disk_hangs_on_writes_starts_from_it_all_the_same() {
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-hangs-writing", vec![Disk::VirtioBlk]);
+        let disk = rack.machine(NAME).hold_disk(0).unwrap();
+        let console = power_on(&mut rack);
+        rack.wait_healthy(NAME, 1).unwrap();
+        console.wait_for("is healthy: vda: A Good disk/1", Mark::default(), IDLE).unwrap();
+        rack.machine(NAME).power_off();
+
+        let console = power_on(&mut rack);
+        console.wait_for_line("image disk release 1", Mark::default(), IDLE).unwrap();
+        disk.set_fault(Fault::HoldWrites);
+        disk.wait_held(IDLE).unwrap();
+        let not_counted = "the start is not counted: vda: counting the start: no answer within 20 s";
+        console.wait_for(not_counted, Mark::default(), IDLE).unwrap();
+        // Its init runs, and its service is healthy: the slots cannot be told.
+        console.wait_for("cannot be told how this release is: vda: ", Mark::default(), IDLE).unwrap();
+        let told = console.mark();
+        rack.wait(NAME, "healthy from its slot", |v| v.is_healthy_on(1)).unwrap();
+        // They are told again: one question at a time, and the loop turns meanwhile.
+        console.wait_for("vda: working on it: what it was asked before has no answer yet", told, IDLE).unwrap();
+        assert!(!console.since(Mark::default()).contains("Start PXE"), "its own disk started it");
+    });
+}

@@ -1,6 +1,7 @@
 //! The service as it runs: against a boot server on loopback, with a shell script for systemctl. Only the machine's
 //! restart is another.
 
+mod disk;
 mod hooks;
 
 use super::*;

@@ -1,0 +1,60 @@
+//! A disk that hangs under the service.
+
+use super::*;
+use crate::disk::machine::{MachineDisk, SharedDisk, on_disk};
+use kiln_protocol::slot::{SlotId, SlotState};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+/// A service whose release is on trial on a disk, in a file.
+fn on_trial(dir: &Path) -> (Service, SharedDisk) {
+    let site = TestSite::new(1);
+    let manifest = &site.manifests[&1];
+    let uki = dir.join("uki");
+    std::fs::write(&uki, &site.files[&site.paths(1)[0][1..]]).unwrap();
+    let disk = SharedDisk::new(MachineDisk::on_trial(&dir.join("disk"), manifest, &uki));
+    let verifier = site.verifier(1, &[], &["https://127.0.0.1:9".to_owned()], &dir.join("machine"));
+    let journal = journal(&verifier);
+    let door = Door { systemctl: "systemctl".into(), reboot: |_| unreachable!("nothing leaves") };
+    let service = Service::new(verifier, journal, dir.join("next"), door).unwrap();
+    (Service { disk: Some(disk.clone()), ..service }, disk)
+}
+
+fn state(disk: &SharedDisk) -> SlotState {
+    disk.slots().disk.state(SlotId::A)
+}
+
+#[test]
+fn a_disk_that_hangs_holds_up_no_look_and_hears_that_its_release_is_good_when_it_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (mut service, disk) = on_trial(dir.path());
+        assert_ne!(state(&disk), SlotState::Good);
+        let (go, wait) = channel::<()>();
+        let (begins, begun) = oneshot::channel();
+        let held = disk.clone();
+        let hangs = tokio::spawn(async move {
+            let work = move |_: &mut MachineDisk| {
+                begins.send(()).unwrap();
+                // The channel's end is what is waited for.
+                assert!(wait.recv().is_err());
+                Ok(())
+            };
+            on_disk(&held, work).await
+        });
+        begun.await.unwrap();
+
+        let mut proving = service.prove(true).expect("it is on trial");
+        // The loop has its thread back at once, whatever the disk does; and nothing was written.
+        assert!(timeout(Duration::from_millis(50), &mut proving).await.is_err());
+        assert_ne!(state(&disk), SlotState::Good);
+
+        drop(go);
+        hangs.await.unwrap().unwrap();
+        let told = proving.await;
+        assert!(!service.proved(told), "it stays");
+        assert_eq!(state(&disk), SlotState::Good);
+        assert!(service.prove(true).is_none(), "said once");
+    });
+}

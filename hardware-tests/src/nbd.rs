@@ -106,7 +106,7 @@ impl Nbd {
         let waiting = std::mem::take(&mut lock(&self.shared).waiting);
         for (stream, cookie) in waiting {
             // Its machine may be off by now.
-            let _ = answer(&stream, EIO, &cookie, &[]);
+            let _ = answer(&stream, EIO, cookie, &[]);
         }
     }
 
@@ -154,9 +154,9 @@ fn u64_of(bytes: &[u8]) -> u64 {
 }
 
 /// An answer in one piece, whoever else has one.
-fn answer(stream: &Mutex<UnixStream>, error: u32, cookie: &[u8; 8], bytes: &[u8]) -> io::Result<()> {
+fn answer(stream: &Mutex<UnixStream>, error: u32, cookie: [u8; 8], bytes: &[u8]) -> io::Result<()> {
     let mut stream = stream.lock().unwrap_or_else(PoisonError::into_inner);
-    stream.write_all(&[&REPLY.to_be_bytes()[..], &error.to_be_bytes(), cookie].concat())?;
+    stream.write_all(&[&REPLY.to_be_bytes()[..], &error.to_be_bytes(), &cookie].concat())?;
     stream.write_all(bytes)
 }
 
@@ -200,7 +200,7 @@ fn talk(mut stream: UnixStream, file: &File, shared: &(Mutex<State>, Condvar)) -
             _ => error = 22,
         }
         let payload: &[u8] = if kind == 0 && error == 0 { &bytes } else { &[] };
-        answer(&answers, error, &cookie, payload)?;
+        answer(&answers, error, cookie, payload)?;
     }
 }
 

@@ -131,7 +131,7 @@ mod tests {
     #[test]
     fn what_hangs_is_left_behind_and_told() {
         let (never, nothing) = channel::<()>();
-        let hangs = beside("disk virtio1", move || drop(nothing.recv()));
+        let hangs = beside("disk virtio1", move || _ = nothing.recv());
         let dies = beside("disk virtio2", || panic!("on purpose: its thread dies"));
         let mut turns = 0;
         let works = vec![hangs, beside("disk virtio3", || {}), dies];

@@ -67,7 +67,7 @@ impl Service {
     }
 
     /// A look is over: the same again is told once.
-    pub(super) fn saw_files(&mut self, wrong: Vec<Wrong>) -> Event {
+    pub(super) fn saw_files(&mut self, wrong: &[Wrong]) -> Event {
         let left = wrong.iter().any(|wrong| wrong.because.is_some());
         self.files.next = Some(Instant::now() + if left { AGAIN } else { EVERY });
         let told: BTreeSet<String> = wrong.iter().map(Wrong::words).collect();

@@ -246,7 +246,7 @@ impl Service {
                 }
                 wrong = maybe(&mut files) => {
                     files = None;
-                    self.saw_files(wrong)
+                    self.saw_files(&wrong)
                 }
                 () = exec::news(exec.as_ref()) => Event::News,
                 () = changed.notified() => Event::News,

@@ -59,11 +59,6 @@ impl KnownDrift {
     pub(crate) fn forgive(&mut self) {
         (self.rebuilt, self.held) = (VecDeque::new(), None);
     }
-
-    /// It is not put up anew any more before a person has looked.
-    pub(crate) fn is_held(&self) -> bool {
-        self.held.is_some()
-    }
 }
 
 /// A wrong clock stays wrong whatever is booted.

@@ -30,7 +30,7 @@ impl Machine {
     /// caller keeps of it (the configuration's word, its key's revocation) is the caller's to put in again.
     #[must_use]
     pub fn put_back(self, held: Self) -> Self {
-        let Self { heard_at, code, unsigned, past, .. } = held;
-        Self { heard_at, code, unsigned, past, ..self }
+        let Self { unsigned, heard_at, code, past, .. } = held;
+        Self { unsigned, heard_at, code, past, ..self }
     }
 }

@@ -67,8 +67,10 @@ async fn commit(pool: &AnyPool, intents: &[&[Intent]]) -> Result<(), StoreError>
 
 async fn transaction(db: &mut AnyConnection, intents: &[&[Intent]]) -> Result<(), StoreError> {
     sqlx::query("BEGIN").execute(&mut *db).await?;
-    for intent in intents.iter().copied().flatten() {
-        write(db, intent).await?;
+    for call in intents {
+        for intent in *call {
+            write(db, intent).await?;
+        }
     }
     sqlx::query("COMMIT").execute(&mut *db).await?;
     Ok(())

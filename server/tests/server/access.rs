@@ -384,7 +384,7 @@ async fn a_key_that_waits_for_a_second_person_is_named_whole() {
     let mut agent = Agent::new(1, &site.manifest(1));
     let report = agent.healthy();
     agent.send(&server, &report).await;
-    let signer = std::sync::Arc::new(kiln_release::Signer::from_seed(&[77; 32]));
+    let signer = Arc::new(kiln_release::Signer::from_seed(&[77; 32]));
     let mut other = Agent { signer, boot: 50, ..agent.clone() };
     let (ann, ben) = (server.token("ann", "operator").await, server.token("ben", "operator").await);
     let meant = other.key_id();

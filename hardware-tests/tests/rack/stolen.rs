@@ -92,6 +92,7 @@ fn a_changed_hook_or_setting_is_refused() {
         hostile.wait_failure("assignment-manifest-mismatch", IDLE);
         hostile.answer(thief(&bench.site, 1, |f| f.damage = other_settings));
         machine.refuses("director-bad-signature");
+        hostile.wait_failure("director-bad-signature", IDLE);
         hostile.answer(thief(&bench.site, 1, |_| {}));
         machine.accepts();
     });

@@ -4,7 +4,7 @@
 use crate::support::files::{Files, Way};
 use crate::support::hostile::{Forgery, Hostile, bare, director_key, sha256, wipe_order};
 use crate::support::{Bench, newest_metadata};
-use crate::thefts::{forge, hours, key, recorded, thief};
+use crate::thefts::{as_long_as, forge, hours, key, recorded, thief};
 use kiln_lab::console::{Console, Mark};
 use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::net::SERVER;
@@ -329,9 +329,15 @@ fn a_machine_meets_one_attack_after_the_other_and_comes_up() {
                 std::fs::copy(entry.path(), metadata.join(entry.file_name())).unwrap();
             }
         });
-        siege.served_changed("a mixture of two states", "metadata-length-mismatch", |_| {
-            std::fs::write(newest_metadata(&rack.site, "image-minimal"), &old_list).unwrap();
-        });
+        let new_list = std::fs::read(newest_metadata(&rack.site, "image-minimal")).unwrap();
+        for (what, kind, list) in [
+            ("a mixture of two states", "metadata-length-mismatch", old_list.clone()),
+            ("a mixture of two states, of one length", "metadata-hash-mismatch", as_long_as(&old_list, &new_list)),
+        ] {
+            siege.served_changed(what, kind, |_| {
+                std::fs::write(newest_metadata(&rack.site, "image-minimal"), &list).unwrap();
+            });
+        }
         for (way, kind) in [(Way::Endless, "metadata-too-long"), (Way::Silent, "transfer-stalled")] {
             siege.files.way(way);
             siege.served(&format!("{way:?} metadata"), kind);

@@ -57,6 +57,45 @@ fn a_stolen_server_assigns_no_rescue_and_orders_no_wipe() {
     });
 }
 
+/// What a boot server would have a machine do besides, as clouds do it: each line leaves this file, were it done.
+fn user_data(leaves: &str) -> Value {
+    let touch = format!("touch {leaves}");
+    json!({
+        "user_data": format!("#cloud-config\nruncmd: [[touch, {leaves}]]"),
+        "commands": [["/bin/sh", "-c", touch]],
+        "units": {"thief.service": format!("[Service]\nExecStart=/bin/sh -c '{touch}'")},
+    })
+}
+
+/// An answer that is good as far as the agent reads it, and has user-data, commands and units beside it: the machine boots what
+/// it is assigned, and does nothing else. It asks nobody for such things either.
+#[test]
+fn user_data_of_a_stolen_server_is_not_even_read() {
+    testing::processes(|paths| {
+        let bench = Bench::start(paths);
+        let left = paths.scratch.join("user-data-was-done");
+        let files = Files::serve(bench.site.join("repo"));
+        let hostile = Hostile::start(&bench.site, thief(&bench.site, 1, |_| {}));
+        let mut machine = bench.machine(1, 1);
+        machine.fetch_from(&files.url);
+        machine.look_at(&hostile.url);
+        hostile.besides(user_data(&left.display().to_string()));
+        let ended = machine.accepts();
+        let root = std::fs::read(ended.accepted.expect("it accepted the release")).unwrap();
+        let manifest = site::manifest(&bench.site, 1).unwrap();
+        assert_eq!(json!(sha256(&root)), manifest["root"]["sha256"], "and that alone");
+        assert!(!left.exists(), "{} was made: {}", left.display(), ended.said);
+        assert!(hostile.failures().is_empty(), "{:?}", hostile.failures());
+        let asked = files.asked.lock().unwrap().clone();
+        assert!(!asked.is_empty() && asked.iter().all(|path| is_of_a_release(path)), "{asked:#?}");
+    });
+}
+
+/// Whether the agent fetches such a path for what it boots.
+fn is_of_a_release(path: &str) -> bool {
+    ["/metadata/", "/targets/", "/a/"].iter().any(|start| path.starts_with(start))
+}
+
 /// A hook runs as root on each machine; so it is in the manifest, which the signers list. Role data selects, and is signed.
 #[test]
 fn a_changed_hook_or_setting_is_refused() {
@@ -314,14 +353,7 @@ fn a_machine_meets_one_attack_after_the_other_and_comes_up() {
             siege.answered(what, kind, thief(&rack.site, release, change));
         }
         siege.answered("a wipe", "order-bad-signature", wipes(&rack.site));
-        siege.answers_besides(
-            "user-data, commands and units",
-            json!({
-                "user_data": "#cloud-config\nruncmd: [[touch, /run/kiln-user-data]]",
-                "commands": [["/bin/sh", "-c", "touch /run/kiln-user-data"]],
-                "units": {"thief.service": "[Service]\nExecStart=/bin/sh"},
-            }),
-        );
+        siege.answers_besides("user-data, commands and units", user_data("/run/kiln-user-data"));
 
         siege.served_changed("an old repository", "metadata-rollback", |metadata| replace(metadata, &older));
         siege.served_changed("another site's repository", "metadata-bad-signature", |metadata| {
@@ -374,8 +406,7 @@ fn a_machine_meets_one_attack_after_the_other_and_comes_up() {
         );
         // Nor does it look for what nobody told it of: clouds' user-data, for one.
         let asked = siege.files.asked.lock().unwrap().clone();
-        let known = |path: &String| ["/metadata/", "/targets/", "/a/"].iter().any(|start| path.starts_with(start));
-        assert!(!asked.is_empty() && asked.iter().all(known), "{asked:#?}");
+        assert!(!asked.is_empty() && asked.iter().all(|path| is_of_a_release(path)), "{asked:#?}");
         drop(siege);
 
         // What was signed during the siege had numbers of its own; what is signed now goes beyond.

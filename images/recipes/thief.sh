@@ -1,7 +1,7 @@
 #!/bin/sh
 # Says on the console what root can load for a kexec: KILN-THIEF <what> <detail>. Told so on the serial line, it goes by kexec
 # into the release's own kernel, with the release's own initramfs and one file more: `steal` as it is; `hide` after the kernel has
-# measured that as a module. `twice` does the same behind a load of the release's own, and stays.
+# measured that as a module. `twice` does the same behind a load of the release's own, and stays. At its start it forges the log.
 
 place=/run/kiln-thief
 lists=/sys/kernel/security/ima/ascii_runtime_measurements
@@ -41,6 +41,9 @@ if [ "$1" = late ]; then
     fi
     exit 0
 fi
+
+# A line for whoever reads the machine's log: it clears a screen, paints, and begins another line. Not for the console.
+printf '<7>\033[2J\033[31mKILN-INJECTED\r2026-01-01T00:00:00Z kiln all is well\n' >/dev/kmsg
 
 # What carries the site's signature for a kexec is nobody's secret: who has a UKI can make it. Here the rack serves it.
 mkdir -p "$place/more/kiln"

@@ -167,6 +167,14 @@ fn a_boot_loads_once(rack: &mut Rack) {
     }
 }
 
+/// What root has written into the kernel's log, in the boot before this one.
+fn a_forged_line_of_the_log_is_text(rack: &Rack) {
+    let log = rack.kiln(&["machine", "log", NAME, "--boot", "1"]).unwrap();
+    let line = log.lines().find(|line| line.contains("KILN-INJECTED")).unwrap_or_else(|| panic!("it is not in {log}"));
+    assert!(line.contains("2026-01-01T00:00:00Z kiln all is well"), "it began a line of its own: {line:?}");
+    assert!(!log.contains(['\x1b', '\r']), "{log:?}");
+}
+
 /// What kexec's signature does not cover, IMA measures: carried to a release, a machine stays attested, and once the agent has loaded
 /// its kernel nobody loads another. Root that loads the site's kernel with the release's own initramfs and one file more is
 /// found out by PCR 10, also where it was measured as something else before. A cold boot begins anew.
@@ -202,6 +210,7 @@ fn a_kexec_of_a_foreign_initramfs_is_found_out() {
         println!("kexec: {:?}", proof(&view));
         assert_eq!(proof(&view).reason, "attested at cold boot (thief/1), carried by kexec");
         assert_eq!(rack.machine(NAME).resets(), resets, "the firmware had no part in it");
+        a_forged_line_of_the_log_is_text(&rack);
         console.wait_for("KILN-THIEF ready", begun, IDLE).unwrap();
         let said = console.since(begun);
         let late = said.lines().find(|line| line.contains("KILN-THIEF late ")).unwrap();

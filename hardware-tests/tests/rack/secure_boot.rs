@@ -12,7 +12,7 @@ use kiln_lab::{command, site, testing};
 use kiln_protocol::{DbxOutcome, Stage};
 use kiln_release::pe::Pe;
 use kiln_release::{authenticode, hex, kexec};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const NAME: &str = "rack-1";
@@ -33,6 +33,20 @@ pub fn is_enforced(view: &MachineView) -> bool {
 pub fn program(rack: &Rack) -> PathBuf {
     let manifest = site::manifest(&rack.site, 1).unwrap();
     rack.site.join("repo/b").join(manifest["uki"]["sha256"].as_str().unwrap()).join("kiln.efi")
+}
+
+/// In one step: the server never sends a mixture.
+fn replace(program: &Path, bytes: &[u8]) {
+    let beside = program.with_extension("new");
+    std::fs::write(&beside, bytes).unwrap();
+    std::fs::rename(&beside, program).unwrap();
+}
+
+/// One bit of it is another, in its middle.
+fn altered(program: &[u8]) -> Vec<u8> {
+    let mut altered = program.to_vec();
+    altered[program.len() / 2] ^= 1;
+    altered
 }
 
 /// The firmware must refuse what it is sent, and the server must say so: the program was taken whole, no agent spoke.
@@ -67,23 +81,15 @@ fn what_the_site_did_not_sign_or_has_revoked_is_refused() {
         let mut rack = Rack::start(paths, &options).unwrap();
         let program = program(&rack);
         let good = std::fs::read(&program).unwrap();
-        let replace = |bytes: &[u8]| {
-            let beside = program.with_extension("new");
-            std::fs::write(&beside, bytes).unwrap();
-            std::fs::rename(&beside, &program).unwrap();
-        };
 
         let bare = authenticode::strip(&good).unwrap();
         // As long as the signed one: the server sends what it has announced.
-        replace(&[&bare[..], &vec![0; good.len() - bare.len()]].concat());
+        replace(&program, &[&bare[..], &vec![0; good.len() - bare.len()]].concat());
         refused(&mut rack, "unsigned");
 
-        let mut altered = good.clone();
-        let at = good.len() / 2;
-        altered[at] ^= 1;
-        replace(&altered);
+        replace(&program, &altered(&good));
         refused(&mut rack, "one bit altered");
-        replace(&good);
+        replace(&program, &good);
 
         let other = paths.scratch.join("other");
         rack_kiln(paths, &["trust", "init", "--lab", other.to_str().unwrap(), "--name", "other"]);
@@ -318,18 +324,25 @@ fn a_signed_kernel_alone_starts_nothing() {
     });
 }
 
-/// UEFI HTTP Boot checks the same signature.
+/// UEFI HTTP Boot checks the same signature: what is signed starts, and with one bit altered it does not.
 #[test]
-#[ignore = "slow: a boot by HTTP; make test-slow"]
+#[ignore = "slow: a boot by HTTP, and one that is refused; make test-slow"]
 fn a_signed_release_boots_by_http() {
     testing::rack(|paths| {
         let spec = secure(paths, NetworkBoot::Http);
-        let mut rack = Rack::start(paths, &RackOptions::scenario(paths, "secure-boot-http", spec)).unwrap();
+        let mut options = RackOptions::scenario(paths, "secure-boot-http", spec);
+        options.config = "[fleet]\nfirmware_patience = \"5s\"\n".into();
+        let mut rack = Rack::start(paths, &options).unwrap();
         rack.machine(NAME).power_on().unwrap();
         let view = rack.wait_healthy(NAME, 1).unwrap();
         assert!(is_enforced(&view), "{view:#?}");
         let console = rack.machine(NAME).console().unwrap();
         let said = console.since(Mark::default());
         assert!(said.contains("Start HTTP Boot over IPv4") && said.contains(LOCKED), "{}", console.last_words(40));
+        rack.machine(NAME).power_off();
+
+        let program = program(&rack);
+        replace(&program, &altered(&std::fs::read(&program).unwrap()));
+        refused(&mut rack, "one bit altered, by HTTP Boot");
     });
 }

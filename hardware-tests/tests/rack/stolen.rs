@@ -3,8 +3,8 @@
 
 use crate::support::files::{Files, Way};
 use crate::support::hostile::{Forgery, Hostile, bare, director_key, sha256, wipe_order};
-use crate::support::{Bench, newest_metadata};
-use crate::thefts::{forge, hours, key, recorded, thief};
+use crate::support::{Bench, newest_in, newest_metadata, published};
+use crate::thefts::{as_long_as, forge, hours, key, recorded, thief};
 use kiln_lab::console::{Console, Mark};
 use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::net::SERVER;
@@ -57,6 +57,52 @@ fn a_stolen_server_assigns_no_rescue_and_orders_no_wipe() {
     });
 }
 
+/// What a boot server would have a machine do besides, as clouds do it: each line leaves this file, were it done.
+fn user_data(leaves: &str) -> Value {
+    let touch = format!("touch {leaves}");
+    json!({
+        "user_data": format!("#cloud-config\nruncmd: [[touch, {leaves}]]"),
+        "commands": [["/bin/sh", "-c", touch]],
+        "units": {"thief.service": format!("[Service]\nExecStart=/bin/sh -c '{touch}'")},
+    })
+}
+
+/// An answer that is good as far as the agent reads it, and has user-data, commands and units beside it: the machine boots what
+/// it is assigned, and does nothing else. It asks nobody for such things either.
+#[test]
+fn user_data_of_a_stolen_server_is_not_even_read() {
+    testing::processes(|paths| {
+        let bench = Bench::start(paths);
+        let left = paths.scratch.join("user-data-was-done");
+        let files = Files::serve(bench.site.join("repo"));
+        let hostile = Hostile::start(&bench.site, thief(&bench.site, 1, |_| {}));
+        let mut machine = bench.machine(1, 1);
+        machine.fetch_from(&files.url);
+        machine.look_at(&hostile.url);
+        hostile.besides(user_data(&left.display().to_string()));
+        let ended = machine.accepts();
+        let root = std::fs::read(ended.accepted.expect("it accepted the release")).unwrap();
+        let manifest = site::manifest(&bench.site, 1).unwrap();
+        assert_eq!(json!(sha256(&root)), manifest["root"]["sha256"], "and that alone");
+        assert!(!left.exists(), "{} was made: {}", left.display(), ended.said);
+        assert!(hostile.failures().is_empty(), "{:?}", hostile.failures());
+        let asked = files.asked.lock().unwrap().clone();
+        assert!(!asked.is_empty() && asked.iter().all(|path| is_of_a_release(path)), "{asked:#?}");
+    });
+}
+
+/// Whether the agent fetches such a path for what it boots.
+fn is_of_a_release(path: &str) -> bool {
+    ["/metadata/", "/targets/", "/a/"].iter().any(|start| path.starts_with(start))
+}
+
+/// A manifest with a hook more, of a thief's.
+fn with_a_hook(manifest: &[u8]) -> Vec<u8> {
+    let mut manifest: Value = serde_json::from_slice(manifest).unwrap();
+    manifest["hooks"] = json!({"drain": [{"kind": "command", "command": ["/bin/sh", "-c", "id"], "timeout": 5}]});
+    serde_json::to_vec_pretty(&manifest).unwrap()
+}
+
 /// A hook runs as root on each machine; so it is in the manifest, which the signers list. Role data selects, and is signed.
 #[test]
 fn a_changed_hook_or_setting_is_refused() {
@@ -66,9 +112,7 @@ fn a_changed_hook_or_setting_is_refused() {
         machine.accepts();
         let file = bench.manifest(1);
         let good = std::fs::read(&file).unwrap();
-        let mut manifest: Value = serde_json::from_slice(&good).unwrap();
-        manifest["hooks"] = json!({"drain": [{"kind": "command", "command": ["/bin/sh", "-c", "id"], "timeout": 5}]});
-        let changed = serde_json::to_vec_pretty(&manifest).unwrap();
+        let changed = with_a_hook(&good);
         std::fs::write(&file, &changed).unwrap();
         // The signers listed its length: nothing behind that is even read.
         machine.refuses("metadata-too-long");
@@ -92,6 +136,7 @@ fn a_changed_hook_or_setting_is_refused() {
         hostile.wait_failure("assignment-manifest-mismatch", IDLE);
         hostile.answer(thief(&bench.site, 1, |f| f.damage = other_settings));
         machine.refuses("director-bad-signature");
+        hostile.wait_failure("director-bad-signature", IDLE);
         hostile.answer(thief(&bench.site, 1, |_| {}));
         machine.accepts();
     });
@@ -254,6 +299,21 @@ impl Siege {
     }
 }
 
+/// The manifest of the machine's own release has another hook: as it is written, and cut to the length that the signers listed.
+fn serves_a_changed_hook(siege: &Siege) {
+    let file = published(&siege.site.join("repo/targets/minimal/2"), ".manifest.json");
+    let good = std::fs::read(&file).unwrap();
+    let changed = with_a_hook(&good);
+    for (what, kind, bytes) in [
+        ("a changed hook", "metadata-too-long", &changed[..]),
+        ("a changed hook, of the listed length", "metadata-hash-mismatch", &changed[..good.len()]),
+    ] {
+        std::fs::write(&file, bytes).unwrap();
+        siege.served(what, kind);
+    }
+    std::fs::write(&file, good).unwrap();
+}
+
 fn replace(metadata: &Path, by: &Path) {
     std::fs::remove_dir_all(metadata).unwrap();
     site::copy_tree(by, metadata).unwrap();
@@ -281,6 +341,52 @@ fn rotate(rack: &Rack) -> Keys {
     Keys { revoked: key(&rack.site, "offline/ann.key"), one_of_two: key(&rack.site, "offline/bob.key"), rotated }
 }
 
+/// Repositories that are whole, and of another time or site; two of them mixed.
+fn serves_what_was_signed_for_something_else(siege: &Siege, older: &Path, other: &Path) {
+    siege.served_changed("an old repository", "metadata-rollback", |metadata| replace(metadata, older));
+    siege.served_changed("another site's repository", "metadata-bad-signature", |metadata| {
+        for entry in other.join("repo/metadata").read_dir().unwrap().flatten() {
+            std::fs::copy(entry.path(), metadata.join(entry.file_name())).unwrap();
+        }
+    });
+    let newest = newest_metadata(&siege.site, "image-minimal");
+    let old_list = std::fs::read(newest_in(older, "image-minimal")).unwrap();
+    let padded = as_long_as(&old_list, &std::fs::read(&newest).unwrap());
+    for (what, kind, list) in [
+        ("a mixture of two states", "metadata-length-mismatch", &old_list),
+        ("a mixture of two states, of one length", "metadata-hash-mismatch", &padded),
+    ] {
+        siege.served_changed(what, kind, |_| std::fs::write(&newest, list).unwrap());
+    }
+    serves_a_changed_hook(siege);
+}
+
+/// Bytes without end, none at all, and one after the other.
+fn serves_it_otherwise(siege: &Siege) {
+    for (way, kind) in
+        [(Way::Endless, "metadata-too-long"), (Way::Silent, "transfer-stalled"), (Way::Drip, "transfer-too-slow")]
+    {
+        siege.files.way(way);
+        siege.served(&format!("{way:?} metadata"), kind);
+        siege.files.way(Way::Honest);
+    }
+}
+
+/// Each of these keys signs what it signed once.
+fn serves_what_these_sign(siege: &Siege, keys: &Keys) {
+    let lists = |document: &mut Value| document["targets"]["minimal/1/manifest.json"]["length"] = json!(1);
+    for (what, role, signer) in [
+        ("a signer's key that was revoked", "image-minimal", &keys.revoked),
+        ("a signer's key below the threshold", "image-minimal", &keys.one_of_two),
+        ("a snapshot's key that was replaced", "snapshot", &keys.rotated),
+    ] {
+        siege.served_changed(what, "metadata-bad-signature", |_| match role {
+            "snapshot" => forge(&siege.site, role, &[signer], &|_| {}),
+            _ => forge(&siege.site, role, &[signer], &lists),
+        });
+    }
+}
+
 /// One machine, held in its initramfs by a boot server in a thief's hands, meets one attack after the other: its console has
 /// a typed reason for each, the thief hears it where it is told, and nothing starts. Then the honest server is back, with a
 /// new director: the machine comes up, and goes where it is sent.
@@ -293,10 +399,8 @@ fn a_machine_meets_one_attack_after_the_other_and_comes_up() {
         let mut options = RackOptions::scenario(paths, "siege", spec);
         options.unknown = vec![NAME.to_owned()];
         let mut rack = Rack::start(paths, &options).unwrap();
-        let metadata = rack.site.join("repo/metadata");
         let older = paths.scratch.join("older");
-        let old_list = std::fs::read(newest_metadata(&rack.site, "image-minimal")).unwrap();
-        site::copy_tree(&metadata, &older).unwrap();
+        site::copy_tree(&rack.site.join("repo/metadata"), &older).unwrap();
         let keys = rotate(&rack);
         rack.kiln(&["release", "publish", "minimal/2"]).unwrap();
         let other = another_site(paths, &rack.site);
@@ -313,40 +417,11 @@ fn a_machine_meets_one_attack_after_the_other_and_comes_up() {
             siege.answered(what, kind, thief(&rack.site, release, change));
         }
         siege.answered("a wipe", "order-bad-signature", wipes(&rack.site));
-        siege.answers_besides(
-            "user-data, commands and units",
-            json!({
-                "user_data": "#cloud-config\nruncmd: [[touch, /run/kiln-user-data]]",
-                "commands": [["/bin/sh", "-c", "touch /run/kiln-user-data"]],
-                "units": {"thief.service": "[Service]\nExecStart=/bin/sh"},
-            }),
-        );
+        siege.answers_besides("user-data, commands and units", user_data("/run/kiln-user-data"));
 
-        siege.served_changed("an old repository", "metadata-rollback", |metadata| replace(metadata, &older));
-        siege.served_changed("another site's repository", "metadata-bad-signature", |metadata| {
-            for entry in other.join("repo/metadata").read_dir().unwrap().flatten() {
-                std::fs::copy(entry.path(), metadata.join(entry.file_name())).unwrap();
-            }
-        });
-        siege.served_changed("a mixture of two states", "metadata-length-mismatch", |_| {
-            std::fs::write(newest_metadata(&rack.site, "image-minimal"), &old_list).unwrap();
-        });
-        for (way, kind) in [(Way::Endless, "metadata-too-long"), (Way::Silent, "transfer-stalled")] {
-            siege.files.way(way);
-            siege.served(&format!("{way:?} metadata"), kind);
-            siege.files.way(Way::Honest);
-        }
-        let lists = |document: &mut Value| document["targets"]["minimal/1/manifest.json"]["length"] = json!(1);
-        for (what, role, signer) in [
-            ("a signer's key that was revoked", "image-minimal", &keys.revoked),
-            ("a signer's key below the threshold", "image-minimal", &keys.one_of_two),
-            ("a snapshot's key that was replaced", "snapshot", &keys.rotated),
-        ] {
-            siege.served_changed(what, "metadata-bad-signature", |_| match role {
-                "snapshot" => forge(&rack.site, role, &[signer], &|_| {}),
-                _ => forge(&rack.site, role, &[signer], &lists),
-            });
-        }
+        serves_what_was_signed_for_something_else(&siege, &older, &other);
+        serves_it_otherwise(&siege);
+        serves_what_these_sign(&siege, &keys);
 
         // Another site's server in the same place, as a lying DHCP server would name it.
         let siege = siege.with_server_of(&other);
@@ -367,8 +442,7 @@ fn a_machine_meets_one_attack_after_the_other_and_comes_up() {
         );
         // Nor does it look for what nobody told it of: clouds' user-data, for one.
         let asked = siege.files.asked.lock().unwrap().clone();
-        let known = |path: &String| ["/metadata/", "/targets/", "/a/"].iter().any(|start| path.starts_with(start));
-        assert!(!asked.is_empty() && asked.iter().all(known), "{asked:#?}");
+        assert!(!asked.is_empty() && asked.iter().all(|path| is_of_a_release(path)), "{asked:#?}");
         drop(siege);
 
         // What was signed during the siege had numbers of its own; what is signed now goes beyond.

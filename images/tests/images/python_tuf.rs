@@ -1,6 +1,6 @@
 //! The reference implementation of TUF.
 //!
-//! Where it cannot be installed (no Python, no network) the test says so and passes.
+//! Where it cannot be installed (no Python, no network) the test says so and passes, but not under `KILN_REGISTRIES`.
 
 use crate::both_ways::Other;
 use crate::python::python;

@@ -1,7 +1,8 @@
 //! tough, AWS' implementation of TUF.
 //!
 //! tough is a program of its own (`images/tests/tough`), so that what it links stays out of the workspace. Where
-//! `KILN_TOUGH` does not name it, the tests say so and pass; `make oracle-tough` builds it and sets that.
+//! `KILN_TOUGH` does not name it, the tests say so and pass, but not under `KILN_REGISTRIES`; `make oracle-tough` and `make
+//! test-slow` build it and set that.
 
 use crate::both_ways::Other;
 use std::path::PathBuf;
@@ -10,7 +11,7 @@ use std::path::PathBuf;
 pub fn tough() -> Option<PathBuf> {
     let named = std::env::var_os("KILN_TOUGH").map(PathBuf::from);
     if named.is_none() {
-        eprintln!("skipped: KILN_TOUGH names no program; `make oracle-tough` builds it");
+        crate::oracle::out_of_reach("KILN_TOUGH names no program; `make oracle-tough` builds it");
     }
     named
 }

@@ -161,11 +161,20 @@ async fn an_attestation_key_outside_the_tpm_opens_no_credential() {
         machine: machine_id(1),
         boot_id: boot_id(&agent),
         endorsement: HexBytes(ak.clone()),
-        attestation: HexBytes(ak),
+        attestation: HexBytes(ak.clone()),
     };
     assert_eq!(post(&server, &agent, &step).await.status, StatusCode::UNPROCESSABLE_ENTITY);
     let stranger = Agent { signer: Agent::new(2, &site.manifest(1)).signer, ..agent.clone() };
     assert_eq!(post(&server, &stranger, &guess).await.status, StatusCode::CONFLICT);
+    // The same first step that the machine itself was asked for, by another key.
+    let step = Attestation::Hello {
+        machine: machine_id(1),
+        boot_id: boot_id(&agent),
+        endorsement: HexBytes(ek),
+        attestation: HexBytes(ak),
+    };
+    let answer = post(&server, &stranger, &step).await;
+    assert_eq!(answer.status, StatusCode::CONFLICT, "{}", answer.text());
 }
 
 /// A disk may have its loader from another release than the one that it starts, but from none that was revoked.

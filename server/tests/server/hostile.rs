@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 
 /// Clears a screen, forges a line of a log and of JSON, turns text round, and is long.
-fn evil() -> String {
+pub fn evil() -> String {
     let tricks =
         "\x1b[2J\x1b]0;owned\x07\r\n2026-01-01T00:00:00Z kiln all is well\n\u{9b}31m\u{202e}lla\u{2066}\u{85}\0\u{7f}";
     format!("{tricks}</script><b onclick=x>\",\"what\":\"{}", "A".repeat(3_000))
@@ -24,7 +24,7 @@ fn leaves(value: &Value, path: &str, out: &mut Vec<String>) {
     }
 }
 
-fn harmless(what: &str, text: &str) {
+pub fn harmless(what: &str, text: &str) {
     let bad = text.char_indices().find(|(_, c)| {
         (c.is_control() && *c != '\n') || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     });
@@ -170,8 +170,7 @@ async fn a_machine_speaks_only_for_itself() {
     assert_eq!(post(INVENTORY_PATH, inventory).await.status, StatusCode::FORBIDDEN);
     let commit = Introduction::Commit { machine: machine_id(2), commitment: commitment(&forged.nonce) };
     assert_eq!(post(INTRODUCTION_PATH, json!(commit)).await.status, StatusCode::CONFLICT);
-    assert_eq!(post(RECEIPT_PATH, json!({})).await.status, StatusCode::UNPROCESSABLE_ENTITY);
-
+    // Of proofs, of the word before a kexec and of receipts the tests of attestation, kexecs and orders show it.
     let after = server.machine("rack-2").await;
     assert_eq!((after.key, after.state, after.boots), (before.key, before.state, before.boots));
     assert_eq!(after.other_key, Some(one.key_id()));

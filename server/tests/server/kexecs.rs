@@ -109,6 +109,9 @@ async fn a_word_that_is_not_the_truth_is_found_out_by_the_next_kernel() {
     };
     assert_eq!(post(&server, &agent, &step).await.status, hyper::StatusCode::CONFLICT);
     assert_eq!(prove(&server, &agent, &mut chip).await.0.state, AttestationState::Attested);
+    // Another machine's key says it now: that is nobody's word.
+    let stranger = Agent { signer: Agent::new(2, &second).signer, ..agent.clone() };
+    assert_eq!(post(&server, &stranger, &step).await.status, hyper::StatusCode::CONFLICT);
     // It leaves out what it has loaded: a kexec would not be attested, and an honest agent does not make it.
     let before = chip.measured.clone();
     chip.kernel_loads(&third, crossing(3));

@@ -2,7 +2,7 @@
 //! redirects and fills in its forms.
 //!
 //! The provider is installed under the target folder, once. Where that cannot be done (no node, no npm, no network) the
-//! test says so and passes.
+//! test says so and passes, but not under `KILN_REGISTRIES`.
 
 use crate::common::*;
 use hyper::StatusCode;

@@ -289,6 +289,11 @@ async fn a_wipe_ends_with_a_receipt_that_anybody_can_check() {
     assert!(text.contains("another key"), "{text}");
     assert!(bring(&server, one, &good, &two.signer).await.1.contains("signed by 0"));
     assert!(bring(&server, two, &theirs, &two.signer).await.1.contains("no order"));
+    // Right in itself, and signed by the key that brings it: in the other machine's name.
+    let named = Receipt { machine: machine_id(1), ..theirs };
+    let (status, text) = bring(&server, two, &named, &two.signer).await;
+    assert_eq!(status, StatusCode::UNPROCESSABLE_ENTITY, "{text}");
+    assert!(text.contains("no order"), "{text}");
     let open = does(&["order", "list", "--site", &desk.site]);
     assert!(open.contains(" open"), "{open}");
     let (status, text) = bring(&server, one, &good, &one.signer).await;

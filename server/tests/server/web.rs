@@ -3,11 +3,13 @@
 
 use crate::common::chip::{Chip, boots, report};
 use crate::common::*;
+use crate::hostile::{evil, harmless};
 use fantoccini::{Client, ClientBuilder, Locator};
 use kiln_protocol::tpm::command::pcr_extend;
 use kiln_protocol::{
-    AttestationState, INTRODUCTION_PATH, Introduction, LOG_PATH, LogBatch, LogLine, LogSource, ProtectionClass, Report,
-    Stage, StageRecord, StageState, Stale, TpmPresence, commitment,
+    AttestationState, Condition, Difference, DriftKind, Failure, Health, INTRODUCTION_PATH, Introduction, LOG_PATH,
+    LogBatch, LogLine, LogSource, ProtectionClass, Report, Stage, StageRecord, StageState, Stale, TpmPresence,
+    commitment,
 };
 use serde_json::json;
 use std::io::{BufRead, BufReader};
@@ -198,6 +200,54 @@ async fn what_each_boot_can_promise_is_told_apart_in_a_browser_and_on_the_machin
     let title = page.execute(title, vec![]).await.unwrap();
     assert!(title.as_str().unwrap().starts_with("failed: ") && title.as_str().unwrap().contains("PCR 11"), "{title}");
     assert_eq!(screen(report(&server, &mut agent, TpmPresence::Ready).await), "unprotected, attestation failed");
+    page.close().await.unwrap();
+    drop(driver);
+}
+
+/// What the page of one machine shows, as text, and what has become of it in the document.
+const SHOWN: &str = "const all = (css) => [...document.querySelectorAll(css)];
+    return {
+        trace: all('#boots li span').map((s) => s.textContent),
+        drift: document.querySelector('[data-cell=state]').title,
+        made: all('[onclick], #boots li span *, [data-cell=words] *, [data-cell=state] *').length,
+        scripts: all('script').filter((script) => !script.src).length,
+        text: all('[title]').map((titled) => titled.title).join('\\n') + document.body.textContent,
+    };";
+
+/// Escapes, marks that turn text round, and elements: in a failure, in what is not healthy, in drift and in a line of the log.
+#[tokio::test]
+async fn what_a_hostile_machine_says_is_text_and_no_part_of_the_page() {
+    let site = TestSite::new();
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let failed = Failure { kind: "k".into(), message: evil(), attempt: 1, retry_in_ms: None };
+    let drift = vec![Difference { kind: DriftKind::User, what: evil(), text: evil() }];
+    let mut report = agent.healthy();
+    report.stages.push(StageRecord { stage: Stage::Network, state: StageState::Failed(failed), at_ms: 2 });
+    report.health = Some(Health { healthy: false, detail: evil() });
+    report.condition = Some(Condition { drift, drift_count: 1, ..Condition::default() });
+    agent.send(&server, &report).await;
+    let line = LogLine { source: LogSource::Kernel, level: 3, at_us: 1, text: evil() };
+    let (boot_id, machine) = (report.boot_id.clone(), report.machine.id.clone());
+    let batch = LogBatch { boot_id, machine, first: 0, at_us: 9, lines: vec![line] };
+    let body = serde_json::to_vec(&batch).unwrap();
+    let answer = server.post_to(LOG_PATH, server.tls(Some(agent.identity())), body).await.unwrap();
+    assert_eq!(answer.status, 200, "{}", answer.text());
+
+    let Some((driver, page)) = browser().await else { return };
+    page.goto(&format!("http://{}/m/rack-1", server.http)).await.unwrap();
+    let element = "</script><b onclick=x>";
+    let health = cell(&page, "rack-1", "words", |text| text.contains(element)).await;
+    harmless("what is not healthy", &health);
+    page.wait().at_most(PATIENCE).for_element(Locator::Css("#boots li.kernel")).await.unwrap();
+    let shown = page.execute(SHOWN, vec![]).await.unwrap();
+    let trace: Vec<&str> = shown["trace"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect();
+    let with_element = |start: &str| trace.iter().any(|text| text.contains(start) && text.contains(element));
+    assert!(with_element(&format!("{} failed [k]", Stage::Network.label())), "the failure: {trace:?}");
+    assert!(with_element("\\u{1b}[2J"), "the log's line, its escape made visible: {trace:?}");
+    assert!(shown["drift"].as_str().unwrap().contains(element), "{shown}");
+    assert_eq!((&shown["made"], &shown["scripts"]), (&json!(0), &json!(0)), "text has become elements: {shown}");
+    harmless("the page", shown["text"].as_str().unwrap());
     page.close().await.unwrap();
     drop(driver);
 }

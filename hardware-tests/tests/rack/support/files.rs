@@ -7,6 +7,7 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// How metadata is served; artifacts always are as they lie there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +18,8 @@ pub enum Way {
     Endless,
     /// Nothing comes after the headers.
     Silent,
+    /// A byte of timestamp.json each second: never long silence, and never enough.
+    Drip,
 }
 
 /// A running file server.
@@ -93,6 +96,14 @@ fn answer(
     if timestamp && way == Way::Silent {
         // Until the client has had enough.
         return std::io::copy(&mut stream, &mut std::io::sink()).map(drop);
+    }
+    if timestamp && way == Way::Drip {
+        for byte in body {
+            stream.write_all(&[byte])?;
+            // The pause is the attack.
+            std::thread::sleep(Duration::from_secs(1));
+        }
+        return Ok(());
     }
     stream.write_all(&body)
 }

@@ -68,6 +68,14 @@ impl Hostile {
         }
     }
 
+    /// The machine's last boot must have told it of this failure. What was heard is forgotten: the next boot says its own.
+    #[track_caller]
+    pub fn told(&self, kind: &str) {
+        let failures = self.failures();
+        assert!(failures.iter().any(|known| known == kind), "{kind} was not reported: {failures:?}");
+        self.heard.lock().unwrap().clear();
+    }
+
     /// Answers differently from now on.
     pub fn answer(&self, answer: impl FnMut(&Report, &str) -> Reply + Send + 'static) {
         *self.answer.lock().unwrap() = Box::new(answer);

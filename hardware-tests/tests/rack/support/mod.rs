@@ -122,7 +122,7 @@ impl Bench {
 }
 
 /// The one file in a folder of targets whose name ends so.
-fn published(dir: &Path, end: &str) -> PathBuf {
+pub fn published(dir: &Path, end: &str) -> PathBuf {
     let mut files = dir.read_dir().unwrap().flatten().map(|e| e.path());
     let found = files.find(|p| p.to_string_lossy().ends_with(end));
     found.unwrap_or_else(|| panic!("no target in {} ends with {end}", dir.display()))
@@ -130,7 +130,11 @@ fn published(dir: &Path, end: &str) -> PathBuf {
 
 /// N.ROLE.json with the highest N, or timestamp.json.
 pub fn newest_metadata(site: &Path, role: &str) -> PathBuf {
-    let dir = site.join("repo/metadata");
+    newest_in(&site.join("repo/metadata"), role)
+}
+
+/// The same in any folder of metadata.
+pub fn newest_in(dir: &Path, role: &str) -> PathBuf {
     if role == "timestamp" {
         return dir.join("timestamp.json");
     }

@@ -18,7 +18,7 @@ use jiff::Timestamp;
 use kiln_release::tuf::{Client, ExpiryPolicy, Fetched, Limits, Request, Seen, TargetPath, TufError};
 use oracle::{Oracle, Verdict};
 use repository::Case;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
 
@@ -122,6 +122,12 @@ fn differences(ours: &[Verdict], theirs: &[Verdict]) -> Vec<Difference> {
     Vec::new()
 }
 
+/// How often each deviation was the reason, and the seeds of which a second judge had to say so.
+struct Explained {
+    counts: BTreeMap<&'static str, usize>,
+    alone: BTreeSet<u64>,
+}
+
 /// Compares so many cases, and counts how often each deviation was the reason. What none of them explains is looked at by a
 /// second judge, if there is one: where it says what Kiln says, the first one stands alone.
 fn compare(
@@ -130,9 +136,10 @@ fn compare(
     known: &[Deviation],
     seeds: Range<u64>,
     make: fn(u64, Timestamp) -> Case,
-) -> BTreeMap<&'static str, usize> {
+) -> Explained {
     let now = Timestamp::now();
-    let (mut counts, mut unexplained, mut accepted, mut agreed) = (BTreeMap::new(), Vec::new(), 0, 0);
+    let (mut counts, mut alone) = (BTreeMap::new(), BTreeSet::new());
+    let (mut unexplained, mut accepted, mut agreed) = (Vec::new(), 0, 0);
     for seed in seeds.clone() {
         let case = make(seed, now);
         let (ours, theirs) = (ours(&case), oracle.judge(&case));
@@ -142,7 +149,7 @@ fn compare(
             match known.iter().find(|deviation| deviation.holds(oracle, known, &case, &difference)) {
                 Some(deviation) => *counts.entry(deviation.name).or_insert(0) += 1,
                 None if second.as_mut().is_some_and(|second| sides_with_us(second, &case, &difference)) => {
-                    *counts.entry(ALONE).or_insert(0) += 1;
+                    alone.insert(seed);
                 }
                 None => unexplained.push(format!(
                     "seed {seed}, state {}, {}: {}\n    ours: {}\n    theirs: {}",
@@ -161,15 +168,19 @@ fn compare(
         unexplained.len(),
         unexplained.join("\n")
     );
-    println!("{seeds:?}: {accepted} repositories taken whole, {agreed} targets by both; explained: {counts:?}");
+    println!(
+        "{seeds:?}: {accepted} repositories taken whole, {agreed} targets by both; explained: {counts:?}; {ALONE}: {alone:?}"
+    );
     let all = usize::try_from(seeds.end - seeds.start).unwrap();
     assert!(accepted * 10 > all && accepted * 10 < all * 9, "{accepted} of {all} are taken: that tests little");
     assert!(agreed * 2 > all, "{agreed} targets of {all} repositories are given by both: that tests little");
-    counts
+    Explained { counts, alone }
 }
 
 /// Differences in which the reference implementation says what Kiln says, and whose cause in tough nobody has found yet.
 const ALONE: &str = "tough-alone";
+/// So many of the [`LONG`] seeds have one. One more is a new difference, of tough's or of Kiln's, and somebody must look.
+const MOST_ALONE: usize = 11;
 
 /// Whether this judge, too, takes what Kiln takes, and refuses what Kiln refuses.
 fn sides_with_us(second: &mut Oracle, case: &Case, difference: &Difference) -> bool {
@@ -209,7 +220,7 @@ fn verdicts_are_those_of_the_reference_implementation() {
 #[ignore = "takes minutes; make test-slow runs it"]
 fn verdicts_are_those_of_the_reference_implementation_thousands_of_times() {
     let Some(mut oracle) = python() else { return };
-    let counts = compare(&mut oracle, None, OF_PYTHON, SHORT..LONG, repository::case);
+    let Explained { counts, .. } = compare(&mut oracle, None, OF_PYTHON, SHORT..LONG, repository::case);
     for deviation in OF_PYTHON {
         assert!(counts.contains_key(deviation.name), "{} explains nothing any more", deviation.name);
     }
@@ -225,8 +236,11 @@ fn verdicts_are_those_of_tough() {
 #[ignore = "takes minutes; make test-slow runs it"]
 fn verdicts_are_those_of_tough_thousands_of_times() {
     let Some(mut oracle) = tough() else { return };
-    let counts = compare(&mut oracle, python(), OF_TOUGH, SHORT..LONG, for_tough);
-    assert!(counts.get(ALONE).is_none_or(|alone| *alone < 25), "too many without a known cause: {counts:?}");
+    let Explained { alone, .. } = compare(&mut oracle, python(), OF_TOUGH, SHORT..LONG, for_tough);
+    assert!(
+        alone.len() <= MOST_ALONE,
+        "more than the {MOST_ALONE} known seeds have a difference without a cause: {alone:?}"
+    );
 }
 
 /// A deviation that is not written down is a bug.

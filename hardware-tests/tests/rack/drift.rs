@@ -1,6 +1,7 @@
 //! A machine that is no longer what its release says: told, and put up anew where its role wants that. What is compared with
 //! what is in `agent/src/drift/tests.rs`, what the server decides in `server/fleet/tests/fleet/drift.rs`. The same boots
-//! show health checks and hooks on a real system; their corners are in `agent/src/health/tests.rs` and `agent/src/service/tests/hooks.rs`.
+//! show health checks and hooks on a real system; their corners are in `agent/src/health/tests.rs` and
+//! `agent/src/service/tests/hooks.rs`.
 
 use kiln_lab::api::MachineView;
 use kiln_lab::console::Mark;
@@ -75,15 +76,15 @@ fn loses_its_health_and_finds_it_again(rack: &mut Rack, address: Ipv4Addr) {
     assert_eq!(view.boots.len(), 1, "no check and no wrong clock makes a machine leave");
 }
 
-/// What the release calls before a machine leaves was through before it left, while the service that it ends was there still; and
-/// what it calls at the first *healthy* was called.
+/// What the release calls before a machine leaves was called before it left, while the service that it ends was there still;
+/// and what it calls at the first *healthy* was called then.
 fn its_hooks_ran(said: &str) {
     let at = |words: &str| said.find(words).unwrap_or_else(|| panic!("{words:?} is not on the console:\n{said}"));
-    at("KILN-HOOK undrain, the service is active");
+    let undrained = at("KILN-HOOK undrain, the service is active");
+    let drained = at("KILN-HOOK drain, the service is active");
+    assert!(undrained < drained && drained < at(Stage::Going.label()), "in this order:\n{said}");
     at("hook: undrain hook work-begins is through");
-    at("KILN-HOOK drain, the service is active");
-    let (through, going) = (at("hook: drain hook work-ends is through"), at(Stage::Going.label()));
-    assert!(through < going, "it left before its hook was through:\n{said}");
+    at("hook: drain hook work-ends is through");
 }
 
 /// Healthy and as released, also after health was lost and found; then a program, mounts, a unit, a user and a listener that

@@ -75,6 +75,11 @@ impl Keeper {
         self.spool.borrow_mut().report(&self.clocks())
     }
 
+    /// Events that no reply has confirmed.
+    pub fn kept(&self) -> usize {
+        self.spool.borrow().len()
+    }
+
     /// Whether more waits.
     pub fn answered(&self) -> bool {
         let confirmed = self.spool.borrow_mut().answered();

@@ -1,12 +1,20 @@
-//! What the allow-list costs: starts of a small program, and a compile job whose every program is judged.
+//! What the allow-list costs: starts of a small program, and a compile job whose every program is judged. And how soon it
+//! answers what it cannot judge in time, and tells of what it denied.
 #![allow(clippy::unwrap_used)]
 
 mod bed;
 
-use bed::{Bed, inside, list, put};
+use bed::{Bed, inside, list, longer, program, put};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
+
+/// Of each kind.
+const LOOKS: u8 = 9;
+/// Longer than what is hashed within a verdict's 100 ms.
+const LONG: u64 = 250 << 20;
 
 /// A source file of 700 lines.
 fn source(unit: usize) -> String {
@@ -22,6 +30,47 @@ fn source(unit: usize) -> String {
         text += "int main(int n, char **words) { int out[8] = {0}; return f0_0(words[0], out, n) == 7; }\n";
     }
     text
+}
+
+fn milliseconds(since: Instant) -> f64 {
+    since.elapsed().as_secs_f64() * 1e3
+}
+
+/// The middle one, and the most.
+fn summed_up(what: &str, mut values: Vec<f64>) -> serde_json::Value {
+    values.sort_by(f64::total_cmp);
+    let (median, most) = (values[values.len() / 2], values[values.len() - 1]);
+    eprintln!("{what}: {median:.1} ms, {most:.1} ms at most");
+    serde_json::json!({ "median_ms": median, "most_ms": most })
+}
+
+/// From a denied start to the service's knowing of it; and how long a start waits whose program takes too long to judge, the
+/// hasher being busy with those before.
+fn latencies() -> Option<[serde_json::Value; 2]> {
+    let mut bed = Bed::start("enforce", "closed", &list())?;
+    let mut told = Vec::new();
+    for n in 1..=LOOKS {
+        bed.put("other", &longer(program("true"), n.into()));
+        let begun = Instant::now();
+        bed.is_denied("other");
+        bed.wait(|state| state.denied >= u64::from(n));
+        told.push(milliseconds(begun));
+    }
+    let mut late = Vec::new();
+    for n in 1..=LOOKS {
+        // Nearly all of it a hole.
+        let path = bed.place.join(format!("long-{n}"));
+        put(&path, &program("true"));
+        let file = File::options().write(true).open(path).unwrap();
+        file.set_len(LONG).unwrap();
+        file.write_all_at(&[n], LONG - 1).unwrap();
+        drop(file);
+        let begun = Instant::now();
+        bed.is_denied(&format!("long-{n}"));
+        late.push(milliseconds(begun));
+    }
+    bed.wait(|state| state.late + state.denied >= 2 * u64::from(LOOKS));
+    Some([summed_up("a denied start is told after", told), summed_up("a start that cannot be judged waits", late)])
 }
 
 /// Figures for docs/benchmarks.md, by `make bench`; also as JSON into the file that KILN_FIGURES names.
@@ -102,6 +151,9 @@ fn what_it_costs() {
     let (resident, most) = (bed.guard_status("VmRSS:"), bed.guard_status("VmHWM:"));
     eprintln!("guard: {resident} kB resident, {most} kB at most");
     figures.insert("guard".into(), serde_json::json!({ "rss_kib": resident, "peak_kib": most }));
+    if let Some([told, late]) = latencies() {
+        figures.extend([("told".to_owned(), told), ("late".to_owned(), late)]);
+    }
     if let Some(path) = std::env::var_os("KILN_FIGURES").map(PathBuf::from) {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         std::fs::write(path, serde_json::Value::Object(figures).to_string()).unwrap();

@@ -1,6 +1,7 @@
 //! `make bench`: what a reimage costs, by kexec and by cold boot in turns on one machine, and what the agent costs a machine
 //! at rest. Figures are compared within one run only: an emulated machine is no real one, and a host has moods.
 
+use crate::api::MachineView;
 use crate::console::Mark;
 use crate::error::{AtPath, LabError};
 use crate::machine::{Firmware, MachineSpec};
@@ -10,7 +11,7 @@ use crate::report::{BootFigures, Sizes};
 use crate::rest::{self, AtRest, LOOK, SETTLED};
 use crate::site;
 use crate::variables::NetworkBoot;
-use kiln_protocol::AgentMemory;
+use kiln_protocol::{AgentMemory, Stage};
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -57,6 +58,10 @@ struct Rest {
     rss_bytes: u64,
     /// The most that both ever had, by their own report.
     peak_bytes: Option<u64>,
+    /// The same once they have fetched and verified another release.
+    prefetch_peak_bytes: Option<u64>,
+    /// From the machine's word on its console that a start was denied until the boot server showed it.
+    denied_told_s: f64,
 }
 
 /// Where a part's figures lie until all are there.
@@ -119,7 +124,8 @@ fn reimage(paths: &Paths, rounds: u8) -> Result<Reimage, LabError> {
     Ok(Reimage { accelerator, kexec, cold, kexec_of_cold, sizes, boots })
 }
 
-/// By looks from inside: a report has service and guard in one figure, and does not say which processes they were.
+/// By looks from inside: a report has service and guard in one figure, and does not say which processes they were. Before it rests,
+/// how soon the server knows of a denied start; when it has rested, what another release costs.
 fn at_rest(paths: &Paths, rest: Duration) -> Result<Rest, LabError> {
     let spec = MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe));
     let mut options = RackOptions::scenario(paths, "bench-rest", spec);
@@ -128,6 +134,12 @@ fn at_rest(paths: &Paths, rest: Duration) -> Result<Rest, LabError> {
     rack.kiln(&["release", "publish", &format!("{}/1", site::EXEC)])?;
     rack.machine(NAME).power_on()?;
     let console = rack.machine(NAME).console()?.clone();
+    console.wait_for_line("KILN-EXEC foreign ", Mark::default(), IDLE)?;
+    let begun = Instant::now();
+    rack.wait(NAME, "told of the denied program", |view| {
+        view.exec.as_ref().is_some_and(|exec| exec.violations.iter().any(|seen| seen.path.ends_with("/foreign")))
+    })?;
+    let denied_told_s = begun.elapsed().as_secs_f64();
     // Its probe replaces service and guard; from then on it has nothing to do.
     console.wait_for("KILN-EXEC done", Mark::default(), IDLE)?;
     let (begun, limit) = (Instant::now(), SETTLED + rest + IDLE);
@@ -143,16 +155,29 @@ fn at_rest(paths: &Paths, rest: Duration) -> Result<Rest, LabError> {
         console.wait_for_line(LOOK, mark, IDLE)?;
     };
     rack.wait_healthy(NAME, 1)?;
-    let path = format!("/api/v1/machines/{NAME}");
-    let memory: Option<AgentMemory> = serde_json::from_value(rack.get(&path)?["agent_memory"].clone())
-        .map_err(|e| LabError::Api { method: "GET", path, reason: format!("agent_memory: {e}") })?;
+    let peak_bytes = peak(&rack)?;
+    // It is told that it has another release before it leaves for that.
+    rack.kiln(&["assign", NAME, &format!("{}/1", site::IMAGE), "--via", "cold"])?;
+    let fetched = |view: &MachineView| view.boot().is_some_and(|boot| boot.at(Stage::Prefetch, "done").is_some());
+    rack.wait(NAME, "another release fetched", fetched)?;
+    let prefetch_peak_bytes = peak(&rack)?;
     Ok(Rest {
         accelerator: rack.accelerator.0.name().to_owned(),
         cpu_share: figures.service_share + figures.guard_share,
         rss_bytes: figures.service_rss_bytes + figures.guard_rss_bytes,
-        peak_bytes: memory.map(|memory| memory.peak_bytes),
+        peak_bytes,
+        prefetch_peak_bytes,
+        denied_told_s,
         figures,
     })
+}
+
+/// The most memory that service and guard ever had in this boot, as last reported.
+fn peak(rack: &Rack) -> Result<Option<u64>, LabError> {
+    let path = format!("/api/v1/machines/{NAME}");
+    let memory: Option<AgentMemory> = serde_json::from_value(rack.get(&path)?["agent_memory"].clone())
+        .map_err(|e| LabError::Api { method: "GET", path, reason: format!("agent_memory: {e}") })?;
+    Ok(memory.map(|memory| memory.peak_bytes))
 }
 
 /// Puts all figures there are into report.json and gives them as text.
@@ -196,6 +221,12 @@ fn summary(all: &serde_json::Value) -> String {
     line("  the guard of its allow-list", "/rest/guard_rss_bytes", 1e-6, "MB");
     line("  both", "/rest/rss_bytes", 1e-6, "MB");
     line("  both, at most", "/rest/peak_bytes", 1e-6, "MB");
+    line("  both, at most, with a release fetched", "/rest/prefetch_peak_bytes", 1e-6, "MB");
+    line("a denied start is shown by the boot server after", "/rest/denied_told_s", 1.0, "s");
+    line("  the service knows of it after", "/exec/told/median_ms", 1.0, "ms");
+    line("a start that cannot be judged in time waits", "/exec/late/median_ms", 1.0, "ms");
+    line("  at most", "/exec/late/most_ms", 1.0, "ms");
+    line("the guard of an allow-list on the host, at most", "/exec/guard/peak_kib", 1.024e-3, "MB");
     line("a compile job under an allow-list takes longer by", "/exec/compile/more", 100.0, "%");
     line("the start of a small program under an allow-list, by", "/exec/start/more", 100.0, "%");
     out

@@ -21,6 +21,7 @@ pub mod machine;
 pub mod nbd;
 pub mod net;
 pub mod newer_qemu;
+pub mod ntp;
 pub mod paths;
 pub mod qmp;
 pub mod rack;

@@ -235,7 +235,7 @@ fn files_are_the_packages(built: &Built, temp: &Path) {
 }
 
 /// Beside what the recipe adds.
-const OURS: [&str; 8] = [
+const OURS: [&str; 9] = [
     "/etc/machine-id",
     "/etc/fstab",
     "/etc/hostname",
@@ -243,6 +243,7 @@ const OURS: [&str; 8] = [
     "/usr/lib/os-release",
     "/usr/lib/systemd/system/kiln-agent.service",
     "/usr/lib/systemd/system/emergency.service",
+    "/usr/lib/systemd/system-shutdown",
     "/usr/lib/systemd/system-shutdown/kiln-agent",
 ];
 

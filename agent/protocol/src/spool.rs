@@ -171,6 +171,11 @@ impl Spool {
     pub fn is_empty(&self) -> bool {
         self.kept.is_empty()
     }
+
+    /// So many wait; at most [`SPOOL_LIMIT`].
+    pub fn len(&self) -> usize {
+        self.kept.len()
+    }
 }
 
 impl Kept {

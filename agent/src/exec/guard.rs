@@ -1,10 +1,11 @@
 //! The guard's process: reads events, answers from the cache or has the file hashed, and keeps its 100 ms.
 
 use super::cache::{Cache, Look};
+use super::due::{due, is_up, sleep_ms};
 use super::hasher::{self, Job, RECORD, Told};
 use super::lost::{self, Lost};
 use super::rules::{self, Hash, Rule, Verdict, rule_of};
-use super::{ANSWER_MS, MOST_WAITING, Order, Said, answer, receive, send, wait};
+use super::{MOST_WAITING, Order, Said, answer, receive, send, wait};
 use crate::error::{AgentError, Result};
 use crate::sys::{self, FanEvent, Mark};
 use kiln_protocol::{EXEC_PATH_LIMIT, ExecChoice, ExecVerdict};
@@ -15,7 +16,7 @@ use std::io::{PipeReader, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::Path;
 use std::sync::mpsc::{Sender, channel};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Instant, SystemTime};
 
 /// Longer files are not hashed: they would keep their writers waiting for the lease. They are answered by the rule's
 /// `fail`.
@@ -88,11 +89,8 @@ impl Guard {
     fn serve(mut self) -> std::io::Result<()> {
         send(self.control.as_fd(), &Said::Ready)?;
         loop {
-            let due = self.waiting.values().filter(|w| !w.answered).map(|w| w.due).min();
-            let ms = due.map_or(60_000, |due| {
-                let left = due.saturating_duration_since(Instant::now());
-                u64::try_from(left.as_millis()).unwrap_or(u64::MAX).saturating_add(u64::from(!left.is_zero()))
-            });
+            let open = self.waiting.values().filter(|waiting| !waiting.answered);
+            let ms = sleep_ms(open.map(|waiting| waiting.due), Instant::now());
             let of = [Some(self.control.as_fd()), Some(self.results.as_fd()), Some(self.group.as_fd())];
             let [control, results, group] = wait(of, ms);
             if control {
@@ -133,7 +131,7 @@ impl Guard {
             }
             return;
         }
-        let due = Instant::now() + Duration::from_millis(ANSWER_MS);
+        let due = due(Instant::now());
         let Ok(look) = look else { return self.cannot_judge(&file, event.pid, 0) };
         let known = self.cache.get(&look).filter(|_| !is_written(&file));
         let waiting = Waiting { file, pid: event.pid, look, due, is_written: false, verdict: None, answered: false };
@@ -241,7 +239,7 @@ impl Guard {
     /// Whoever has waited 100 ms is answered, noted or not, hashed or not.
     fn answer_late(&mut self) {
         let now = Instant::now();
-        let late = |waiting: &Waiting| !waiting.answered && waiting.due <= now;
+        let late = |waiting: &Waiting| !waiting.answered && is_up(waiting.due, now);
         let ids: Vec<u32> = self.waiting.iter().filter(|(_, w)| late(w)).map(|(id, _)| *id).collect();
         for id in ids {
             let Some(mut waiting) = self.waiting.remove(&id) else { continue };

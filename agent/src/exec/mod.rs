@@ -7,6 +7,7 @@
 
 mod ancestry;
 mod cache;
+mod due;
 pub mod guard;
 mod hasher;
 mod ledger;

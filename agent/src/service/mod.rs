@@ -368,7 +368,10 @@ impl Service {
         self.journal.prefetch =
             self.duty.prefetch().map(|p| kiln_protocol::Prefetch { progress: self.meter.read(), ..p });
         let put_up = self.disk.is_some().then_some(self.put_up).filter(|sequence| *sequence != u64::MAX);
-        self.journal.condition = Some(Condition { put_up, ..self.watch.condition() });
+        let condition = Condition { put_up, ..self.watch.condition() };
+        // What is left for the next report does not wait until the server lets this one go, nor who leaves once it answers.
+        let hold_s = if self.gone || self.watch.keeper.kept() > condition.spool.events.len() { 0 } else { hold_s };
+        self.journal.condition = Some(condition);
         // Whoever verifies meanwhile has the verifier; the next report has what came of it.
         if let Ok(verifier) = self.verifier.try_lock() {
             self.journal.state.stale.clone_from(&verifier.stale);

@@ -1,5 +1,6 @@
 //! The acceptance run of new hardware: a machine whose disk answers with errors is held and the disk is named; the disk is
-//! put right, the run is ordered again, and the machine joins the fleet.
+//! put right, the run is ordered again, and the machine joins the fleet. What runs is the image `acceptance` but for its
+//! numbers. How a failure looks on the machine's web page is in `server/tests/server/web.rs`.
 
 use kiln_lab::machine::{Disk, Firmware, MachineSpec};
 use kiln_lab::nbd::Fault;

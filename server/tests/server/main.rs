@@ -7,6 +7,7 @@ mod common;
 mod namespace;
 
 mod access;
+mod age;
 mod agent_api;
 mod assign;
 mod attestation;

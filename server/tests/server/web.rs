@@ -7,11 +7,12 @@ use crate::hostile::{evil, harmless};
 use fantoccini::{Client, ClientBuilder, Locator};
 use kiln_protocol::tpm::command::pcr_extend;
 use kiln_protocol::{
-    AttestationState, Condition, Difference, DriftKind, Failure, Health, INTRODUCTION_PATH, Introduction, LOG_PATH,
-    LogBatch, LogLine, LogSource, ProtectionClass, Report, Stage, StageRecord, StageState, Stale, TpmPresence,
-    commitment,
+    Acceptance, AttestationState, Condition, Difference, DriftKind, Failure, Health, INTRODUCTION_PATH, Introduction,
+    LOG_PATH, LogBatch, LogLine, LogSource, Outcome, ProtectionClass, Report, Stage, StageRecord, StageState, Stale,
+    TestKind, TestResult, TpmPresence, commitment,
 };
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
@@ -248,6 +249,61 @@ async fn what_a_hostile_machine_says_is_text_and_no_part_of_the_page() {
     assert!(shown["drift"].as_str().unwrap().contains(element), "{shown}");
     assert_eq!((&shown["made"], &shown["scripts"]), (&json!(0), &json!(0)), "text has become elements: {shown}");
     harmless("the page", shown["text"].as_str().unwrap());
+    page.close().await.unwrap();
+    drop(driver);
+}
+
+/// Why new hardware is held, and which part of it failed, on the page of the machine; what parts call themselves is text only.
+#[tokio::test]
+async fn a_failed_acceptance_run_names_the_part_in_a_browser() {
+    let site = TestSite::new();
+    let path = site.path().join("kiln.toml");
+    let config = std::fs::read_to_string(&path).unwrap();
+    let required = "image = \"minimal\"\nacceptance = \"required\"\n";
+    std::fs::write(&path, config.replacen("image = \"minimal\"\n", required, 1)).unwrap();
+    let tests = site.publish_as(2, |manifest| manifest.class = "acceptance".into());
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.report();
+    let reply = agent.send(&server, &report).await;
+    assert!(waits(&reply).contains("wants a passed acceptance run first"), "{}", waits(&reply));
+    let Some((driver, page)) = browser().await else { return };
+    page.goto(&format!("http://{}/m/{}", server.http, machine_id(1))).await.unwrap();
+    text_of(&page, "acceptance", |text| text.contains("Its role holds it until it passed an acceptance run")).await;
+
+    let ordered = site.kiln(&["assign", "rack-1", "minimal/2", "--order-key", "offline/operator.key", "--site", "."]);
+    assert!(ordered.0, "{ordered:?}");
+    agent.restart(&tests);
+    let part = |test, part: &str, outcome, detail: &str| TestResult {
+        test,
+        part: part.into(),
+        outcome,
+        detail: detail.into(),
+        measures: BTreeMap::new(),
+    };
+    let mut run = Acceptance {
+        done: false,
+        doing: "tests disks, at most 900 s".into(),
+        results: vec![
+            part(TestKind::Memory, "memory", Outcome::Passed, "800 MiB twice"),
+            part(TestKind::Cpu, "CPUs", Outcome::Passed, "2 under load"),
+            part(TestKind::Network, "eth0", Outcome::Passed, "11 MiB/s"),
+        ],
+    };
+    let report = Report { acceptance: Some(run.clone()), ..agent.healthy() };
+    agent.send(&server, &report).await;
+    text_of(&page, "acceptance", |text| text.contains("minimal/2 is running; tests disks, at most 900 s")).await;
+    run.done = true;
+    run.doing.clear();
+    run.results.push(part(TestKind::Disk, "disk vda (<b>loud</b>)", Outcome::Failed, "reading at byte 0: EIO"));
+    let report = Report { acceptance: Some(run), ..agent.healthy() };
+    agent.send(&server, &report).await;
+    let text = text_of(&page, "acceptance", |text| text.contains("minimal/2 is failed")).await;
+    assert!(text.contains("is failed; disk vda (<b>loud</b>): reading at byte 0: EIO"), "{text}");
+    let failed = page.find_all(Locator::Css("#acceptance li.failed")).await.unwrap();
+    assert_eq!(failed.len(), 1, "{text}");
+    assert_eq!(failed[0].text().await.unwrap(), "disk vda (<b>loud</b>) failed: reading at byte 0: EIO");
+    assert_eq!(page.find_all(Locator::Css("#acceptance li.passed")).await.unwrap().len(), 3, "{text}");
     page.close().await.unwrap();
     drop(driver);
 }

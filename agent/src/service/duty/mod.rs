@@ -22,6 +22,8 @@ pub type Millis = u64;
 /// Least pause between reports, whatever is news: a server that answers holds at once, or with ever other assignments,
 /// must not be asked without pause.
 const BREATH_MS: Millis = 200;
+/// Words that are remembered as said.
+const MOST_SAID: usize = 16;
 /// What a server may ask for as the pause between reports.
 const PAUSES_MS: std::ops::RangeInclusive<Millis> = BREATH_MS..=300_000;
 
@@ -72,8 +74,8 @@ pub struct Duty {
     news: bool,
     /// It was healthy in this start of the service, and its undrain hooks were run.
     up: bool,
-    /// The last words to the console.
-    said: String,
+    /// Words to the console since the last answer: where several servers are silent, each is told of once.
+    said: Vec<String>,
 }
 
 impl Duty {
@@ -89,7 +91,7 @@ impl Duty {
             unanswered: 0,
             news: false,
             up: false,
-            said: String::new(),
+            said: Vec::new(),
         }
     }
 
@@ -152,9 +154,12 @@ impl Duty {
                     // It may be taken back by now, and nobody could tell.
                     *grant = None;
                 }
-                if words != self.said {
+                if !self.said.contains(&words) {
                     out.push(Action::Say(words.clone()));
-                    self.said = words;
+                    if self.said.len() == MOST_SAID {
+                        self.said.remove(0);
+                    }
+                    self.said.push(words);
                 }
                 self.post = Post::Due(now + jittered(1000 << self.unanswered.min(6), jitter));
             }

@@ -36,6 +36,27 @@ fn at(way: Way) -> Duty {
     Duty { health, way, post: Post::Held, may_wait: true, up: true, ..Duty::new() }
 }
 
+#[test]
+fn each_of_several_silent_servers_is_told_of_once_until_one_answers() {
+    let mut duty = Duty::new();
+    let mut said = Vec::new();
+    for n in 0..20_u64 {
+        if n == 10 {
+            (duty, _) = duty.event(answer(None), n * 100_000, MID);
+        }
+        let (next, actions) = duty.event(Event::Unanswered(format!("server {} is silent", n % 2)), n * 100_000, MID);
+        duty = next;
+        said.extend(actions.into_iter().filter(|action| matches!(action, Action::Say(_))));
+    }
+    let each = ["server 0 is silent", "server 1 is silent"].map(|words| Action::Say(words.into()));
+    assert_eq!(said, [each.clone(), each].concat());
+    // A server that finds ever other words fills no memory.
+    for n in 0..1000_u64 {
+        (duty, _) = duty.event(Event::Unanswered(n.to_string()), n, MID);
+    }
+    assert_eq!(duty.said.len(), MOST_SAID);
+}
+
 /// Every way there is, with its name in the documents; all of release 2, sequence 5.
 fn ways() -> Vec<(&'static str, Way)> {
     let target = target(2, 5);

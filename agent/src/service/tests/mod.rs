@@ -2,6 +2,7 @@
 //! restart is another.
 
 mod disk;
+mod gone;
 mod hooks;
 
 use super::*;

@@ -54,7 +54,8 @@ fn names(view: &MachineView, disk: &str) -> bool {
 
 /// It leaves, its kernel hangs in that, and it is reset. `disk` answers again while firmware reads it.
 fn is_reset(rack: &mut Rack, disk: &Nbd, console: &Console, (resets, begun): (usize, Mark)) -> Mark {
-    console.wait_for("sysrq: Resetting", begun, IDLE).unwrap();
+    // systemd waits for what hangs first, twice 90 s without a word.
+    console.wait_for("sysrq: Resetting", begun, 4 * IDLE).unwrap();
     let reset = console.mark();
     disk.set_fault(Fault::None);
     disk.give_up_reads();

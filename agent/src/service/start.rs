@@ -52,7 +52,10 @@ async fn serve() -> Result<()> {
     };
     let place = Place::of_this_machine();
     let resumed = place.resume(handoff.memory.as_ref())?;
-    let disk = slots(&handoff, resumed.memory.floor(&handoff.boot.image)).await;
+    let (disk, unopened) = match slots(&handoff, resumed.memory.floor(&handoff.boot.image)).await {
+        Ok(disk) => (disk, None),
+        Err(error) => (None, Some(error)),
+    };
     console::open(facts_id()?.as_str(), &format!("{}/{}", handoff.boot.image, handoff.boot.release));
     if let Some(uplink) = &handoff.uplink {
         console::address(&uplink.describe());
@@ -67,6 +70,9 @@ async fn serve() -> Result<()> {
     let lives_on = handoff.disk.as_ref().map(|on| Path::new("/sys/class/block").join(&on.name));
     let (verifier, mut journal) = resume(handoff, place, resumed, disk.as_ref()).await?;
     journal.fallback = disk.as_ref().and_then(|disk| local::fallback(&verifier.memory, disk));
+    if let Some(error) = &unopened {
+        journal.failed(Stage::Service, error, 1, Some(Duration::ZERO));
+    }
     let site = &verifier.boot.site;
     let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, &verifier.key, &verifier.clock)?;
     let api = api.pinned(&verifier.pins);
@@ -94,10 +100,10 @@ async fn stay_connected(uplink: Option<Uplink>, boot: BootInfo, machine: Machine
     while renewals.join_next().await.is_some() {}
 }
 
-/// The disk that this system runs from. One that cannot be opened any more, or not in time, costs the slots: the release
-/// goes on.
-async fn slots(handoff: &Handoff, floor: u64) -> Option<SharedDisk> {
-    let OnDisk { name, via } = handoff.disk.clone()?;
+/// The disk that this system runs from. One that cannot be opened any more, or not in time, costs the slots and is told of: the
+/// release goes on.
+async fn slots(handoff: &Handoff, floor: u64) -> Result<Option<SharedDisk>> {
+    let Some(OnDisk { name, via }) = handoff.disk.clone() else { return Ok(None) };
     let (disk, boot) = (name.clone(), handoff.boot.clone());
     let open = move || {
         let mut disk = MachineDisk::reopen(&disk, &boot, floor)?;
@@ -106,8 +112,7 @@ async fn slots(handoff: &Handoff, floor: u64) -> Option<SharedDisk> {
         Ok::<_, AgentError>(SharedDisk::new(disk))
     };
     let opened = search::in_time(&name, search::OPENING, search::OPENS, open).await;
-    let opened = opened.map_err(AgentError::from).flatten();
-    opened.inspect_err(|error| eprintln!("kiln-agent: disk {name}: {error} ({})", error.kind())).ok()
+    opened.map_err(AgentError::from).flatten().map(Some)
 }
 
 fn facts_id() -> Result<MachineId> {

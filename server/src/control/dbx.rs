@@ -42,7 +42,7 @@ impl List {
         let running = machine.running.as_ref().or(machine.embedded.as_ref());
         let runs = running.map(|r| ReleaseId { image: r.image.clone(), release: r.release });
         let assigned = machine.assigned.as_ref().map(|assigned| &assigned.release);
-        dbx_hold(&self.revoked, runs.as_ref(), assigned, machine.last_good())
+        dbx_hold(&self.revoked, runs.as_ref(), assigned, machine.last_good_here())
     }
 }
 

@@ -282,7 +282,9 @@ impl Control {
             let name = name.filter(|name| !inner.names.is_taken(name, id));
             let mut machine = Machine { name, ..Machine::discovered(id.clone(), now) };
             machine.pin(self.config.key_of(id));
-            machine.floors = Arc::clone(&self.catalog().floors);
+            let catalog = self.catalog();
+            machine.floors = Arc::clone(&catalog.floors);
+            machine.fit = Some(Arc::clone(&catalog.fit));
             machine
         });
         let (held, refused) = (machine.state.kind == StateKind::Quarantined, machine.refused.len());

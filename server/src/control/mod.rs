@@ -237,8 +237,15 @@ impl Control {
             let flush = inner.seen.values().min().is_some_and(|first| *first + LIVE_MS / 24 <= now);
             (pending, flush.then(|| std::mem::take(&mut inner.seen)))
         };
-        if let Some(seen) = seen {
-            self.store.seen(seen);
+        if let Some(seen) = seen
+            && self.store.seen(seen.clone()).wait().await.is_err()
+        {
+            // The writer has said why. They are handed in again.
+            let mut inner = self.lock();
+            for (id, at) in seen {
+                let last = inner.seen.entry(id).or_insert(at);
+                *last = at.max(*last);
+            }
         }
         self.finish(pending).await?;
         // Of whom nobody waited for.
@@ -249,7 +256,7 @@ impl Control {
     /// Stores what is not stored yet; at the end.
     pub fn flush(&self) {
         let seen = std::mem::take(&mut self.lock().seen);
-        self.store.seen(seen);
+        drop(self.store.seen(seen));
         self.note_more_refused(None);
     }
 

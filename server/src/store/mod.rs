@@ -243,9 +243,9 @@ impl Store {
         self.send(Intent::Forget { id: id.to_string() })
     }
 
-    /// Last-seen times: nobody waits for them.
-    pub(crate) fn seen(&self, seen: BTreeMap<MachineId, u64>) {
-        let _ = self.intents.send((vec![Intent::Seen(seen)], None));
+    /// Last-seen times.
+    pub(crate) fn seen(&self, seen: BTreeMap<MachineId, u64>) -> Commit {
+        self.send(Intent::Seen(seen))
     }
 
     pub(crate) fn audit(&self, line: Line) -> Commit {

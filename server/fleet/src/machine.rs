@@ -86,7 +86,7 @@ pub struct Machine {
     pub heard_at: Option<String>,
     /// The key of the boot before, of a machine that makes a new one at each boot.
     pub previous_key: Option<KeyId>,
-    /// Keys that reported under this id and are not the machine's, the newest last; at most [`crate::STRANGERS_KEPT`].
+    /// Keys that reported under this id and are not the machine's, the first and then the newest last; at most [`crate::STRANGERS_KEPT`].
     /// [`crate::Event::Adopt`] makes one the machine's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub strangers: Vec<KeyId>,

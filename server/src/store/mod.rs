@@ -263,6 +263,13 @@ impl Store {
         self.send_all(vec![Intent::Erase { key }, Intent::Audit(line)])
     }
 
+    /// Values that are remembered, others that are forgotten, and the record that tells of it.
+    pub(crate) fn change_told(&self, put: Vec<(String, String)>, gone: Vec<String>, line: Line) -> Commit {
+        let put = put.into_iter().map(|(key, value)| Intent::Note { key, value });
+        let gone = gone.into_iter().map(|key| Intent::Erase { key });
+        self.send_all(gone.chain(put).chain([Intent::Audit(line)]).collect())
+    }
+
     /// A record of a step of this machine, which is written where the step can be.
     pub(crate) fn audit_of(&self, id: &MachineId, line: Line) -> Commit {
         self.send_all(vec![Intent::About { id: id.to_string() }, Intent::Audit(line)])

@@ -46,7 +46,7 @@ use crate::config::Config;
 use crate::error::ControlError;
 use crate::logs::Logs;
 use crate::oidc::Provider;
-use crate::store::{Commit, Envelope, Store};
+use crate::store::{Commit, Envelope, Store, Whole};
 use crate::view::MachineView;
 use kiln_fleet::{Action, Event, LIVE_MS, Machine, Millis, StateKind};
 use kiln_images::SiteDir;
@@ -97,7 +97,7 @@ pub(crate) struct Inner {
 /// The fleet, locked.
 pub(crate) struct Locked<'a> {
     inner: MutexGuard<'a, Inner>,
-    _whole: MutexGuard<'a, ()>,
+    _whole: Whole<'a>,
 }
 
 impl Deref for Locked<'_> {
@@ -260,7 +260,7 @@ impl Control {
         self.note_more_refused(None);
     }
 
-    /// What is handed to the store while it is held shares a transaction.
+    /// What is handed to the store while it is held is stored whole, or not at all.
     pub(crate) fn lock(&self) -> Locked<'_> {
         let inner = self.inner.lock().expect("no code panics under this lock: steps are total");
         Locked { inner, _whole: self.store.whole() }

@@ -14,6 +14,7 @@ use kiln_fleet::{Boot, Entry, Hardware, Machine};
 use kiln_protocol::{MachineId, RoleSettings};
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
 use sqlx::{AnyPool, Row};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::str::FromStr;
@@ -89,15 +90,47 @@ pub(crate) enum Intent {
     Settle,
 }
 
+impl Intent {
+    /// It changes a row.
+    fn writes(&self) -> bool {
+        !matches!(self, Self::About { .. } | Self::PutBack { .. } | Self::Settle)
+    }
+}
+
 type Done = oneshot::Sender<Result<(), StoreError>>;
+
+/// What is handed in at once.
+struct Call {
+    intents: Vec<Intent>,
+    /// Calls of one section are stored together, or not at all; 0: of none.
+    section: u64,
+    done: Done,
+}
+
+thread_local! {
+    /// The section that this thread is in. A guard is never kept across an await, so no other task sees it.
+    static SECTION: Cell<u64> = const { Cell::new(0) };
+}
+
+/// What is handed in while it is held is one section.
+pub(crate) struct Whole<'a> {
+    _number: MutexGuard<'a, u64>,
+}
+
+impl Drop for Whole<'_> {
+    fn drop(&mut self) {
+        SECTION.set(0);
+    }
+}
 
 /// The handle of the store.
 #[derive(Debug, Clone)]
 pub struct Store {
     pool: AnyPool,
-    intents: mpsc::UnboundedSender<(Vec<Intent>, Option<Done>)>,
+    intents: mpsc::UnboundedSender<Call>,
     stale: stale::Stale,
-    whole: Arc<Mutex<()>>,
+    /// Number of the newest section.
+    whole: Arc<Mutex<u64>>,
 }
 
 /// A commit that is under way.
@@ -282,8 +315,11 @@ impl Store {
 
     /// What is handed in while this is held shares a transaction: all of it is stored, or nothing. Not for long, and without a
     /// wait for the store.
-    pub(crate) fn whole(&self) -> MutexGuard<'_, ()> {
-        self.whole.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn whole(&self) -> Whole<'_> {
+        let mut number = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
+        *number += 1;
+        SECTION.set(*number);
+        Whole { _number: number }
     }
 
     /// Waits until the writer is through with what was handed in before, whatever came of it.
@@ -293,7 +329,8 @@ impl Store {
 
     /// Memory has of this machine what [`Store::machine`] gave.
     pub(crate) fn put_back(&self, id: &MachineId) -> Commit {
-        self.send(Intent::PutBack { id: id.to_string() })
+        // Whatever becomes of what it is handed in with.
+        self.send_in(0, vec![Intent::PutBack { id: id.to_string() }])
     }
 
     fn send(&self, intent: Intent) -> Commit {
@@ -302,9 +339,13 @@ impl Store {
 
     /// They share a transaction.
     fn send_all(&self, intents: Vec<Intent>) -> Commit {
+        self.send_in(SECTION.get(), intents)
+    }
+
+    fn send_in(&self, section: u64, intents: Vec<Intent>) -> Commit {
         let (done, wait) = oneshot::channel();
         // If the writer is gone the sender is dropped, and the wait says so.
-        let _ = self.intents.send((intents, Some(done)));
+        let _ = self.intents.send(Call { intents, section, done });
         Commit(wait)
     }
 }

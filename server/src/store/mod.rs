@@ -78,7 +78,7 @@ pub(crate) enum Intent {
         key: String,
     },
     Audit(Line),
-    /// Nothing: what it comes with tells of a step of this machine, and is written where that could be.
+    /// Nothing: what it comes with tells of this machine, and is done where what came of it before is.
     About {
         id: String,
     },
@@ -94,6 +94,11 @@ impl Intent {
     /// It changes a row.
     fn writes(&self) -> bool {
         !matches!(self, Self::About { .. } | Self::PutBack { .. } | Self::Settle)
+    }
+
+    /// It only asks whether what came before is stored.
+    fn asks(&self) -> bool {
+        matches!(self, Self::About { .. })
     }
 }
 
@@ -306,6 +311,12 @@ impl Store {
     /// A record of a step of this machine, which is written where the step can be.
     pub(crate) fn audit_of(&self, id: &MachineId, line: Line) -> Commit {
         self.send_all(vec![Intent::About { id: id.to_string() }, Intent::Audit(line)])
+    }
+
+    /// Succeeds once all that was handed in of this machine before is stored. Handed in under the lock under which the machine
+    /// is looked at: what is said of it then rests on nothing that a restart would not know.
+    pub(crate) fn written(&self, id: &MachineId) -> Commit {
+        self.send(Intent::About { id: id.to_string() })
     }
 
     /// Machines of which a commit failed: nothing of them is written until they are put back.

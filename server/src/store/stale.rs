@@ -38,7 +38,8 @@ impl Stale {
         taken
     }
 
-    fn takes(&self, call: &[Intent]) -> bool {
+    /// Whether what was handed in before of the machines of this call is not known to be lost.
+    pub(super) fn takes(&self, call: &[Intent]) -> bool {
         let mut ids = self.lock();
         if ids.is_empty() {
             return true;

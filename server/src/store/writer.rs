@@ -24,13 +24,17 @@ pub(super) async fn run(pool: AnyPool, mut inbox: mpsc::UnboundedReceiver<Call>,
         let result = if writes { commit(&pool, &wanted).await } else { Ok(()) };
         if let Err(error) = &result {
             tracing::error!(%error, "the database was not written; nobody is told otherwise");
-            // Before anybody hears of it.
-            stale.put(&wanted);
+            // Before anybody hears of it. Whoever only asks has changed nothing.
+            let changed: Vec<&[Intent]> =
+                wanted.iter().copied().filter(|call| !call.iter().all(Intent::asks)).collect();
+            stale.put(&changed);
         }
         for (call, taken) in calls.into_iter().zip(taken) {
             let _ = call.done.send(match (&result, taken) {
                 (Ok(()) | Err(_), false) => Err(StoreError::Unwritten),
                 (Ok(()), true) => Ok(()),
+                // The transaction told of others.
+                (Err(_), true) if call.intents.iter().all(Intent::asks) && stale.takes(&call.intents) => Ok(()),
                 (Err(error), true) => Err(error.again()),
             });
         }
@@ -246,7 +250,25 @@ pub(super) async fn audit_after(pool: &AnyPool, after: u64, limit: i64) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Store;
+    use kiln_fleet::Machine;
+    use kiln_protocol::MachineId;
     use tokio::sync::oneshot;
+
+    #[tokio::test]
+    async fn whoever_asks_hears_of_a_step_that_was_not_stored_and_of_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _task) = Store::open(&dir.path().join("kiln.db")).await.unwrap();
+        let refuses = "CREATE TRIGGER refuses BEFORE INSERT ON machines BEGIN SELECT RAISE(ABORT, 'no room'); END";
+        sqlx::query(refuses).execute(&store.pool).await.unwrap();
+        let id = |n: u8| format!("00000000-0000-0000-0000-0000000000{n:02x}").parse::<MachineId>().unwrap();
+        let saved = store.save(&Machine::discovered(id(1), 1), None).unwrap();
+        let (its_own, of_another) = (store.written(&id(1)), store.written(&id(2)));
+        assert!(saved.wait().await.is_err() && its_own.wait().await.is_err());
+        of_another.wait().await.unwrap();
+        store.put_back(&id(1)).wait().await.unwrap();
+        store.written(&id(1)).wait().await.unwrap();
+    }
 
     #[tokio::test]
     async fn a_section_is_never_cut() {

@@ -221,11 +221,16 @@ impl Store {
         rows.iter().map(read).collect()
     }
 
-    /// Changes the list of expected machines, all at once.
-    pub(crate) fn change_expected(&self, put: &[Entry], gone: Vec<String>) -> Result<Commit, StoreError> {
+    /// Changes the list of expected machines, all at once, and writes the record that tells of it.
+    pub(crate) fn change_expected(
+        &self,
+        put: &[Entry],
+        gone: Vec<String>,
+        line: Option<Line>,
+    ) -> Result<Commit, StoreError> {
         let row = |entry: &Entry| Ok((entry.key(), serde_json::to_string(entry)?));
         let put = put.iter().map(row).collect::<Result<_, StoreError>>()?;
-        Ok(self.send(Intent::Expected { put, gone }))
+        Ok(self.send_all([Intent::Expected { put, gone }].into_iter().chain(line.map(Intent::Audit)).collect()))
     }
 
     /// A remembered value.

@@ -57,7 +57,7 @@ impl Control {
     /// The list, and who lacks it.
     pub fn dbx(&self) -> Option<DbxView> {
         let list = List::of(&self.catalog())?;
-        let inner = self.lock();
+        let inner = self.look();
         let known = inner.machines.values().filter(|m| m.state.kind.in_fleet());
         let lacking = known
             .filter_map(|m| Some(DbxLackingView { machine: m.title().to_owned(), why: list.lacking(m)? }))

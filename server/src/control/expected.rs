@@ -325,7 +325,7 @@ impl Control {
         let mut by_entry: BTreeMap<String, Vec<Here>> = BTreeMap::new();
         let mut unlisted = Vec::new();
         // The fleet's lock is not held while a long list is written.
-        for machine in self.lock().machines.values() {
+        for machine in self.look().machines.values() {
             match machine.comparison.as_ref().map(|c| &c.entry) {
                 Some(Some(entry)) => by_entry.entry(entry.clone()).or_default().push(Here::of(machine)),
                 Some(None) => unlisted.push(machine_ref(machine)),
@@ -346,7 +346,7 @@ impl Control {
 
     /// One machine of the list, by serial number, UUID, Ethernet address, or by the name of the machine that it is.
     pub fn expected_machine(&self, name: &str) -> Result<ExpectedView, ControlError> {
-        let inner = self.lock();
+        let inner = self.look();
         let list = self.expected.list();
         let named = || {
             let machine = inner.machines.get(&inner.resolve(name).ok()?)?;

@@ -199,7 +199,7 @@ impl Control {
 
     /// All machines, by name.
     pub fn views(&self) -> Vec<MachineView> {
-        let inner = self.lock();
+        let inner = self.look();
         let mut views: Vec<_> = inner.machines.values().map(MachineView::of).collect();
         views.sort_by(|a, b| (a.name == a.id.as_str(), &a.name).cmp(&(b.name == b.id.as_str(), &b.name)));
         views
@@ -207,7 +207,7 @@ impl Control {
 
     /// One machine, by name, id or an unmistakable beginning of its id.
     pub fn view(&self, name: &str) -> Result<MachineView, ControlError> {
-        let inner = self.lock();
+        let inner = self.look();
         let id = inner.resolve(name)?;
         inner.machines.get(&id).map(MachineView::of).ok_or_else(|| ControlError::NoSuchMachine(name.to_owned()))
     }
@@ -260,9 +260,14 @@ impl Control {
         self.note_more_refused(None);
     }
 
+    /// To be looked at. Whoever hands something to the store takes [`Control::lock`].
+    pub(crate) fn look(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("no code panics under this lock: steps are total")
+    }
+
     /// What is handed to the store while it is held is stored whole, or not at all.
     pub(crate) fn lock(&self) -> Locked<'_> {
-        let inner = self.inner.lock().expect("no code panics under this lock: steps are total");
+        let inner = self.look();
         Locked { inner, _whole: self.store.whole() }
     }
 

@@ -34,6 +34,8 @@ pub struct Catalog {
     pub revoked: BTreeSet<ReleaseId>,
     /// Its floors, for whoever keeps them.
     pub floors: Arc<BTreeMap<String, u64>>,
+    /// What it holds and has not revoked, for whoever keeps that: what a machine can go back to.
+    pub fit: Arc<BTreeSet<ReleaseId>>,
     /// Version of the snapshot.
     pub snapshot: u64,
     /// What to remember.
@@ -58,9 +60,10 @@ impl Catalog {
         }
         // A release has several programs, and one that was pruned is named still.
         let programs = site.dbx.iter().flat_map(|dbx| &dbx.revoked);
-        let revoked = programs.filter_map(|program| program.release.parse().ok()).collect();
+        let revoked: BTreeSet<ReleaseId> = programs.filter_map(|program| program.release.parse().ok()).collect();
         let floors = Arc::new(site.floors.clone());
-        Ok(Self { releases: by_id, site, revoked, floors, snapshot, seen, root: trust_root, expiries, refused })
+        let fit = Arc::new(by_id.keys().filter(|id| !revoked.contains(*id)).cloned().collect());
+        Ok(Self { releases: by_id, site, revoked, floors, fit, snapshot, seen, root: trust_root, expiries, refused })
     }
 
     /// The highest release of an image that machines may have without an operator's order: of class `normal`, not below the

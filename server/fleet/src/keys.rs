@@ -9,10 +9,11 @@ use crate::event::Action;
 use crate::machine::Machine;
 use kiln_protocol::KeyId;
 
-/// Other keys remembered of one machine, the newest: whoever makes up more drives out only those that do not speak.
+/// Other keys remembered of one machine, the first and the newest: whoever makes up more drives out only those that came
+/// later and do not speak.
 pub const STRANGERS_KEPT: usize = 8;
-/// Fewest hex digits by which a person names a key.
-pub const KEY_DIGITS: usize = 8;
+/// Fewest hex digits by which a person names a key: all that are shown. Another key that begins with eight is made up in hours.
+pub const KEY_DIGITS: usize = SHOWN;
 /// Hex digits of a key in what a person is told to run: nobody makes up another key that begins so.
 const SHOWN: usize = 16;
 
@@ -55,13 +56,15 @@ impl Machine {
     pub(crate) fn hear_stranger(&mut self, key: &KeyId) -> bool {
         let known = self.strangers.iter().position(|other| other == key);
         if let Some(at) = known {
-            // The newest last: those that speak stay.
-            self.strangers[at..].rotate_left(1);
+            // The newest last: those that speak stay. The first stays where it is.
+            if at > 0 {
+                self.strangers[at..].rotate_left(1);
+            }
             return false;
         }
         self.strangers.push(key.clone());
         if self.strangers.len() > STRANGERS_KEPT {
-            self.strangers.remove(0);
+            self.strangers.remove(1);
         }
         true
     }

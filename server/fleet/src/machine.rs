@@ -86,7 +86,7 @@ pub struct Machine {
     pub heard_at: Option<String>,
     /// The key of the boot before, of a machine that makes a new one at each boot.
     pub previous_key: Option<KeyId>,
-    /// Keys that reported under this id and are not the machine's, the newest last; at most [`crate::STRANGERS_KEPT`].
+    /// Keys that reported under this id and are not the machine's, the first and then the newest last; at most [`crate::STRANGERS_KEPT`].
     /// [`crate::Event::Adopt`] makes one the machine's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub strangers: Vec<KeyId>,
@@ -114,6 +114,9 @@ pub struct Machine {
     /// Lowest release of each image that may run, by the site's signed word; not stored.
     #[serde(skip)]
     pub floors: Arc<BTreeMap<String, u64>>,
+    /// Releases that the repository holds and the site has not revoked: it goes back to no other; none: not known. Not stored.
+    #[serde(skip)]
+    pub fit: Option<Arc<BTreeSet<ReleaseId>>>,
     /// Releases quarantined for this machine.
     pub refused: Vec<Refused>,
     /// Boots of the assigned trial without *healthy*, counted from DISCOVER to download.
@@ -245,6 +248,7 @@ impl Machine {
             left_by: None,
             boot_loop: BootLoop::default(),
             floors: Arc::default(),
+            fit: None,
             refused: Vec::new(),
             attempts: 0,
             asked: false,
@@ -290,14 +294,23 @@ impl Machine {
         self.name.as_deref().or(self.former_name.as_deref()).unwrap_or(self.id.as_str())
     }
 
-    /// The newest release that became healthy here, is not quarantined and not below its floor.
+    /// The newest release that became healthy here, is not quarantined and not below its floor, and that it can be given.
     pub fn last_good(&self) -> Option<&ReleaseId> {
         self.good.iter().rev().find(|r| self.may_go_back_to(r))
     }
 
-    fn may_go_back_to(&self, release: &ReleaseId) -> bool {
+    /// The same, also if the repository does not hold it any more, or the site revoked it: its own boot loader may have it.
+    pub fn last_good_here(&self) -> Option<&ReleaseId> {
+        self.good.iter().rev().find(|r| self.is_good_still(r))
+    }
+
+    fn is_good_still(&self, release: &ReleaseId) -> bool {
         let floor = self.floors.get(release.image.as_str()).copied().unwrap_or(1);
         release.release >= floor && !self.is_refused(release)
+    }
+
+    fn may_go_back_to(&self, release: &ReleaseId) -> bool {
+        self.is_good_still(release) && self.fit.as_ref().is_none_or(|fit| fit.contains(release))
     }
 
     /// The same, if it is another than what is assigned: where it goes when that is given up.

@@ -76,7 +76,7 @@ impl Machine {
             return Some(format!("its TPM says that firmware started {}, and it says it runs {running}", cold.release));
         }
         let assigned = self.assigned.as_ref().is_some_and(|assigned| assigned.release == running);
-        if !assigned && self.last_good() != Some(&running) {
+        if !assigned && self.last_good_here() != Some(&running) {
             return Some(format!(
                 "it runs {running}, which is neither assigned to it nor the last that was good on it"
             ));

@@ -27,10 +27,20 @@ impl Machine {
     }
 
     /// As it was stored, with what is never stored of it: `held` is it as it was known, and could not be stored. What the
-    /// caller keeps of it (the configuration's word, its key's revocation) is the caller's to put in again.
+    /// caller keeps of it (the configuration's word, its key's revocation) is the caller's to put in again. That it was heard
+    /// stays: it was, and is not silent because a disk was full.
     #[must_use]
     pub fn put_back(self, held: Self) -> Self {
-        let Self { unsigned, heard_at, code, past, .. } = held;
-        Self { unsigned, heard_at, code, past, ..self }
+        let newest = |machine: &Self| machine.boots.back().map(|boot| boot.boot_id.clone());
+        // By the key and in the boot that are its own still.
+        let heard = self.key == held.key && newest(&self) == newest(&held);
+        let Self { unsigned, heard_at, code, past, last_seen, agent_seen, reported, .. } = held;
+        let last_seen = self.last_seen.max(last_seen);
+        let (agent_seen, reported) = if heard {
+            (self.agent_seen.max(agent_seen), self.reported.max(reported))
+        } else {
+            (self.agent_seen, self.reported)
+        };
+        Self { unsigned, heard_at, code, past, last_seen, agent_seen, reported, ..self }
     }
 }

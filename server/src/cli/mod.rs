@@ -327,7 +327,7 @@ enum Machine {
     Clear {
         /// Name or id
         machine: String,
-        /// The beginning of that key's fingerprint, at least 8 hex digits, as the machine's console and `show` (other key)
+        /// The beginning of that key's fingerprint, at least 16 hex digits, as the machine's console and `show` (other key)
         /// name it. Without it no other key is taken
         #[arg(long, value_name = "PREFIX")]
         key: Option<String>,

@@ -109,7 +109,7 @@ pub(super) fn raw(id: &Sha256Hex) -> [u8; 32] {
 impl Control {
     /// The machine's TPM is to be asked.
     pub(super) fn wants_proof(&self, id: &MachineId, key: &KeyId) -> bool {
-        self.lock().machines.get(id).is_some_and(|machine| machine.wants_proof(key))
+        self.look().machines.get(id).is_some_and(|machine| machine.wants_proof(key))
     }
 
     /// One step of a machine that has proved this key.

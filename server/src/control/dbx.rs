@@ -42,7 +42,7 @@ impl List {
         let running = machine.running.as_ref().or(machine.embedded.as_ref());
         let runs = running.map(|r| ReleaseId { image: r.image.clone(), release: r.release });
         let assigned = machine.assigned.as_ref().map(|assigned| &assigned.release);
-        dbx_hold(&self.revoked, runs.as_ref(), assigned, machine.last_good())
+        dbx_hold(&self.revoked, runs.as_ref(), assigned, machine.last_good_here())
     }
 }
 
@@ -57,7 +57,7 @@ impl Control {
     /// The list, and who lacks it.
     pub fn dbx(&self) -> Option<DbxView> {
         let list = List::of(&self.catalog())?;
-        let inner = self.lock();
+        let inner = self.look();
         let known = inner.machines.values().filter(|m| m.state.kind.in_fleet());
         let lacking = known
             .filter_map(|m| Some(DbxLackingView { machine: m.title().to_owned(), why: list.lacking(m)? }))

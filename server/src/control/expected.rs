@@ -184,37 +184,44 @@ impl Control {
             if ids.is_empty() {
                 return Ok(());
             }
-            let mut known = Vec::with_capacity(ids.len());
-            for id in ids {
-                let hardware = self.store.hardware(&id).await?;
-                known.push((id, hardware));
+            if let Err(error) = self.compare_some(&ids).await {
+                self.lock().comparing.due.extend(ids);
+                return Err(error);
             }
-            let mut came = Vec::new();
-            let pending = {
-                let mut inner = self.lock();
-                let now = now_ms();
-                let mut pending = Pending::default();
-                for (id, hardware) in known {
-                    // What is out of service is not expected anywhere, and claims nothing.
-                    let in_service = |m: &&Machine| m.state.kind != StateKind::Retired;
-                    let Some(machine) = inner.machines.get(&id).filter(in_service) else { continue };
-                    let Some(facts) = &machine.facts else { continue };
-                    let claimants = inner.claimants(machine);
-                    let inventory = hardware.as_ref().map(|hardware| &hardware.inventory);
-                    let found = CameUp { facts, approved: approved(machine), inventory, claimants: &claimants };
-                    let comparison = compare(&self.expected.list(), found);
-                    if approved(machine) {
-                        came.extend(comparison.as_ref().and_then(|c| c.entry.clone()));
-                    }
-                    if machine.comparison != comparison {
-                        self.step(&mut inner, &id, Event::Compared(comparison), now, &mut pending)?;
-                    }
-                }
-                pending
-            };
-            self.finish(pending).await?;
-            self.mark_seen(&came).await?;
         }
+    }
+
+    async fn compare_some(&self, ids: &[MachineId]) -> Result<(), ControlError> {
+        let mut known = Vec::with_capacity(ids.len());
+        for id in ids {
+            let hardware = self.store.hardware(id).await?;
+            known.push((id, hardware));
+        }
+        let mut came = Vec::new();
+        let pending = {
+            let mut inner = self.lock();
+            let now = now_ms();
+            let mut pending = Pending::default();
+            for (id, hardware) in known {
+                // What is out of service is not expected anywhere, and claims nothing.
+                let in_service = |m: &&Machine| m.state.kind != StateKind::Retired;
+                let Some(machine) = inner.machines.get(id).filter(in_service) else { continue };
+                let Some(facts) = &machine.facts else { continue };
+                let claimants = inner.claimants(machine);
+                let inventory = hardware.as_ref().map(|hardware| &hardware.inventory);
+                let found = CameUp { facts, approved: approved(machine), inventory, claimants: &claimants };
+                let comparison = compare(&self.expected.list(), found);
+                if approved(machine) {
+                    came.extend(comparison.as_ref().and_then(|c| c.entry.clone()));
+                }
+                if machine.comparison != comparison {
+                    self.step(&mut inner, id, Event::Compared(comparison), now, &mut pending)?;
+                }
+            }
+            pending
+        };
+        self.finish(pending).await?;
+        self.mark_seen(&came).await
     }
 
     async fn mark_seen(&self, came: &[String]) -> Result<(), ControlError> {
@@ -224,12 +231,11 @@ impl Control {
             return Ok(());
         }
         let _changes = self.expected.changes.lock().await;
-        let put: Vec<Entry> = {
-            let mut list = self.expected.list.write().unwrap_or_else(PoisonError::into_inner);
-            let keys: Vec<String> = new.iter().filter_map(|title| Some(list.resolve(title)?.key())).collect();
-            keys.iter().filter_map(|key| list.mark_seen(key, now_ms())).collect()
-        };
-        self.store.change_expected(&put, Vec::new())?.wait().await?;
+        let mut list = self.expected.list().clone();
+        let keys: Vec<String> = new.iter().filter_map(|title| Some(list.resolve(title)?.key())).collect();
+        let put: Vec<Entry> = keys.iter().filter_map(|key| list.mark_seen(key, now_ms())).collect();
+        self.store.change_expected(&put, Vec::new(), None)?.wait().await?;
+        *self.expected.list.write().unwrap_or_else(PoisonError::into_inner) = list;
         Ok(())
     }
 
@@ -274,14 +280,12 @@ impl Control {
         if dry_run || (change.put.is_empty() && change.gone.is_empty()) {
             return Ok(view);
         }
-        let rows = self.store.change_expected(&change.put, change.gone)?;
         let what = format!(
             "list of expected machines: {} new, {} changed, {} taken off; {} machines on it",
             view.new, view.changed, view.gone, view.machines
         );
-        let audit = self.audit_list(by, what.clone());
-        rows.wait().await?;
-        audit.wait().await?;
+        let line = Line::done(now_ms(), by, "", what.clone());
+        self.store.change_expected(&change.put, change.gone, Some(line))?.wait().await?;
         *self.expected.list.write().unwrap_or_else(PoisonError::into_inner) = change.list;
         tracing::info!("{what}");
         self.compare_all();
@@ -293,10 +297,9 @@ impl Control {
         let _changes = self.expected.changes.lock().await;
         let view = self.expected_machine(name)?;
         let key = self.expected.list().resolve(name).map(ExpectedMachine::key).unwrap_or_default();
-        let rows = self.store.change_expected(&[], vec![format!("machine/{key}")])?;
-        let audit = self.audit_list(by, format!("list of expected machines: {} taken off", view.title));
-        rows.wait().await?;
-        audit.wait().await?;
+        let what = format!("list of expected machines: {} taken off", view.title);
+        let line = Line::done(now_ms(), by, "", what);
+        self.store.change_expected(&[], vec![format!("machine/{key}")], Some(line))?.wait().await?;
         self.expected.list.write().unwrap_or_else(PoisonError::into_inner).take(&key);
         self.compare_all();
         Ok(view)
@@ -305,23 +308,16 @@ impl Control {
     /// One machine took the place of another: it is what the other was on the list, unless it is on it already.
     pub(super) async fn hand_over(&self, old: &MachineFacts, new: &MachineFacts, by: &str) -> Result<(), ControlError> {
         let _changes = self.expected.changes.lock().await;
-        let handed = {
-            let mut list = self.expected.list.write().unwrap_or_else(PoisonError::into_inner);
-            let was = list.find(old).map(|entry| (entry.key(), entry.title().to_owned()));
-            was.and_then(|(key, title)| Some((list.hand_over(&key, new)?, key, title)))
-        };
+        let mut list = self.expected.list().clone();
+        let was = list.find(old).map(|entry| (entry.key(), entry.title().to_owned()));
+        let handed = was.and_then(|(key, title)| Some((list.hand_over(&key, new)?, key, title)));
         let Some((entry, key, title)) = handed else { return Ok(()) };
-        let rows = self.store.change_expected(&[entry], vec![format!("machine/{key}")])?;
         let what = format!("list of expected machines: the place of {title} is now that of {}", new.id);
-        let audit = self.audit_list(by, what);
-        rows.wait().await?;
-        audit.wait().await?;
+        let line = Line::done(now_ms(), by, "", what);
+        self.store.change_expected(&[entry], vec![format!("machine/{key}")], Some(line))?.wait().await?;
+        *self.expected.list.write().unwrap_or_else(PoisonError::into_inner) = list;
         self.compare_all();
         Ok(())
-    }
-
-    fn audit_list(&self, by: &str, what: String) -> crate::store::Commit {
-        self.store.audit(Line::done(now_ms(), by, "", what))
     }
 
     /// The list, and what came of each machine on it; with `differs` only those of which something is to be said.
@@ -329,7 +325,7 @@ impl Control {
         let mut by_entry: BTreeMap<String, Vec<Here>> = BTreeMap::new();
         let mut unlisted = Vec::new();
         // The fleet's lock is not held while a long list is written.
-        for machine in self.lock().machines.values() {
+        for machine in self.look().machines.values() {
             match machine.comparison.as_ref().map(|c| &c.entry) {
                 Some(Some(entry)) => by_entry.entry(entry.clone()).or_default().push(Here::of(machine)),
                 Some(None) => unlisted.push(machine_ref(machine)),
@@ -350,7 +346,7 @@ impl Control {
 
     /// One machine of the list, by serial number, UUID, Ethernet address, or by the name of the machine that it is.
     pub fn expected_machine(&self, name: &str) -> Result<ExpectedView, ControlError> {
-        let inner = self.lock();
+        let inner = self.look();
         let list = self.expected.list();
         let named = || {
             let machine = inner.machines.get(&inner.resolve(name).ok()?)?;

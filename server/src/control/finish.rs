@@ -34,7 +34,7 @@ impl Control {
         self.restore().await;
         // What was said of it is not so; what others see of these machines is what they are now.
         let gone: Vec<MachineId> = {
-            let inner = self.lock();
+            let inner = self.look();
             gone.into_iter().filter(|id| !inner.machines.contains_key(id)).collect()
         };
         untold.pending = Pending { touched, gone, wake, ..Pending::default() };
@@ -55,7 +55,7 @@ impl Control {
         }
         if self.told.receiver_count() > 0 {
             for id in &pending.touched {
-                let view = self.lock().machines.get(id).map(|m| Arc::new(MachineView::of(m)));
+                let view = self.look().machines.get(id).map(|m| Arc::new(MachineView::of(m)));
                 if let Some(view) = view {
                     let _ = self.told.send(Told::Machine(view));
                 }

@@ -55,7 +55,7 @@ impl Control {
         let secrets = Arc::new(secrets::Secrets::load(&store, site.online("secrets.key")).await?);
         let oidc = config.oidc.clone().map(Provider::new).transpose().map_err(AccessError::from)?;
         for (id, mut stored) in store.load().await? {
-            furnish(&config, &access, &catalog.floors, &mut stored.machine);
+            furnish(&config, &access, &catalog, &mut stored.machine);
             let (mut machine, _) = stored.machine.event(Event::ServerStarted, config.limits, now);
             config.rule(&mut machine);
             inner.index(&machine);
@@ -121,9 +121,10 @@ impl Control {
 }
 
 /// What is not stored of a machine, and others know: which key the configuration names, whether its own was revoked, and the
-/// site's floors.
-pub(super) fn furnish(config: &Config, access: &Access, floors: &Arc<BTreeMap<String, u64>>, machine: &mut Machine) {
-    machine.floors = Arc::clone(floors);
+/// site's floors, and what it can be given.
+pub(super) fn furnish(config: &Config, access: &Access, catalog: &Catalog, machine: &mut Machine) {
+    machine.floors = Arc::clone(&catalog.floors);
+    machine.fit = Some(Arc::clone(&catalog.fit));
     let key = config.key_of_known(machine).cloned();
     machine.pin(key.as_ref());
     machine.key_revoked = machine.key.as_ref().is_some_and(|key| access.is_revoked(key));

@@ -46,7 +46,7 @@ use crate::config::Config;
 use crate::error::ControlError;
 use crate::logs::Logs;
 use crate::oidc::Provider;
-use crate::store::{Commit, Envelope, Store};
+use crate::store::{Commit, Envelope, Store, Whole};
 use crate::view::MachineView;
 use kiln_fleet::{Action, Event, LIVE_MS, Machine, Millis, StateKind};
 use kiln_images::SiteDir;
@@ -97,7 +97,7 @@ pub(crate) struct Inner {
 /// The fleet, locked.
 pub(crate) struct Locked<'a> {
     inner: MutexGuard<'a, Inner>,
-    _whole: MutexGuard<'a, ()>,
+    _whole: Whole<'a>,
 }
 
 impl Deref for Locked<'_> {
@@ -199,7 +199,7 @@ impl Control {
 
     /// All machines, by name.
     pub fn views(&self) -> Vec<MachineView> {
-        let inner = self.lock();
+        let inner = self.look();
         let mut views: Vec<_> = inner.machines.values().map(MachineView::of).collect();
         views.sort_by(|a, b| (a.name == a.id.as_str(), &a.name).cmp(&(b.name == b.id.as_str(), &b.name)));
         views
@@ -207,7 +207,7 @@ impl Control {
 
     /// One machine, by name, id or an unmistakable beginning of its id.
     pub fn view(&self, name: &str) -> Result<MachineView, ControlError> {
-        let inner = self.lock();
+        let inner = self.look();
         let id = inner.resolve(name)?;
         inner.machines.get(&id).map(MachineView::of).ok_or_else(|| ControlError::NoSuchMachine(name.to_owned()))
     }
@@ -237,8 +237,15 @@ impl Control {
             let flush = inner.seen.values().min().is_some_and(|first| *first + LIVE_MS / 24 <= now);
             (pending, flush.then(|| std::mem::take(&mut inner.seen)))
         };
-        if let Some(seen) = seen {
-            self.store.seen(seen);
+        if let Some(seen) = seen
+            && self.store.seen(seen.clone()).wait().await.is_err()
+        {
+            // The writer has said why. They are handed in again.
+            let mut inner = self.lock();
+            for (id, at) in seen {
+                let last = inner.seen.entry(id).or_insert(at);
+                *last = at.max(*last);
+            }
         }
         self.finish(pending).await?;
         // Of whom nobody waited for.
@@ -249,13 +256,18 @@ impl Control {
     /// Stores what is not stored yet; at the end.
     pub fn flush(&self) {
         let seen = std::mem::take(&mut self.lock().seen);
-        self.store.seen(seen);
+        drop(self.store.seen(seen));
         self.note_more_refused(None);
     }
 
-    /// What is handed to the store while it is held shares a transaction.
+    /// To be looked at. Whoever hands something to the store takes [`Control::lock`].
+    pub(crate) fn look(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().expect("no code panics under this lock: steps are total")
+    }
+
+    /// What is handed to the store while it is held is stored whole, or not at all.
     pub(crate) fn lock(&self) -> Locked<'_> {
-        let inner = self.inner.lock().expect("no code panics under this lock: steps are total");
+        let inner = self.look();
         Locked { inner, _whole: self.store.whole() }
     }
 
@@ -282,7 +294,9 @@ impl Control {
             let name = name.filter(|name| !inner.names.is_taken(name, id));
             let mut machine = Machine { name, ..Machine::discovered(id.clone(), now) };
             machine.pin(self.config.key_of(id));
-            machine.floors = Arc::clone(&self.catalog().floors);
+            let catalog = self.catalog();
+            machine.floors = Arc::clone(&catalog.floors);
+            machine.fit = Some(Arc::clone(&catalog.fit));
             machine
         });
         let (held, refused) = (machine.state.kind == StateKind::Quarantined, machine.refused.len());

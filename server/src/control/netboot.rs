@@ -11,7 +11,7 @@ impl Control {
     /// What this client is given. Changes nothing.
     pub fn boot_answer(&self, query: &BootQuery) -> BootAnswer {
         let catalog = self.catalog();
-        let id = self.lock().find(&[query.id.as_ref(), query.id_plain.as_ref()], Some(query.mac));
+        let id = self.look().find(&[query.id.as_ref(), query.id_plain.as_ref()], Some(query.mac));
         match self.boot_release(id.as_ref(), &catalog, query.arch) {
             Err(reason) => BootAnswer::Wait { reason },
             Ok((_, release)) => match query.kind {
@@ -34,7 +34,7 @@ impl Control {
         arch: Architecture,
     ) -> Result<(ReleaseId, &'a Release), String> {
         let assigned = {
-            let inner = self.lock();
+            let inner = self.look();
             let machine = id.and_then(|id| inner.machines.get(id));
             machine.and_then(|m| m.boot_release(self.config.limits.trial_attempts)).cloned()
         };
@@ -53,7 +53,7 @@ impl Control {
 
     /// How long a client that can be told so waits before it starts that, in seconds, and why.
     pub fn pause_before(&self, id: Option<&MachineId>) -> Option<(u64, String)> {
-        self.lock().machines.get(id?)?.pause_s()
+        self.look().machines.get(id?)?.pause_s()
     }
 
     /// Its firmware asked for a boot program.
@@ -127,12 +127,12 @@ impl Control {
 
     /// The machine that has this id or Ethernet address.
     pub fn find(&self, id: Option<&MachineId>, mac: Option<Mac>) -> Option<MachineId> {
-        self.lock().find(&[id], mac)
+        self.look().find(&[id], mac)
     }
 
     /// Its name, for the log.
     pub fn title(&self, id: Option<&MachineId>, mac: Option<Mac>) -> String {
-        let inner = self.lock();
+        let inner = self.look();
         match inner.find(&[id], mac).and_then(|id| inner.machines.get(&id)) {
             Some(m) => m.title().to_owned(),
             None => mac.map_or_else(String::new, |m| m.to_string()),

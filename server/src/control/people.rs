@@ -8,7 +8,6 @@ use crate::access::{
 use crate::audit::Line;
 use crate::config::is_name;
 use crate::error::{AccessError, ControlError, StoreError};
-use crate::store::Commit;
 use crate::view::TokenView;
 use kiln_fleet::Millis;
 use kiln_fleet::access::AccessRole;
@@ -26,17 +25,6 @@ pub(super) fn json(value: &impl serde::Serialize) -> Result<String, ControlError
 
 fn revoked_note(key: &KeyId) -> String {
     format!("revoked-key/{key}")
-}
-
-/// Waits for all of them; the first that failed.
-async fn all(commits: Vec<Commit>) -> Result<(), StoreError> {
-    let mut failed = None;
-    for commit in commits {
-        if let Err(error) = commit.wait().await {
-            failed.get_or_insert(error);
-        }
-    }
-    failed.map_or(Ok(()), Err)
 }
 
 impl Control {
@@ -202,7 +190,7 @@ impl Control {
         let now = now_ms();
         let (mut token, text) = Token::make(name, role, &by.name, now, lifetime)?;
         token.second.clone_from(&by.second);
-        let commits = {
+        let commit = {
             let mut known = self.access.lock();
             token.behind = behind(&by.name, &known.tokens);
             match &by.second {
@@ -212,22 +200,21 @@ impl Control {
             if known.tokens.values().any(|t| t.name == name && t.holds(now).is_ok()) {
                 return Err(AccessError::TokenTaken(name.to_owned()).into());
             }
-            let mut commits = Vec::new();
+            let mut gone = Vec::new();
             if known.tokens.len() >= crate::access::MAX_TOKENS {
                 let over = known.tokens.values().filter(|t| t.holds(now).is_err()).min_by_key(|t| t.made);
                 let over = over.ok_or(AccessError::TooManyTokens { limit: crate::access::MAX_TOKENS })?;
                 let (id, note) = (over.id.clone(), over.note());
                 known.tokens.remove(&id);
-                commits.push(self.store.erase(note));
+                gone.push(note);
             }
-            commits.push(self.store.remember(token.note(), json(&token)?));
             let days = lifetime / (24 * 3_600_000);
             let what = format!("made token {name} with the access role {role}, for {days} days");
-            commits.push(self.store.audit(Line::done(now, &by.who(), "", what)));
+            let put = vec![(token.note(), json(&token)?)];
             known.tokens.insert(token.id.clone(), token.clone());
-            commits
+            self.store.change_told(put, gone, Line::done(now, &by.who(), "", what))
         };
-        if let Err(error) = all(commits).await {
+        if let Err(error) = commit.wait().await {
             self.token_as_stored(&token).await;
             return Err(error.into());
         }
@@ -245,26 +232,27 @@ impl Control {
     /// Ends a token now, and the sessions that rest on it.
     pub async fn token_revoke(&self, name: &str, by: &Caller) -> Result<TokenView, ControlError> {
         let now = now_ms();
-        let (token, commits) = {
+        let (token, commit) = {
             let mut known = self.access.lock();
             let known = &mut *known;
             let token = known.tokens.values_mut().find(|t| t.name == name && t.holds(now).is_ok());
             let token = token.ok_or_else(|| AccessError::NoSuchToken(name.to_owned()))?;
             token.revoked = Some((now, by.name.clone()));
-            let mut commits = vec![self.store.remember(token.note(), json(token)?)];
+            let put = vec![(token.note(), json(token)?)];
+            let mut gone = Vec::new();
             let rests = SessionOf::Token(token.id.clone());
             known.sessions.retain(|key, session| {
                 let keep = session.of != rests;
                 if !keep {
-                    commits.push(self.store.erase(key.note()));
+                    gone.push(key.note());
                 }
                 keep
             });
-            commits.push(self.store.audit(Line::done(now, &by.who(), "", format!("revoked token {name}"))));
-            (token.clone(), commits)
+            let line = Line::done(now, &by.who(), "", format!("revoked token {name}"));
+            (token.clone(), self.store.change_told(put, gone, line))
         };
         self.access.tell_end();
-        if let Err(error) = all(commits).await {
+        if let Err(error) = commit.wait().await {
             self.token_as_stored(&token).await;
             return Err(error.into());
         }

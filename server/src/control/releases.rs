@@ -54,7 +54,7 @@ impl Control {
     /// What machines run and need.
     pub(crate) fn uses(&self) -> BTreeMap<ReleaseId, Use> {
         let mut uses: BTreeMap<ReleaseId, Use> = BTreeMap::new();
-        for machine in self.lock().machines.values() {
+        for machine in self.look().machines.values() {
             for release in machine.needs() {
                 uses.entry(release).or_default().needed += 1;
             }
@@ -69,7 +69,7 @@ impl Control {
     /// Whether each of these is withheld by now, or needed: who asks for it once more, to prune, changes nothing.
     pub(super) fn is_withheld(&self, image: &ImageName, releases: &BTreeSet<u64>) -> bool {
         let now = now_ms();
-        let inner = self.lock();
+        let inner = self.look();
         let needs: BTreeSet<ReleaseId> = inner.machines.values().flat_map(kiln_fleet::Machine::needs).collect();
         releases.iter().all(|number| {
             let release = ReleaseId { image: image.clone(), release: *number };

@@ -4,7 +4,7 @@ use super::{Control, Inner, Pending, now_ms};
 use crate::catalog::Catalog;
 use crate::config::Listed;
 use crate::error::ControlError;
-use crate::store::Envelope;
+use crate::store::{Commit, Envelope};
 use jiff::Timestamp;
 use kiln_fleet::{Desire, Event, Machine, Millis, Reported, StateKind, desire};
 use kiln_protocol::{
@@ -68,8 +68,9 @@ impl Control {
         loop {
             // Before the look: what changes from here on ends the wait below.
             changes.mark_unchanged();
-            let (wanted, pending) = self.wanted(&id, &key)?;
-            let order = Self::order_for(&self.lock(), &id, &key).filter(|_| !self.access.is_revoked(&key));
+            let (wanted, mut pending) = self.wanted(&id, &key)?;
+            let (order, rests) = self.stored_order(&id, &key);
+            pending.commits.extend(rests);
             let wanted = wanted.with_order(order);
             let word = self.secrets_word(&id, &key).filter(|_| !self.access.is_revoked(&key));
             let wanted = Wanted { attest: self.wants_proof(&id, &key), ..wanted.with_secrets(word) };
@@ -312,10 +313,22 @@ impl Control {
         let busy = inner.machines.get(id).is_some_and(|m| !m.is_available() || !m.runs_assigned());
         let dbx = inner.machines.get(id).and_then(|machine| super::dbx::offer(&catalog, machine));
         let thresholds = self.thresholds(inner.machines.get(id).and_then(|m| m.role.as_ref()));
+        if pending.commits.is_empty() {
+            // Another's step, which is not stored yet, may be what it rests on.
+            pending.commits.push(self.store.written(id));
+        }
         drop(inner);
         let mut wanted = Wanted::run(envelope, assigned.via, granted, busy);
         (wanted.thresholds, wanted.dbx) = (thresholds, dbx);
         Ok((wanted, pending))
+    }
+
+    /// The order that goes with it, and the commit that it rests on.
+    fn stored_order(&self, id: &MachineId, key: &KeyId) -> (Option<String>, Option<Commit>) {
+        let inner = self.lock();
+        let order = Self::order_for(&inner, id, key).filter(|_| !self.access.is_revoked(key));
+        let rests = order.is_some().then(|| self.store.written(id));
+        (order, rests)
     }
 
     /// Makes the answer that goes out: only now its freshness is signed, and the lock is not held.

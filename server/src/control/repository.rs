@@ -56,6 +56,7 @@ impl Control {
         // What is served must not wait for a machine's next step.
         for machine in self.lock().machines.values_mut() {
             machine.floors = Arc::clone(&catalog.floors);
+            machine.fit = Some(Arc::clone(&catalog.fit));
         }
         self.wake();
         Ok(())

@@ -49,7 +49,7 @@ impl Control {
                 if let Some(held) = inner.machines.remove(id) {
                     machine = machine.put_back(held);
                 }
-                furnish(&self.config, &self.access, &self.catalog().floors, &mut machine);
+                furnish(&self.config, &self.access, &self.catalog(), &mut machine);
                 self.config.rule(&mut machine);
                 inner.index(&machine);
                 inner.comparing.again(id);

@@ -60,7 +60,7 @@ impl Control {
         }
         match (action, access.assign_alone, asked.machine) {
             ("assign", Some(limit), Some(machine)) => {
-                let id = self.lock().resolve(machine).map_or_else(|_| machine.to_owned(), |id| id.to_string());
+                let id = self.look().resolve(machine).map_or_else(|_| machine.to_owned(), |id| id.to_string());
                 let mut known = self.access.lock();
                 let who = alone(&caller.name, &known.tokens);
                 !known.spree.take(&caller.name, &who, &id, limit, now_ms())

@@ -213,7 +213,7 @@ impl Control {
     /// What the machine that proved this key is told of its secrets.
     pub(super) fn secrets_word(&self, id: &MachineId, key: &KeyId) -> Option<kiln_protocol::SecretsWord> {
         let catalog = self.catalog();
-        let inner = self.lock();
+        let inner = self.look();
         let machine = inner.machines.get(id)?;
         machine.secrets_word(key, &self.wanted_secrets(machine, &catalog)?, &barred(&catalog))
     }
@@ -305,7 +305,7 @@ impl Control {
                 self.config.image_of(role)?;
                 Ok(SecretFor::Role(role.to_owned()))
             }
-            (None, Some(machine)) => Ok(SecretFor::Machine(self.lock().resolve(machine)?)),
+            (None, Some(machine)) => Ok(SecretFor::Machine(self.look().resolve(machine)?)),
             (Some(_), Some(_)) | (None, None) => Err(SecretError::ForWhom.into()),
         }
     }
@@ -327,7 +327,7 @@ impl Control {
     fn secret_views(&self, only: Option<&(SecretFor, SecretName)>) -> Vec<SecretView> {
         let catalog = self.catalog();
         let barred = barred(&catalog);
-        let inner = self.lock();
+        let inner = self.look();
         let known = self.secrets.lock();
         let concerned = |machine: &&Machine| only.is_none_or(|(of, _)| of.is_of(machine));
         let machines = inner.machines.values().filter(concerned);

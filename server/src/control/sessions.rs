@@ -35,9 +35,8 @@ impl Control {
         let session = Session { name: name.clone(), of, began: now, used: now };
         let doc = serde_json::to_string(&(&key, &session)).map_err(StoreError::from)?;
         let ended;
-        let commits = {
+        let commit = {
             let mut known = self.access.lock();
-            let mut commits = Vec::new();
             let access = &self.config.access;
             let over = |s: &Session| !s.holds(now, access.session_idle, access.session_max);
             let mut gone: Vec<SessionKey> =
@@ -50,22 +49,19 @@ impl Control {
                 gone.extend(all.min_by_key(|(_, s)| s.used).map(|(key, _)| key.clone()));
             }
             ended = !gone.is_empty();
-            for key in gone {
-                known.sessions.remove(&key);
-                commits.push(self.store.erase(key.note()));
+            for key in &gone {
+                known.sessions.remove(key);
             }
-            known.sessions.insert(key.clone(), session);
-            commits.push(self.store.remember(key.note(), doc));
+            let gone = gone.iter().map(SessionKey::note).collect();
+            let put = vec![(key.note(), doc)];
+            known.sessions.insert(key, session);
             let by = format!("{name} from {origin}");
-            commits.push(self.store.audit(Line::done(now, &by, "", format!("logged in {how}"))));
-            commits
+            self.store.change_told(put, gone, Line::done(now, &by, "", format!("logged in {how}")))
         };
         if ended {
             self.access.tell_end();
         }
-        for commit in commits {
-            commit.wait().await?;
-        }
+        commit.wait().await?;
         Ok(id)
     }
 
@@ -74,11 +70,7 @@ impl Control {
         let Credential::Session(key) = &caller.credential else { return Ok(()) };
         self.access.lock().sessions.remove(key);
         self.access.tell_end();
-        let commits =
-            [self.store.erase(key.note()), self.store.audit(Line::done(now_ms(), &caller.who(), "", "logged out"))];
-        for commit in commits {
-            commit.wait().await?;
-        }
+        self.store.erase_told(key.note(), Line::done(now_ms(), &caller.who(), "", "logged out")).wait().await?;
         Ok(())
     }
 

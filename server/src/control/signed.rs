@@ -125,7 +125,7 @@ impl Control {
     }
 
     fn order_view(&self, submitted: &Submitted) -> OrderView {
-        let inner = self.lock();
+        let inner = self.look();
         let order = &submitted.order;
         let machines = order.machines.iter().map(|machine| {
             let known = inner.machines.get(&machine.id);
@@ -229,7 +229,7 @@ impl Control {
 
     /// A machine's receipts, the newest first.
     pub async fn receipts(&self, machine: &str) -> Result<Vec<ReceiptView>, ControlError> {
-        let id = self.lock().resolve(machine)?;
+        let id = self.look().resolve(machine)?;
         let notes = self.store.notes(&receipt_notes(&id)).await?;
         let mut all: Vec<Kept> = notes.iter().filter_map(|note| serde_json::from_str(note).ok()).collect();
         all.sort_by_key(|kept| std::cmp::Reverse(kept.at));

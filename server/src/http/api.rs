@@ -318,6 +318,18 @@ pub(super) fn who(peer: &Peer) -> String {
     caller(peer).who()
 }
 
+/// Does this also where the caller hangs up meanwhile: a commit that fails is followed by what takes back the rest.
+pub(super) async fn detached<T: Send + 'static>(
+    act: impl Future<Output = Result<T, ControlError>> + Send + 'static,
+) -> Result<T, ApiError> {
+    match tokio::spawn(act).await {
+        Ok(done) => Ok(done?),
+        Err(error) => {
+            Err(ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, format!("the call was broken off: {error}")))
+        }
+    }
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Approve {
@@ -428,7 +440,8 @@ async fn submit(
     body: Result<Json<Submit>, JsonRejection>,
 ) -> Result<Json<OrderView>, ApiError> {
     let Json(Submit { order, via }) = body?;
-    Ok(Json(app.control.submit(&order, via, &who(&peer)).await?))
+    let by = who(&peer);
+    Ok(Json(detached(async move { app.control.submit(&order, via, &by).await }).await?))
 }
 
 async fn orders(State(app): State<App>) -> Result<Json<Vec<OrderView>>, ApiError> {

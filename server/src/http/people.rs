@@ -1,6 +1,6 @@
 //! The operator API's calls about people and programs: tokens, second persons, the audit log, revoked identities.
 
-use super::api::ApiError;
+use super::api::{ApiError, detached};
 use super::authorize::{authorize, caller};
 use super::{App, Peer};
 use crate::audit::Record;
@@ -53,7 +53,9 @@ async fn create(
     body: Result<Json<Create>, JsonRejection>,
 ) -> Result<Json<Value>, ApiError> {
     let Json(Create { name, role, lifetime_ms }) = body?;
-    let (token, text) = app.control.token_create(&name, role, lifetime_ms, &caller(&peer)).await?;
+    let by = caller(&peer);
+    let made = detached(async move { app.control.token_create(&name, role, lifetime_ms, &by).await });
+    let (token, text) = made.await?;
     Ok(Json(json!({ "token": token, "text": text })))
 }
 
@@ -66,7 +68,8 @@ async fn revoke(
     Extension(peer): Extension<Peer>,
     Path(name): Path<String>,
 ) -> Result<Json<TokenView>, ApiError> {
-    Ok(Json(app.control.token_revoke(&name, &caller(&peer)).await?))
+    let by = caller(&peer);
+    Ok(Json(detached(async move { app.control.token_revoke(&name, &by).await }).await?))
 }
 
 async fn pending(State(app): State<App>) -> Json<Vec<PendingView>> {
@@ -146,8 +149,12 @@ async fn revoke_key(
     Extension(peer): Extension<Peer>,
     Path(machine): Path<String>,
 ) -> Result<Json<MachineView>, ApiError> {
-    app.control.revoke_key(&machine, &caller(&peer).who()).await?;
-    Ok(Json(app.control.view(&machine)?))
+    let (control, by) = (app.control, caller(&peer).who());
+    let revoked = detached(async move {
+        let revoked = control.revoke_key(&machine, &by).await;
+        revoked.and_then(|_| control.view(&machine))
+    });
+    Ok(Json(revoked.await?))
 }
 
 /// Lets calls in by [`authorize`].

@@ -14,6 +14,7 @@ use kiln_fleet::{Boot, Entry, Hardware, Machine};
 use kiln_protocol::{MachineId, RoleSettings};
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
 use sqlx::{AnyPool, Row};
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::str::FromStr;
@@ -77,7 +78,7 @@ pub(crate) enum Intent {
         key: String,
     },
     Audit(Line),
-    /// Nothing: what it comes with tells of a step of this machine, and is written where that could be.
+    /// Nothing: what it comes with tells of this machine, and is done where what came of it before is.
     About {
         id: String,
     },
@@ -89,15 +90,52 @@ pub(crate) enum Intent {
     Settle,
 }
 
+impl Intent {
+    /// It changes a row.
+    fn writes(&self) -> bool {
+        !matches!(self, Self::About { .. } | Self::PutBack { .. } | Self::Settle)
+    }
+
+    /// It only asks whether what came before is stored.
+    fn asks(&self) -> bool {
+        matches!(self, Self::About { .. })
+    }
+}
+
 type Done = oneshot::Sender<Result<(), StoreError>>;
+
+/// What is handed in at once.
+struct Call {
+    intents: Vec<Intent>,
+    /// Calls of one section are stored together, or not at all; 0: of none.
+    section: u64,
+    done: Done,
+}
+
+thread_local! {
+    /// The section that this thread is in. A guard is never kept across an await, so no other task sees it.
+    static SECTION: Cell<u64> = const { Cell::new(0) };
+}
+
+/// What is handed in while it is held is one section.
+pub(crate) struct Whole<'a> {
+    _number: MutexGuard<'a, u64>,
+}
+
+impl Drop for Whole<'_> {
+    fn drop(&mut self) {
+        SECTION.set(0);
+    }
+}
 
 /// The handle of the store.
 #[derive(Debug, Clone)]
 pub struct Store {
     pool: AnyPool,
-    intents: mpsc::UnboundedSender<(Vec<Intent>, Option<Done>)>,
+    intents: mpsc::UnboundedSender<Call>,
     stale: stale::Stale,
-    whole: Arc<Mutex<()>>,
+    /// Number of the newest section.
+    whole: Arc<Mutex<u64>>,
 }
 
 /// A commit that is under way.
@@ -183,11 +221,16 @@ impl Store {
         rows.iter().map(read).collect()
     }
 
-    /// Changes the list of expected machines, all at once.
-    pub(crate) fn change_expected(&self, put: &[Entry], gone: Vec<String>) -> Result<Commit, StoreError> {
+    /// Changes the list of expected machines, all at once, and writes the record that tells of it.
+    pub(crate) fn change_expected(
+        &self,
+        put: &[Entry],
+        gone: Vec<String>,
+        line: Option<Line>,
+    ) -> Result<Commit, StoreError> {
         let row = |entry: &Entry| Ok((entry.key(), serde_json::to_string(entry)?));
         let put = put.iter().map(row).collect::<Result<_, StoreError>>()?;
-        Ok(self.send(Intent::Expected { put, gone }))
+        Ok(self.send_all([Intent::Expected { put, gone }].into_iter().chain(line.map(Intent::Audit)).collect()))
     }
 
     /// A remembered value.
@@ -243,9 +286,9 @@ impl Store {
         self.send(Intent::Forget { id: id.to_string() })
     }
 
-    /// Last-seen times: nobody waits for them.
-    pub(crate) fn seen(&self, seen: BTreeMap<MachineId, u64>) {
-        let _ = self.intents.send((vec![Intent::Seen(seen)], None));
+    /// Last-seen times.
+    pub(crate) fn seen(&self, seen: BTreeMap<MachineId, u64>) -> Commit {
+        self.send(Intent::Seen(seen))
     }
 
     pub(crate) fn audit(&self, line: Line) -> Commit {
@@ -263,9 +306,22 @@ impl Store {
         self.send_all(vec![Intent::Erase { key }, Intent::Audit(line)])
     }
 
+    /// Values that are remembered, others that are forgotten, and the record that tells of it.
+    pub(crate) fn change_told(&self, put: Vec<(String, String)>, gone: Vec<String>, line: Line) -> Commit {
+        let put = put.into_iter().map(|(key, value)| Intent::Note { key, value });
+        let gone = gone.into_iter().map(|key| Intent::Erase { key });
+        self.send_all(gone.chain(put).chain([Intent::Audit(line)]).collect())
+    }
+
     /// A record of a step of this machine, which is written where the step can be.
     pub(crate) fn audit_of(&self, id: &MachineId, line: Line) -> Commit {
         self.send_all(vec![Intent::About { id: id.to_string() }, Intent::Audit(line)])
+    }
+
+    /// Succeeds once all that was handed in of this machine before is stored. Handed in under the lock under which the machine
+    /// is looked at: what is said of it then rests on nothing that a restart would not know.
+    pub(crate) fn written(&self, id: &MachineId) -> Commit {
+        self.send(Intent::About { id: id.to_string() })
     }
 
     /// Machines of which a commit failed: nothing of them is written until they are put back.
@@ -275,8 +331,11 @@ impl Store {
 
     /// What is handed in while this is held shares a transaction: all of it is stored, or nothing. Not for long, and without a
     /// wait for the store.
-    pub(crate) fn whole(&self) -> MutexGuard<'_, ()> {
-        self.whole.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn whole(&self) -> Whole<'_> {
+        let mut number = self.whole.lock().unwrap_or_else(PoisonError::into_inner);
+        *number += 1;
+        SECTION.set(*number);
+        Whole { _number: number }
     }
 
     /// Waits until the writer is through with what was handed in before, whatever came of it.
@@ -286,7 +345,8 @@ impl Store {
 
     /// Memory has of this machine what [`Store::machine`] gave.
     pub(crate) fn put_back(&self, id: &MachineId) -> Commit {
-        self.send(Intent::PutBack { id: id.to_string() })
+        // Whatever becomes of what it is handed in with.
+        self.send_in(0, vec![Intent::PutBack { id: id.to_string() }])
     }
 
     fn send(&self, intent: Intent) -> Commit {
@@ -295,9 +355,13 @@ impl Store {
 
     /// They share a transaction.
     fn send_all(&self, intents: Vec<Intent>) -> Commit {
+        self.send_in(SECTION.get(), intents)
+    }
+
+    fn send_in(&self, section: u64, intents: Vec<Intent>) -> Commit {
         let (done, wait) = oneshot::channel();
         // If the writer is gone the sender is dropped, and the wait says so.
-        let _ = self.intents.send((intents, Some(done)));
+        let _ = self.intents.send(Call { intents, section, done });
         Commit(wait)
     }
 }

@@ -1,9 +1,9 @@
 //! Machines of which memory knows more than the database does, as a commit failed. Nothing of them is written until what
 //! the database holds of them was put back: it would be built on what was never stored.
 
-use super::Intent;
+use super::{Call, Intent};
 use kiln_protocol::MachineId;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Their ids. The writer alone changes it.
@@ -15,7 +15,30 @@ impl Stale {
         self.0.lock().expect("no code panics under this lock")
     }
 
-    /// Whether this call is to be written. Asked once for each call, in their order.
+    /// Which of these are to be written. Asked once for each call, in their order. A section is written whole or not at all:
+    /// the machines of one that is not are here from then on.
+    pub(super) fn judge(&self, calls: &[Call]) -> Vec<bool> {
+        let mut sections: BTreeMap<u64, Vec<&[Intent]>> = BTreeMap::new();
+        for call in calls.iter().filter(|call| call.section != 0) {
+            sections.entry(call.section).or_default().push(&call.intents);
+        }
+        let mut taken: BTreeMap<u64, bool> = BTreeMap::new();
+        let judged = calls.iter().map(|call| match sections.get(&call.section) {
+            None => self.takes(&call.intents),
+            Some(section) => *taken.entry(call.section).or_insert_with(|| self.takes_whole(section)),
+        });
+        judged.collect()
+    }
+
+    fn takes_whole(&self, section: &[&[Intent]]) -> bool {
+        let taken = section.iter().all(|call| self.takes(call));
+        if !taken {
+            self.put(section);
+        }
+        taken
+    }
+
+    /// Whether what was handed in before of the machines of this call is not known to be lost.
     pub(super) fn takes(&self, call: &[Intent]) -> bool {
         let mut ids = self.lock();
         if ids.is_empty() {
@@ -59,6 +82,29 @@ fn machine(intent: &Intent) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::sync::oneshot;
+
+    #[test]
+    fn a_section_of_which_one_call_is_refused_is_refused_whole() {
+        let id = |n: u8| format!("00000000-0000-0000-0000-0000000000{n:02x}");
+        let about = |n: u8| vec![Intent::About { id: id(n) }];
+        let call = |section, intents| Call { intents, section, done: oneshot::channel().0 };
+        let note = || vec![Intent::Note { key: "k".into(), value: "v".into() }];
+        let stale = Stale::default();
+        stale.put(&[about(1).as_slice()]);
+        let calls = [
+            call(0, about(2)),
+            call(7, note()),
+            call(0, note()),
+            call(7, about(1)),
+            call(7, about(3)),
+            call(8, about(3)),
+            call(9, about(4)),
+        ];
+        assert_eq!(stale.judge(&calls), [true, false, true, false, false, false, true]);
+        let ids: Vec<MachineId> = [1, 3].iter().map(|n| id(*n).parse().unwrap()).collect();
+        assert_eq!(stale.ids(), ids, "what was built on what was not written is not written either");
+    }
 
     #[test]
     fn nothing_is_written_of_a_machine_between_a_failed_commit_and_its_being_put_back() {

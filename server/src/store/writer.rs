@@ -1,7 +1,7 @@
 //! The one task that writes.
 
 use super::stale::Stale;
-use super::{Done, Intent};
+use super::{Call, Intent};
 use crate::audit::Record;
 use crate::error::StoreError;
 use sqlx::any::AnyRow;
@@ -14,43 +14,59 @@ const BATCH: usize = 256;
 /// And with what was handed in together with them.
 const LARGEST: usize = 16 * BATCH;
 
-pub(super) async fn run(
-    pool: AnyPool,
-    mut inbox: mpsc::UnboundedReceiver<(Vec<Intent>, Option<Done>)>,
-    stale: Stale,
-    whole: Arc<Mutex<()>>,
-) {
-    let mut batch = Vec::with_capacity(BATCH);
-    while inbox.recv_many(&mut batch, BATCH).await > 0 {
-        {
-            // Whoever hands in several is through with them.
-            let _whole = whole.lock().unwrap_or_else(PoisonError::into_inner);
-            while batch.len() < LARGEST
-                && let Ok(more) = inbox.try_recv()
-            {
-                batch.push(more);
-            }
-        }
-        let (calls, waiting): (Vec<_>, Vec<_>) = batch.drain(..).unzip();
-        let taken: Vec<bool> = calls.iter().map(|call: &Vec<Intent>| stale.takes(call)).collect();
+pub(super) async fn run(pool: AnyPool, mut inbox: mpsc::UnboundedReceiver<Call>, stale: Stale, whole: Arc<Mutex<u64>>) {
+    let mut next = None;
+    while let Some(calls) = gather(&mut inbox, &mut next, &whole).await {
+        let taken = stale.judge(&calls);
         let wanted: Vec<&[Intent]> =
-            calls.iter().zip(&taken).filter(|(_, taken)| **taken).map(|(call, _)| call.as_slice()).collect();
-        let result = commit(&pool, &wanted).await;
+            calls.iter().zip(&taken).filter(|(_, taken)| **taken).map(|(call, _)| call.intents.as_slice()).collect();
+        let writes = wanted.iter().copied().flatten().any(Intent::writes);
+        let result = if writes { commit(&pool, &wanted).await } else { Ok(()) };
         if let Err(error) = &result {
             tracing::error!(%error, "the database was not written; nobody is told otherwise");
-            // Before anybody hears of it.
-            stale.put(&wanted);
+            // Before anybody hears of it. Whoever only asks has changed nothing.
+            let changed: Vec<&[Intent]> =
+                wanted.iter().copied().filter(|call| !call.iter().all(Intent::asks)).collect();
+            stale.put(&changed);
         }
-        for (done, taken) in waiting.into_iter().zip(taken) {
-            let Some(done) = done else { continue };
-            let _ = done.send(match (&result, taken) {
+        for (call, taken) in calls.into_iter().zip(taken) {
+            let _ = call.done.send(match (&result, taken) {
                 (Ok(()) | Err(_), false) => Err(StoreError::Unwritten),
                 (Ok(()), true) => Ok(()),
+                // The transaction told of others.
+                (Err(_), true) if call.intents.iter().all(Intent::asks) && stale.takes(&call.intents) => Ok(()),
                 (Err(error), true) => Err(error.again()),
             });
         }
     }
     pool.close().await;
+}
+
+/// What is written next: all that waits, and no section in parts. None: all handles are gone.
+async fn gather(
+    inbox: &mut mpsc::UnboundedReceiver<Call>,
+    next: &mut Option<Call>,
+    whole: &Mutex<u64>,
+) -> Option<Vec<Call>> {
+    let mut batch: Vec<Call> = next.take().into_iter().collect();
+    if batch.is_empty() && inbox.recv_many(&mut batch, BATCH).await == 0 {
+        return None;
+    }
+    // Whoever hands in several is through with them.
+    let _whole = whole.lock().unwrap_or_else(PoisonError::into_inner);
+    // Calls of no section may lie between those of one.
+    let mut section = batch.iter().rev().map(|call| call.section).find(|section| *section != 0).unwrap_or(0);
+    while let Ok(call) = inbox.try_recv() {
+        if batch.len() >= LARGEST && (section == 0 || (call.section != 0 && call.section != section)) {
+            *next = Some(call);
+            break;
+        }
+        if call.section != 0 {
+            section = call.section;
+        }
+        batch.push(call);
+    }
+    Some(batch)
 }
 
 /// All of it or nothing. The transaction is begun and ended by its own statements: where the disk is full SQLite ends it by itself,
@@ -229,4 +245,51 @@ pub(super) async fn audit_after(pool: &AnyPool, after: u64, limit: i64) -> Resul
     let after = i64::try_from(after).unwrap_or(i64::MAX);
     let rows = sqlx::query(AssertSqlSafe(text)).bind(after).bind(limit).fetch_all(pool).await?;
     rows.iter().map(record).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::Store;
+    use kiln_fleet::Machine;
+    use kiln_protocol::MachineId;
+    use tokio::sync::oneshot;
+
+    #[tokio::test]
+    async fn whoever_asks_hears_of_a_step_that_was_not_stored_and_of_no_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _task) = Store::open(&dir.path().join("kiln.db")).await.unwrap();
+        let refuses = "CREATE TRIGGER refuses BEFORE INSERT ON machines BEGIN SELECT RAISE(ABORT, 'no room'); END";
+        sqlx::query(refuses).execute(&store.pool).await.unwrap();
+        let id = |n: u8| format!("00000000-0000-0000-0000-0000000000{n:02x}").parse::<MachineId>().unwrap();
+        let saved = store.save(&Machine::discovered(id(1), 1), None).unwrap();
+        let (its_own, of_another) = (store.written(&id(1)), store.written(&id(2)));
+        assert!(saved.wait().await.is_err() && its_own.wait().await.is_err());
+        of_another.wait().await.unwrap();
+        store.put_back(&id(1)).wait().await.unwrap();
+        store.written(&id(1)).wait().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_section_is_never_cut() {
+        let (calls, mut inbox) = mpsc::unbounded_channel();
+        let hand_in = |section| {
+            let call = Call { intents: vec![Intent::Settle], section, done: oneshot::channel().0 };
+            assert!(calls.send(call).is_ok());
+        };
+        // One that is longer than a transaction gets otherwise, with others' calls between; then the next.
+        for _ in 0..LARGEST {
+            hand_in(1);
+        }
+        for section in [0, 1, 0, 1, 2, 2] {
+            hand_in(section);
+        }
+        let (mut next, whole) = (None, Mutex::new(0));
+        let first = gather(&mut inbox, &mut next, &whole).await.unwrap();
+        assert_eq!(first.len(), LARGEST + 4);
+        let second = gather(&mut inbox, &mut next, &whole).await.unwrap();
+        assert_eq!(second.iter().map(|call| call.section).collect::<Vec<_>>(), [2, 2]);
+        drop(calls);
+        assert!(gather(&mut inbox, &mut next, &whole).await.is_none());
+    }
 }

@@ -388,7 +388,7 @@ async fn a_key_that_waits_for_a_second_person_is_named_whole() {
     let mut other = Agent { signer, boot: 50, ..agent.clone() };
     let (ann, ben) = (server.token("ann", "operator").await, server.token("ben", "operator").await);
     let meant = other.key_id();
-    let body = json!({ "key": &meant.as_str()[..8] });
+    let body = json!({ "key": &meant.as_str()[..16] });
     let early = server.with(&ann, "POST", "machines/rack-1/clear", body.clone()).await;
     assert_eq!(early.status, StatusCode::CONFLICT, "nobody confirms what cannot be: {}", early.text());
     let report = other.healthy();

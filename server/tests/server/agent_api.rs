@@ -220,14 +220,14 @@ async fn another_key_under_one_id_gets_nothing_until_a_person_looks() {
     assert!(view.other_keys_note.is_some_and(|note| note.contains(&how)));
     // A person names it, by what its console shows.
     for (digits, status, said) in [
-        (&shown[..7], StatusCode::UNPROCESSABLE_ENTITY, "at least 8 hex digits"),
-        ("0000000000", StatusCode::CONFLICT, shown),
+        (&shown[..15], StatusCode::UNPROCESSABLE_ENTITY, "at least 16 hex digits"),
+        ("0000000000000000", StatusCode::CONFLICT, shown),
         (&before.as_str()[..16], StatusCode::CONFLICT, "already"),
     ] {
         let refused = server.order("POST", "machines/rack-1/clear", json!({ "key": digits })).await;
         assert!(refused.status == status && refused.text().contains(said), "{} {}", refused.status, refused.text());
     }
-    let (ok, out, error) = site.kiln(&["machine", "clear", "rack-1", "--key", &shown[..8], "--site", dir]);
+    let (ok, out, error) = site.kiln(&["machine", "clear", "rack-1", "--key", shown, "--site", dir]);
     assert!(ok && out.contains(&format!("its identity key is {taken} from now on")), "{out}{error}");
     let report = other.healthy();
     assigned(&other.send(&server, &report).await);

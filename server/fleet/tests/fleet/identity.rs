@@ -184,7 +184,7 @@ fn a_clear_that_names_no_key_makes_no_stranger_the_machine() {
 fn a_person_names_the_key_that_becomes_the_machines() {
     let mut s = Story::good_on_1();
     let refusal = |s: &Story, digits: &str| s.m.heard_key(digits).unwrap_err();
-    assert_eq!(refusal(&s, "02020202"), Refusal::NoOtherKey { machine: "rack-1".into() });
+    assert_eq!(refusal(&s, &"02".repeat(8)), Refusal::NoOtherKey { machine: "rack-1".into() });
     s.then(by(2, report(1, "x", 1, 1)));
     // What its console shows is what a person types.
     let shown = match desire(&s.m, &key(2)) {
@@ -192,22 +192,22 @@ fn a_person_names_the_key_that_becomes_the_machines() {
         Desire::Run(_) => panic!("a stranger runs nothing"),
     };
     assert_eq!(s.m.heard_key(&shown), Ok(key(2)));
-    assert_eq!(s.m.heard_key("02020202"), Ok(key(2)));
-    for short in ["", "0202020", "0202020g", "02020202-"] {
+    assert_eq!(s.m.heard_key(&"02".repeat(8)), Ok(key(2)));
+    for short in ["", "02020202", "020202020202020", "020202020202020g", "0202020202020202-"] {
         assert!(matches!(refusal(&s, short), Refusal::KeyDigits { .. }), "{short}");
     }
-    assert!(matches!(refusal(&s, "0101010101"), Refusal::KeyIsItsOwn { .. }));
-    assert!(matches!(refusal(&s, "03030303"), Refusal::NoSuchKey { heard, .. } if heard == "0202020202020202"));
+    assert!(matches!(refusal(&s, &"01".repeat(9)), Refusal::KeyIsItsOwn { .. }));
+    assert!(matches!(refusal(&s, &"03".repeat(8)), Refusal::NoSuchKey { heard, .. } if heard == "0202020202020202"));
     assert!(matches!(refusal(&s, &"02".repeat(33)), Refusal::NoSuchKey { .. }), "longer than any");
 
     // Another one whose fingerprint begins as the true one's: nothing is guessed.
-    let like: KeyId = format!("{}{}", "ab".repeat(6), "03".repeat(26)).parse().unwrap();
-    let true_one: KeyId = format!("{}{}", "ab".repeat(6), "04".repeat(26)).parse().unwrap();
+    let like: KeyId = format!("{}{}", "ab".repeat(8), "03".repeat(24)).parse().unwrap();
+    let true_one: KeyId = format!("{}{}", "ab".repeat(8), "04".repeat(24)).parse().unwrap();
     s.m.strangers = vec![like.clone(), true_one.clone()];
-    assert!(matches!(refusal(&s, "ABABABAB"), Refusal::AmbiguousKey { .. }));
-    assert_eq!(s.m.heard_key("ABABABABABAB04"), Ok(true_one.clone()));
+    assert!(matches!(refusal(&s, &"AB".repeat(8)), Refusal::AmbiguousKey { .. }));
+    assert_eq!(s.m.heard_key(&format!("{}04", "AB".repeat(8))), Ok(true_one.clone()));
     let words = s.m.other_keys_wait().unwrap();
-    assert!(words.contains("2 other identity keys") && words.contains("abababababab0404"), "{words}");
+    assert!(words.contains("2 other identity keys") && words.contains("abababababababab"), "{words}");
 
     // It takes what held the machine with it; the others stay strangers, and the one before is one.
     s.m.refused.push(Refused { release: rel(3), reason: "r".into() });
@@ -245,6 +245,11 @@ fn strangers_are_few_said_once_and_those_that_speak_stay() {
         assert!(s.m.strangers.len() <= STRANGERS_KEPT && s.m.strangers.contains(&key(2)));
     }
     assert_eq!(s.m.strangers.len(), STRANGERS_KEPT);
+    // Nor is the first driven out where it does not speak on, nor a later one that does.
+    for n in 30..60 {
+        s.then(by(n, report(1, "x", 1, 1))).then(by(30, report(1, "y", 1, 1)));
+        assert!(s.m.strangers.contains(&key(2)) && s.m.strangers.contains(&key(30)), "{n}");
+    }
 }
 
 /// What a machine remembers of versions is spoilt: its agent starts nothing until it hears of a newer assignment.

@@ -338,6 +338,18 @@ fn a_machine_survives_being_stored() {
     assert_eq!(back, s.m);
 }
 
+#[test]
+fn that_it_was_heard_outlives_a_commit_that_failed() {
+    let mut s = Story::good_on_1();
+    let stored = s.m.clone();
+    s.wait(LIVE_MS / 2).then(by(1, healthy(1, "a", 9, 1)));
+    assert!(s.m.agent_seen == Some(s.now) && stored.agent_seen != s.m.agent_seen);
+    let back = stored.clone().put_back(s.m.clone());
+    assert_eq!((back.last_seen, back.agent_seen, back.reported), (s.now, Some(s.now), Some(s.now)));
+    let other = Machine { key: Some(key(2)), ..s.m.clone() };
+    assert_eq!(stored.clone().put_back(other).agent_seen, stored.agent_seen, "another key's word is not its own");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 

@@ -174,6 +174,22 @@ fn a_release_below_the_floor_is_no_way_back() {
 }
 
 #[test]
+fn what_the_repository_does_not_hold_is_no_way_back() {
+    let mut s = good_on_both();
+    s.m.fit = Some(Arc::new([rel(2)].into()));
+    for _ in 0..3 * MUTE_STARTS {
+        dies(&mut s, 2);
+        assert_eq!(given(&s), 2, "never one that cannot be given");
+    }
+    s.then(Event::Asked);
+    assert!(s.m.state.reason.contains("no other release is known to be good here"), "{}", s.m.state.reason);
+    s.m.fit = Some(Arc::new([rel(1), rel(2)].into()));
+    assert_eq!(given(&s), 1, "once it is there again, and the starts were three times five");
+    s.m.fit = Some(Arc::default());
+    assert_eq!((s.m.last_good(), s.m.last_good_here(), given(&s)), (None, Some(&rel(2)), 2));
+}
+
+#[test]
 fn packets_that_are_kept_decide_what_is_served_and_nothing_else() {
     let mut s = good_on_both();
     s.then(Event::Asked).then(Event::Downloads(rel(2))).then(by(1, report(1, "c", 1, 2)));

@@ -41,6 +41,6 @@ impl Machine {
         } else {
             (self.agent_seen, self.reported)
         };
-        Self { unsigned, heard_at, code, past, last_seen, agent_seen, reported, ..self }
+        Self { unsigned, heard_at, code, last_seen, agent_seen, reported, past, ..self }
     }
 }

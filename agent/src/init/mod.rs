@@ -255,16 +255,15 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
     let boot = &flow.verifier.boot;
     verified.manifest.matches_boot(boot)?;
     plan::check_command_line(&verified.manifest, &boot.command_line, &running_command_line())?;
+    let listed = disk.as_ref().is_some_and(|disk| disk.slots().disk.listed(&root_hash).is_some());
     loop {
         let (assignment, via, plan) = wait_for_assignment(flow, &mut verified).await?;
         network.adopt(flow, drivers, &verified, &assignment.role).await?;
         match plan {
             Plan::Stay => return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await,
             // The loader started it, and would again after a cold boot: its root is fetched anew, and the running
-            // system goes on from there.
-            Plan::Change(release)
-                if disk.as_ref().is_some_and(|disk| disk.slots().disk.listed(&root_hash).is_some()) =>
-            {
+            // system goes on from there. One that may not start any more is only left.
+            Plan::Change(release) if listed && flow.verifier.memory.may_boot(&flow.verifier.boot).is_ok() => {
                 println!("kiln-agent: {release} is assigned; {here} is mended in its slot first");
                 return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await;
             }

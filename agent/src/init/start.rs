@@ -42,6 +42,8 @@ pub(super) async fn start(
 ) -> Result<Infallible> {
     // The last gate before anything of it starts, whichever way led here.
     flow.verifier.may_run(&verified.manifest)?;
+    // The floors may have risen since this boot began.
+    flow.verifier.memory.may_boot(&flow.verifier.boot)?;
     // What an order starts never goes into a slot: the loader would start it again without the order.
     let disk = disk.filter(|_| verified.manifest.class == Class::Normal.as_str());
     flow.journal.started(Stage::Root);

@@ -96,8 +96,8 @@ pub(super) async fn start(
     leave(flow, verified, uplink, None, failed.as_ref()).await
 }
 
-/// The same from a slot. A root that cannot be mounted is told to the slots: the next boot is another's. Where the disk gives no
-/// answer this boot ends.
+/// The same from a slot. A root that cannot be mounted, or whose init cannot be read, is told to the slots: the next boot is
+/// another's. What else fails says nothing of the root. Where the disk gives no answer this boot ends.
 async fn start_slot(
     flow: &mut Flow,
     verified: Verified,
@@ -111,7 +111,8 @@ async fn start_slot(
     let device = on_disk(disk, move |disk| disk.device(slot)).await?.display().to_string();
     let place = device.clone();
     let mounted = on_disk_within(disk, "mounting the root", worker::COMMIT, move |_| {
-        mount_root(&verity::open_device(&device, &params, &root_hash, secure_boot)?)
+        let mounted = verity::open_device(&device, &params, &root_hash, secure_boot).and_then(|root| mount_root(&root));
+        mounted.map_err(|error| error.of_root(&device))
     });
     let on = OnDisk { name: disk.name().to_owned(), via: kexec::started_this() };
     let left = match mounted.await {
@@ -122,11 +123,9 @@ async fn start_slot(
         Ok(never) => match never {},
         Err(error) => error,
     };
-    if let AgentError::System { source, .. } = &error
-        && [libc::EIO, libc::EINVAL, libc::EUCLEAN, libc::EBADMSG].map(Some).contains(&source.raw_os_error())
-    {
+    if let AgentError::RootRotten { reason, .. } = error {
         on_disk(disk, move |disk| disk.event(Event::Spoilt(slot), None)).await?;
-        return Err(AgentError::RootRotten { place, reason: error.to_string() });
+        return Err(AgentError::RootRotten { place, reason });
     }
     Err(error)
 }

@@ -355,7 +355,8 @@ impl MachineDisk {
     }
 
     /// The good release with this root hash starts once more: how many starts of it there were before, none of them healthy.
-    /// This one counts from its hand-over on ([`Self::hands_over`]): a power cut before that burns no try.
+    /// This one counts from its hand-over on ([`Self::hands_over`]), or from the error that ends it before: a power cut burns no
+    /// try.
     pub fn count_start(&mut self, root_hash: &Sha256Hex, sequence: u64) -> Starts {
         let disk = &self.slots.disk;
         let good = disk.slot_of(root_hash).is_some_and(|slot| disk.state(slot) == SlotState::Good);
@@ -373,7 +374,8 @@ impl MachineDisk {
         known
     }
 
-    /// The image's init is next: from here on it is the release that has to become healthy.
+    /// The image's init is next, and from here on it is the release that has to become healthy; or nothing is, because this
+    /// machine cannot start it. Counted once.
     pub fn hands_over(&mut self) {
         if let Some((root_hash, starts)) = self.starts.take() {
             self.count(&root_hash, starts);

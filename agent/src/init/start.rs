@@ -29,9 +29,6 @@ const ROOT_FILE: &str = "/run/kiln/root";
 /// So long a disk has to open the data, and to make its file system where it is new.
 const DATA_OPENS: Duration = Duration::from_secs(10 * 60);
 
-/// A disk that gives no answer within this does not count the start.
-const COUNTS: Duration = Duration::from_secs(20);
-
 /// Fetches, verifies, mounts and starts the release that this UKI embeds.
 pub(super) async fn start(
     flow: &mut Flow,
@@ -188,13 +185,7 @@ async fn leave(
     })
     .await?;
     if let Some(disk) = disk {
-        let counted = on_disk_within(disk, "counting the start", COUNTS, |disk| {
-            disk.hands_over();
-            Ok(())
-        });
-        if let Err(error) = counted.await {
-            println!("kiln-agent: the start is not counted: {error}");
-        }
+        local::count_start(disk).await;
     }
     log::hand_over()?;
     switch_root(open)

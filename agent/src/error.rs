@@ -150,7 +150,7 @@ pub enum AgentError {
          cold boot"
     )]
     ShortWatchdog { seconds: i32, least: i32 },
-    #[error("the next release does not fit into memory beside this one, and in safe mode there is no other way to it")]
+    #[error("the next release does not fit into memory beside this one, and nothing but a kexec leads from here to it")]
     NoWayOut,
     #[error("{0}")]
     Disk(#[from] DiskError),

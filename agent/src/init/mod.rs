@@ -22,7 +22,7 @@ use crate::watchdog::Watchdog;
 use crate::{change, console, ima, local, log, mounts, net, restart, safe, tpm, wipe};
 use embedded::{read_boot_info, tell_command_line_drift};
 use kiln_protocol::{Assignment, Failure, ReleaseId, RollbackMemory, Stage, Via};
-use kiln_release::BootInfo;
+use kiln_release::{BootInfo, Mode};
 use nix::sys::reboot::RebootMode;
 use start::start;
 use std::convert::Infallible;
@@ -242,6 +242,8 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
     verified.manifest.matches_boot(boot)?;
     plan::check_command_line(&verified.manifest, &boot.command_line, &running_command_line())?;
     let listed = disk.as_ref().is_some_and(|disk| disk.slots().disk.listed(&root_hash).is_some());
+    // The firmware starts this UKI again, or may: of a disk that gives no answer here nobody knows.
+    let only_kexec = listed || (disk.is_none() && flow.verifier.boot.site.mode == Mode::Disk);
     loop {
         let (assignment, via, plan) = wait_for_assignment(flow, &mut verified).await?;
         network.adopt(flow, drivers, &verified, &assignment.role).await?;
@@ -255,10 +257,16 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
             }
             Plan::Change(release) => {
                 println!("kiln-agent: {release} is assigned, this is {here}: going there");
-                match change::now(flow, &assignment, via, Otherwise::Cold).await {
+                let (via, otherwise) = if only_kexec { (Via::Kexec, Otherwise::Kexec) } else { (via, Otherwise::Cold) };
+                match change::now(flow, &assignment, via, otherwise).await {
                     // The server wants something else by now: it is asked again.
                     Err(AgentError::Superseded) => {
                         flow.journal.waiting(Stage::Prefetch, "another assignment has come");
+                    }
+                    stays if only_kexec => {
+                        let error = stays.err().unwrap_or(AgentError::NoWayOut);
+                        println!("kiln-agent: no kexec leads to {release} ({error}): {here} starts");
+                        return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await;
                     }
                     Ok(()) => {
                         log::sent().await;

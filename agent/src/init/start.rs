@@ -174,6 +174,7 @@ async fn leave(
         settings: flow.verifier.settings.clone(),
         agent_api_keys: flow.verifier.pins.keys(),
         memory: Some(flow.verifier.memory.clone()),
+        remembers: Some(flow.verifier.place.rollback_memory()),
         now: flow.verifier.now,
     };
     handoff.write()?;

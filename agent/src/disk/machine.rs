@@ -334,10 +334,10 @@ impl MachineDisk {
     }
 
     /// [`loader::put_right`]; by the loader that the initramfs left, once the release that runs is good.
-    pub fn put_loader_right(&mut self, runs: &ReleaseId) -> Result<Vec<&'static str>> {
+    pub fn put_loader_right(&mut self, runs: &ReleaseId, revoked: &BTreeSet<String>) -> Result<Vec<&'static str>> {
         let is_good = self.slots.disk.newest_good().as_ref() == Some(runs);
         let own = std::fs::read(loader::KEPT).ok().filter(|_| is_good);
-        Ok(loader::put_right(&mut self.store, own.as_deref())?)
+        Ok(loader::put_right(&mut self.store, own.as_deref(), revoked)?)
     }
 
     /// [`Store::wrong_ukis`].

@@ -3,10 +3,10 @@
 //! its kernel may die before the agent at every start, and of a good release nobody counts them.
 
 use super::{Event, Proof, Service};
-use crate::change;
 use crate::disk::machine::{self, MachineDisk, SharedDisk, on_disk_within};
 use crate::error::{AgentError, Result};
 use crate::verifier::Verifier;
+use crate::{change, dbx};
 use kiln_protocol::ReleaseId;
 use kiln_protocol::slot::Content;
 use std::collections::BTreeSet;
@@ -86,7 +86,7 @@ async fn look(disk: &SharedDisk, verifier: &Mutex<Verifier>, here: ReleaseId, fo
     let mut say = |what: String, because: Option<AgentError>| {
         wrong.push(Wrong { what, because: because.map(|error| format!("{error} ({})", error.kind())) });
     };
-    match in_time(disk, move |disk| disk.put_loader_right(&here)).await {
+    match in_time(disk, move |disk| disk.put_loader_right(&here, &dbx::revoked()?)).await {
         Ok(files) => files.into_iter().for_each(|path| say(path.to_owned(), None)),
         Err(error) => say("the boot loader".to_owned(), Some(error)),
     }

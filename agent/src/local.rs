@@ -112,7 +112,7 @@ pub async fn recorded(flow: &mut Flow, disk: &SharedDisk) -> Result<Verified> {
     let root_hash = flow.journal.embedded.root_hash.clone();
     let record = on_disk(disk, move |disk| disk.record(&root_hash)).await?;
     let here = flow.verifier.here()?;
-    let (verified, assigned) = flow.verifier.verify_record(&here, &record)?;
+    let (verified, assigned) = flow.verifier.verify_record(&here, &record, true)?;
     flow.verifier.settings = assigned.settings;
     if let Some((file, expires)) = verified.stale_at(flow.verifier.now) {
         println!("kiln-agent: metadata is stale: {file} expired at {expires}");
@@ -183,7 +183,7 @@ pub async fn leave_loop(flow: &mut Flow, disk: &SharedDisk, starts: Starts) -> b
 async fn beside_is_whole(flow: &mut Flow, disk: &SharedDisk, slot: SlotId, content: Content) -> Result<()> {
     let root_hash = content.root_hash.clone();
     let record = on_disk(disk, move |disk| disk.record(&root_hash)).await?;
-    let (verified, _) = flow.verifier.verify_record(&content.release, &record)?;
+    let (verified, _) = flow.verifier.verify_record(&content.release, &record, true)?;
     let manifest = verified.manifest;
     let is_it = machine::content(&manifest)? == content;
     read_slot(disk, manifest.root.length.saturating_add(manifest.uki.length), move |disk| {

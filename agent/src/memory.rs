@@ -203,6 +203,11 @@ impl Memory {
         self.records.iter().any(|kept| kept.0 == name && kept.1 == digest)
     }
 
+    /// Whether this may lie on the disk, by what is remembered. A memory that has none, of an earlier agent, does not say.
+    pub fn may_find_record(&self, release: &Label, digest: &str) -> bool {
+        self.records.is_empty() || self.has_record(release, digest)
+    }
+
     /// That this lies on the disk, and so no other that was to be written. A memory that has none, of an earlier agent, takes what it
     /// finds. False: it was not written here, or was replaced since.
     pub fn found_record(&mut self, release: &Label, digest: &str) -> bool {

@@ -261,7 +261,7 @@ fn only_the_record_that_was_written_last_starts_a_release() {
     });
     let (manifest, mut verifier) = (machine.site.manifests[&1].clone(), machine.verifier);
     let starts = |verifier: &mut Verifier, record: &Record| {
-        verifier.verify_record(&here, record).map(|(_, assignment)| assignment.sequence).map_err(|e| e.kind())
+        verifier.verify_record(&here, record, true).map(|(_, assignment)| assignment.sequence).map_err(|e| e.kind())
     };
     // A memory of an earlier agent has none, and takes what it finds.
     assert_eq!(starts(&mut verifier, &first), Ok(2));
@@ -270,6 +270,11 @@ fn only_the_record_that_was_written_last_starts_a_release() {
     let slots = [Some(Label::of(&content(&manifest).unwrap().root_hash)), Some(Label([9; 16]))];
     verifier.expect_record(&manifest, &second.digest(), slots).unwrap();
     let expecting = verifier.memory.clone();
+    // A look at the disk meanwhile forgets neither.
+    assert!(verifier.verify_record(&here, &first, false).is_ok());
+    let other = Record { assignment: third.assignment.clone(), ..first.clone() };
+    assert_eq!(verifier.verify_record(&here, &other, false).map(drop).map_err(|e| e.kind()), Err("disk-other-record"));
+    assert_eq!(verifier.memory, expecting);
     assert_eq!(starts(&mut verifier, &first), Ok(2));
     verifier.memory = expecting;
     assert_eq!(starts(&mut verifier, &second), Ok(3));

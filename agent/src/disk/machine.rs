@@ -224,11 +224,7 @@ impl MachineDisk {
     pub fn event(&mut self, event: Event, uki: Option<&Path>) -> Result<Vec<Action>> {
         let (slots, actions) = self.slots.clone().event(event);
         for action in &actions {
-            if let Err(error) = self.commit(action, uki) {
-                let disk = self.store.read()?;
-                self.slots = Slots { disk, install: None, ..self.slots.clone() };
-                return Err(error);
-            }
+            self.commit_or_read(action, uki)?;
         }
         self.slots = slots;
         let mut rest = Vec::new();
@@ -246,6 +242,15 @@ impl MachineDisk {
             }
         }
         Ok(rest)
+    }
+
+    fn commit_or_read(&mut self, action: &Action, uki: Option<&Path>) -> Result<()> {
+        if let Err(error) = self.commit(action, uki) {
+            let disk = self.store.read()?;
+            self.slots = Slots { disk, install: None, ..self.slots.clone() };
+            return Err(error);
+        }
+        Ok(())
     }
 
     fn commit(&mut self, action: &Action, uki: Option<&Path>) -> Result<()> {
@@ -428,9 +433,18 @@ impl MachineDisk {
         Ok(self.store.uki_hash(&content).is_ok_and(|hash| hash == content.uki.as_str()))
     }
 
-    /// Puts a UKI in place of the same that is not as it was signed any more.
+    /// Puts a UKI in place of the same that is not as it was signed any more. Superseded is one whose release was swept meanwhile:
+    /// nothing would remove it again.
     pub fn mend_uki(&mut self, manifest: &Manifest, uki: &Path) -> Result<()> {
-        self.commit(&Action::PutUki(content(manifest)?), Some(uki))
+        let content = content(manifest)?;
+        if !self.slots.disk.entries.iter().any(|entry| entry.name.is_listed() && entry.content == content) {
+            return Err(AgentError::Superseded);
+        }
+        let put = Action::PutUki(content);
+        self.commit_or_read(&put, Some(uki))?;
+        // It may have been gone.
+        self.slots.disk.apply(&put);
+        Ok(())
     }
 
     /// [`Store::put_up`]. A disk that does not say is read back once more than it had to be.

@@ -94,8 +94,11 @@ async fn look(disk: &SharedDisk, verifier: &Mutex<Verifier>, here: ReleaseId, fo
         Ok(releases) => {
             for content in releases {
                 let what = format!("the UKI of {} on the disk", content.release);
-                let mended = fetch_anew(disk, verifier, content, folder).await;
-                say(what, mended.err());
+                match fetch_anew(disk, verifier, content, folder).await {
+                    // Its release was swept meanwhile: nothing is wrong.
+                    Err(AgentError::Superseded) => {}
+                    mended => say(what, mended.err()),
+                }
             }
         }
         Err(error) => say("a UKI on the disk".to_owned(), Some(error)),

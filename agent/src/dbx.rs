@@ -102,7 +102,7 @@ async fn tried(
 /// Where the firmware's dbx names the loader on the disk already, whoever put either there, the firmware starts nothing of that
 /// disk, and no list is offered any more: the release that runs puts its own there, once it is good.
 pub async fn mend_loader(disk: &SharedDisk, here: &ReleaseId) -> Result<()> {
-    let revoked = digests(Path::new(DBX))?;
+    let revoked = revoked()?;
     if revoked.is_empty() {
         return Ok(());
     }
@@ -159,6 +159,11 @@ fn value(path: &Path) -> Result<Vec<u8>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(AgentError::file(path)(error)),
     }
+}
+
+/// The programs that the firmware does not start any more.
+pub fn revoked() -> Result<BTreeSet<String>> {
+    digests(Path::new(DBX))
 }
 
 /// The programs that the firmware's variable names.

@@ -150,7 +150,7 @@ pub enum AgentError {
          cold boot"
     )]
     ShortWatchdog { seconds: i32, least: i32 },
-    #[error("the next release does not fit into memory beside this one, and in safe mode there is no other way to it")]
+    #[error("the next release does not fit into memory beside this one, and nothing but a kexec leads from here to it")]
     NoWayOut,
     #[error("{0}")]
     Disk(#[from] DiskError),
@@ -181,6 +181,17 @@ impl AgentError {
         } else {
             self
         }
+    }
+
+    /// Of a system call that reads the root at `place`: the kernel's words for what is not as it was signed, or cannot be read.
+    #[must_use]
+    pub fn of_root(self, place: &str) -> Self {
+        if let Self::System { source, .. } = &self
+            && [libc::EIO, libc::EINVAL, libc::EUCLEAN, libc::EBADMSG].map(Some).contains(&source.raw_os_error())
+        {
+            return Self::RootRotten { place: place.to_owned(), reason: self.to_string() };
+        }
+        self
     }
 
     /// Says what was tried, to a system call's error.
@@ -348,6 +359,10 @@ mod tests {
         assert_eq!((written.kind(), whole.kind()), ("disk-read-back", "root-rotten"));
         assert!(whole.to_string().contains("vda is not as it was signed any more: another root hash"), "{whole}");
         assert_eq!(AgentError::from(DiskError::NoDisk).of_whole_slot().kind(), "disk-none");
+        let read = |code| AgentError::system("mounting /dev/dm-0")(std::io::Error::from_raw_os_error(code));
+        assert_eq!(read(libc::EIO).kind(), "machine-system-call", "of what reads no root it says nothing");
+        assert_eq!(read(libc::EIO).of_root("/dev/vda2").kind(), "root-rotten");
+        assert_eq!(read(libc::ENOENT).of_root("/dev/vda2").kind(), "machine-system-call");
         let kebab = |kind: &str| kind.bytes().all(|b| b == b'-' || b.is_ascii_lowercase());
         assert!(AgentError::kinds().iter().all(|(kind, _)| kebab(kind)));
     }

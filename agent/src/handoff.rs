@@ -7,7 +7,7 @@ use crate::memory::Memory;
 use crate::net::Uplink;
 use crate::verifier::Servers;
 use jiff::Timestamp;
-use kiln_protocol::{RoleSettings, Via};
+use kiln_protocol::{RoleSettings, RollbackMemory, Via};
 use kiln_release::{BootInfo, HANDOFF_PATH, Manifest};
 use serde::{Deserialize, Serialize};
 use std::os::unix::fs::OpenOptionsExt;
@@ -46,6 +46,9 @@ pub struct Handoff {
     /// What the machine remembers; none: an older initramfs.
     #[serde(default)]
     pub memory: Option<Memory>,
+    /// Where that is from; none: an older initramfs, which did not say.
+    #[serde(default)]
+    pub remembers: Option<RollbackMemory>,
     /// The newest time believed.
     pub now: Timestamp,
 }

@@ -4,10 +4,10 @@
 use crate::change::{NEXT, files};
 use crate::coldplug::Drivers;
 use crate::disk::DiskError;
-use crate::disk::machine::{self, MachineDisk, SharedDisk, boots, on_disk, read_slot};
+use crate::disk::machine::{self, MachineDisk, SharedDisk, boots, on_disk, on_disk_within, read_slot};
 use crate::disk::record::Record;
 use crate::disk::store::Starts;
-use crate::error::{AgentError, ROOT, Result, UKI};
+use crate::error::{AgentError, FailureClass, ROOT, Result, UKI};
 use crate::fetch::{Download, Expected};
 use crate::flow::Flow;
 use crate::init;
@@ -27,6 +27,9 @@ use std::time::Duration;
 pub const PATIENCE: Duration = Duration::from_secs(30);
 /// And so long the trial of a newly signed network configuration, with the way back.
 pub const ADOPTION: Duration = Duration::from_secs(90 + 60);
+
+/// A disk that gives no answer within this does not count the start.
+const COUNTS: Duration = Duration::from_secs(20);
 
 /// The machine's disk in disk mode; one that cannot be used is told, and the release runs in memory.
 pub async fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
@@ -52,6 +55,26 @@ pub async fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
                 None
             }
         },
+    }
+}
+
+/// Writes the start that was begun as one, once. A power cut before this burns no try.
+pub async fn count_start(disk: &SharedDisk) {
+    let counted = on_disk_within(disk, "counting the start", COUNTS, |disk| {
+        disk.hands_over();
+        Ok(())
+    });
+    if let Err(error) = counted.await {
+        println!("kiln-agent: the start is not counted: {error}");
+    }
+}
+
+/// The same of a start that this machine ended before the hand-over: else the release would be started for ever, without safe
+/// mode and without the other slot. What was served, or was not, says nothing of the release.
+pub async fn count_failed(disk: &SharedDisk, error: &AgentError) {
+    match error.class() {
+        FailureClass::Machine => count_start(disk).await,
+        FailureClass::Unreachable | FailureClass::Verification | FailureClass::Usage => {}
     }
 }
 
@@ -89,7 +112,7 @@ pub async fn recorded(flow: &mut Flow, disk: &SharedDisk) -> Result<Verified> {
     let root_hash = flow.journal.embedded.root_hash.clone();
     let record = on_disk(disk, move |disk| disk.record(&root_hash)).await?;
     let here = flow.verifier.here()?;
-    let (verified, assigned) = flow.verifier.verify_record(&here, &record)?;
+    let (verified, assigned) = flow.verifier.verify_record(&here, &record, true)?;
     flow.verifier.settings = assigned.settings;
     if let Some((file, expires)) = verified.stale_at(flow.verifier.now) {
         println!("kiln-agent: metadata is stale: {file} expired at {expires}");
@@ -160,7 +183,7 @@ pub async fn leave_loop(flow: &mut Flow, disk: &SharedDisk, starts: Starts) -> b
 async fn beside_is_whole(flow: &mut Flow, disk: &SharedDisk, slot: SlotId, content: Content) -> Result<()> {
     let root_hash = content.root_hash.clone();
     let record = on_disk(disk, move |disk| disk.record(&root_hash)).await?;
-    let (verified, _) = flow.verifier.verify_record(&content.release, &record)?;
+    let (verified, _) = flow.verifier.verify_record(&content.release, &record, true)?;
     let manifest = verified.manifest;
     let is_it = machine::content(&manifest)? == content;
     read_slot(disk, manifest.root.length.saturating_add(manifest.uki.length), move |disk| {
@@ -280,4 +303,35 @@ async fn fetch_root(flow: &mut Flow, manifest: &Manifest, disk: &SharedDisk, slo
     let expected = Expected { what: ROOT, sha256: manifest.root.sha256.clone(), length };
     let download = Download::onto(expected, put, &Arc::default());
     flow.run_download(Stage::Root, download).await.map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::TestSite;
+
+    #[test]
+    fn a_good_release_that_this_machine_cannot_start_is_counted_and_one_that_is_cut_off_is_not() {
+        let (dir, site) = (tempfile::tempdir().unwrap(), TestSite::new(1));
+        let (manifest, uki) = (&site.manifests[&1], dir.path().join("uki"));
+        std::fs::write(&uki, &site.files[&site.paths(1)[0][1..]]).unwrap();
+        let mut disk = MachineDisk::on_trial(&dir.path().join("disk"), manifest, &uki);
+        disk.event(Event::Healthy, None).unwrap();
+        let root_hash = machine::content(manifest).unwrap().root_hash;
+        let disk = SharedDisk::new(disk);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let begins = || {
+            let root_hash = root_hash.clone();
+            runtime.block_on(on_disk(&disk, move |disk| Ok(disk.count_start(&root_hash, 7).count))).unwrap()
+        };
+        assert_eq!(begins(), 0);
+        assert_eq!(begins(), 0, "power that is cut before the hand-over burns no try");
+        runtime.block_on(count_failed(&disk, &AgentError::NoServer));
+        assert_eq!(begins(), 0, "what was not served says nothing of the release");
+        runtime.block_on(count_failed(&disk, &AgentError::NoTpm));
+        runtime.block_on(count_start(&disk));
+        assert_eq!(begins(), 1, "once");
+        runtime.block_on(count_start(&disk));
+        assert_eq!(begins(), 2);
+    }
 }

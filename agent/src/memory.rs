@@ -72,6 +72,9 @@ pub struct Memory {
     /// Operators' orders that were taken and have not expired, by id: none is done twice.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub orders: BTreeMap<String, OrderMark>,
+    /// When the last of those that were forgotten expires. Another director may say an earlier time again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub orders_until: Option<Timestamp>,
     /// What may be kept on the state partition: release, by the beginning of its root hash, and the digest of what is kept of it
     /// ([`crate::disk::record::digest`]), the newest last.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -145,7 +148,8 @@ impl Memory {
     }
 
     /// Whose sequence numbers count from now on. With another director the time that the one before said is forgotten
-    /// too: with a stolen key it can have been any up to the newest offline date. True if something was forgotten.
+    /// too: with a stolen key it can have been any up to the newest offline date. Orders stay known: operators signed them. True if
+    /// something was forgotten.
     pub fn directed_by(&mut self, site: &Site) -> bool {
         let keys: Vec<&str> = site.directors.keys().map(String::as_str).collect();
         let director = hex::sha256(keys.join(",").as_bytes());
@@ -162,18 +166,22 @@ impl Memory {
         false
     }
 
-    /// What is remembered of this order.
+    /// What is remembered of this order. One that is not known and may have been forgotten counts as done.
     pub fn mark(&self, order: &Order) -> Option<OrderMark> {
-        self.orders.get(order.id.as_str()).copied()
+        let forgotten = self.orders_until.is_some_and(|until| order.expires <= until);
+        let done = forgotten.then_some(OrderMark { sequence: 0, expires: order.expires });
+        self.orders.get(order.id.as_str()).copied().or(done)
     }
 
     /// Remembers that an order was taken under the assignment of this sequence; with 0 that it is done. One that cannot
     /// be remembered is not taken: it could be replayed. What is forgotten because it has expired by `now` has expired for good: an
     /// earlier time is not believed after a restart either, whatever the director says by then.
     pub fn take_order(&mut self, order: &Order, sequence: u64, now: Timestamp) -> std::result::Result<(), OrderError> {
-        let before = self.orders.len();
-        self.orders.retain(|id, mark| mark.expires > now || id == order.id.as_str());
-        if self.orders.len() < before {
+        let is_kept = |id: &String, mark: &OrderMark| mark.expires > now || id == order.id.as_str();
+        let gone = self.orders.iter().filter(|(id, mark)| !is_kept(id, mark)).map(|(_, mark)| mark.expires).max();
+        if gone.is_some() {
+            self.orders.retain(|id, mark| is_kept(id, mark));
+            self.orders_until = self.orders_until.max(gone);
             self.time_floor = self.time_floor.max(Some(now));
         }
         if self.orders.len() >= ORDERS && !self.orders.contains_key(order.id.as_str()) {
@@ -201,6 +209,11 @@ impl Memory {
     pub fn has_record(&self, release: &Label, digest: &str) -> bool {
         let name = record_name(release);
         self.records.iter().any(|kept| kept.0 == name && kept.1 == digest)
+    }
+
+    /// Whether this may lie on the disk, by what is remembered. A memory that has none, of an earlier agent, does not say.
+    pub fn may_find_record(&self, release: &Label, digest: &str) -> bool {
+        self.records.is_empty() || self.has_record(release, digest)
     }
 
     /// That this lies on the disk, and so no other that was to be written. A memory that has none, of an earlier agent, takes what it

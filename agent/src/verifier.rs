@@ -166,8 +166,13 @@ impl Verifier {
     /// the trust root in this boot image, but for those that only a server can answer (freshness) and those that look
     /// forward: versions may be lower than the highest seen, because the machine returns to what it was assigned, maybe by
     /// a director that was replaced since. The floor binds, and it must be what this machine kept of the release last: whoever has
-    /// the disk has older ones too.
-    pub fn verify_record(&mut self, release: &ReleaseId, record: &Record) -> Result<(Verified, Assignment)> {
+    /// the disk has older ones too. It `settles` which one that is where several may lie there: not while one is being written.
+    pub fn verify_record(
+        &mut self,
+        release: &ReleaseId,
+        record: &Record,
+        settles: bool,
+    ) -> Result<(Verified, Assignment)> {
         let site_path = TargetPath::site();
         let manifest_path = TargetPath::manifest(release.image.as_str(), release.release)?;
         let mut client = tuf::Client::new(
@@ -209,7 +214,13 @@ impl Verifier {
             let (expected, got) = (verified.manifest_sha256, assigned.manifest_sha256.to_string());
             return Err(AgentError::ManifestMismatch { expected, got });
         }
-        if !self.memory.found_record(&Label::of(&content(&verified.manifest)?.root_hash), &record.digest()) {
+        let (label, digest) = (Label::of(&content(&verified.manifest)?.root_hash), record.digest());
+        let is_it = if settles {
+            self.memory.found_record(&label, &digest)
+        } else {
+            self.memory.may_find_record(&label, &digest)
+        };
+        if !is_it {
             return Err(AgentError::OtherRecord { release: release.to_string() });
         }
         // Nothing is lost where that fails: it is found again.

@@ -46,15 +46,22 @@ pub fn keep() {
 }
 
 /// Makes the loader's two files the same again where they are not, from `own`, of the release that runs and is good; and its
-/// settings. Says which were wrong. Two that are the same stay, whichever release brought them.
-pub fn put_right<B: Block>(store: &mut Store<B>, own: Option<&[u8]>) -> Result<Vec<&'static str>, DiskError> {
+/// settings. Says which were wrong. Two that are the same stay, whichever release brought them; one that is `revoked` takes no
+/// other's place, as the firmware would not start it.
+pub fn put_right<B: Block>(
+    store: &mut Store<B>,
+    own: Option<&[u8]>,
+    revoked: &BTreeSet<String>,
+) -> Result<Vec<&'static str>, DiskError> {
+    let own = own.filter(|own| !is_named(revoked, own));
     let bad = |disk: &str, reason: String| DiskError::ReadBack { disk: disk.to_owned(), reason };
     store.disk().forget();
     let right = match (store.loaders().unwrap_or_default().as_slice(), own) {
         ([(_, first), (_, second)], _) if first == second => first.clone(),
         (_, Some(own)) => own.to_vec(),
         (_, None) => {
-            let reason = "the two copies of its boot loader differ, and only a good release has another at hand";
+            let reason = "the two copies of its boot loader differ, and only a good release has another at hand, if the \
+                          firmware does not revoke it";
             return Err(bad(store.name(), reason.to_owned()));
         }
     };
@@ -68,16 +75,21 @@ pub fn put_right<B: Block>(store: &mut Store<B>, own: Option<&[u8]>) -> Result<V
     Ok(wrong)
 }
 
+/// A file that has no Authenticode digest cannot be named.
+fn is_named(revoked: &BTreeSet<String>, file: &[u8]) -> bool {
+    authenticode::digest(file).is_ok_and(|digest| revoked.contains(&hex::encode(&digest)))
+}
+
 /// Replaces a loader that the list revokes by `own`, of the release that runs, where that one is `good`. Each file is the old one
 /// or the new one whenever power is cut. Says why the list must wait, if it must. `revoked` are Authenticode digests in hex, as the
-/// list has them: a file that has none cannot be named by it.
+/// list has them.
 pub fn renew<B: Block>(
     store: &mut Store<B>,
     revoked: &BTreeSet<String>,
     good: bool,
     own: Option<&[u8]>,
 ) -> Result<Option<LoaderHold>, DiskError> {
-    let named = |file: &[u8]| authenticode::digest(file).is_ok_and(|digest| revoked.contains(&hex::encode(&digest)));
+    let named = |file: &[u8]| is_named(revoked, file);
     let loaders = store.loaders()?;
     let Some(&(path, _)) = loaders.iter().find(|(_, file)| named(file)) else { return Ok(None) };
     let own = match own {

@@ -224,11 +224,7 @@ impl MachineDisk {
     pub fn event(&mut self, event: Event, uki: Option<&Path>) -> Result<Vec<Action>> {
         let (slots, actions) = self.slots.clone().event(event);
         for action in &actions {
-            if let Err(error) = self.commit(action, uki) {
-                let disk = self.store.read()?;
-                self.slots = Slots { disk, install: None, ..self.slots.clone() };
-                return Err(error);
-            }
+            self.commit_or_read(action, uki)?;
         }
         self.slots = slots;
         let mut rest = Vec::new();
@@ -246,6 +242,15 @@ impl MachineDisk {
             }
         }
         Ok(rest)
+    }
+
+    fn commit_or_read(&mut self, action: &Action, uki: Option<&Path>) -> Result<()> {
+        if let Err(error) = self.commit(action, uki) {
+            let disk = self.store.read()?;
+            self.slots = Slots { disk, install: None, ..self.slots.clone() };
+            return Err(error);
+        }
+        Ok(())
     }
 
     fn commit(&mut self, action: &Action, uki: Option<&Path>) -> Result<()> {
@@ -334,10 +339,10 @@ impl MachineDisk {
     }
 
     /// [`loader::put_right`]; by the loader that the initramfs left, once the release that runs is good.
-    pub fn put_loader_right(&mut self, runs: &ReleaseId) -> Result<Vec<&'static str>> {
+    pub fn put_loader_right(&mut self, runs: &ReleaseId, revoked: &BTreeSet<String>) -> Result<Vec<&'static str>> {
         let is_good = self.slots.disk.newest_good().as_ref() == Some(runs);
         let own = std::fs::read(loader::KEPT).ok().filter(|_| is_good);
-        Ok(loader::put_right(&mut self.store, own.as_deref())?)
+        Ok(loader::put_right(&mut self.store, own.as_deref(), revoked)?)
     }
 
     /// [`Store::wrong_ukis`].
@@ -355,7 +360,8 @@ impl MachineDisk {
     }
 
     /// The good release with this root hash starts once more: how many starts of it there were before, none of them healthy.
-    /// This one counts from its hand-over on ([`Self::hands_over`]): a power cut before that burns no try.
+    /// This one counts from its hand-over on ([`Self::hands_over`]), or from the error that ends it before: a power cut burns no
+    /// try.
     pub fn count_start(&mut self, root_hash: &Sha256Hex, sequence: u64) -> Starts {
         let disk = &self.slots.disk;
         let good = disk.slot_of(root_hash).is_some_and(|slot| disk.state(slot) == SlotState::Good);
@@ -373,7 +379,8 @@ impl MachineDisk {
         known
     }
 
-    /// The image's init is next: from here on it is the release that has to become healthy.
+    /// The image's init is next, and from here on it is the release that has to become healthy; or nothing is, because this
+    /// machine cannot start it. Counted once.
     pub fn hands_over(&mut self) {
         if let Some((root_hash, starts)) = self.starts.take() {
             self.count(&root_hash, starts);
@@ -426,9 +433,18 @@ impl MachineDisk {
         Ok(self.store.uki_hash(&content).is_ok_and(|hash| hash == content.uki.as_str()))
     }
 
-    /// Puts a UKI in place of the same that is not as it was signed any more.
+    /// Puts a UKI in place of the same that is not as it was signed any more. Superseded is one whose release was swept meanwhile:
+    /// nothing would remove it again.
     pub fn mend_uki(&mut self, manifest: &Manifest, uki: &Path) -> Result<()> {
-        self.commit(&Action::PutUki(content(manifest)?), Some(uki))
+        let content = content(manifest)?;
+        if !self.slots.disk.entries.iter().any(|entry| entry.name.is_listed() && entry.content == content) {
+            return Err(AgentError::Superseded);
+        }
+        let put = Action::PutUki(content);
+        self.commit_or_read(&put, Some(uki))?;
+        // It may have been gone.
+        self.slots.disk.apply(&put);
+        Ok(())
     }
 
     /// [`Store::put_up`]. A disk that does not say is read back once more than it had to be.

@@ -9,7 +9,7 @@ pub use embedded::{embedded, parse_boot_info, running_command_line, secure_boot}
 
 use crate::change::Otherwise;
 use crate::coldplug::{After, Drivers};
-use crate::disk::machine::{self, on_disk};
+use crate::disk::machine::{self, SharedDisk, on_disk};
 use crate::disk::store::Starts;
 use crate::error::{AgentError, FailureClass, Result};
 use crate::flow::{Flow, RESTART_PAUSE};
@@ -22,7 +22,7 @@ use crate::watchdog::Watchdog;
 use crate::{change, console, ima, local, log, mounts, net, restart, safe, tpm, wipe};
 use embedded::{read_boot_info, tell_command_line_drift};
 use kiln_protocol::{Assignment, Failure, ReleaseId, RollbackMemory, Stage, Via};
-use kiln_release::BootInfo;
+use kiln_release::{BootInfo, Mode};
 use nix::sys::reboot::RebootMode;
 use start::start;
 use std::convert::Infallible;
@@ -226,26 +226,12 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
             safe::stay(flow, drivers, &mut network, &disk, starts).await?;
             restart();
         }
-        if starts.count >= machine::SUSPECT {
-            local::read_back(flow, &disk).await?;
-        }
-        // It starts from its slot whatever the network says, or does not say.
-        let asked = timeout(local::PATIENCE, local::ask(flow, drivers, &mut network)).await;
-        let error = match asked {
-            Ok(Ok((verified, role))) => {
-                let adopted = network.adopt(flow, drivers, &verified, &role);
-                if !timeout(local::ADOPTION, adopted).await.is_ok_and(|adopted| adopted.is_ok()) {
-                    println!("kiln-agent: the boot server is lost again; the release in the slot starts");
-                }
-                return Box::pin(start(flow, drivers, verified, network.uplink(), Some(disk))).await;
-            }
-            Ok(Err(error)) if flow.verifier.wipe.is_some() => return Err(error),
-            Ok(Err(error)) => error.to_string(),
-            Err(_) => format!("no word of it within {} s", local::PATIENCE.as_secs()),
+        let error = match Box::pin(from_slot(flow, drivers, &mut network, &disk, starts)).await {
+            Ok(never) => match never {},
+            Err(error) => error,
         };
-        println!("kiln-agent: the boot server does not decide this boot ({error}); the release in the slot starts");
-        let verified = local::recorded(flow, &disk).await?;
-        return Box::pin(start(flow, drivers, verified, network.uplink(), Some(disk))).await;
+        local::count_failed(&disk, &error).await;
+        return Err(error);
     }
     network.connect(flow, drivers).await?;
     set_host_name(&network, flow);
@@ -255,35 +241,71 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
     let boot = &flow.verifier.boot;
     verified.manifest.matches_boot(boot)?;
     plan::check_command_line(&verified.manifest, &boot.command_line, &running_command_line())?;
+    let listed = disk.as_ref().is_some_and(|disk| disk.slots().disk.listed(&root_hash).is_some());
+    // The firmware starts this UKI again, or may: of a disk that gives no answer here nobody knows.
+    let only_kexec = listed || (disk.is_none() && flow.verifier.boot.site.mode == Mode::Disk);
     loop {
         let (assignment, via, plan) = wait_for_assignment(flow, &mut verified).await?;
         network.adopt(flow, drivers, &verified, &assignment.role).await?;
         match plan {
             Plan::Stay => return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await,
             // The loader started it, and would again after a cold boot: its root is fetched anew, and the running
-            // system goes on from there.
-            Plan::Change(release)
-                if disk.as_ref().is_some_and(|disk| disk.slots().disk.listed(&root_hash).is_some()) =>
-            {
+            // system goes on from there. One that may not start any more is only left.
+            Plan::Change(release) if listed && flow.verifier.memory.may_boot(&flow.verifier.boot).is_ok() => {
                 println!("kiln-agent: {release} is assigned; {here} is mended in its slot first");
                 return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await;
             }
             Plan::Change(release) => {
                 println!("kiln-agent: {release} is assigned, this is {here}: going there");
-                match change::now(flow, &assignment, via, Otherwise::Cold).await {
-                    Ok(()) => {
-                        log::sent().await;
-                        restart()
-                    }
+                let (via, otherwise) = if only_kexec { (Via::Kexec, Otherwise::Kexec) } else { (via, Otherwise::Cold) };
+                match change::now(flow, &assignment, via, otherwise).await {
                     // The server wants something else by now: it is asked again.
                     Err(AgentError::Superseded) => {
                         flow.journal.waiting(Stage::Prefetch, "another assignment has come");
+                    }
+                    stays if only_kexec => {
+                        let error = stays.err().unwrap_or(AgentError::NoWayOut);
+                        println!("kiln-agent: no kexec leads to {release} ({error}): {here} starts");
+                        return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await;
+                    }
+                    Ok(()) => {
+                        log::sent().await;
+                        restart()
                     }
                     Err(error) => return Err(error),
                 }
             }
         }
     }
+}
+
+/// The release in the slot starts, whatever the network says, or does not say.
+async fn from_slot(
+    flow: &mut Flow,
+    drivers: &mut Option<Drivers>,
+    network: &mut Network,
+    disk: &SharedDisk,
+    starts: Starts,
+) -> Result<Infallible> {
+    if starts.count >= machine::SUSPECT {
+        local::read_back(flow, disk).await?;
+    }
+    let asked = timeout(local::PATIENCE, local::ask(flow, drivers, network)).await;
+    let error = match asked {
+        Ok(Ok((verified, role))) => {
+            let adopted = network.adopt(flow, drivers, &verified, &role);
+            if !timeout(local::ADOPTION, adopted).await.is_ok_and(|adopted| adopted.is_ok()) {
+                println!("kiln-agent: the boot server is lost again; the release in the slot starts");
+            }
+            return Box::pin(start(flow, drivers, verified, network.uplink(), Some(disk.clone()))).await;
+        }
+        Ok(Err(error)) if flow.verifier.wipe.is_some() => return Err(error),
+        Ok(Err(error)) => error.to_string(),
+        Err(_) => format!("no word of it within {} s", local::PATIENCE.as_secs()),
+    };
+    println!("kiln-agent: the boot server does not decide this boot ({error}); the release in the slot starts");
+    let verified = local::recorded(flow, disk).await?;
+    Box::pin(start(flow, drivers, verified, network.uplink(), Some(disk.clone()))).await
 }
 
 /// Verifies metadata, with retries; `stage` is Metadata at boot.

@@ -29,9 +29,6 @@ const ROOT_FILE: &str = "/run/kiln/root";
 /// So long a disk has to open the data, and to make its file system where it is new.
 const DATA_OPENS: Duration = Duration::from_secs(10 * 60);
 
-/// A disk that gives no answer within this does not count the start.
-const COUNTS: Duration = Duration::from_secs(20);
-
 /// Fetches, verifies, mounts and starts the release that this UKI embeds.
 pub(super) async fn start(
     flow: &mut Flow,
@@ -42,6 +39,8 @@ pub(super) async fn start(
 ) -> Result<Infallible> {
     // The last gate before anything of it starts, whichever way led here.
     flow.verifier.may_run(&verified.manifest)?;
+    // The floors may have risen since this boot began.
+    flow.verifier.memory.may_boot(&flow.verifier.boot)?;
     // What an order starts never goes into a slot: the loader would start it again without the order.
     let disk = disk.filter(|_| verified.manifest.class == Class::Normal.as_str());
     flow.journal.started(Stage::Root);
@@ -94,8 +93,8 @@ pub(super) async fn start(
     leave(flow, verified, uplink, None, failed.as_ref()).await
 }
 
-/// The same from a slot. A root that cannot be mounted is told to the slots: the next boot is another's. Where the disk gives no
-/// answer this boot ends.
+/// The same from a slot. A root that cannot be mounted, or whose init cannot be read, is told to the slots: the next boot is
+/// another's. What else fails says nothing of the root. Where the disk gives no answer this boot ends.
 async fn start_slot(
     flow: &mut Flow,
     verified: Verified,
@@ -109,7 +108,8 @@ async fn start_slot(
     let device = on_disk(disk, move |disk| disk.device(slot)).await?.display().to_string();
     let place = device.clone();
     let mounted = on_disk_within(disk, "mounting the root", worker::COMMIT, move |_| {
-        mount_root(&verity::open_device(&device, &params, &root_hash, secure_boot)?)
+        let mounted = verity::open_device(&device, &params, &root_hash, secure_boot).and_then(|root| mount_root(&root));
+        mounted.map_err(|error| error.of_root(&device))
     });
     let on = OnDisk { name: disk.name().to_owned(), via: kexec::started_this() };
     let left = match mounted.await {
@@ -120,11 +120,9 @@ async fn start_slot(
         Ok(never) => match never {},
         Err(error) => error,
     };
-    if let AgentError::System { source, .. } = &error
-        && [libc::EIO, libc::EINVAL, libc::EUCLEAN, libc::EBADMSG].map(Some).contains(&source.raw_os_error())
-    {
+    if let AgentError::RootRotten { reason, .. } = error {
         on_disk(disk, move |disk| disk.event(Event::Spoilt(slot), None)).await?;
-        return Err(AgentError::RootRotten { place, reason: error.to_string() });
+        return Err(AgentError::RootRotten { place, reason });
     }
     Err(error)
 }
@@ -176,6 +174,7 @@ async fn leave(
         settings: flow.verifier.settings.clone(),
         agent_api_keys: flow.verifier.pins.keys(),
         memory: Some(flow.verifier.memory.clone()),
+        remembers: Some(flow.verifier.place.rollback_memory()),
         now: flow.verifier.now,
     };
     handoff.write()?;
@@ -187,13 +186,7 @@ async fn leave(
     })
     .await?;
     if let Some(disk) = disk {
-        let counted = on_disk_within(disk, "counting the start", COUNTS, |disk| {
-            disk.hands_over();
-            Ok(())
-        });
-        if let Err(error) = counted.await {
-            println!("kiln-agent: the start is not counted: {error}");
-        }
+        local::count_start(disk).await;
     }
     log::hand_over()?;
     switch_root(open)

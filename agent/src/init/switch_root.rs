@@ -33,7 +33,8 @@ pub(super) fn switch_root(disk: Option<&SharedDisk>) -> Result<Infallible> {
     }
     let init = CString::new(NEXT_INIT).expect("a constant without NUL");
     match nix::unistd::execv(&init, &[&init]) {
-        Err(errno) => Err(step(NEXT_INIT)(errno)),
+        // The first of the root that is read for more than its names.
+        Err(errno) => Err(step(NEXT_INIT)(errno).of_root(NEXT_INIT)),
         Ok(never) => match never {},
     }
 }

@@ -2,12 +2,18 @@
 //! is stored may have been spoilt since the initramfs read it: a variable that was cut or deleted, a TPM that does not
 //! answer. It goes on with what this machine remembered last, so that nothing that was seen is forgotten; in the initramfs,
 //! where there is no such copy yet, a person decides ([`crate::safe`]).
+//!
+//! Each place has a copy of its own. An initramfs that met a busy TPM goes on with what EFI variables remember, which may be older:
+//! that must not take the place of what the TPM remembers. Where the TPM gives no answer later, its copy counts as before.
 
 use super::{BOOT_PLACE, Memory, Place, write_file};
 use crate::error::{AgentError, Result};
 use std::path::{Path, PathBuf};
 
 const COPY: &str = "remembered.json";
+/// The same of what a TPM remembers, and of what EFI variables do.
+const COPY_OF_TPM: &str = "remembered-tpm.json";
+const COPY_OF_EFI: &str = "remembered-efi.json";
 
 /// What a start of the service goes on with.
 #[derive(Debug)]
@@ -20,10 +26,18 @@ pub struct Resumed {
 impl Place {
     fn copy(&self) -> PathBuf {
         match self {
-            Self::Efi => Path::new(BOOT_PLACE).join(COPY),
+            Self::Efi => Path::new(BOOT_PLACE).join(COPY_OF_EFI),
             Self::Directory(dir) | Self::Boot(dir) => dir.join(COPY),
-            Self::Tpm(place) => place.copy(),
+            Self::Tpm(place) => place.copy().with_file_name(COPY_OF_TPM),
         }
+    }
+
+    /// The copy; without one of its own, the TPM's, where this boot had that before.
+    fn copied(&self) -> Option<Memory> {
+        let own = self.copy();
+        let read =
+            |path: &Path| std::fs::read(path).ok().and_then(|bytes| serde_json::from_slice::<Memory>(&bytes).ok());
+        read(&own).or_else(|| read(&own.with_file_name(COPY_OF_TPM)))
     }
 
     /// Before it is stored, so that the copy is never the older one.
@@ -44,7 +58,7 @@ impl Place {
     /// the initramfs handed over.
     pub fn resume(&self, handed_over: Option<&Memory>) -> Result<Resumed> {
         let stored = self.memory();
-        let copy = std::fs::read(self.copy()).ok().and_then(|bytes| serde_json::from_slice::<Memory>(&bytes).ok());
+        let copy = self.copied();
         let gone = stored.as_ref().is_ok_and(|stored| *stored == Memory::default());
         let other = if stored.is_err() || gone { copy.or_else(|| handed_over.cloned()) } else { copy };
         match (other, stored) {

@@ -186,3 +186,22 @@ fn the_copy_is_never_older_than_what_is_stored() {
     place.remember(&remembers(7, 3)).unwrap();
     assert_eq!(place.resume(None).unwrap().memory, remembers(7, 3));
 }
+
+/// An initramfs that met a busy TPM remembers in the place beside it.
+#[test]
+fn a_copy_stands_in_for_no_other_place_but_the_tpms_for_what_is_beside_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let beside = Place::Directory(dir.path().join("state"));
+    let tpm = Place::Tpm(Box::new(beside.clone()));
+    let written = |memory: &Memory| serde_json::to_vec(memory).unwrap();
+    let (old, new) = (remembers(3, 2), remembers(7, 3));
+    let copy = |name: &str| std::fs::read(dir.path().join("state").join(name)).ok();
+    beside.remember(&old).unwrap();
+    assert_eq!((copy("remembered.json"), copy("remembered-tpm.json")), (Some(written(&old)), None));
+    tpm.keep_copy(&written(&new));
+    assert_eq!(copy("remembered.json"), Some(written(&old)), "each has its own");
+    assert_eq!(beside.resume(None).unwrap().memory, old);
+    // A service whose TPM gives no answer any more goes on with what the TPM remembered.
+    std::fs::remove_file(dir.path().join("state/remembered.json")).unwrap();
+    assert_eq!(beside.resume(None).unwrap().memory, new);
+}

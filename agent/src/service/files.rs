@@ -3,10 +3,10 @@
 //! its kernel may die before the agent at every start, and of a good release nobody counts them.
 
 use super::{Event, Proof, Service};
-use crate::change;
 use crate::disk::machine::{self, MachineDisk, SharedDisk, on_disk_within};
 use crate::error::{AgentError, Result};
 use crate::verifier::Verifier;
+use crate::{change, dbx};
 use kiln_protocol::ReleaseId;
 use kiln_protocol::slot::Content;
 use std::collections::BTreeSet;
@@ -86,7 +86,7 @@ async fn look(disk: &SharedDisk, verifier: &Mutex<Verifier>, here: ReleaseId, fo
     let mut say = |what: String, because: Option<AgentError>| {
         wrong.push(Wrong { what, because: because.map(|error| format!("{error} ({})", error.kind())) });
     };
-    match in_time(disk, move |disk| disk.put_loader_right(&here)).await {
+    match in_time(disk, move |disk| disk.put_loader_right(&here, &dbx::revoked()?)).await {
         Ok(files) => files.into_iter().for_each(|path| say(path.to_owned(), None)),
         Err(error) => say("the boot loader".to_owned(), Some(error)),
     }
@@ -94,8 +94,11 @@ async fn look(disk: &SharedDisk, verifier: &Mutex<Verifier>, here: ReleaseId, fo
         Ok(releases) => {
             for content in releases {
                 let what = format!("the UKI of {} on the disk", content.release);
-                let mended = fetch_anew(disk, verifier, content, folder).await;
-                say(what, mended.err());
+                match fetch_anew(disk, verifier, content, folder).await {
+                    // Its release was swept meanwhile: nothing is wrong.
+                    Err(AgentError::Superseded) => {}
+                    mended => say(what, mended.err()),
+                }
             }
         }
         Err(error) => say("a UKI on the disk".to_owned(), Some(error)),
@@ -109,7 +112,8 @@ async fn fetch_anew(disk: &SharedDisk, verifier: &Mutex<Verifier>, content: Cont
     let record = in_time(disk, move |disk| disk.record(&root_hash)).await?;
     let (manifest, servers, rate) = {
         let mut verifier = verifier.lock().await;
-        let (verified, _) = verifier.verify_record(&content.release, &record)?;
+        // An install may be about to write another.
+        let (verified, _) = verifier.verify_record(&content.release, &record, false)?;
         (verified.manifest, verifier.servers.http.clone(), change::prefetch_rate(&verifier.boot))
     };
     if machine::content(&manifest)? != content {

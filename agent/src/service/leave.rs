@@ -31,7 +31,7 @@ impl Service {
         // Over a connection of its own: whoever leaves waits for no lock.
         let mut api = self.prover.0.another();
         let carries = attest::may_carry(&mut api, &self.journal.machine.id, &self.journal.state.boot_id).await;
-        let otherwise = self.ready.as_deref().map(|ready| ready.otherwise(self.disk.is_some()));
+        let otherwise = self.ready.as_deref().map(|ready| ready.otherwise(self.has_disk()));
         match otherwise {
             Some(Otherwise::Cold) if !carries => Via::Cold,
             Some(Otherwise::Cold | Otherwise::Kexec) | None => Via::Kexec,

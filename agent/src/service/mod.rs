@@ -28,6 +28,7 @@ use duty::{Action, Duty, Event};
 use kiln_protocol::{
     Condition, DbxOutcome, DbxState, Health, KeyId, Nonce, ReleaseId, Reply, Report, RoleSettings, Stage, Turn,
 };
+use kiln_release::Mode;
 use leave::Door;
 use next::{ORDER_PAUSE, Selects, claimed, claimed_settings};
 use slots::Proving;
@@ -97,7 +98,9 @@ struct Service {
     meter: Arc<Meter>,
     ready: Option<Arc<Ready>>,
     watch: Watch,
-    /// In disk mode.
+    /// Of the image that runs.
+    mode: Mode,
+    /// In disk mode, if it can be used.
     disk: Option<SharedDisk>,
     /// The kernel's folder of the disk that the root lies on, in disk mode.
     lives_on: Option<PathBuf>,
@@ -143,6 +146,7 @@ impl Service {
             journal,
             here: verifier.here()?,
             put_up: verifier.put_up,
+            mode: verifier.boot.site.mode,
             verifier: Rc::new(Mutex::new(verifier)),
             api: Rc::new(Mutex::new(api)),
             prover,
@@ -168,6 +172,11 @@ impl Service {
             secrets: secrets::Secrets::default(),
             files: files::Files::default(),
         })
+    }
+
+    /// The firmware may start what lies on a disk, also where that gives no answer here.
+    fn has_disk(&self) -> bool {
+        self.disk.is_some() || self.mode == Mode::Disk
     }
 
     /// Waits for whatever comes first, decides, does. Ends when the machine cannot even be left.

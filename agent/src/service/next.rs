@@ -151,7 +151,7 @@ impl Service {
     }
 
     pub(super) fn load(&self) -> Job {
-        let (ready, has_disk) = (self.ready.clone(), self.disk.is_some());
+        let (ready, has_disk) = (self.ready.clone(), self.has_disk());
         Box::pin(async move {
             let loaded = match &ready {
                 Some(ready) => change::load(ready, ready.otherwise(has_disk)).await,

@@ -17,7 +17,7 @@ use crate::net::Uplink;
 use crate::verifier::Verifier;
 use crate::watchdog::Watchdog;
 use crate::{console, exec, facts, init, inventory, local, log, restart, tpm, uplink, verity};
-use kiln_protocol::{MachineId, RunningRelease, Stage, slot};
+use kiln_protocol::{MachineId, RollbackMemory, RunningRelease, Stage, slot};
 use kiln_release::{BootInfo, EXEC_PATH};
 use std::path::Path;
 use std::time::Duration;
@@ -51,7 +51,10 @@ async fn serve() -> Result<()> {
         Some(reason) => checks.without_data(reason.clone()),
     };
     let place = Place::of_this_machine();
-    let resumed = place.resume(handoff.memory.as_ref())?;
+    // What another place remembers may be older: it does not stand in for the TPM's.
+    let other =
+        |from: RollbackMemory| from != RollbackMemory::TpmNv && place.rollback_memory() == RollbackMemory::TpmNv;
+    let resumed = place.resume(handoff.memory.as_ref().filter(|_| !handoff.remembers.is_some_and(other)))?;
     let (disk, unopened) = match slots(&handoff, resumed.memory.floor(&handoff.boot.image)).await {
         Ok(disk) => (disk, None),
         Err(error) => (None, Some(error)),

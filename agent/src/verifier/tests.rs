@@ -261,7 +261,7 @@ fn only_the_record_that_was_written_last_starts_a_release() {
     });
     let (manifest, mut verifier) = (machine.site.manifests[&1].clone(), machine.verifier);
     let starts = |verifier: &mut Verifier, record: &Record| {
-        verifier.verify_record(&here, record).map(|(_, assignment)| assignment.sequence).map_err(|e| e.kind())
+        verifier.verify_record(&here, record, true).map(|(_, assignment)| assignment.sequence).map_err(|e| e.kind())
     };
     // A memory of an earlier agent has none, and takes what it finds.
     assert_eq!(starts(&mut verifier, &first), Ok(2));
@@ -270,6 +270,11 @@ fn only_the_record_that_was_written_last_starts_a_release() {
     let slots = [Some(Label::of(&content(&manifest).unwrap().root_hash)), Some(Label([9; 16]))];
     verifier.expect_record(&manifest, &second.digest(), slots).unwrap();
     let expecting = verifier.memory.clone();
+    // A look at the disk meanwhile forgets neither.
+    assert!(verifier.verify_record(&here, &first, false).is_ok());
+    let other = Record { assignment: third.assignment.clone(), ..first.clone() };
+    assert_eq!(verifier.verify_record(&here, &other, false).map(drop).map_err(|e| e.kind()), Err("disk-other-record"));
+    assert_eq!(verifier.memory, expecting);
     assert_eq!(starts(&mut verifier, &first), Ok(2));
     verifier.memory = expecting;
     assert_eq!(starts(&mut verifier, &second), Ok(3));
@@ -298,12 +303,20 @@ fn a_wipe_is_not_obeyed_anew_when_the_director_turns_the_time_back() {
     machine.verifier.now += SignedDuration::from_hours(2);
     let second = Order { expires: now() + SignedDuration::from_hours(9), ..order(&machine.verifier, 2, wipe()) };
     machine.verifier.wiped(&second).unwrap();
-    assert!(machine.verifier.memory.mark(&first).is_none(), "it has expired");
+    assert!(!machine.verifier.memory.orders.contains_key(first.id.as_str()), "it has expired");
     // A restart, as it begins; the director says the time at which the first order was given.
     let memory = machine.verifier.place.memory().unwrap();
     machine.verifier.now = memory.time_floor.map_or(now(), |floor| floor.max(now()));
     machine.verifier.memory = memory;
     assert_eq!(machine.hears(signed(&first), 1, 2).err(), Some("order-expired"));
+    // Another director has the word: what the one before said of the time counts no more, what operators signed does.
+    let memory = &mut machine.verifier.memory;
+    memory.director = "another".into();
+    assert!(memory.directed_by(&machine.verified.site) && memory.time_floor.is_none());
+    machine.verifier.now = now();
+    assert_eq!(machine.hears(signed(&first), 1, 3).err(), Some("order-replayed"));
+    let third = Order { expires: first.expires + SignedDuration::from_secs(1), ..order(&machine.verifier, 3, wipe()) };
+    assert!(matches!(machine.hears(signed(&third), 1, 3), Ok(Answer::Wipe(_))), "one that cannot have been forgotten");
 }
 
 #[test]

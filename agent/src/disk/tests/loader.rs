@@ -74,24 +74,42 @@ fn overwrite(store: &mut Store<Recorded>, path: &str, bytes: &[u8]) {
 #[test]
 fn a_flipped_byte_in_a_loader_is_put_right() {
     let (old, new) = (loader(b"of release 1"), loader(b"of release 2"));
+    let none = &BTreeSet::new();
     let mut flipped = old.clone();
     flipped[40] ^= 1;
     for wrong in LOADERS {
         let mut store = installed();
         store.install_loader(&old).unwrap();
-        assert_eq!(put_right(&mut store, Some(&new)), Ok(vec![]), "two that are the same stay");
+        assert_eq!(put_right(&mut store, Some(&new), none), Ok(vec![]), "two that are the same stay");
         overwrite(&mut store, wrong, &flipped);
-        assert!(matches!(put_right(&mut store, None), Err(DiskError::ReadBack { .. })), "which one is right?");
-        assert_eq!(put_right(&mut store, Some(&old)), Ok(vec![wrong]));
+        assert!(matches!(put_right(&mut store, None, none), Err(DiskError::ReadBack { .. })), "which one is right?");
+        assert_eq!(put_right(&mut store, Some(&old), none), Ok(vec![wrong]));
         assert_eq!(store.loaders().unwrap(), LOADERS.map(|path| (path, old.clone())));
         // The release that runs brought another one: both are its own then.
         overwrite(&mut store, wrong, &flipped);
-        assert_eq!(put_right(&mut store, Some(&new)), Ok(LOADERS.to_vec()));
+        assert_eq!(put_right(&mut store, Some(&new), none), Ok(LOADERS.to_vec()));
         overwrite(&mut store, "loader/loader.conf", b"timeout 99\n");
-        assert_eq!(put_right(&mut store, None), Ok(vec!["loader/loader.conf"]));
-        assert_eq!(put_right(&mut store, None), Ok(vec![]));
+        assert_eq!(put_right(&mut store, None, none), Ok(vec!["loader/loader.conf"]));
+        assert_eq!(put_right(&mut store, None, none), Ok(vec![]));
         assert_eq!(store.loaders().unwrap(), LOADERS.map(|path| (path, new.clone())));
     }
+}
+
+#[test]
+fn a_loader_that_the_firmware_revokes_is_written_nowhere() {
+    let (old, new) = (loader(b"of release 1"), loader(b"of release 2"));
+    let mut store = installed();
+    store.install_loader(&old).unwrap();
+    // The running release's own is.
+    let revoked = list(&[&new]);
+    assert_eq!(put_right(&mut store, Some(&new), &revoked), Ok(vec![]));
+    let mut flipped = old.clone();
+    flipped[40] ^= 1;
+    overwrite(&mut store, LOADERS[0], &flipped);
+    assert!(matches!(put_right(&mut store, Some(&new), &revoked), Err(DiskError::ReadBack { .. })));
+    assert_eq!(store.loaders().unwrap(), [(LOADERS[0], flipped), (LOADERS[1], old.clone())]);
+    assert_eq!(put_right(&mut store, Some(&old), &revoked), Ok(vec![LOADERS[0]]));
+    assert_eq!(store.loaders().unwrap(), LOADERS.map(|path| (path, old.clone())));
 }
 
 #[test]

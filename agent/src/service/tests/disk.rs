@@ -58,3 +58,17 @@ fn a_disk_that_hangs_holds_up_no_look_and_hears_that_its_release_is_good_when_it
         assert!(service.prove(true).is_none(), "said once");
     });
 }
+
+#[test]
+fn a_uki_is_put_back_only_for_a_release_that_the_loader_knows() {
+    let (dir, site) = (tempfile::tempdir().unwrap(), TestSite::new(2));
+    let uki = dir.path().join("uki");
+    std::fs::write(&uki, &site.files[&site.paths(1)[0][1..]]).unwrap();
+    let mut disk = MachineDisk::on_trial(&dir.path().join("disk"), &site.manifests[&1], &uki);
+    let before = disk.slots().disk.clone();
+    disk.mend_uki(&site.manifests[&1], &uki).unwrap();
+    let swept = disk.mend_uki(&site.manifests[&2], &uki).unwrap_err();
+    assert_eq!(swept.kind(), "assignment-superseded");
+    assert!(disk.mend_uki(&site.manifests[&1], &dir.path().join("gone")).is_err());
+    assert_eq!(disk.slots().disk, before, "what is there counts");
+}

@@ -100,13 +100,14 @@ mod tests {
         runtime().block_on(async {
             let worker = Worker::new("sda", 0_u32);
             let (path, first) = (fifo.clone(), Arc::clone(&begun));
-            let hung = worker.run("writing", SHORT, move |writes| {
+            // Long enough that it has begun, also on a busy machine.
+            let hung = worker.run("writing", Duration::from_secs(1), move |writes| {
                 first.fetch_add(1, Ordering::SeqCst);
                 let read = std::fs::read(path).unwrap();
                 *writes += 1;
                 read
             });
-            let reason = "no answer within 0 s".to_owned();
+            let reason = "no answer within 1 s".to_owned();
             assert_eq!(hung.await, Err(DiskError::Late { disk: "sda".into(), what: "writing", reason }));
             for _ in 0..1000 {
                 let next = Arc::clone(&begun);

@@ -2,7 +2,7 @@
 //!
 //! OVMF tries PXE over IPv4 and IPv6 before HTTP Boot, which costs minutes of time-outs. An operator would set the boot
 //! order in the firmware's menu; the rack writes the same variables (UEFI 2.10 §3.1.3, §3.3; layout of the store:
-//! EDK2 MdeModulePkg `VariableFormat.h`, authenticated form). It only appends to a store; it does not delete.
+//! EDK2 MdeModulePkg `VariableFormat.h`, authenticated form). What it writes stands in place of a variable of that name.
 
 use crate::error::{AtPath, LabError};
 use std::path::Path;
@@ -17,6 +17,8 @@ const STORE_HEADER: usize = 28;
 const VARIABLE_HEADER: usize = 60;
 /// shim's own variables, 605dab50-e046-4300-abb6-3dd810dd8b23 as stored.
 const SHIM: [u8; 16] = [0x50, 0xab, 0x5d, 0x60, 0x46, 0xe0, 0x00, 0x43, 0xab, 0xb6, 0x3d, 0xd8, 0x10, 0xdd, 0x8b, 0x23];
+/// The bit that is cleared in the state of a variable that is none any more.
+const DELETED: u8 = 0xfd;
 /// Non-volatile, boot-service and run-time access.
 const ATTRIBUTES: u32 = 7;
 /// Without run-time access: shim believes no other.
@@ -94,14 +96,18 @@ fn append(
         return Err("it does not hold an authenticated variable store");
     }
     let end = base + u32_at(store, base + 16).ok_or("the store's header is cut")?;
-    let mut at = base + STORE_HEADER;
+    let (mut at, name) = (base + STORE_HEADER, utf16(name));
     while u16_at(store, at) == Some(0x55aa) {
         let (Some(name_len), Some(data_len)) = (u32_at(store, at + 36), u32_at(store, at + 40)) else {
             return Err("a variable's header is cut");
         };
-        at = (at + VARIABLE_HEADER + name_len + data_len).next_multiple_of(4);
+        let (start, header) = (at + VARIABLE_HEADER, &store[at..]);
+        if header.get(44..VARIABLE_HEADER) == Some(&vendor[..]) && store.get(start..start + name_len) == Some(&name[..])
+        {
+            store[at + 2] &= DELETED;
+        }
+        at = (start + name_len + data_len).next_multiple_of(4);
     }
-    let name = utf16(name);
     let length = |bytes: &[u8]| u32::try_from(bytes.len()).expect("a few dozen bytes").to_le_bytes();
     let mut variable = vec![0xaa, 0x55, 0x3f, 0];
     variable.extend(attributes.to_le_bytes());
@@ -138,6 +144,17 @@ mod tests {
         let second = 72 + STORE_HEADER + (VARIABLE_HEADER + 4 + 1_usize).next_multiple_of(4);
         assert_eq!(store[second..second + 2], [0xaa, 0x55]);
         assert_eq!(store[second + VARIABLE_HEADER..second + VARIABLE_HEADER + 4], [b'B', 0, b'o', 0]);
+    }
+
+    #[test]
+    fn a_variable_stands_in_place_of_the_one_before() {
+        let mut store = empty_store();
+        append(&mut store, (GLOBAL, ATTRIBUTES), "A", &[1]).unwrap();
+        append(&mut store, (SHIM, ATTRIBUTES), "A", &[2]).unwrap();
+        append(&mut store, (GLOBAL, ATTRIBUTES), "A", &[3]).unwrap();
+        let each = (VARIABLE_HEADER + 4 + 1_usize).next_multiple_of(4);
+        let states: Vec<u8> = (0..3).map(|n| store[72 + STORE_HEADER + n * each + 2]).collect();
+        assert_eq!(states, [0x3d, 0x3f, 0x3f], "another vendor's stays");
     }
 
     #[test]

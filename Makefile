@@ -57,7 +57,6 @@ test-slow: setup ## Every test of the rack, also those that take minutes, thousa
 	@$(MAKE) --no-print-directory tough
 	@$(LAB) prepare $(SLOW_IMAGES:%=--image %)
 	@$(TEST) --test rack -- --test-threads 32 --include-ignored
-	@$(TEST) --test slots -- --include-ignored
 	@KILN_REGISTRIES=1 KILN_TOUGH=$(CURDIR)/$(TOUGH) $(TEST) --test images -- --include-ignored
 	@KILN_REGISTRIES=1 $(TEST) --test server -- oidc::
 	@$(TELL_SKIPS)

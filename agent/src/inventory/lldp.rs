@@ -105,7 +105,9 @@ mod tests {
             return crate::testing::oracle::skipped("lldpd is not installed (make setup)");
         }
         if !nix::unistd::geteuid().is_root() {
-            return crate::testing::oracle::skipped("this is not root: lldpd gives its rights to a user of its own");
+            return crate::testing::oracle::unprivileged(
+                "this is not root: lldpd gives its rights to a user of its own",
+            );
         }
         // Its processes end with the namespace.
         if !enter("inventory::lldp::tests::a_real_neighbour_is_heard", "-nmpf") {

@@ -27,7 +27,7 @@ pub fn inside(test: &str) -> bool {
         return true;
     }
     if !nix::unistd::geteuid().is_root() {
-        oracle::skipped(&format!("{test} is not run as root, which fanotify's permission events and mounts need"));
+        oracle::unprivileged(&format!("{test} is not run as root, which fanotify's permission events and mounts need"));
         return false;
     }
     let mut again = Command::new("unshare");

@@ -24,6 +24,11 @@ pub fn out_of_reach(why: &str) {
     tell(why);
 }
 
+/// The same for want of root, which no set-up can give to a test: `make test` is an ordinary user's as well.
+pub fn unprivileged(why: &str) {
+    tell(why);
+}
+
 fn tell(why: &str) {
     std::println!("skipped: {why}");
     let Some(path) = std::env::var_os(SKIPS) else { return };

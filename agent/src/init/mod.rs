@@ -29,7 +29,7 @@ use std::convert::Infallible;
 use std::time::Duration;
 use tokio::time::timeout;
 
-/// So long a boot image below the floor looks for a server that hears of it.
+/// So long a boot that ends at once looks for a server that hears why.
 const LAST_WORD: Duration = Duration::from_secs(90);
 /// Where versions are kept while those of earlier boots cannot be read.
 const MEANWHILE: &str = "/run/kiln/meanwhile";
@@ -160,16 +160,21 @@ async fn tell_floor(flow: &mut Flow, drivers: &mut Option<Drivers>, error: &Agen
     match change::blocking(|| tpm::leave_initramfs(true).map_err(AgentError::from)).await {
         Ok(()) => {
             let mut network = Network::start(flow);
-            match timeout(LAST_WORD, network.connect(flow, drivers)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => println!("kiln-agent: no server hears of it: {error} ({})", error.kind()),
-                Err(_) => println!("kiln-agent: no server hears of it within {} s", LAST_WORD.as_secs()),
-            }
+            find_a_hearer(flow, drivers, &mut network).await;
         }
         Err(error) => println!("kiln-agent: no server is asked to hear of it: {error} ({})", error.kind()),
     }
     // It goes out when the boot is given up.
     flow.journal.failed(Stage::Start, error, 1, None);
+}
+
+/// For a boot that ends before it asked for anything: a server that hears why, if one is found soon.
+async fn find_a_hearer(flow: &mut Flow, drivers: &mut Option<Drivers>, network: &mut Network) {
+    match timeout(LAST_WORD, network.connect(flow, drivers)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => println!("kiln-agent: no server hears of it: {error} ({})", error.kind()),
+        Err(_) => println!("kiln-agent: no server hears of it within {} s", LAST_WORD.as_secs()),
+    }
 }
 
 /// A boot that ends because what was served does not verify: the more of them in a row, the longer the pause.
@@ -288,7 +293,11 @@ async fn from_slot(
     starts: Starts,
 ) -> Result<Infallible> {
     if starts.count >= machine::SUSPECT {
-        local::read_back(flow, disk).await?;
+        if let Err(error) = local::read_back(flow, disk).await {
+            println!("kiln-agent: {error} ({})", error.kind());
+            find_a_hearer(flow, drivers, network).await;
+            return Err(error);
+        }
     }
     let asked = timeout(local::PATIENCE, local::ask(flow, drivers, network)).await;
     let error = match asked {

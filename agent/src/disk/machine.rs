@@ -206,6 +206,11 @@ impl MachineDisk {
             sys::reread_partitions(store.disk().file())
                 .map_err(AgentError::system(format!("making the kernel read {name}'s table")))?;
         }
+        if store.lacks_esp() {
+            println!(
+                "kiln-agent: {name}: the EFI system partition cannot be read: it is made anew by what a boot server says"
+            );
+        }
         let disk = store.read()?;
         Ok(Self { store, slots: Slots::new(disk, floor), starts: None })
     }

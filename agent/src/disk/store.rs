@@ -9,6 +9,7 @@ use kiln_protocol::slot::{Action, Content, Disk, Entry, Label, SlotId};
 use kiln_release::{VerityParams, hex, verity::Checker};
 use ring::digest::{Context, SHA256};
 use std::io::{self, Read};
+use std::ops::Range;
 
 const ENTRIES: &str = "loader/entries";
 const UKIS: &str = "EFI/kiln";
@@ -18,6 +19,8 @@ pub const LOADERS: [&str; 2] = ["EFI/BOOT/BOOTX64.EFI", "EFI/systemd/systemd-boo
 /// No menu, no editor, and nothing but Kiln's own entries.
 const LOADER_CONF: &str = "timeout 0\neditor no\nauto-entries no\nauto-firmware no\n";
 const LOADER_TEXTS: [(&str, &str); 2] = [("loader/loader.conf", LOADER_CONF), ("loader/entries.srel", "type1\n")];
+const ESP_NAME: (&str, u32) = ("KILN ESP", 0x6b69_6c6e);
+const STATE_NAME: (&str, u32) = ("KILN STATE", 0x6b69_6c6f);
 const TEXT_LIMIT: u32 = 4096;
 const LOADER_LIMIT: u32 = 4 << 20;
 /// Events, on the state partition.
@@ -42,29 +45,58 @@ pub struct Store<B: Block> {
     disk: B,
     pub layout: Layout,
     name: String,
+    /// The EFI system partition is no file system that can be read, and a release lies in a slot.
+    no_esp: bool,
 }
 
 impl<B: Block> Store<B> {
     /// Opens a disk; partitions of it that were never finished, or are no file system any more, are made anew. With
-    /// `format` its table is written first.
+    /// `format` its table is written first. An EFI system partition beside a slot that holds a release waits for what is put
+    /// there: it may be what firmware has just started from, and without a boot server there would be nothing to put.
     pub fn open(disk: B, layout: Layout, format: bool, name: &str) -> Result<Self, DiskError> {
-        let mut store = Self { disk, layout, name: name.to_owned() };
+        let mut store = Self { disk, layout, name: name.to_owned(), no_esp: false };
         if format {
             let created = store.layout.table.create(&mut store.disk);
             created.map_err(|e| store.io("writing the partition table", &e))?;
         }
-        for (range, label, serial) in
-            [(store.layout.esp(), "KILN ESP", 0x6b69_6c6e), (store.layout.state(), "KILN STATE", 0x6b69_6c6f)]
-        {
-            let made = match Fat::open(Part::new(&mut store.disk, &range)) {
-                Err(e) if e.kind() == io::ErrorKind::InvalidData => {
-                    fat::format(&mut Part::new(&mut store.disk, &range), serial, label)
-                }
-                other => other.map(|_| ()),
-            };
-            made.map_err(|e| store.io("making a file system", &e))?;
+        let (esp, state) = (store.layout.esp(), store.layout.state());
+        let is_empty = SlotId::BOTH.iter().all(|slot| store.layout.label(*slot).is_none());
+        store.no_esp = !store.is_fat(&esp)?;
+        if store.no_esp && is_empty {
+            store.make_esp()?;
+        }
+        if !store.is_fat(&state)? {
+            store.make(&state, STATE_NAME)?;
         }
         Ok(store)
+    }
+
+    /// Whether a partition is a file system; what opening it mends is mended.
+    fn is_fat(&mut self, range: &Range<u64>) -> Result<bool, DiskError> {
+        match Fat::open(Part::new(&mut self.disk, range)).map(drop) {
+            Ok(()) => Ok(true),
+            Err(e) if e.kind() == io::ErrorKind::InvalidData => Ok(false),
+            Err(e) => Err(self.io("opening a file system", &e)),
+        }
+    }
+
+    fn make(&mut self, range: &Range<u64>, (label, serial): (&str, u32)) -> Result<(), DiskError> {
+        let made = fat::format(&mut Part::new(&mut self.disk, range), serial, label);
+        made.map_err(|e| self.io("making a file system", &e))
+    }
+
+    /// Before something is put there.
+    fn make_esp(&mut self) -> Result<(), DiskError> {
+        if self.no_esp {
+            self.make(&self.layout.esp(), ESP_NAME)?;
+            self.no_esp = false;
+        }
+        Ok(())
+    }
+
+    /// Whether the EFI system partition waits to be made anew.
+    pub fn lacks_esp(&self) -> bool {
+        self.no_esp
     }
 
     pub(super) fn io(&self, what: &'static str, error: &io::Error) -> DiskError {
@@ -91,21 +123,28 @@ impl<B: Block> Store<B> {
         })
     }
 
-    /// What the disk holds, as far as it decides what boots.
+    /// What the disk holds, as far as it decides what boots. What cannot be read of it is not there, for the loader as well.
     pub fn read(&mut self) -> Result<Disk, DiskError> {
         let labels = SlotId::BOTH.map(|slot| self.layout.label(slot));
+        if self.no_esp {
+            return Ok(Disk { labels, ..Disk::default() });
+        }
         let esp = self.esp()?;
         let read = || -> io::Result<(Vec<Entry>, Vec<Sha256Hex>)> {
             let mut entries = Vec::new();
             for node in esp.list(ENTRIES)?.unwrap_or_default() {
                 let Ok(name) = node.name.parse() else { continue };
-                let text = esp.read(&format!("{ENTRIES}/{}", node.name), TEXT_LIMIT)?.unwrap_or_default();
+                let text = match esp.read(&format!("{ENTRIES}/{}", node.name), TEXT_LIMIT) {
+                    Err(e) if e.kind() == io::ErrorKind::InvalidData => continue,
+                    text => text?.unwrap_or_default(),
+                };
                 if let Some(content) = Content::of_entry_text(&String::from_utf8_lossy(&text)) {
                     entries.push(Entry { name, content });
                 }
             }
             let files = esp.list(UKIS)?.unwrap_or_default();
-            let ukis = files.iter().filter_map(|node| node.name.to_lowercase().strip_suffix(".efi")?.parse().ok());
+            let whole = files.iter().filter(|node| !node.directory && esp.is_whole(node));
+            let ukis = whole.filter_map(|node| node.name.to_lowercase().strip_suffix(".efi")?.parse().ok());
             Ok((entries, ukis.collect()))
         };
         let (mut entries, mut ukis) = read().map_err(|e| self.io("reading the EFI system partition", &e))?;
@@ -124,6 +163,7 @@ impl<B: Block> Store<B> {
                 removed.map_err(|e| self.io("removing a UKI", &e))
             }
             Action::PutEntry(name, content) => {
+                self.make_esp()?;
                 let text = content.entry_text(name.sequence);
                 let put = self.esp()?.write(&named(name), text.len() as u64, &mut text.as_bytes());
                 put.map_err(|e| self.io("writing a boot entry", &e))
@@ -151,6 +191,7 @@ impl<B: Block> Store<B> {
         let path = format!("{UKIS}/{}", content.uki_name());
         let missing = io::Error::other("its bytes are not at hand");
         let (length, from) = uki.ok_or_else(|| self.io("writing a UKI", &missing))?;
+        self.make_esp()?;
         let written = self.esp()?.write(&path, length, from);
         written.map_err(|e| self.io("writing a UKI", &e))?;
         let got = self.uki_hash(content)?;
@@ -199,6 +240,7 @@ impl<B: Block> Store<B> {
             }
             Ok(())
         };
+        self.make_esp()?;
         let installed = install(&mut self.esp()?);
         installed.map_err(|e| self.io("installing the boot loader", &e))
     }

@@ -207,7 +207,8 @@ pub mod gpt {
 pub mod fat {
     use super::super::agent::block::Part;
     use super::super::agent::fat::{Fat, Node, format};
-    use super::{Memory, SECTOR_U64, change};
+    use super::{Memory, SECTOR, SECTOR_U64, change};
+    use std::collections::BTreeSet;
     use std::io::ErrorKind;
     use std::sync::LazyLock;
 
@@ -217,8 +218,9 @@ pub mod fat {
     const ENTRIES: &str = "loader/entries";
     const FOLDERS: [&str; 6] = ["", "loader", ENTRIES, "EFI", "EFI/BOOT", "EFI/kiln"];
 
-    /// A disk, and the places of changes: the boot sector, the table, and the directories with what lies behind them.
-    static WHOLE: LazyLock<(Memory, [u64; 3])> = LazyLock::new(|| {
+    /// A disk, and the places of changes: the boot sector, the table, the directories with what lies behind them, and the table's
+    /// second copy.
+    static WHOLE: LazyLock<(Memory, [u64; 4])> = LazyLock::new(|| {
         let mut disk = Memory::new(SIZE);
         format(&mut disk, 1, "KILN ESP").expect("memory does not fail");
         let uki = format!("EFI/kiln/{}.efi", "ab".repeat(32));
@@ -235,14 +237,14 @@ pub mod fat {
         }
         let boot = disk.sector(0);
         let table = u64::from(u32::from_le_bytes(boot[36..40].try_into().expect("four bytes")));
-        (disk, [0, 32 * SECTOR_U64, (32 + 2 * table) * SECTOR_U64])
+        (disk, [0, 32, 32 + 2 * table, 32 + table].map(|sector| sector * SECTOR_U64))
     });
 
     fn open(disk: &mut Memory) -> std::io::Result<Fat<Part<'_, Memory>>> {
         Fat::open(Part::new(disk, &(0..SIZE)))
     }
 
-    /// The only error that memory gives: the file system is none. The agent makes it anew then, and on no other.
+    /// The only error that memory gives: the file system is none, or a file's chain is broken.
     fn spoilt<T>(result: std::io::Result<T>) -> Option<T> {
         match result {
             Ok(value) => Some(value),
@@ -268,6 +270,7 @@ pub mod fat {
                     let path = format!("{folder}/{}", node.name);
                     let Some(found) = spoilt(fat.find(&path)).flatten() else { continue };
                     if let Some(bytes) = spoilt(fat.read(&path, LIMIT)) {
+                        assert!(found.directory || fat.is_whole(&found), "{path}");
                         let length = bytes.map(|bytes| bytes.len() as u64);
                         assert_eq!(length, (!found.directory).then_some(u64::from(found.size)), "{path}");
                     }
@@ -277,10 +280,40 @@ pub mod fat {
             .to_vec()
     }
 
+    /// Whether all that differs are bits of one cluster's value, in one copy of the table.
+    fn one_value(disk: &Memory, whole: &Memory, [_, first, behind, _]: &[u64; 4]) -> bool {
+        let numbers: BTreeSet<&u64> = disk.sectors.keys().chain(whole.sectors.keys()).collect();
+        let changed = numbers.into_iter().flat_map(|number| {
+            let (now, before) = (disk.sector(*number), whole.sector(*number));
+            (0..SECTOR).filter(move |at| now[*at] != before[*at]).map(move |at| number * SECTOR_U64 + at as u64)
+        });
+        let mut bits = 0;
+        for at in changed.take(2) {
+            let place = usize::try_from(at % SECTOR_U64).expect("less than a sector");
+            let (now, before) = (disk.sector(at / SECTOR_U64)[place], whole.sector(at / SECTOR_U64)[place]);
+            // The first two values are no cluster's.
+            bits += if (first + 8..*behind).contains(&at) { (now ^ before).count_ones() } else { 2 };
+        }
+        bits < 2
+    }
+
+    /// Every file's bytes.
+    fn files(fat: &Fat<Part<'_, Memory>>) -> Vec<Option<Vec<u8>>> {
+        let nodes = FOLDERS.iter().flat_map(|folder| {
+            let nodes = spoilt(fat.list(folder)).flatten().unwrap_or_default();
+            nodes.into_iter().map(move |node| format!("{folder}/{}", node.name))
+        });
+        nodes.map(|path| spoilt(fat.read(&path, LIMIT)).flatten()).collect()
+    }
+
     pub fn run(data: &[u8]) {
         let (whole, places) = &*WHOLE;
         let mut disk = whole.clone();
         disk.patch(data, places);
+        if one_value(&disk, whole, places) {
+            let found = files(&open(&mut disk.clone()).expect("one bit of a table is in its other copy"));
+            assert!(found == files(&open(&mut whole.clone()).expect("whole")), "one flipped bit costs a file");
+        }
         let Some(before) = spoilt(open(&mut disk)).map(|fat| look(&fat)) else { return };
         let mut fat = open(&mut disk).expect("just now");
         assert!(look(&fat) == before, "opened twice, it is another");
@@ -335,6 +368,13 @@ pub mod fat {
             entry(5, 0x0fff_fff7),
             entry(4, 6),
             [entry(200, 201), entry(201, 0x0fff_ffff)].concat(),
+            // One bit of a value, in either copy; the same in both.
+            entry(4, 0x0fff_ffef),
+            change(3, 16, &0x0fff_ffef_u32.to_le_bytes()),
+            [entry(5, 0), change(3, 20, &[0; 4])].concat(),
+            // A boot sector, and its copy as well.
+            change(0, 0, &[0; 255]),
+            [change(0, 510, &[0, 0]), change(0, 6 * 512 + 510, &[0, 0])].concat(),
             // Directories: a deleted entry behind a long name, bytes behind the end, an attribute, the end.
             place(0, 1, &[0xe5]),
             place(0, 1, b"LOADER     \x20"),

@@ -210,10 +210,10 @@ fn prefetch_ms(view: &MachineView, rack: &Rack) -> u64 {
     at("done").unwrap() - at("started").unwrap()
 }
 
-/// The ESP's boot sector and the root in the only good slot are overwritten: the firmware falls through to the network,
-/// the agent makes both anew, and the next start needs no network. With a role that says so, the network comes first.
+/// The ESP's boot sector, it and its copy, and the root in the only good slot are overwritten: the firmware falls through to the
+/// network, the agent makes each anew, and the next start needs no network. With a role that says so, the network comes first.
 #[test]
-#[ignore = "slow: an install and four boots; make test-slow"]
+#[ignore = "slow: an install and five boots; make test-slow"]
 fn an_unreadable_esp_and_a_rotten_slot_are_mended_over_the_network() {
     testing::rack(|paths| {
         let mut rack = rack(paths, "disk-mends");
@@ -221,8 +221,14 @@ fn an_unreadable_esp_and_a_rotten_slot_are_mended_over_the_network() {
         rack.machine(NAME).power_off();
         let disk = std::fs::File::options().write(true).open(rack.machine(NAME).disk(0)).unwrap();
         disk.write_all_at(&[0xa5; 512], 1 << 20).unwrap();
+        let unread = "the EFI system partition cannot be read";
         let said = starts_and_says(&mut rack, "is healthy: vda: A Good disk/1");
         assert!(said.contains("Start PXE"), "the firmware fell through to the network");
+        assert!(!said.contains(unread), "by the copy of its boot sector: {said}");
+        rack.machine(NAME).power_off();
+        disk.write_all_at(&[0xa5; 8 * 512], 1 << 20).unwrap();
+        let said = starts_and_says(&mut rack, "is healthy: vda: A Good disk/1");
+        assert!(said.contains("Start PXE") && said.contains(unread), "{said}");
 
         // The root alone: its boot program starts, finds that it is rotten, and fetches it.
         rack.machine(NAME).power_off();
@@ -248,6 +254,60 @@ fn an_unreadable_esp_and_a_rotten_slot_are_mended_over_the_network() {
         let said = starts_and_says(&mut rack, "is healthy: vda: A Good disk/1");
         assert!(said.contains("Start PXE"), "the network comes first");
     });
+}
+
+/// The table of the EFI system partition says of one of its files what is not so, in one copy and then in both: the machine starts
+/// from its slot with the boot server dead, nothing else of the partition changes, and the file is there again.
+#[test]
+#[ignore = "slow: an install and two boots from the disk; make test-slow"]
+fn a_broken_chain_on_the_esp_costs_its_file_alone() {
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-chain");
+        installed(&mut rack);
+        rack.machine(NAME).power_off();
+        let path = rack.machine(NAME).disk(0);
+        let before = entries(&path);
+        let disk = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+        let mut sectors = [0; 4];
+        disk.read_exact_at(&mut sectors, (1 << 20) + 36).unwrap();
+        let table = |copy: u64| (1 << 20) + (32 + copy * u64::from(u32::from_le_bytes(sectors))) * 512;
+        for copies in 1..=2 {
+            let cluster = first_cluster(&path, "EFI/BOOT/BOOTX64.EFI");
+            for copy in 0..copies {
+                disk.write_all_at(&[0; 4], table(copy) + cluster * 4).unwrap();
+            }
+            rack.kill_server();
+            let said = starts_and_says(&mut rack, "disk/1 is healthy: vda: A Good disk/1");
+            assert!(said.contains("the release in the slot starts") && !said.contains("Start PXE"), "{said}");
+            assert_eq!(entries(&path), before, "the loader's entries stay as they are");
+            rack.start_server().unwrap();
+            rack.wait_healthy(NAME, 1).unwrap();
+            let console = rack.machine(NAME).console().unwrap().clone();
+            if copies == 2 {
+                console
+                    .wait_for("EFI/BOOT/BOOTX64.EFI was not as it was signed: it is right again", Mark::default(), IDLE)
+                    .unwrap();
+            }
+            rack.machine(NAME).power_off();
+            let firsts = [0, 1].map(|copy| {
+                let mut value = [0; 4];
+                let cluster = first_cluster(&path, "EFI/BOOT/BOOTX64.EFI");
+                disk.read_exact_at(&mut value, table(copy) + cluster * 4).unwrap();
+                u32::from_le_bytes(value)
+            });
+            assert!(firsts[0] == firsts[1] && firsts[0] > 1, "both copies say where it goes on: {firsts:?}");
+        }
+    });
+}
+
+/// A file's first cluster on the EFI system partition, as mtools reads it: `::/NAME <5-260>`.
+fn first_cluster(disk: &Path, name: &str) -> u64 {
+    let image = format!("{}@@{}", disk.display(), 1 << 20);
+    let mut command = Command::new("mshowfat");
+    let said = command::run_command(command.env("MTOOLS_SKIP_CHECK", "1").args(["-i", &image, &format!("::/{name}")]));
+    let said = said.unwrap();
+    let digits = said.rsplit_once('<').unwrap_or_else(|| panic!("{said}")).1;
+    digits.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
 }
 
 /// Whether the server was told, in one of the boots that it knows.

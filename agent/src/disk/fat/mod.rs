@@ -6,9 +6,13 @@
 //! hand write in any order and rename in two steps. It also saves the initramfs three modules.
 //!
 //! A partition may have been written by firmware or by anybody: every number is checked, every chain is bounded.
+//!
+//! Disks rot. Boot sector and table are there twice: what the first does not say, the second may, and both are the same
+//! behind each opening. A chain that is broken in both costs its file, and no other.
 
 mod format;
 mod names;
+mod tree;
 mod write;
 
 pub use format::format;
@@ -17,10 +21,15 @@ use super::block::{Block, SECTOR};
 use names::{long_name, plain_name};
 use std::collections::HashSet;
 use std::io;
+use tree::Tree;
 
 const ENTRY: usize = 32;
 const RESERVED: u32 = 32;
 const END: u32 = 0x0fff_ffff;
+/// From here on a value ends a chain.
+const LAST: u32 = 0x0fff_fff8;
+/// Where the boot sector's copy lies (FAT specification, BPB_BkBootSec), bytes.
+const SPARE: u64 = 6 * SECTOR as u64;
 /// FAT32 is what has at least so many clusters (FAT specification, "FAT Type Determination").
 const LEAST_CLUSTERS: u32 = 65_525;
 /// Directories are read to this depth, and of each so many entries.
@@ -70,38 +79,47 @@ pub struct Fat<B: Block> {
     disk: B,
     geometry: Geometry,
     table: Vec<u32>,
+    /// Clusters at which a file's chain breaks off, or meets another's: as long as this is open they are neither given out nor
+    /// given back.
+    knots: HashSet<u32>,
 }
 
 impl<B: Block> Fat<B> {
-    /// Opens it; space that nothing names, left by a power cut, is given back.
+    /// Opens it; space that nothing names, left by a power cut, is given back. Invalid data is where boot sector or directories
+    /// say nothing that can be followed.
     pub fn open(disk: B) -> io::Result<Self> {
-        let mut boot = [0; SECTOR];
-        disk.read_at(0, &mut boot)?;
-        let geometry = geometry(&boot, disk.size())?;
-        let entries = usize::try_from(geometry.clusters).map_err(|_| bad("too many clusters"))? + 2;
-        let mut bytes = vec![0; (entries * 4).next_multiple_of(SECTOR)];
-        disk.read_at(u64::from(geometry.reserved) * SECTOR as u64, &mut bytes)?;
-        let table = bytes.chunks(4).take(entries).map(|c| u32_at(c, 0) & END).collect();
-        let mut fat = Self { disk, geometry, table };
-        fat.give_back()?;
+        let (geometry, spare) = find_geometry(&disk)?;
+        let copies: io::Result<Vec<Vec<u32>>> =
+            (0..geometry.fats).map(|copy| read_table(&disk, geometry, copy)).collect();
+        let copies = copies?;
+        let mut fat = Self { disk, geometry, table: copies[0].clone(), knots: HashSet::new() };
+        let tree = fat.choose(&copies)?;
+        fat.settle(&tree.held, &copies)?;
+        fat.knots = tree.knots;
+        if let Some(boot) = spare {
+            fat.disk.write_at(0, &boot)?;
+            fat.disk.flush()?;
+        }
         Ok(fat)
     }
 
-    fn mark(&self, directory: u32, depth: usize, used: &mut HashSet<u32>) -> io::Result<()> {
-        used.extend(self.chain(directory)?);
-        if depth >= DEPTH {
-            return Err(bad("directories lie deeper than any loader's"));
-        }
-        for node in self.nodes(directory)? {
-            if node.cluster != 0 && !used.contains(&node.cluster) {
-                if node.directory {
-                    self.mark(node.cluster, depth + 1, used)?;
-                } else {
-                    used.extend(self.chain(node.cluster)?);
-                }
+    /// The first copy of the table, which is taken already, or the second where fewer files are broken by that.
+    fn choose(&mut self, copies: &[Vec<u32>]) -> io::Result<Tree> {
+        let first = self.tree();
+        let is_bad = match &first {
+            Ok(tree) => tree.broken > 0,
+            Err(error) => error.kind() == io::ErrorKind::InvalidData,
+        };
+        let Some(copy) = copies.get(1).filter(|_| is_bad) else { return first };
+        self.table.clone_from(copy);
+        match (first, self.tree()) {
+            (Err(_), Ok(second)) => Ok(second),
+            (Ok(first), Ok(second)) if second.broken < first.broken => Ok(second),
+            (first, Ok(_) | Err(_)) => {
+                self.table.clone_from(&copies[0]);
+                first
             }
         }
-        Ok(())
     }
 
     /// What lies in a directory; none if it does not exist.
@@ -145,6 +163,16 @@ impl<B: Block> Fat<B> {
         if left == 0 { Ok(true) } else { Err(bad(format!("{path} is shorter than its size"))) }
     }
 
+    /// Whether all of a file's bytes have a place, by the table.
+    pub fn is_whole(&self, file: &Node) -> bool {
+        let enough = |chain: Vec<u32>| chain.len() * self.cluster_bytes() >= file.size as usize;
+        file.size == 0 || self.chain(file.cluster).is_ok_and(enough)
+    }
+
+    fn is_cluster(&self, number: u32) -> bool {
+        (2..self.geometry.clusters + 2).contains(&number)
+    }
+
     fn cluster_bytes(&self) -> usize {
         self.geometry.per_cluster as usize * SECTOR
     }
@@ -157,14 +185,14 @@ impl<B: Block> Fat<B> {
 
     fn chain(&self, first: u32) -> io::Result<Vec<u32>> {
         let (mut chain, mut next) = (Vec::new(), first);
-        while (2..self.geometry.clusters + 2).contains(&next) {
+        while self.is_cluster(next) {
             chain.push(next);
             if chain.len() > self.table.len() {
                 return Err(bad("a chain of clusters without an end"));
             }
             next = self.table[next as usize];
         }
-        if next >= 0x0fff_fff8 && !chain.is_empty() { Ok(chain) } else { Err(bad("a chain of clusters is broken")) }
+        if next >= LAST && !chain.is_empty() { Ok(chain) } else { Err(bad("a chain of clusters is broken")) }
     }
 
     fn directory(&self, path: &str) -> io::Result<Option<u32>> {
@@ -216,11 +244,15 @@ impl<B: Block> Fat<B> {
                     let long = std::mem::take(&mut long);
                     let name = long_name(&long, &entry);
                     let entries = if name.is_some() { long.iter().map(|(at, _)| *at).collect() } else { Vec::new() };
+                    let cluster = u32::from(u16_at(&entry, 20)) << 16 | u32::from(u16_at(&entry, 26));
+                    let (directory, size) = (attributes & ATTRIBUTE_DIRECTORY != 0, u32_at(&entry, 28));
+                    // A directory has no size: this is a file that firmware would not read. Its name is all that counts.
+                    let is_neither = directory && size != 0;
                     nodes.push(Node {
                         name: name.unwrap_or_else(|| plain_name(&entry)),
-                        directory: attributes & ATTRIBUTE_DIRECTORY != 0,
-                        size: u32_at(&entry, 28),
-                        cluster: u32::from(u16_at(&entry, 20)) << 16 | u32::from(u16_at(&entry, 26)),
+                        directory: directory && !is_neither,
+                        size,
+                        cluster: if is_neither { 0 } else { cluster },
                         entries: entries.into_iter().chain([at]).collect(),
                     });
                 }
@@ -228,6 +260,27 @@ impl<B: Block> Fat<B> {
         }
         Ok(nodes)
     }
+}
+
+/// By the boot sector, or by its copy where that is none; the copy is to be written over it then.
+fn find_geometry<B: Block>(disk: &B) -> io::Result<(Geometry, Option<[u8; SECTOR]>)> {
+    let mut boot = [0; SECTOR];
+    disk.read_at(0, &mut boot)?;
+    let error = match geometry(&boot, disk.size()) {
+        Ok(geometry) => return Ok((geometry, None)),
+        Err(error) => error,
+    };
+    disk.read_at(SPARE, &mut boot)?;
+    let geometry = geometry(&boot, disk.size()).map_err(|_| error)?;
+    Ok((geometry, Some(boot)))
+}
+
+fn read_table<B: Block>(disk: &B, geometry: Geometry, copy: u32) -> io::Result<Vec<u32>> {
+    let entries = usize::try_from(geometry.clusters).map_err(|_| bad("too many clusters"))? + 2;
+    let mut bytes = vec![0; (entries * 4).next_multiple_of(SECTOR)];
+    let sector = u64::from(geometry.reserved) + u64::from(copy) * u64::from(geometry.fat_sectors);
+    disk.read_at(sector * SECTOR as u64, &mut bytes)?;
+    Ok(bytes.chunks(4).take(entries).map(|c| u32_at(c, 0) & END).collect())
 }
 
 fn geometry(boot: &[u8; SECTOR], size: u64) -> io::Result<Geometry> {

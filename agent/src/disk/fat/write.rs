@@ -7,18 +7,23 @@ use std::collections::HashSet;
 use std::io::{self, Read};
 
 const PER_SECTOR: usize = SECTOR / ENTRY;
+const ATTRIBUTE_ARCHIVE: u8 = 0x20;
+/// A cluster that is not to be used.
+const BAD: u32 = 0x0fff_fff7;
 
 impl<B: Block> Fat<B> {
-    pub(super) fn give_back(&mut self) -> io::Result<()> {
-        let mut used = HashSet::new();
-        self.mark(self.geometry.root, 0, &mut used)?;
-        let lost: Vec<u32> = (2..self.geometry.clusters + 2)
-            .filter(|c| self.table[*c as usize] != 0 && !used.contains(c))
+    /// Gives back what nothing names, and makes all copies of the table say the same: `copies` are as they were read.
+    pub(super) fn settle(&mut self, held: &[bool], copies: &[Vec<u32>]) -> io::Result<()> {
+        for (value, _) in self.table.iter_mut().zip(held).skip(2).filter(|(_, held)| !**held) {
             // Bad clusters stay marked.
-            .filter(|c| self.table[*c as usize] != 0x0fff_fff7)
-            .collect();
-        let changes: Vec<(u32, u32)> = lost.into_iter().map(|cluster| (cluster, 0)).collect();
-        if changes.is_empty() { Ok(()) } else { self.set(&changes).and_then(|()| self.disk.flush()) }
+            if *value != BAD {
+                *value = 0;
+            }
+        }
+        let differs = |c: &u32| copies.iter().any(|copy| copy[*c as usize] != self.table[*c as usize]);
+        let mut sectors: Vec<u32> = (2..self.geometry.clusters + 2).filter(differs).map(|c| c / 128).collect();
+        sectors.dedup();
+        if sectors.is_empty() { Ok(()) } else { self.write_table(&sectors).and_then(|()| self.disk.flush()) }
     }
 
     /// Writes a file of `size` bytes, all of it or nothing: a file of that name is replaced in one sector, and its
@@ -49,11 +54,12 @@ impl<B: Block> Fat<B> {
             Some(node) => {
                 let (at, mut entry) = self.short_entry(&node)?;
                 point(&mut entry, first, size);
+                entry[11] = ATTRIBUTE_ARCHIVE;
                 self.disk.write_at(at, &entry)?;
                 self.disk.flush()?;
                 self.free(node.cluster)?;
             }
-            None => self.add_entry(directory, name, 0x20, first, size)?,
+            None => self.add_entry(directory, name, ATTRIBUTE_ARCHIVE, first, size)?,
         }
         self.disk.flush()
     }
@@ -68,7 +74,7 @@ impl<B: Block> Fat<B> {
         }
         let node = nodes.iter().find(|node| node.name == from);
         let node = node.ok_or_else(|| bad(format!("{directory}/{from} is not there")))?;
-        let set = entry_set(to, &short_name(to, self, cluster)?, 0x20, node.cluster, node.size);
+        let set = entry_set(to, &short_name(to, self, cluster)?, ATTRIBUTE_ARCHIVE, node.cluster, node.size);
         let sectors: HashSet<u64> = node.entries.iter().map(|at| at / SECTOR as u64).collect();
         if set.len() != node.entries.len() || sectors.len() != 1 {
             return Err(bad(format!("{from} cannot become {to} in one write")));
@@ -140,8 +146,8 @@ impl<B: Block> Fat<B> {
     /// Free clusters; they are taken only when [`Self::link`] says so.
     fn allocate(&self, count: u64) -> io::Result<Vec<u32>> {
         let count = usize::try_from(count).unwrap_or(usize::MAX);
-        let free: Vec<u32> =
-            (2..self.geometry.clusters + 2).filter(|c| self.table[*c as usize] == 0).take(count).collect();
+        let is_free = |c: &u32| self.table[*c as usize] == 0 && !self.knots.contains(c);
+        let free: Vec<u32> = (2..self.geometry.clusters + 2).filter(is_free).take(count).collect();
         if free.len() == count {
             Ok(free)
         } else {
@@ -156,14 +162,18 @@ impl<B: Block> Fat<B> {
     }
 
     fn free(&mut self, first: u32) -> io::Result<()> {
-        if first == 0 {
-            return Ok(());
+        // Of an empty file there is nothing. Of a chain that is broken, or another's as well, the next opening knows what nothing
+        // names any more.
+        match self.chain(first) {
+            Ok(chain) if !chain.iter().any(|cluster| self.knots.contains(cluster)) => {
+                let changes: Vec<(u32, u32)> = chain.into_iter().map(|cluster| (cluster, 0)).collect();
+                self.set(&changes)
+            }
+            Ok(_) | Err(_) => Ok(()),
         }
-        let changes: Vec<(u32, u32)> = self.chain(first)?.into_iter().map(|cluster| (cluster, 0)).collect();
-        self.set(&changes)
     }
 
-    /// Writes the changed sectors of every copy of the table.
+    /// Changes the table, and writes what that changes of each copy.
     fn set(&mut self, changes: &[(u32, u32)]) -> io::Result<()> {
         for (cluster, value) in changes {
             self.table[*cluster as usize] = *value;
@@ -171,11 +181,15 @@ impl<B: Block> Fat<B> {
         let mut sectors: Vec<u32> = changes.iter().map(|(cluster, _)| cluster / 128).collect();
         sectors.sort_unstable();
         sectors.dedup();
+        self.write_table(&sectors)
+    }
+
+    fn write_table(&mut self, sectors: &[u32]) -> io::Result<()> {
         for sector in sectors {
             let mut bytes = [0; SECTOR];
-            let values = self.table.iter().skip(sector as usize * 128);
+            let values = self.table.iter().skip(*sector as usize * 128);
             bytes.chunks_mut(4).zip(values).for_each(|(place, value)| place.copy_from_slice(&value.to_le_bytes()));
-            if sector == 0 {
+            if *sector == 0 {
                 bytes[..8].copy_from_slice(&[0xf8, 0xff, 0xff, 0x0f, 0xff, 0xff, 0xff, 0x0f]);
             }
             for copy in 0..self.geometry.fats {

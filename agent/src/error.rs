@@ -114,6 +114,11 @@ pub enum AgentError {
     RunningRoot { expected: String, got: String },
     #[error("the root on {place} is not as it was signed any more: {reason}. It is fetched anew")]
     RootRotten { place: String, reason: String },
+    #[error(
+        "the root on {place} cannot be read: {reason}. It may be whole: its slot stays as it is, unless a boot server was there \
+         or another release is good"
+    )]
+    RootUnread { place: String, reason: String },
     #[error("another assignment came while this one's release was fetched")]
     Superseded,
     #[error("the agent API's CA in this boot image is not the one that the site signs now: build a release anew")]
@@ -183,15 +188,17 @@ impl AgentError {
         }
     }
 
-    /// Of a system call that reads the root at `place`: the kernel's words for what is not as it was signed, or cannot be read.
+    /// Of a system call that reads the root at `place`: the kernel's words for what is not as it was signed, or cannot be read. An
+    /// I/O error may be either; `is_corrupted`: dm-verity says that it met the former.
     #[must_use]
-    pub fn of_root(self, place: &str) -> Self {
-        if let Self::System { source, .. } = &self
-            && [libc::EIO, libc::EINVAL, libc::EUCLEAN, libc::EBADMSG].map(Some).contains(&source.raw_os_error())
-        {
-            return Self::RootRotten { place: place.to_owned(), reason: self.to_string() };
+    pub fn of_root(self, place: &str, is_corrupted: bool) -> Self {
+        let Self::System { source, .. } = &self else { return self };
+        let (place, reason) = (place.to_owned(), self.to_string());
+        match source.raw_os_error() {
+            Some(libc::EIO) if !is_corrupted => Self::RootUnread { place, reason },
+            Some(libc::EIO | libc::EINVAL | libc::EUCLEAN | libc::EBADMSG) => Self::RootRotten { place, reason },
+            Some(_) | None => self,
         }
-        self
     }
 
     /// Says what was tried, to a system call's error.
@@ -279,6 +286,7 @@ kinds!({
     Self::Tpm(_) | Self::NoTpm | Self::SilentTpm { .. } => "machine-tpm", Machine;
     Self::Secrets { .. } => "machine-secrets", Machine;
     Self::RootRotten { .. } => "root-rotten", Machine;
+    Self::RootUnread { .. } => "root-unreadable", Machine;
     Self::Usage(_) => "usage", Usage;
 } of {
     Metadata(kiln_release::TufError), Verification;
@@ -361,8 +369,14 @@ mod tests {
         assert_eq!(AgentError::from(DiskError::NoDisk).of_whole_slot().kind(), "disk-none");
         let read = |code| AgentError::system("mounting /dev/dm-0")(std::io::Error::from_raw_os_error(code));
         assert_eq!(read(libc::EIO).kind(), "machine-system-call", "of what reads no root it says nothing");
-        assert_eq!(read(libc::EIO).of_root("/dev/vda2").kind(), "root-rotten");
-        assert_eq!(read(libc::ENOENT).of_root("/dev/vda2").kind(), "machine-system-call");
+        for (code, is_corrupted, kind) in [
+            (libc::EIO, true, "root-rotten"),
+            (libc::EIO, false, "root-unreadable"),
+            (libc::EUCLEAN, false, "root-rotten"),
+            (libc::ENOENT, true, "machine-system-call"),
+        ] {
+            assert_eq!(read(code).of_root("/dev/vda2", is_corrupted).kind(), kind);
+        }
         let kebab = |kind: &str| kind.bytes().all(|b| b == b'-' || b.is_ascii_lowercase());
         assert!(AgentError::kinds().iter().all(|(kind, _)| kebab(kind)));
     }

@@ -128,7 +128,8 @@ pub async fn recorded(flow: &mut Flow, disk: &SharedDisk) -> Result<Verified> {
 }
 
 /// A good release that did not come up is read back whole, if what was kept of it says what it should be. Where its root
-/// is rotten, this boot ends: the next starts another good release, or fetches the root anew.
+/// is rotten, this boot ends: the next starts another good release, or fetches the root anew. What only cannot be read may be what
+/// nothing needs, and the boot goes on.
 pub async fn read_back(flow: &mut Flow, disk: &SharedDisk) -> Result<()> {
     let Ok(Verified { manifest, .. }) = recorded(flow, disk).await else { return Ok(()) };
     println!("kiln-agent: the release in the slot did not come up: its root is read back");
@@ -136,15 +137,14 @@ pub async fn read_back(flow: &mut Flow, disk: &SharedDisk) -> Result<()> {
     let read = read_slot(disk, manifest.root.length, move |disk| {
         let Some(slot) = disk.slots().disk.slot_of(&root_hash) else { return Ok(()) };
         let read = disk.verify(slot, &manifest).map_err(AgentError::of_whole_slot);
-        if read.is_err() {
+        if matches!(read, Err(AgentError::RootRotten { .. })) {
             disk.event(Event::Spoilt(slot), None)?;
         }
         read
     });
     match read.await {
-        // Not rotten, but dead: the boot goes on without it.
-        Err(AgentError::Disk(late @ DiskError::Late { .. })) => {
-            println!("kiln-agent: {late}");
+        Err(error) if !matches!(error, AgentError::RootRotten { .. }) => {
+            println!("kiln-agent: {error}");
             Ok(())
         }
         read => read,

@@ -38,6 +38,8 @@ pub enum Fault {
     None,
     /// Every read is an error.
     Reads,
+    /// Every read of the byte here is an error.
+    ReadsAt(u64),
     /// Every write is an error.
     Writes,
     /// Reads are never answered; writes are done.
@@ -46,6 +48,17 @@ pub enum Fault {
     HoldWrites,
     /// The write of this number, from 0, and all that follows is never done and never answered.
     Hold(usize),
+}
+
+impl Fault {
+    /// Whether a read of so many bytes here is one.
+    fn is_error(self, at: u64, length: usize) -> bool {
+        match self {
+            Self::Reads => true,
+            Self::ReadsAt(byte) => (at..at + length as u64).contains(&byte),
+            Self::None | Self::Writes | Self::HoldReads | Self::HoldWrites | Self::Hold(_) => false,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -180,7 +193,7 @@ fn talk(mut stream: UnixStream, file: &File, shared: &(Mutex<State>, Condvar)) -
         }
         let mut error = 0;
         match kind {
-            0 if lock(shared).fault == Fault::Reads => error = EIO,
+            0 if lock(shared).fault.is_error(at, bytes.len()) => error = EIO,
             0 => file.read_exact_at(&mut bytes, at)?,
             1 => {
                 match write(file, shared, at, &bytes)? {
@@ -210,7 +223,7 @@ fn is_held(shared: &(Mutex<State>, Condvar), kind: u32, answers: &Arc<Mutex<Unix
     let holds = match state.fault {
         Fault::HoldReads => kind == 0,
         Fault::HoldWrites => matches!(kind, 1 | 3),
-        Fault::None | Fault::Reads | Fault::Writes | Fault::Hold(_) => false,
+        Fault::None | Fault::Reads | Fault::ReadsAt(_) | Fault::Writes | Fault::Hold(_) => false,
     };
     if holds {
         state.waiting.push((Arc::clone(answers), cookie));
@@ -235,7 +248,7 @@ fn write(file: &File, shared: &(Mutex<State>, Condvar), at: u64, bytes: &[u8]) -
             shared.1.notify_all();
             return Ok(Done::Held);
         }
-        Fault::None | Fault::Reads | Fault::HoldReads | Fault::HoldWrites | Fault::Hold(_) => {}
+        Fault::None | Fault::Reads | Fault::ReadsAt(_) | Fault::HoldReads | Fault::HoldWrites | Fault::Hold(_) => {}
     }
     state.writes += 1;
     if state.keep {

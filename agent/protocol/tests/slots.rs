@@ -81,6 +81,12 @@ impl World {
         self.disk.is_good(slot) && self.data[slot.index()] == release && release >= Some(self.floor)
     }
 
+    /// Nothing else here is good, and it may still run.
+    fn is_only_good(&self, slot: SlotId) -> bool {
+        let release = self.disk.labels[slot.index()].map(release_of);
+        self.disk.is_good(slot) && release >= Some(self.floor) && !self.disk.is_good(slot.other())
+    }
+
     /// A good root has rotted, and nothing has read it since. What overwrites the other good one then leaves the machine
     /// with a rotten one alone, and that needs the network.
     fn rots_unseen(&self) -> bool {
@@ -165,6 +171,40 @@ impl World {
         out.push(world.off());
     }
 
+    /// The release was started, and its root cannot be read in this boot, whatever lies there.
+    fn cannot_read(&self, release: u64, out: &mut Vec<Self>) {
+        let content = content(release);
+        let Some(slot) = self.disk.slot_of(&content.root_hash) else { return };
+        let mut world = self.clone();
+        for event in [Event::Started(content.root_hash.clone(), Via::Cold), Event::Unread(slot)] {
+            let slots = world.on.clone().unwrap_or_else(|| Slots::new(self.disk.clone(), self.floor));
+            let (after, actions) = slots.event(event);
+            world = world.perform(after, &actions, out);
+        }
+        let good = self.disk.is_good(slot);
+        assert!(!good || world.disk.labels == self.disk.labels, "what is good and cannot be read may be whole");
+        out.push(world.off());
+    }
+
+    /// The only good root has rotted, and a start finds it: the network is needed, and it is enough.
+    fn is_mended(&self, slot: SlotId) {
+        let content = content(release_of(self.disk.labels[slot.index()].expect("what is good has its label")));
+        let found = Slots::new(self.disk.clone(), self.floor);
+        let (found, _) = found.event(Event::Started(content.root_hash.clone(), Via::Cold));
+        let (found, _) = found.event(Event::Spoilt(slot));
+        assert_eq!(found.disk.slot_of(&content.root_hash), None, "it is never mounted again");
+        let known = found.disk.listed(&content.root_hash).expect("its entry stays").name.sequence;
+        let mut slots = Slots::new(found.disk, self.floor);
+        let assign = Event::Assign(content.clone(), known, Go::Here(Via::Cold));
+        for event in [assign, Event::Fetched, Event::Granted, Event::Healthy] {
+            let (after, actions) = slots.event(event);
+            assert!(!matches!(actions[..], [Action::Refuse(_)]), "{actions:?}: {}", line(self));
+            slots = after;
+        }
+        let slot = slots.disk.slot_of(&content.root_hash).expect("it was fetched");
+        assert!(slots.disk.is_good(slot), "{}", line(self));
+    }
+
     /// It was started for the last time of too many, and no server answers. The other good root is read back first.
     fn loops(&self, release: u64, out: &mut Vec<Self>) {
         let slot = self.disk.slot_of(&content(release).root_hash).expect("it was started from its slot");
@@ -217,6 +257,7 @@ impl World {
             if !starts_cold(release) || release < self.floor {
                 continue;
             }
+            after.cannot_read(release, out);
             if self.holds(release) {
                 after.start(release, Via::Cold, out);
                 after.loops(release, out);
@@ -296,7 +337,9 @@ impl World {
             if self.data[install.slot.index()] == Some(install.content.release.release) {
                 events.push(Event::Fetched);
             }
-            // A read error; of the only good root there is no other copy, and the network is asked for it.
+            // It cannot be read now.
+            events.push(Event::Unread(install.slot));
+            // Or it is fetched anew; of the only good root there is no other copy, and the network is asked for it.
             if !self.disk.is_good(install.slot) || self.good_and_whole(install.slot.other()) {
                 events.push(Event::Spoilt(install.slot));
             }
@@ -315,6 +358,8 @@ impl World {
                 rotten.data[slot.index()] = None;
                 rotten.step(slots.clone(), Event::Spoilt(slot), out);
                 out.push(rotten.off());
+            } else if self.is_only_good(slot) {
+                self.is_mended(slot);
             }
         }
         // The floor never rises above the last-known-good release: `kiln` refuses it.

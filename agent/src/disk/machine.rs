@@ -165,6 +165,11 @@ pub fn content(manifest: &Manifest) -> Result<Content> {
     })
 }
 
+/// Whether what was read back is not what was written, rather than not to be read.
+fn is_other(error: &AgentError) -> bool {
+    matches!(error, AgentError::Disk(DiskError::ReadBack { .. }))
+}
+
 impl MachineDisk {
     /// Finds the machine's disk, partitions it where that is allowed, and reads it. Whatever the disks do, it ends within
     /// the time that [`search`] gives them, and the runtime goes on meanwhile. With it come the disks beside it that failed, or
@@ -408,7 +413,9 @@ impl MachineDisk {
     /// entry in place. Says how the release will be gone to.
     pub fn finish_install(&mut self, slot: SlotId, manifest: &Manifest, record: &Record, uki: &Path) -> Result<Via> {
         if let Err(error) = self.verify(slot, manifest) {
-            self.event(Event::Spoilt(slot), None)?;
+            // Without another that is good, what only cannot be read stays.
+            let spoilt = is_other(&error) || self.slots.disk.is_good(slot.other());
+            self.event(if spoilt { Event::Spoilt(slot) } else { Event::Unread(slot) }, None)?;
             return Err(error);
         }
         self.event(Event::Fetched, Some(uki))?;
@@ -428,11 +435,13 @@ impl MachineDisk {
     }
 
     /// A slot's release is read back whole: its root, and its UKI. Whether the UKI is as it was signed. A root that is not ends
-    /// with an error, and its slot is spoilt.
+    /// with an error, and its slot is spoilt; one that cannot be read ends with an error alone.
     pub fn is_whole(&mut self, slot: SlotId, manifest: &Manifest) -> Result<bool> {
         let content = content(manifest)?;
         if let Err(error) = self.verify(slot, manifest) {
-            self.event(Event::Spoilt(slot), None)?;
+            if is_other(&error) {
+                self.event(Event::Spoilt(slot), None)?;
+            }
             return Err(error);
         }
         Ok(self.store.uki_hash(&content).is_ok_and(|hash| hash == content.uki.as_str()))
@@ -483,20 +492,5 @@ impl MachineDisk {
 }
 
 #[cfg(test)]
-impl MachineDisk {
-    /// A new file as the disk of a machine on which this release is on trial. Its slot is empty.
-    pub fn on_trial(path: &Path, manifest: &Manifest, uki: &Path) -> Self {
-        let settings = DiskSettings { esp: 64 << 20, slot: 16 << 20, state: 36 << 20, ..DiskSettings::default() };
-        let size = 140 << 20;
-        File::create_new(path).unwrap().set_len(size).unwrap();
-        let layout = Layout::new(size, &settings, "lab").unwrap();
-        let mut store = Store::open(Device::open(path).unwrap(), layout, true, "sda").unwrap();
-        let slots = Slots::new(store.read().unwrap(), 0);
-        let mut disk = Self { store, slots, starts: None };
-        let assign = Event::Assign(content(manifest).unwrap(), 4, Go::Here(Via::Cold));
-        for event in [assign, Event::Fetched, Event::Granted] {
-            disk.event(event, Some(uki)).unwrap();
-        }
-        disk
-    }
-}
+#[path = "tests/on_trial.rs"]
+mod on_trial;

@@ -93,8 +93,9 @@ pub(super) async fn start(
     leave(flow, verified, uplink, None, failed.as_ref()).await
 }
 
-/// The same from a slot. A root that cannot be mounted, or whose init cannot be read, is told to the slots: the next boot is
-/// another's. What else fails says nothing of the root. Where the disk gives no answer this boot ends.
+/// The same from a slot. A root that cannot be mounted, or whose init cannot be read, is told to the slots: where it was altered,
+/// or a boot server has it, the next boot is another's. What else fails says nothing of the root. Where the disk gives no answer
+/// this boot ends.
 async fn start_slot(
     flow: &mut Flow,
     verified: Verified,
@@ -109,7 +110,7 @@ async fn start_slot(
     let place = device.clone();
     let mounted = on_disk_within(disk, "mounting the root", worker::COMMIT, move |_| {
         let mounted = verity::open_device(&device, &params, &root_hash, secure_boot).and_then(|root| mount_root(&root));
-        mounted.map_err(|error| error.of_root(&device))
+        mounted.map_err(|error| error.of_root(&device, verity::is_corrupted().unwrap_or(false)))
     });
     let on = OnDisk { name: disk.name().to_owned(), via: kexec::started_this() };
     let left = match mounted.await {
@@ -120,10 +121,16 @@ async fn start_slot(
         Ok(never) => match never {},
         Err(error) => error,
     };
-    if let AgentError::RootRotten { reason, .. } = error {
-        on_disk(disk, move |disk| disk.event(Event::Spoilt(slot), None)).await?;
-        return Err(AgentError::RootRotten { place, reason });
-    }
+    let (event, error) = if let AgentError::RootRotten { reason, .. } = error {
+        (Event::Spoilt(slot), AgentError::RootRotten { place, reason })
+    } else if let AgentError::RootUnread { reason, .. } = error {
+        let has_server = flow.verifier.accepted.is_some();
+        let event = if has_server { Event::Spoilt(slot) } else { Event::Unread(slot) };
+        (event, AgentError::RootUnread { place, reason })
+    } else {
+        return Err(error);
+    };
+    on_disk(disk, move |disk| disk.event(event, None)).await?;
     Err(error)
 }
 

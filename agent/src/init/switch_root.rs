@@ -2,7 +2,7 @@
 
 use crate::disk::machine::SharedDisk;
 use crate::error::{AgentError, Result};
-use crate::sys;
+use crate::{sys, verity};
 use nix::mount::{MsFlags, mount};
 use std::convert::Infallible;
 use std::ffi::CString;
@@ -34,7 +34,7 @@ pub(super) fn switch_root(disk: Option<&SharedDisk>) -> Result<Infallible> {
     let init = CString::new(NEXT_INIT).expect("a constant without NUL");
     match nix::unistd::execv(&init, &[&init]) {
         // The first of the root that is read for more than its names.
-        Err(errno) => Err(step(NEXT_INIT)(errno).of_root(NEXT_INIT)),
+        Err(errno) => Err(step(NEXT_INIT)(errno).of_root(NEXT_INIT, verity::is_corrupted().unwrap_or(false))),
         Ok(never) => match never {},
     }
 }

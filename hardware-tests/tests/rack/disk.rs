@@ -17,9 +17,9 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
-const NAME: &str = "rack-1";
+pub const NAME: &str = "rack-1";
 /// Where slot A begins: 1 MiB, and the 128 MiB that the recipe gives the EFI system partition.
-const SLOT_A: u64 = 129 << 20;
+pub const SLOT_A: u64 = 129 << 20;
 
 /// A machine with a blank disk installs itself over the network; it comes up from its disk after a power cut with the
 /// boot server gone, and with the whole network gone, which its service finds when it is back; a reimage goes to the other slot through the loader; and a trial whose root is overwritten on the
@@ -114,7 +114,7 @@ fn spec() -> MachineSpec {
 }
 
 /// A rack with one machine, off, and release 1 of the image for disks published.
-fn rack(paths: &Paths, name: &str) -> Rack {
+pub fn rack(paths: &Paths, name: &str) -> Rack {
     let mut options = RackOptions::scenario(paths, name, spec());
     options.image = site::DISK.to_owned();
     let rack = Rack::start(paths, &options).unwrap();
@@ -123,7 +123,7 @@ fn rack(paths: &Paths, name: &str) -> Rack {
 }
 
 /// Switches it on and waits until it runs release 1 from slot A.
-fn installed(rack: &mut Rack) -> Arc<Console> {
+pub fn installed(rack: &mut Rack) -> Arc<Console> {
     rack.machine(NAME).power_on().unwrap();
     rack.wait_healthy(NAME, 1).unwrap();
     let console = rack.machine(NAME).console().unwrap().clone();
@@ -132,7 +132,7 @@ fn installed(rack: &mut Rack) -> Arc<Console> {
 }
 
 /// Switches it on again, and waits for a line of this start.
-fn starts_and_says(rack: &mut Rack, line: &str) -> String {
+pub fn starts_and_says(rack: &mut Rack, line: &str) -> String {
     rack.machine(NAME).power_on().unwrap();
     let console = rack.machine(NAME).console().unwrap().clone();
     console.wait_for(line, Mark::default(), IDLE).unwrap();
@@ -254,60 +254,6 @@ fn an_unreadable_esp_and_a_rotten_slot_are_mended_over_the_network() {
         let said = starts_and_says(&mut rack, "is healthy: vda: A Good disk/1");
         assert!(said.contains("Start PXE"), "the network comes first");
     });
-}
-
-/// The table of the EFI system partition says of one of its files what is not so, in one copy and then in both: the machine starts
-/// from its slot with the boot server dead, nothing else of the partition changes, and the file is there again.
-#[test]
-#[ignore = "slow: an install and two boots from the disk; make test-slow"]
-fn a_broken_chain_on_the_esp_costs_its_file_alone() {
-    testing::rack(|paths| {
-        let mut rack = rack(paths, "disk-chain");
-        installed(&mut rack);
-        rack.machine(NAME).power_off();
-        let path = rack.machine(NAME).disk(0);
-        let before = entries(&path);
-        let disk = std::fs::File::options().read(true).write(true).open(&path).unwrap();
-        let mut sectors = [0; 4];
-        disk.read_exact_at(&mut sectors, (1 << 20) + 36).unwrap();
-        let table = |copy: u64| (1 << 20) + (32 + copy * u64::from(u32::from_le_bytes(sectors))) * 512;
-        for copies in 1..=2 {
-            let cluster = first_cluster(&path, "EFI/BOOT/BOOTX64.EFI");
-            for copy in 0..copies {
-                disk.write_all_at(&[0; 4], table(copy) + cluster * 4).unwrap();
-            }
-            rack.kill_server();
-            let said = starts_and_says(&mut rack, "disk/1 is healthy: vda: A Good disk/1");
-            assert!(said.contains("the release in the slot starts") && !said.contains("Start PXE"), "{said}");
-            assert_eq!(entries(&path), before, "the loader's entries stay as they are");
-            rack.start_server().unwrap();
-            rack.wait_healthy(NAME, 1).unwrap();
-            let console = rack.machine(NAME).console().unwrap().clone();
-            if copies == 2 {
-                console
-                    .wait_for("EFI/BOOT/BOOTX64.EFI was not as it was signed: it is right again", Mark::default(), IDLE)
-                    .unwrap();
-            }
-            rack.machine(NAME).power_off();
-            let firsts = [0, 1].map(|copy| {
-                let mut value = [0; 4];
-                let cluster = first_cluster(&path, "EFI/BOOT/BOOTX64.EFI");
-                disk.read_exact_at(&mut value, table(copy) + cluster * 4).unwrap();
-                u32::from_le_bytes(value)
-            });
-            assert!(firsts[0] == firsts[1] && firsts[0] > 1, "both copies say where it goes on: {firsts:?}");
-        }
-    });
-}
-
-/// A file's first cluster on the EFI system partition, as mtools reads it: `::/NAME <5-260>`.
-fn first_cluster(disk: &Path, name: &str) -> u64 {
-    let image = format!("{}@@{}", disk.display(), 1 << 20);
-    let mut command = Command::new("mshowfat");
-    let said = command::run_command(command.env("MTOOLS_SKIP_CHECK", "1").args(["-i", &image, &format!("::/{name}")]));
-    let said = said.unwrap();
-    let digits = said.rsplit_once('<').unwrap_or_else(|| panic!("{said}")).1;
-    digits.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
 }
 
 /// Whether the server was told, in one of the boots that it knows.
@@ -432,14 +378,14 @@ fn a_release_that_loops_is_left_for_the_other_slots_without_a_server() {
 }
 
 /// Comes up as far as the image's own init, and the power is cut.
-fn starts_in_vain(rack: &mut Rack, release: u64) {
+pub fn starts_in_vain(rack: &mut Rack, release: u64) {
     let said = starts_and_says(rack, "systemd[1]");
     assert!(said.contains(&format!("image disk release {release}")), "{said}");
     rack.machine(NAME).power_off();
 }
 
 /// Names in `loader/entries`, as mtools reads them.
-fn entries(disk: &Path) -> String {
+pub fn entries(disk: &Path) -> String {
     let image = format!("{}@@{}", disk.display(), 1 << 20);
     command::run_command(Command::new("mdir").args(["-b", "-i", &image, "::/loader/entries"])).unwrap()
 }

@@ -23,6 +23,7 @@ mod network;
 mod option_roms;
 mod orders;
 mod revoked_loader;
+mod rotten;
 mod screen;
 mod script;
 mod secrets;

@@ -24,8 +24,10 @@ pub enum Event {
     Healthy,
     /// A trial that was not healthy by its deadline.
     Late,
-    /// The root in this slot does not verify, or cannot be read.
+    /// The root in this slot was read and does not verify; or it cannot be read, and a server is there that has it.
     Spoilt(SlotId),
+    /// The root in this slot could not be read. It may be whole, and another time it may be read.
+    Unread(SlotId),
     /// The good release in this slot was started again and again and never became healthy.
     Loops(SlotId),
     /// The floor is this now.
@@ -146,6 +148,7 @@ impl Slots {
             Event::Healthy => self.healthy(&mut out),
             Event::Late => self.late(&mut out),
             Event::Spoilt(slot) => self.spoilt(slot, &mut out),
+            Event::Unread(slot) => self.unread(slot, &mut out),
             Event::Loops(slot) => self.loops(slot, &mut out),
             Event::Floor(floor) => self.raise_floor(floor, &mut out),
         }
@@ -386,6 +389,16 @@ impl Slots {
         if self.disk.labels[slot.index()].is_some() {
             self.act(Action::Unlabel(slot), out);
         }
+        self.running = self.running.take().filter(|running| running.slot != slot);
+    }
+
+    /// A trial is left for a release that is good, as one that is spoilt. What is good stays as it is: it may be all there is, and its
+    /// starts are counted.
+    fn unread(&mut self, slot: SlotId, out: &mut Vec<Action>) {
+        if !self.disk.is_good(slot) && self.is_good(slot.other()) {
+            return self.spoilt(slot, out);
+        }
+        self.install = self.install.take().filter(|install| install.slot != slot);
         self.running = self.running.take().filter(|running| running.slot != slot);
     }
 

@@ -106,6 +106,24 @@ fn a_good_release_that_loops_is_left_for_the_other_once() {
 }
 
 #[test]
+fn what_cannot_be_read_stays_where_it_is_good_and_fails_where_it_is_a_trial() {
+    let before = good_machine(4);
+    let (after, said) = before.clone().event(Event::Unread(SlotId::A));
+    assert_eq!((&after.disk, said.len(), after.running), (&before.disk, 0, None));
+    let go = Go::Leave(Via::Cold);
+    let (slots, _) = steps(before, [Event::Assign(content(2), 5, go), Event::Fetched, Event::Granted]);
+    let (trial, said) = Slots::new(slots.disk.clone(), 1).event(Event::Unread(SlotId::B));
+    let Some(Action::Unlabel(SlotId::B)) = said.last() else { panic!("{said:?}") };
+    assert_eq!(names(&trial), ["kiln-4.conf", "kiln-5.spoilt"]);
+    // Both are good: neither goes for that.
+    let (both, _) = steps(slots, [Event::Started(content(2).root_hash, Via::Cold), Event::Healthy]);
+    for slot in SlotId::BOTH {
+        let (after, said) = Slots::new(both.disk.clone(), 1).event(Event::Unread(slot));
+        assert_eq!((after.disk, said), (both.disk.clone(), vec![]));
+    }
+}
+
+#[test]
 fn a_power_blip_on_a_good_slot_costs_nothing() {
     let slots = good_machine(4);
     let before = slots.disk.clone();

@@ -1,0 +1,89 @@
+//! Disks of which a little is not as it was, or cannot be read: what is whole on them starts, without a boot server.
+
+use crate::disk::{NAME, SLOT_A, entries, installed, rack, starts_and_says};
+use kiln_lab::console::Mark;
+use kiln_lab::nbd::Fault;
+use kiln_lab::rack::IDLE;
+use kiln_lab::{command, testing};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+
+/// The table of the EFI system partition says of one of its files what is not so, in one copy and then in both: the machine starts
+/// from its slot with the boot server dead, nothing else of the partition changes, and the file is there again.
+#[test]
+#[ignore = "slow: an install and two boots from the disk; make test-slow"]
+fn a_broken_chain_on_the_esp_costs_its_file_alone() {
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-chain");
+        installed(&mut rack);
+        rack.machine(NAME).power_off();
+        let path = rack.machine(NAME).disk(0);
+        let before = entries(&path);
+        let disk = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+        let mut sectors = [0; 4];
+        disk.read_exact_at(&mut sectors, (1 << 20) + 36).unwrap();
+        let table = |copy: u64| (1 << 20) + (32 + copy * u64::from(u32::from_le_bytes(sectors))) * 512;
+        for copies in 1..=2 {
+            let cluster = first_cluster(&path, "EFI/BOOT/BOOTX64.EFI");
+            for copy in 0..copies {
+                disk.write_all_at(&[0; 4], table(copy) + cluster * 4).unwrap();
+            }
+            rack.kill_server();
+            let said = starts_and_says(&mut rack, "disk/1 is healthy: vda: A Good disk/1");
+            assert!(said.contains("the release in the slot starts") && !said.contains("Start PXE"), "{said}");
+            assert_eq!(entries(&path), before, "the loader's entries stay as they are");
+            rack.start_server().unwrap();
+            rack.wait_healthy(NAME, 1).unwrap();
+            let console = rack.machine(NAME).console().unwrap().clone();
+            if copies == 2 {
+                console
+                    .wait_for("EFI/BOOT/BOOTX64.EFI was not as it was signed: it is right again", Mark::default(), IDLE)
+                    .unwrap();
+            }
+            rack.machine(NAME).power_off();
+            let firsts = [0, 1].map(|copy| {
+                let mut value = [0; 4];
+                let cluster = first_cluster(&path, "EFI/BOOT/BOOTX64.EFI");
+                disk.read_exact_at(&mut value, table(copy) + cluster * 4).unwrap();
+                u32::from_le_bytes(value)
+            });
+            assert!(firsts[0] == firsts[1] && firsts[0] > 1, "both copies say where it goes on: {firsts:?}");
+        }
+    });
+}
+
+/// A file's first cluster on the EFI system partition, as mtools reads it: `::/NAME <5-260>`.
+fn first_cluster(disk: &Path, name: &str) -> u64 {
+    let image = format!("{}@@{}", disk.display(), 1 << 20);
+    let mut command = Command::new("mshowfat");
+    let said = command::run_command(command.env("MTOOLS_SKIP_CHECK", "1").args(["-i", &image, &format!("::/{name}")]));
+    let said = said.unwrap();
+    let digits = said.rsplit_once('<').unwrap_or_else(|| panic!("{said}")).1;
+    digits.split(|c: char| !c.is_ascii_digit()).next().unwrap().parse().unwrap()
+}
+
+/// The first sector of the only good root cannot be read for a while, and no boot server is there: the starts end, the slot keeps
+/// its label, and with the sector back the release starts from it.
+#[test]
+#[ignore = "slow: an install and three starts from the disk; make test-slow"]
+fn a_root_that_cannot_be_read_for_a_while_is_not_given_up() {
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-unread");
+        installed(&mut rack);
+        rack.machine(NAME).power_off();
+        rack.kill_server();
+        let held = rack.machine(NAME).hold_disk(0).unwrap();
+        held.set_fault(Fault::ReadsAt(SLOT_A + 1024));
+        for _ in 0..2 {
+            let said = starts_and_says(&mut rack, "failed (root-unreadable");
+            assert!(said.contains("the release in the slot starts"), "{said}");
+            rack.machine(NAME).power_off();
+        }
+        held.set_fault(Fault::None);
+        let said = starts_and_says(&mut rack, "disk/1 is healthy: vda: A Good disk/1");
+        assert!(said.contains("the release in the slot starts"), "{said}");
+        rack.start_server().unwrap();
+        rack.wait_healthy(NAME, 1).unwrap();
+    });
+}

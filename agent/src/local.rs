@@ -127,6 +127,16 @@ pub async fn recorded(flow: &mut Flow, disk: &SharedDisk) -> Result<Verified> {
     Ok(verified)
 }
 
+/// The same where nothing else is left to start by. What fails then counts, whatever it is: a record that rotted verifies no more
+/// than one that was put there, and the other slot's may.
+pub async fn only_recorded(flow: &mut Flow, disk: &SharedDisk) -> Result<Verified> {
+    let verified = recorded(flow, disk).await;
+    if verified.is_err() {
+        count_start(disk).await;
+    }
+    verified
+}
+
 /// A good release that did not come up is read back whole, if what was kept of it says what it should be. Where its root
 /// is rotten, this boot ends: the next starts another good release, or fetches the root anew. What only cannot be read may be what
 /// nothing needs, and the boot goes on.
@@ -308,17 +318,57 @@ async fn fetch_root(flow: &mut Flow, manifest: &Manifest, disk: &SharedDisk, slo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::TestSite;
+    use crate::journal::Journal;
+    use crate::testing::{TestSite, journal, web};
+    use crate::verifier::Servers;
+    use std::collections::BTreeMap;
+
+    /// A machine's disk in a file, release 1 of the site good on it.
+    fn good(site: &TestSite, dir: &std::path::Path) -> SharedDisk {
+        let (manifest, uki) = (&site.manifests[&1], dir.join("uki"));
+        std::fs::write(&uki, &site.files[&site.paths(1)[0][1..]]).unwrap();
+        let mut disk = MachineDisk::on_trial(&dir.join("disk"), manifest, &uki);
+        disk.event(Event::Healthy, None).unwrap();
+        SharedDisk::new(disk)
+    }
+
+    /// A byte of what was kept of the only good release is another, and no server answers.
+    #[test]
+    fn a_start_by_a_record_that_does_not_verify_counts() {
+        let (dir, site) = (tempfile::tempdir().unwrap(), TestSite::new(1));
+        let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+        let mut verifier = site.verifier(1, &[http], &[], &dir.path().join("state"));
+        verifier.boot.site.mode = Mode::Disk;
+        let journal = Journal { running: None, ..journal(&verifier) };
+        let tell_every = Duration::from_secs(20);
+        let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every };
+        let disk = good(&site, dir.path());
+        let root_hash = machine::content(&site.manifests[&1]).unwrap().root_hash;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let here = flow.verifier.here().unwrap();
+            let files = flow.verifier.verify_metadata(&here).await.unwrap().files;
+            let mut record = Record { files, assignment: String::new(), servers: Servers::default() };
+            let part = record.files.values_mut().find(|text| text.contains("sha256")).unwrap();
+            *part = part.replacen("sha256", "sha257", 1);
+            let hash = root_hash.clone();
+            on_disk(&disk, move |disk| disk.keep_record(&hash, &record)).await.unwrap();
+            for counted in 0..2 {
+                let hash = root_hash.clone();
+                assert_eq!(on_disk(&disk, move |disk| Ok(disk.count_start(&hash, 7).count)).await.unwrap(), counted);
+                let error = only_recorded(&mut flow, &disk).await.map(drop).unwrap_err();
+                assert_eq!(error.class(), FailureClass::Verification, "{error}");
+                // As the boot ends: not once more.
+                count_failed(&disk, &error).await;
+            }
+        });
+    }
 
     #[test]
     fn a_good_release_that_this_machine_cannot_start_is_counted_and_one_that_is_cut_off_is_not() {
         let (dir, site) = (tempfile::tempdir().unwrap(), TestSite::new(1));
-        let (manifest, uki) = (&site.manifests[&1], dir.path().join("uki"));
-        std::fs::write(&uki, &site.files[&site.paths(1)[0][1..]]).unwrap();
-        let mut disk = MachineDisk::on_trial(&dir.path().join("disk"), manifest, &uki);
-        disk.event(Event::Healthy, None).unwrap();
-        let root_hash = machine::content(manifest).unwrap().root_hash;
-        let disk = SharedDisk::new(disk);
+        let disk = good(&site, dir.path());
+        let root_hash = machine::content(&site.manifests[&1]).unwrap().root_hash;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let begins = || {
             let root_hash = root_hash.clone();

@@ -3,9 +3,10 @@
 
 use super::block::{Block, SECTOR};
 use super::layout::{Found, look};
+use super::record::Record;
 use super::store::Store;
 use crate::error::{AgentError, Result};
-use kiln_protocol::slot::SlotId;
+use kiln_protocol::slot::{Label, SlotId};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
@@ -58,7 +59,7 @@ impl Block for Untouched {
     }
 }
 
-/// Prints it, a line each: whose it is, the slots, the boot entries, the UKIs.
+/// Prints it, a line each: whose it is, the slots, the boot entries, the UKIs, and of which releases a record is kept.
 pub fn run(path: &Path, site: &str) -> Result<()> {
     let failed = |e: io::Error| AgentError::file(path)(e);
     let mut file = File::open(path).map_err(failed)?;
@@ -88,6 +89,15 @@ pub fn run(path: &Path, site: &str) -> Result<()> {
     }
     for uki in &disk.ukis {
         println!("uki {uki}");
+    }
+    println!("state {}", store.layout.state().start);
+    for label in disk.labels.into_iter().flatten() {
+        let named = disk.entries.iter().find(|entry| Label::of(&entry.content.root_hash) == label);
+        let Some(root_hash) = named.map(|entry| &entry.content.root_hash) else { continue };
+        let bytes = store.record(root_hash).ok().flatten().unwrap_or_default();
+        if let Ok(record) = serde_json::from_slice::<Record>(&bytes) {
+            println!("record {root_hash} {}", record.digest());
+        }
     }
     Ok(())
 }

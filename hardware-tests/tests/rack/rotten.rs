@@ -1,6 +1,7 @@
 //! Disks of which a little is not as it was, or cannot be read: what is whole on them starts, without a boot server.
 
 use crate::disk::{NAME, SLOT_A, entries, installed, rack, starts_and_says};
+use kiln_lab::api::MachineView;
 use kiln_lab::console::Mark;
 use kiln_lab::nbd::Fault;
 use kiln_lab::rack::IDLE;
@@ -85,5 +86,47 @@ fn a_root_that_cannot_be_read_for_a_while_is_not_given_up() {
         assert!(said.contains("the release in the slot starts"), "{said}");
         rack.start_server().unwrap();
         rack.wait_healthy(NAME, 1).unwrap();
+    });
+}
+
+/// A byte of what was kept of the release that starts is another, and the boot server is dead: its starts count, though it is no
+/// fault of the release, and the other slot's good release, whose record is whole, is next.
+#[test]
+#[ignore = "slow: an install, a reimage and seven starts from the disk; make test-slow"]
+fn a_record_that_rotted_is_left_for_the_other_slots_release() {
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-record");
+        let console = installed(&mut rack);
+        rack.kiln(&["release", "publish", "disk/2"]).unwrap();
+        rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
+        rack.wait_healthy(NAME, 2).unwrap();
+        console.wait_for("disk/2 is healthy: vda: A Good disk/1, B Good disk/2", Mark::default(), IDLE).unwrap();
+        rack.machine(NAME).power_off();
+        rack.kill_server();
+        let disk = rack.machine(NAME).disk(0);
+        let agent = paths.agent.display().to_string();
+        let says = || command::run(&agent, ["disk", disk.to_str().unwrap(), "lab"]).unwrap();
+        let said = says();
+        let start = said.lines().find_map(|line| line.strip_prefix("state ")).unwrap_or_else(|| panic!("{said}"));
+        let label = said.lines().find_map(|line| line.strip_prefix("slot B ")?.rsplit(' ').next()).unwrap();
+        let (image, kept) = (format!("{}@@{start}", disk.display()), paths.scratch.join("record"));
+        let (name, file) = (format!("::/{label}.json"), kept.to_str().unwrap());
+        command::run("mcopy", ["-n", "-o", "-i", &image, &name, file]).unwrap();
+        let before = std::fs::read_to_string(&kept).unwrap();
+        let after = before.replacen("\\\"sequence\\\":", "\\\"sequencf\\\":", 1);
+        assert!(after != before, "{before}");
+        std::fs::write(&kept, after).unwrap();
+        command::run("mcopy", ["-n", "-o", "-i", &image, file, &name]).unwrap();
+        assert_eq!(says().lines().filter(|line| line.starts_with("record ")).count(), 2, "it is JSON still");
+        for _ in 0..5 {
+            let said = starts_and_says(&mut rack, "this boot ends here");
+            assert!(said.contains("image disk release 2"), "{said}");
+            rack.machine(NAME).power_off();
+        }
+        let said = starts_and_says(&mut rack, "disk/1 is healthy: vda: A Good disk/1, B Failed disk/2");
+        assert!(said.contains("disk/2 was started 5 times in a row") && !said.contains("SAFE MODE"), "{said}");
+        rack.start_server().unwrap();
+        let gave_up = |v: &MachineView| v.reason.as_ref().is_some_and(|r| r.contains("good-boot-loop"));
+        rack.wait(NAME, "fell back", |v| v.state == "fell-back" && gave_up(v)).unwrap();
     });
 }

@@ -54,6 +54,15 @@ impl Layout {
         Ok(Self { table: Gpt { disk_id, partitions } })
     }
 
+    /// Gives the EFI system partition an id of its own, a version 4 UUID (RFC 9562 §5.4): firmware finds the loader by it, and another
+    /// machine's disk of the site may be in the same machine. Disks of earlier agents have the site's.
+    pub fn name_esp(&mut self, random: &[u8; 32]) {
+        let mut id: [u8; 16] = random[..16].try_into().expect("sixteen of 32 bytes");
+        id[6] = (id[6] & 0x0f) | 0x40;
+        id[8] = (id[8] & 0x3f) | 0x80;
+        self.table.partitions[0].id = guid(id);
+    }
+
     /// The table, if it is Kiln's and this site's.
     pub fn of(table: Gpt, site: &str) -> Option<Self> {
         let ours = table.disk_id == derived("kiln-disk", site.as_bytes())

@@ -11,6 +11,7 @@ use super::worker::{self, COMMIT, Worker};
 use super::{DiskError, boot_order};
 use crate::error::{AgentError, Result};
 use crate::fetch::Put;
+use crate::memory::random;
 use crate::sys;
 use kiln_protocol::slot::{Action, Content, Entry, EntryKind, Event, Go, Label, SlotId, SlotState, Slots};
 use kiln_protocol::{ReleaseId, Sha256Hex, Via};
@@ -181,7 +182,8 @@ impl MachineDisk {
         let broken = search::broken(&disks);
         let (name, layout, format) = match choose(disks, &settings(boot), site, wanted.as_ref().map(Label::of))? {
             Choice::Use(name, layout) => (name, layout, false),
-            Choice::Format(name, layout) => {
+            Choice::Format(name, mut layout) => {
+                layout.name_esp(&random()?);
                 println!("kiln-agent: {name} is partitioned: loader, two slots, state");
                 (name, layout, true)
             }

@@ -45,6 +45,29 @@ fn each_kind_of_disk_has_its_outcome() {
     assert!(matches!(choose(two, &settings, SITE, label).unwrap(), Choice::Use(name, _) if name == "vdb"));
 }
 
+/// Firmware names the loader by its partition's id: of two disks of a site in one machine it starts the one that was meant.
+#[test]
+fn two_disks_of_a_site_have_efi_system_partitions_of_different_names() {
+    let made = |random: u8| {
+        let mut layout = Layout::new(SIZE, &settings(), SITE).unwrap();
+        layout.name_esp(&[random; 32]);
+        let mut store = Store::open(Recorded::default(), layout.clone(), true, "test").unwrap();
+        // A label is written with the whole table.
+        store.perform(&Action::Label(SlotId::A, release(1).content), None).unwrap();
+        let Found::Ours(found) = look(store.disk(), SITE).unwrap() else { panic!("it is ours") };
+        assert_eq!(found.esp_address(), layout.esp_address());
+        found.esp_address().3
+    };
+    let [one, two] = [0x5a, 0xff].map(made);
+    // As text: 5a5a5a5a-5a5a-4a5a-9a5a-…, ffffffff-ffff-4fff-bfff-….
+    assert_eq!((&one[6..9], &two[6..9]), (&[0x5a, 0x4a, 0x9a][..], &[0xff, 0x4f, 0xbf][..]));
+    let earlier = installed();
+    assert!(
+        ![one, two].contains(&earlier.layout.esp_address().3),
+        "a disk of an earlier agent keeps its own, and is ours"
+    );
+}
+
 /// It may be Kiln's: with another table this machine would have two disks, and somebody one less.
 #[test]
 fn beside_a_disk_that_is_late_none_is_partitioned() {

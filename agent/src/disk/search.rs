@@ -33,24 +33,30 @@ struct Disk {
 }
 
 /// A disk's attribute in sysfs, as a number.
-fn attribute(name: &str, what: &str) -> Option<u64> {
-    std::fs::read_to_string(Path::new(BLOCKS).join(name).join(what)).ok()?.trim().parse().ok()
+fn attribute(blocks: &Path, name: &str, what: &str) -> Option<u64> {
+    std::fs::read_to_string(blocks.join(name).join(what)).ok()?.trim().parse().ok()
+}
+
+/// The disks that the kernel shows in this folder of sysfs.
+fn disks(blocks: &Path) -> impl Iterator<Item = String> {
+    let entries = std::fs::read_dir(blocks).into_iter().flatten().flatten();
+    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(move |name| {
+        let is = |what: &str| attribute(blocks, name, what).is_some_and(|value| value != 0);
+        !NO_DISKS.iter().any(|prefix| name.starts_with(prefix))
+            && !blocks.join(name).join("partition").exists()
+            && is("size")
+            && !is("removable")
+            && !is("ro")
+            // NVMe multipath shows each path besides the disk itself; it has no node.
+            && !is("hidden")
+    })
 }
 
 /// Every disk of this machine, looked at.
 pub(super) async fn candidates(site: &str) -> Vec<Candidate> {
-    let entries = std::fs::read_dir(BLOCKS).into_iter().flatten().flatten();
-    let names = entries.map(|entry| entry.file_name().to_string_lossy().into_owned());
-    let names = names.filter(|name| {
-        let is = |what: &str| attribute(name, what).is_some_and(|value| value != 0);
-        !NO_DISKS.iter().any(|prefix| name.starts_with(prefix))
-            && !Path::new(BLOCKS).join(name).join("partition").exists()
-            && is("size")
-            && !is("removable")
-            && !is("ro")
-    });
-    let disks = names.map(|name| {
-        let size = attribute(&name, "size").unwrap_or(0).saturating_mul(512);
+    let disks = disks(Path::new(BLOCKS)).map(|name| {
+        let size = attribute(Path::new(BLOCKS), &name, "size").unwrap_or(0).saturating_mul(512);
         let (site, disk) = (site.to_owned(), name.clone());
         Disk { name, size, look: Box::new(move || what_is_on(&disk, &site)) }
     });
@@ -64,7 +70,8 @@ pub(super) fn broken(disks: &[Candidate]) -> Vec<DiskError> {
 }
 
 fn what_is_on(name: &str, site: &str) -> Result<Found, DiskError> {
-    let sector = attribute(name, "queue/logical_block_size").and_then(|bytes| u32::try_from(bytes).ok());
+    let sector =
+        attribute(Path::new(BLOCKS), name, "queue/logical_block_size").and_then(|bytes| u32::try_from(bytes).ok());
     if let Some(bytes) = sector.filter(|bytes| *bytes != 512) {
         return Err(DiskError::SectorSize { disk: name.to_owned(), bytes });
     }
@@ -166,6 +173,37 @@ mod tests {
 
     fn runtime() -> tokio::runtime::Runtime {
         tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+    }
+
+    #[test]
+    fn what_is_no_disk_of_its_own_is_passed_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let add = |name: &str, files: &[(&str, &str)]| {
+            let folder = dir.path().join(name);
+            std::fs::create_dir_all(&folder).unwrap();
+            for (file, text) in
+                [("size", "2048\n"), ("ro", "0\n"), ("removable", "0\n"), ("hidden", "0\n")].iter().chain(files)
+            {
+                std::fs::write(folder.join(file), text).unwrap();
+            }
+        };
+        // With several paths to it, and their own names; an earlier kernel has no such attribute.
+        add("nvme0n1", &[]);
+        add("nvme0c0n1", &[("hidden", "1\n")]);
+        add("nvme0c1n1", &[("hidden", "1\n")]);
+        add("nvme0n1p1", &[("partition", "1\n")]);
+        add("sda", &[]);
+        std::fs::remove_file(dir.path().join("sda/hidden")).unwrap();
+        add("sdb", &[("removable", "1\n")]);
+        add("sdc", &[("ro", "1\n")]);
+        add("sdd", &[("size", "0\n")]);
+        for name in ["loop0", "ram0", "zram0", "dm-0", "md0", "sr0", "fd0", "nbd0"] {
+            add(name, &[]);
+        }
+        let mut found: Vec<String> = disks(dir.path()).collect();
+        found.sort();
+        assert_eq!(found, ["nvme0n1", "sda"]);
+        assert_eq!(disks(&dir.path().join("gone")).count(), 0);
     }
 
     #[test]

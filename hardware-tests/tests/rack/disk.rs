@@ -211,9 +211,10 @@ fn prefetch_ms(view: &MachineView, rack: &Rack) -> u64 {
 }
 
 /// The ESP's boot sector, it and its copy, and the root in the only good slot are overwritten: the firmware falls through to the
-/// network, the agent makes each anew, and the next start needs no network. With a role that says so, the network comes first.
+/// network, the agent makes each anew, and the next start needs no network. With a role that says so, the network comes first, and
+/// the disk behind it where the boot server is dead.
 #[test]
-#[ignore = "slow: an install and five boots; make test-slow"]
+#[ignore = "slow: an install and six boots; make test-slow"]
 fn an_unreadable_esp_and_a_rotten_slot_are_mended_over_the_network() {
     testing::rack(|paths| {
         let mut rack = rack(paths, "disk-mends");
@@ -247,12 +248,23 @@ fn an_unreadable_esp_and_a_rotten_slot_are_mended_over_the_network() {
         rack.start_server().unwrap();
         rack.wait_healthy(NAME, 1).unwrap();
 
-        // Now the network comes first, and the server dies: the disk is behind it.
+        // Now the network comes first.
         rack.kiln(&["machine", "approve", NAME, "--role", NETWORK_FIRST]).unwrap();
         let console = rack.machine(NAME).console().unwrap().clone();
         console.wait_for("the network comes before the disk", Mark::default(), IDLE).unwrap();
+        rack.machine(NAME).power_off();
         let said = starts_and_says(&mut rack, "is healthy: vda: A Good disk/1");
         assert!(said.contains("Start PXE"), "the network comes first");
+        assert!(!said.contains("the release in the slot starts"), "a boot server answered: {said}");
+
+        // And the server dies: the disk is behind it.
+        rack.machine(NAME).power_off();
+        rack.kill_server();
+        let said = starts_and_says(&mut rack, "disk/1 is healthy: vda: A Good disk/1");
+        assert!(said.contains("Start PXE"), "the network comes first: {said}");
+        assert!(said.contains("the release in the slot starts"), "and nobody answers: {said}");
+        rack.start_server().unwrap();
+        rack.wait_healthy(NAME, 1).unwrap();
     });
 }
 

@@ -111,8 +111,9 @@ fn its_hooks_ran(said: &str) {
 }
 
 /// Healthy and as released, also after health was lost and found; then a kernel module, a program, mounts, a unit, a user and a
-/// listener that nobody declared, and another kernel by its own word: the server names all of them within a minute and raises an alarm, and its role's word puts the machine up anew, in
-/// which none of it is left, after its hooks have run. Meanwhile two units are held to their limits, which is told too.
+/// listener that nobody declared, and another kernel by its own word: the server names all of them within a minute and raises an
+/// alarm, and its role's word puts the machine up anew, in which none of it is left, after its hooks have run. Meanwhile two units
+/// are held to their limits, which is told too.
 #[test]
 #[ignore = "slow: two boots; make test-slow"]
 fn a_machine_that_drifts_is_told_of_and_put_up_anew() {

@@ -6,8 +6,8 @@ use kiln_lab::api::MachineView;
 use kiln_lab::console::Mark;
 use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
-use kiln_lab::variables::NetworkBoot;
 use kiln_lab::testing;
+use kiln_lab::variables::NetworkBoot;
 use serde_json::json;
 
 const NAMES: [&str; 2] = ["rack-1", "rack-2"];

@@ -120,6 +120,25 @@ fn units_control_groups_and_limits_are_read_where_they_lie() {
     );
 }
 
+/// A machine that ran another kernel would be another release: here its word is a file.
+#[test]
+fn another_kernel_another_command_line_and_a_foreign_module_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(dir.path().join("proc/sys/kernel")).unwrap();
+    std::fs::write(dir.path().join("proc/sys/kernel/osrelease"), "6.1.0-other\n").unwrap();
+    std::fs::write(dir.path().join("proc/modules"), "dm_verity 1 0 - Live 0x0\nforeign 1 0 - Live 0x0\n").unwrap();
+    let mut looker = looker(dir.path().to_str().unwrap());
+    let expected = looker.expected.as_mut().unwrap();
+    (expected.kernel, expected.modules) = ("6.12.1".into(), vec!["dm-verity".into()]);
+    let seen = looker.look();
+    let kernel: Vec<&str> = of(&seen, DriftKind::Kernel).iter().map(|d| d.text.as_str()).collect();
+    assert_eq!(kernel, ["the kernel is \"6.1.0-other\"; the release says \"6.12.1\""]);
+    let modules: Vec<&str> = of(&seen, DriftKind::Module).iter().map(|d| d.what.as_str()).collect();
+    assert_eq!(modules, ["foreign"]);
+    // This host was started with its own.
+    assert_eq!(of(&seen, DriftKind::CommandLine)[0].what, "the kernel's command line");
+}
+
 #[test]
 fn programs_of_a_place_with_an_allow_list_are_its_guards_to_judge() {
     let dir = tempfile::tempdir().unwrap();

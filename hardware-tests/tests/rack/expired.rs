@@ -1,12 +1,13 @@
 //! A whole rack without power, and a site whose signers let every date pass. What the agent makes of it alone: `thefts.rs`.
 
+use crate::support::on_disk;
 use crate::thefts::{forge, hours, key};
 use kiln_lab::api::MachineView;
 use kiln_lab::console::Mark;
-use kiln_lab::machine::{Disk, Firmware, MachineSpec};
+use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
+use kiln_lab::testing;
 use kiln_lab::variables::NetworkBoot;
-use kiln_lab::{site, testing};
 use serde_json::json;
 
 const NAMES: [&str; 2] = ["rack-1", "rack-2"];
@@ -80,12 +81,7 @@ fn a_rack_comes_up_after_a_power_cut_with_everything_expired_and_starts_nothing_
 fn a_machine_with_a_disk_comes_up_after_sixty_days_without_a_server_and_says_that_it_is_stale() {
     testing::rack(|paths| {
         let name = NAMES[0];
-        let spec =
-            MachineSpec { disks: vec![Disk::VirtioBlk], ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) };
-        let mut options = RackOptions::scenario(paths, "sixty-days", spec);
-        options.image = site::DISK.to_owned();
-        let mut rack = Rack::start(paths, &options).unwrap();
-        rack.kiln(&["release", "publish", "disk/1"]).unwrap();
+        let mut rack = on_disk::rack(paths, "sixty-days");
         // The machine believes no clock of its own: what its disk keeps is to be expired by the time that its director told it last.
         assert!(rack.stop_server().unwrap());
         expire(&rack, "image-disk");

@@ -5,27 +5,16 @@
 //! a device it waits for what is under way, so what is held is given up when the machine is reset, as a real controller
 //! would.
 
+use crate::support::on_disk;
 use kiln_lab::api::MachineView;
 use kiln_lab::console::{Console, Mark};
-use kiln_lab::machine::{Disk, Firmware, MachineSpec};
+use kiln_lab::machine::{Disk, MachineSpec};
 use kiln_lab::nbd::{Fault, Nbd};
-use kiln_lab::paths::Paths;
-use kiln_lab::rack::{IDLE, Rack, RackOptions};
-use kiln_lab::variables::NetworkBoot;
-use kiln_lab::{site, testing};
+use kiln_lab::rack::{IDLE, Rack};
+use kiln_lab::testing;
 use std::sync::Arc;
 
 const NAME: &str = "rack-1";
-
-/// A rack with one machine, off, and release 1 of the image for disks published.
-fn rack(paths: &Paths, name: &str, disks: Vec<Disk>) -> Rack {
-    let spec = MachineSpec { disks, ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) };
-    let mut options = RackOptions::scenario(paths, name, spec);
-    options.image = site::DISK.to_owned();
-    let rack = Rack::start(paths, &options).unwrap();
-    rack.kiln(&["release", "publish", "disk/1"]).unwrap();
-    rack
-}
 
 fn power_on(rack: &mut Rack) -> Arc<Console> {
     rack.machine(NAME).power_on().unwrap();
@@ -68,7 +57,8 @@ fn is_reset(rack: &mut Rack, disk: &Nbd, console: &Console, (resets, begun): (us
 #[ignore = "slow: an install, two boots, and a shutdown that hangs; make test-slow"]
 fn a_disk_that_hangs_beside_the_machines_own_holds_nothing_up() {
     testing::rack(|paths| {
-        let mut rack = rack(paths, "disk-hangs-beside", vec![Disk::VirtioBlk, Disk::VirtioBlk]);
+        let spec = MachineSpec { disks: vec![Disk::VirtioBlk, Disk::VirtioBlk], ..on_disk::spec() };
+        let mut rack = on_disk::rack_of(paths, "disk-hangs-beside", spec);
         let disk = rack.machine(NAME).hold_disk(0).unwrap();
         // So that the second one is taken.
         disk.set_fault(Fault::Reads);
@@ -103,7 +93,7 @@ fn a_disk_that_hangs_beside_the_machines_own_holds_nothing_up() {
 #[ignore = "slow: two boots, and a shutdown that hangs; make test-slow"]
 fn a_machine_whose_only_disk_hangs_runs_in_memory() {
     testing::rack(|paths| {
-        let mut rack = rack(paths, "disk-hangs", vec![Disk::VirtioBlk]);
+        let mut rack = on_disk::rack(paths, "disk-hangs");
         let disk = rack.machine(NAME).hold_disk(0).unwrap();
         let console = power_on(&mut rack);
         hangs(&disk, &console, Mark::default(), 1);
@@ -125,7 +115,7 @@ fn a_machine_whose_only_disk_hangs_runs_in_memory() {
 #[ignore = "slow: an install, and a boot from a disk whose writes hang; make test-slow"]
 fn a_machine_whose_own_disk_hangs_on_writes_starts_from_it_all_the_same() {
     testing::rack(|paths| {
-        let mut rack = rack(paths, "disk-hangs-writing", vec![Disk::VirtioBlk]);
+        let mut rack = on_disk::rack(paths, "disk-hangs-writing");
         let disk = rack.machine(NAME).hold_disk(0).unwrap();
         let console = power_on(&mut rack);
         rack.wait_healthy(NAME, 1).unwrap();

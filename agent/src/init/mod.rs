@@ -292,12 +292,12 @@ async fn from_slot(
     disk: &SharedDisk,
     starts: Starts,
 ) -> Result<Infallible> {
-    if starts.count >= machine::SUSPECT {
-        if let Err(error) = local::read_back(flow, disk).await {
-            println!("kiln-agent: {error} ({})", error.kind());
-            find_a_hearer(flow, drivers, network).await;
-            return Err(error);
-        }
+    if starts.count >= machine::SUSPECT
+        && let Err(error) = local::read_back(flow, disk).await
+    {
+        println!("kiln-agent: {error} ({})", error.kind());
+        find_a_hearer(flow, drivers, network).await;
+        return Err(error);
     }
     let asked = timeout(local::PATIENCE, local::ask(flow, drivers, network)).await;
     let error = match asked {

@@ -83,13 +83,14 @@ fn a_machine_with_a_disk_comes_up_after_sixty_days_without_a_server_and_says_tha
         let name = NAMES[0];
         let mut rack = on_disk::rack(paths, "sixty-days");
         // The machine believes no clock of its own: what its disk keeps is to be expired by the time that its director told it last.
+        rack.kiln(&["release", "publish", "disk/2"]).unwrap();
         assert!(rack.stop_server().unwrap());
         expire(&rack, "image-disk");
         rack.start_server().unwrap();
         rack.machine(name).power_on().unwrap();
-        let view = rack.wait_healthy(name, 1).unwrap();
+        let view = rack.wait_healthy(name, 2).unwrap();
         let console = rack.machine(name).console().unwrap().clone();
-        console.wait_for("A Good disk/1, B Empty -", Mark::default(), IDLE).unwrap();
+        console.wait_for("A Good disk/2, B Empty -", Mark::default(), IDLE).unwrap();
         assert!(view.stale.is_some() && view.failures().is_empty(), "{view:#?}");
         let before = boot_id(&view);
         rack.machine(name).power_off();
@@ -99,19 +100,18 @@ fn a_machine_with_a_disk_comes_up_after_sixty_days_without_a_server_and_says_tha
         rack.machine(name).spec.clock = Some(&later[.."2026-01-01".len()]);
         rack.machine(name).power_on().unwrap();
         let console = rack.machine(name).console().unwrap().clone();
-        console.wait_for("disk/1 is healthy: vda: A Good disk/1", Mark::default(), IDLE).unwrap();
+        console.wait_for("disk/2 is healthy: vda: A Good disk/2", Mark::default(), IDLE).unwrap();
         let said = console.since(Mark::default());
         assert!(said.contains("the release in the slot starts"), "without a server: {said}");
         assert!(said.contains("kiln-agent: metadata is stale: "), "{said}");
         assert!(!said.contains("Start PXE"), "from its disk: {said}");
 
         rack.start_server().unwrap();
-        let again = |v: &MachineView| v.is_healthy_on(1) && boot_id(v) != before && v.stale.is_some();
+        let again = |v: &MachineView| v.is_healthy_on(2) && boot_id(v) != before && v.stale.is_some();
         let view = rack.wait(name, "told when the server is back", again).unwrap();
-        rack.kiln(&["release", "publish", "disk/2"]).unwrap();
-        rack.kiln(&["assign", name, "disk/2", "--via", "cold"]).unwrap();
+        rack.kiln(&["assign", name, "disk/1", "--via", "cold"]).unwrap();
         let stale = "metadata-stale";
         rack.wait(name, stale, |v| v.failures().contains(&stale)).unwrap();
-        assert_eq!(view.release, Some(1), "{view:#?}");
+        assert_eq!(view.release, Some(2), "{view:#?}");
     });
 }

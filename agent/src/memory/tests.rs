@@ -1,6 +1,9 @@
 //! What outlives a boot, and what does not.
 
+use super::place::{KEY, efi_key};
 use super::*;
+use kiln_protocol::{KeyStorage, RollbackMemory};
+use std::path::Path;
 
 #[test]
 fn boots_that_fail_to_verify_come_ever_slower_and_the_count_outlives_them() {

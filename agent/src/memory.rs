@@ -2,6 +2,7 @@
 //! kept, in [`place`].
 
 mod copy;
+mod hung;
 mod orders;
 mod place;
 mod records;
@@ -58,6 +59,9 @@ pub struct Memory {
     /// ([`crate::disk::record::digest`]), the newest last.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub records: Vec<(String, String)>,
+    /// The disk that gave no answer and so ended the last boot: this one leaves it alone, once ([`hung`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_hung: Option<String>,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature

@@ -43,6 +43,11 @@ pub enum DiskError {
     /// It gave no answer in its time, or ever: what is on it is not known.
     #[error("{disk}: {what}: {reason}")]
     Late { disk: String, what: &'static str, reason: String },
+    #[error(
+        "{disk} gave no answer while the boot before this one read its slot: this boot leaves it alone, and runs in memory. The \
+         next one tries it again"
+    )]
+    LeftOut { disk: String },
     #[error("slot on {disk} has {size} bytes, the root artifact {length}")]
     SlotTooSmall { disk: String, size: u64, length: u64 },
     #[error("what was read back from {disk} is not what was written: {reason}")]
@@ -69,6 +74,7 @@ impl DiskError {
         "disk-foreign",
         "disk-unsupported-sector-size",
         "disk-io-error",
+        "disk-left-out",
         "disk-slot-too-small",
         "disk-read-back",
         "disk-no-data",
@@ -84,6 +90,7 @@ impl DiskError {
             Self::Foreign { .. } => "disk-foreign",
             Self::SectorSize { .. } => "disk-unsupported-sector-size",
             Self::Io { .. } | Self::Late { .. } => "disk-io-error",
+            Self::LeftOut { .. } => "disk-left-out",
             Self::SlotTooSmall { .. } => "disk-slot-too-small",
             Self::ReadBack { .. } => "disk-read-back",
             Self::NoData { .. } => "disk-no-data",

@@ -1,7 +1,7 @@
 //! Starting the release that this UKI embeds: its root from a slot or the network, verified, mounted, handed over to.
 
 use super::secure_boot;
-use super::switch_root::{NEW_ROOT, switch_root};
+use super::switch_root::{NEW_ROOT, read_init, switch_root};
 use crate::change::blocking;
 use crate::coldplug::Drivers;
 use crate::disk::machine::{MachineDisk, SharedDisk, on_disk, on_disk_within};
@@ -109,6 +109,7 @@ async fn start_slot(
     let place = device.clone();
     let mounted = on_disk_within(disk, "mounting the root", worker::COMMIT, move |_| {
         let mounted = verity::open_device(&device, &params, &root_hash, secure_boot).and_then(|root| mount_root(&root));
+        let mounted = mounted.inspect(|()| read_init(Path::new(NEW_ROOT)));
         mounted.map_err(|error| error.of_root(&device))
     });
     let on = OnDisk { name: disk.name().to_owned(), via: kexec::started_this() };

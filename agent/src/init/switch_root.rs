@@ -6,12 +6,15 @@ use crate::sys;
 use nix::mount::{MsFlags, mount};
 use std::convert::Infallible;
 use std::ffi::CString;
+use std::path::Path;
 use std::time::Duration;
 
 /// Where the verified root is mounted before the hand-over.
 pub(super) const NEW_ROOT: &str = "/newroot";
 /// The image's own init.
 const NEXT_INIT: &str = "/sbin/init";
+/// Links from its name to its file, at most.
+const LINKS: usize = 8;
 /// So long the kernel has to end this program's threads.
 const HAND_OVER: Duration = Duration::from_secs(60);
 
@@ -37,6 +40,21 @@ pub(super) fn switch_root(disk: Option<&SharedDisk>) -> Result<Infallible> {
         Err(errno) => Err(step(NEXT_INIT)(errno).of_root(NEXT_INIT)),
         Ok(never) => match never {},
     }
+}
+
+/// Reads the init of the mounted root whole. A disk that hangs when its slot is read hangs here, where somebody waits only so long;
+/// in execve(2) it would hold up this very program. What cannot be read is told there.
+pub(super) fn read_init(root: &Path) {
+    let mut path = root.join(&NEXT_INIT[1..]);
+    for _ in 0..LINKS {
+        // An absolute link means this root, not the initramfs's.
+        let Ok(to) = std::fs::read_link(&path) else { break };
+        path = match to.strip_prefix("/") {
+            Ok(below) => root.join(below),
+            Err(_) => path.with_file_name(to),
+        };
+    }
+    let _ = std::fs::read(path);
 }
 
 /// Removes the initramfs's files: they are memory. Only what is on the same file system.

@@ -2,6 +2,7 @@
 
 use super::place::{KEY, efi_key};
 use super::*;
+use crate::disk::DiskError;
 use kiln_protocol::{KeyStorage, RollbackMemory};
 use std::path::Path;
 
@@ -17,6 +18,22 @@ fn boots_that_fail_to_verify_come_ever_slower_and_the_count_outlives_them() {
     assert_eq!(pauses, [0, 0, 0, 20, 40, 80, 160, 290, 290, 290]);
     memory.failed_boots = u32::MAX;
     assert_eq!(memory.boot_failed(), LONGEST_PAUSE);
+}
+
+#[test]
+fn only_a_disk_that_gives_no_answer_is_left_alone_and_its_name_is_no_longer_than_a_name() {
+    let mut memory = Memory::default();
+    let broken = DiskError::Io { disk: "sda".into(), what: "reading", reason: "I/O error".into() };
+    for error in [AgentError::from(broken), AgentError::from(DiskError::NoDisk), AgentError::NoServer] {
+        assert!(!memory.disk_hangs(&error), "{error}");
+    }
+    assert!(!serde_json::to_string(&memory).unwrap().contains("disk_hung"));
+    let late = |disk: &str| DiskError::Late { disk: disk.into(), what: "reading", reason: String::new() }.into();
+    assert!(memory.disk_hangs(&late("nvme0n1")));
+    let text = serde_json::to_string(&memory).unwrap();
+    assert_eq!(serde_json::from_str::<Memory>(&text).unwrap().disk_hung.as_deref(), Some("nvme0n1"));
+    assert!(memory.disk_hangs(&late(&"\"ä".repeat(1000))) && memory.disk_hangs(&late(&"x".repeat(1000))));
+    assert_eq!(memory.disk_hung.map(|name| name.len()), Some(32));
 }
 
 #[test]

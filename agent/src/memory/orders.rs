@@ -4,8 +4,15 @@ use super::Memory;
 use jiff::Timestamp;
 use kiln_protocol::{Order, OrderError, OrderMark};
 
-/// Orders remembered until they expire: what an EFI variable holds.
-const ORDERS: usize = 16;
+/// Orders remembered until they expire: as many as a TPM's memory holds beside all else, each at its longest.
+pub(super) const ORDERS: usize = 5;
+
+/// The same time or up to a second later, in fewer letters.
+fn whole(at: Timestamp) -> Timestamp {
+    let second = at.as_second();
+    let up = second.saturating_add(i64::from(at.subsec_nanosecond() > 0));
+    Timestamp::from_second(up).or_else(|_| Timestamp::from_second(second)).unwrap_or(at)
+}
 
 impl Memory {
     /// What is remembered of this order. One that is not known and may have been forgotten counts as done.
@@ -29,7 +36,7 @@ impl Memory {
         if self.orders.len() >= ORDERS && !self.orders.contains_key(order.id.as_str()) {
             return Err(OrderError::MemoryFull { limit: ORDERS });
         }
-        self.orders.insert(order.id.to_string(), OrderMark { sequence, expires: order.expires });
+        self.orders.insert(order.id.to_string(), OrderMark { sequence, expires: whole(order.expires) });
         Ok(())
     }
 }

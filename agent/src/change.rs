@@ -195,7 +195,8 @@ impl Prefetch {
             self.verify(verifier).await?;
         }
         if let (Some(disk), Some(manifest)) = (&self.disk, &self.manifest) {
-            let slots = on_disk(disk, |disk| Ok(disk.slots().disk.labels)).await?;
+            // As they are known: nobody waits for a disk with the verifier in hand.
+            let slots = disk.slots().disk.labels;
             verifier.expect_record(manifest, &record::digest(&self.files, &self.assignment), slots)?;
         }
         Ok(Given {
@@ -378,20 +379,8 @@ impl Prefetch {
 /// In disk mode: puts up anew what runs. Its metadata is fetched and verified anew, its root and UKI are read back from the
 /// disk itself and compared with it; a UKI that is not as it was signed is fetched anew, a root that is not by the next
 /// boot. The cold boot that follows begins with fresh memory, which is all that a running system can have written to.
-pub async fn renew(
-    verifier: &mut Verifier,
-    disk: &SharedDisk,
-    assignment: &Assignment,
-    next: &Path,
-    meter: &Meter,
-) -> Result<Ready> {
-    let verified = verifier.verify_metadata(&assignment.release_id()).await?;
-    if verified.manifest_sha256 != assignment.manifest_sha256.as_str() {
-        let (expected, got) = (verified.manifest_sha256, assignment.manifest_sha256.to_string());
-        return Err(AgentError::ManifestMismatch { expected, got });
-    }
-    let manifest = verified.manifest;
-    verifier.may_run(&manifest)?;
+pub async fn renew(renewal: Renewal, disk: &SharedDisk, next: &Path, meter: &Meter) -> Result<Ready> {
+    let Renewal { manifest, servers, rate, order } = renewal;
     let signed = manifest.clone();
     let ready = |note| Ready { manifest: manifest.clone(), kexec: None, installed: None, note };
     let whole = match read_slot(disk, manifest.root.length, move |disk| disk.look_whole(&signed)).await {
@@ -403,13 +392,32 @@ pub async fn renew(
     };
     if !whole {
         let [path, _] = files(next);
-        let from = (verifier.servers.http.as_slice(), prefetch_rate(&verifier.boot));
-        mend_uki(disk, &manifest, from, &path, &meter.uki).await?;
+        mend_uki(disk, &manifest, (servers.as_slice(), rate), &path, &meter.uki).await?;
     }
-    let order = verifier.memory.order(assignment.sequence);
     let root_hash = machine::content(&manifest)?.root_hash;
     on_disk(disk, move |disk| disk.keep_put_up(&root_hash, order)).await?;
     Ok(ready((!whole).then(|| "its UKI on the disk was not as it was signed: it was fetched anew".to_owned())))
+}
+
+/// What [`renew`] takes of the verifier.
+pub struct Renewal {
+    manifest: Manifest,
+    servers: Vec<String>,
+    rate: Option<u64>,
+    order: u64,
+}
+
+/// The short part of it: all that needs the verifier, which others wait for.
+pub async fn prepare_renewal(verifier: &mut Verifier, assignment: &Assignment) -> Result<Renewal> {
+    let verified = verifier.verify_metadata(&assignment.release_id()).await?;
+    if verified.manifest_sha256 != assignment.manifest_sha256.as_str() {
+        let (expected, got) = (verified.manifest_sha256, assignment.manifest_sha256.to_string());
+        return Err(AgentError::ManifestMismatch { expected, got });
+    }
+    let manifest = verified.manifest;
+    verifier.may_run(&manifest)?;
+    let (servers, rate) = (verifier.servers.http.clone(), prefetch_rate(&verifier.boot));
+    Ok(Renewal { manifest, servers, rate, order: verifier.memory.order(assignment.sequence) })
 }
 
 /// Fetches a release's UKI from these servers, at this rate, to `path`, and puts it in place of the one on the disk, which is

@@ -98,7 +98,14 @@ impl Service {
                     // What runs once more.
                     Ok((assignment, ..)) if disk.is_some() && target.release == here => {
                         let Some(disk) = disk else { return Event::Time.into() };
-                        return match change::renew(&mut verifier, &disk, &assignment, &next, &meter).await {
+                        let renewal = change::prepare_renewal(&mut verifier, &assignment).await;
+                        // Reading a slot back takes minutes.
+                        drop(verifier);
+                        let renewed = match renewal {
+                            Ok(renewal) => change::renew(renewal, &disk, &next, &meter).await,
+                            Err(error) => Err(error),
+                        };
+                        return match renewed {
                             Ok(ready) => {
                                 Done { event: Event::Fetched(ready.note.clone()), prefetch: None, ready: Some(ready) }
                             }

@@ -2,7 +2,7 @@
 
 mod load;
 
-pub use load::load;
+pub use load::{load, tell_loader};
 
 use crate::disk::DiskError;
 use crate::disk::machine::{self, SharedDisk, on_disk, place, read_slot};
@@ -51,6 +51,8 @@ struct Installed {
     disk: SharedDisk,
     uki: Scratch,
     via: Via,
+    /// Its place in the loader's order.
+    order: u64,
 }
 
 impl std::fmt::Debug for Installed {
@@ -141,6 +143,8 @@ pub struct Prefetch {
     allowed: Option<Via>,
     /// Nothing is installed: what runs must cold-boot first.
     prove_first: bool,
+    /// A cold boot leads elsewhere: what must not go onto the disk that this machine starts from.
+    only_kexec: bool,
     /// Which artifact server is asked: another after each that failed.
     turn: usize,
 }
@@ -166,6 +170,7 @@ impl Prefetch {
             slot: None,
             allowed: None,
             prove_first: false,
+            only_kexec: false,
             turn: 0,
         }
     }
@@ -173,6 +178,11 @@ impl Prefetch {
     /// Into a slot of this disk, and to this place in its loader's order.
     pub fn onto(self, disk: Option<SharedDisk>, order: u64) -> Self {
         Self { disk, order, ..self }
+    }
+
+    /// No cold boot leads to it.
+    pub fn by_kexec_only(self, only_kexec: bool) -> Self {
+        Self { only_kexec, ..self }
     }
 
     /// After a failed try: whether it is the first since the release came on. It is then not one more in a row.
@@ -260,6 +270,7 @@ impl Prefetch {
                         let [_, path] = files(&self.to);
                         Some(path)
                     }
+                    Leave::Cold if self.only_kexec => return Err(AgentError::NoWayOut),
                     Leave::Cold => {
                         // It was verified; its memory is wanted.
                         self.uki = None;
@@ -363,7 +374,7 @@ impl Prefetch {
             let manifest = self.manifest?;
             let installed = match (self.prove_first, self.allowed) {
                 (true, _) => None,
-                (false, via) => Some(Installed { disk, uki: self.uki?.into_file()?, via: via? }),
+                (false, via) => Some(Installed { disk, uki: self.uki?.into_file()?, via: via?, order: self.order }),
             };
             return Some(Ready { manifest, kexec: None, installed, note: self.note });
         }
@@ -467,9 +478,15 @@ pub enum Otherwise {
 /// From the initramfs: fetches, tells the server, and goes. Comes back when the caller must restart the machine.
 pub async fn now(flow: &mut Flow, assignment: &Assignment, via: Via, otherwise: Otherwise) -> Result<()> {
     let ready = Arc::new(flow.prefetch(assignment, via, Path::new(NEXT)).await?);
-    let via = match load(&ready, otherwise).await {
+    let hung = match otherwise {
+        Otherwise::Cold => flow.journal.state.hung.clone(),
+        // A try is better than none: here no init waits for what hangs, and a kernel that does is reset.
+        Otherwise::Kexec => None,
+    };
+    let told = tell_loader(&ready).await?;
+    let via = match load(&ready, told, otherwise, hung).await {
         Ok(()) => ready.via(),
-        Err(error @ AgentError::ShortWatchdog { .. }) => {
+        Err(error @ (AgentError::ShortWatchdog { .. } | AgentError::KexecHangs { .. })) => {
             flow.journal.failed(Stage::Going, &error, 1, Some(Duration::ZERO));
             Via::Cold
         }

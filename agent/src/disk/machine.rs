@@ -62,6 +62,11 @@ impl SharedDisk {
         self.worker.name()
     }
 
+    /// Whether it owes an answer.
+    pub fn hangs(&self) -> bool {
+        self.worker.hangs()
+    }
+
     /// Its slots, as they are known. Waits for no disk.
     pub fn slots(&self) -> Slots {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner).clone()

@@ -48,6 +48,11 @@ pub enum DiskError {
          next one tries it again"
     )]
     LeftOut { disk: String },
+    #[error(
+        "the boot loader on {disk} does not know {release} as the next to start: a cold boot would lead elsewhere. It is put \
+         there anew"
+    )]
+    NotTold { disk: String, release: String },
     #[error("slot on {disk} has {size} bytes, the root artifact {length}")]
     SlotTooSmall { disk: String, size: u64, length: u64 },
     #[error("what was read back from {disk} is not what was written: {reason}")]
@@ -75,6 +80,7 @@ impl DiskError {
         "disk-unsupported-sector-size",
         "disk-io-error",
         "disk-left-out",
+        "disk-loader-not-told",
         "disk-slot-too-small",
         "disk-read-back",
         "disk-no-data",
@@ -91,6 +97,7 @@ impl DiskError {
             Self::SectorSize { .. } => "disk-unsupported-sector-size",
             Self::Io { .. } | Self::Late { .. } => "disk-io-error",
             Self::LeftOut { .. } => "disk-left-out",
+            Self::NotTold { .. } => "disk-loader-not-told",
             Self::SlotTooSmall { .. } => "disk-slot-too-small",
             Self::ReadBack { .. } => "disk-read-back",
             Self::NoData { .. } => "disk-no-data",

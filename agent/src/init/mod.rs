@@ -88,6 +88,7 @@ fn boot() -> Result<Infallible> {
     mounts::pstore();
     log::earlier();
     for error in drivers.silent() {
+        journal.note_hung(&error);
         let (kind, message) = (error.kind().to_owned(), error.to_string());
         let failure = Failure { kind, message, attempt: 1, retry_in_ms: Some(0) };
         journal.record(Stage::Modules, kiln_protocol::StageState::Failed(failure));

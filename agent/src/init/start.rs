@@ -12,7 +12,7 @@ use crate::flow::Flow;
 use crate::handoff::{Handoff, OnDisk};
 use crate::net::Uplink;
 use crate::verifier::Verified;
-use crate::{ima, kexec, local, log, mounts, secrets, tpm, verity};
+use crate::{coldplug, ima, kexec, local, log, mounts, secrets, tpm, verity};
 use kiln_protocol::slot::{Event, SlotId};
 use kiln_protocol::{Class, Stage};
 use kiln_release::crossing::PREFETCHED_PATH;
@@ -176,6 +176,7 @@ async fn leave(
         agent_api_keys: flow.verifier.pins.keys(),
         memory: Some(flow.verifier.memory.clone()),
         remembers: Some(flow.verifier.place.rollback_memory()),
+        left: coldplug::left(),
         now: flow.verifier.now,
     };
     handoff.write()?;

@@ -266,7 +266,7 @@ fn all_that_is_remembered_fits_into_a_tpm() {
         issued: late,
         expires: late,
     };
-    let now = memory.time_floor.unwrap() - Duration::from_secs(1);
+    let now = late - jiff::SignedDuration::from_secs(1);
     for n in 0..ORDERS {
         memory.take_order(&order(n), 1 << 48, now).unwrap();
     }

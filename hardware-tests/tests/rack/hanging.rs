@@ -93,7 +93,10 @@ fn a_disk_that_hangs_beside_the_machines_own_holds_nothing_up() {
         let before = (rack.machine(NAME).resets(), console.mark());
         rack.kiln(&["assign", NAME, "disk/2", "--via", "kexec"]).unwrap();
         let refused = |v: &MachineView| v.failures().contains(&"kexec-disk-hangs");
-        rack.wait(NAME, "told why it goes by no kexec", refused).unwrap();
+        let view = rack.wait(NAME, "told why it goes by no kexec", refused).unwrap();
+        // What waits for the disk is the agent's own.
+        let drift = view.condition.drift;
+        assert!(!drift.iter().any(|difference| difference.what.contains("(deleted)")), "{drift:?}");
         let reset = is_reset(&mut rack, &disk, &console, before);
         hangs(&disk, &console, reset, 2);
         rack.wait(NAME, "healthy on 2, and says what hangs", |v| v.is_healthy_on(2) && names(v, "vda")).unwrap();

@@ -77,3 +77,35 @@ fn free_initramfs() {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{File, create_dir_all};
+    use std::os::unix::fs::symlink;
+
+    /// The init is a FIFO: who opens it to write waits for its reader.
+    #[test]
+    fn the_init_that_is_read_is_the_mounted_roots_whatever_its_links_say() {
+        for target in ["/usr/lib/systemd/systemd", "../lib/systemd/systemd"] {
+            let root = tempfile::tempdir().unwrap();
+            let at = |path: &str| root.path().join(path);
+            create_dir_all(at("usr/sbin")).unwrap();
+            create_dir_all(at("usr/lib/systemd")).unwrap();
+            symlink("usr/sbin", at("sbin")).unwrap();
+            symlink(target, at("usr/sbin/init")).unwrap();
+            let init = at("usr/lib/systemd/systemd");
+            nix::unistd::mkfifo(&init, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            let place = root.path().to_owned();
+            let reads = std::thread::spawn(move || read_init(&place));
+            drop(File::options().write(true).open(&init).unwrap());
+            reads.join().unwrap();
+        }
+        // None, or one that leads in a circle, is told by execve(2).
+        let root = tempfile::tempdir().unwrap();
+        read_init(root.path());
+        create_dir_all(root.path().join("sbin")).unwrap();
+        symlink("init", root.path().join("sbin/init")).unwrap();
+        read_init(root.path());
+    }
+}

@@ -91,8 +91,8 @@ impl JournalState {
 
     /// If this error says that something gave no answer, that is kept for the way out.
     pub fn note_hung(&mut self, error: &AgentError) {
-        if let (None, Some(what)) = (&self.hung, error.hung()) {
-            self.hung = Some(what.to_owned());
+        if self.hung.is_none() {
+            self.hung = error.hung().map(str::to_owned);
         }
     }
 

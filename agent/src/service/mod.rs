@@ -179,6 +179,12 @@ impl Service {
         self.disk.is_some() || self.mode == Mode::Disk
     }
 
+    /// What of this machine gives no answer: its own disk, or what the boot found silent.
+    fn hung(&self) -> Option<String> {
+        let own = self.disk.as_ref().filter(|disk| disk.hangs()).map(|disk| disk.name().to_owned());
+        own.or_else(|| self.journal.state.hung.clone())
+    }
+
     /// Waits for whatever comes first, decides, does. Ends when the machine cannot even be left.
     async fn run(mut self, checks: Checks) -> AgentError {
         self.journal.started(Stage::Health);

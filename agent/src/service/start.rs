@@ -68,7 +68,7 @@ async fn serve() -> Result<()> {
     }
     log::take_over();
     tokio::spawn(log::follow());
-    let watch = Watch::of(&handoff.manifest, disk.clone()).await;
+    let watch = Watch::of(&handoff.manifest, disk.clone(), handoff.left.clone()).await;
     let uplink = handoff.uplink.clone();
     let lives_on = handoff.disk.as_ref().map(|on| Path::new("/sys/class/block").join(&on.name));
     let (verifier, mut journal) = resume(handoff, place, resumed, disk.as_ref()).await?;

@@ -232,15 +232,15 @@ fn a_wipe_is_obeyed_by_order_alone_and_once() {
 #[test]
 fn orders_are_remembered_until_they_expire_and_no_more_than_fit() {
     let mut machine = Machine::of(1);
-    for n in 1..=16 {
+    for n in 1..=5 {
         let order = order(&machine.verifier, n, wipe());
         machine.verifier.wiped(&order).unwrap();
     }
-    let one_more = order(&machine.verifier, 17, rescue());
+    let one_more = order(&machine.verifier, 6, rescue());
     assert_eq!(machine.hears(signed(&one_more), RESCUE, 2).err(), Some("order-memory-full"));
     assert_eq!(machine.may_run(RESCUE), Err("order-missing"));
     machine.verifier.now += SignedDuration::from_hours(2);
-    let later = Order { expires: now() + SignedDuration::from_hours(9), ..order(&machine.verifier, 17, rescue()) };
+    let later = Order { expires: now() + SignedDuration::from_hours(9), ..order(&machine.verifier, 6, rescue()) };
     machine.verifier.memory.take_order(&later, 2, machine.verifier.now).unwrap();
     assert_eq!(machine.verifier.memory.orders.len(), 1, "those that expired are forgotten");
 }

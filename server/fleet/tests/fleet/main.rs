@@ -13,6 +13,7 @@ mod clones;
 mod condition;
 mod drift;
 mod expected;
+mod grant;
 mod hardware;
 mod held;
 mod identity;

@@ -34,7 +34,11 @@ pub enum Refusal {
     NoOtherKey { machine: String },
     #[error("no identity key that was heard under the id of {machine} begins so; heard were {heard}")]
     NoSuchKey { machine: String, heard: String },
-    #[error("several identity keys of {machine} begin with {digits}: {fits}. Give more digits")]
+    #[error(
+        "nothing is changed: several identity keys that were heard under the id of {machine} begin with {digits}: {fits}. One may \
+         have been made up to look like the other. Find out which of them is on the machine itself, and run `kiln machine \
+         clear {machine} --key` with so many digits of it"
+    )]
     AmbiguousKey { machine: String, digits: String, fits: String },
     #[error(
         "that identity key is {machine}'s already; without --key `kiln machine clear {machine}` ends what else holds it"

@@ -90,6 +90,9 @@ pub struct Machine {
     /// [`crate::Event::Adopt`] makes one the machine's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub strangers: Vec<KeyId>,
+    /// Of these, the keys of those that can use no TPM, by their own word, while the machine's own key is sealed in one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub without_tpm: Vec<KeyId>,
     /// A person ended its quarantine: in whichever boot its key speaks next, that is the machine's.
     #[serde(default)]
     pub any_boot: bool,
@@ -239,6 +242,7 @@ impl Machine {
             heard_at: None,
             previous_key: None,
             strangers: Vec::new(),
+            without_tpm: Vec::new(),
             any_boot: false,
             code: None,
             facts: None,

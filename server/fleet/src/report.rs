@@ -43,10 +43,14 @@ impl Machine {
             }
             Claim::Stranger(reason) => {
                 // Said once for each key: a stranger that repeats itself is no news, and no write.
-                if self.hear_stranger(&reported.key) {
+                let new = self.hear_stranger(&reported.key);
+                let sealed = self.cannot_unseal(report).is_some();
+                if self.note_without_tpm(&reported.key, sealed) || new {
+                    save(out);
+                }
+                if new {
                     self.last_words.clone_from(&reason);
                     out.push(Action::Say { warn: true, text: reason });
-                    save(out);
                 }
                 return;
             }

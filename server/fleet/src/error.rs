@@ -3,6 +3,11 @@
 use crate::state::StateKind;
 use kiln_protocol::{Architecture, ReleaseId};
 
+/// A word that names no way to a release.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no way to a release: say kexec, cold or auto")]
+pub struct NoRoute(pub String);
+
 /// An order that the machine's state does not allow.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it

@@ -13,7 +13,7 @@ fn rack(n: u8) -> BTreeMap<MachineId, Machine> {
             for e in [
                 by(k, healthy(k, "a", 1, 1)),
                 Event::Approve { name: format!("rack-{k}"), role: "lab".into(), release: rel(1) },
-                Event::Assign { release: rel(2), via: Via::Kexec },
+                Event::Assign { release: rel(2), via: Via::Kexec.into() },
                 by(
                     k,
                     Report {

@@ -110,6 +110,7 @@ fn a_disk_whose_release_fell_below_the_floor_is_left_for_the_network() {
         rack.wait_healthy(NAME, 2).unwrap();
         console.wait_for("disk/2 is healthy: vda: ", left, IDLE).unwrap();
         assert!(console.since(left).contains("Start PXE"), "the network brought it");
+        console.wait_for("at the next start the disk comes first", left, IDLE).unwrap();
         rack.machine(NAME).power_off();
 
         rack.kill_server();

@@ -3,10 +3,10 @@
 
 use crate::change::{NEXT, files};
 use crate::coldplug::Drivers;
-use crate::disk::DiskError;
 use crate::disk::machine::{self, MachineDisk, SharedDisk, boots, on_disk, on_disk_within, read_slot};
 use crate::disk::record::Record;
 use crate::disk::store::Starts;
+use crate::disk::{DiskError, floor};
 use crate::error::{AgentError, FailureClass, ROOT, Result, UKI};
 use crate::fetch::{Download, Expected};
 use crate::flow::Flow;
@@ -72,6 +72,21 @@ fn leaves_out(flow: &mut Flow) -> bool {
     }
     flow.journal.failed(Stage::Modules, &DiskError::LeftOut { disk }.into(), 1, Some(Duration::ZERO));
     true
+}
+
+/// A boot image below the floor: the disk must not start it for ever. No packet decides of it.
+pub async fn leave_floor(flow: &Flow) {
+    let boot = &flow.verifier.boot;
+    if boot.site.mode == Mode::Ram {
+        return;
+    }
+    match floor::leave(boot, flow.verifier.memory.floor(&boot.image)).await {
+        Ok(Some(release)) => println!("kiln-agent: {release}, which is good on the disk, is next"),
+        Ok(None) => {
+            println!("kiln-agent: no good release on the disk is at or above the floor: the network has to bring one");
+        }
+        Err(error) => println!("kiln-agent: the disk is not left for another release: {error} ({})", error.kind()),
+    }
 }
 
 /// Writes the start that was begun as one, once. A power cut before this burns no try.

@@ -10,6 +10,7 @@ pub mod boot_order;
 pub mod data;
 pub mod device;
 pub mod fat;
+pub mod floor;
 pub mod gpt;
 pub mod layout;
 pub mod loader;

@@ -163,7 +163,9 @@ async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Inf
 /// hears a byte, this boot leaves the state in which the TPM gives out data and secrets.
 async fn tell_floor(flow: &mut Flow, drivers: &mut Option<Drivers>, error: &AgentError) {
     println!("kiln-agent: {error} ({}): nothing is started", error.kind());
-    match change::blocking(|| tpm::leave_initramfs(true).map_err(AgentError::from)).await {
+    let capped = change::blocking(|| tpm::leave_initramfs(true).map_err(AgentError::from)).await;
+    local::leave_floor(flow).await;
+    match capped {
         Ok(()) => {
             let mut network = Network::start(flow);
             find_a_hearer(flow, drivers, &mut network).await;

@@ -58,6 +58,7 @@ pub const CALLS: &[Call] = &[
     read("/api/v1/machines/{machine}/log", Technician, Kind::Open),
     read("/api/v1/machines/{machine}/inventory", Viewer, Kind::Open),
     read("/api/v1/releases", Viewer, Kind::Open),
+    read("/api/v1/classes", Viewer, Kind::Open),
     read("/api/v1/status", Viewer, Kind::Open),
     read("/api/v1/events", Viewer, Kind::Open),
     read("/api/v1/roles", Viewer, Kind::Open),

@@ -145,8 +145,10 @@ pub(super) fn show(m: &MachineView, now_ms: i64) -> String {
         | kiln_protocol::RollbackMemory::File => r.to_string(),
     });
     let assigned = m.assigned.as_ref();
-    let assigned =
-        assigned.map_or_else(dash, |a| format!("{}/{} (sequence {}, by {})", a.image, a.release, a.sequence, a.via));
+    let assigned = assigned.map_or_else(dash, |a| {
+        let chosen = if a.auto { ", which the server chose" } else { "" };
+        format!("{}/{} (sequence {}, by {}{chosen})", a.image, a.release, a.sequence, a.via)
+    });
     let prefetch = m.prefetch.as_ref().map_or_else(dash, |p| {
         let how_far = match p.progress {
             _ if p.ready => "verified, ready to go".to_owned(),
@@ -189,6 +191,7 @@ pub(super) fn show(m: &MachineView, now_ms: i64) -> String {
         ("rollback", memory),
         ("firmware", m.firmware.map_or_else(dash, |f| f.to_string())),
         ("hardware", format!("{}, serial {}", m.product, if m.serial.is_empty() { "-" } else { &m.serial })),
+        ("class", m.class.clone().unwrap_or_else(dash)),
         ("memory", format!("{:.0} MiB", mebibytes(m.memory_bytes))),
         ("agent", agent),
         ("macs", m.macs.join(", ")),
@@ -336,6 +339,7 @@ mod tests {
             last_good: None,
             needs: Vec::new(),
             firmware: Some(kiln_protocol::Firmware::Bios),
+            class: None,
             key: Some("ab".repeat(32).parse().unwrap()),
             other_key: None,
             other_keys: Vec::new(),

@@ -11,7 +11,7 @@ use crate::error::{AccessError, CodeError, ControlError};
 use crate::logs::Logs;
 use crate::oidc::Provider;
 use crate::store::Store;
-use kiln_fleet::{Event, Machine};
+use kiln_fleet::{Classes, Event, Machine};
 use kiln_images::SiteDir;
 use kiln_protocol::{KeyId, MachineId};
 use kiln_release::Signer;
@@ -41,6 +41,7 @@ impl Control {
             names: index::Names::default(),
             keys: index::Keys::default(),
             missing: index::Missing::default(),
+            classes: Classes::default(),
             seen: BTreeMap::new(),
             order_texts: Self::load_orders(&store, now).await?,
             crowd: crowd::Crowd::new(now),
@@ -64,6 +65,7 @@ impl Control {
                 inner.envelopes.insert(id, envelope);
             }
         }
+        inner.tell_classes();
         let server_key = server_key(&site)?;
         let expected = expected::Expected::of(store.expected().await?);
         let logs = Arc::new(Logs::open(&site.path.join("state"), config.logs_total));

@@ -4,6 +4,7 @@
 //! the lock is given up, the commit awaited, and only after that anybody is answered or told.
 
 mod attestation;
+mod classes;
 mod crowd;
 mod dbx;
 mod director;
@@ -48,7 +49,7 @@ use crate::logs::Logs;
 use crate::oidc::Provider;
 use crate::store::{Commit, Envelope, Store, Whole};
 use crate::view::MachineView;
-use kiln_fleet::{Action, Event, LIVE_MS, Machine, Millis, StateKind};
+use kiln_fleet::{Action, Classes, Event, LIVE_MS, Machine, Millis, StateKind};
 use kiln_images::SiteDir;
 use kiln_protocol::{KeyId, MachineId, StageState};
 use kiln_release::Signer;
@@ -80,6 +81,7 @@ pub(crate) struct Inner {
     names: index::Names,
     keys: index::Keys,
     missing: index::Missing,
+    classes: Classes,
     /// Last-seen times that are not stored yet.
     seen: BTreeMap<MachineId, Millis>,
     /// Texts of the operators' orders in force.
@@ -314,8 +316,12 @@ impl Control {
         }
         let title = machine.title().to_owned();
         inner.index(&machine);
+        if let Some(class) = &machine.class {
+            machine.proofs = inner.classes.proofs(class);
+        }
         self.compare_soon(inner);
         inner.machines.insert(id.clone(), machine);
+        pending.wake |= inner.tell_classes();
         let mut save = false;
         for action in actions {
             match action {

@@ -3,8 +3,8 @@
 use super::{Control, Inner, Pending, now_ms};
 use crate::config::is_name;
 use crate::error::{AccessError, ControlError};
-use kiln_fleet::{Event, Replacement};
-use kiln_protocol::{KeyId, KeyStorage, MachineId, ReleaseId, Via};
+use kiln_fleet::{Event, Replacement, Route};
+use kiln_protocol::{KeyId, KeyStorage, MachineId, ReleaseId};
 
 impl Control {
     /// Says what a machine is for. Without a name it keeps the one it has, or gets one from its id. With the code that
@@ -58,7 +58,14 @@ impl Control {
     }
 
     /// Assigns a release.
-    pub async fn assign(&self, machine: &str, release: &ReleaseId, via: Via, by: &str) -> Result<(), ControlError> {
+    pub async fn assign(
+        &self,
+        machine: &str,
+        release: &ReleaseId,
+        via: impl Into<Route>,
+        by: &str,
+    ) -> Result<(), ControlError> {
+        let via: Route = via.into();
         // Also for a release that is known: it may have been pruned since the last look.
         self.look_again().await;
         let catalog = self.catalog();
@@ -79,7 +86,7 @@ impl Control {
                 m.check_assign(release)?;
                 if let Some(current) = m.current()
                     && current.image != release.image
-                    && via == Via::Kexec
+                    && via == Route::Kexec
                     // The way home from what an operator ordered needs no firmware.
                     && m.assigned.as_ref().is_none_or(|a| a.order.is_none())
                 {

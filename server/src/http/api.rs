@@ -6,7 +6,7 @@ use crate::control::{LogQuery, Told, now_ms};
 use crate::error::{
     AccessError, AttestationError, CodeError, ControlError, ExpectedError, LogError, SecretError, StoreError,
 };
-use crate::view::{HardwareView, LogView, MachineView, OrderView, ReceiptView};
+use crate::view::{ClassView, HardwareView, LogView, MachineView, OrderView, ReceiptView};
 use axum::body::Bytes;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
@@ -16,7 +16,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use futures_util::stream::{self, Stream};
-use kiln_fleet::Refusal;
+use kiln_fleet::{Refusal, Route};
 use kiln_protocol::{ImageName, ReleaseId, Via};
 use serde::Deserialize;
 use serde_json::json;
@@ -33,8 +33,13 @@ pub(super) fn reads() -> Router<App> {
         .route("/api/v1/machines/{machine}/receipts", get(receipts))
         .route("/api/v1/machines/{machine}/log", get(log))
         .route("/api/v1/machines/{machine}/inventory", get(inventory))
+        .route("/api/v1/classes", get(classes))
         .route("/api/v1/status", get(status))
         .route("/api/v1/events", get(events))
+}
+
+async fn classes(State(app): State<App>) -> Json<Vec<ClassView>> {
+    Json(app.control.classes())
 }
 
 /// What changes something, and what only those who may order read.
@@ -355,7 +360,7 @@ async fn approve(
 struct Assign {
     image: ImageName,
     release: u64,
-    via: Via,
+    via: Route,
 }
 
 async fn assign(

@@ -1,9 +1,11 @@
 //! What the operator API says of machines and releases: the one shape that CLI, web page and lab read.
 //! Times are on the server's clock, unix milliseconds.
 
+mod classes;
 mod people;
 mod protection;
 
+pub use classes::{ClassReleaseView, ClassView};
 pub use people::{PendingView, TokenView};
 pub use protection::protection_words;
 
@@ -83,6 +85,9 @@ pub struct MachineView {
     pub needs: Vec<ReleaseId>,
     /// How it boots.
     pub firmware: Option<Firmware>,
+    /// Its hardware class: model and firmware version.
+    #[serde(default)]
+    pub class: Option<String>,
     /// Its identity key: SHA-256 of the public key's SPKI, as `key` in kiln.toml takes it.
     #[serde(default)]
     pub key: Option<KeyId>,
@@ -266,6 +271,9 @@ pub struct AssignedView {
     pub sequence: u64,
     /// How it goes there.
     pub via: Via,
+    /// That was left to the server.
+    #[serde(default)]
+    pub auto: bool,
 }
 
 /// One boot of one machine.

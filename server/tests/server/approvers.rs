@@ -2,6 +2,9 @@
 
 use crate::common::*;
 use hyper::StatusCode;
+use kiln_fleet::access::AccessRole;
+use kiln_server::access::calls::CALLS;
+use kiln_server::view::MachineView;
 use serde_json::{Value, json};
 
 /// Another role for the same image.
@@ -146,4 +149,52 @@ async fn a_role_fits_the_release_that_a_machine_keeps() {
         assert_eq!(approved.status, StatusCode::OK, "{}", approved.text());
         assert_eq!(role(&server, n).await.as_deref(), Some("loose"));
     }
+}
+
+/// A body that the call itself would take.
+fn body_of(action: &str) -> Value {
+    match action {
+        "approve" => json!({ "role": "db", "name": "mine" }),
+        "excuse" => json!({ "reason": "disk ordered" }),
+        "assign" => json!({ "image": "minimal", "release": 1, "via": "cold" }),
+        "replace" => json!({ "with": machine_id(9) }),
+        _ => json!({}),
+    }
+}
+
+/// In service, retired, and one that nobody approved: who may not say what machines run changes nothing of what a machine is and runs,
+/// by no call about it. But a technician places the new one.
+#[tokio::test]
+async fn no_call_of_a_lower_access_role_changes_what_a_machine_is_or_runs() {
+    let (_site, server) = rack("").await;
+    server.order("POST", "machines/rack-2/retire", json!({})).await;
+    let mut tried = 0;
+    for role in [AccessRole::Viewer, AccessRole::Technician] {
+        let token = server.token(&format!("t-{role}"), role.as_str()).await;
+        for call in CALLS.iter().filter(|call| call.changes() && call.path.contains("/machines/{machine}/")) {
+            for (n, state) in [(1, "healthy"), (2, "retired"), (9, "discovered")] {
+                if (role, call.action, n) == (AccessRole::Technician, "approve", 9) {
+                    continue;
+                }
+                let id = machine_id(n).to_string();
+                let before = server.machine(&id).await;
+                assert_eq!(before.state, state, "{}", before.reason);
+                let path = call.path.strip_prefix("/api/v1/").unwrap().replace("{machine}", &id);
+                let answer = server.with(&token, call.method, &path, body_of(call.action)).await;
+                // Also where the table would let it in.
+                let may = role >= call.least && call.action != "approve";
+                assert_eq!(answer.status != StatusCode::FORBIDDEN, may, "{role} {path}: {}", answer.text());
+                let after = server.machine(&id).await;
+                let runs = |view: &MachineView| view.assigned.as_ref().map(|a| (a.release, a.sequence));
+                assert_eq!(runs(&after), runs(&before), "{role} {path}");
+                assert_eq!(
+                    (after.name, after.role, after.state, after.key),
+                    (before.name, before.role, before.state, before.key),
+                    "{role} {path}"
+                );
+                tried += 1;
+            }
+        }
+    }
+    assert!(tried > 2 * 3 * 7, "{tried}");
 }

@@ -156,6 +156,18 @@ pub enum AccessError {
     #[error("{who} has the access role {has}, and this call needs {needs}")]
     TooLow { who: String, has: AccessRole, needs: AccessRole },
     #[error(
+        "{machine} is {state} (role {role}), and {who} has the access role {has}: a technician approves new machines only. An \
+         {needs} moves this one into another role, renames it or brings it back: `kiln machine approve {machine} --role ROLE`"
+    )]
+    PlacedBefore {
+        machine: String,
+        state: kiln_fleet::StateKind,
+        role: String,
+        who: String,
+        has: AccessRole,
+        needs: AccessRole,
+    },
+    #[error(
         "a token came over an unencrypted connection, where others can read it: it is not looked at. Use https ([https] in \
          kiln.toml), revoke this token, and make another"
     )]

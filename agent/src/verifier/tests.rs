@@ -294,6 +294,34 @@ fn only_the_record_that_was_written_last_starts_a_release() {
     assert_eq!(starts(&mut verifier, &second), Err("disk-other-record"));
 }
 
+/// A server that is off for sixty days: what lies beside the release on the disk held for thirty.
+#[test]
+fn an_assignment_that_expired_on_the_disk_starts_its_release_and_leads_to_no_other() {
+    let mut machine = Machine::of(1);
+    let (http, _hear) = web::honest(machine.site.files.clone(), BTreeMap::new());
+    machine.verifier.servers.http = vec![http];
+    machine.verifier.boot.site.mode = Mode::Disk;
+    let here = machine.verifier.here().unwrap();
+    let files = machine.runtime.block_on(machine.verifier.verify_metadata(&here)).unwrap().files;
+    assert!(machine.hears(None, 1, 2).is_ok());
+    let envelope: serde_json::Value = serde_json::from_str(machine.verifier.accepted.as_ref().unwrap()).unwrap();
+    let given: Assignment = serde_json::from_value(envelope["signed"].clone()).unwrap();
+    let days = |days: i64| now() + SignedDuration::from_hours(24 * days);
+    let old = Assignment { issued: days(-60), expires: days(-30), ..given };
+    let assignment = sign_envelope(&old, &[&machine.site.director]).unwrap();
+    let record = Record { files, assignment, servers: Servers::default() };
+    let (verified, assigned) = machine.verifier.verify_record(&here, &record, true).unwrap();
+    assert_eq!(assigned, old);
+    // The server told the time: the machine knows that the thirty days are over.
+    let currency = machine.verifier.currency(&verified);
+    assert!(assigned.expires < currency.now && currency.stale.is_none(), "{currency:?}");
+    let plan = |assigned: &Assignment| {
+        crate::plan::decide(&here, assigned, &machine.verifier.memory, &currency).map_err(|e| e.kind())
+    };
+    assert_eq!(plan(&assigned), Ok(crate::plan::Plan::Stay));
+    assert_eq!(plan(&Assignment { release: 3, ..assigned }), Err("assignment-expired"));
+}
+
 /// What is forgotten of an order is worth the time by which it had expired.
 #[test]
 fn a_wipe_is_not_obeyed_anew_when_the_director_turns_the_time_back() {

@@ -73,9 +73,10 @@ fn a_rack_comes_up_after_a_power_cut_with_everything_expired_and_starts_nothing_
     });
 }
 
-/// The boot server is off for sixty days, and the power fails in the end: by its clock it is two months later, and what lies beside the
-/// release on its disk has expired, the assignment too. The machine comes up from its disk without a server, says on its console what is
-/// stale, and to the server once that is back.
+/// The boot server is off for sixty days, and the power fails in the end. The clock is set two months on, and read by nobody: so the
+/// metadata that lies beside the release on its disk had expired before it came there. The machine comes up from its disk without a
+/// server, says on its console what is stale, and to the server once that is back. An assignment that expired there is the agent's own
+/// test: `an_assignment_that_expired_on_the_disk_starts_its_release_and_leads_to_no_other`.
 #[test]
 #[ignore = "slow: an install and a boot from the disk; make test-slow"]
 fn a_machine_with_a_disk_comes_up_after_sixty_days_without_a_server_and_says_that_it_is_stale() {

@@ -351,7 +351,7 @@ async fn approve(
 ) -> Result<Json<MachineView>, ApiError> {
     let Json(order) = body?;
     let id = app.control.view(&machine)?.id;
-    app.control.approve(id.as_str(), order.name.as_deref(), &order.role, order.code.as_deref(), &who(&peer)).await?;
+    app.control.approve(id.as_str(), order.name.as_deref(), &order.role, order.code.as_deref(), &caller(&peer)).await?;
     Ok(Json(app.control.view(id.as_str())?))
 }
 

@@ -9,6 +9,7 @@ mod namespace;
 mod access;
 mod age;
 mod agent_api;
+mod approvers;
 mod assign;
 mod attestation;
 mod audit;

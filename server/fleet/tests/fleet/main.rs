@@ -9,6 +9,7 @@ mod access;
 mod age;
 mod attestation;
 mod bootloop;
+mod certificate;
 mod clones;
 mod condition;
 mod drift;

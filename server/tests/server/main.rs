@@ -12,6 +12,7 @@ mod agent_api;
 mod assign;
 mod attestation;
 mod audit;
+mod certificates;
 mod clones;
 mod commits;
 mod condition;

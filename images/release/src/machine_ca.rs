@@ -263,8 +263,8 @@ mod tests {
     }
 
     /// Not a signature: what is signed is looked at here, by which key other programs verify elsewhere.
-    fn sign(_: &[u8]) -> Result<Vec<u8>, Infallible> {
-        Ok(vec![7; 70])
+    fn sign() -> impl Fn(&[u8]) -> Result<Vec<u8>, Infallible> {
+        |_| Ok(vec![7; 70])
     }
 
     fn holds(bytes: &[u8], piece: &[u8]) -> bool {
@@ -282,7 +282,7 @@ mod tests {
             from: at("2026-11-28T12:00:00Z"),
             until: at("2050-01-01T00:00:00Z"),
         };
-        let Ok(made) = CA.issue(&machine, sign);
+        let Ok(made) = CA.issue(&machine, sign());
         assert_eq!(certificate_spki(&made).unwrap(), spki::encode(Scheme::EcdsaP256, &point));
         for piece in [
             &b"\x17\x0d261128120000Z\x18\x0f20500101000000Z"[..],
@@ -295,9 +295,9 @@ mod tests {
             assert!(holds(&made, piece), "{piece:?}");
         }
         // Not a CA, and signed in its name.
-        let Ok(own) = CA.certificate(sign);
+        let Ok(own) = CA.certificate(sign());
         assert!(holds(&own, &CA.name()) && holds(&made, &CA.name()) && !holds(&made, &[0x01, 1, 0xff, INTEGER, 1, 0]));
-        assert_eq!(CA.certificate(sign), Ok(own));
+        assert_eq!(CA.certificate(sign()), Ok(own));
     }
 
     #[test]
@@ -320,9 +320,9 @@ mod tests {
             assert!(take(&mut tbs, 0xa0).is_some() && tbs.is_empty() && lines.is_empty());
             count
         };
-        let Ok(none) = CA.list(1, made, next, &[], sign);
+        let Ok(none) = CA.list(1, made, next, &[], sign());
         assert_eq!(fields(&none), 0);
-        let Ok(two) = CA.list(300, made, next, &[line(1), line(2)], sign);
+        let Ok(two) = CA.list(300, made, next, &[line(1), line(2)], sign());
         assert_eq!(fields(&two), 2);
         assert!(holds(&two, &[OID, 3, 0x55, 0x1d, REASON, OCTETS, 3, ENUMERATED, 1, 1]));
         assert!(holds(&two, &[CRL_NUMBER, OCTETS, 4, INTEGER, 2, 1, 44]));

@@ -243,6 +243,8 @@ impl Control {
         let serial = hex::encode(&number.0);
         list.push(Issued { serial: number, key: key.clone(), boot_id, at: now, until, ended: None });
         pending.commits.push(self.keep(id, list));
+        // What is decided here may rest on a step that is not stored yet.
+        pending.commits.push(self.store.written(id));
         // Its renewals are no news.
         if first {
             let what = format!("was issued a certificate, serial {serial}, until {}", time(until));

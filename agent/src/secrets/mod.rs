@@ -94,7 +94,7 @@ impl Keeper {
             let why = self.refused.as_deref().unwrap_or("the server has given none yet; `kiln secret list` says why");
             return Some(format!("the secret {} has not come: {why}", missing.name));
         }
-        let certified = self.life.is_some() || !self.certificate.as_ref().is_some_and(|wanted| wanted.required);
+        let certified = self.life.is_some() || self.certificate.as_ref().is_none_or(|wanted| !wanted.required);
         let why = || self.uncertified.as_deref().unwrap_or("the server was not asked yet");
         (!certified).then(|| format!("the machine's certificate has not come: {}", why()))
     }

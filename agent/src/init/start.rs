@@ -148,7 +148,7 @@ async fn leave(
     if running != flow.verifier.boot.root_hash {
         return Err(AgentError::RunningRoot { expected: flow.verifier.boot.root_hash.clone(), got: running });
     }
-    if !verified.manifest.secrets.is_empty() {
+    if !verified.manifest.secrets.is_empty() || verified.manifest.certificate.is_some() {
         secrets::mount_place()?;
     }
     mounts::writable(Path::new(NEW_ROOT), &verified.manifest.writable);

@@ -1,6 +1,7 @@
 //! The agent as a service of the running system: health, reports, and the next release, side by side on one thread. What
 //! comes next is decided in [`duty`]; here it is done.
 
+mod certificate;
 mod duty;
 mod files;
 mod leave;
@@ -282,6 +283,7 @@ impl Service {
             }
             if let Event::Checked(health) = &event {
                 self.look_for_disk();
+                self.secrets.end_certificate();
                 proving = proving.or_else(|| self.prove(health.healthy));
             }
             files = files.or_else(|| self.look_at_files());
@@ -344,6 +346,9 @@ impl Service {
         let ask = self.secrets.heard(reply.secrets);
         if reply.attest || ask {
             self.attest(ask);
+        }
+        if self.secrets.certificate_due(reply.certify) {
+            self.certify();
         }
         let more = self.watch.heard(&reply);
         let wanted = claimed(&reply);

@@ -131,6 +131,7 @@ impl Machine {
             dbx: None,
             attest: false,
             secrets: None,
+            certify: false,
         };
         self.verifier.check_reply(&self.verified, reply, &nonce).map_err(|e| e.kind())
     }

@@ -106,6 +106,15 @@ fn secrets(m: &MachineView) -> String {
     if held.is_empty() { "-".to_owned() } else { held.join(", ") }
 }
 
+fn certificate(m: &MachineView, now_ms: i64) -> String {
+    let Some(certificate) = &m.certificate else { return "-".to_owned() };
+    let words = format!("serial {}, over {}", certificate.serial, ahead(certificate.expires_ms, now_ms));
+    match &certificate.revoked {
+        None => words,
+        Some(why) => format!("{words}; revoked: {why}"),
+    }
+}
+
 /// What `kiln trust secureboot enroll --allow` takes.
 fn option_roms(m: &MachineView) -> String {
     match m.attestation.as_ref().and_then(|a| a.option_roms.as_deref()) {
@@ -182,6 +191,7 @@ pub(super) fn show(m: &MachineView, now_ms: i64) -> String {
         ("protection", m.protection_words.clone()),
         ("attestation", m.attestation.as_ref().map_or_else(dash, |a| format!("{}: {}", a.state, a.reason))),
         ("secrets", secrets(m)),
+        ("certificate", certificate(m, now_ms)),
         ("TPM", tpm(m)),
         ("option ROMs", option_roms(m)),
         ("identity", identity),
@@ -351,6 +361,12 @@ mod tests {
             protection: None,
             protection_words: "-".into(),
             secrets: kiln_protocol::SecretVersions::new(),
+            certificate: Some(crate::view::CertificateView {
+                serial: "4a".repeat(16),
+                issued_ms: 0,
+                expires_ms: 86_400_005,
+                revoked: Some("its machine is out of service".into()),
+            }),
             attestation: None,
             product: String::new(),
             serial: String::new(),
@@ -421,6 +437,8 @@ mod tests {
         assert!(text.contains(&format!("\nkey          {}\n", "ab".repeat(32))), "{text}");
         assert!(text.contains("\nprefetch     minimal/2: 12.0 of 33.0 MiB\n"), "{text}");
         assert!(text.contains("\nrebuild      due in 3 d\n"), "{text}");
+        let certificate = format!("serial {}, over in 24 h; revoked: its machine is out of service\n", "4a".repeat(16));
+        assert!(text.contains(&format!("\ncertificate  {certificate}")), "{text}");
         assert!(
             text.contains("\nagent        5.0 MiB of memory, 6.5 MiB at most, 1.2 s of processor time\n"),
             "{text}"

@@ -1,8 +1,8 @@
 //! The fleet as the store holds it, at the server's start.
 
 use super::{
-    Control, Counts, Inner, Pending, attestation, crowd, expected, hardware, index, introductions, now_ms, positions,
-    releases, secrets,
+    Control, Counts, Inner, Pending, attestation, certificates, crowd, expected, hardware, index, introductions,
+    now_ms, positions, releases, secrets,
 };
 use crate::access::Access;
 use crate::catalog::Catalog;
@@ -54,6 +54,7 @@ impl Control {
         };
         let access = Access::load(&store).await?;
         let secrets = Arc::new(secrets::Secrets::load(&store, site.online("secrets.key")).await?);
+        let certificates = certificates::Certificates::load(&store, &site).await?;
         let oidc = config.oidc.clone().map(Provider::new).transpose().map_err(AccessError::from)?;
         for (id, mut stored) in store.load().await? {
             furnish(&config, &access, &catalog, &mut stored.machine);
@@ -87,6 +88,7 @@ impl Control {
             expected,
             access,
             secrets,
+            certificates,
             oidc,
             held: AtomicUsize::new(0),
             counts: Counts::default(),

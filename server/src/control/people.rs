@@ -304,6 +304,7 @@ impl Control {
             inner.envelopes.remove(&id);
             self.save(&inner, &id, &mut pending)?;
             if let Some(machine) = inner.machines.get(&id) {
+                self.end_certificates(machine, now_ms(), &mut pending);
                 self.audit(&mut pending, machine, by, format!("revoked the identity key {key}"));
             }
             (pending, id, key)

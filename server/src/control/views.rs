@@ -70,6 +70,8 @@ impl MachineView {
             protection,
             protection_words: protection_words(protection, attestation.as_ref()),
             secrets: m.secrets.clone(),
+            // Who asks for one machine is told.
+            certificate: None,
             attestation,
             product: facts.map_or_else(String::new, |f| f.product.clone()),
             serial: facts.map_or_else(String::new, |f| f.serial.clone()),

@@ -4,7 +4,8 @@ use super::authorize::{Failure, caller};
 use super::{App, Peer};
 use crate::control::{LogQuery, Told, now_ms};
 use crate::error::{
-    AccessError, AttestationError, CodeError, ControlError, ExpectedError, LogError, SecretError, StoreError,
+    AccessError, AttestationError, CertificateError, CodeError, ControlError, ExpectedError, LogError, SecretError,
+    StoreError,
 };
 use crate::view::{ClassView, HardwareView, LogView, MachineView, OrderView, ReceiptView};
 use axum::body::Bytes;
@@ -111,6 +112,7 @@ impl From<ControlError> for ApiError {
             ControlError::Expected(e) => expected_status(e),
             ControlError::Attestation(e) => attestation_status(e),
             ControlError::Secret(e) => secret_status(e),
+            ControlError::Certificate(e) => certificate_status(e),
             ControlError::NotItsKey(_) => StatusCode::FORBIDDEN,
             ControlError::TooLongForAStranger { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ControlError::TooManyUnknown | ControlError::TooManyOrders { .. } => StatusCode::TOO_MANY_REQUESTS,
@@ -160,6 +162,19 @@ fn secret_status(e: &SecretError) -> StatusCode {
         | SecretError::KeyMissing(_)
         | SecretError::Unsealing { .. }
         | SecretError::Sealing => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+fn certificate_status(e: &CertificateError) -> StatusCode {
+    match e {
+        CertificateError::PublicKey | CertificateError::Possession => StatusCode::UNPROCESSABLE_ENTITY,
+        CertificateError::NotReported | CertificateError::Refused(_) => StatusCode::CONFLICT,
+        CertificateError::TooMany { .. } => StatusCode::TOO_MANY_REQUESTS,
+        CertificateError::NoneWanted => StatusCode::NOT_FOUND,
+        CertificateError::File { .. }
+        | CertificateError::Form(_)
+        | CertificateError::KeyMissing(_)
+        | CertificateError::Signing => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 

@@ -118,6 +118,9 @@ pub struct MachineView {
     /// The secrets that it holds, by their versions.
     #[serde(default)]
     pub secrets: SecretVersions,
+    /// The newest certificate that it was issued, until that is over; only where one machine is asked for.
+    #[serde(default)]
+    pub certificate: Option<CertificateView>,
     /// What its TPM proved of this boot.
     #[serde(default)]
     pub attestation: Option<AttestationView>,
@@ -155,6 +158,20 @@ pub struct DbxLackingView {
     pub machine: String,
     /// Why.
     pub why: String,
+}
+
+/// A certificate that a machine was issued.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateView {
+    /// Serial number, hex.
+    pub serial: String,
+    /// When it was issued.
+    pub issued_ms: i64,
+    /// When it is over.
+    pub expires_ms: i64,
+    /// Why it was revoked, if it was.
+    #[serde(default)]
+    pub revoked: Option<String>,
 }
 
 /// What a machine's TPM proved.

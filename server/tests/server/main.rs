@@ -13,6 +13,7 @@ mod approvers;
 mod assign;
 mod attestation;
 mod audit;
+mod certificates;
 mod classes;
 mod clones;
 mod commits;

@@ -275,6 +275,7 @@ pub fn bare(decision: Decision) -> Reply {
         dbx: None,
         attest: false,
         secrets: None,
+        certify: false,
     }
 }
 

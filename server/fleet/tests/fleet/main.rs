@@ -9,6 +9,7 @@ mod access;
 mod age;
 mod attestation;
 mod bootloop;
+mod certificate;
 mod classes;
 mod clones;
 mod condition;

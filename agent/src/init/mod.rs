@@ -2,14 +2,15 @@
 //! never gives a shell, and ends in one of two ways: the verified root, or a restart with a reason.
 
 mod embedded;
+mod onward;
 mod start;
 mod switch_root;
 
 pub use embedded::{embedded, parse_boot_info, running_command_line, secure_boot};
 
-use crate::change::Otherwise;
 use crate::coldplug::{After, Drivers};
 use crate::disk::DiskError;
+use crate::disk::boot_order;
 use crate::disk::machine::{self, SharedDisk, on_disk};
 use crate::disk::store::Starts;
 use crate::error::{AgentError, FailureClass, Result};
@@ -25,8 +26,10 @@ use embedded::{read_boot_info, tell_command_line_drift};
 use kiln_protocol::{Assignment, Failure, ReleaseId, RollbackMemory, Stage, Via};
 use kiln_release::{BootInfo, Mode};
 use nix::sys::reboot::RebootMode;
+use onward::Onward;
 use start::start;
 use std::convert::Infallible;
+use std::path::Path;
 use std::time::Duration;
 use tokio::time::timeout;
 
@@ -270,8 +273,9 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
     verified.manifest.matches_boot(boot)?;
     plan::check_command_line(&verified.manifest, &boot.command_line, &running_command_line())?;
     let listed = disk.as_ref().is_some_and(|disk| disk.slots().disk.listed(&root_hash).is_some());
-    // The firmware starts this UKI again, or may: of a disk that gives no answer here nobody knows.
-    let only_kexec = listed || (disk.is_none() && flow.verifier.boot.site.mode == Mode::Disk);
+    // The firmware starts the same UKI again: it lies on the disk, also where that gives no answer here.
+    let only_kexec =
+        listed || (disk.is_none() && flow.verifier.boot.site.mode == Mode::Disk && boot_order::is_from_disk());
     loop {
         let (assignment, via, plan) = wait_for_assignment(flow, &mut verified).await?;
         network.adopt(flow, drivers, &verified, &assignment.role).await?;
@@ -285,18 +289,16 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
             }
             Plan::Change(release) => {
                 println!("kiln-agent: {release} is assigned, this is {here}: going there");
-                let (via, otherwise) = if only_kexec { (Via::Kexec, Otherwise::Kexec) } else { (via, Otherwise::Cold) };
-                match change::now(flow, &assignment, via, otherwise).await {
+                match onward::go(flow, &assignment, via, only_kexec, Path::new(change::NEXT)).await {
                     // The server wants something else by now: it is asked again.
                     Err(AgentError::Superseded) => {
                         flow.journal.waiting(Stage::Prefetch, "another assignment has come");
                     }
-                    stays if only_kexec => {
-                        let error = stays.err().unwrap_or(AgentError::NoWayOut);
+                    Ok(Onward::Stay(error)) => {
                         println!("kiln-agent: no kexec leads to {release} ({error}): {here} starts");
                         return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await;
                     }
-                    Ok(()) => {
+                    Ok(Onward::Restart) => {
                         log::sent().await;
                         restart()
                     }

@@ -301,7 +301,8 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
                 return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await;
             }
             Plan::Change(release) => {
-                println!("kiln-agent: {release} is assigned, this is {here}: going there");
+                let how = if only_kexec { ", by kexec only" } else { "" };
+                println!("kiln-agent: {release} is assigned, this is {here}: going there{how}");
                 match onward::go(flow, &assignment, via, only_kexec, Path::new(change::NEXT)).await {
                     // The server wants something else by now: it is asked again.
                     Err(AgentError::Superseded) => {

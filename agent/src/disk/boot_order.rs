@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 const EFIVARS: &str = "/sys/firmware/efi/efivars";
 const GLOBAL: &str = "8be4df61-93ca-11d2-aa0d-00e098032b8c";
 /// Which partition the boot program was started from. Boot loader and stub say so, of nothing that came over the network; it goes
-/// with the power, and stays over a kexec (systemd.io/BOOT_LOADER_INTERFACE).
+/// with the power, and stays over a kexec (systemd's Boot Loader Interface).
 const STARTED_FROM: &str = "LoaderDevicePartUUID-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f";
 /// `K` and the slot's tens: a number that firmware, which counts from 0, does not reach.
 const NUMBER: u16 = 0x4b10;

@@ -4,6 +4,7 @@
 
 use crate::error::{AgentError, Result};
 use crate::fetch::{Open, PATIENCE, authority, client, connect};
+use crate::log::said;
 use crate::tls;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
@@ -217,7 +218,8 @@ impl Api {
         let body = serde_json::to_vec(document).expect("wire types always become JSON");
         let answer = self.ask(path, &body, deadline).await?;
         serde_json::from_slice(&answer).map_err(|e| {
-            let reason = format!("{what} is not of version 1: {e}");
+            // It quotes what was sent.
+            let reason = format!("{what} is not of version 1: {}", said(&e.to_string()));
             let error = AgentError::Unreachable { url: self.server().to_owned(), reason };
             self.turn_away();
             error

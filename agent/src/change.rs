@@ -412,9 +412,9 @@ pub enum Otherwise {
     Kexec,
 }
 
-/// From the initramfs: fetches, tells the server, and goes. Comes back when the caller must restart the machine.
-pub async fn now(flow: &mut Flow, assignment: &Assignment, via: Via, otherwise: Otherwise) -> Result<()> {
-    let ready = Arc::new(flow.prefetch(assignment, via, Path::new(NEXT)).await?);
+/// From the initramfs: fetches to this folder, tells the server, and goes. Comes back when the caller must restart the machine.
+pub async fn now(flow: &mut Flow, assignment: &Assignment, via: Via, otherwise: Otherwise, next: &Path) -> Result<()> {
+    let ready = Arc::new(flow.prefetch(assignment, via, next).await?);
     let hung = match otherwise {
         Otherwise::Cold => flow.journal.state.hung.clone(),
         // A try is better than none: here no init waits for what hangs, and a kernel that does is reset.

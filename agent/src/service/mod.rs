@@ -17,6 +17,7 @@ pub use start::run;
 
 use crate::api::Api;
 use crate::change::{Meter, Prefetch, Ready};
+use crate::disk::boot_order;
 use crate::disk::machine::SharedDisk;
 use crate::error::{AgentError, Result};
 use crate::health::Checks;
@@ -175,9 +176,9 @@ impl Service {
         })
     }
 
-    /// The firmware may start what lies on a disk, also where that gives no answer here.
+    /// The firmware starts what lies on a disk, also where that gives no answer here.
     fn has_disk(&self) -> bool {
-        self.disk.is_some() || self.mode == Mode::Disk
+        self.disk.is_some() || (self.mode == Mode::Disk && boot_order::is_from_disk())
     }
 
     /// What of this machine gives no answer: its own disk, or what the boot found silent.

@@ -69,6 +69,9 @@ fn a_release_below_the_floor_boots_to_say_so_and_no_further() {
         for stage in [Stage::Metadata, Stage::Root, Stage::Handover] {
             assert!(!said.contains(stage.label()), "nothing is started: {said}");
         }
+        // Before a byte of the network is heard.
+        let at = |words: &str| said.find(words).unwrap_or_else(|| panic!("{words}: {said}"));
+        assert!(at("kiln-agent: PCR 11 is capped") < at(Stage::Network.label()), "{said}");
         assert!(!view.is_healthy_on(1), "{view:#?}");
         rack.machine(NAME).power_off();
 

@@ -12,6 +12,7 @@ use kiln_lab::machine::{Disk, MachineSpec};
 use kiln_lab::nbd::{Fault, Nbd};
 use kiln_lab::rack::{IDLE, Rack};
 use kiln_lab::testing;
+use kiln_protocol::Stage;
 use std::sync::Arc;
 
 const NAME: &str = "rack-1";
@@ -112,6 +113,58 @@ fn a_machine_whose_only_disk_hangs_runs_in_memory() {
         let reset = is_reset(&mut rack, &disk, &console, before);
         hangs(&disk, &console, reset, 2);
         rack.wait(NAME, "healthy on 2, and says what hangs", |v| v.is_healthy_on(2) && names(v, "vda")).unwrap();
+    });
+}
+
+/// Off and on again, and held up by its disk in the agent of release 1, while release 2 is assigned to it. Gives back what the agent
+/// said of the way there.
+fn is_sent_on(rack: &mut Rack, disk: &Nbd) -> (Arc<Console>, String) {
+    rack.kiln(&["release", "publish", "disk/2"]).unwrap();
+    rack.machine(NAME).power_off();
+    disk.set_fault(Fault::None);
+    disk.give_up_reads();
+    let console = power_on(rack);
+    hangs(disk, &console, Mark::default(), 1);
+    rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
+    let going = "disk/2 is assigned, this is disk/1: going there";
+    console.wait_for_line(going, Mark::default(), IDLE).unwrap();
+    let said = console.since(Mark::default());
+    let line = said.lines().find(|line| line.contains(going)).unwrap().trim_end().to_owned();
+    (console, line)
+}
+
+/// The firmware would start release 1 again, and that would find the same disk.
+#[test]
+#[ignore = "slow: an install, and a boot from a disk that hangs; make test-slow"]
+fn a_machine_that_its_own_disk_started_goes_on_by_kexec_only_where_that_hangs() {
+    testing::rack(|paths| {
+        let mut rack = on_disk::rack(paths, "disk-hangs-own");
+        let disk = rack.machine(NAME).hold_disk(0).unwrap();
+        on_disk::installed(&mut rack);
+        let (console, line) = is_sent_on(&mut rack, &disk);
+        assert!(!console.since(Mark::default()).contains("Start PXE"), "its own disk started it");
+        assert!(line.ends_with(": going there, by kexec only"), "{line}");
+    });
+}
+
+/// The network started release 1, and leads on to what is assigned: nothing of release 1 starts.
+#[test]
+#[ignore = "slow: three boots, and a restart that hangs; make test-slow"]
+fn a_machine_that_the_network_started_goes_on_by_it_where_its_disk_hangs() {
+    testing::rack(|paths| {
+        let mut rack = on_disk::rack(paths, "disk-hangs-network");
+        let disk = rack.machine(NAME).hold_disk(0).unwrap();
+        let console = power_on(&mut rack);
+        hangs(&disk, &console, Mark::default(), 1);
+        rack.wait_healthy(NAME, 1).unwrap();
+        let (console, line) = is_sent_on(&mut rack, &disk);
+        assert!(line.ends_with(": going there"), "{line}");
+        // Its kernel waits for the disk, and is reset.
+        let before = (rack.machine(NAME).resets(), Mark::default());
+        let reset = is_reset(&mut rack, &disk, &console, before);
+        assert!(!console.since(Mark::default()).contains(Stage::Handover.label()), "release 1 did not start");
+        hangs(&disk, &console, reset, 2);
+        rack.wait_healthy(NAME, 2).unwrap();
     });
 }
 

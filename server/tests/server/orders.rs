@@ -394,6 +394,9 @@ async fn new_hardware_takes_the_place_of_old() {
     assert_eq!(server.machine("rack-1").await.id, machine_id(9), "also after a restart");
 }
 
+/// Arguments of a command.
+type Words<'a> = &'a [&'a str];
+
 /// Such a machine forgets with each boot what was done: a stolen server could have it wiped again and again.
 #[tokio::test]
 async fn a_wipe_of_a_machine_without_a_lasting_key_holds_for_an_hour() {
@@ -412,7 +415,7 @@ async fn a_wipe_of_a_machine_without_a_lasting_key_holds_for_an_hour() {
     let (with_key, id_alone) = (named(&keyed), machine_id(2).to_string());
     let (with_key, id_alone) = (with_key.as_str(), id_alone.as_str());
     let (wipe, assign) = (["wipe", "--all-disks"], ["assign", "minimal/1", "--class", "rescue"]);
-    let cases: [(&[&str], &[&str], &[&str], i64); 5] = [
+    let cases: [(Words<'_>, Words<'_>, Words<'_>, i64); 5] = [
         (&wipe, &[with_key], &[], 24),
         (&wipe, &[id_alone], &[], 1),
         (&wipe, &[with_key, id_alone], &[], 1),

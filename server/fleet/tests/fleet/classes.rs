@@ -49,10 +49,9 @@ fn the_server_takes_a_kexec_only_where_the_machine_and_its_class_have_shown_it()
             s.then(Event::Assign { release: rel(2), via: route });
             let shown = known && cold && kexec && !other;
             let want = match route {
-                Route::Cold => Via::Cold,
                 Route::Kexec if own && !secrets => Via::Kexec,
                 Route::Auto if own && !secrets && shown => Via::Kexec,
-                Route::Kexec | Route::Auto => Via::Cold,
+                Route::Cold | Route::Kexec | Route::Auto => Via::Cold,
             };
             assert_eq!(s.m.leaves_by(), want, "{n:06b} {route}");
             // Whoever left it to the server reads why it is not the quick way.
@@ -202,8 +201,7 @@ proptest! {
         let mut classes = Classes::default();
         for (n, kind, firmware, release, (cold, kexec)) in steps {
             let before = naive(&machines);
-            match StateKind::ALL.get(kind) {
-                Some(kind) => {
+            if let Some(kind) = StateKind::ALL.get(kind) {
                     let m = machines.entry(id(n)).or_insert_with(|| Machine::discovered(id(n), 0));
                     m.state.kind = *kind;
                     let is = (firmware > 0).then(|| class(&firmware.to_string()));
@@ -216,11 +214,9 @@ proptest! {
                         m.came_up.push(ProvenBy { release: rel(release), ways: ways(cold, kexec) });
                     }
                     classes.note(m);
-                }
-                None => {
+            } else {
                     machines.remove(&id(n));
                     classes.forget(&id(n));
-                }
             }
             let after = naive(&machines);
             let kept: BTreeMap<_, _> =

@@ -3,6 +3,7 @@
 use super::Service;
 use super::leave::Door;
 use super::secrets::Secrets;
+use super::starts;
 use super::watch::Watch;
 use crate::api::Api;
 use crate::change;
@@ -35,12 +36,17 @@ pub fn run() -> Result<()> {
 }
 
 async fn serve() -> Result<()> {
-    let handoff = Handoff::read()?;
+    let failed = starts::count(Path::new(starts::PATH));
+    let handoff = Handoff::read();
     // First of all: what waits for this service to be ready may want to execute.
-    let exec = exec::serve(Path::new(EXEC_PATH), handoff.settings.exec, handoff.journal.started_ms);
+    let serve = |of: &Handoff| exec::serve(Path::new(EXEC_PATH), of.settings.exec, of.journal.started_ms);
+    let exec = handoff.as_ref().ok().and_then(serve);
     if let Some(watchdog) = Watchdog::arm() {
         tokio::spawn(watchdog.keep());
     }
+    let door = Door { systemctl: "systemctl".into(), reboot: restart::leave };
+    starts::check(failed, &door).await?;
+    let handoff = handoff?;
     forget_an_earlier_start();
     let probe = Probe::new(verity::running_root_hash, "systemctl");
     let checks = Checks::new(handoff.manifest.health.clone(), handoff.manifest.verity.root_hash.clone(), probe);
@@ -83,13 +89,13 @@ async fn serve() -> Result<()> {
     log::ship(api, &journal.state.boot_id, &journal.machine.id);
     journal.done(Stage::Handover);
     journal.done(Stage::Service);
-    let door = Door { systemctl: "systemctl".into(), reboot: restart::leave };
     let (boot, servers) = (&verifier.boot, &verifier.servers.agent);
     let api = Api::new(servers, &boot.site.agent_api_ca_pem, &verifier.key, &verifier.clock)?.pinned(&verifier.pins);
     tokio::spawn(inventory::keep(api, journal.machine.id.clone(), journal.state.boot_id.clone()));
     let mut service = Service::new(verifier, journal, change::NEXT, door)?;
     (service.disk, service.watch, service.exec, service.secrets) = (disk, watch, exec, secrets);
     service.lives_on = lives_on;
+    starts::came_up(Path::new(starts::PATH));
     Err(Box::pin(service.run(checks)).await)
 }
 

@@ -14,12 +14,11 @@ use crate::handoff::{Handoff, OnDisk};
 use crate::health::{Checks, Probe};
 use crate::journal::{Journal, monotonic_ms};
 use crate::memory::{Identity, Place, Resumed};
-use crate::net::Uplink;
 use crate::verifier::Verifier;
 use crate::watchdog::Watchdog;
 use crate::{console, exec, facts, init, inventory, local, log, restart, tpm, uplink, verity};
 use kiln_protocol::{MachineId, RollbackMemory, RunningRelease, Stage, slot};
-use kiln_release::{BootInfo, EXEC_PATH};
+use kiln_release::EXEC_PATH;
 use std::path::Path;
 use std::time::Duration;
 
@@ -85,7 +84,9 @@ async fn serve() -> Result<()> {
     let site = &verifier.boot.site;
     let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, &verifier.key, &verifier.clock)?;
     let api = api.pinned(&verifier.pins);
-    tokio::spawn(stay_connected(uplink, verifier.boot.clone(), journal.machine.id.clone(), api.another()));
+    let known = || Place::of_this_machine().network();
+    let machine = journal.machine.id.clone();
+    tokio::spawn(uplink::stay(uplink, known, verifier.boot.clone(), machine, api.another(), uplink::LOOK));
     log::ship(api, &journal.state.boot_id, &journal.machine.id);
     journal.done(Stage::Handover);
     journal.done(Stage::Service);
@@ -97,16 +98,6 @@ async fn serve() -> Result<()> {
     service.lives_on = lives_on;
     starts::came_up(Path::new(starts::PATH));
     Err(Box::pin(service.run(checks)).await)
-}
-
-/// Keeps what is leased, or goes on asking: in disk mode a machine comes up without a network.
-async fn stay_connected(uplink: Option<Uplink>, boot: BootInfo, machine: MachineId, api: Api) {
-    let mut renewals = match uplink {
-        Some(uplink) => uplink.keep(&machine),
-        None => uplink::connect_later(Place::of_this_machine().network(), boot, machine, api).await,
-    };
-    // Renewals have no end.
-    while renewals.join_next().await.is_some() {}
 }
 
 /// The disk that this system runs from. One that cannot be opened any more, or not in time, costs the slots and is told of: the

@@ -242,11 +242,11 @@ pub async fn stay(
 /// of one whose lease is over, and no server is reached. A server that is gone while the link is there is waited for, and so is a
 /// link where there is no other.
 async fn lost(link: &str, renewals: &mut JoinSet<()>, api: &mut Api, look: Duration) {
-    let mut without = 0;
+    let (mut over, mut without) = (false, 0);
     loop {
         tokio::select! {
-            Some(_) = renewals.join_next() => without = LOOKS,
-            () = sleep(look) => without = if net::others_lead(link) { without + 1 } else { 0 },
+            Some(_) = renewals.join_next() => (over, without) = (true, LOOKS),
+            () = sleep(look) => without = if over || net::others_lead(link) { without + 1 } else { 0 },
         }
         if without >= LOOKS {
             if api.reaches().await.is_err() {

@@ -11,6 +11,7 @@ use crate::sys;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// The longest time without a petting: a kexec with a slow kernel, or the image's init up to the agent's service.
@@ -22,9 +23,20 @@ const DEVICE: &str = "/dev/watchdog0";
 /// What the kernel says of it: `timeout` and `max_timeout`, in seconds.
 const ATTRIBUTES: &str = "/sys/class/watchdog/watchdog0";
 
+/// The one that this process armed.
+static ARMED: OnceLock<File> = OnceLock::new();
+
+/// Begins its time anew: for whoever holds up the agent's loop, for a time that has an end.
+pub fn pet() {
+    if let Some(mut device) = ARMED.get()
+        && let Err(error) = device.write_all(b"\0")
+    {
+        eprintln!("kiln-agent: {DEVICE} cannot be petted: {error}; this machine will restart");
+    }
+}
+
 /// An armed watchdog.
 pub struct Watchdog {
-    device: File,
     every: Duration,
 }
 
@@ -91,28 +103,29 @@ impl Watchdog {
                 attribute("timeout")
             }
         };
-        Some(Self { device, every: pause(seconds) })
-    }
-
-    /// Begins its time anew.
-    pub fn pet(&mut self) {
-        if let Err(error) = self.device.write_all(b"\0") {
-            eprintln!("kiln-agent: {DEVICE} cannot be petted: {error}; this machine will restart");
-        }
+        // What is closed goes on, unpetted: there is one.
+        let _ = ARMED.set(device);
+        Some(Self { every: pause(seconds) })
     }
 
     /// Pets it for as long as the agent's loop turns.
-    pub async fn keep(mut self) {
+    pub async fn keep(self) {
         loop {
-            self.pet();
+            pet();
             tokio::time::sleep(self.every).await;
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// A file in place of the device: grows by each petting of this process.
+    pub(crate) fn petted() -> u64 {
+        let length = |file: &File| file.metadata().unwrap().len();
+        length(ARMED.get_or_init(|| tempfile::tempfile().unwrap()))
+    }
 
     /// Hardware that takes at most so many seconds, and what was asked of it.
     fn asked(most: i32, known: Option<i32>) -> (io::Result<i32>, Vec<i32>) {

@@ -110,16 +110,22 @@ impl Watchdog {
 
     /// Pets it for as long as the agent's loop turns.
     pub async fn keep(self) {
-        loop {
-            pet();
-            tokio::time::sleep(self.every).await;
-        }
+        turn(self.every, pet).await;
+    }
+}
+
+/// For as long as the loop turns that this is a task of.
+async fn turn(every: Duration, pet: impl Fn()) {
+    loop {
+        pet();
+        tokio::time::sleep(every).await;
     }
 }
 
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     /// A file in place of the device: grows by each petting of this process.
     pub(crate) fn petted() -> u64 {
@@ -161,6 +167,29 @@ pub(crate) mod tests {
             let kind = covers(timeout).err().map(|error| error.kind());
             assert_eq!(kind, (!covered).then_some("kexec-short-watchdog"), "{timeout:?}");
         }
+    }
+
+    #[test]
+    fn it_is_petted_while_the_agents_loop_turns_and_not_while_that_hangs() {
+        static PETTED: AtomicU32 = AtomicU32::new(0);
+        const EVERY: Duration = Duration::from_millis(5);
+        async fn until(count: u32) {
+            while PETTED.load(Ordering::Relaxed) < count {
+                tokio::time::sleep(EVERY).await;
+            }
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let patience = Duration::from_secs(20);
+            tokio::spawn(turn(EVERY, || {
+                PETTED.fetch_add(1, Ordering::Relaxed);
+            }));
+            tokio::time::timeout(patience, until(20)).await.expect("the loop turns");
+            let before = PETTED.load(Ordering::Relaxed);
+            std::thread::sleep(20 * EVERY);
+            assert_eq!(PETTED.load(Ordering::Relaxed), before, "the loop hung");
+            tokio::time::timeout(patience, until(before + 20)).await.expect("the loop turns again");
+        });
     }
 
     #[test]

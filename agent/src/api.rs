@@ -13,8 +13,9 @@ use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use kiln_protocol::{
-    ATTESTATION_PATH, Attestation, INTRODUCTION_PATH, INVENTORY_PATH, Introduction, IntroductionReply, InventoryReport,
-    KeyId, LOG_PATH, LogBatch, LogReply, RECEIPT_PATH, REPORT_PATH, Reply, Report,
+    ATTESTATION_PATH, Attestation, CERTIFICATE_PATH, CertificateAnswer, CertificateRequest, INTRODUCTION_PATH,
+    INVENTORY_PATH, Introduction, IntroductionReply, InventoryReport, KeyId, LOG_PATH, LogBatch, LogReply,
+    RECEIPT_PATH, REPORT_PATH, Reply, Report,
 };
 use kiln_release::certificate::{certificate_spki, self_signed_certificate, spki_key_id};
 use kiln_release::{AGENT_API_NAME, Signer, with_causes};
@@ -159,6 +160,11 @@ impl Api {
     /// Posts a step of a proof.
     pub async fn attest<T: DeserializeOwned>(&mut self, step: &Attestation) -> Result<T> {
         self.exchange(ATTESTATION_PATH, step, 2 * ANSWER, "the answer to a proof").await
+    }
+
+    /// Asks for a certificate.
+    pub async fn certify(&mut self, request: &CertificateRequest) -> Result<CertificateAnswer> {
+        self.exchange(CERTIFICATE_PATH, request, ANSWER, "the answer about a certificate").await
     }
 
     /// Posts lines of the log.

@@ -5,7 +5,7 @@
 mod alone;
 mod probe;
 
-pub use alone::{ALONE, answers, main as alone};
+pub use alone::{ALONE, Process, answers, left, main as alone};
 
 use crate::error::{AgentError, Result};
 use crate::modules::ModuleIndex;

@@ -1,5 +1,8 @@
 //! This machine's disk: the one that is Kiln's, or becomes it, and the slot state machine on it.
 
+#[cfg(test)]
+mod trial;
+
 use super::block::Block;
 use super::device::Device;
 use super::layout::{Choice, Found, Layout, choose, look};
@@ -60,6 +63,11 @@ impl SharedDisk {
     /// `vda`, `nvme0n1`.
     pub fn name(&self) -> &str {
         self.worker.name()
+    }
+
+    /// Whether it owes an answer.
+    pub fn hangs(&self) -> bool {
+        self.worker.hangs()
     }
 
     /// Its slots, as they are known. Waits for no disk.
@@ -474,24 +482,5 @@ impl MachineDisk {
     pub fn keep_record(&mut self, root_hash: &Sha256Hex, record: &Record) -> Result<()> {
         let bytes = serde_json::to_vec(record).expect("a map of strings always becomes JSON");
         Ok(self.store.keep_record(root_hash, &bytes)?)
-    }
-}
-
-#[cfg(test)]
-impl MachineDisk {
-    /// A new file as the disk of a machine on which this release is on trial. Its slot is empty.
-    pub fn on_trial(path: &Path, manifest: &Manifest, uki: &Path) -> Self {
-        let settings = DiskSettings { esp: 64 << 20, slot: 16 << 20, state: 36 << 20, ..DiskSettings::default() };
-        let size = 140 << 20;
-        File::create_new(path).unwrap().set_len(size).unwrap();
-        let layout = Layout::new(size, &settings, "lab").unwrap();
-        let mut store = Store::open(Device::open(path).unwrap(), layout, true, "sda").unwrap();
-        let slots = Slots::new(store.read().unwrap(), 0);
-        let mut disk = Self { store, slots, starts: None };
-        let assign = Event::Assign(content(manifest).unwrap(), 4, Go::Here(Via::Cold));
-        for event in [assign, Event::Fetched, Event::Granted] {
-            disk.event(event, Some(uki)).unwrap();
-        }
-        disk
     }
 }

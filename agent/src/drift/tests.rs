@@ -62,6 +62,29 @@ fn a_listener_a_program_in_memory_and_its_process_are_seen_and_seen_to_go() {
 }
 
 #[test]
+fn what_the_agent_left_behind_is_no_drift_and_another_with_its_number_is() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let program = dir.path().join("init");
+    std::fs::copy("/bin/sleep", &program).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut process = Command::new(&program).arg("600").spawn().unwrap();
+    std::fs::remove_file(&program).unwrap();
+    let gone = format!("{} (deleted)", program.display());
+    let mut looker = looker("");
+    let mut is_told = |own: Vec<Process>| {
+        looker.own = own;
+        of(&looker.look(), DriftKind::Executable).iter().any(|d| d.what == gone)
+    };
+    let own = Process::of(Path::new("/proc"), process.id()).unwrap();
+    assert!(is_told(Vec::new()));
+    assert!(!is_told(vec![own]));
+    assert!(is_told(vec![Process { started: own.started + 1, ..own }]), "one that started at another time");
+    assert!(is_told(vec![Process { pid: own.pid + 1, ..own }]));
+    process.kill().unwrap();
+    process.wait().unwrap();
+}
+
+#[test]
 fn units_control_groups_and_limits_are_read_where_they_lie() {
     let dir = tempfile::tempdir().unwrap();
     let place = dir.path().to_str().unwrap().to_owned();

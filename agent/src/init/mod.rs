@@ -9,6 +9,7 @@ pub use embedded::{embedded, parse_boot_info, running_command_line, secure_boot}
 
 use crate::change::Otherwise;
 use crate::coldplug::{After, Drivers};
+use crate::disk::DiskError;
 use crate::disk::machine::{self, SharedDisk, on_disk};
 use crate::disk::store::Starts;
 use crate::error::{AgentError, FailureClass, Result};
@@ -31,6 +32,8 @@ use tokio::time::timeout;
 
 /// So long a boot that ends at once looks for a server that hears why.
 const LAST_WORD: Duration = Duration::from_secs(90);
+/// And so long a boot that leaves its disk alone: longer than a switch or a server takes that starts with the rack.
+const WITHOUT_DISK: Duration = Duration::from_secs(10 * 60);
 /// Where versions are kept while those of earlier boots cannot be read.
 const MEANWHILE: &str = "/run/kiln/meanwhile";
 
@@ -85,6 +88,7 @@ fn boot() -> Result<Infallible> {
     mounts::pstore();
     log::earlier();
     for error in drivers.silent() {
+        journal.note_hung(&error);
         let (kind, message) = (error.kind().to_owned(), error.to_string());
         let failure = Failure { kind, message, attempt: 1, retry_in_ms: Some(0) };
         journal.record(Stage::Modules, kiln_protocol::StageState::Failed(failure));
@@ -134,10 +138,12 @@ async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Inf
             Err(error) => error,
         }
     } else {
-        match Box::pin(travel(&mut flow, drivers)).await {
+        let error = match Box::pin(travel(&mut flow, drivers)).await {
             Ok(never) => match never {},
             Err(error) => error,
-        }
+        };
+        leave_out(&mut flow.verifier, &error);
+        error
     };
     let error = match flow.verifier.wipe.take() {
         None => error,
@@ -157,7 +163,9 @@ async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Inf
 /// hears a byte, this boot leaves the state in which the TPM gives out data and secrets.
 async fn tell_floor(flow: &mut Flow, drivers: &mut Option<Drivers>, error: &AgentError) {
     println!("kiln-agent: {error} ({}): nothing is started", error.kind());
-    match change::blocking(|| tpm::leave_initramfs(true).map_err(AgentError::from)).await {
+    let capped = change::blocking(|| tpm::leave_initramfs(true).map_err(AgentError::from)).await;
+    local::leave_floor(flow).await;
+    match capped {
         Ok(()) => {
             let mut network = Network::start(flow);
             find_a_hearer(flow, drivers, &mut network).await;
@@ -174,6 +182,15 @@ async fn find_a_hearer(flow: &mut Flow, drivers: &mut Option<Drivers>, network: 
         Ok(Ok(())) => {}
         Ok(Err(error)) => println!("kiln-agent: no server hears of it: {error} ({})", error.kind()),
         Err(_) => println!("kiln-agent: no server hears of it within {} s", LAST_WORD.as_secs()),
+    }
+}
+
+/// A boot that ends because its disk gives no answer is the last one of its kind: the next runs in memory, without it.
+fn leave_out(verifier: &mut Verifier, error: &AgentError) {
+    if verifier.memory.disk_hangs(error)
+        && let Err(error) = verifier.place.remember(&verifier.memory)
+    {
+        println!("kiln-agent: that a disk gave no answer is not remembered, and the next boot tries it again: {error}");
     }
 }
 
@@ -212,6 +229,7 @@ async fn rest(place: &Place, memory: &mut Memory, error: &AgentError) {
 
 /// From the network to the image's init.
 async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infallible> {
+    let hung = flow.verifier.memory.disk_hung.clone();
     let disk = local::open_disk(flow).await;
     let root_hash = flow.journal.embedded.root_hash.clone();
     let mut network = Network::start(flow);
@@ -238,7 +256,14 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
         local::count_failed(&disk, &error).await;
         return Err(error);
     }
-    network.connect(flow, drivers).await?;
+    match hung.filter(|_| disk.is_none()) {
+        // Without a server there is nothing but the disk: it is tried again.
+        Some(disk) => {
+            let late = |_| Err(DiskError::LeftOut { disk }.into());
+            timeout(WITHOUT_DISK, network.connect(flow, drivers)).await.unwrap_or_else(late)?;
+        }
+        None => network.connect(flow, drivers).await?,
+    }
     set_host_name(&network, flow);
     flow.ship_log()?;
     let here = flow.verifier.here()?;
@@ -292,12 +317,12 @@ async fn from_slot(
     disk: &SharedDisk,
     starts: Starts,
 ) -> Result<Infallible> {
-    if starts.count >= machine::SUSPECT {
-        if let Err(error) = local::read_back(flow, disk).await {
-            println!("kiln-agent: {error} ({})", error.kind());
-            find_a_hearer(flow, drivers, network).await;
-            return Err(error);
-        }
+    if starts.count >= machine::SUSPECT
+        && let Err(error) = local::read_back(flow, disk).await
+    {
+        println!("kiln-agent: {error} ({})", error.kind());
+        find_a_hearer(flow, drivers, network).await;
+        return Err(error);
     }
     let asked = timeout(local::PATIENCE, local::ask(flow, drivers, network)).await;
     let error = match asked {

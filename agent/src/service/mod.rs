@@ -1,6 +1,7 @@
 //! The agent as a service of the running system: health, reports, and the next release, side by side on one thread. What
 //! comes next is decided in [`duty`]; here it is done.
 
+mod certificate;
 mod duty;
 mod files;
 mod leave;
@@ -180,6 +181,12 @@ impl Service {
         self.disk.is_some() || self.mode == Mode::Disk
     }
 
+    /// What of this machine gives no answer: its own disk, or what the boot found silent.
+    fn hung(&self) -> Option<String> {
+        let own = self.disk.as_ref().filter(|disk| disk.hangs()).map(|disk| disk.name().to_owned());
+        own.or_else(|| self.journal.state.hung.clone())
+    }
+
     /// Waits for whatever comes first, decides, does. Ends when the machine cannot even be left.
     async fn run(mut self, checks: Checks) -> AgentError {
         self.journal.started(Stage::Health);
@@ -277,6 +284,7 @@ impl Service {
             }
             if let Event::Checked(health) = &event {
                 self.look_for_disk();
+                self.secrets.end_certificate();
                 proving = proving.or_else(|| self.prove(health.healthy));
             }
             files = files.or_else(|| self.look_at_files());
@@ -339,6 +347,9 @@ impl Service {
         let ask = self.secrets.heard(reply.secrets);
         if reply.attest || ask {
             self.attest(ask);
+        }
+        if self.secrets.certificate_due(reply.certify) {
+            self.certify();
         }
         let more = self.watch.heard(&reply);
         let wanted = claimed(&reply);

@@ -49,8 +49,10 @@ async fn serve() -> Result<()> {
     forget_an_earlier_start();
     let probe = Probe::new(verity::running_root_hash, "systemctl");
     let checks = Checks::new(handoff.manifest.health.clone(), handoff.manifest.verity.root_hash.clone(), probe);
-    let secrets = Secrets::of(&handoff.manifest.secrets);
-    let checks = if handoff.manifest.secrets.is_empty() { checks } else { checks.with_secrets(secrets.keeper()) };
+    let (wanted, certificate) = (&handoff.manifest.secrets, handoff.manifest.certificate.as_ref());
+    let secrets = Secrets::of(wanted, certificate);
+    let wants = !wanted.is_empty() || certificate.is_some();
+    let checks = if wants { checks.with_secrets(secrets.keeper()) } else { checks };
     let checks = match &handoff.no_data {
         None => checks,
         Some(reason) => checks.without_data(reason.clone()),
@@ -73,7 +75,7 @@ async fn serve() -> Result<()> {
     }
     log::take_over();
     tokio::spawn(log::follow());
-    let watch = Watch::of(&handoff.manifest, disk.clone()).await;
+    let watch = Watch::of(&handoff.manifest, disk.clone(), handoff.left.clone()).await;
     let uplink = handoff.uplink.clone();
     let lives_on = handoff.disk.as_ref().map(|on| Path::new("/sys/class/block").join(&on.name));
     let (verifier, mut journal) = resume(handoff, place, resumed, disk.as_ref()).await?;

@@ -287,6 +287,7 @@ impl Shared {
             dbx: None,
             attest: false,
             secrets: None,
+            certify: false,
         }
     }
 }

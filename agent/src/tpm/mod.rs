@@ -10,6 +10,8 @@ mod tests;
 
 pub use data_key::DATA_KEY;
 pub use device::{Tpm, TpmFault};
+#[cfg(test)]
+pub use nv::room;
 pub use sealed::is_whole;
 
 use crate::memory::random;

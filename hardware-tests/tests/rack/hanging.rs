@@ -52,7 +52,8 @@ fn is_reset(rack: &mut Rack, disk: &Nbd, console: &Console, (resets, begun): (us
     reset
 }
 
-/// The disk that hangs is the first one; Kiln's is behind it. Then to another release, by a cold boot.
+/// The disk that hangs is the first one; Kiln's is behind it. Then to another release: a kexec is asked for, refused, and it goes by a cold
+/// boot.
 #[test]
 #[ignore = "slow: an install, two boots, and a shutdown that hangs; make test-slow"]
 fn a_disk_that_hangs_beside_the_machines_own_holds_nothing_up() {
@@ -80,7 +81,12 @@ fn a_disk_that_hangs_beside_the_machines_own_holds_nothing_up() {
 
         rack.kiln(&["release", "publish", "disk/2"]).unwrap();
         let before = (rack.machine(NAME).resets(), console.mark());
-        rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
+        rack.kiln(&["assign", NAME, "disk/2", "--via", "kexec"]).unwrap();
+        let refused = |v: &MachineView| v.failures().contains(&"kexec-disk-hangs");
+        let view = rack.wait(NAME, "told why it goes by no kexec", refused).unwrap();
+        // What waits for the disk is the agent's own.
+        let drift = view.condition.drift;
+        assert!(!drift.iter().any(|difference| difference.what.contains("(deleted)")), "{drift:?}");
         let reset = is_reset(&mut rack, &disk, &console, before);
         hangs(&disk, &console, reset, 2);
         rack.wait(NAME, "healthy on 2, and says what hangs", |v| v.is_healthy_on(2) && names(v, "vda")).unwrap();

@@ -2,6 +2,7 @@
 //! anywhere; and on files, judged by the programs that others use (sgdisk, fsck.vfat, mtools).
 
 mod cuts;
+mod floor;
 mod loader;
 mod remains;
 mod tables;

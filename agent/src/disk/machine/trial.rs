@@ -1,0 +1,21 @@
+//! A disk for tests.
+
+use super::*;
+
+impl MachineDisk {
+    /// A new file as the disk of a machine on which this release is on trial. Its slot is empty.
+    pub fn on_trial(path: &Path, manifest: &Manifest, uki: &Path) -> Self {
+        let settings = DiskSettings { esp: 64 << 20, slot: 16 << 20, state: 36 << 20, ..DiskSettings::default() };
+        let size = 140 << 20;
+        File::create_new(path).unwrap().set_len(size).unwrap();
+        let layout = Layout::new(size, &settings, "lab").unwrap();
+        let mut store = Store::open(Device::open(path).unwrap(), layout, true, "sda").unwrap();
+        let slots = Slots::new(store.read().unwrap(), 0);
+        let mut disk = Self { store, slots, starts: None };
+        let assign = Event::Assign(content(manifest).unwrap(), 4, Go::Here(Via::Cold));
+        for event in [assign, Event::Fetched, Event::Granted] {
+            disk.event(event, Some(uki)).unwrap();
+        }
+        disk
+    }
+}

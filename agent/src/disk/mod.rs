@@ -28,7 +28,9 @@ pub mod worker;
 pub enum DiskError {
     #[error("no disk was found; the release runs in memory")]
     NoDisk,
-    #[error("{disk}, which this system runs from, is not in the machine any more: it restarts, and runs in memory")]
+    #[error(
+        "{disk}, which this system runs from, is not in the machine any more, or the kernel gave it up: it restarts, and runs in memory without it"
+    )]
     Gone { disk: String },
     #[error("the disk has {size} bytes, the layout that the release signs needs {needed}")]
     TooSmall { size: u64, needed: u64 },

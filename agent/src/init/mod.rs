@@ -22,7 +22,7 @@ use crate::memory::{self, Memory, Place};
 use crate::plan::{self, Plan};
 use crate::uplink::Network;
 use crate::verifier::{Answer, Verified, Verifier};
-use crate::watchdog::Watchdog;
+use crate::watchdog::{self, Watchdog};
 use crate::{change, console, ima, local, log, mounts, net, restart, safe, tpm, wipe};
 use embedded::{read_boot_info, tell_command_line_drift};
 use kiln_protocol::{Assignment, Failure, ReleaseId, RollbackMemory, Stage, TpmPresence, Via};
@@ -75,7 +75,7 @@ fn boot() -> Result<Infallible> {
     let mut drivers = Drivers::open()?;
     // Before anything that may hang while it looks for its hardware.
     drivers.load_watchdogs();
-    let mut watchdog = Watchdog::is_there().then(Watchdog::arm).flatten();
+    let watchdog = Watchdog::is_there().then(Watchdog::arm).flatten();
     journal.record(Stage::Modules, kiln_protocol::StageState::Started);
     drivers.load_always();
     drivers.coldplug_and(&mut |after| {
@@ -84,7 +84,7 @@ fn boot() -> Result<Infallible> {
             net::raise();
         }
         // Each driver has the watchdog's whole time: many that are slow are no hang.
-        watchdog.iter_mut().for_each(Watchdog::pet);
+        watchdog::pet();
     });
     drivers.load_for_root();
     ima::measure_kexecs();

@@ -45,7 +45,14 @@ pub(super) async fn start(
     let disk = disk.filter(|_| verified.manifest.class == Class::Normal.as_str());
     flow.journal.started(Stage::Root);
     flow.report().await;
-    drivers.iter_mut().for_each(Drivers::settle);
+    // Beside the runtime: reports go out meanwhile.
+    if let Some(mut taken) = drivers.take() {
+        let settled = blocking(move || {
+            taken.settle();
+            Ok(taken)
+        });
+        *drivers = settled.await.ok();
+    }
     if keeps_data(&flow.verifier.boot).is_some()
         && let Some(drivers) = drivers
     {

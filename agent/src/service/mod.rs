@@ -9,6 +9,7 @@ mod next;
 mod secrets;
 mod slots;
 mod start;
+mod starts;
 #[cfg(test)]
 mod tests;
 mod watch;

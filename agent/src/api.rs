@@ -4,6 +4,7 @@
 
 use crate::error::{AgentError, Result};
 use crate::fetch::{Open, PATIENCE, authority, client, connect};
+use crate::log::said;
 use crate::tls;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
@@ -13,8 +14,9 @@ use hyper::{Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use jiff::Timestamp;
 use kiln_protocol::{
-    ATTESTATION_PATH, Attestation, INTRODUCTION_PATH, INVENTORY_PATH, Introduction, IntroductionReply, InventoryReport,
-    KeyId, LOG_PATH, LogBatch, LogReply, RECEIPT_PATH, REPORT_PATH, Reply, Report,
+    ATTESTATION_PATH, Attestation, CERTIFICATE_PATH, CertificateAnswer, CertificateRequest, INTRODUCTION_PATH,
+    INVENTORY_PATH, Introduction, IntroductionReply, InventoryReport, KeyId, LOG_PATH, LogBatch, LogReply,
+    RECEIPT_PATH, REPORT_PATH, Reply, Report,
 };
 use kiln_release::certificate::{certificate_spki, self_signed_certificate, spki_key_id};
 use kiln_release::{AGENT_API_NAME, Signer, with_causes};
@@ -161,6 +163,11 @@ impl Api {
         self.exchange(ATTESTATION_PATH, step, 2 * ANSWER, "the answer to a proof").await
     }
 
+    /// Asks for a certificate.
+    pub async fn certify(&mut self, request: &CertificateRequest) -> Result<CertificateAnswer> {
+        self.exchange(CERTIFICATE_PATH, request, ANSWER, "the answer about a certificate").await
+    }
+
     /// Posts lines of the log.
     pub async fn log(&mut self, batch: &LogBatch) -> Result<LogReply> {
         self.exchange(LOG_PATH, batch, 2 * ANSWER, "the answer to log lines").await
@@ -211,7 +218,8 @@ impl Api {
         let body = serde_json::to_vec(document).expect("wire types always become JSON");
         let answer = self.ask(path, &body, deadline).await?;
         serde_json::from_slice(&answer).map_err(|e| {
-            let reason = format!("{what} is not of version 1: {e}");
+            // It quotes what was sent.
+            let reason = format!("{what} is not of version 1: {}", said(&e.to_string()));
             let error = AgentError::Unreachable { url: self.server().to_owned(), reason };
             self.turn_away();
             error

@@ -1,8 +1,10 @@
 //! Going to another release: its metadata, UKI and root are verified here, before this one is left.
 
 mod load;
+mod renew;
 
-pub use load::load;
+pub use load::{load, tell_loader};
+pub use renew::{mend_uki, prepare_renewal, renew};
 
 use crate::disk::DiskError;
 use crate::disk::machine::{self, SharedDisk, on_disk, place, read_slot};
@@ -51,6 +53,8 @@ struct Installed {
     disk: SharedDisk,
     uki: Scratch,
     via: Via,
+    /// Its place in the loader's order.
+    order: u64,
 }
 
 impl std::fmt::Debug for Installed {
@@ -141,6 +145,8 @@ pub struct Prefetch {
     allowed: Option<Via>,
     /// Nothing is installed: what runs must cold-boot first.
     prove_first: bool,
+    /// A cold boot leads elsewhere: what must not go onto the disk that this machine starts from.
+    only_kexec: bool,
     /// Which artifact server is asked: another after each that failed.
     turn: usize,
 }
@@ -166,6 +172,7 @@ impl Prefetch {
             slot: None,
             allowed: None,
             prove_first: false,
+            only_kexec: false,
             turn: 0,
         }
     }
@@ -173,6 +180,11 @@ impl Prefetch {
     /// Into a slot of this disk, and to this place in its loader's order.
     pub fn onto(self, disk: Option<SharedDisk>, order: u64) -> Self {
         Self { disk, order, ..self }
+    }
+
+    /// No cold boot leads to it.
+    pub fn by_kexec_only(self, only_kexec: bool) -> Self {
+        Self { only_kexec, ..self }
     }
 
     /// After a failed try: whether it is the first since the release came on. It is then not one more in a row.
@@ -195,7 +207,8 @@ impl Prefetch {
             self.verify(verifier).await?;
         }
         if let (Some(disk), Some(manifest)) = (&self.disk, &self.manifest) {
-            let slots = on_disk(disk, |disk| Ok(disk.slots().disk.labels)).await?;
+            // As they are known: nobody waits for a disk with the verifier in hand.
+            let slots = disk.slots().disk.labels;
             verifier.expect_record(manifest, &record::digest(&self.files, &self.assignment), slots)?;
         }
         Ok(Given {
@@ -259,6 +272,7 @@ impl Prefetch {
                         let [_, path] = files(&self.to);
                         Some(path)
                     }
+                    Leave::Cold if self.only_kexec => return Err(AgentError::NoWayOut),
                     Leave::Cold => {
                         // It was verified; its memory is wanted.
                         self.uki = None;
@@ -362,7 +376,7 @@ impl Prefetch {
             let manifest = self.manifest?;
             let installed = match (self.prove_first, self.allowed) {
                 (true, _) => None,
-                (false, via) => Some(Installed { disk, uki: self.uki?.into_file()?, via: via? }),
+                (false, via) => Some(Installed { disk, uki: self.uki?.into_file()?, via: via?, order: self.order }),
             };
             return Some(Ready { manifest, kexec: None, installed, note: self.note });
         }
@@ -373,64 +387,6 @@ impl Prefetch {
         };
         Some(Ready { manifest: self.manifest?, kexec, installed: None, note: self.note })
     }
-}
-
-/// In disk mode: puts up anew what runs. Its metadata is fetched and verified anew, its root and UKI are read back from the
-/// disk itself and compared with it; a UKI that is not as it was signed is fetched anew, a root that is not by the next
-/// boot. The cold boot that follows begins with fresh memory, which is all that a running system can have written to.
-pub async fn renew(
-    verifier: &mut Verifier,
-    disk: &SharedDisk,
-    assignment: &Assignment,
-    next: &Path,
-    meter: &Meter,
-) -> Result<Ready> {
-    let verified = verifier.verify_metadata(&assignment.release_id()).await?;
-    if verified.manifest_sha256 != assignment.manifest_sha256.as_str() {
-        let (expected, got) = (verified.manifest_sha256, assignment.manifest_sha256.to_string());
-        return Err(AgentError::ManifestMismatch { expected, got });
-    }
-    let manifest = verified.manifest;
-    verifier.may_run(&manifest)?;
-    let signed = manifest.clone();
-    let ready = |note| Ready { manifest: manifest.clone(), kexec: None, installed: None, note };
-    let whole = match read_slot(disk, manifest.root.length, move |disk| disk.look_whole(&signed)).await {
-        Ok(whole) => whole,
-        Err(AgentError::Disk(error @ DiskError::ReadBack { .. })) => {
-            return Ok(ready(Some(format!("{error}; the next boot fetches it anew"))));
-        }
-        Err(error) => return Err(error),
-    };
-    if !whole {
-        let [path, _] = files(next);
-        let from = (verifier.servers.http.as_slice(), prefetch_rate(&verifier.boot));
-        mend_uki(disk, &manifest, from, &path, &meter.uki).await?;
-    }
-    let order = verifier.memory.order(assignment.sequence);
-    let root_hash = machine::content(&manifest)?.root_hash;
-    on_disk(disk, move |disk| disk.keep_put_up(&root_hash, order)).await?;
-    Ok(ready((!whole).then(|| "its UKI on the disk was not as it was signed: it was fetched anew".to_owned())))
-}
-
-/// Fetches a release's UKI from these servers, at this rate, to `path`, and puts it in place of the one on the disk, which is
-/// not as it was signed.
-pub async fn mend_uki(
-    disk: &SharedDisk,
-    manifest: &Manifest,
-    (servers, rate): (&[String], Option<u64>),
-    path: &Path,
-    meter: &Arc<AtomicU64>,
-) -> Result<()> {
-    let uki = Download::new(expected(error::UKI, &manifest.uki), Some(path), meter)?;
-    // Its file goes with it: it is kept until the disk has it.
-    let mut uki = uki.capped(rate);
-    uki.run_any(servers).await?;
-    let (signed, path) = (manifest.clone(), path.to_owned());
-    on_disk(disk, move |disk| {
-        kexec::verify(&File::open(&path).map_err(AgentError::file(&path))?, &signed)?;
-        disk.mend_uki(&signed, &path)
-    })
-    .await
 }
 
 /// What a running system's fetching of another release may take of the link, by its own release. Bytes per second.
@@ -456,12 +412,18 @@ pub enum Otherwise {
     Kexec,
 }
 
-/// From the initramfs: fetches, tells the server, and goes. Comes back when the caller must restart the machine.
-pub async fn now(flow: &mut Flow, assignment: &Assignment, via: Via, otherwise: Otherwise) -> Result<()> {
-    let ready = Arc::new(flow.prefetch(assignment, via, Path::new(NEXT)).await?);
-    let via = match load(&ready, otherwise).await {
+/// From the initramfs: fetches to this folder, tells the server, and goes. Comes back when the caller must restart the machine.
+pub async fn now(flow: &mut Flow, assignment: &Assignment, via: Via, otherwise: Otherwise, next: &Path) -> Result<()> {
+    let ready = Arc::new(flow.prefetch(assignment, via, next).await?);
+    let hung = match otherwise {
+        Otherwise::Cold => flow.journal.state.hung.clone(),
+        // A try is better than none: here no init waits for what hangs, and a kernel that does is reset.
+        Otherwise::Kexec => None,
+    };
+    let told = tell_loader(&ready).await?;
+    let via = match load(&ready, told, otherwise, hung).await {
         Ok(()) => ready.via(),
-        Err(error @ AgentError::ShortWatchdog { .. }) => {
+        Err(error @ (AgentError::ShortWatchdog { .. } | AgentError::KexecHangs { .. })) => {
             flow.journal.failed(Stage::Going, &error, 1, Some(Duration::ZERO));
             Via::Cold
         }

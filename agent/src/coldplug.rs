@@ -5,11 +5,11 @@
 mod alone;
 mod probe;
 
-pub use alone::{ALONE, answers, main as alone};
+pub use alone::{ALONE, Process, answers, left, main as alone};
 
 use crate::error::{AgentError, Result};
 use crate::modules::ModuleIndex;
-use crate::sys;
+use crate::{sys, watchdog};
 use probe::{Work, beside};
 use std::collections::HashSet;
 use std::ffi::CStr;
@@ -144,21 +144,21 @@ impl Drivers {
         ended
     }
 
-    /// Waits until that is done, a minute at most; what did not load was told.
+    /// Waits until that is done, a minute at most, and pets the watchdog meanwhile; what did not load was told.
     pub fn settle(&mut self) {
         let Some(root) = self.beside.take() else { return };
-        if !self.wait(vec![root], ROOT_PATIENCE, &mut || {}) {
+        if !self.wait(vec![root], ROOT_PATIENCE, &mut watchdog::pet) {
             for module in ROOT {
                 let order = self.index.load_order(module, &HashSet::new());
-                self.insert_each(module, order, &mut || {});
+                self.insert_each(module, order, &mut watchdog::pet);
             }
         }
     }
 
     /// Loads what the devices present ask for, until nothing new is asked for. A driver that will not load is told and
-    /// passed over: the machine may not need it.
+    /// passed over: the machine may not need it. The watchdog is petted meanwhile: each has its time, and an end.
     pub fn coldplug(&mut self) {
-        self.coldplug_and(&mut |_| {});
+        self.coldplug_and(&mut |_| watchdog::pet());
     }
 
     /// The same; `each` is called behind each driver, and every second while one takes longer. Network cards come first.
@@ -195,7 +195,7 @@ impl Drivers {
 
     /// Loads a module and what it needs.
     pub fn load(&mut self, module: &str) {
-        self.load_and(module, &mut || {});
+        self.load_and(module, &mut watchdog::pet);
     }
 
     fn load_and(&mut self, module: &str, each: &mut dyn FnMut()) {
@@ -299,6 +299,24 @@ mod tests {
         alias pci:v00001022d0000790Bsv*sd*bc*sc*i* sp5100_tco\nalias pci:v00001022d0000790Bsv*sd*bc*sc*i* i2c_piix4\n\
         alias pci:v0000103Cd00003306sv*sd*bc*sc*i* hpwdt\nalias platform:wdat_wdt wdat_wdt\n\
         alias pci:v00008086d000010D3sv*sd*bc*sc*i* e1000e\n";
+
+    /// It holds up the agent's loop, which pets otherwise.
+    #[test]
+    fn the_watchdog_is_petted_while_what_the_root_needs_is_waited_for() {
+        let petted = watchdog::tests::petted;
+        let before = petted();
+        let root = beside("what the root needs", move || {
+            while petted() == before {
+                std::thread::park_timeout(Duration::from_millis(10));
+            }
+        });
+        let index = ModuleIndex::parse("", "", "");
+        let (loaded, silent) = (HashSet::new(), Vec::new());
+        let dir = PathBuf::from("/nowhere");
+        let mut drivers = Drivers { dir, index, loaded, beside: Some(root), silent, patience: PATIENCE };
+        drivers.settle();
+        assert!(petted() > before && drivers.silent().is_empty(), "it waited in vain");
+    }
 
     #[test]
     fn network_cards_come_first() {

@@ -2,6 +2,7 @@
 //! [`kiln_protocol::drift`] compare them with the manifest and with [`EXPECTED_PATH`] in the verified root. Only reads
 //! files of /proc, /sys and memory; starts no program; everything it reads has an end.
 
+use crate::coldplug::Process;
 use crate::error::Result;
 use crate::init::running_command_line;
 use crate::plan;
@@ -66,6 +67,8 @@ pub struct Looker {
     usage: BTreeMap<String, Usage>,
     /// Who holds a socket, by its inode: looked for once.
     owners: BTreeMap<u64, Option<String>>,
+    /// The agent's own processes of the initramfs, which no file system of the release has.
+    own: Vec<Process>,
 }
 
 impl Looker {
@@ -76,7 +79,21 @@ impl Looker {
             expected.and_then(|text| serde_json::from_str(&text).map_err(|e| format!("{EXPECTED_PATH}: {e}")));
         let policy = std::fs::read(at(&place, EXEC_PATH)).ok().and_then(|bytes| ExecPolicy::read(&bytes).ok());
         let guarded = policy.map(|policy| policy.rules.into_iter().map(|rule| rule.path).collect()).unwrap_or_default();
-        Self { expected, guarded, manifest, root, place, usage: BTreeMap::new(), owners: BTreeMap::new() }
+        Self {
+            expected,
+            guarded,
+            manifest,
+            root,
+            place,
+            usage: BTreeMap::new(),
+            owners: BTreeMap::new(),
+            own: Vec::new(),
+        }
+    }
+
+    /// These are the agent's own.
+    pub fn knowing(self, own: Vec<Process>) -> Self {
+        Self { own, ..self }
     }
 
     /// One look; blocks. Sorted by kind and subject.
@@ -227,12 +244,18 @@ impl Looker {
         for (process, folder) in self.processes() {
             // Kernel threads have none; a process may have ended meanwhile.
             let Ok(meta) = std::fs::metadata(folder.join("exe")) else { continue };
-            if !devices.contains(&meta.dev()) {
+            if !devices.contains(&meta.dev()) && !self.is_own(process) {
                 let program = std::fs::read_link(folder.join("exe")).unwrap_or_default();
                 let text = format!("process {process} runs {}, which is not of the release", program.display());
                 out.push(drift::foreign(DriftKind::Executable, &program.to_string_lossy(), &text));
             }
         }
+    }
+
+    /// One that waits for a device that hangs, and cannot be ended. Another with its number started later.
+    fn is_own(&self, pid: u32) -> bool {
+        self.own.iter().any(|own| own.pid == pid)
+            && Process::of(&self.path("/proc"), pid).is_some_and(|process| self.own.contains(&process))
     }
 
     fn processes(&self) -> impl Iterator<Item = (u32, PathBuf)> + use<> {

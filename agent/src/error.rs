@@ -155,6 +155,8 @@ pub enum AgentError {
          cold boot"
     )]
     ShortWatchdog { seconds: i32, least: i32 },
+    #[error("{what} gives no answer, and a kexec may wait for it without end: only a cold boot leaves this system")]
+    KexecHangs { what: String },
     #[error("the next release does not fit into memory beside this one, and nothing but a kexec leads from here to it")]
     NoWayOut,
     #[error("{0}")]
@@ -176,6 +178,14 @@ impl AgentError {
     pub fn file(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::File { path, source }
+    }
+
+    /// What gave no answer, if this is about that.
+    pub fn hung(&self) -> Option<&str> {
+        let (Self::Disk(DiskError::Late { disk: what, .. }) | Self::DriverSilent { what, .. }) = self else {
+            return None;
+        };
+        Some(what)
     }
 
     /// Of a slot that was whole when it was written: what it gives back else was altered since.
@@ -281,6 +291,7 @@ kinds!({
     Self::BootLoop { .. } => "boot-loop", Machine;
     Self::KexecSpent => "kexec-spent", Machine;
     Self::ShortWatchdog { .. } => "kexec-short-watchdog", Machine;
+    Self::KexecHangs { .. } => "kexec-disk-hangs", Machine;
     Self::NoWayOut => "safe-mode-no-memory", Machine;
     Self::DrainHook { .. } => "drain-hook", Machine;
     Self::Tpm(_) | Self::NoTpm | Self::SilentTpm { .. } => "machine-tpm", Machine;

@@ -42,10 +42,10 @@ impl Flow {
         boot: BootInfo,
         state: JournalState,
         place: Place,
+        Identity { key, lost }: Identity,
         memory: Memory,
         tpm: Option<TpmPresence>,
     ) -> Result<Self> {
-        let Identity { key, lost } = place.key()?;
         let embedded = embedded(&boot)?;
         let now = memory.time_floor.map_or(boot.built, |t| t.max(boot.built));
         let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;

@@ -1,6 +1,7 @@
 //! Word from the agent in the initramfs to the agent in the running system. The identity key is not in it: it is read
 //! again from where it lives.
 
+use crate::coldplug::Process;
 use crate::error::{AgentError, Result};
 use crate::journal::JournalState;
 use crate::memory::Memory;
@@ -49,6 +50,9 @@ pub struct Handoff {
     /// Where that is from; none: an older initramfs, which did not say.
     #[serde(default)]
     pub remembers: Option<RollbackMemory>,
+    /// The agent's own processes that wait for a device that hangs.
+    #[serde(default)]
+    pub left: Vec<Process>,
     /// The newest time believed.
     pub now: Timestamp,
 }

@@ -49,7 +49,7 @@ pub struct Checks {
     probe: Probe,
     gate: Gate,
     verdict: Option<Verdict>,
-    /// The release's secrets, if it wants any.
+    /// The release's secrets and certificate, if it wants any.
     secrets: Option<Arc<Mutex<Keeper>>>,
     /// Why the machine's data is not there.
     no_data: Option<String>,
@@ -79,7 +79,7 @@ impl Checks {
         Self { declared, root_hash, probe, gate, verdict, secrets: None, no_data: None, thresholds, set }
     }
 
-    /// The same, and a machine without the secrets that its release requires is not healthy.
+    /// The same, and a machine without the secrets or the certificate that its release requires is not healthy.
     #[must_use]
     pub fn with_secrets(self, keeper: Arc<Mutex<Keeper>>) -> Self {
         let rule = Rule { name: "secrets".into(), soak_ms: 0, fail_after: 1, pass_after: 1 };

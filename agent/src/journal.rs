@@ -42,6 +42,9 @@ pub struct JournalState {
     /// [`Report::stale`].
     #[serde(default)]
     pub stale: Option<Stale>,
+    /// What of this machine gave no answer in this boot: a disk's name, or what its driver was busy with.
+    #[serde(default)]
+    pub hung: Option<String>,
 }
 
 /// The stages of this boot.
@@ -82,6 +85,14 @@ impl JournalState {
             last: None,
             sequence_hint: None,
             stale: None,
+            hung: None,
+        }
+    }
+
+    /// If this error says that something gave no answer, that is kept for the way out.
+    pub fn note_hung(&mut self, error: &AgentError) {
+        if self.hung.is_none() {
+            self.hung = error.hung().map(str::to_owned);
         }
     }
 
@@ -121,6 +132,7 @@ impl Journal {
     pub fn failed(&mut self, stage: Stage, error: &AgentError, attempt: u32, retry_in: Option<Duration>) {
         let retry_in_ms = retry_in.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX));
         let failure = Failure { kind: error.kind().to_owned(), message: error.to_string(), attempt, retry_in_ms };
+        self.state.note_hung(error);
         self.state.record(stage, StageState::Failed(failure));
     }
 

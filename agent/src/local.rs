@@ -3,10 +3,10 @@
 
 use crate::change::{NEXT, files};
 use crate::coldplug::Drivers;
-use crate::disk::DiskError;
 use crate::disk::machine::{self, MachineDisk, SharedDisk, boots, on_disk, on_disk_within, read_slot};
 use crate::disk::record::Record;
 use crate::disk::store::Starts;
+use crate::disk::{DiskError, floor};
 use crate::error::{AgentError, FailureClass, ROOT, Result, UKI};
 use crate::fetch::{Download, Expected};
 use crate::flow::Flow;
@@ -15,7 +15,7 @@ use crate::kexec;
 use crate::memory::Memory;
 use crate::plan;
 use crate::uplink::Network;
-use crate::verifier::Verified;
+use crate::verifier::{Verified, Verifier};
 use kiln_protocol::slot::{Action, Content, Event, Fallback, Go, Label, SlotId};
 use kiln_protocol::{Assignment, BootFirst, ReleaseId, Stage};
 use kiln_release::{Manifest, Mode};
@@ -33,6 +33,9 @@ const COUNTS: Duration = Duration::from_secs(20);
 
 /// The machine's disk in disk mode; one that cannot be used is told, and the release runs in memory.
 pub async fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
+    if flow.verifier.boot.site.mode == Mode::Disk && leaves_out(flow) {
+        return None;
+    }
     let boot = &flow.verifier.boot;
     match boot.site.mode {
         Mode::Ram => None,
@@ -55,6 +58,34 @@ pub async fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
                 None
             }
         },
+    }
+}
+
+/// Whether this boot leaves the disk alone, because the one before came to its end in it. Said, and forgotten before anything else
+/// is done: the next boot tries the disk again, whatever becomes of this one.
+fn leaves_out(flow: &mut Flow) -> bool {
+    let Verifier { memory, place, .. } = &mut flow.verifier;
+    let Some(disk) = memory.disk_hung.take() else { return false };
+    if let Err(error) = place.remember(memory) {
+        println!("kiln-agent: {disk} gave no answer, and is tried all the same: that would not be forgotten: {error}");
+        return false;
+    }
+    flow.journal.failed(Stage::Modules, &DiskError::LeftOut { disk }.into(), 1, Some(Duration::ZERO));
+    true
+}
+
+/// A boot image below the floor: the disk must not start it for ever. No packet decides of it.
+pub async fn leave_floor(flow: &Flow) {
+    let boot = &flow.verifier.boot;
+    if boot.site.mode == Mode::Ram {
+        return;
+    }
+    match floor::leave(boot, flow.verifier.memory.floor(&boot.image)).await {
+        Ok(Some(release)) => println!("kiln-agent: {release}, which is good on the disk, is next"),
+        Ok(None) => {
+            println!("kiln-agent: no good release on the disk is at or above the floor: the network has to bring one");
+        }
+        Err(error) => println!("kiln-agent: the disk is not left for another release: {error} ({})", error.kind()),
     }
 }
 
@@ -321,6 +352,7 @@ mod tests {
     use crate::journal::Journal;
     use crate::testing::{TestSite, journal, web};
     use crate::verifier::Servers;
+    use kiln_protocol::StageState;
     use std::collections::BTreeMap;
 
     /// A machine's disk in a file, release 1 of the site good on it.
@@ -362,6 +394,30 @@ mod tests {
                 count_failed(&disk, &error).await;
             }
         });
+    }
+
+    #[test]
+    fn the_disk_in_which_the_last_boot_ended_is_left_alone_once_and_that_is_told() {
+        let (dir, site) = (tempfile::tempdir().unwrap(), TestSite::new(1));
+        let mut verifier = site.verifier(1, &[], &[], dir.path());
+        verifier.boot.site.mode = Mode::Disk;
+        let late = DiskError::Late { disk: "vda".into(), what: "mounting the root", reason: "no answer".into() };
+        assert!(verifier.memory.disk_hangs(&late.into()));
+        verifier.place.remember(&verifier.memory).unwrap();
+        // The next boot.
+        verifier.memory = verifier.place.memory().unwrap();
+        let journal = journal(&verifier);
+        let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: Duration::ZERO };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        // No disk of this host is looked at.
+        assert!(runtime.block_on(open_disk(&mut flow)).is_none());
+        let told = flow.journal.state.pending.iter().find_map(|record| match &record.state {
+            StageState::Failed(failure) => Some((failure.kind.as_str(), failure.message.starts_with("vda "))),
+            StageState::Started | StageState::Done | StageState::Waiting { .. } => None,
+        });
+        assert_eq!(told, Some(("disk-left-out", true)));
+        assert_eq!(flow.verifier.place.memory().unwrap().disk_hung, None, "the boot after this one tries it again");
+        assert!(!leaves_out(&mut flow), "once");
     }
 
     #[test]

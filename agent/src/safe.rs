@@ -17,6 +17,7 @@ use crate::memory::Place;
 use crate::plan::Plan;
 use crate::uplink::Network;
 use kiln_protocol::{Stage, Via};
+use std::path::Path;
 use std::time::Duration;
 use tokio::time::{sleep, timeout};
 
@@ -59,7 +60,8 @@ async fn wait(
                 Plan::Stay => return on_disk(disk, move |disk| disk.forget_starts(&root_hash)).await,
                 // The firmware would start the disk again: only a kexec leads elsewhere.
                 Plan::Change(_) => {
-                    change::now(flow, &assignment, Via::Kexec, change::Otherwise::Kexec).await?;
+                    let next = Path::new(change::NEXT);
+                    change::now(flow, &assignment, Via::Kexec, change::Otherwise::Kexec, next).await?;
                     return Err(AgentError::NoWayOut);
                 }
             }

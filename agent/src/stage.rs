@@ -4,7 +4,7 @@
 use crate::error::{AgentError, ROOT, Result};
 use crate::fetch::Expected;
 use crate::flow::Flow;
-use crate::init::parse_boot_info;
+use crate::init::{Begun, parse_boot_info};
 use crate::journal::{JournalState, boot_id, monotonic_ms};
 use crate::log;
 use crate::memory::Place;
@@ -68,12 +68,12 @@ async fn stage(options: &Options) -> Result<()> {
     println!("kiln-agent {}: image {} release {}", env!("CARGO_PKG_VERSION"), boot.image, boot.release);
     std::fs::create_dir_all(&options.out).map_err(AgentError::file(&options.out))?;
     let place = Place::Directory(options.state.clone());
-    let memory = place.memory()?;
+    let Begun { place, identity, memory, spoilt, fault } = Begun::of(place, &options.out.join("meanwhile"))?;
     let state = JournalState::begin(boot_id()?, started_ms);
     let below_floor = memory.may_boot(&boot).err();
-    let mut flow = Flow::begin(boot, state, place, memory, None)?;
+    let mut flow = Flow::begin(boot, state, place, identity, memory, None)?;
     flow.tries = Some(options.tries);
-    if let Some(error) = below_floor {
+    if let Some(error) = fault.or(below_floor).or(spoilt) {
         if flow.find_server().await.is_ok() {
             flow.journal.failed(Stage::Start, &error, 1, None);
             flow.give_up(&error).await;

@@ -14,6 +14,7 @@ use kiln_protocol::{MachineId, Stage};
 use kiln_release::BootInfo;
 use kiln_release::network::{LinkKind, Section};
 use std::collections::HashSet;
+use std::convert::Infallible;
 use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout_at};
@@ -23,7 +24,10 @@ const TRIAL: Duration = Duration::from_secs(90);
 /// Between two tries within a trial.
 const AGAIN: Duration = Duration::from_secs(2);
 /// Between two looks of a running system for its server.
-const LOOK: Duration = Duration::from_secs(30);
+pub const LOOK: Duration = Duration::from_secs(30);
+/// A link that had no carrier at so many looks is not one whose switch just restarts: what others have put on a bond or VLAN goes
+/// with it.
+const LOOKS: u32 = 20;
 /// So long it stays with the way that has an address after a first round that did not find the server; twice as long after each
 /// further one, and at most [`LAST_HOLD`].
 const FIRST_HOLD: Duration = Duration::from_secs(120);
@@ -211,20 +215,61 @@ pub fn servers(boot: &BootInfo, section: &Section, uplink: &Uplink) -> Servers {
     servers
 }
 
-/// Connects a running system whose boot was not: the ways of the boot, without trials, until the server answers by one. Comes
-/// back with the renewals of what is leased. Where no way leads to it, the first that gives an address stays: the image's
-/// programs live on it, and every further round takes it from them for a while.
-pub async fn connect_later(known: Known, boot: BootInfo, machine: MachineId, mut api: Api) -> JoinSet<()> {
+/// A link, and the renewals of what is leased.
+type Kept = (String, JoinSet<()>);
+
+/// Keeps a running system connected, for as long as it runs: what is leased is renewed; where the boot was not connected, or its
+/// link leads to the server no more, every way is tried.
+pub async fn stay(
+    mut uplink: Option<Uplink>,
+    known: fn() -> Known,
+    boot: BootInfo,
+    machine: MachineId,
+    mut api: Api,
+    look: Duration,
+) -> Infallible {
+    loop {
+        let (link, mut renewals) = match uplink.take() {
+            Some(uplink) => (uplink.interface.clone(), uplink.keep(&machine)),
+            None => connect_later(known(), &boot, &machine, &mut api).await,
+        };
+        lost(&link, &mut renewals, &mut api, look).await;
+        eprintln!("kiln-agent: {link} does not lead to the boot server any more: every way to it is tried");
+    }
+}
+
+/// Comes back once, for [`LOOKS`] looks, the link has had no carrier and another card has one, or another address is given in place
+/// of one whose lease is over, and no server is reached. A server that is gone while the link is there is waited for, and so is a
+/// link where there is no other.
+async fn lost(link: &str, renewals: &mut JoinSet<()>, api: &mut Api, look: Duration) {
+    let (mut over, mut without) = (false, 0);
+    loop {
+        tokio::select! {
+            Some(_) = renewals.join_next() => (over, without) = (true, LOOKS),
+            () = sleep(look) => without = if over || net::others_lead(link) { without + 1 } else { 0 },
+        }
+        if without >= LOOKS {
+            if api.reaches().await.is_err() {
+                return;
+            }
+            without = 0;
+        }
+    }
+}
+
+/// Connects a running system: the ways of the boot, without trials, until the server answers by one. Where no way leads to it,
+/// the first that gives an address stays: the image's programs live on it, and every further round takes it from them for a while.
+pub async fn connect_later(known: Known, boot: &BootInfo, machine: &MachineId, api: &mut Api) -> Kept {
     let macs = facts::mac_addresses();
     let embedded = boot.site.network.as_ref().map(|config| Choice::of(config, None, machine.as_str(), &macs));
     let ways = known.ways(embedded);
     let mut so_long = FIRST_HOLD;
     loop {
-        match round(&ways, &machine, &mut api).await {
-            Ok(uplink) => return keep(&uplink, &machine),
+        match round(&ways, machine, api).await {
+            Ok(uplink) => return keep(&uplink, machine),
             Err(Some(way)) => {
-                if let Some(renewals) = hold(way, &machine, &mut api, (LOOK, so_long)).await {
-                    return renewals;
+                if let Some(kept) = hold(way, machine, api, (LOOK, so_long)).await {
+                    return kept;
                 }
                 so_long = (so_long * 2).min(LAST_HOLD);
             }
@@ -274,7 +319,7 @@ pub async fn hold(
     machine: &MachineId,
     api: &mut Api,
     (look, so_long): (Duration, Duration),
-) -> Option<JoinSet<()>> {
+) -> Option<Kept> {
     let until = Instant::now() + so_long;
     let uplink = match net::bring_up(Ground::System, machine, false, &way.section, &mut HashSet::new()).await {
         Ok(uplink) => uplink,
@@ -284,20 +329,20 @@ pub async fn hold(
             return None;
         }
     };
-    let renewals = keep(&uplink, machine);
+    let kept = keep(&uplink, machine);
     while api.reaches().await.is_err() {
         if Instant::now() >= until {
             return None;
         }
         sleep(look).await;
     }
-    Some(renewals)
+    Some(kept)
 }
 
-fn keep(uplink: &Uplink, machine: &MachineId) -> JoinSet<()> {
+fn keep(uplink: &Uplink, machine: &MachineId) -> Kept {
     console::address(&uplink.describe());
     eprintln!("kiln-agent: {} has {:?}", uplink.interface, uplink.addresses);
-    uplink.keep(machine)
+    (uplink.interface.clone(), uplink.keep(machine))
 }
 
 #[cfg(test)]

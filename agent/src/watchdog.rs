@@ -11,6 +11,7 @@ use crate::sys;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::Path;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// The longest time without a petting: a kexec with a slow kernel, or the image's init up to the agent's service.
@@ -22,9 +23,20 @@ const DEVICE: &str = "/dev/watchdog0";
 /// What the kernel says of it: `timeout` and `max_timeout`, in seconds.
 const ATTRIBUTES: &str = "/sys/class/watchdog/watchdog0";
 
+/// The one that this process armed.
+static ARMED: OnceLock<File> = OnceLock::new();
+
+/// Begins its time anew: for whoever holds up the agent's loop, for a time that has an end.
+pub fn pet() {
+    if let Some(mut device) = ARMED.get()
+        && let Err(error) = device.write_all(b"\0")
+    {
+        eprintln!("kiln-agent: {DEVICE} cannot be petted: {error}; this machine will restart");
+    }
+}
+
 /// An armed watchdog.
 pub struct Watchdog {
-    device: File,
     every: Duration,
 }
 
@@ -91,28 +103,35 @@ impl Watchdog {
                 attribute("timeout")
             }
         };
-        Some(Self { device, every: pause(seconds) })
-    }
-
-    /// Begins its time anew.
-    pub fn pet(&mut self) {
-        if let Err(error) = self.device.write_all(b"\0") {
-            eprintln!("kiln-agent: {DEVICE} cannot be petted: {error}; this machine will restart");
-        }
+        // What is closed goes on, unpetted: there is one.
+        let _ = ARMED.set(device);
+        Some(Self { every: pause(seconds) })
     }
 
     /// Pets it for as long as the agent's loop turns.
-    pub async fn keep(mut self) {
-        loop {
-            self.pet();
-            tokio::time::sleep(self.every).await;
-        }
+    pub async fn keep(self) {
+        turn(self.every, pet).await;
+    }
+}
+
+/// For as long as the loop turns that this is a task of.
+async fn turn(every: Duration, pet: impl Fn()) {
+    loop {
+        pet();
+        tokio::time::sleep(every).await;
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    /// A file in place of the device: grows by each petting of this process.
+    pub(crate) fn petted() -> u64 {
+        let length = |file: &File| file.metadata().unwrap().len();
+        length(ARMED.get_or_init(|| tempfile::tempfile().unwrap()))
+    }
 
     /// Hardware that takes at most so many seconds, and what was asked of it.
     fn asked(most: i32, known: Option<i32>) -> (io::Result<i32>, Vec<i32>) {
@@ -148,6 +167,29 @@ mod tests {
             let kind = covers(timeout).err().map(|error| error.kind());
             assert_eq!(kind, (!covered).then_some("kexec-short-watchdog"), "{timeout:?}");
         }
+    }
+
+    #[test]
+    fn it_is_petted_while_the_agents_loop_turns_and_not_while_that_hangs() {
+        static PETTED: AtomicU32 = AtomicU32::new(0);
+        const EVERY: Duration = Duration::from_millis(5);
+        async fn until(count: u32) {
+            while PETTED.load(Ordering::Relaxed) < count {
+                tokio::time::sleep(EVERY).await;
+            }
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let patience = Duration::from_secs(20);
+            tokio::spawn(turn(EVERY, || {
+                PETTED.fetch_add(1, Ordering::Relaxed);
+            }));
+            tokio::time::timeout(patience, until(20)).await.expect("the loop turns");
+            let before = PETTED.load(Ordering::Relaxed);
+            std::thread::sleep(20 * EVERY);
+            assert_eq!(PETTED.load(Ordering::Relaxed), before, "the loop hung");
+            tokio::time::timeout(patience, until(before + 20)).await.expect("the loop turns again");
+        });
     }
 
     #[test]

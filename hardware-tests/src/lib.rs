@@ -9,6 +9,7 @@
 pub mod accel;
 pub mod api;
 pub mod bench;
+pub mod bmc;
 pub mod checks;
 pub mod command;
 pub mod console;

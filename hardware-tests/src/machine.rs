@@ -1,6 +1,7 @@
 //! One machine of the rack: a QEMU process with real firmware, a network cable and a power button.
 
 use crate::accel::Accelerator;
+use crate::bmc::{Bmc, Controller};
 use crate::command;
 use crate::console::{Console, Mark};
 use crate::error::{AtPath, LabError};
@@ -52,6 +53,8 @@ struct Power {
     keyboard: ChildStdin,
     /// Its TPM; goes with the power.
     _tpm: Option<SoftwareTpm>,
+    /// Its management controller, if that is a program of its own. A real one would stay on.
+    _controller: Option<Controller>,
 }
 
 fn disk_path(dir: &Path, number: usize) -> PathBuf {
@@ -162,8 +165,8 @@ impl Machine {
             HardwareWatchdog::Itco => arg(&["-global", "ICH9-LPC.noreboot=off"]),
         }
         arg(&["-action", "watchdog=reset"]);
-        if spec.bmc {
-            arg(&["-device", "ipmi-bmc-sim,id=bmc", "-device", "isa-ipmi-kcs,bmc=bmc"]);
+        if let Some(bmc) = spec.bmc {
+            arg(&["-device", bmc.device(), "-device", "isa-ipmi-kcs,bmc=bmc"]);
         }
         if spec.screen {
             arg(&["-device", "VGA"]);
@@ -254,8 +257,13 @@ impl Machine {
         let monitor = self.dir.join("monitor");
         let _ = std::fs::remove_file(&monitor);
         let tpm = self.spec.tpm.then(|| SoftwareTpm::start(&self.dir.join("tpm"))).transpose()?;
+        let controller = match self.spec.bmc {
+            Some(Bmc::At(address)) => Some(Controller::start(&self.dir, self.spec.number, address)?),
+            Some(Bmc::WithoutNetwork) | None => None,
+        };
         let mut qemu = self.qemu(&monitor);
         qemu.args(tpm.iter().flat_map(SoftwareTpm::arguments));
+        qemu.args(controller.iter().flat_map(Controller::arguments));
         qemu.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = qemu.spawn().map_err(|source| LabError::Spawn { command: command::shown(&qemu), source })?;
         let keyboard = child.stdin.take().expect("asked for above");
@@ -270,7 +278,7 @@ impl Machine {
         self.booted_before = true;
         match Qmp::connect(&self.spec.name, &monitor) {
             Ok(qmp) => {
-                self.power = Some(Power { child, qmp, console, keyboard, _tpm: tpm });
+                self.power = Some(Power { child, qmp, console, keyboard, _tpm: tpm, _controller: controller });
                 Ok(())
             }
             Err(error) => {

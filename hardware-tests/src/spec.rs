@@ -1,5 +1,6 @@
 //! What a machine of the rack is: its firmware, cards, disks, and what watches over it.
 
+use crate::bmc::Bmc;
 use crate::machine::QEMU;
 use crate::variables::NetworkBoot;
 use std::path::PathBuf;
@@ -40,8 +41,8 @@ pub struct MachineSpec {
     pub clock: Option<&'static str>,
     /// It has a TPM 2.0.
     pub tpm: bool,
-    /// It has a management controller, which no network leads to.
-    pub bmc: bool,
+    /// Its management controller.
+    pub bmc: Option<Bmc>,
     /// The QEMU that runs it.
     pub qemu: PathBuf,
     /// Strings for SMBIOS type 11, which systemd's stub takes settings from.
@@ -99,7 +100,7 @@ impl MachineSpec {
             screen: false,
             clock: None,
             tpm: false,
-            bmc: false,
+            bmc: None,
             qemu: QEMU.into(),
             smbios: Vec::new(),
             watchdog: HardwareWatchdog::I6300esb,

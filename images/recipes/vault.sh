@@ -8,6 +8,9 @@ say() {
 secret=/run/kiln/secrets/db-password
 say secret "$(sha256sum <"$secret" | cut -c 1-16)" "$(stat -c '%a %U' "$secret")" "$(stat -f -c %T "$secret")"
 
+identity=/run/kiln/secrets/identity.pem
+say identity "$(stat -c '%a %U' "$identity")" "$(grep -c -e '-----BEGIN' "$identity")"
+
 count=$(($(cat /srv/count 2>/dev/null || echo 0) + 1))
 echo "$count" >/srv/count
 # In two parts, so that the text itself is in no image; many times, so that it is in many blocks.

@@ -280,6 +280,7 @@ impl Inputs<'_> {
             health: self.recipe.declared.health.clone(),
             writable: self.recipe.writable.clone(),
             secrets: self.recipe.declared.secrets.clone(),
+            certificate: self.recipe.declared.certificate.clone(),
             sbom: Some(named(&sbom)),
             measured: Some(measured),
             role_may_report: Some(self.recipe.exec.iter().any(|place| place.rule.may_report)),

@@ -5,7 +5,9 @@ use crate::error::RecipeError;
 use crate::recipe::{Source, bytes_of};
 use kiln_release::declared::{self, HOOK_EVENTS, is_unit};
 use kiln_release::secrets::check_secrets;
-use kiln_release::{HealthCheck, HealthKind, Hook, HookKind, OnTimeout, Threshold, UnitLimit, WantedSecret};
+use kiln_release::{
+    HealthCheck, HealthKind, Hook, HookKind, OnTimeout, Threshold, UnitLimit, WantedCertificate, WantedSecret,
+};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 use toml::Spanned;
@@ -70,6 +72,8 @@ pub struct Declared {
     pub limits: Vec<UnitLimit>,
     /// Secrets.
     pub secrets: Vec<WantedSecret>,
+    /// A certificate for the machine.
+    pub certificate: Option<WantedCertificate>,
     /// Ports that may be listened on.
     pub listen: Vec<String>,
     /// Further places that may be mounted.
@@ -215,7 +219,24 @@ impl Declared {
     pub(crate) fn secret(&mut self, secret: Spanned<WantedSecret>, source: &Source<'_>) -> Result<(), RecipeError> {
         let place = secret.span();
         self.secrets.push(secret.into_inner());
-        check_secrets(&self.secrets).map_err(|(got, reason)| source.invalid(place, format!("{got}: {reason}")))
+        check_secrets(&self.secrets)
+            .map_err(|(got, reason)| source.invalid(place.clone(), format!("{got}: {reason}")))?;
+        self.files_apart().map_err(|reason| source.invalid(place, reason))
+    }
+
+    /// Of a recipe that extends another it is the last that counts.
+    pub(crate) fn certificate(
+        &mut self,
+        certificate: Spanned<WantedCertificate>,
+        source: &Source<'_>,
+    ) -> Result<(), RecipeError> {
+        let place = certificate.span();
+        self.certificate = Some(certificate.into_inner());
+        self.files_apart().map_err(|reason| source.invalid(place, reason))
+    }
+
+    fn files_apart(&self) -> Result<(), &'static str> {
+        self.certificate.as_ref().map_or(Ok(()), |certificate| certificate.check(&self.secrets))
     }
 
     pub(crate) fn drift(&mut self, raw: RawDrift, source: &Source<'_>) -> Result<(), RecipeError> {

@@ -196,8 +196,10 @@ pub enum BuildError {
         /// Which unit.
         unit: String,
     },
-    /// The owner of a secret is nobody.
-    #[error("recipe {recipe}: [[secret]] names the owner {user}, and the root's /etc/passwd has no such user")]
+    /// The owner of a secret or of the certificate is nobody.
+    #[error(
+        "recipe {recipe}: [[secret]] or [certificate] names the owner {user}, and the root's /etc/passwd has no such user"
+    )]
     NoSuchUser {
         /// Recipe name.
         recipe: String,
@@ -268,8 +270,10 @@ pub enum RecipeError {
         /// What is wrong and what is allowed.
         message: String,
     },
-    /// A unit that needs a secret would start before it is there.
-    #[error("{path}: {unit} needs a secret, and `enable` would start it without: its secret's coming starts it")]
+    /// A unit that needs a secret or the machine's certificate would start before that is there.
+    #[error(
+        "{path}: {unit} needs a secret or a certificate, and `enable` would start it without: their coming starts it"
+    )]
     Starts {
         /// Which file.
         path: PathBuf,

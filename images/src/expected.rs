@@ -35,6 +35,7 @@ pub(crate) fn entries(
     });
     let users = kiln_release::declared::users_of(&String::from_utf8_lossy(passwd.unwrap_or_default()));
     let owners = recipe.declared.secrets.iter().filter_map(|secret| secret.owner.as_ref());
+    let owners = owners.chain(recipe.declared.certificate.iter().filter_map(|certificate| certificate.owner.as_ref()));
     for owner in owners {
         if !users.iter().any(|user| user.rsplit_once(':').is_some_and(|(name, _)| name == owner)) {
             return Err(BuildError::NoSuchUser { recipe: recipe.name.clone(), user: owner.clone() });

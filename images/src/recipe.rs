@@ -13,7 +13,9 @@ pub use allow::ExecPlace;
 use allow::RawExec;
 use disk::RawDisk;
 use kiln_release::network::NetworkConfig;
-use kiln_release::{AcceptancePlan, DiskSettings, FilePolicy, WantedSecret, WritableMount, is_image_name};
+use kiln_release::{
+    AcceptancePlan, DiskSettings, FilePolicy, WantedCertificate, WantedSecret, WritableMount, is_image_name,
+};
 use serde::Deserialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -112,6 +114,7 @@ struct Raw {
     hook: Vec<RawHook>,
     limit: Vec<RawLimit>,
     secret: Vec<Spanned<WantedSecret>>,
+    certificate: Option<Spanned<WantedCertificate>>,
     drift: Option<RawDrift>,
     writable: Vec<RawWritable>,
     exec: Vec<RawExec>,
@@ -278,6 +281,9 @@ impl Partial {
         for secret in raw.secret {
             self.declared.secret(secret, source)?;
         }
+        if let Some(certificate) = raw.certificate {
+            self.declared.certificate(certificate, source)?;
+        }
         if let Some(drift) = raw.drift {
             self.declared.drift(drift, source)?;
         }
@@ -372,6 +378,7 @@ impl Partial {
         }
         self.check_places(path)?;
         let needy = self.declared.secrets.iter().flat_map(|secret| &secret.units);
+        let needy = needy.chain(self.declared.certificate.iter().flat_map(|certificate| &certificate.units));
         if let Some(unit) = needy.into_iter().find(|unit| self.enable.contains(unit)) {
             return Err(RecipeError::Starts { path: path.into(), unit: unit.clone() });
         }

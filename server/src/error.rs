@@ -156,6 +156,18 @@ pub enum AccessError {
     #[error("{who} has the access role {has}, and this call needs {needs}")]
     TooLow { who: String, has: AccessRole, needs: AccessRole },
     #[error(
+        "{machine} is {state} (role {role}), and {who} has the access role {has}: a technician approves new machines only. An \
+         {needs} moves this one into another role, renames it or brings it back: `kiln machine approve {machine} --role ROLE`"
+    )]
+    PlacedBefore {
+        machine: String,
+        state: kiln_fleet::StateKind,
+        role: String,
+        who: String,
+        has: AccessRole,
+        needs: AccessRole,
+    },
+    #[error(
         "a token came over an unencrypted connection, where others can read it: it is not looked at. Use https ([https] in \
          kiln.toml), revoke this token, and make another"
     )]
@@ -304,6 +316,38 @@ pub enum SecretError {
     Withheld(String),
 }
 
+/// A certificate that is not issued, or a list that is not signed.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // the messages say it
+pub enum CertificateError {
+    #[error("a certificate is asked for with an uncompressed point of P-256, 65 bytes")]
+    PublicKey,
+    #[error("the request is not signed by the key that it names, for this machine, identity key and boot")]
+    Possession,
+    #[error("this key has not reported this boot: certificates come after its first report")]
+    NotReported,
+    #[error(
+        "{limit} certificates of this machine are not over yet: it asks too often, and gets another in {minutes} min at the \
+         earliest"
+    )]
+    TooMany { limit: usize, minutes: u64 },
+    #[error(transparent)]
+    Refused(#[from] kiln_fleet::CertificateRefusal),
+    #[error("no release that is published here wants certificates for machines: there is no machine CA yet")]
+    NoneWanted,
+    #[error("{}: {source}", path.display())]
+    File { path: PathBuf, source: io::Error },
+    #[error("{}: not of this site's machine CA: restore key and certificate as they were", .0.display())]
+    Form(PathBuf),
+    #[error(
+        "{} is missing, and programs trust what it signed: restore it. To begin anew, remove machine-ca.pem beside it, and give \
+         the new one to all of them", .0.display()
+    )]
+    KeyMissing(PathBuf),
+    #[error("no random numbers on this host, or its cryptography fails")]
+    Signing,
+}
+
 /// An order that is refused.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
@@ -397,6 +441,8 @@ pub enum ControlError {
     Attestation(#[from] AttestationError),
     #[error(transparent)]
     Secret(#[from] SecretError),
+    #[error(transparent)]
+    Certificate(#[from] CertificateError),
     #[error("too many unknown machines: approve or retire some")]
     TooManyUnknown,
     #[error("{0} has not reported yet: its report comes first")]

@@ -20,6 +20,7 @@ pub mod http;
 mod log;
 pub mod logs;
 pub mod looks;
+mod machine_ca;
 pub mod net;
 pub mod oidc;
 pub mod receipt;

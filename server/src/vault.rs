@@ -7,12 +7,14 @@ use kiln_release::hex;
 use ring::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use ring::rand::{SecureRandom, SystemRandom};
 use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 /// Bytes that sealing adds.
 pub const OVERHEAD: usize = NONCE_LEN + 16;
+/// Mode of a file that is its owner's alone.
+pub const SECRET: u32 = 0o600;
 /// 32 bytes in hex, and a line's end.
 const MAX_FILE: u64 = 128;
 
@@ -36,6 +38,18 @@ pub fn forget(bytes: &mut [u8]) {
     bytes.fill(0);
     // Otherwise nobody would read what was written, and the compiler could leave it out.
     std::hint::black_box(bytes);
+}
+
+/// Writes a file of the site: whole or not at all, and never over another.
+pub fn write_new(path: &Path, text: &str, mode: u32) -> io::Result<()> {
+    // Under another name first: a cut leaves no half of it.
+    let draft = path.with_extension("new");
+    let _ = std::fs::remove_file(&draft);
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&draft)?;
+    let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
+    let linked = written.and_then(|()| std::fs::hard_link(&draft, path));
+    std::fs::remove_file(&draft).and(linked)?;
+    File::open(path.parent().unwrap_or(Path::new("."))).and_then(|folder| folder.sync_all())
 }
 
 /// Seals with a key that seals nothing else, so that its nonce is zero. The tag comes behind.
@@ -66,16 +80,8 @@ impl Vault {
         let mut bytes = vec![0; 32];
         SystemRandom::new().fill(&mut bytes).map_err(|_| SecretError::Sealing)?;
         let text = format!("{}\n", hex::encode(&bytes));
-        // Under another name first: a cut leaves no half of a key.
-        let draft = path.with_extension("new");
-        let _ = std::fs::remove_file(&draft);
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft).map_err(failed)?;
-        let written = file.write_all(text.as_bytes()).and_then(|()| file.sync_all());
         // Never over another key: what that one sealed would be lost.
-        let linked = written.and_then(|()| std::fs::hard_link(&draft, path));
-        std::fs::remove_file(&draft).and(linked).map_err(failed)?;
-        let folder = path.parent().unwrap_or(Path::new("."));
-        File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)?;
+        write_new(path, &text, SECRET).map_err(failed)?;
         key_of(bytes).map(Self).ok_or(SecretError::Sealing)
     }
 

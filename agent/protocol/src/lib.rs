@@ -9,6 +9,7 @@
 mod acceptance;
 mod assignment;
 mod attestation;
+mod certificate;
 mod condition;
 mod dbx;
 pub mod drift;
@@ -38,6 +39,10 @@ pub use assignment::{
 pub use attestation::{
     ATTESTATION_LIMIT, ATTESTATION_PATH, Attestation, AttestationState, Challenge, EVENT_LOG_LIMIT, HexBytes,
     IMA_LIST_LIMIT, Judged, TpmPresence,
+};
+pub use certificate::{
+    CERTIFICATE_LIMIT, CERTIFICATE_PATH, CertificateAnswer, CertificateRequest, IssuedCertificate, Life, Standing,
+    possession,
 };
 pub use condition::{Condition, DRIFT_LIMIT, Difference, Draining, DriftKind};
 pub use dbx::{DbxOffer, DbxOutcome, DbxState, dbx_hold};

@@ -119,14 +119,22 @@ impl Order {
     }
 }
 
-/// What a machine remembers of an order it took.
+/// What a machine remembers of an order it took. Written as an array, because a TPM's memory is small; serde reads an object of an
+/// earlier agent's as well, and an earlier agent the array.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "(u64, Timestamp)")]
 pub struct OrderMark {
     /// Sequence of the assignment it was taken under: with this one it may be taken again, after a restart. 0: it is
     /// done.
     pub sequence: u64,
     /// When it expires: no longer need it be remembered.
     pub expires: Timestamp,
+}
+
+impl From<OrderMark> for (u64, Timestamp) {
+    fn from(mark: OrderMark) -> Self {
+        (mark.sequence, mark.expires)
+    }
 }
 
 /// The machine that checks an order.

@@ -31,6 +31,9 @@ pub struct Reply {
     /// What becomes of its secrets; none: it holds what it shall.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub secrets: Option<SecretsWord>,
+    /// It may have a certificate, and none that it was issued holds: see [`crate::CertificateRequest`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub certify: bool,
 }
 
 /// What a machine shows of itself that only the server knows. Nothing of it is believed in any decision.
@@ -134,6 +137,7 @@ mod tests {
             dbx: None,
             attest: false,
             secrets: None,
+            certify: false,
         };
         let golden = r#"{"desired":{"etag":"7-hold","decision":"assigned","assignment":"{}","freshness":"{}","via":"kexec","grant":{"grant":"hold","reason":"1 of 1 machines may be unavailable"}},"again_ms":30000,"may_wait":true}"#;
         assert_eq!(serde_json::to_string(&reply).unwrap(), golden);
@@ -161,6 +165,10 @@ mod tests {
         let with = golden.replace(r#""may_wait":true"#, r#""may_wait":true,"attest":true"#);
         assert_eq!(serde_json::to_string(&asked).unwrap(), with);
         assert_eq!(serde_json::from_str::<Reply>(&with).unwrap(), asked);
+        let certified = Reply { certify: true, ..reply.clone() };
+        let with = golden.replace(r#""may_wait":true"#, r#""may_wait":true,"certify":true"#);
+        assert_eq!(serde_json::to_string(&certified).unwrap(), with);
+        assert_eq!(serde_json::from_str::<Reply>(&with).unwrap(), certified);
         let order = Some(OrderGiven { order: "{}".into(), freshness: "{}".into() });
         let ordered = Reply { desired: Desired { order, ..reply.desired.clone() }, ..reply };
         let golden = golden.replace(r#"}},"again_ms""#, r#"},"order":{"order":"{}","freshness":"{}"}},"again_ms""#);

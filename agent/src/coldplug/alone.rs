@@ -4,11 +4,13 @@
 
 use super::insert;
 use crate::error::{AgentError, Result};
+use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// The command of the agent that such a process is.
 pub const ALONE: &str = "alone";
@@ -21,13 +23,54 @@ const NAME: &str = "@kiln-agent";
 /// What is read at both ends of a disk: its partition table and its copy lie there.
 const END: usize = 4096;
 
+/// A process. Its number may come again, with the time at which it started it does not.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    pub pid: u32,
+    /// Field 22 of proc_pid_stat(5): ticks since the kernel's start.
+    pub started: u64,
+}
+
+impl Process {
+    /// The one that has this number now.
+    pub fn of(proc: &Path, pid: u32) -> Option<Self> {
+        let stat = std::fs::read_to_string(proc.join(pid.to_string()).join("stat")).ok()?;
+        // The name may hold anything, parentheses too. Behind it field 3 is the first.
+        let (_, fields) = stat.rsplit_once(')')?;
+        Some(Self { pid, started: fields.split_whitespace().nth(19)?.parse().ok()? })
+    }
+}
+
+/// Those that have not come back yet.
+static OUT: Mutex<Vec<Process>> = Mutex::new(Vec::new());
+
+fn out() -> MutexGuard<'static, Vec<Process>> {
+    OUT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The agent's own processes that have not come back: they stay behind with the image's init.
+pub fn left() -> Vec<Process> {
+    out().clone()
+}
+
 /// Does it and waits for it.
 fn run(words: &[&str]) {
     let mut command = Command::new("/proc/self/exe");
     command.arg0(NAME).arg(ALONE).args(words).stdin(Stdio::null());
-    if let Err(error) = command.status() {
+    if let Err(error) = wait_for(&mut command) {
         println!("kiln-agent: {}: no process for it: {error}", words.join(" "));
     }
+}
+
+/// It is one of [`left`] meanwhile.
+fn wait_for(command: &mut Command) -> std::io::Result<ExitStatus> {
+    let mut child = command.spawn()?;
+    // Until it is waited for, nobody else has its number.
+    let process = Process::of(Path::new("/proc"), child.id());
+    out().extend(process);
+    let status = child.wait();
+    out().retain(|other| Some(*other) != process);
+    status
 }
 
 /// Offers a device to its driver.
@@ -82,6 +125,7 @@ fn read_ends(disk: &Path) -> std::io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::{Duration, Instant};
 
     fn words(words: &[&str]) -> std::vec::IntoIter<String> {
         words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>().into_iter()
@@ -98,6 +142,36 @@ mod tests {
         {
             assert!(!reads_disks(module), "{module}");
         }
+    }
+
+    /// It reads a FIFO that nobody writes to, as another would a disk that hangs.
+    #[test]
+    fn a_process_that_does_not_come_back_is_known_by_its_number_and_its_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let mut command = Command::new("cat");
+        command.arg(&fifo).stdout(Stdio::null());
+        let hangs = std::thread::spawn(move || wait_for(&mut command).unwrap());
+        // It has begun once the FIFO has its reader.
+        let writer = File::options().write(true).open(&fifo).unwrap();
+        let is_it = |process: &Process| {
+            let line = std::fs::read(format!("/proc/{}/cmdline", process.pid)).unwrap_or_default();
+            String::from_utf8_lossy(&line).contains(fifo.to_str().unwrap())
+        };
+        let begun = Instant::now();
+        let process = loop {
+            if let Some(process) = left().into_iter().find(is_it) {
+                break process;
+            }
+            assert!(begun.elapsed() < Duration::from_secs(60), "nobody knows it");
+            std::thread::yield_now();
+        };
+        assert_eq!(Process::of(Path::new("/proc"), process.pid), Some(process));
+        assert!(process.started > 0 && Process::of(Path::new("/proc"), std::process::id()) != Some(process));
+        drop(writer);
+        assert!(hangs.join().unwrap().success());
+        assert!(!left().contains(&process), "it came back");
     }
 
     #[test]

@@ -9,6 +9,9 @@ use std::path::{Path, PathBuf};
 
 const EFIVARS: &str = "/sys/firmware/efi/efivars";
 const GLOBAL: &str = "8be4df61-93ca-11d2-aa0d-00e098032b8c";
+/// Which partition the boot program was started from. Boot loader and stub say so, of nothing that came over the network; it goes
+/// with the power, and stays over a kexec (systemd's Boot Loader Interface).
+const STARTED_FROM: &str = "LoaderDevicePartUUID-4a67b082-0a4c-41cf-b6c7-440b29bb8c4f";
 /// `K` and the slot's tens: a number that firmware, which counts from 0, does not reach.
 const NUMBER: u16 = 0x4b10;
 const LOADER: &str = "\\EFI\\systemd\\systemd-bootx64.efi";
@@ -42,6 +45,11 @@ fn with_disk(order: &[u8], number: u16, network_first: bool) -> Option<Vec<u8>> 
     let mut wanted: Vec<[u8; 2]> = known.iter().copied().filter(|n| *n != number).collect();
     wanted.insert(if network_first { wanted.len() } else { 0 }, number);
     (wanted != known).then(|| wanted.concat())
+}
+
+/// Whether firmware's way to this boot began on a disk: the next would begin there again.
+pub fn is_from_disk() -> bool {
+    Path::new(EFIVARS).join(STARTED_FROM).exists()
 }
 
 /// Puts the disk in its place, if it is not there; whether it was not. Writes nothing that is so already: variables wear.

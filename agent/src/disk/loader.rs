@@ -46,8 +46,8 @@ pub fn keep() {
 }
 
 /// Makes the loader's two files the same again where they are not, from `own`, of the release that runs and is good; and its
-/// settings. Says which were wrong. Two that are the same stay, whichever release brought them; one that is `revoked` takes no
-/// other's place, as the firmware would not start it.
+/// settings. Says which were wrong. Two that are the same stay, whichever release brought them, but for two that are
+/// `revoked`, where `own` is not; one that is takes no other's place, as the firmware would not start it.
 pub fn put_right<B: Block>(
     store: &mut Store<B>,
     own: Option<&[u8]>,
@@ -57,7 +57,10 @@ pub fn put_right<B: Block>(
     let bad = |disk: &str, reason: String| DiskError::ReadBack { disk: disk.to_owned(), reason };
     store.disk().forget();
     let right = match (store.loaders().unwrap_or_default().as_slice(), own) {
-        ([(_, first), (_, second)], _) if first == second => first.clone(),
+        // Of two that the firmware starts neither of, neither is right where there is another.
+        ([(_, first), (_, second)], own) if first == second && (own.is_none() || !is_named(revoked, first)) => {
+            first.clone()
+        }
         (_, Some(own)) => own.to_vec(),
         (_, None) => {
             let reason = "the two copies of its boot loader differ, and only a good release has another at hand, if the \

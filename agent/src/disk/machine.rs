@@ -1,5 +1,8 @@
 //! This machine's disk: the one that is Kiln's, or becomes it, and the slot state machine on it.
 
+#[cfg(test)]
+mod trial;
+
 use super::block::Block;
 use super::device::Device;
 use super::layout::{Choice, Found, Layout, choose, look};
@@ -61,6 +64,11 @@ impl SharedDisk {
     /// `vda`, `nvme0n1`.
     pub fn name(&self) -> &str {
         self.worker.name()
+    }
+
+    /// Whether it owes an answer.
+    pub fn hangs(&self) -> bool {
+        self.worker.hangs()
     }
 
     /// Its slots, as they are known. Waits for no disk.
@@ -492,7 +500,3 @@ impl MachineDisk {
         Ok(self.store.keep_record(root_hash, &bytes)?)
     }
 }
-
-#[cfg(test)]
-#[path = "tests/on_trial.rs"]
-mod on_trial;

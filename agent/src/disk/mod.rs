@@ -10,6 +10,7 @@ pub mod boot_order;
 pub mod data;
 pub mod device;
 pub mod fat;
+pub mod floor;
 pub mod gpt;
 pub mod layout;
 pub mod loader;
@@ -27,7 +28,9 @@ pub mod worker;
 pub enum DiskError {
     #[error("no disk was found; the release runs in memory")]
     NoDisk,
-    #[error("{disk}, which this system runs from, is not in the machine any more: it restarts, and runs in memory")]
+    #[error(
+        "{disk}, which this system runs from, is not in the machine any more, or the kernel gave it up: it restarts, and runs in memory without it"
+    )]
     Gone { disk: String },
     #[error("the disk has {size} bytes, the layout that the release signs needs {needed}")]
     TooSmall { size: u64, needed: u64 },
@@ -43,6 +46,16 @@ pub enum DiskError {
     /// It gave no answer in its time, or ever: what is on it is not known.
     #[error("{disk}: {what}: {reason}")]
     Late { disk: String, what: &'static str, reason: String },
+    #[error(
+        "{disk} gave no answer while the boot before this one read its slot: this boot leaves it alone, and runs in memory. The \
+         next one tries it again"
+    )]
+    LeftOut { disk: String },
+    #[error(
+        "the boot loader on {disk} does not know {release} as the next to start: a cold boot would lead elsewhere. It is put \
+         there anew"
+    )]
+    NotTold { disk: String, release: String },
     #[error("slot on {disk} has {size} bytes, the root artifact {length}")]
     SlotTooSmall { disk: String, size: u64, length: u64 },
     #[error("what was read back from {disk} is not what was written: {reason}")]
@@ -69,6 +82,8 @@ impl DiskError {
         "disk-foreign",
         "disk-unsupported-sector-size",
         "disk-io-error",
+        "disk-left-out",
+        "disk-loader-not-told",
         "disk-slot-too-small",
         "disk-read-back",
         "disk-no-data",
@@ -84,6 +99,8 @@ impl DiskError {
             Self::Foreign { .. } => "disk-foreign",
             Self::SectorSize { .. } => "disk-unsupported-sector-size",
             Self::Io { .. } | Self::Late { .. } => "disk-io-error",
+            Self::LeftOut { .. } => "disk-left-out",
+            Self::NotTold { .. } => "disk-loader-not-told",
             Self::SlotTooSmall { .. } => "disk-slot-too-small",
             Self::ReadBack { .. } => "disk-read-back",
             Self::NoData { .. } => "disk-no-data",

@@ -46,6 +46,11 @@ impl<T: Send + 'static> Worker<T> {
         &self.disk
     }
 
+    /// Whether what it was asked last had no answer in its time.
+    pub fn hangs(&self) -> bool {
+        self.hangs.load(Ordering::Relaxed)
+    }
+
     /// Works on it in a thread, when it is this one's turn. Late is not undone: what was begun may still come to its end.
     pub async fn run<R: Send + 'static>(
         &self,
@@ -57,7 +62,7 @@ impl<T: Send + 'static> Worker<T> {
         let free = Arc::clone(&self.turn).try_lock_owned().ok();
         let mut turn = match free {
             Some(turn) => turn,
-            None if self.hangs.load(Ordering::Relaxed) => return Err(busy()),
+            None if self.hangs() => return Err(busy()),
             None => timeout(patience, Arc::clone(&self.turn).lock_owned()).await.map_err(|_| busy())?,
         };
         let done = in_time(&self.disk, what, patience, move || work(&mut turn)).await;
@@ -108,6 +113,7 @@ mod tests {
                 read
             });
             let reason = "no answer within 1 s".to_owned();
+            assert!(!worker.hangs());
             assert_eq!(hung.await, Err(DiskError::Late { disk: "sda".into(), what: "writing", reason }));
             for _ in 0..1000 {
                 let next = Arc::clone(&begun);
@@ -115,6 +121,7 @@ mod tests {
                 assert_eq!(late.unwrap_err().to_string(), format!("sda: reading: {BUSY}"));
             }
             assert_eq!(begun.load(Ordering::SeqCst), 1, "no second thread was begun");
+            assert!(worker.hangs());
 
             // It answers. Whoever waits from now on has the turn: until then each is told that it hangs.
             std::fs::write(&fifo, "at last").unwrap();
@@ -127,6 +134,7 @@ mod tests {
                 }
             });
             assert_eq!(again.await, Ok(1), "what was late came to its end");
+            assert!(!worker.hangs());
         });
     }
 

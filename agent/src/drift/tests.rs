@@ -62,6 +62,29 @@ fn a_listener_a_program_in_memory_and_its_process_are_seen_and_seen_to_go() {
 }
 
 #[test]
+fn what_the_agent_left_behind_is_no_drift_and_another_with_its_number_is() {
+    let dir = tempfile::tempdir_in("/dev/shm").unwrap();
+    let program = dir.path().join("init");
+    std::fs::copy("/bin/sleep", &program).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut process = Command::new(&program).arg("600").spawn().unwrap();
+    std::fs::remove_file(&program).unwrap();
+    let gone = format!("{} (deleted)", program.display());
+    let mut looker = looker("");
+    let mut is_told = |own: Vec<Process>| {
+        looker.own = own;
+        of(&looker.look(), DriftKind::Executable).iter().any(|d| d.what == gone)
+    };
+    let own = Process::of(Path::new("/proc"), process.id()).unwrap();
+    assert!(is_told(Vec::new()));
+    assert!(!is_told(vec![own]));
+    assert!(is_told(vec![Process { started: own.started + 1, ..own }]), "one that started at another time");
+    assert!(is_told(vec![Process { pid: own.pid + 1, ..own }]));
+    process.kill().unwrap();
+    process.wait().unwrap();
+}
+
+#[test]
 fn units_control_groups_and_limits_are_read_where_they_lie() {
     let dir = tempfile::tempdir().unwrap();
     let place = dir.path().to_str().unwrap().to_owned();
@@ -118,6 +141,25 @@ fn units_control_groups_and_limits_are_read_where_they_lie() {
             "web.service: held back by its CPU limit in 9 of 10 periods"
         ]
     );
+}
+
+/// A machine that ran another kernel would be another release: here its word is a file.
+#[test]
+fn another_kernel_another_command_line_and_a_foreign_module_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(dir.path().join("proc/sys/kernel")).unwrap();
+    std::fs::write(dir.path().join("proc/sys/kernel/osrelease"), "6.1.0-other\n").unwrap();
+    std::fs::write(dir.path().join("proc/modules"), "dm_verity 1 0 - Live 0x0\nforeign 1 0 - Live 0x0\n").unwrap();
+    let mut looker = looker(dir.path().to_str().unwrap());
+    let expected = looker.expected.as_mut().unwrap();
+    (expected.kernel, expected.modules) = ("6.12.1".into(), vec!["dm-verity".into()]);
+    let seen = looker.look();
+    let kernel: Vec<&str> = of(&seen, DriftKind::Kernel).iter().map(|d| d.text.as_str()).collect();
+    assert_eq!(kernel, ["the kernel is \"6.1.0-other\"; the release says \"6.12.1\""]);
+    let modules: Vec<&str> = of(&seen, DriftKind::Module).iter().map(|d| d.what.as_str()).collect();
+    assert_eq!(modules, ["foreign"]);
+    // This host was started with its own.
+    assert_eq!(of(&seen, DriftKind::CommandLine)[0].what, "the kernel's command line");
 }
 
 #[test]

@@ -1,14 +1,18 @@
 //! PID 1 of the initramfs: from an empty machine to the image's own init. It trusts nothing that it did not verify,
 //! never gives a shell, and ends in one of two ways: the verified root, or a restart with a reason.
 
+mod begun;
 mod embedded;
+mod onward;
 mod start;
 mod switch_root;
 
+pub use begun::Begun;
 pub use embedded::{embedded, parse_boot_info, running_command_line, secure_boot};
 
-use crate::change::Otherwise;
 use crate::coldplug::{After, Drivers};
+use crate::disk::DiskError;
+use crate::disk::boot_order;
 use crate::disk::machine::{self, SharedDisk, on_disk};
 use crate::disk::store::Starts;
 use crate::error::{AgentError, FailureClass, Result};
@@ -18,20 +22,24 @@ use crate::memory::{self, Memory, Place};
 use crate::plan::{self, Plan};
 use crate::uplink::Network;
 use crate::verifier::{Answer, Verified, Verifier};
-use crate::watchdog::Watchdog;
+use crate::watchdog::{self, Watchdog};
 use crate::{change, console, ima, local, log, mounts, net, restart, safe, tpm, wipe};
 use embedded::{read_boot_info, tell_command_line_drift};
-use kiln_protocol::{Assignment, Failure, ReleaseId, RollbackMemory, Stage, Via};
+use kiln_protocol::{Assignment, Failure, ReleaseId, RollbackMemory, Stage, TpmPresence, Via};
 use kiln_release::{BootInfo, Mode};
 use nix::sys::reboot::RebootMode;
+use onward::Onward;
 use start::start;
 use std::convert::Infallible;
+use std::path::Path;
 use std::time::Duration;
 use tokio::time::timeout;
 
 /// So long a boot that ends at once looks for a server that hears why.
 const LAST_WORD: Duration = Duration::from_secs(90);
-/// Where versions are kept while those of earlier boots cannot be read.
+/// And so long a boot that leaves its disk alone: longer than a switch or a server takes that starts with the rack.
+const WITHOUT_DISK: Duration = Duration::from_secs(10 * 60);
+/// Where versions are kept while those of earlier boots cannot be read, and a key while the machine's own cannot be had.
 const MEANWHILE: &str = "/run/kiln/meanwhile";
 
 /// Runs as PID 1; comes back only when the machine restarts.
@@ -67,7 +75,7 @@ fn boot() -> Result<Infallible> {
     let mut drivers = Drivers::open()?;
     // Before anything that may hang while it looks for its hardware.
     drivers.load_watchdogs();
-    let mut watchdog = Watchdog::is_there().then(Watchdog::arm).flatten();
+    let watchdog = Watchdog::is_there().then(Watchdog::arm).flatten();
     journal.record(Stage::Modules, kiln_protocol::StageState::Started);
     drivers.load_always();
     drivers.coldplug_and(&mut |after| {
@@ -76,7 +84,7 @@ fn boot() -> Result<Infallible> {
             net::raise();
         }
         // Each driver has the watchdog's whole time: many that are slow are no hang.
-        watchdog.iter_mut().for_each(Watchdog::pet);
+        watchdog::pet();
     });
     drivers.load_for_root();
     ima::measure_kexecs();
@@ -85,6 +93,7 @@ fn boot() -> Result<Infallible> {
     mounts::pstore();
     log::earlier();
     for error in drivers.silent() {
+        journal.note_hung(&error);
         let (kind, message) = (error.kind().to_owned(), error.to_string());
         let failure = Failure { kind, message, attempt: 1, retry_in_ms: Some(0) };
         journal.record(Stage::Modules, kiln_protocol::StageState::Failed(failure));
@@ -110,34 +119,38 @@ fn boot() -> Result<Infallible> {
 }
 
 async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Infallible> {
-    let place = Place::of_this_machine();
-    let (memory, unreadable) = match place.memory() {
-        Ok(memory) => (memory, None),
-        Err(error @ AgentError::Format { .. }) => (Memory::default(), Some(error)),
-        Err(error) => return Err(error),
-    };
+    let Begun { place, identity, memory, spoilt, fault } = Begun::of(Place::of_this_machine(), Path::new(MEANWHILE))?;
     let below_floor = memory.may_boot(&boot).err();
     let protection = secure_boot(&boot).class();
-    let mut flow = Flow::begin(boot, state, place, memory, Some(tpm::presence()))?;
+    // One that gives no key or memory is none to this boot: a server that knows a key in it says so then.
+    let presence = if fault.is_some() { TpmPresence::Unusable } else { tpm::presence() };
+    let mut flow = Flow::begin(boot, state, place, identity, memory, Some(presence))?;
     flow.journal.machine.protection = protection;
     console::open(flow.journal.machine.id.as_str(), &flow.verifier.here()?.to_string());
 
     let drivers = &mut Some(drivers);
-    let error = if let Some(error) = below_floor {
-        Box::pin(tell_floor(&mut flow, drivers, &error)).await;
+    let error = if let Some(error) = fault.or(below_floor) {
+        Box::pin(tell(&mut flow, drivers, &error)).await;
         error
-    } else if let Some(error) = unreadable {
-        let mut network = Network::start(&mut flow);
-        let meanwhile = (Place::Directory(MEANWHILE.into()), safe::TELL_EVERY);
-        match Box::pin(safe::ask_a_person(&mut flow, drivers, &mut network, &error, meanwhile)).await {
-            Ok(()) => restart(),
-            Err(error) => error,
+    } else if let Some(error) = spoilt {
+        // With the memory the floor is gone: this may be a release below it.
+        if is_closed().await {
+            let mut network = Network::start(&mut flow);
+            let meanwhile = (Place::Directory(MEANWHILE.into()), safe::TELL_EVERY);
+            match Box::pin(safe::ask_a_person(&mut flow, drivers, &mut network, &error, meanwhile)).await {
+                Ok(()) => restart(),
+                Err(error) => error,
+            }
+        } else {
+            error
         }
     } else {
-        match Box::pin(travel(&mut flow, drivers)).await {
+        let error = match Box::pin(travel(&mut flow, drivers)).await {
             Ok(never) => match never {},
             Err(error) => error,
-        }
+        };
+        leave_out(&mut flow.verifier, &error);
+        error
     };
     let error = match flow.verifier.wipe.take() {
         None => error,
@@ -152,20 +165,33 @@ async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Inf
     Err(error)
 }
 
-/// A boot image below the floor starts nothing and asks for nothing. It says so to whichever server it finds, or a rack that is
-/// sent old boot programs would restart for ever and nobody would hear why. What it finds a server with is old code: before it
-/// hears a byte, this boot leaves the state in which the TPM gives out data and secrets.
-async fn tell_floor(flow: &mut Flow, drivers: &mut Option<Drivers>, error: &AgentError) {
+/// A boot image below the floor, or on a machine whose memory or key cannot be had, starts nothing and asks for nothing. It says so to
+/// whichever server it finds, or a rack that is sent old boot programs, or whose TPMs fail, would restart for ever and nobody would
+/// hear why. What it finds a server with may be old code.
+async fn tell(flow: &mut Flow, drivers: &mut Option<Drivers>, error: &AgentError) {
     println!("kiln-agent: {error} ({}): nothing is started", error.kind());
-    match change::blocking(|| tpm::leave_initramfs(true).map_err(AgentError::from)).await {
-        Ok(()) => {
-            let mut network = Network::start(flow);
-            find_a_hearer(flow, drivers, &mut network).await;
-        }
-        Err(error) => println!("kiln-agent: no server is asked to hear of it: {error} ({})", error.kind()),
+    let is_closed = is_closed().await;
+    if matches!(error, AgentError::BelowFloor { .. }) {
+        local::leave_floor(flow).await;
+    }
+    if is_closed {
+        let mut network = Network::start(flow);
+        find_a_hearer(flow, drivers, &mut network).await;
     }
     // It goes out when the boot is given up.
     flow.journal.failed(Stage::Start, error, 1, None);
+}
+
+/// Before a byte is heard by what may be old code, this boot leaves the state in which the TPM gives out data and secrets. Where it
+/// cannot, nothing is heard.
+async fn is_closed() -> bool {
+    match change::blocking(|| tpm::leave_initramfs(true).map_err(AgentError::from)).await {
+        Ok(()) => true,
+        Err(error) => {
+            println!("kiln-agent: no server is asked to hear of it: {error} ({})", error.kind());
+            false
+        }
+    }
 }
 
 /// For a boot that ends before it asked for anything: a server that hears why, if one is found soon.
@@ -174,6 +200,15 @@ async fn find_a_hearer(flow: &mut Flow, drivers: &mut Option<Drivers>, network: 
         Ok(Ok(())) => {}
         Ok(Err(error)) => println!("kiln-agent: no server hears of it: {error} ({})", error.kind()),
         Err(_) => println!("kiln-agent: no server hears of it within {} s", LAST_WORD.as_secs()),
+    }
+}
+
+/// A boot that ends because its disk gives no answer is the last one of its kind: the next runs in memory, without it.
+fn leave_out(verifier: &mut Verifier, error: &AgentError) {
+    if verifier.memory.disk_hangs(error)
+        && let Err(error) = verifier.place.remember(&verifier.memory)
+    {
+        println!("kiln-agent: that a disk gave no answer is not remembered, and the next boot tries it again: {error}");
     }
 }
 
@@ -212,6 +247,7 @@ async fn rest(place: &Place, memory: &mut Memory, error: &AgentError) {
 
 /// From the network to the image's init.
 async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infallible> {
+    let hung = flow.verifier.memory.disk_hung.clone();
     let disk = local::open_disk(flow).await;
     let root_hash = flow.journal.embedded.root_hash.clone();
     let mut network = Network::start(flow);
@@ -238,7 +274,14 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
         local::count_failed(&disk, &error).await;
         return Err(error);
     }
-    network.connect(flow, drivers).await?;
+    match hung.filter(|_| disk.is_none()) {
+        // Without a server there is nothing but the disk: it is tried again.
+        Some(disk) => {
+            let late = |_| Err(DiskError::LeftOut { disk }.into());
+            timeout(WITHOUT_DISK, network.connect(flow, drivers)).await.unwrap_or_else(late)?;
+        }
+        None => network.connect(flow, drivers).await?,
+    }
     set_host_name(&network, flow);
     flow.ship_log()?;
     let here = flow.verifier.here()?;
@@ -247,8 +290,9 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
     verified.manifest.matches_boot(boot)?;
     plan::check_command_line(&verified.manifest, &boot.command_line, &running_command_line())?;
     let listed = disk.as_ref().is_some_and(|disk| disk.slots().disk.listed(&root_hash).is_some());
-    // The firmware starts this UKI again, or may: of a disk that gives no answer here nobody knows.
-    let only_kexec = listed || (disk.is_none() && flow.verifier.boot.site.mode == Mode::Disk);
+    // The firmware starts the same UKI again: it lies on the disk, also where that gives no answer here.
+    let only_kexec =
+        listed || (disk.is_none() && flow.verifier.boot.site.mode == Mode::Disk && boot_order::is_from_disk());
     loop {
         let (assignment, via, plan) = wait_for_assignment(flow, &mut verified).await?;
         network.adopt(flow, drivers, &verified, &assignment.role).await?;
@@ -261,19 +305,18 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
                 return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await;
             }
             Plan::Change(release) => {
-                println!("kiln-agent: {release} is assigned, this is {here}: going there");
-                let (via, otherwise) = if only_kexec { (Via::Kexec, Otherwise::Kexec) } else { (via, Otherwise::Cold) };
-                match change::now(flow, &assignment, via, otherwise).await {
+                let how = if only_kexec { ", by kexec only" } else { "" };
+                println!("kiln-agent: {release} is assigned, this is {here}: going there{how}");
+                match onward::go(flow, &assignment, via, only_kexec, Path::new(change::NEXT)).await {
                     // The server wants something else by now: it is asked again.
                     Err(AgentError::Superseded) => {
                         flow.journal.waiting(Stage::Prefetch, "another assignment has come");
                     }
-                    stays if only_kexec => {
-                        let error = stays.err().unwrap_or(AgentError::NoWayOut);
+                    Ok(Onward::Stay(error)) => {
                         println!("kiln-agent: no kexec leads to {release} ({error}): {here} starts");
                         return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await;
                     }
-                    Ok(()) => {
+                    Ok(Onward::Restart) => {
                         log::sent().await;
                         restart()
                     }
@@ -292,12 +335,12 @@ async fn from_slot(
     disk: &SharedDisk,
     starts: Starts,
 ) -> Result<Infallible> {
-    if starts.count >= machine::SUSPECT {
-        if let Err(error) = local::read_back(flow, disk).await {
-            println!("kiln-agent: {error} ({})", error.kind());
-            find_a_hearer(flow, drivers, network).await;
-            return Err(error);
-        }
+    if starts.count >= machine::SUSPECT
+        && let Err(error) = local::read_back(flow, disk).await
+    {
+        println!("kiln-agent: {error} ({})", error.kind());
+        find_a_hearer(flow, drivers, network).await;
+        return Err(error);
     }
     let asked = timeout(local::PATIENCE, local::ask(flow, drivers, network)).await;
     let error = match asked {

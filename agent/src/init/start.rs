@@ -1,7 +1,7 @@
 //! Starting the release that this UKI embeds: its root from a slot or the network, verified, mounted, handed over to.
 
 use super::secure_boot;
-use super::switch_root::{NEW_ROOT, switch_root};
+use super::switch_root::{NEW_ROOT, read_init, switch_root};
 use crate::change::blocking;
 use crate::coldplug::Drivers;
 use crate::disk::machine::{MachineDisk, SharedDisk, on_disk, on_disk_within};
@@ -12,7 +12,7 @@ use crate::flow::Flow;
 use crate::handoff::{Handoff, OnDisk};
 use crate::net::Uplink;
 use crate::verifier::Verified;
-use crate::{ima, kexec, local, log, mounts, secrets, tpm, verity};
+use crate::{coldplug, ima, kexec, local, log, mounts, secrets, tpm, verity};
 use kiln_protocol::slot::{Event, SlotId};
 use kiln_protocol::{Class, Stage};
 use kiln_release::crossing::PREFETCHED_PATH;
@@ -45,7 +45,14 @@ pub(super) async fn start(
     let disk = disk.filter(|_| verified.manifest.class == Class::Normal.as_str());
     flow.journal.started(Stage::Root);
     flow.report().await;
-    drivers.iter_mut().for_each(Drivers::settle);
+    // Beside the runtime: reports go out meanwhile.
+    if let Some(mut taken) = drivers.take() {
+        let settled = blocking(move || {
+            taken.settle();
+            Ok(taken)
+        });
+        *drivers = settled.await.ok();
+    }
     if keeps_data(&flow.verifier.boot).is_some()
         && let Some(drivers) = drivers
     {
@@ -110,6 +117,7 @@ async fn start_slot(
     let place = device.clone();
     let mounted = on_disk_within(disk, "mounting the root", worker::COMMIT, move |_| {
         let mounted = verity::open_device(&device, &params, &root_hash, secure_boot).and_then(|root| mount_root(&root));
+        let mounted = mounted.inspect(|()| read_init(Path::new(NEW_ROOT)));
         mounted.map_err(|error| error.of_root(&device, verity::is_corrupted().unwrap_or(false)))
     });
     let on = OnDisk { name: disk.name().to_owned(), via: kexec::started_this() };
@@ -154,7 +162,7 @@ async fn leave(
     if running != flow.verifier.boot.root_hash {
         return Err(AgentError::RunningRoot { expected: flow.verifier.boot.root_hash.clone(), got: running });
     }
-    if !verified.manifest.secrets.is_empty() {
+    if !verified.manifest.secrets.is_empty() || verified.manifest.certificate.is_some() {
         secrets::mount_place()?;
     }
     mounts::writable(Path::new(NEW_ROOT), &verified.manifest.writable);
@@ -182,6 +190,7 @@ async fn leave(
         agent_api_keys: flow.verifier.pins.keys(),
         memory: Some(flow.verifier.memory.clone()),
         remembers: Some(flow.verifier.place.rollback_memory()),
+        left: coldplug::left(),
         now: flow.verifier.now,
     };
     handoff.write()?;

@@ -6,12 +6,15 @@ use crate::{sys, verity};
 use nix::mount::{MsFlags, mount};
 use std::convert::Infallible;
 use std::ffi::CString;
+use std::path::Path;
 use std::time::Duration;
 
 /// Where the verified root is mounted before the hand-over.
 pub(super) const NEW_ROOT: &str = "/newroot";
 /// The image's own init.
 const NEXT_INIT: &str = "/sbin/init";
+/// Links from its name to its file, at most.
+const LINKS: usize = 8;
 /// So long the kernel has to end this program's threads.
 const HAND_OVER: Duration = Duration::from_secs(60);
 
@@ -39,6 +42,21 @@ pub(super) fn switch_root(disk: Option<&SharedDisk>) -> Result<Infallible> {
     }
 }
 
+/// Reads the init of the mounted root whole. A disk that hangs when its slot is read hangs here, where somebody waits only so long;
+/// in execve(2) it would hold up this very program. What cannot be read is told there.
+pub(super) fn read_init(root: &Path) {
+    let mut path = root.join(&NEXT_INIT[1..]);
+    for _ in 0..LINKS {
+        // An absolute link means this root, not the initramfs's.
+        let Ok(to) = std::fs::read_link(&path) else { break };
+        path = match to.strip_prefix("/") {
+            Ok(below) => root.join(below),
+            Err(_) => path.with_file_name(to),
+        };
+    }
+    let _ = std::fs::read(path);
+}
+
 /// Removes the initramfs's files: they are memory. Only what is on the same file system.
 fn free_initramfs() {
     use std::os::unix::fs::MetadataExt;
@@ -57,5 +75,37 @@ fn free_initramfs() {
                 // What cannot be removed costs memory, nothing else.
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::{File, create_dir_all};
+    use std::os::unix::fs::symlink;
+
+    /// The init is a FIFO: who opens it to write waits for its reader.
+    #[test]
+    fn the_init_that_is_read_is_the_mounted_roots_whatever_its_links_say() {
+        for target in ["/usr/lib/systemd/systemd", "../lib/systemd/systemd"] {
+            let root = tempfile::tempdir().unwrap();
+            let at = |path: &str| root.path().join(path);
+            create_dir_all(at("usr/sbin")).unwrap();
+            create_dir_all(at("usr/lib/systemd")).unwrap();
+            symlink("usr/sbin", at("sbin")).unwrap();
+            symlink(target, at("usr/sbin/init")).unwrap();
+            let init = at("usr/lib/systemd/systemd");
+            nix::unistd::mkfifo(&init, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            let place = root.path().to_owned();
+            let reads = std::thread::spawn(move || read_init(&place));
+            drop(File::options().write(true).open(&init).unwrap());
+            reads.join().unwrap();
+        }
+        // None, or one that leads in a circle, is told by execve(2).
+        let root = tempfile::tempdir().unwrap();
+        read_init(root.path());
+        create_dir_all(root.path().join("sbin")).unwrap();
+        symlink("init", root.path().join("sbin/init")).unwrap();
+        read_init(root.path());
     }
 }

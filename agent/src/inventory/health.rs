@@ -6,10 +6,64 @@
 
 use crate::sys::{self, DISK_PATIENCE_MS, NvmeCommand};
 use kiln_protocol::{Disk, DiskHealth};
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// So long all have: two commands of [`DISK_PATIENCE_MS`], and some more.
+const PATIENCE: Duration = Duration::from_secs(25);
+/// Of a thread that asks.
+const STACK: usize = 64 << 10;
+/// Who has not answered yet.
+static ASKED: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+fn asked() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+    ASKED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Asks all side by side, each in a thread: one that hangs in its driver never answers, whatever time its command was given. It
+/// is told of, and asked again only when that question has come to its end.
+pub fn ask_all(dev: &Path, disks: &mut [Disk]) {
+    side_by_side(dev, disks, PATIENCE, ask);
+}
+
+fn side_by_side(dev: &Path, disks: &mut [Disk], within: Duration, ask: fn(&Path, &Disk) -> Option<DiskHealth>) {
+    let until = Instant::now() + within;
+    let begin = |disk: &Disk| {
+        let path = dev.join(&disk.name);
+        if !asked().insert(path.clone()) {
+            return None;
+        }
+        let (tell, told) = channel();
+        let (dev, disk, done) = (dev.to_owned(), disk.clone(), path.clone());
+        let begun = std::thread::Builder::new().stack_size(STACK).spawn(move || {
+            let health = ask(&dev, &disk);
+            asked().remove(&done);
+            // Nobody listens to what comes late.
+            let _ = tell.send(health);
+        });
+        if begun.is_err() {
+            asked().remove(&path);
+        }
+        Some(told)
+    };
+    let begun: Vec<Option<Receiver<Option<DiskHealth>>>> = disks.iter().map(begin).collect();
+    for (disk, told) in disks.iter_mut().zip(begun) {
+        let left = until.saturating_duration_since(Instant::now());
+        disk.health = match told.map(|told| told.recv_timeout(left)) {
+            Some(Ok(health)) => health,
+            Some(Err(RecvTimeoutError::Disconnected)) => None,
+            Some(Err(RecvTimeoutError::Timeout)) | None => {
+                Some(DiskHealth { passed: false, detail: "it gives no answer".into() })
+            }
+        };
+    }
+}
 
 /// None: it was not asked, or has no answer.
 pub fn ask(dev: &Path, disk: &Disk) -> Option<DiskHealth> {
@@ -121,6 +175,33 @@ fn scsi(status: u8, page: &[u8; 64]) -> Option<DiskHealth> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_disk_that_hangs_is_told_of_and_hides_no_other_and_is_asked_once() {
+        static BEGUN: Mutex<Vec<String>> = Mutex::new(Vec::new());
+        fn answer(_: &Path, disk: &Disk) -> Option<DiskHealth> {
+            BEGUN.lock().unwrap().push(disk.name.clone());
+            if disk.name == "sdb" {
+                loop {
+                    std::thread::park();
+                }
+            }
+            (!disk.name.is_empty()).then(|| DiskHealth { passed: true, detail: disk.name.clone() })
+        }
+        let disk = |name: &str| Disk { name: name.into(), ..Disk::default() };
+        let mut disks = ["sda", "sdb", "sdc"].map(disk);
+        let silent = Some(DiskHealth { passed: false, detail: "it gives no answer".into() });
+        for round in 0..2 {
+            // Long enough for the two that answer, on any host.
+            side_by_side(Path::new("/dev/of-a-test"), &mut disks, Duration::from_secs(5), answer);
+            let [first, hangs, last] = &disks;
+            assert!(first.health.as_ref().is_some_and(|health| health.passed), "round {round}: {first:?}");
+            assert!(last.health.as_ref().is_some_and(|health| health.passed), "round {round}: {last:?}");
+            assert_eq!(hangs.health, silent, "round {round}");
+        }
+        let begun = BEGUN.lock().unwrap();
+        assert_eq!(begun.iter().filter(|name| *name == "sdb").count(), 1, "{begun:?}");
+    }
 
     #[test]
     fn nvme_says_why_it_is_unwell() {

@@ -36,7 +36,7 @@ impl Root {
     }
 }
 
-/// Looks at everything. Takes as long as the slowest disk needs for its health, 10 s each at most.
+/// Looks at everything. Takes as long as the slowest disk needs for its health, 25 s at most.
 pub fn take(root: &Root, neighbours: &Neighbours) -> Inventory {
     let mut found =
         Inventory { version: INVENTORY_VERSION, memory_bytes: facts::memory("MemTotal:"), ..Inventory::default() };
@@ -75,9 +75,7 @@ pub fn take(root: &Root, neighbours: &Neighbours) -> Inventory {
 /// Disks, with their own word on their health.
 fn disks_with_health(root: &Root) -> std::result::Result<Vec<Disk>, String> {
     let mut disks = disks(root)?;
-    for disk in &mut disks {
-        disk.health = health_of(root, disk);
-    }
+    health::ask_all(&root.dev, &mut disks);
     Ok(disks)
 }
 

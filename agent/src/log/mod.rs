@@ -26,7 +26,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::{sleep, timeout};
 
-/// So many bytes of what a server says are shown.
+/// So many bytes of a line are shown, and of what a server says as a part of one.
 const SAID: usize = 1000;
 /// Where the spool crosses the hand-over.
 const CARRIED: &str = "/run/kiln/log.json";
@@ -86,21 +86,23 @@ pub fn said(text: &str) -> String {
     printable(cut_at(text, SAID))
 }
 
-/// What `println!` does in this program: the words go to the console and into the spool.
+/// What `println!` does in this program: the words go to the console and into the spool, as one line. What a server or a disk has said
+/// may be a part of any error.
 pub fn say(words: Arguments<'_>) {
-    std::println!("{words}");
-    note(6, words);
+    let line = said(&words.to_string());
+    std::println!("{line}");
+    note(6, &line);
 }
 
 /// The same for `eprintln!`.
 pub fn warn(words: Arguments<'_>) {
-    std::eprintln!("{words}");
-    note(4, words);
+    let line = said(&words.to_string());
+    std::eprintln!("{line}");
+    note(4, &line);
 }
 
-fn note(level: u8, words: Arguments<'_>) {
-    let text = words.to_string();
-    let text = text.strip_prefix("kiln-agent: ").unwrap_or(&text).to_owned();
+fn note(level: u8, line: &str) {
+    let text = line.strip_prefix("kiln-agent: ").unwrap_or(line).to_owned();
     push(LogLine { source: LogSource::Agent, level, at_us: now_us(), text });
 }
 
@@ -208,7 +210,7 @@ async fn send_all(mut api: Api, boot_id: String, machine: MachineId) {
                 failed += 1;
                 // Once, and not as a line of the log: it would be one more to send.
                 if !std::mem::replace(&mut told, true) {
-                    std::println!("kiln-agent: log lines wait for the server: {error}");
+                    std::println!("kiln-agent: log lines wait for the server: {}", said(&error.to_string()));
                 }
                 let jitter = random().map_or(0, |bytes| bytes[0]);
                 let Next::After(pause) = retry::next(FailureClass::Unreachable, failed, jitter) else { return };
@@ -278,5 +280,41 @@ pub fn take_over() {
             }
         }
         Err(error) => println!("kiln-agent: the log of the initramfs is lost: {error}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::director::{Director, Line, STEERS};
+    use crate::testing::{TestSite, journal};
+    use kiln_protocol::Via;
+
+    /// What the agent says goes into the spool as it goes to the console.
+    #[test]
+    fn what_a_server_says_in_an_error_begins_no_line_and_steers_no_terminal() {
+        let (site, dir) = (TestSite::new(1), tempfile::tempdir().unwrap());
+        let director = Director::start(&site, (1, 1, Via::Cold, false));
+        director.line(Line::Steers);
+        let verifier = site.verifier(1, &[], std::slice::from_ref(&director.url), dir.path());
+        let mut journal = journal(&verifier);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let error = runtime.block_on(async {
+            let ca = &verifier.boot.site.agent_api_ca_pem;
+            let mut api = Api::new(&verifier.servers.agent, ca, &verifier.key, &verifier.clock).unwrap();
+            journal.send(&mut api, 0).await.unwrap_err()
+        });
+        println!("kiln-agent: report not delivered yet: {error}");
+        println!("kiln-agent: not in time: {STEERS}{}", "x".repeat(1 << 20));
+        eprintln!("kiln-agent: report not delivered: {STEERS}");
+        // Other tests of this process may say something, too.
+        let spool = serde_json::to_value(&lock().spool).unwrap();
+        let texts = spool["lines"].as_array().unwrap().iter().filter_map(|line| line["text"].as_str());
+        let ours: Vec<&str> = texts.filter(|text| text.contains("approval code AAAA-AAAA")).collect();
+        assert_eq!(ours.len(), 3, "{ours:?}");
+        let shown = error.to_string();
+        for line in ours.into_iter().chain([shown.as_str()]) {
+            assert!(!line.chars().any(char::is_control), "{line:?}");
+        }
     }
 }

@@ -6,7 +6,8 @@
 //! Each place has a copy of its own. An initramfs that met a busy TPM goes on with what EFI variables remember, which may be older:
 //! that must not take the place of what the TPM remembers. Where the TPM gives no answer later, its copy counts as before.
 
-use super::{BOOT_PLACE, Memory, Place, write_file};
+use super::place::{BOOT_PLACE, write_file};
+use super::{Memory, Place};
 use crate::error::{AgentError, Result};
 use std::path::{Path, PathBuf};
 

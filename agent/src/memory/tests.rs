@@ -1,6 +1,13 @@
 //! What outlives a boot, and what does not.
 
+use super::orders::ORDERS;
+use super::place::{KEY, efi_key};
 use super::*;
+use crate::disk::DiskError;
+use kiln_protocol::slot::Label;
+use kiln_protocol::{KeyStorage, ORDER_TYPE, Order, OrderAction, OrderError, RollbackMemory, SPEC_VERSION};
+use kiln_release::tuf::SeenRole;
+use std::path::Path;
 
 #[test]
 fn boots_that_fail_to_verify_come_ever_slower_and_the_count_outlives_them() {
@@ -14,6 +21,22 @@ fn boots_that_fail_to_verify_come_ever_slower_and_the_count_outlives_them() {
     assert_eq!(pauses, [0, 0, 0, 20, 40, 80, 160, 290, 290, 290]);
     memory.failed_boots = u32::MAX;
     assert_eq!(memory.boot_failed(), LONGEST_PAUSE);
+}
+
+#[test]
+fn only_a_disk_that_gives_no_answer_is_left_alone_and_its_name_is_no_longer_than_a_name() {
+    let mut memory = Memory::default();
+    let broken = DiskError::Io { disk: "sda".into(), what: "reading", reason: "I/O error".into() };
+    for error in [AgentError::from(broken), AgentError::from(DiskError::NoDisk), AgentError::NoServer] {
+        assert!(!memory.disk_hangs(&error), "{error}");
+    }
+    assert!(!serde_json::to_string(&memory).unwrap().contains("disk_hung"));
+    let late = |disk: &str| DiskError::Late { disk: disk.into(), what: "reading", reason: String::new() }.into();
+    assert!(memory.disk_hangs(&late("nvme0n1")));
+    let text = serde_json::to_string(&memory).unwrap();
+    assert_eq!(serde_json::from_str::<Memory>(&text).unwrap().disk_hung.as_deref(), Some("nvme0n1"));
+    assert!(memory.disk_hangs(&late(&"\"ä".repeat(1000))) && memory.disk_hangs(&late(&"x".repeat(1000))));
+    assert_eq!(memory.disk_hung.map(|name| name.len()), Some(32));
 }
 
 #[test]
@@ -204,4 +227,71 @@ fn a_copy_stands_in_for_no_other_place_but_the_tpms_for_what_is_beside_it() {
     // A service whose TPM gives no answer any more goes on with what the TPM remembered.
     std::fs::remove_file(dir.path().join("state/remembered.json")).unwrap();
     assert_eq!(beside.resume(None).unwrap().memory, new);
+}
+
+/// Every number at its longest; so many signers of a role, and so many images with a floor, where nothing else ends them.
+#[test]
+fn all_that_is_remembered_fits_into_a_tpm() {
+    const SIGNERS: usize = 2;
+    const IMAGES: usize = 2;
+    let late: Timestamp = "9999-12-30T20:59:59.123456789Z".parse().unwrap();
+    let role = SeenRole { version: u64::MAX, keys: vec!["0".repeat(16); SIGNERS] };
+    let image = |n: usize| format!("{n:032}");
+    let mut memory = Memory {
+        seen: Seen {
+            root: u64::MAX,
+            timestamp: Some(role.clone()),
+            timestamp_snapshot: u64::MAX,
+            snapshot: Some(role),
+            roles: ["targets".to_owned(), format!("image-{}", image(0))].map(|name| (name, u64::MAX)).into(),
+        },
+        // Where sequences end.
+        sequence: 1 << 48,
+        time_floor: Some(late),
+        director: "0".repeat(64),
+        order_base: u64::MAX,
+        floors: (0..IMAGES).map(|n| (image(n), u64::MAX)).collect(),
+        failed_boots: u32::MAX,
+        restarted_for_data: true,
+        orders_until: Some(late),
+        disk_hung: Some("x".repeat(32)),
+        ..Memory::default()
+    };
+    let order = |n: usize| Order {
+        type_: ORDER_TYPE.into(),
+        spec_version: SPEC_VERSION.into(),
+        id: format!("{n:032x}").parse().unwrap(),
+        machines: Vec::new(),
+        action: OrderAction::Assign { image: "rescue".parse().unwrap(), release: 1, class: "rescue".parse().unwrap() },
+        issued: late,
+        expires: late,
+    };
+    let now = late - jiff::SignedDuration::from_secs(1);
+    for n in 0..ORDERS {
+        memory.take_order(&order(n), 1 << 48, now).unwrap();
+    }
+    assert_eq!(memory.take_order(&order(ORDERS), 1, now), Err(OrderError::MemoryFull { limit: ORDERS }));
+    // Releases come and go, and no boot ever says which record lies on the disk.
+    let labels = [1, 2, 3].map(|n| Label([n; 16]));
+    let mut longest = 0;
+    for n in 0..30 {
+        memory.expect_record(&labels[n / 2 % 3], &format!("{n:032}"), &labels[..2]);
+        longest = longest.max(serde_json::to_vec(&memory).unwrap().len());
+    }
+    assert!(longest <= crate::tpm::room(), "{longest} bytes, and {} fit", crate::tpm::room());
+    assert!(longest > 1000, "it is the longest: {longest}");
+    let text = serde_json::to_string(&memory).unwrap();
+    assert_eq!(serde_json::from_str::<Memory>(&text).unwrap(), memory);
+}
+
+#[test]
+fn an_order_that_an_earlier_agent_remembered_stays_remembered() {
+    let id = "0".repeat(32);
+    let told = |mark: &str| format!(r#"{{"seen":{{}},"orders":{{"{id}":{mark}}}}}"#);
+    let [earlier, now] =
+        [r#"{"sequence":7,"expires":"2099-01-01T00:00:00Z"}"#, r#"[7,"2099-01-01T00:00:00Z"]"#].map(told);
+    let memory: Memory = serde_json::from_str(&earlier).unwrap();
+    assert_eq!(memory.orders[&id].sequence, 7);
+    assert_eq!(serde_json::from_str::<Memory>(&now).unwrap(), memory);
+    assert!(serde_json::to_string(&memory).unwrap().contains(r#"[7,"2099-01-01T00:00:00Z"]"#));
 }

@@ -140,6 +140,14 @@ pub fn raise() {
     }
 }
 
+/// Whether a running system's link has no carrier, or is gone, and some card beside it has one. Where the kernel does not say: no.
+pub fn others_lead(name: &str) -> bool {
+    let Ok(mut netlink) = Netlink::open() else { return false };
+    let Ok(mut links) = netlink.links() else { return false };
+    links.retain(|link| link.carrier && (link.name == name || netlink.own.is_card(Ground::System, link)));
+    !links.is_empty() && links.iter().all(|link| link.name != name)
+}
+
 /// Connects the machine as a section says; one without links: by any card that is given an address, those in `avoid` last.
 /// What was configured before is taken away; in a running system, by the agent alone.
 pub async fn bring_up(
@@ -364,17 +372,35 @@ impl Choice<'_> {
 }
 
 /// Renews a lease (RFC 2131 §4.4.5). When it cannot, the address is kept: a machine that answers on an old address is
-/// easier to help than one that has gone silent.
+/// easier to help than one that has gone silent. Ends only where the lease is over and another address is given.
 async fn keep(mut lease: Lease, machine: MachineId) {
+    let mut over = Instant::now() + 2 * lease.renew_after();
     loop {
         tokio::time::sleep(lease.renew_after()).await;
-        match dhcp::renew(&lease, &machine).await {
-            Ok(renewed) => lease = renewed,
+        match renew(&lease, over, &machine).await {
+            Ok(renewed) if renewed.address == lease.address => {
+                over = Instant::now() + 2 * renewed.renew_after();
+                lease = renewed;
+            }
+            Ok(Lease { interface, address, .. }) => {
+                eprintln!("kiln-agent: {interface} is given {address} in place of {}", lease.address);
+                return;
+            }
             Err(error) => {
                 eprintln!("kiln-agent: lease of {} on {} not renewed: {error}", lease.address, lease.interface);
                 tokio::time::sleep(Duration::from_secs(60)).await;
             }
         }
+    }
+}
+
+/// Of one that is over and is not renewed another is asked for, as of a network that was renumbered.
+async fn renew(lease: &Lease, over: Instant, machine: &MachineId) -> Result<Lease> {
+    match dhcp::renew(lease, machine).await {
+        Err(_) if over <= Instant::now() => {
+            dhcp::acquire(lease.interface.clone(), lease.hardware.clone(), machine.clone(), false).await
+        }
+        done => done,
     }
 }
 

@@ -9,7 +9,7 @@ use crate::testing::director::Director;
 use crate::testing::namespace::enter;
 use crate::testing::oracle::skipped;
 use crate::testing::{TestSite, journal, listen};
-use crate::uplink::{connect_later, hold, servers};
+use crate::uplink::{connect_later, hold, servers, stay};
 use kiln_protocol::Via;
 use kiln_release::network::NetworkConfig;
 use std::collections::HashSet;
@@ -297,9 +297,10 @@ fn a_running_system_finds_its_server_and_leaves_alone_what_others_made() {
             }
             Dnsmasq::start("--interface=b1 --dhcp-range=10.9.1.50,10.9.1.50,1h --dhcp-option=3")
         };
-        let found = connect_later(trial::Known::default(), verifier.boot.clone(), id(), api(address));
-        let (renewals, second) = tokio::join!(found, behind);
-        assert_eq!(renewals.len(), 1, "its lease is renewed");
+        let (machine, mut to) = (id(), api(address));
+        let found = connect_later(trial::Known::default(), &verifier.boot, &machine, &mut to);
+        let ((link, renewals), second) = tokio::join!(found, behind);
+        assert_eq!((link.as_str(), renewals.len()), ("a1", 1), "its lease is renewed");
         let left_alone = ["10.9.7.1", "10.9.8.1", "2001:db8:8::1"];
         let all = there();
         assert!(left_alone.iter().chain(&["10.9.1.50"]).all(|ip| all.iter().any(|there| there == ip)), "{all:?}");
@@ -317,6 +318,71 @@ fn a_running_system_finds_its_server_and_leaves_alone_what_others_made() {
         drop(second);
     });
     assert!(director.heard().is_empty(), "looking for it says nothing");
+}
+
+/// A healthy machine whose first card dies. Its server is at the address that its second card is leased.
+#[test]
+fn a_running_system_whose_card_lost_its_link_goes_by_another() {
+    if !machine("a_running_system_whose_card_lost_its_link_goes_by_another") {
+        return;
+    }
+    let site = TestSite::new(1);
+    let dir = tempfile::tempdir().unwrap();
+    let verifier = site.verifier(1, &[], &[], dir.path());
+    let (listener, address) = listen();
+    let _director = Director::start_on((listener, address), &site, (1, 1, Via::Cold, false));
+    let url = format!("https://10.9.1.50:{}", address.port());
+    let api = Api::new(&[url], &site.tls[0], &verifier.key, &verifier.clock).unwrap();
+    let has = |ip: &str| Netlink::open().unwrap().addresses().unwrap().iter().any(|a| a.ip.to_string() == ip);
+    run(async {
+        let _first = Dnsmasq::start("--interface=b0 --dhcp-range=10.9.0.50,10.9.0.50,1h --dhcp-option=3");
+        let _second = Dnsmasq::start("--interface=b1 --dhcp-range=10.9.1.50,10.9.1.50,1h --dhcp-option=3");
+        sh("ip -n net link set b1 down");
+        let uplink = up(&Section::default(), &mut HashSet::new()).await.unwrap();
+        assert_eq!(uplink.interface, "a0");
+        sh("ip addr add 10.9.8.1/32 dev a0; ip -n net link set b1 up");
+        let look = Duration::from_millis(50);
+        let stays = stay(Some(uplink), trial::Known::default, verifier.boot.clone(), id(), api, look);
+        let mut stays = std::pin::pin!(stays);
+        // A server that is gone is no reason, nor is one more link.
+        assert!(timeout(30 * look, &mut stays).await.is_err() && has("10.9.0.50") && !has("10.9.1.50"));
+        // Nor is a switch that restarts, where there is no other.
+        sh("ip -n net link set b1 down; ip -n net link set b0 down");
+        assert!(timeout(30 * look, &mut stays).await.is_err() && has("10.9.0.50"));
+        sh("ip -n net link set b1 up");
+        let moved = async {
+            let mut watch = Watch::open().unwrap();
+            while !has("10.9.1.50") {
+                watch.changed().await;
+            }
+        };
+        let moved = timeout(Duration::from_secs(60), moved);
+        tokio::select! {
+            _ = &mut stays => panic!("it ended"),
+            done = moved => done.expect("it goes by the other card"),
+        }
+        assert!(!has("10.9.0.50") && has("10.9.8.1"), "its own address of the dead card is taken away, nothing else");
+    });
+}
+
+/// The old address is kept until another is given: that ends the lease.
+#[test]
+fn a_lease_that_is_over_is_asked_for_anew_where_the_network_was_renumbered() {
+    if !machine("a_lease_that_is_over_is_asked_for_anew_where_the_network_was_renumbered") {
+        return;
+    }
+    run(async {
+        let server = Dnsmasq::start("--interface=b0 --dhcp-range=10.9.0.50,10.9.0.50,1h");
+        let uplink = up(&Section::default(), &mut HashSet::new()).await.unwrap();
+        let [lease] = &uplink.leases[..] else { panic!("{uplink:?}") };
+        let now = Instant::now();
+        assert_eq!(renew(lease, now, &id()).await.unwrap().address, lease.address);
+        drop(server);
+        let _renumbered = Dnsmasq::start("--interface=b0 --dhcp-range=10.9.0.60,10.9.0.60,1h");
+        let later = now + Duration::from_secs(3600);
+        assert_eq!(renew(lease, later, &id()).await.unwrap_err().kind(), "network-no-offer", "it is not over");
+        assert_eq!(renew(lease, now, &id()).await.unwrap().address.to_string(), "10.9.0.60");
+    });
 }
 
 /// A boot server of this site at an address that no DHCP server of an honest site names.

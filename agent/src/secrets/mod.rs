@@ -1,15 +1,17 @@
-//! The secrets of the release that runs: files in memory that is never written to a disk, each its owner's alone, with what
-//! the server gave last. No value is in a log, a report or an error.
+//! The secrets of the release that runs, and the machine's own key and certificate: files in memory that is never written to a
+//! disk, each its owner's alone, with what the server gave last. No value is in a log, a report or an error.
 
+mod identity;
 mod opened;
 #[cfg(test)]
 mod tests;
 
+pub use identity::request;
 pub use opened::{Opened, open};
 
 use crate::error::{AgentError, Result};
-use kiln_protocol::{SECRET_LIMIT, SecretName, SecretSet, SecretVersions};
-use kiln_release::{SECRETS_PATH, WantedSecret};
+use kiln_protocol::{Life, SECRET_LIMIT, SecretName, SecretSet, SecretVersions};
+use kiln_release::{SECRETS_PATH, WantedCertificate, WantedSecret};
 use nix::mount::{MsFlags, mount};
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use std::fs::OpenOptions;
@@ -46,6 +48,11 @@ pub struct Keeper {
     held: SecretVersions,
     /// Why the server gave none when it was asked last.
     refused: Option<String>,
+    certificate: Option<WantedCertificate>,
+    /// Of the certificate that is here.
+    life: Option<Life>,
+    /// Why the server issued none when it was asked last.
+    uncertified: Option<String>,
 }
 
 /// For a moment: nothing is waited for under it.
@@ -55,16 +62,25 @@ pub fn lock(keeper: &Mutex<Keeper>) -> MutexGuard<'_, Keeper> {
 
 impl Keeper {
     /// Of a release that wants these.
-    pub fn of(wanted: &[WantedSecret]) -> Self {
-        Self::at(Path::new(SECRETS_PATH), Path::new("/etc/passwd"), wanted)
+    pub fn of(wanted: &[WantedSecret], certificate: Option<&WantedCertificate>) -> Self {
+        Self::at(Path::new(SECRETS_PATH), Path::new("/etc/passwd"), wanted, certificate)
     }
 
-    fn at(place: &Path, passwd: &Path, wanted: &[WantedSecret]) -> Self {
+    fn at(place: &Path, passwd: &Path, wanted: &[WantedSecret], certificate: Option<&WantedCertificate>) -> Self {
         let versions = std::fs::read(place.join(VERSIONS)).ok();
         let held: SecretVersions = versions.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
         // What is not there is not held, whatever was written down.
         let held = held.into_iter().filter(|(name, _)| place.join(name.as_str()).exists()).collect();
-        Self { place: place.into(), passwd: passwd.into(), wanted: wanted.to_vec(), held, refused: None }
+        Self {
+            place: place.into(),
+            passwd: passwd.into(),
+            wanted: wanted.to_vec(),
+            held,
+            refused: None,
+            certificate: certificate.cloned(),
+            life: identity::kept(place),
+            uncertified: None,
+        }
     }
 
     /// For the report; none: this release wants none.
@@ -74,9 +90,13 @@ impl Keeper {
 
     /// What is missing, in a sentence; none: all that is required is here.
     pub fn missing(&self) -> Option<String> {
-        let missing = self.wanted.iter().find(|wanted| wanted.required && !self.has(&wanted.name))?;
-        let why = self.refused.as_deref().unwrap_or("the server has given none yet; `kiln secret list` says why");
-        Some(format!("the secret {} has not come: {why}", missing.name))
+        if let Some(missing) = self.wanted.iter().find(|wanted| wanted.required && !self.has(&wanted.name)) {
+            let why = self.refused.as_deref().unwrap_or("the server has given none yet; `kiln secret list` says why");
+            return Some(format!("the secret {} has not come: {why}", missing.name));
+        }
+        let certified = self.life.is_some() || self.certificate.as_ref().is_none_or(|wanted| !wanted.required);
+        let why = || self.uncertified.as_deref().unwrap_or("the server was not asked yet");
+        (!certified).then(|| format!("the machine's certificate has not come: {}", why()))
     }
 
     fn has(&self, name: &str) -> bool {
@@ -98,7 +118,7 @@ impl Keeper {
             match found {
                 Some((name, (version, _))) if self.held.get(name) == Some(version) => {}
                 Some((name, (version, value))) => {
-                    self.write(&wanted, value)?;
+                    self.write(&wanted.name, wanted.owner.as_deref(), 0o400, value)?;
                     self.held.insert(name.clone(), *version);
                     changed.push(name.clone());
                 }
@@ -107,18 +127,25 @@ impl Keeper {
         }
         self.note_down()?;
         self.refused = None;
+        Ok(self.units(was_whole, &changed, false))
+    }
+
+    /// Which are to be started, reloaded or restarted; none as long as something that is required is missing.
+    fn units(&self, was_whole: bool, changed: &[SecretName], certified: bool) -> Vec<String> {
         if self.missing().is_some() {
-            return Ok(Vec::new());
+            return Vec::new();
         }
         let concerned = |wanted: &&WantedSecret| {
             let new = changed.iter().any(|name| name.as_str() == wanted.name);
             new || (!was_whole && self.has(&wanted.name))
         };
-        let mut units: Vec<String> =
-            self.wanted.iter().filter(concerned).flat_map(|wanted| wanted.units.clone()).collect();
+        let of_secrets = self.wanted.iter().filter(concerned).flat_map(|wanted| &wanted.units);
+        let concerned = certified || (!was_whole && self.life.is_some());
+        let of_certificate = self.certificate.iter().filter(|_| concerned).flat_map(|wanted| &wanted.units);
+        let mut units: Vec<String> = of_secrets.chain(of_certificate).cloned().collect();
         units.sort();
         units.dedup();
-        Ok(units)
+        units
     }
 
     /// Forgets all of them. Whether there was anything to forget.
@@ -150,13 +177,13 @@ impl Keeper {
         Ok(())
     }
 
-    fn write(&self, wanted: &WantedSecret, value: &[u8]) -> Result<()> {
-        let owner = wanted.owner.as_deref().map(|owner| self.user(owner)).transpose()?;
+    fn write(&self, name: &str, owner: Option<&str>, mode: u32, value: &[u8]) -> Result<()> {
+        let owner = owner.map(|owner| self.user(owner)).transpose()?;
         let draft = self.place.join(DRAFT);
-        let path = self.place.join(&wanted.name);
+        let path = self.place.join(name);
         let fail = || AgentError::file(path.clone());
         let _ = std::fs::remove_file(&draft);
-        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o400).open(&draft).map_err(fail())?;
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&draft).map_err(fail())?;
         let (uid, gid) = owner.unzip();
         fchown(&file, uid, gid).map_err(fail())?;
         file.write_all(value).map_err(fail())?;
@@ -166,11 +193,7 @@ impl Keeper {
 
     fn note_down(&self) -> Result<()> {
         let text = serde_json::to_vec(&self.held).expect("names and numbers always become JSON");
-        let (draft, path) = (self.place.join(DRAFT), self.place.join(VERSIONS));
-        let _ = std::fs::remove_file(&draft);
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&draft);
-        let written = file.and_then(|mut file| file.write_all(&text)).and_then(|()| std::fs::rename(&draft, &path));
-        written.map_err(AgentError::file(path))
+        self.write(VERSIONS, None, 0o600, &text)
     }
 
     /// Uid and gid, by the root's passwd(5).
@@ -178,7 +201,7 @@ impl Keeper {
         let text = std::fs::read_to_string(&self.passwd).map_err(AgentError::file(self.passwd.clone()))?;
         let user = text.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|fields| fields[0] == name);
         let ids = user.and_then(|fields| Some((fields.get(2)?.parse().ok()?, fields.get(3)?.parse().ok()?)));
-        let reason = || format!("it has no user {name}, who owns a secret");
+        let reason = || format!("it has no user {name}, who owns a secret or the certificate");
         ids.ok_or_else(|| AgentError::Format { path: self.passwd.clone(), reason: reason() })
     }
 

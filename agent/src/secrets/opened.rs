@@ -26,7 +26,8 @@ impl Opened {
     }
 }
 
-fn forget(bytes: &mut [u8]) {
+/// Overwrites what was secret.
+pub(super) fn forget(bytes: &mut [u8]) {
     bytes.fill(0);
     // Otherwise nobody would read what was written, and the compiler could leave it out.
     std::hint::black_box(bytes);

@@ -22,6 +22,29 @@ pub(super) struct Door {
     pub reboot: fn(RebootMode) -> std::io::Error,
 }
 
+impl Door {
+    /// The image's init stops what runs; then this system is left. Comes back only with an error.
+    pub(super) async fn go(&self, via: Via) -> AgentError {
+        let (verb, mode) = match via {
+            Via::Kexec => ("kexec", RebootMode::RB_KEXEC),
+            Via::Cold => ("reboot", RebootMode::RB_AUTOBOOT),
+        };
+        let systemctl = self.systemctl.clone();
+        let asked = blocking(move || {
+            // Where a kernel is loaded, systemd's restart would be a kexec as well (its ENVIRONMENT.md).
+            let status =
+                Command::new(&systemctl).arg(verb).env("SYSTEMCTL_SKIP_AUTO_KEXEC", "1").stdin(Stdio::null()).status();
+            status.map_err(AgentError::file(systemctl))
+        });
+        match timeout(STOP_DEADLINE, asked).await {
+            // systemd stops this service too; still being here at the deadline means that something hangs.
+            Ok(Ok(status)) if status.success() => sleep(STOP_DEADLINE).await,
+            Ok(Ok(_) | Err(_)) | Err(_) => eprintln!("kiln-agent: systemctl {verb} failed; leaving without it"),
+        }
+        AgentError::system("leaving for the next release")((self.reboot)(mode))
+    }
+}
+
 impl Service {
     /// How a kexec that is loaded becomes the next boot: if that would not be attested although this one is, the firmware starts it.
     async fn carried(&self) -> Via {
@@ -61,22 +84,6 @@ impl Service {
         {
             eprintln!("kiln-agent: the disk gives no answer");
         }
-        let (verb, mode) = match via {
-            Via::Kexec => ("kexec", RebootMode::RB_KEXEC),
-            Via::Cold => ("reboot", RebootMode::RB_AUTOBOOT),
-        };
-        let systemctl = self.door.systemctl.clone();
-        let asked = blocking(move || {
-            // Where a kernel is loaded, systemd's restart would be a kexec as well (its ENVIRONMENT.md).
-            let status =
-                Command::new(&systemctl).arg(verb).env("SYSTEMCTL_SKIP_AUTO_KEXEC", "1").stdin(Stdio::null()).status();
-            status.map_err(AgentError::file(systemctl))
-        });
-        match timeout(STOP_DEADLINE, asked).await {
-            // systemd stops this service too; still being here at the deadline means that something hangs.
-            Ok(Ok(status)) if status.success() => sleep(STOP_DEADLINE).await,
-            Ok(Ok(_) | Err(_)) | Err(_) => eprintln!("kiln-agent: systemctl {verb} failed; leaving without it"),
-        }
-        AgentError::system("leaving for the next release")((self.door.reboot)(mode))
+        self.door.go(via).await
     }
 }

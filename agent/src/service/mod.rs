@@ -1,6 +1,7 @@
 //! The agent as a service of the running system: health, reports, and the next release, side by side on one thread. What
 //! comes next is decided in [`duty`]; here it is done.
 
+mod certificate;
 mod duty;
 mod files;
 mod leave;
@@ -8,6 +9,7 @@ mod next;
 mod secrets;
 mod slots;
 mod start;
+mod starts;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -16,6 +18,7 @@ pub use start::run;
 
 use crate::api::Api;
 use crate::change::{Meter, Prefetch, Ready};
+use crate::disk::boot_order;
 use crate::disk::machine::SharedDisk;
 use crate::error::{AgentError, Result};
 use crate::health::Checks;
@@ -174,9 +177,15 @@ impl Service {
         })
     }
 
-    /// The firmware may start what lies on a disk, also where that gives no answer here.
+    /// The firmware starts what lies on a disk, also where that gives no answer here.
     fn has_disk(&self) -> bool {
-        self.disk.is_some() || self.mode == Mode::Disk
+        self.disk.is_some() || (self.mode == Mode::Disk && boot_order::is_from_disk())
+    }
+
+    /// What of this machine gives no answer: its own disk, or what the boot found silent.
+    fn hung(&self) -> Option<String> {
+        let own = self.disk.as_ref().filter(|disk| disk.hangs()).map(|disk| disk.name().to_owned());
+        own.or_else(|| self.journal.state.hung.clone())
     }
 
     /// Waits for whatever comes first, decides, does. Ends when the machine cannot even be left.
@@ -276,6 +285,7 @@ impl Service {
             }
             if let Event::Checked(health) = &event {
                 self.look_for_disk();
+                self.secrets.end_certificate();
                 proving = proving.or_else(|| self.prove(health.healthy));
             }
             files = files.or_else(|| self.look_at_files());
@@ -338,6 +348,9 @@ impl Service {
         let ask = self.secrets.heard(reply.secrets);
         if reply.attest || ask {
             self.attest(ask);
+        }
+        if self.secrets.certificate_due(reply.certify) {
+            self.certify();
         }
         let more = self.watch.heard(&reply);
         let wanted = claimed(&reply);

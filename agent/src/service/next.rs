@@ -3,7 +3,7 @@
 
 use super::duty::{Event, Target, Trouble, Wanted};
 use super::{Check, Done, Job, Service};
-use crate::change::{self, Prefetch};
+use crate::change::{self, Otherwise, Prefetch};
 use crate::error::AgentError;
 use crate::plan::{self, Plan};
 use crate::verifier::{Answer, Verifier};
@@ -98,7 +98,14 @@ impl Service {
                     // What runs once more.
                     Ok((assignment, ..)) if disk.is_some() && target.release == here => {
                         let Some(disk) = disk else { return Event::Time.into() };
-                        return match change::renew(&mut verifier, &disk, &assignment, &next, &meter).await {
+                        let renewal = change::prepare_renewal(&mut verifier, &assignment).await;
+                        // Reading a slot back takes minutes.
+                        drop(verifier);
+                        let renewed = match renewal {
+                            Ok(renewal) => change::renew(renewal, &disk, &next, &meter).await,
+                            Err(error) => Err(error),
+                        };
+                        return match renewed {
                             Ok(ready) => {
                                 Done { event: Event::Fetched(ready.note.clone()), prefetch: None, ready: Some(ready) }
                             }
@@ -109,12 +116,12 @@ impl Service {
                         // The TPM gives the data's key to a boot through firmware only.
                         let keeps = verifier.boot.site.disk.as_ref().is_some_and(|disk| disk.data.is_some());
                         let via = if keeps { Via::Cold } else { via };
-                        let (disk, via) = match disk {
-                            Some(_) if verifier.in_memory_only() => (None, Via::Kexec),
-                            disk => (disk, via),
+                        let (disk, via, only_kexec) = match disk {
+                            Some(_) if verifier.in_memory_only() => (None, Via::Kexec, true),
+                            disk => (disk, via, false),
                         };
                         let order = verifier.memory.order(assignment.sequence);
-                        Prefetch::new(&assignment, via, &next, meter).onto(disk, order)
+                        Prefetch::new(&assignment, via, &next, meter).onto(disk, order).by_kexec_only(only_kexec)
                     }
                     Err((stage, error)) => return Event::Failed(trouble(stage, &error, false)).into(),
                 },
@@ -151,13 +158,23 @@ impl Service {
     }
 
     pub(super) fn load(&self) -> Job {
-        let (ready, has_disk) = (self.ready.clone(), self.has_disk());
+        let (ready, hung, has_disk) = (self.ready.clone(), self.hung(), self.has_disk());
+        // What its firmware starts from it is known. Of a disk that is not open it is not: there a cold boot is the way to try.
+        let is_open = self.disk.is_some();
         Box::pin(async move {
-            let loaded = match &ready {
-                Some(ready) => change::load(ready, ready.otherwise(has_disk)).await,
-                None => Ok(()),
+            let Some(ready) = ready else { return Event::Loaded(None).into() };
+            let going = |error: &AgentError| trouble(Stage::Going, error, false);
+            let told = match change::tell_loader(&ready).await {
+                Ok(told) => told,
+                Err(error) => return Event::Stuck(going(&error)).into(),
             };
-            Event::Loaded(loaded.err().map(|error| trouble(Stage::Going, &error, false))).into()
+            let otherwise = ready.otherwise(has_disk);
+            let loaded = change::load(&ready, told, otherwise, hung).await;
+            let event = match (loaded, otherwise) {
+                (Err(error), Otherwise::Kexec) if is_open => Event::Stuck(going(&error)),
+                (loaded, Otherwise::Cold | Otherwise::Kexec) => Event::Loaded(loaded.err().map(|error| going(&error))),
+            };
+            event.into()
         })
     }
 }

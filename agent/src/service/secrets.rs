@@ -5,13 +5,14 @@ use crate::error::AgentError;
 use crate::log;
 use crate::secrets::{Keeper, Opened, lock};
 use kiln_protocol::{SecretVersions, SecretsWord};
-use kiln_release::WantedSecret;
+use kiln_release::{WantedCertificate, WantedSecret};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::process::Command;
 use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 
 /// Between two times of asking: a TPM takes seconds for a proof, and the server takes eight in a minute.
 const PAUSE: Duration = Duration::from_secs(10);
@@ -23,17 +24,20 @@ pub(super) struct Secrets {
     keeper: Arc<Mutex<Keeper>>,
     changed: Arc<Notify>,
     asked: Option<Instant>,
+    /// When a certificate was asked for, and who asks.
+    pub(super) certifying: Option<(Instant, JoinHandle<()>)>,
 }
 
 impl Default for Secrets {
     fn default() -> Self {
-        Self::of(&[])
+        Self::of(&[], None)
     }
 }
 
 impl Secrets {
-    pub(super) fn of(wanted: &[WantedSecret]) -> Self {
-        Self { keeper: Arc::new(Mutex::new(Keeper::of(wanted))), changed: Arc::default(), asked: None }
+    pub(super) fn of(wanted: &[WantedSecret], certificate: Option<&WantedCertificate>) -> Self {
+        let keeper = Arc::new(Mutex::new(Keeper::of(wanted, certificate)));
+        Self { keeper, changed: Arc::default(), asked: None, certifying: None }
     }
 
     pub(super) fn keeper(&self) -> Arc<Mutex<Keeper>> {
@@ -89,8 +93,8 @@ impl Secrets {
 /// Puts what came in its place.
 pub(super) struct Taker {
     asked: bool,
-    keeper: Arc<Mutex<Keeper>>,
-    changed: Arc<Notify>,
+    pub(super) keeper: Arc<Mutex<Keeper>>,
+    pub(super) changed: Arc<Notify>,
     systemctl: PathBuf,
 }
 
@@ -130,7 +134,7 @@ impl Taker {
     }
 
     /// Units that are not running are started, others take the new values up as they can.
-    async fn order(&self, units: &[String]) {
+    pub(super) async fn order(&self, units: &[String]) {
         if units.is_empty() {
             return;
         }

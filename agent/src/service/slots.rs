@@ -7,6 +7,7 @@ use crate::disk::DiskError;
 use crate::disk::machine::on_disk;
 use crate::error::Result;
 use kiln_protocol::{BootFirst, Stage, slot};
+use std::path::Path;
 use std::pin::Pin;
 use std::time::Duration;
 use tokio::time::sleep;
@@ -20,6 +21,14 @@ const AGAIN: Duration = Duration::from_secs(30);
 
 /// What the slots are told of the release that runs, on its way: whether it is healthy, and what they make of it.
 pub(super) type Proving = Pin<Box<dyn Future<Output = (bool, Result<Vec<slot::Action>>)>>>;
+
+/// The kernel forgets a disk that is pulled out. Of one that answers no reset any more SCSI (so SAS and SATA, too) and NVMe keep the
+/// folder, and say so (`sdev_states` in drivers/scsi/scsi_sysfs.c, `nvme_sysfs_show_state`). What may come back is not gone.
+fn is_gone(folder: &Path) -> bool {
+    let state = std::fs::read_to_string(folder.join("device/state")).unwrap_or_default();
+    let given_up = ["offline", "cancel", "deleted", "dead", "deleting", "deleting (no IO)"];
+    !folder.exists() || given_up.contains(&state.trim())
+}
 
 impl Service {
     /// Tells the slots that the release that runs is healthy, or that it is late. One at a time, and nothing waits for it.
@@ -50,11 +59,11 @@ impl Service {
         }))
     }
 
-    /// Whether the disk that this system runs from is still in the machine: the kernel forgets one that is pulled out. Without it the
+    /// Whether the disk that this system runs from is still in the machine, and the kernel has not given it up. Without it the
     /// system goes on as long as nothing is read that is not in memory, so it is left, by the firmware, once a boot server answers:
     /// the machine comes up again in memory.
     pub(super) fn look_for_disk(&mut self) {
-        let Some(folder) = self.lives_on.as_deref().filter(|folder| !self.gone && !folder.exists()) else { return };
+        let Some(folder) = self.lives_on.as_deref().filter(|folder| !self.gone && is_gone(folder)) else { return };
         let disk = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
         self.gone = true;
         self.journal.failed(Stage::Service, &DiskError::Gone { disk }.into(), 1, Some(Duration::ZERO));
@@ -97,6 +106,36 @@ impl Service {
                     eprintln!("kiln-agent: {error}");
                 }
             });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_that_the_kernel_gave_up_is_gone_and_one_that_may_come_back_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("sda");
+        assert!(is_gone(&folder), "pulled out");
+        std::fs::create_dir_all(folder.join("device")).unwrap();
+        assert!(!is_gone(&folder), "virtio's have no state");
+        for (state, gone) in [
+            ("running", false),
+            ("blocked", false),
+            ("quiesce", false),
+            ("transport-offline", false),
+            ("offline", true),
+            ("deleted", true),
+            ("live", false),
+            ("resetting", false),
+            ("connecting", false),
+            ("deleting (no IO)", true),
+            ("dead", true),
+        ] {
+            std::fs::write(folder.join("device/state"), format!("{state}\n")).unwrap();
+            assert_eq!(is_gone(&folder), gone, "{state}");
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::Service;
 use super::leave::Door;
 use super::secrets::Secrets;
+use super::starts;
 use super::watch::Watch;
 use crate::api::Api;
 use crate::change;
@@ -13,12 +14,11 @@ use crate::handoff::{Handoff, OnDisk};
 use crate::health::{Checks, Probe};
 use crate::journal::{Journal, monotonic_ms};
 use crate::memory::{Identity, Place, Resumed};
-use crate::net::Uplink;
 use crate::verifier::Verifier;
 use crate::watchdog::Watchdog;
 use crate::{console, exec, facts, init, inventory, local, log, restart, tpm, uplink, verity};
 use kiln_protocol::{MachineId, RollbackMemory, RunningRelease, Stage, slot};
-use kiln_release::{BootInfo, EXEC_PATH};
+use kiln_release::EXEC_PATH;
 use std::path::Path;
 use std::time::Duration;
 
@@ -35,17 +35,24 @@ pub fn run() -> Result<()> {
 }
 
 async fn serve() -> Result<()> {
-    let handoff = Handoff::read()?;
+    let failed = starts::count(Path::new(starts::PATH));
+    let handoff = Handoff::read();
     // First of all: what waits for this service to be ready may want to execute.
-    let exec = exec::serve(Path::new(EXEC_PATH), handoff.settings.exec, handoff.journal.started_ms);
+    let serve = |of: &Handoff| exec::serve(Path::new(EXEC_PATH), of.settings.exec, of.journal.started_ms);
+    let exec = handoff.as_ref().ok().and_then(serve);
     if let Some(watchdog) = Watchdog::arm() {
         tokio::spawn(watchdog.keep());
     }
+    let door = Door { systemctl: "systemctl".into(), reboot: restart::leave };
+    starts::check(failed, &door).await?;
+    let handoff = handoff?;
     forget_an_earlier_start();
     let probe = Probe::new(verity::running_root_hash, "systemctl");
     let checks = Checks::new(handoff.manifest.health.clone(), handoff.manifest.verity.root_hash.clone(), probe);
-    let secrets = Secrets::of(&handoff.manifest.secrets);
-    let checks = if handoff.manifest.secrets.is_empty() { checks } else { checks.with_secrets(secrets.keeper()) };
+    let (wanted, certificate) = (&handoff.manifest.secrets, handoff.manifest.certificate.as_ref());
+    let secrets = Secrets::of(wanted, certificate);
+    let wants = !wanted.is_empty() || certificate.is_some();
+    let checks = if wants { checks.with_secrets(secrets.keeper()) } else { checks };
     let checks = match &handoff.no_data {
         None => checks,
         Some(reason) => checks.without_data(reason.clone()),
@@ -68,7 +75,7 @@ async fn serve() -> Result<()> {
     }
     log::take_over();
     tokio::spawn(log::follow());
-    let watch = Watch::of(&handoff.manifest, disk.clone()).await;
+    let watch = Watch::of(&handoff.manifest, disk.clone(), handoff.left.clone()).await;
     let uplink = handoff.uplink.clone();
     let lives_on = handoff.disk.as_ref().map(|on| Path::new("/sys/class/block").join(&on.name));
     let (verifier, mut journal) = resume(handoff, place, resumed, disk.as_ref()).await?;
@@ -79,28 +86,20 @@ async fn serve() -> Result<()> {
     let site = &verifier.boot.site;
     let api = Api::new(&verifier.servers.agent, &site.agent_api_ca_pem, &verifier.key, &verifier.clock)?;
     let api = api.pinned(&verifier.pins);
-    tokio::spawn(stay_connected(uplink, verifier.boot.clone(), journal.machine.id.clone(), api.another()));
+    let known = || Place::of_this_machine().network();
+    let machine = journal.machine.id.clone();
+    tokio::spawn(uplink::stay(uplink, known, verifier.boot.clone(), machine, api.another(), uplink::LOOK));
     log::ship(api, &journal.state.boot_id, &journal.machine.id);
     journal.done(Stage::Handover);
     journal.done(Stage::Service);
-    let door = Door { systemctl: "systemctl".into(), reboot: restart::leave };
     let (boot, servers) = (&verifier.boot, &verifier.servers.agent);
     let api = Api::new(servers, &boot.site.agent_api_ca_pem, &verifier.key, &verifier.clock)?.pinned(&verifier.pins);
     tokio::spawn(inventory::keep(api, journal.machine.id.clone(), journal.state.boot_id.clone()));
     let mut service = Service::new(verifier, journal, change::NEXT, door)?;
     (service.disk, service.watch, service.exec, service.secrets) = (disk, watch, exec, secrets);
     service.lives_on = lives_on;
+    starts::came_up(Path::new(starts::PATH));
     Err(Box::pin(service.run(checks)).await)
-}
-
-/// Keeps what is leased, or goes on asking: in disk mode a machine comes up without a network.
-async fn stay_connected(uplink: Option<Uplink>, boot: BootInfo, machine: MachineId, api: Api) {
-    let mut renewals = match uplink {
-        Some(uplink) => uplink.keep(&machine),
-        None => uplink::connect_later(Place::of_this_machine().network(), boot, machine, api).await,
-    };
-    // Renewals have no end.
-    while renewals.join_next().await.is_some() {}
 }
 
 /// The disk that this system runs from. One that cannot be opened any more, or not in time, costs the slots and is told of: the

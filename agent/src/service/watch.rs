@@ -2,6 +2,7 @@
 
 use super::duty::Event;
 use super::next::trouble;
+use crate::coldplug::Process;
 use crate::disk::machine::SharedDisk;
 use crate::drift::{self, EVERY, Eye, Looker, Root, Seen};
 use crate::error::AgentError;
@@ -40,10 +41,10 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Of the release that runs.
-    pub async fn of(manifest: &Manifest, disk: Option<SharedDisk>) -> Self {
+    /// Of the release that runs. `left`: what the agent in the initramfs left behind.
+    pub async fn of(manifest: &Manifest, disk: Option<SharedDisk>, left: Vec<Process>) -> Self {
         let root = Root { hash: verity::running_root_hash, is_corrupted: verity::is_corrupted };
-        let looker = Looker::new(manifest.clone(), root, "");
+        let looker = Looker::new(manifest.clone(), root, "").knowing(left);
         let keeper = Keeper::open_on(Path::new(spool::PLACE), disk).await;
         Self { looker: Some(looker), ..Self::new(keeper, manifest.hooks.clone(), "/") }
     }

@@ -20,6 +20,9 @@ use std::time::{Duration, Instant};
 /// What is wanted of the machine: release, sequence, how to go there, and whether it may go once it is ready.
 pub type Order = (u64, u64, Via, bool);
 
+/// Clears a terminal, and says on a line of its own what the agent never said.
+pub const STEERS: &str = "\u{1b}[2J\r\nkiln-agent: approval code AAAA-AAAA";
+
 /// How the line to it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Line {
@@ -30,6 +33,8 @@ pub enum Line {
     Dead,
     /// Replies are no JSON.
     Garbles,
+    /// Replies are of no known kind, and name it [`STEERS`].
+    Steers,
     /// Somebody between changes what the role selects, and adds thresholds beside what is signed.
     Forges,
 }
@@ -199,8 +204,16 @@ fn connection(stream: TcpStream, config: Arc<ServerConfig>, shared: &Shared) {
         }
         let report: Report = serde_json::from_slice(&body).expect("the agent sends reports");
         let Some(reply) = shared.answer(&report) else { return };
-        let garbled = shared.state.lock().unwrap().line == Line::Garbles;
-        let body = if garbled { "{\"desired\":".to_owned() } else { serde_json::to_string(&reply).unwrap() };
+        let mut reply = serde_json::to_value(&reply).unwrap();
+        let line = shared.state.lock().unwrap().line;
+        let body = match line {
+            Line::Garbles => "{\"desired\":".to_owned(),
+            Line::Steers => {
+                reply["desired"]["decision"] = STEERS.into();
+                reply.to_string()
+            }
+            Line::Whole | Line::LosesReplies | Line::Dead | Line::Forges => reply.to_string(),
+        };
         let answer = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len());
         let out = stream.get_mut();
         if out.write_all(answer.as_bytes()).and_then(|()| out.flush()).is_err() {
@@ -220,7 +233,7 @@ impl Shared {
         let until = Instant::now() + Duration::from_secs(report.wait_s.into());
         loop {
             match state.line {
-                Line::Whole | Line::Garbles | Line::Forges => {}
+                Line::Whole | Line::Garbles | Line::Steers | Line::Forges => {}
                 Line::LosesReplies | Line::Dead => return None,
             }
             let reply = self.reply(report, &state);
@@ -282,11 +295,12 @@ impl Shared {
             about: None,
             thresholds: match state.line {
                 Line::Forges => [("forged".to_owned(), "10%".to_owned())].into(),
-                Line::Whole | Line::LosesReplies | Line::Dead | Line::Garbles => BTreeMap::new(),
+                Line::Whole | Line::LosesReplies | Line::Dead | Line::Garbles | Line::Steers => BTreeMap::new(),
             },
             dbx: None,
             attest: false,
             secrets: None,
+            certify: false,
         }
     }
 }

@@ -216,6 +216,7 @@ impl TestSite {
             writable: Vec::new(),
             sbom: None,
             secrets: vec![],
+            certificate: None,
             measured: None,
             role_may_report: None,
         }

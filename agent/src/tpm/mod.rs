@@ -10,6 +10,8 @@ mod tests;
 
 pub use data_key::DATA_KEY;
 pub use device::{Tpm, TpmFault};
+#[cfg(test)]
+pub use nv::room;
 pub use sealed::is_whole;
 
 use crate::memory::random;
@@ -81,7 +83,11 @@ fn leave(guards: bool, pause: Duration, open: impl Fn() -> Result<Option<Tpm>>) 
     let mut after = [None; 2];
     let capped = patiently(pause, open, |tpm| tpm.cap_to(&mut after));
     match capped {
-        Ok(_) => Ok(()),
+        Ok(true) => {
+            println!("kiln-agent: PCR {UKI_PCR} is capped: the TPM gives out nothing of an initramfs's any more");
+            Ok(())
+        }
+        Ok(false) => Ok(()),
         Err(error) => {
             println!("kiln-agent: PCR {UKI_PCR} could not be capped: {error}");
             if guards { Err(error) } else { Ok(()) }

@@ -15,6 +15,11 @@ const MAGIC: &[u8; 4] = b"KLN1";
 /// Magic, counter, length, SHA-256 of counter and content.
 const HEAD: usize = 4 + 8 + 2 + 32;
 
+/// Bytes of content that a place holds.
+pub fn room() -> usize {
+    usize::from(SIZE) - HEAD
+}
+
 /// What became of a place.
 enum Kept {
     Unwritten,
@@ -62,7 +67,7 @@ impl Tpm {
 
     /// Writes beside what was written last.
     pub fn memorise(&mut self, content: &[u8]) -> Result<()> {
-        let room = usize::from(SIZE) - HEAD;
+        let room = room();
         let length =
             u16::try_from(content.len()).ok().filter(|length| usize::from(*length) <= room).ok_or_else(|| {
                 TpmFault::from(std::io::Error::other(format!(

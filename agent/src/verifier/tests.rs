@@ -131,6 +131,7 @@ impl Machine {
             dbx: None,
             attest: false,
             secrets: None,
+            certify: false,
         };
         self.verifier.check_reply(&self.verified, reply, &nonce).map_err(|e| e.kind())
     }
@@ -232,15 +233,15 @@ fn a_wipe_is_obeyed_by_order_alone_and_once() {
 #[test]
 fn orders_are_remembered_until_they_expire_and_no_more_than_fit() {
     let mut machine = Machine::of(1);
-    for n in 1..=16 {
+    for n in 1..=5 {
         let order = order(&machine.verifier, n, wipe());
         machine.verifier.wiped(&order).unwrap();
     }
-    let one_more = order(&machine.verifier, 17, rescue());
+    let one_more = order(&machine.verifier, 6, rescue());
     assert_eq!(machine.hears(signed(&one_more), RESCUE, 2).err(), Some("order-memory-full"));
     assert_eq!(machine.may_run(RESCUE), Err("order-missing"));
     machine.verifier.now += SignedDuration::from_hours(2);
-    let later = Order { expires: now() + SignedDuration::from_hours(9), ..order(&machine.verifier, 17, rescue()) };
+    let later = Order { expires: now() + SignedDuration::from_hours(9), ..order(&machine.verifier, 6, rescue()) };
     machine.verifier.memory.take_order(&later, 2, machine.verifier.now).unwrap();
     assert_eq!(machine.verifier.memory.orders.len(), 1, "those that expired are forgotten");
 }
@@ -292,6 +293,34 @@ fn only_the_record_that_was_written_last_starts_a_release() {
     verifier.memory.expect_record(&next, "next", &[]);
     assert_eq!(verifier.memory.records.len(), 1);
     assert_eq!(starts(&mut verifier, &second), Err("disk-other-record"));
+}
+
+/// A server that is off for sixty days: what lies beside the release on the disk held for thirty.
+#[test]
+fn an_assignment_that_expired_on_the_disk_starts_its_release_and_leads_to_no_other() {
+    let mut machine = Machine::of(1);
+    let (http, _hear) = web::honest(machine.site.files.clone(), BTreeMap::new());
+    machine.verifier.servers.http = vec![http];
+    machine.verifier.boot.site.mode = Mode::Disk;
+    let here = machine.verifier.here().unwrap();
+    let files = machine.runtime.block_on(machine.verifier.verify_metadata(&here)).unwrap().files;
+    assert!(machine.hears(None, 1, 2).is_ok());
+    let envelope: serde_json::Value = serde_json::from_str(machine.verifier.accepted.as_ref().unwrap()).unwrap();
+    let given: Assignment = serde_json::from_value(envelope["signed"].clone()).unwrap();
+    let days = |days: i64| now() + SignedDuration::from_hours(24 * days);
+    let old = Assignment { issued: days(-60), expires: days(-30), ..given };
+    let assignment = sign_envelope(&old, &[&machine.site.director]).unwrap();
+    let record = Record { files, assignment, servers: Servers::default() };
+    let (verified, assigned) = machine.verifier.verify_record(&here, &record, true).unwrap();
+    assert_eq!(assigned, old);
+    // The server told the time: the machine knows that the thirty days are over.
+    let currency = machine.verifier.currency(&verified);
+    assert!(assigned.expires < currency.now && currency.stale.is_none(), "{currency:?}");
+    let plan = |assigned: &Assignment| {
+        crate::plan::decide(&here, assigned, &machine.verifier.memory, &currency).map_err(|e| e.kind())
+    };
+    assert_eq!(plan(&assigned), Ok(crate::plan::Plan::Stay));
+    assert_eq!(plan(&Assignment { release: 3, ..assigned }), Err("assignment-expired"));
 }
 
 /// What is forgotten of an order is worth the time by which it had expired.

@@ -137,9 +137,9 @@ pub mod report {
 pub mod wire {
     use super::*;
     use kiln_protocol::{
-        ATTESTATION_LIMIT, Acceptance, Attestation, Challenge, DbxState, EVENT_LOG_LIMIT, ExecState, IMA_LIST_LIMIT,
-        INVENTORY_LIMIT, Introduction, IntroductionReply, Inventory, InventoryReport, Judged, LogBatch, LogReply,
-        Reply, cut_at,
+        ATTESTATION_LIMIT, Acceptance, Attestation, CertificateRequest, Challenge, DbxState, EVENT_LOG_LIMIT,
+        ExecState, IMA_LIST_LIMIT, INVENTORY_LIMIT, Introduction, IntroductionReply, Inventory, InventoryReport,
+        Judged, LogBatch, LogReply, Reply, cut_at,
     };
 
     fn tamed<T: Clone + PartialEq + std::fmt::Debug>(value: &T, tame: impl Fn(&mut T)) -> T {
@@ -159,7 +159,7 @@ pub mod wire {
 
     /// Whether it is such a message.
     fn take(choice: usize, rest: &[u8]) -> bool {
-        match choice % 10 {
+        match choice % 11 {
             0 => {
                 let batch = message::<LogBatch>(rest);
                 for line in batch.iter().flat_map(|batch| &batch.lines) {
@@ -195,6 +195,7 @@ pub mod wire {
             6 => message::<DbxState>(rest).map(|state| tamed(&state, DbxState::tame)).is_some(),
             7 => message::<Reply>(rest).is_some(),
             8 => message::<Judged>(rest).map(|judged| shown(&judged.reason)).is_some(),
+            9 => message::<CertificateRequest>(rest).is_some(),
             _ => {
                 let (challenge, reply) = (message::<Challenge>(rest), message::<IntroductionReply>(rest));
                 challenge.is_some() && reply.is_some() && message::<LogReply>(rest).is_some()
@@ -215,7 +216,7 @@ pub mod wire {
             r#""mbps":0,"neighbour":{"chassis":"","port":"3"}}],"bmc":{"present":true,"note":"n"},"#,
             r#""tpm":{"version":"2.0"},"memory_bytes":1073741824,"unread":[{"section":"pci","reason":"r"}]}}"#,
         );
-        let texts: [(u8, String); 12] = [
+        let texts: [(u8, String); 13] = [
             (0, format!(r#"{{"boot_id":"b","machine":"{id}","first":7,"at_us":9,"lines":[{{"source":"kernel","level":5,"at_us":0,"text":"Linux é\n"}}]}}"#)),
             (1, format!(r#"{{"step":"commit","machine":"{id}","commitment":"{ab}"}}"#)),
             (1, format!(r#"{{"step":"reveal","machine":"{id}","nonce":"{ab}"}}"#)),
@@ -227,7 +228,8 @@ pub mod wire {
             (6, report["dbx"].to_string()),
             (7, r#"{"desired":{"etag":"7","decision":"assigned","assignment":"{}","freshness":"{}","via":"kexec","grant":{"grant":"hold","reason":"r"},"order":{"order":"{}","freshness":"{}"}},"again_ms":30000,"may_wait":true,"about":{"name":"n","approved":false,"introduce":true},"thresholds":{"disk./var":"10%"},"attest":true}"#.into()),
             (8, r#"{"state":"no-tpm","reason":"r"}"#.into()),
-            (9, format!(r#"{{"nonce":"{ab}","id_object":"00","encrypted_secret":"01","next":8}}"#)),
+            (9, format!(r#"{{"machine":"{id}","boot_id":"b","public_key":"04ff","proof":"30"}}"#)),
+            (10, format!(r#"{{"nonce":"{ab}","id_object":"00","encrypted_secret":"01","next":8}}"#)),
         ];
         let useless: Vec<_> = texts.iter().filter(|(n, text)| !take(usize::from(*n), text.as_bytes())).collect();
         assert!(useless.is_empty(), "seeds that are no such message lead nowhere: {useless:?}");

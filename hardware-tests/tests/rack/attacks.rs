@@ -4,7 +4,7 @@ use crate::support::Bench;
 use crate::support::hostile::{Forgery, Hostile, sha256};
 use crate::thefts::recorded;
 use kiln_lab::{site, testing};
-use kiln_protocol::{Architecture, Via};
+use kiln_protocol::{Architecture, KeyStorage, Via};
 use kiln_release::Signer;
 use serde_json::{Value, json};
 use std::path::Path;
@@ -210,6 +210,35 @@ fn a_uki_boots_only_the_root_it_embeds() {
         machine.boot["root_hash"] = other;
         machine.refuses("manifest-not-of-this-boot");
         recorded(&bench, &machine, "manifest-not-of-this-boot");
+    });
+}
+
+/// What keeps its key, or what it has seen, gives nothing out and is not spoilt either, as a TPM that fails.
+#[test]
+fn a_machine_whose_key_or_memory_cannot_be_had_starts_nothing_and_says_why() {
+    testing::processes(|paths| {
+        let bench = Bench::start(paths);
+        let site = bench.site.clone();
+        let hostile =
+            Hostile::start(&bench.site, move |report, key| Forgery::honest(&site, report, key, 1).reply(report));
+        let mut machine = bench.machine(1, 1);
+        machine.look_at(&hostile.url);
+        machine.accepts();
+        for name in ["seen", "key"] {
+            let [file, aside] = [name, "aside"].map(|name| machine.state.join(name));
+            std::fs::rename(&file, &aside).unwrap();
+            std::fs::create_dir(&file).unwrap();
+            hostile.heard.lock().unwrap().clear();
+            let ended = machine.stage();
+            assert_eq!((ended.code, ended.kind.as_str()), (Some(30), "machine-file"), "{ended:#?}");
+            assert_eq!(ended.accepted, None, "{ended:#?}");
+            let is_strange = |report: &kiln_protocol::Report| report.machine.key_storage == KeyStorage::Ephemeral;
+            assert!(hostile.heard.lock().unwrap().iter().all(is_strange), "it speaks under no key of the machine's");
+            hostile.told("machine-file");
+            std::fs::remove_dir(&file).unwrap();
+            std::fs::rename(&aside, &file).unwrap();
+            machine.accepts();
+        }
     });
 }
 

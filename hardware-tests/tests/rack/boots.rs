@@ -14,6 +14,8 @@ use serde_json::{Value, json};
 const PXE: Firmware = Firmware::Uefi(NetworkBoot::Pxe);
 const HTTP: Firmware = Firmware::Uefi(NetworkBoot::Http);
 const NAME: &str = "rack-1";
+/// What the agent may cost as a service, bytes.
+const AGENT_RSS: u64 = 12_000_000;
 
 fn root_hash(rack: &Rack, image: &str, release: u64) -> Option<String> {
     let manifest = site::manifest_of(&rack.site, image, release).unwrap();
@@ -59,6 +61,8 @@ fn pxe_survives_a_dead_server_and_reimages_by_kexec() {
         assert_eq!(rack.machine(NAME).resets(), resets, "a kexec does not go through firmware");
         assert!(is_enforced(&view), "{view:#?}");
         assert!(console.since(begun).contains(LOCKED), "{}", console.last_words(40));
+        let memory = view.agent_memory.expect("each report says it");
+        assert!(memory.rss_bytes <= AGENT_RSS, "{memory:?}");
         let reimage = view.boot().unwrap();
         assert_eq!(reimage.via.as_deref(), Some("kexec"));
         assert!(reimage.at(Stage::Dhcp, "done").is_none(), "no firmware was heard: {reimage:#?}");

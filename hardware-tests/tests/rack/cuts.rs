@@ -4,12 +4,12 @@
 //! code, systemd-boot's rules and another's FAT reader (mtools) say what starts from it, and that it is whole. A sample of
 //! the cut disks is really booted, and a QEMU is really killed at a sample of writes.
 
+use crate::support::on_disk::{installed, rack};
 use kiln_lab::console::Mark;
-use kiln_lab::machine::{DISK_BYTES, Disk, Firmware, MachineSpec};
+use kiln_lab::machine::{DISK_BYTES, Disk};
 use kiln_lab::nbd::{Fault, Nbd, Step};
 use kiln_lab::paths::Paths;
-use kiln_lab::rack::{IDLE, LIMIT, Rack, RackOptions};
-use kiln_lab::variables::NetworkBoot;
+use kiln_lab::rack::{IDLE, LIMIT, Rack};
 use kiln_lab::{site, testing};
 use kiln_release::hex;
 use std::collections::BTreeMap;
@@ -30,18 +30,6 @@ const CUTS: usize = 500;
 /// and more.
 const BOOTS: usize = 60;
 
-fn spec() -> MachineSpec {
-    MachineSpec { disks: vec![Disk::VirtioBlk], ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) }
-}
-
-fn rack(paths: &Paths, name: &str) -> Rack {
-    let mut options = RackOptions::scenario(paths, name, spec());
-    options.image = site::DISK.to_owned();
-    let rack = Rack::start(paths, &options).unwrap();
-    rack.kiln(&["release", "publish", "disk/1"]).unwrap();
-    rack
-}
-
 /// Everything that was written to a disk, and when release 1 was good on it.
 struct Story {
     steps: Vec<Step>,
@@ -51,10 +39,7 @@ struct Story {
 fn record(rack: &mut Rack) -> Story {
     let nbd = rack.machine(NAME).hold_disk(0).unwrap();
     nbd.record();
-    rack.machine(NAME).power_on().unwrap();
-    let console = rack.machine(NAME).console().unwrap().clone();
-    rack.wait_healthy(NAME, 1).unwrap();
-    console.wait_for("A Good disk/1, B Empty -", Mark::default(), IDLE).unwrap();
+    let console = installed(rack);
     let good = nbd.count();
     rack.kiln(&["release", "publish", "disk/2"]).unwrap();
     let begun = console.mark();

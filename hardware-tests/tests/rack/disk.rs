@@ -2,22 +2,20 @@
 //! the agent's own tests (`agent/protocol/tests/slots.rs`, `agent/src/disk/tests.rs`); here is what only firmware can
 //! show.
 
+use crate::support::on_disk::{installed, rack};
 use kiln_lab::api::MachineView;
-use kiln_lab::console::{Console, Mark};
-use kiln_lab::machine::{Disk, Firmware, MachineSpec};
+use kiln_lab::console::Mark;
+use kiln_lab::machine::Disk;
 use kiln_lab::nbd::Fault;
-use kiln_lab::paths::Paths;
-use kiln_lab::rack::{IDLE, Rack, RackOptions};
+use kiln_lab::rack::{IDLE, Rack};
 use kiln_lab::server::NETWORK_FIRST;
-use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{command, site, testing};
 use kiln_protocol::Stage;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
 
-pub const NAME: &str = "rack-1";
+const NAME: &str = "rack-1";
 /// Where slot A begins: 1 MiB, and the 128 MiB that the recipe gives the EFI system partition.
 pub const SLOT_A: u64 = 129 << 20;
 
@@ -28,16 +26,8 @@ pub const SLOT_A: u64 = 129 << 20;
 #[ignore = "slow: an install, four boots from the disk and a fall-back; make test-slow"]
 fn a_machine_lives_on_its_disk() {
     testing::rack(|paths| {
-        let spec =
-            MachineSpec { disks: vec![Disk::VirtioBlk], ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) };
-        let mut options = RackOptions::scenario(paths, "disk", spec);
-        options.image = site::DISK.to_owned();
-        let mut rack = Rack::start(paths, &options).unwrap();
-        rack.kiln(&["release", "publish", "disk/1"]).unwrap();
-        rack.machine(NAME).power_on().unwrap();
-        rack.wait_healthy(NAME, 1).unwrap();
-        let console = rack.machine(NAME).console().unwrap().clone();
-        console.wait_for("A Good disk/1, B Empty -", Mark::default(), IDLE).unwrap();
+        let mut rack = rack(paths, "disk");
+        let console = installed(&mut rack);
 
         // The power is cut and the boot server is gone.
         rack.machine(NAME).power_off();
@@ -107,28 +97,6 @@ fn a_machine_lives_on_its_disk() {
 /// The newest boot that the server has heard of.
 fn boot_id(view: Option<&MachineView>) -> Option<String> {
     view.and_then(MachineView::boot).map(|boot| boot.boot_id.clone())
-}
-
-fn spec() -> MachineSpec {
-    MachineSpec { disks: vec![Disk::VirtioBlk], ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) }
-}
-
-/// A rack with one machine, off, and release 1 of the image for disks published.
-pub fn rack(paths: &Paths, name: &str) -> Rack {
-    let mut options = RackOptions::scenario(paths, name, spec());
-    options.image = site::DISK.to_owned();
-    let rack = Rack::start(paths, &options).unwrap();
-    rack.kiln(&["release", "publish", "disk/1"]).unwrap();
-    rack
-}
-
-/// Switches it on and waits until it runs release 1 from slot A.
-pub fn installed(rack: &mut Rack) -> Arc<Console> {
-    rack.machine(NAME).power_on().unwrap();
-    rack.wait_healthy(NAME, 1).unwrap();
-    let console = rack.machine(NAME).console().unwrap().clone();
-    console.wait_for("A Good disk/1, B Empty -", Mark::default(), IDLE).unwrap();
-    console
 }
 
 /// Switches it on again, and waits for a line of this start.
@@ -390,7 +358,7 @@ fn a_release_that_loops_is_left_for_the_other_slots_without_a_server() {
 }
 
 /// Comes up as far as the image's own init, and the power is cut.
-pub fn starts_in_vain(rack: &mut Rack, release: u64) {
+fn starts_in_vain(rack: &mut Rack, release: u64) {
     let said = starts_and_says(rack, "systemd[1]");
     assert!(said.contains(&format!("image disk release {release}")), "{said}");
     rack.machine(NAME).power_off();

@@ -41,7 +41,8 @@ fn only_what_the_release_lists_starts_and_the_server_is_told() {
         let names: Vec<&str> = violation.ancestry.iter().map(|a| a.comm.as_str()).collect();
         assert!(names.contains(&"exec-probe") && names.last() == Some(&"systemd"), "{names:?}");
 
-        rack.wait_healthy(NAME, 1).unwrap();
+        let memory = rack.wait_healthy(NAME, 1).unwrap().agent_memory.expect("each report says it");
+        assert!(memory.rss_bytes <= 12_000_000, "service and guard: {memory:?}");
         console.wait_for("KILN-EXEC done", Mark::default(), IDLE).unwrap();
         let said = console.since(Mark::default());
         let lines: Vec<&str> = said.lines().filter_map(|l| l.split_once("KILN-EXEC ").map(|(_, rest)| rest)).collect();

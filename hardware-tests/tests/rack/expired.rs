@@ -1,12 +1,13 @@
 //! A whole rack without power, and a site whose signers let every date pass. What the agent makes of it alone: `thefts.rs`.
 
+use crate::support::on_disk;
 use crate::thefts::{forge, hours, key};
 use kiln_lab::api::MachineView;
 use kiln_lab::console::Mark;
-use kiln_lab::machine::{Disk, Firmware, MachineSpec};
+use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
+use kiln_lab::testing;
 use kiln_lab::variables::NetworkBoot;
-use kiln_lab::{site, testing};
 use serde_json::json;
 
 const NAMES: [&str; 2] = ["rack-1", "rack-2"];
@@ -72,28 +73,25 @@ fn a_rack_comes_up_after_a_power_cut_with_everything_expired_and_starts_nothing_
     });
 }
 
-/// The boot server is off for sixty days, and the power fails in the end: by its clock it is two months later, and what lies beside the
-/// release on its disk has expired, the assignment too. The machine comes up from its disk without a server, says on its console what is
-/// stale, and to the server once that is back.
+/// The boot server is off for sixty days, and the power fails in the end. The clock is set two months on, and read by nobody: so the
+/// metadata that lies beside the release on its disk had expired before it came there. The machine comes up from its disk without a
+/// server, says on its console what is stale, and to the server once that is back. An assignment that expired there is the agent's own
+/// test: `an_assignment_that_expired_on_the_disk_starts_its_release_and_leads_to_no_other`.
 #[test]
 #[ignore = "slow: an install and a boot from the disk; make test-slow"]
 fn a_machine_with_a_disk_comes_up_after_sixty_days_without_a_server_and_says_that_it_is_stale() {
     testing::rack(|paths| {
         let name = NAMES[0];
-        let spec =
-            MachineSpec { disks: vec![Disk::VirtioBlk], ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) };
-        let mut options = RackOptions::scenario(paths, "sixty-days", spec);
-        options.image = site::DISK.to_owned();
-        let mut rack = Rack::start(paths, &options).unwrap();
-        rack.kiln(&["release", "publish", "disk/1"]).unwrap();
+        let mut rack = on_disk::rack(paths, "sixty-days");
         // The machine believes no clock of its own: what its disk keeps is to be expired by the time that its director told it last.
+        rack.kiln(&["release", "publish", "disk/2"]).unwrap();
         assert!(rack.stop_server().unwrap());
         expire(&rack, "image-disk");
         rack.start_server().unwrap();
         rack.machine(name).power_on().unwrap();
-        let view = rack.wait_healthy(name, 1).unwrap();
+        let view = rack.wait_healthy(name, 2).unwrap();
         let console = rack.machine(name).console().unwrap().clone();
-        console.wait_for("A Good disk/1, B Empty -", Mark::default(), IDLE).unwrap();
+        console.wait_for("A Good disk/2, B Empty -", Mark::default(), IDLE).unwrap();
         assert!(view.stale.is_some() && view.failures().is_empty(), "{view:#?}");
         let before = boot_id(&view);
         rack.machine(name).power_off();
@@ -103,19 +101,18 @@ fn a_machine_with_a_disk_comes_up_after_sixty_days_without_a_server_and_says_tha
         rack.machine(name).spec.clock = Some(&later[.."2026-01-01".len()]);
         rack.machine(name).power_on().unwrap();
         let console = rack.machine(name).console().unwrap().clone();
-        console.wait_for("disk/1 is healthy: vda: A Good disk/1", Mark::default(), IDLE).unwrap();
+        console.wait_for("disk/2 is healthy: vda: A Good disk/2", Mark::default(), IDLE).unwrap();
         let said = console.since(Mark::default());
         assert!(said.contains("the release in the slot starts"), "without a server: {said}");
         assert!(said.contains("kiln-agent: metadata is stale: "), "{said}");
         assert!(!said.contains("Start PXE"), "from its disk: {said}");
 
         rack.start_server().unwrap();
-        let again = |v: &MachineView| v.is_healthy_on(1) && boot_id(v) != before && v.stale.is_some();
+        let again = |v: &MachineView| v.is_healthy_on(2) && boot_id(v) != before && v.stale.is_some();
         let view = rack.wait(name, "told when the server is back", again).unwrap();
-        rack.kiln(&["release", "publish", "disk/2"]).unwrap();
-        rack.kiln(&["assign", name, "disk/2", "--via", "cold"]).unwrap();
+        rack.kiln(&["assign", name, "disk/1", "--via", "cold"]).unwrap();
         let stale = "metadata-stale";
         rack.wait(name, stale, |v| v.failures().contains(&stale)).unwrap();
-        assert_eq!(view.release, Some(1), "{view:#?}");
+        assert_eq!(view.release, Some(2), "{view:#?}");
     });
 }

@@ -3,10 +3,11 @@
 //! may refuse what was added to its command line.
 
 use crate::secure_boot::secure;
+use crate::support::on_disk;
 use kiln_lab::api::{AttestationView, MachineView};
 use kiln_lab::console::Mark;
 use kiln_lab::machine::{Disk, MachineSpec};
-use kiln_lab::rack::{IDLE, Rack, RackOptions};
+use kiln_lab::rack::{Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{command, site, testing};
 use kiln_protocol::Stage;
@@ -17,7 +18,7 @@ const NAME: &str = "rack-1";
 const DELETED: &str = "/.extra/credentials/x.cred was given to this boot beside its UKI: deleted, and not read";
 
 /// One of the mtools on the ESP of a disk, which begins at 1 MiB.
-pub fn on_esp(disk: &Path, tool: &str, arguments: &[&str]) -> String {
+fn on_esp(disk: &Path, tool: &str, arguments: &[&str]) -> String {
     let image = format!("{}@@{}", disk.display(), 1 << 20);
     command::run_command(Command::new(tool).env("MTOOLS_SKIP_CHECK", "1").args(["-i", &image]).args(arguments)).unwrap()
 }
@@ -44,14 +45,8 @@ fn a_credential_beside_the_uki_fails_attestation_and_reaches_nobody() {
     testing::rack(|paths| {
         let disks = vec![Disk::VirtioBlk];
         let spec = MachineSpec { tpm: true, disks, ..secure(paths, NetworkBoot::Pxe) };
-        let mut options = RackOptions::scenario(paths, "esp-extras", spec);
-        options.image = site::DISK.to_owned();
-        let mut rack = Rack::start(paths, &options).unwrap();
-        rack.kiln(&["release", "publish", "disk/1"]).unwrap();
-        rack.machine(NAME).power_on().unwrap();
-        rack.wait_healthy(NAME, 1).unwrap();
-        let console = rack.machine(NAME).console().unwrap().clone();
-        console.wait_for("A Good disk/1, B Empty -", Mark::default(), IDLE).unwrap();
+        let mut rack = on_disk::rack_of(paths, "esp-extras", spec);
+        on_disk::installed(&mut rack);
         rack.machine(NAME).power_off();
         // From its disk, as it was installed.
         let (view, said) = boots(&mut rack);

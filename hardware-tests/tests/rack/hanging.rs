@@ -5,27 +5,17 @@
 //! a device it waits for what is under way, so what is held is given up when the machine is reset, as a real controller
 //! would.
 
+use crate::support::on_disk;
 use kiln_lab::api::MachineView;
 use kiln_lab::console::{Console, Mark};
-use kiln_lab::machine::{Disk, Firmware, MachineSpec};
+use kiln_lab::machine::{Disk, MachineSpec};
 use kiln_lab::nbd::{Fault, Nbd};
-use kiln_lab::paths::Paths;
-use kiln_lab::rack::{IDLE, Rack, RackOptions};
-use kiln_lab::variables::NetworkBoot;
-use kiln_lab::{site, testing};
+use kiln_lab::rack::{IDLE, Rack};
+use kiln_lab::testing;
+use kiln_protocol::Stage;
 use std::sync::Arc;
 
 const NAME: &str = "rack-1";
-
-/// A rack with one machine, off, and release 1 of the image for disks published.
-fn rack(paths: &Paths, name: &str, disks: Vec<Disk>) -> Rack {
-    let spec = MachineSpec { disks, ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) };
-    let mut options = RackOptions::scenario(paths, name, spec);
-    options.image = site::DISK.to_owned();
-    let rack = Rack::start(paths, &options).unwrap();
-    rack.kiln(&["release", "publish", "disk/1"]).unwrap();
-    rack
-}
 
 fn power_on(rack: &mut Rack) -> Arc<Console> {
     rack.machine(NAME).power_on().unwrap();
@@ -63,12 +53,14 @@ fn is_reset(rack: &mut Rack, disk: &Nbd, console: &Console, (resets, begun): (us
     reset
 }
 
-/// The disk that hangs is the first one; Kiln's is behind it. Then to another release, by a cold boot.
+/// The disk that hangs is the first one; Kiln's is behind it. Then to another release: a kexec is asked for, refused, and it goes by a cold
+/// boot.
 #[test]
 #[ignore = "slow: an install, two boots, and a shutdown that hangs; make test-slow"]
 fn a_disk_that_hangs_beside_the_machines_own_holds_nothing_up() {
     testing::rack(|paths| {
-        let mut rack = rack(paths, "disk-hangs-beside", vec![Disk::VirtioBlk, Disk::VirtioBlk]);
+        let spec = MachineSpec { disks: vec![Disk::VirtioBlk, Disk::VirtioBlk], ..on_disk::spec() };
+        let mut rack = on_disk::rack_of(paths, "disk-hangs-beside", spec);
         let disk = rack.machine(NAME).hold_disk(0).unwrap();
         // So that the second one is taken.
         disk.set_fault(Fault::Reads);
@@ -90,7 +82,12 @@ fn a_disk_that_hangs_beside_the_machines_own_holds_nothing_up() {
 
         rack.kiln(&["release", "publish", "disk/2"]).unwrap();
         let before = (rack.machine(NAME).resets(), console.mark());
-        rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
+        rack.kiln(&["assign", NAME, "disk/2", "--via", "kexec"]).unwrap();
+        let refused = |v: &MachineView| v.failures().contains(&"kexec-disk-hangs");
+        let view = rack.wait(NAME, "told why it goes by no kexec", refused).unwrap();
+        // What waits for the disk is the agent's own.
+        let drift = view.condition.drift;
+        assert!(!drift.iter().any(|difference| difference.what.contains("(deleted)")), "{drift:?}");
         let reset = is_reset(&mut rack, &disk, &console, before);
         hangs(&disk, &console, reset, 2);
         rack.wait(NAME, "healthy on 2, and says what hangs", |v| v.is_healthy_on(2) && names(v, "vda")).unwrap();
@@ -103,7 +100,7 @@ fn a_disk_that_hangs_beside_the_machines_own_holds_nothing_up() {
 #[ignore = "slow: two boots, and a shutdown that hangs; make test-slow"]
 fn a_machine_whose_only_disk_hangs_runs_in_memory() {
     testing::rack(|paths| {
-        let mut rack = rack(paths, "disk-hangs", vec![Disk::VirtioBlk]);
+        let mut rack = on_disk::rack(paths, "disk-hangs");
         let disk = rack.machine(NAME).hold_disk(0).unwrap();
         let console = power_on(&mut rack);
         hangs(&disk, &console, Mark::default(), 1);
@@ -119,13 +116,65 @@ fn a_machine_whose_only_disk_hangs_runs_in_memory() {
     });
 }
 
+/// Off and on again, and held up by its disk in the agent of release 1, while release 2 is assigned to it. Gives back what the agent
+/// said of the way there.
+fn is_sent_on(rack: &mut Rack, disk: &Nbd) -> (Arc<Console>, String) {
+    rack.kiln(&["release", "publish", "disk/2"]).unwrap();
+    rack.machine(NAME).power_off();
+    disk.set_fault(Fault::None);
+    disk.give_up_reads();
+    let console = power_on(rack);
+    hangs(disk, &console, Mark::default(), 1);
+    rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
+    let going = "disk/2 is assigned, this is disk/1: going there";
+    console.wait_for_line(going, Mark::default(), IDLE).unwrap();
+    let said = console.since(Mark::default());
+    let line = said.lines().find(|line| line.contains(going)).unwrap().trim_end().to_owned();
+    (console, line)
+}
+
+/// The firmware would start release 1 again, and that would find the same disk.
+#[test]
+#[ignore = "slow: an install, and a boot from a disk that hangs; make test-slow"]
+fn a_machine_that_its_own_disk_started_goes_on_by_kexec_only_where_that_hangs() {
+    testing::rack(|paths| {
+        let mut rack = on_disk::rack(paths, "disk-hangs-own");
+        let disk = rack.machine(NAME).hold_disk(0).unwrap();
+        on_disk::installed(&mut rack);
+        let (console, line) = is_sent_on(&mut rack, &disk);
+        assert!(!console.since(Mark::default()).contains("Start PXE"), "its own disk started it");
+        assert!(line.ends_with(": going there, by kexec only"), "{line}");
+    });
+}
+
+/// The network started release 1, and leads on to what is assigned: nothing of release 1 starts.
+#[test]
+#[ignore = "slow: three boots, and a restart that hangs; make test-slow"]
+fn a_machine_that_the_network_started_goes_on_by_it_where_its_disk_hangs() {
+    testing::rack(|paths| {
+        let mut rack = on_disk::rack(paths, "disk-hangs-network");
+        let disk = rack.machine(NAME).hold_disk(0).unwrap();
+        let console = power_on(&mut rack);
+        hangs(&disk, &console, Mark::default(), 1);
+        rack.wait_healthy(NAME, 1).unwrap();
+        let (console, line) = is_sent_on(&mut rack, &disk);
+        assert!(line.ends_with(": going there"), "{line}");
+        // Its kernel waits for the disk, and is reset.
+        let before = (rack.machine(NAME).resets(), Mark::default());
+        let reset = is_reset(&mut rack, &disk, &console, before);
+        assert!(!console.since(Mark::default()).contains(Stage::Handover.label()), "release 1 did not start");
+        hangs(&disk, &console, reset, 2);
+        rack.wait_healthy(NAME, 2).unwrap();
+    });
+}
+
 /// It answers reads and takes nothing any more: the boot from its slot is not counted, the hand-over waits for nobody, and the
 /// machine is healthy and says so for as long as it runs.
 #[test]
 #[ignore = "slow: an install, and a boot from a disk whose writes hang; make test-slow"]
 fn a_machine_whose_own_disk_hangs_on_writes_starts_from_it_all_the_same() {
     testing::rack(|paths| {
-        let mut rack = rack(paths, "disk-hangs-writing", vec![Disk::VirtioBlk]);
+        let mut rack = on_disk::rack(paths, "disk-hangs-writing");
         let disk = rack.machine(NAME).hold_disk(0).unwrap();
         let console = power_on(&mut rack);
         rack.wait_healthy(NAME, 1).unwrap();

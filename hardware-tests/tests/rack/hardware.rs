@@ -1,15 +1,19 @@
 //! Other hardware than virtio: what the agent finds by modalias with the generic kernel (image `servers`).
 
 use kiln_lab::api::{self, MachineView};
+use kiln_lab::bmc::{self, Bmc};
 use kiln_lab::machine::{DISK_BYTES, Disk, Firmware, HardwareWatchdog, MachineSpec, text};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{command, console::Mark, newer_qemu, site, testing};
 use kiln_protocol::{Inventory, Stage};
+use std::net::Ipv4Addr;
 
 const NAME: &str = "rack-1";
 /// Of every machine of the rack.
 const MEMORY: u64 = 2 << 30;
+/// Of the management controller. It is in no network of the rack: who names it has asked the controller.
+const BMC: Ipv4Addr = Ipv4Addr::new(10, 88, 9, 21);
 
 /// Every kind of disk, and what the inventory calls its driver, how it is attached, and a part of its model.
 const DISKS: [(Disk, &str, &str, &str); 6] = [
@@ -40,6 +44,13 @@ fn start(paths: &kiln_lab::paths::Paths, name: &str, spec: MachineSpec) -> Rack 
     rack
 }
 
+/// What the server shows of what the machine is made of, as soon as it knows.
+fn inventory(rack: &mut Rack) -> Inventory {
+    let (socket, path) = (rack.site.join("state/kiln.sock"), format!("/api/v1/machines/{NAME}/inventory"));
+    rack.wait(NAME, "its inventory", |_| api::get(&socket, &path).is_ok()).unwrap();
+    serde_json::from_value(api::get(&socket, &path).unwrap()["inventory"].take()).unwrap()
+}
+
 /// A BIOS machine boots through each card's own ROM, and the agent finds the card's driver. Not vmxnet3: undionly.kpxe
 /// receives nothing through its ROM; the card itself is in the device matrix below.
 fn boots_by(card: &'static str, test: &str, paths: &kiln_lab::paths::Paths) {
@@ -68,6 +79,7 @@ cards! {
 
 /// One machine with every card and every kind of disk: all have drivers and are in the inventory that the server shows, as are its
 /// processor, memory, firmware and PCI devices, and the address is that of the card the firmware booted from, though the others could have one too.
+/// Its management controller is OpenIPMI's, which alone knows its own address.
 #[test]
 #[ignore = "slow: the device matrix; make test-slow"]
 fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
@@ -77,7 +89,7 @@ fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
         spec.qemu = newer_qemu::with(paths, "igb").expect("`kiln-lab prepare --image servers` unpacks one");
         spec.cards.extend(CARDS.iter().skip(1).map(|(card, _)| *card));
         spec.disks = DISKS.map(|(disk, ..)| disk).to_vec();
-        (spec.tpm, spec.bmc) = (true, true);
+        (spec.tpm, spec.bmc) = (true, Some(Bmc::At(BMC)));
         let cards = spec.cards.clone();
         let macs: Vec<String> = (0..).zip(&cards).map(|(n, _)| text(spec.mac_of(n))).collect();
         let mut rack = start(paths, "devices", spec);
@@ -93,10 +105,8 @@ fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
         assert!(!said.contains("kiln-agent: driver "), "a driver did not load");
         assert!(!said.contains("d101m_ucode.bin"), "a card's firmware did not load");
 
-        let (socket, path) = (rack.site.join("state/kiln.sock"), format!("/api/v1/machines/{NAME}/inventory"));
-        rack.wait(NAME, "its inventory", |_| api::get(&socket, &path).is_ok()).unwrap();
+        let found = inventory(&mut rack);
         let said = rack.kiln(&["machine", "inventory", NAME]).unwrap();
-        let found: Inventory = serde_json::from_value(api::get(&socket, &path).unwrap()["inventory"].take()).unwrap();
         assert_eq!(found.disks.len(), DISKS.len(), "{said}");
         for (number, (_, driver, transport, model)) in (0..).zip(DISKS) {
             let serial = format!("{NAME}-disk{number}");
@@ -126,14 +136,17 @@ fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
             assert!(!disk.firmware.is_empty(), "{disk:?}");
         }
         assert_eq!(found.tpm.as_ref().map(|tpm| &*tpm.version), Some("2.0"), "{said}");
-        // This controller has no network: that it was asked is to be seen by its answer.
-        assert!(found.bmc.present && found.bmc.note.contains("no address: it has no LAN channel"), "{:?}", found.bmc);
+        let expected = (true, BMC.to_string(), "IPMI, LAN channel 1", bmc::FIRMWARE);
+        let bmc = &found.bmc;
+        assert_eq!((bmc.present, bmc.address.clone(), &*bmc.note, &*bmc.firmware), expected, "{bmc:?}");
+        assert!(said.contains(&format!("{BMC}, firmware {}", bmc::FIRMWARE)), "{said}");
         println!("{said}");
     });
 }
 
 /// The card that the firmware booted from has lost its link by the time the agent asks: one of the others that has a link carries the
-/// machine, root and all. Each by a driver that no firmware here boots with.
+/// machine, root and all. Each by a driver that no firmware here boots with. Its management controller has no network: that it was
+/// asked for its address is to be seen by its answer.
 #[test]
 #[ignore = "slow: two boots; make test-slow"]
 fn a_card_that_has_a_link_carries_the_machine_where_the_one_that_booted_has_none() {
@@ -141,6 +154,7 @@ fn a_card_that_has_a_link_carries_the_machine_where_the_one_that_booted_has_none
         let mut spec = MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe));
         spec.qemu = newer_qemu::with(paths, "igb").expect("`kiln-lab prepare --image servers` unpacks one");
         spec.cards = vec!["virtio-net-pci", "igb", "vmxnet3"];
+        spec.bmc = Some(Bmc::WithoutNetwork);
         let macs = [1, 2].map(|card| text(spec.mac_of(card)));
         let mut rack = start(paths, "cards", spec);
         let mut before = None;
@@ -161,6 +175,10 @@ fn a_card_that_has_a_link_carries_the_machine_where_the_one_that_booted_has_none
             let said = console.since(Mark::default());
             assert!(said.contains(&format!(" has [{address}]")), "card {card}: {given}: {said}");
         }
+        let bmc = inventory(&mut rack).bmc;
+        assert!(bmc.present && bmc.note.contains("no address: it has no LAN channel"), "{bmc:?}");
+        let said = rack.kiln(&["machine", "inventory", NAME]).unwrap();
+        assert!(said.contains("no address: it has no LAN channel"), "{said}");
     });
 }
 

@@ -22,6 +22,7 @@ mod measured;
 mod network;
 mod option_roms;
 mod orders;
+mod rescue;
 mod revoked_loader;
 mod rotten;
 mod screen;

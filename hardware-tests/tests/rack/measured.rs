@@ -130,6 +130,45 @@ fn a_tpm_says_what_was_booted() {
     });
 }
 
+/// What was pinned at approval is compared at each boot: a card that brings an option ROM since then is named by its PCR, until a
+/// person accepts the machine as it is; then it may not go away again either.
+#[test]
+#[ignore = "slow: four boots of the firmware; make test-slow"]
+fn an_option_rom_that_came_after_approval_fails_until_a_person_accepts_it() {
+    testing::rack(|paths| {
+        let cards = vec!["virtio-net-pci", "e1000"];
+        let spec = MachineSpec { tpm: true, cards, ..secure(paths, NetworkBoot::Pxe) };
+        let mut rack = Rack::start(paths, &RackOptions::scenario(paths, "changed-rom", spec)).unwrap();
+        rack.machine(NAME).power_on().unwrap();
+        let view = rack.wait_healthy(NAME, 1).unwrap();
+        let roms = |view: &MachineView| proof(view).option_roms.as_ref().map(Vec::len);
+        assert_eq!((proof(&view).state.as_str(), roms(&view)), ("attested", Some(0)), "{:?}", proof(&view));
+        let changed = |view: &MachineView| {
+            let reason = &proof(view).reason;
+            assert!(
+                reason.contains("firmware changed: ") && reason.contains("option ROMs (PCR 2)"),
+                "{:?}",
+                proof(view)
+            );
+            assert_eq!(view.protection.as_deref(), Some("unprotected"));
+        };
+
+        rack.machine(NAME).power_off();
+        rack.machine(NAME).spec.roms = true;
+        let view = boots(&mut rack, NAME, "an option ROM more", |a| a.state == "failed");
+        assert_eq!(roms(&view), Some(1), "{:?}", proof(&view));
+        changed(&view);
+        rack.machine(NAME).power_off();
+        rack.kiln(&["machine", "accept", NAME]).unwrap();
+        let view = boots(&mut rack, NAME, "it is accepted", |a| a.state == "attested");
+        assert_eq!((roms(&view), view.protection.as_deref()), (Some(1), Some("attested")));
+
+        rack.machine(NAME).power_off();
+        rack.machine(NAME).spec.roms = false;
+        changed(&boots(&mut rack, NAME, "that option ROM is gone", |a| a.state == "failed"));
+    });
+}
+
 /// A boot has one load. Where root has used it, it gets no second, and the agent's own becomes a cold boot with its reason. What root
 /// had measured as a module first is measured as nothing else when it is loaded, and found out all the same. The machine has just
 /// come up from the firmware, on release 2.

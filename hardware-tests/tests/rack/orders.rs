@@ -1,6 +1,7 @@
 //! What operators alone can order, on real firmware and real disks. Who may order what is shown by the agent's and the
 //! boot server's own tests; here is what only a machine can show: that there is a shell, or none, and what is left on a disk.
 
+use crate::support::on_disk;
 use kiln_lab::console::Mark;
 use kiln_lab::machine::{Disk, Firmware, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
@@ -159,12 +160,7 @@ const SMALL: u64 = 800 << 20;
 #[ignore = "slow: two installs and a wipe; make test-slow"]
 fn a_machine_is_wiped_of_the_disk_that_it_lives_on() {
     testing::rack(|paths| {
-        let spec =
-            MachineSpec { disks: vec![Disk::VirtioBlk], ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) };
-        let mut options = RackOptions::scenario(paths, "wipe-own", spec);
-        options.image = site::DISK.to_owned();
-        let mut rack = Rack::start(paths, &options).unwrap();
-        rack.kiln(&["release", "publish", "disk/1"]).unwrap();
+        let mut rack = on_disk::rack(paths, "wipe-own");
         let disk = std::fs::File::options().read(true).write(true).open(rack.machine(NAME).disk(0)).unwrap();
         disk.set_len(SMALL).unwrap();
         rack.machine(NAME).power_on().unwrap();

@@ -1,6 +1,7 @@
 //! Disks of which a little is not as it was, or cannot be read: what is whole on them starts, without a boot server.
 
-use crate::disk::{NAME, SLOT_A, entries, installed, rack, starts_and_says};
+use crate::disk::{SLOT_A, entries, starts_and_says};
+use crate::support::on_disk::{installed, rack};
 use kiln_lab::api::MachineView;
 use kiln_lab::console::Mark;
 use kiln_lab::nbd::Fault;
@@ -9,6 +10,8 @@ use kiln_lab::{command, testing};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
+
+const NAME: &str = "rack-1";
 
 /// The table of the EFI system partition says of one of its files what is not so, in one copy and then in both: the machine starts
 /// from its slot with the boot server dead, nothing else of the partition changes, and the file is there again.

@@ -2,7 +2,7 @@
 //! reader (zbar). The words are read where the card keeps a text screen's characters.
 
 use kiln_lab::console::Mark;
-use kiln_lab::machine::{Firmware, MachineSpec};
+use kiln_lab::machine::{Firmware, Machine, MachineSpec};
 use kiln_lab::paths::Paths;
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
@@ -16,21 +16,28 @@ const NAME: &str = "rack-1";
 const COLUMNS: usize = 80;
 const ROWS: usize = 25;
 
-/// What zbar reads on the screen, as soon as it reads anything. A screen tells nobody when it changes: it is looked at
-/// again and again.
-fn read(rack: &mut Rack, paths: &Paths) -> String {
-    let picture = paths.consoles.join("screen.ppm");
+/// Looks at the machine until it is so; `look` says what it sees instead. A screen tells nobody when it changes, and the agent's
+/// words on other consoles come by threads of their own, before or after: there is nothing to wait for.
+fn sees<T>(rack: &mut Rack, look: impl Fn(&Machine) -> Result<T, String>) -> T {
     let begun = Instant::now();
     loop {
-        rack.machine(NAME).picture(&picture).unwrap();
-        let said = Command::new("zbarimg").args(["-q", "--raw"]).arg(&picture).output().unwrap();
-        let code = String::from_utf8_lossy(&said.stdout).trim().to_owned();
-        if !code.is_empty() {
-            return code;
+        match look(rack.machine(NAME)) {
+            Ok(seen) => return seen,
+            Err(instead) => assert!(begun.elapsed() < IDLE, "{instead}"),
         }
-        assert!(begun.elapsed() < IDLE, "zbarimg reads no code in {}", picture.display());
         std::thread::sleep(Duration::from_millis(500));
     }
+}
+
+/// What zbar reads on the screen, once it is the address of this page.
+fn reads_code(rack: &mut Rack, paths: &Paths, page: &str) -> String {
+    let picture = paths.consoles.join("screen.ppm");
+    sees(rack, |machine| {
+        machine.picture(&picture).unwrap();
+        let said = Command::new("zbarimg").args(["-q", "--raw"]).arg(&picture).output().unwrap();
+        let code = String::from_utf8_lossy(&said.stdout).trim().to_owned();
+        if code.ends_with(page) { Ok(code) } else { Err(format!("{}: not {page} but {code:?}", picture.display())) }
+    })
 }
 
 /// The page that the console names: what is behind `| page`, lines that go on included.
@@ -45,20 +52,18 @@ fn page_on_console(said: &str) -> String {
 /// Waits until a page with this title is in the text memory, with a row that begins with each of these words. The kernel
 /// scrolls through that memory, so an older page may lie there as well.
 fn reads(rack: &mut Rack, title: &str, words: &[String]) {
-    let begun = Instant::now();
-    loop {
-        let text = rack.machine(NAME).text_memory().unwrap();
+    sees(rack, |machine| {
+        let text = machine.text_memory().unwrap();
         let is_on = |at: usize| {
             let rows: Vec<&str> = (0..ROWS).map_while(|n| text.get(at + n * COLUMNS..at + (n + 1) * COLUMNS)).collect();
             words.iter().all(|word| rows.iter().any(|row| row.starts_with(word.as_str())))
         };
         if text.match_indices(&format!("Kiln  {title}")).any(|(at, _)| is_on(at)) {
-            return;
+            return Ok(());
         }
         let rows: Vec<&str> = (0..).map_while(|n| text.get(n * COLUMNS..(n + 1) * COLUMNS)).collect();
-        assert!(begun.elapsed() < IDLE, "{title} with {words:?} is not on\n{}", rows.join("\n"));
-        std::thread::sleep(Duration::from_millis(500));
-    }
+        Err(format!("{title} with {words:?} is not on\n{}", rows.join("\n")))
+    });
 }
 
 fn shows_its_page(paths: &Paths, name: &str, image: &str, firmware: Firmware) {
@@ -77,9 +82,9 @@ fn shows_its_page(paths: &Paths, name: &str, image: &str, firmware: Firmware) {
     rack.wait(NAME, "waiting for approval", |v| v.stage == Some(Stage::Assignment)).unwrap();
     console.wait_for("| page ", Mark::default(), IDLE).unwrap();
     console.wait_for("+---\n", Mark::default(), IDLE).unwrap();
-    let code = read(&mut rack, paths);
+    let code = reads_code(&mut rack, paths, &format!("/m/{id}"));
     assert_eq!(code, page_on_console(&console.since(Mark::default())));
-    assert!(code.starts_with("http") && code.ends_with(&format!("/m/{id}")), "{code}");
+    assert!(code.starts_with("http"), "{code}");
     if has_text {
         console.wait_for_line("| code ", Mark::default(), IDLE).unwrap();
         let said = console.since(Mark::default());
@@ -90,15 +95,9 @@ fn shows_its_page(paths: &Paths, name: &str, image: &str, firmware: Firmware) {
     // In the running system too: systemd's lines have not drawn over it.
     rack.kiln(&["machine", "approve", &id, "--role", "lab", "--name", NAME]).unwrap();
     rack.wait_healthy(NAME, 1).unwrap();
-    let begun = Instant::now();
-    let healthy = loop {
-        let code = read(&mut rack, paths);
-        if code.ends_with(NAME) || begun.elapsed() > IDLE {
-            break code;
-        }
-    };
+    let healthy = reads_code(&mut rack, paths, &format!("/m/{NAME}"));
     println!("{name}: waiting {code}, healthy {healthy}");
-    assert!(healthy.starts_with("http") && healthy.ends_with(&format!("/m/{NAME}")), "{healthy}");
+    assert!(healthy.starts_with("http"), "{healthy}");
     if has_text {
         reads(&mut rack, NAME, &[" HEALTHY ".into(), format!("release  {}/1 ", site::IMAGE)]);
     }

@@ -95,6 +95,13 @@ fn secrets_and_data_live_in_one_machine_and_end_with_it() {
         rack.wait_healthy(NAME, 1).unwrap();
         console.wait_for(&told(FIRST), Mark::default(), IDLE).unwrap();
         console.wait_for("KILN-VAULT data 1 20000 ext4", Mark::default(), IDLE).unwrap();
+        // Its own key and certificate, in one file of the service's user.
+        console.wait_for("KILN-VAULT identity 400 games 2", Mark::default(), IDLE).unwrap();
+        let shown = rack.kiln(&["machine", "show", NAME]).unwrap();
+        let certificate = shown.lines().find(|line| line.starts_with("certificate ")).unwrap();
+        let serial = certificate.split_whitespace().nth(2).unwrap().trim_end_matches(',');
+        assert!(serial.len() == 32 && !certificate.contains("revoked"), "{certificate}");
+        console.wait_for(&format!("holds a certificate, serial {serial}"), Mark::default(), IDLE).unwrap();
 
         set(&rack, SECOND);
         console.wait_for(&told(SECOND), Mark::default(), IDLE).unwrap();
@@ -111,6 +118,8 @@ fn secrets_and_data_live_in_one_machine_and_end_with_it() {
         // Out of service.
         rack.kiln(&["machine", "retire", NAME]).unwrap();
         console.wait_for("no secrets for this machine any more: they are forgotten", begun, IDLE).unwrap();
+        let shown = rack.kiln(&["machine", "show", NAME]).unwrap();
+        assert!(shown.contains("revoked: its machine is out of service"), "{shown}");
         rack.machine(NAME).power_off();
         let kept = KEPT.concat();
         let clear = [FIRST, SECOND, kept.as_str()];

@@ -1,7 +1,7 @@
 //! Secure Boot with real firmware: OVMF with the keys that `kiln trust secureboot enroll` wrote, and nothing else in db.
 //! That a signed release boots by PXE and reimages itself by kexec under lockdown is shown in `boots.rs`.
 
-use crate::support::esp;
+use crate::support::{esp, on_disk};
 use kiln_lab::api::{MachineView, StageView};
 use kiln_lab::console::Mark;
 use kiln_lab::machine::{Disk, Firmware, MachineSpec};
@@ -219,10 +219,7 @@ fn only_the_signed_root_is_executed() {
 fn a_disk_boots_through_the_signed_loader() {
     testing::rack(|paths| {
         let spec = MachineSpec { disks: vec![Disk::VirtioBlk], ..secure(paths, NetworkBoot::Pxe) };
-        let mut options = RackOptions::scenario(paths, "secure-boot-disk", spec);
-        options.image = site::DISK.to_owned();
-        let mut rack = Rack::start(paths, &options).unwrap();
-        rack.kiln(&["release", "publish", "disk/1"]).unwrap();
+        let mut rack = on_disk::rack_of(paths, "secure-boot-disk", spec);
         rack.machine(NAME).power_on().unwrap();
         assert!(is_enforced(&rack.wait_healthy(NAME, 1).unwrap()));
         let console = rack.machine(NAME).console().unwrap().clone();

@@ -195,6 +195,24 @@ fn a_frozen_repository_starts_nothing_new() {
     });
 }
 
+/// Whoever answers for the boot server gives an answer of no known kind, and names it so that a terminal would obey.
+#[test]
+fn an_answer_of_no_known_kind_is_quoted_as_a_part_of_one_line() {
+    testing::processes(|paths| {
+        let bench = Bench::start(paths);
+        let hostile = Hostile::start(&bench.site, thief(&bench.site, 1, |_| {}));
+        hostile.besides(json!({"decision": "\u{1b}[2J\r\nkiln-agent: approval code AAAA-AAAA"}));
+        let mut machine = bench.machine(1, 1);
+        machine.look_at(&hostile.url);
+        let ended = machine.stage();
+        assert_eq!((ended.code, ended.kind.as_str()), (Some(10), "server-unreachable"), "{ended:#?}");
+        assert!(ended.said.contains("approval code AAAA-AAAA"), "it was asked, and quotes: {}", ended.said);
+        for line in ended.said.lines() {
+            assert!(!line.starts_with("kiln-agent: approval") && !line.chars().any(char::is_control), "{line:?}");
+        }
+    });
+}
+
 /// The director alone cannot say what a release is.
 #[test]
 fn a_stolen_director_key_assigns_nothing_that_the_signers_did_not_sign() {

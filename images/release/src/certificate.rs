@@ -50,9 +50,15 @@ pub(crate) fn der(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
             out.push(0x82);
             out.extend(u16::try_from(length).expect("at most 65535").to_be_bytes());
         }
+        length @ 0x1_0000..=0xff_ffff => {
+            out.push(0x83);
+            out.extend(&u32::try_from(length).expect("at most 16777215").to_be_bytes()[1..]);
+        }
         length => {
             out.push(0x84);
-            out.extend(u32::try_from(length).expect("nothing here is longer than a dbx").to_be_bytes());
+            out.extend(
+                u32::try_from(length).expect("nothing here is longer than a list of all machines").to_be_bytes(),
+            );
         }
     }
     out.extend(content);

@@ -149,6 +149,9 @@ impl Manifest {
             "without a check no machine would ever be healthy",
         )?;
         check_secrets(&self.secrets).or_else(|(got, reason)| check.field("secrets", false, &got, reason))?;
+        if let Some(certificate) = &self.certificate {
+            certificate.check(&self.secrets).or_else(|reason| check.field("certificate", false, "it", reason))?;
+        }
         declared::check_all(&self.health).or_else(|(got, reason)| check.field("health", false, &got, reason))?;
         for (event, hooks) in &self.hooks {
             declared::check_hooks(event, hooks).or_else(|(got, reason)| check.field("hooks", false, &got, reason))?;

@@ -5,7 +5,7 @@
 
 use crate::declared::{HealthCheck, Hook};
 use crate::network::NetworkConfig;
-use crate::secrets::WantedSecret;
+use crate::secrets::{WantedCertificate, WantedSecret};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -110,6 +110,9 @@ pub struct Manifest {
     /// Secrets that it wants; their values are the site's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub secrets: Vec<WantedSecret>,
+    /// A certificate for the machine that runs it; none: it wants none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<WantedCertificate>,
     /// List of packages in the root.
     pub sbom: Option<Artifact>,
     /// What a TPM measures of it; none: built before Kiln predicted it, so that no machine is attested with it.

@@ -78,7 +78,7 @@ pub(crate) fn base64_decode(text: &str) -> Option<Vec<u8>> {
 }
 
 /// Text of a PEM block with this label (RFC 7468).
-pub(crate) fn pem_encode(label: &str, der: &[u8]) -> String {
+pub fn pem_encode(label: &str, der: &[u8]) -> String {
     let body = base64_encode(der);
     let mut out = format!("-----BEGIN {label}-----\n");
     let mut rest = body.as_str();

@@ -57,6 +57,11 @@ impl PublicKey {
         Self { scheme: Scheme::Ed25519, bytes: bytes.to_vec() }
     }
 
+    /// From an uncompressed point of NIST P-256.
+    pub fn p256(point: [u8; 65]) -> Self {
+        Self { scheme: Scheme::EcdsaP256, bytes: point.to_vec() }
+    }
+
     /// From a TUF key object.
     pub fn from_object(object: &Value) -> Result<Self, KeyError> {
         let field = |path: &str| object.pointer(path).and_then(Value::as_str).unwrap_or_default();

@@ -21,6 +21,7 @@ mod formats;
 pub mod hex;
 pub mod kexec;
 pub mod key;
+pub mod machine_ca;
 pub mod measured;
 pub mod network;
 pub mod newc;
@@ -46,4 +47,4 @@ pub use formats::{
     RevokedProgram, SITE_TYPE, Site, SiteSettings, VerityParams, WipePolicy, WritableMount,
 };
 pub use key::{PublicKey, Scheme, Signer};
-pub use secrets::{SECRETS_PATH, WantedSecret};
+pub use secrets::{CertificatePolicy, IDENTITY_NAME, MACHINE_CA_NAME, SECRETS_PATH, WantedCertificate, WantedSecret};

@@ -1,11 +1,16 @@
 //! The secrets that a release wants: names, owners, and the units that need them. Their values are nowhere in a release; a
-//! machine that runs it is given those of its site that it declares, and no others.
+//! machine that runs it is given those of its site that it declares, and no others. Likewise a certificate of the machine's
+//! own, by which other programs know it.
 
 use crate::declared::is_unit;
 use serde::{Deserialize, Serialize};
 
 /// Where a running system finds them, a file each, named as the secret is.
 pub const SECRETS_PATH: &str = "/run/kiln/secrets";
+/// Where it finds its machine's private key and certificate, in one file: neither is ever there without the other.
+pub const IDENTITY_NAME: &str = "identity.pem";
+/// And beside it the certificate of the CA that issued it.
+pub const MACHINE_CA_NAME: &str = "machine-ca.pem";
 /// Most secrets of a release.
 pub const MAX_SECRETS: usize = 32;
 /// Most units of a secret.
@@ -26,6 +31,47 @@ pub struct WantedSecret {
     /// Services that need it: started once all required secrets are there, reloaded or restarted when it is another.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub units: Vec<String>,
+}
+
+/// To which machines the site issues a certificate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CertificatePolicy {
+    /// To each that is approved and in service.
+    #[default]
+    Approved,
+    /// To those of them whose TPM has proven this boot.
+    Attested,
+}
+
+/// A certificate for the machine that runs the release.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WantedCertificate {
+    /// The user that may read key and certificate; none: root.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
+    /// Without it the machine is not healthy.
+    #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
+    pub required: bool,
+    /// Services that need it: started once it and all required secrets are there, reloaded or restarted when it is another.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub units: Vec<String>,
+    /// Which machines get one.
+    #[serde(default)]
+    pub policy: CertificatePolicy,
+}
+
+impl WantedCertificate {
+    /// What is wrong with it, beside these secrets, if anything.
+    pub fn check(&self, secrets: &[WantedSecret]) -> Result<(), &'static str> {
+        let ensure = |holds: bool, reason| if holds { Ok(()) } else { Err(reason) };
+        let owner = "a certificate's owner is a user of the root, as \"www-data\"";
+        ensure(self.owner.as_deref().is_none_or(is_user), owner)?;
+        ensure(are_services(&self.units), "a certificate's units are at most 16 services")?;
+        let own = |secret: &WantedSecret| [IDENTITY_NAME, MACHINE_CA_NAME].contains(&secret.name.as_str());
+        ensure(!secrets.iter().any(own), "the certificate's files are identity.pem and machine-ca.pem: no secret is")
+    }
 }
 
 fn yes() -> bool {
@@ -53,10 +99,12 @@ impl WantedSecret {
         let name = "a secret's name is 1 to 63 of a-z, 0-9, `.`, `_` and `-`, beginning with a letter or digit";
         ensure(is_secret_name(&self.name), name)?;
         ensure(self.owner.as_deref().is_none_or(is_user), "a secret's owner is a user of the root, as \"postgres\"")?;
-        let services = |unit: &String| is_unit(unit) && unit.ends_with(".service");
-        let units = "a secret's units are at most 16 services";
-        ensure(self.units.len() <= MAX_UNITS && self.units.iter().all(services), units)
+        ensure(are_services(&self.units), "a secret's units are at most 16 services")
     }
+}
+
+fn are_services(units: &[String]) -> bool {
+    units.len() <= MAX_UNITS && units.iter().all(|unit| is_unit(unit) && unit.ends_with(".service"))
 }
 
 /// All of a release: names are there once, and not too many.
@@ -85,6 +133,21 @@ mod tests {
         let read: WantedSecret = serde_json::from_str(r#"{"name":"a","required":false}"#).unwrap();
         assert!(!read.required && serde_json::to_string(&read).unwrap().contains("false"));
         assert!(serde_json::from_str::<WantedSecret>(r#"{"name":"a","path":"/etc/shadow"}"#).is_err());
+    }
+
+    #[test]
+    fn a_certificate_is_for_approved_machines_unless_it_says_more() {
+        let read = |text: &str| serde_json::from_str::<WantedCertificate>(text);
+        let usual = read("{}").unwrap();
+        assert!(usual.required && usual.owner.is_none() && usual.policy == CertificatePolicy::Approved);
+        assert_eq!(serde_json::to_string(&usual).unwrap(), r#"{"policy":"approved"}"#);
+        let strict = read(r#"{"owner":"www-data","units":["nginx.service"],"policy":"attested"}"#).unwrap();
+        assert_eq!((strict.policy, strict.check(&[])), (CertificatePolicy::Attested, Ok(())));
+        assert!(read(r#"{"policy":"anybody"}"#).is_err() && read(r#"{"name":"a"}"#).is_err());
+        assert!(WantedCertificate { owner: Some("0".into()), ..usual.clone() }.check(&[]).is_err());
+        assert!(WantedCertificate { units: vec!["x.mount".into()], ..usual.clone() }.check(&[]).is_err());
+        let secret = |name: &str| WantedSecret { name: name.into(), owner: None, required: true, units: vec![] };
+        assert!(usual.check(&[secret("a")]).is_ok() && usual.check(&[secret("a"), secret(IDENTITY_NAME)]).is_err());
     }
 
     #[test]

@@ -39,6 +39,7 @@ fn manifest() -> Manifest {
         writable: vec![WritableMount { path: "/var/tmp".into(), size: 1 << 20 }],
         sbom: None,
         secrets: vec![],
+        certificate: None,
         measured: None,
         role_may_report: None,
     }

@@ -54,6 +54,7 @@ pub fn build(site: &SiteDir, image: &str, release: u64, built: Timestamp) -> Man
         writable: vec![],
         sbom: None,
         secrets: vec![],
+        certificate: None,
         measured: None,
         role_may_report: None,
     };

@@ -243,6 +243,24 @@ fn secrets_and_data_are_checked() {
     let error = load(&early).unwrap_err().to_string();
     assert!(error.contains("db.service needs a secret"), "{error}");
 
+    let certificate = |more: &str| format!("{GOOD}[certificate]\n{more}");
+    let recipe = load(&certificate("units = [\"web.service\"]\npolicy = \"attested\"\n")).unwrap();
+    assert_eq!(recipe.declared.certificate.unwrap().policy, kiln_release::CertificatePolicy::Attested);
+    assert_eq!(load(GOOD).unwrap().declared.certificate, None);
+    for (more, words) in [
+        ("owner = \"0\"\n", "a certificate's owner is a user of the root"),
+        ("units = [\"web.mount\"]\n", "at most 16 services"),
+        ("policy = \"anybody\"\n", "unknown variant `anybody`"),
+        ("key = \"mine\"\n", "unknown field `key`"),
+        ("[[secret]]\nname = \"identity.pem\"\n", "no secret is"),
+    ] {
+        let refused = refusal(&certificate(more));
+        assert!(refused.contains(words), "{refused}");
+    }
+    let early = format!("enable = [\"web.service\"]\n{}", certificate("units = [\"web.service\"]\n"));
+    let error = load(&early).unwrap_err().to_string();
+    assert!(error.contains("web.service needs a secret or a certificate"), "{error}");
+
     let disk = |more: &str| format!("mode = \"disk\"\n{GOOD}[disk]\n{more}");
     let recipe = load(&disk("data = \"64M\"\ndata_at = \"/srv\"\n")).unwrap();
     let data = recipe.disk.unwrap().data.unwrap();

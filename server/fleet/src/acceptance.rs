@@ -131,6 +131,7 @@ impl Machine {
             self.unproven = false;
             out.push(Action::Say { warn: false, text: format!("passed its acceptance run on {release}") });
             if let Some(home) = self.home.take() {
+                // Firmware has to start this one's first release in the fleet too, whatever its class has shown.
                 self.assign_by(home, Via::Cold, None, now, out);
             }
         } else {
@@ -155,7 +156,7 @@ impl Machine {
         if let Some(assigned) = self.assigned.as_mut().filter(|_| ran) {
             // The tests run once in each boot.
             assigned.rebuild = assigned.sequence;
-            assigned.via = Via::Cold;
+            (assigned.via, assigned.auto) = (Via::Cold, false);
             self.rebuilding = boot;
         }
     }

@@ -3,6 +3,11 @@
 use crate::state::StateKind;
 use kiln_protocol::{Architecture, ReleaseId};
 
+/// A word that names no way to a release.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0:?} is no way to a release: say kexec, cold or auto")]
+pub struct NoRoute(pub String);
+
 /// An order that the machine's state does not allow.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs)] // the messages say it
@@ -34,7 +39,11 @@ pub enum Refusal {
     NoOtherKey { machine: String },
     #[error("no identity key that was heard under the id of {machine} begins so; heard were {heard}")]
     NoSuchKey { machine: String, heard: String },
-    #[error("several identity keys of {machine} begin with {digits}: {fits}. Give more digits")]
+    #[error(
+        "nothing is changed: several identity keys that were heard under the id of {machine} begin with {digits}: {fits}. One may \
+         have been made up to look like the other. Find out which of them is on the machine itself, and run `kiln machine \
+         clear {machine} --key` with so many digits of it"
+    )]
     AmbiguousKey { machine: String, digits: String, fits: String },
     #[error(
         "that identity key is {machine}'s already; without --key `kiln machine clear {machine}` ends what else holds it"

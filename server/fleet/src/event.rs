@@ -2,10 +2,12 @@
 
 use crate::attestation::{Left, Proven};
 use crate::boots::StageAt;
+use crate::classes::HardwareClass;
 use crate::expected::Comparison;
 use crate::hardware::HardwareEvent;
 use crate::orders::MachineOrder;
-use kiln_protocol::{KeyId, MachineId, OrderId, ReleaseId, Report, Sha256Hex, Via};
+use crate::way::Route;
+use kiln_protocol::{KeyId, MachineId, OrderId, ReleaseId, Report, Sha256Hex};
 
 /// A report that came over mutual TLS.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +26,8 @@ pub struct Reported {
 pub enum Event {
     /// Its hardware changed.
     Hardware(Vec<HardwareEvent>),
+    /// An inventory says of which class its hardware is.
+    Classed(HardwareClass),
     /// It was compared with the list of expected machines; none: there is no list any more.
     Compared(Option<Comparison>),
     /// Its firmware asked for an address and a boot program.
@@ -63,7 +67,7 @@ pub enum Event {
         /// Which.
         release: ReleaseId,
         /// How to get there.
-        via: Via,
+        via: Route,
     },
     /// An operator ordered something that the director may not.
     Ordered(MachineOrder),

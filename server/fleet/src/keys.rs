@@ -22,8 +22,15 @@ fn short(key: &KeyId) -> &str {
     &key.as_str()[..SHOWN]
 }
 
+/// Each by so much of its beginning, what is shown of any at least, as tells it from the others.
 fn list(keys: &[KeyId]) -> String {
-    keys.iter().map(short).collect::<Vec<_>>().join(", ")
+    let common = |a: &KeyId, b: &KeyId| a.as_str().bytes().zip(b.as_str().bytes()).take_while(|(a, b)| a == b).count();
+    let beginning = |key: &KeyId| {
+        let others = keys.iter().filter(|other| *other != key);
+        let digits = others.map(|other| common(key, other) + 1).max().unwrap_or(0).max(SHOWN);
+        key.as_str().chars().take(digits).collect::<String>()
+    };
+    keys.iter().map(beginning).collect::<Vec<_>>().join(", ")
 }
 
 impl Machine {
@@ -69,6 +76,32 @@ impl Machine {
         true
     }
 
+    /// Whether whoever holds this other key said in its newest report that it can use no TPM, while the machine's own key is
+    /// sealed in one. Whether that is news.
+    pub(crate) fn note_without_tpm(&mut self, key: &KeyId, says_so: bool) -> bool {
+        let known = self.without_tpm.contains(key);
+        self.without_tpm.retain(|other| other != key && self.strangers.contains(other));
+        let kept = says_so && self.strangers.contains(key);
+        if kept {
+            self.without_tpm.push(key.clone());
+        }
+        known != kept
+    }
+
+    /// What to do where the machine itself holds this key, because its TPM did not give its own one out; none: whoever holds it
+    /// said no such thing. Nothing is lost: no command is made up that puts a weaker key in its place.
+    fn sealed_away(&self, key: &KeyId) -> Option<String> {
+        let title = self.title();
+        self.without_tpm.contains(key).then(|| {
+            format!(
+                "the key of {title} is sealed in its TPM, and whoever holds the other one can use no TPM. If it is {title} \
+                 itself, switch its TPM on in its firmware's setup, see that it boots a release that uses one, and restart it: \
+                 its own key speaks again then. Only where its TPM is gone for good is the other one to be named to `kiln \
+                 machine clear`"
+            )
+        })
+    }
+
     /// Why no person's clear makes another key its own; none: one that names the key does.
     fn keeps_its_own(&self) -> Option<String> {
         let title = self.title();
@@ -91,7 +124,12 @@ impl Machine {
         let title = self.title();
         match self.keeps_its_own() {
             Some(why) => format!("another identity key is {title}'s, and stays it: {why}"),
-            None => format!("another identity key is {title}'s: if this is {title} itself, {}", self.how_to_take(key)),
+            None => match self.sealed_away(key) {
+                Some(what) => format!("another identity key is {title}'s, and stays it: {what}"),
+                None => {
+                    format!("another identity key is {title}'s: if this is {title} itself, {}", self.how_to_take(key))
+                }
+            },
         }
     }
 
@@ -101,12 +139,23 @@ impl Machine {
         let (who, how) = match &self.strangers[..] {
             [] => return None,
             [key] => {
-                let how = format!("if the console of {title} names it, {}", self.how_to_take(key));
+                let how = self.sealed_away(key);
+                let how =
+                    how.unwrap_or_else(|| format!("if the console of {title} names it, {}", self.how_to_take(key)));
                 ("another identity key reported under its id and gets nothing".to_owned(), how)
             }
             keys => {
+                let sealed: Vec<KeyId> = keys.iter().filter(|key| self.without_tpm.contains(*key)).cloned().collect();
+                let but = match &sealed[..] {
+                    [] => String::new(),
+                    sealed => format!(
+                        "; none of {} before its TPM was looked at: its own key is sealed there, and whoever holds these can \
+                         use no TPM",
+                        list(sealed)
+                    ),
+                };
                 let how = format!(
-                    "take the one that the console of {title} names by `kiln machine clear {title} --key` and one of {}",
+                    "take the one that the console of {title} names by `kiln machine clear {title} --key` and one of {}{but}",
                     list(keys)
                 );
                 (format!("{} other identity keys reported under its id and get nothing", keys.len()), how)

@@ -14,6 +14,8 @@ mod age;
 mod attestation;
 mod bootloop;
 mod boots;
+mod certificate;
+mod classes;
 mod clones;
 mod condition;
 mod drift;
@@ -44,10 +46,12 @@ pub use acceptance::{ACCEPTANCE_KEPT, AcceptanceRun, Demand};
 pub use attestation::{Attestations, Began, BootProof, ColdBoot, Left, Pinned, Proven, ProvenBoot};
 pub use bootloop::{BootLoop, LOOP_REST_MS, LOOP_STARTS, LOOP_WINDOW_MS};
 pub use boots::{BOOTS_KEPT, Boot, RECORDS_KEPT, StageAt};
+pub use certificate::{CertificateDemand, CertificateEnd, CertificateRefusal};
+pub use classes::{CAME_UP_KEPT, Classes, HardwareClass, Proofs, ProvenBy, Ways};
 pub use clones::{BOOTS_AT_ONCE, LATE_REPORTS, PAST_BOOTS, PastBoots};
 pub use condition::{EVENTS_KEPT, EventAt, KnownCondition};
 pub use drift::{DRIFT_PATIENCE_MS, DRIFT_REBUILDS, DRIFT_WINDOW_MS, DriftPolicy, KnownDrift};
-pub use error::Refusal;
+pub use error::{NoRoute, Refusal};
 pub use event::{Action, Event, Reported};
 pub use expected::{
     At, Build, CameUp, Cells, Change, Claimant, Comparison, CsvError, DIFFERENCES, Due, Entry, ExpectedList,
@@ -65,6 +69,7 @@ pub use protection::Recorded;
 pub use replace::Replacement;
 pub use secrets::{Barred, SecretsPolicy};
 pub use state::{State, StateKind};
+pub use way::Route;
 
 /// Unix time in milliseconds, on the server's clock.
 pub type Millis = u64;

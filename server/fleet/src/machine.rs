@@ -4,6 +4,7 @@ use crate::acceptance::{AcceptanceRun, Demand};
 use crate::attestation::Attestations;
 use crate::bootloop::BootLoop;
 use crate::boots::Boot;
+use crate::classes::{HardwareClass, Proofs, ProvenBy};
 use crate::clones::PastBoots;
 use crate::condition::KnownCondition;
 use crate::drift::{DriftPolicy, KnownDrift};
@@ -31,12 +32,22 @@ pub struct Assigned {
     pub sequence: u64,
     /// How to get there.
     pub via: Via,
+    /// By kexec only where that was shown to work: a person left the way to the server.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub auto: bool,
     /// The operator's order that it rests on, for a release that is not of class `normal`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order: Option<OrderId>,
     /// Sequence from which on it has to have been put up; 0: none.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub rebuild: u64,
+}
+
+impl Assigned {
+    /// What the server assigns by itself: through firmware, which needs nothing that was shown before.
+    pub(crate) fn cold(release: ReleaseId, sequence: u64) -> Self {
+        Self { release, sequence, via: Via::Cold, auto: false, order: None, rebuild: 0 }
+    }
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
@@ -90,6 +101,9 @@ pub struct Machine {
     /// [`crate::Event::Adopt`] makes one the machine's.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub strangers: Vec<KeyId>,
+    /// Of these, the keys of those that can use no TPM, by their own word, while the machine's own key is sealed in one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub without_tpm: Vec<KeyId>,
     /// A person ended its quarantine: in whichever boot its key speaks next, that is the machine's.
     #[serde(default)]
     pub any_boot: bool,
@@ -149,6 +163,15 @@ pub struct Machine {
     /// What the list of expected machines says of it; none: the site has no list, or nothing was compared yet.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub comparison: Option<Comparison>,
+    /// Of which class its hardware is, by its newest inventory; none: none came that says it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub class: Option<HardwareClass>,
+    /// How it came up on which releases with this firmware, the newest last; at most [`crate::CAME_UP_KEPT`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub came_up: Vec<ProvenBy>,
+    /// What the machines of its class have shown. Kept by the caller; not stored.
+    #[serde(skip)]
+    pub proofs: Arc<Proofs>,
     /// The newest acceptance run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub acceptance: Option<AcceptanceRun>,
@@ -239,6 +262,7 @@ impl Machine {
             heard_at: None,
             previous_key: None,
             strangers: Vec::new(),
+            without_tpm: Vec::new(),
             any_boot: false,
             code: None,
             facts: None,
@@ -262,6 +286,9 @@ impl Machine {
             dbx: None,
             condition: KnownCondition::default(),
             comparison: None,
+            class: None,
+            came_up: Vec::new(),
+            proofs: Arc::default(),
             acceptance: None,
             unproven: false,
             home: None,

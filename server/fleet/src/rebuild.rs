@@ -25,7 +25,8 @@ impl Machine {
         let (Some(assigned), Some(boot)) = (&mut self.assigned, boot) else { return };
         assigned.sequence += 1;
         assigned.rebuild = assigned.sequence;
-        assigned.via = Via::Cold;
+        // Always: a kexec would carry what has run too long, or drifted, over, and firmware is to start it again now and then.
+        (assigned.via, assigned.auto) = (Via::Cold, false);
         let text = format!("{text}: it is put up anew with {}", assigned.release);
         self.rebuilding = Some(boot);
         self.rebuild_for = why;

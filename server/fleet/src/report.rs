@@ -9,9 +9,6 @@ use crate::step::save;
 use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
 use kiln_protocol::{DbxOutcome, DbxState, KeyStorage, ReleaseId, Report, Stage, StageState, TpmPresence};
 
-/// Good releases remembered.
-const GOOD_KEPT: usize = 8;
-
 /// Whether the key may speak for the machine.
 enum Claim {
     Accepted,
@@ -43,10 +40,14 @@ impl Machine {
             }
             Claim::Stranger(reason) => {
                 // Said once for each key: a stranger that repeats itself is no news, and no write.
-                if self.hear_stranger(&reported.key) {
+                let new = self.hear_stranger(&reported.key);
+                let sealed = self.cannot_unseal(report).is_some();
+                if self.note_without_tpm(&reported.key, sealed) || new {
+                    save(out);
+                }
+                if new {
                     self.last_words.clone_from(&reason);
                     out.push(Action::Say { warn: true, text: reason });
-                    save(out);
                 }
                 return;
             }
@@ -91,7 +92,11 @@ impl Machine {
             (Some(running), Some(published)) => running.root_hash != *published,
             (Some(_) | None, None) | (None, Some(_)) => false,
         };
+        let came_up = self.came_up.clone();
         self.settle(root_wrong, now);
+        if self.came_up != came_up {
+            save(out);
+        }
         self.prolong_drain(now);
         self.reported = Some(now);
         self.agent_seen = (!self.says_it_leaves()).then_some(now);
@@ -436,25 +441,6 @@ impl Machine {
                 Some(_) | None => format!("runs {running}"),
             };
             self.enter(StateKind::Healthy, reason, live, now);
-        }
-    }
-
-    /// The release is healthy. Firmware must have started it for it to be one to come back to: a kexec says nothing of
-    /// what the next power cut needs.
-    fn note_well(&mut self, id: ReleaseId) {
-        if !self.came_through_firmware() && !self.good.contains(&id) {
-            self.carried = Some(id);
-            return;
-        }
-        if self.carried.as_ref() == Some(&id) {
-            self.carried = None;
-        }
-        if self.good.last() != Some(&id) {
-            self.good.retain(|g| *g != id);
-            self.good.push(id);
-            if self.good.len() > GOOD_KEPT {
-                self.good.remove(0);
-            }
         }
     }
 

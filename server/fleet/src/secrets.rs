@@ -40,7 +40,7 @@ pub struct Barred {
 }
 
 impl Barred {
-    fn reason(&self, release: &ReleaseId) -> Option<String> {
+    pub(crate) fn reason(&self, release: &ReleaseId) -> Option<String> {
         let floor = self.floors.get(release.image.as_str()).copied().unwrap_or(1);
         if release.release < floor {
             return Some(format!("{release} is below the floor of its image, {floor}"));

@@ -5,6 +5,7 @@ use crate::event::{Action, Event};
 use crate::grant::Limits;
 use crate::machine::{Assigned, Machine};
 use crate::state::{State, StateKind};
+use crate::way::Route;
 use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
 use kiln_protocol::{OrderId, ReleaseId, Stage, StageState, Via};
 
@@ -23,6 +24,7 @@ impl Machine {
                 self.reported = None; // and who was heard may be gone
             }
             Event::Hardware(_)
+            | Event::Classed(_)
             | Event::Compared(_)
             | Event::Asked
             | Event::Downloads(_)
@@ -49,6 +51,7 @@ impl Machine {
         let speaks = self.agent_seen.is_some();
         match event {
             Event::Hardware(events) => self.hardware_changed(events, &mut out),
+            Event::Classed(class) => self.classed(class, &mut out),
             Event::Compared(comparison) => self.compared(comparison, now, &mut out),
             Event::Asked if speaks => self.hold_asked(now, &mut out),
             Event::Downloads(release) if speaks => self.hold_downloads(&release, now, &mut out),
@@ -265,8 +268,7 @@ impl Machine {
         save(out);
         match self.state.kind {
             StateKind::Discovered | StateKind::Retired => {
-                self.assigned =
-                    Some(Assigned { release, sequence: self.next_sequence(), via: Via::Cold, order: None, rebuild: 0 });
+                self.assigned = Some(Assigned::cold(release, self.next_sequence()));
                 self.unproven = true;
                 self.attempts = 0;
                 self.forget_starts();
@@ -313,7 +315,7 @@ impl Machine {
     pub(crate) fn assign_by(
         &mut self,
         release: ReleaseId,
-        via: Via,
+        route: impl Into<Route>,
         order: Option<OrderId>,
         now: Millis,
         out: &mut Vec<Action>,
@@ -322,8 +324,10 @@ impl Machine {
             out.push(Action::Say { warn: true, text: refusal.to_string() });
             return false;
         }
-        let said = format!("assigned {release} via {via}");
-        self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via, order, rebuild: 0 });
+        let route: Route = route.into();
+        let said = format!("assigned {release} via {route}");
+        let (via, auto) = (route.at_best(), route == Route::Auto);
+        self.assigned = Some(Assigned { release, sequence: self.next_sequence(), via, auto, order, rebuild: 0 });
         out.push(Action::Say { warn: false, text: format!("{said}{}", self.why_no_kexec()) });
         self.forget_starts();
         self.rebuilding = None;

@@ -5,8 +5,8 @@ use crate::machine::{Assigned, Machine, Refused};
 use crate::state::StateKind;
 use crate::step::{save, wake};
 use crate::{BOOT_DEADLINE_MS, Millis};
+use kiln_protocol::ReleaseId;
 use kiln_protocol::slot::{Fallback, FallbackReason};
-use kiln_protocol::{ReleaseId, Via};
 
 impl Machine {
     /// The trial is over; `failed` says why, behind its name. With a release to go back to, that one is assigned and
@@ -25,8 +25,7 @@ impl Machine {
         let why = if self.last_words.is_empty() { String::new() } else { format!(" ({})", self.last_words) };
         let reason = format!("{} {failed}{why}: back on {back}", trial.release);
         self.refused.push(Refused { release: trial.release.clone(), reason: reason.clone() });
-        self.assigned =
-            Some(Assigned { release: back, sequence: trial.sequence + 1, via: Via::Cold, order: None, rebuild: 0 });
+        self.assigned = Some(Assigned::cold(back, trial.sequence + 1));
         self.rebuilding = None;
         if trial.order.is_some() {
             self.order_failed(&reason);

@@ -58,6 +58,7 @@ pub const CALLS: &[Call] = &[
     read("/api/v1/machines/{machine}/log", Technician, Kind::Open),
     read("/api/v1/machines/{machine}/inventory", Viewer, Kind::Open),
     read("/api/v1/releases", Viewer, Kind::Open),
+    read("/api/v1/classes", Viewer, Kind::Open),
     read("/api/v1/status", Viewer, Kind::Open),
     read("/api/v1/events", Viewer, Kind::Open),
     read("/api/v1/roles", Viewer, Kind::Open),
@@ -70,6 +71,7 @@ pub const CALLS: &[Call] = &[
     read("/api/v1/pending", Technician, Kind::Read),
     read("/api/v1/secrets", Operator, Kind::Read),
     read("/api/v1/tokens", Admin, Kind::Read),
+    // New ones. What was placed before is an operator's to move or to bring back: control::orders looks.
     change("POST", "/api/v1/machines/{machine}/approve", Technician, "approve"),
     change("POST", "/api/v1/machines/{machine}/excuse", Technician, "excuse"),
     change("PUT", "/api/v1/machines/{machine}/assignment", Operator, "assign"),

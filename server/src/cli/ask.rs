@@ -139,7 +139,8 @@ mod tests {
         let mut machine = Machine { name: Some("rack-1".into()), ..Machine::discovered(id, 1) };
         machine.state.kind = StateKind::Healthy;
         let (acceptance, via) = (release("acceptance/1"), Via::Cold);
-        machine.assigned = Some(Assigned { release: acceptance, sequence: 2, via, order: None, rebuild: 0 });
+        machine.assigned =
+            Some(Assigned { release: acceptance, sequence: 2, via, auto: false, order: None, rebuild: 0 });
         change(&mut machine);
         MachineView::of(&machine)
     }

@@ -6,7 +6,7 @@ use super::output::{now_ms, pretty, print, segment};
 use super::show::{line, list, mebibytes, show};
 use super::table::table;
 use super::{Assign, At, Machine, order};
-use crate::view::{MachineView, ReleaseView};
+use crate::view::{ClassView, MachineView, ReleaseView};
 use reqwest::Method;
 use serde_json::json;
 
@@ -80,10 +80,35 @@ pub(super) async fn assign(assign: &Assign) -> Result<(), CliError> {
     let path = format!("machines/{}/assignment", segment(&assign.machine));
     let body = json!({ "image": assign.release.image, "release": assign.release.release, "via": assign.via });
     let machine: MachineView = Client::new(&assign.at)?.change(Method::PUT, &path, &body).await?;
-    let (sequence, via) = machine.assigned.map_or((0, assign.via), |a| (a.sequence, a.via));
+    let (sequence, via) = machine.assigned.map_or((0, assign.via), |a| (a.sequence, a.via.into()));
     let why = if via == assign.via { String::new() } else { format!(": {}", machine.reason) };
     let text = format!("{} shall run {} (sequence {sequence}), by {via}{why}\n", machine.name, assign.release);
     print(&text)
+}
+
+pub(super) async fn classes(at: &At, json: bool) -> Result<(), CliError> {
+    let classes: Vec<ClassView> = Client::new(at)?.get("classes").await?;
+    print(&if json { pretty(&classes)? } else { class_table(&classes) })
+}
+
+/// A line for each release of each class.
+fn class_table(classes: &[ClassView]) -> String {
+    let mut rows = Vec::new();
+    for class in classes {
+        let row = |release: String, cold: &str, kexec: &str| {
+            let machines = class.machines.to_string();
+            vec![class.model.clone(), class.firmware.clone(), machines, release, cold.to_owned(), kexec.to_owned()]
+        };
+        let word = |shown| if shown { "came up" } else { "not yet" };
+        if class.releases.is_empty() {
+            rows.push(row("-".to_owned(), "-", "-"));
+        }
+        rows.extend(class.releases.iter().map(|r| {
+            let release = format!("{}/{}", r.image, r.release);
+            row(release, word(r.cold), word(r.kexec))
+        }));
+    }
+    table(&["MODEL", "FIRMWARE", "MACHINES", "RELEASE", "COLD", "KEXEC"], &rows)
 }
 
 pub(super) async fn releases(at: &At, json: bool) -> Result<(), CliError> {

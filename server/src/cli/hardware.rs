@@ -55,7 +55,9 @@ fn shown(view: &HardwareView, now_ms: i64) -> String {
         let neighbour = n.neighbour.as_ref().map_or(String::new(), |n| format!(", at {}", n.place()));
         row("nic", &n.name, format!("{} {} {link}{}{neighbour}", n.mac, n.driver, firmware(&n.firmware)));
     }
-    row("bmc", "", if i.bmc.present { format!("{} {}", i.bmc.address, i.bmc.firmware) } else { i.bmc.note.clone() });
+    // Without an address: why.
+    let bmc = if i.bmc.address.is_empty() { &i.bmc.note } else { &i.bmc.address };
+    row("bmc", "", format!("{bmc}{}", firmware(&i.bmc.firmware)));
     row("tpm", "", i.tpm.as_ref().map_or("none".to_owned(), |tpm| format!("version {}", tpm.version)));
     for u in &i.unread {
         row("unread", &u.section, u.reason.clone());

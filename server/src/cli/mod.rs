@@ -26,7 +26,8 @@ use crate::serve::{LogFormat, ServeOptions};
 use clap::{Args, Parser, Subcommand};
 use error::CliError;
 use jiff::SignedDuration;
-use kiln_protocol::{ImageName, ReleaseId, Via};
+use kiln_fleet::Route;
+use kiln_protocol::{ImageName, ReleaseId};
 pub(crate) use output::tame;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -59,6 +60,14 @@ enum Command {
     /// List, show, watch, approve machines
     #[command(subcommand)]
     Machine(Machine),
+    /// Hardware classes, and how releases came up on them
+    Classes {
+        #[command(flatten)]
+        at: At,
+        /// JSON instead of a table
+        #[arg(long)]
+        json: bool,
+    },
     /// The list of machines that shall come up, and in what those that came differ from it
     #[command(subcommand)]
     Expected(expected::Expected),
@@ -342,9 +351,10 @@ struct Assign {
     machine: String,
     /// IMAGE/NUMBER, as minimal/2
     release: ReleaseId,
-    /// How it leaves the running release: kexec or cold
+    /// How it leaves the running release: kexec, cold, or auto: by kexec where its hardware class has come up on the release
+    /// both ways
     #[arg(long, default_value = "kexec")]
-    via: Via,
+    via: Route,
     /// An operator's key, for a release of another class than normal: the order is signed and submitted in one step. May
     /// be given more than once
     #[arg(long)]
@@ -386,6 +396,7 @@ fn run(cli: Cli) -> Result<(), CliError> {
         Command::Pending(pending) => runtime()?.block_on(people::pending(pending)),
         Command::Audit(command) => runtime()?.block_on(audit::audit(command)),
         Command::Machine(machine) => runtime()?.block_on(fleet::machine(machine)),
+        Command::Classes { at, json } => runtime()?.block_on(fleet::classes(&at, json)),
         Command::Expected(command) => runtime()?.block_on(expected::run(command)),
         Command::Assign(assign) => runtime()?.block_on(fleet::assign(&assign)),
     }

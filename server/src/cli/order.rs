@@ -101,9 +101,9 @@ pub(super) struct Signing {
     /// An operator's key; may be given more than once
     #[arg(long, required = true)]
     key: Vec<PathBuf>,
-    /// How long it holds, as 4h or 2d
-    #[arg(long, default_value = "24h", value_parser = site::grace)]
-    expires: SignedDuration,
+    /// How long it holds, as 4h or 2d; default: 24h, but 1h for a wipe of a machine that is named by ID alone
+    #[arg(long, value_parser = site::grace)]
+    expires: Option<SignedDuration>,
     /// The file to write
     #[arg(long)]
     out: PathBuf,
@@ -142,9 +142,9 @@ pub(super) struct Wipe {
     /// Write over every byte even where the disk erases itself
     #[arg(long)]
     overwrite: bool,
-    /// How long the order holds, as 4h or 2d
-    #[arg(long, default_value = "24h", value_parser = site::grace)]
-    expires: SignedDuration,
+    /// How long the order holds, as 4h or 2d; default: 24h, but 1h for a machine without a lasting key
+    #[arg(long, value_parser = site::grace)]
+    expires: Option<SignedDuration>,
     #[command(flatten)]
     at: At,
 }
@@ -210,8 +210,9 @@ pub(super) async fn assign(assign: &Assign) -> Result<(), CliError> {
     let published = releases.iter().find(|r| r.image == image.as_str() && r.release == release);
     let class = published.and_then(|r| r.class.parse().ok()).ok_or(CliError::NoRelease(assign.release.clone()))?;
     let machine = machine(&assign.at, &assign.machine).await?;
-    let text = sign(OrderAction::Assign { image, release, class }, vec![machine], &assign.order_key, assign.expires)?;
-    submit(&assign.at, &text, assign.via).await
+    let action = OrderAction::Assign { image, release, class };
+    let text = sign(action, vec![machine], &assign.order_key, Some(assign.expires))?;
+    submit(&assign.at, &text, assign.via.unproven()).await
 }
 
 pub(super) async fn receipt(at: &At, machine: &str, out: Option<&Path>) -> Result<(), CliError> {
@@ -269,6 +270,17 @@ fn wipe_of(all: bool, disks: Vec<String>, overwrite: bool) -> OrderAction {
     OrderAction::Wipe { disks: if all { Vec::new() } else { disks }, method }
 }
 
+/// How long an order holds if nobody says it. A machine without a lasting key forgets with each boot that it was wiped, and is
+/// wiped in every boot in which a server gives it the order until that expires.
+fn lasts(action: &OrderAction, machines: &[OrderedMachine]) -> SignedDuration {
+    match action {
+        OrderAction::Wipe { .. } if machines.iter().any(|machine| machine.key.is_none()) => {
+            SignedDuration::from_hours(1)
+        }
+        OrderAction::Wipe { .. } | OrderAction::Assign { .. } => SignedDuration::from_hours(24),
+    }
+}
+
 fn random<const N: usize>() -> Result<[u8; N], CliError> {
     let mut bytes = [0; N];
     let none = |_| CliError::Runtime(std::io::Error::other("the kernel gives no random numbers"));
@@ -280,8 +292,9 @@ fn sign(
     action: OrderAction,
     machines: Vec<OrderedMachine>,
     keys: &[PathBuf],
-    expires: SignedDuration,
+    expires: Option<SignedDuration>,
 ) -> Result<String, CliError> {
+    let holds = expires.unwrap_or_else(|| lasts(&action, &machines));
     let now = Timestamp::from_second(Timestamp::now().as_second()).unwrap_or_default();
     let order = Document {
         type_: ORDER_TYPE.into(),
@@ -290,7 +303,7 @@ fn sign(
         machines,
         action,
         issued: now,
-        expires: now.saturating_add(expires).unwrap_or(Timestamp::MAX),
+        expires: now.saturating_add(holds).unwrap_or(Timestamp::MAX),
     };
     let keys = keys.iter().map(|path| secret_key(path)).collect::<Result<Vec<_>, _>>()?;
     Ok(sign_envelope(&order, &keys.iter().collect::<Vec<_>>())?)

@@ -106,6 +106,15 @@ fn secrets(m: &MachineView) -> String {
     if held.is_empty() { "-".to_owned() } else { held.join(", ") }
 }
 
+fn certificate(m: &MachineView, now_ms: i64) -> String {
+    let Some(certificate) = &m.certificate else { return "-".to_owned() };
+    let words = format!("serial {}, over {}", certificate.serial, ahead(certificate.expires_ms, now_ms));
+    match &certificate.revoked {
+        None => words,
+        Some(why) => format!("{words}; revoked: {why}"),
+    }
+}
+
 /// What `kiln trust secureboot enroll --allow` takes.
 fn option_roms(m: &MachineView) -> String {
     match m.attestation.as_ref().and_then(|a| a.option_roms.as_deref()) {
@@ -145,8 +154,10 @@ pub(super) fn show(m: &MachineView, now_ms: i64) -> String {
         | kiln_protocol::RollbackMemory::File => r.to_string(),
     });
     let assigned = m.assigned.as_ref();
-    let assigned =
-        assigned.map_or_else(dash, |a| format!("{}/{} (sequence {}, by {})", a.image, a.release, a.sequence, a.via));
+    let assigned = assigned.map_or_else(dash, |a| {
+        let chosen = if a.auto { ", which the server chose" } else { "" };
+        format!("{}/{} (sequence {}, by {}{chosen})", a.image, a.release, a.sequence, a.via)
+    });
     let prefetch = m.prefetch.as_ref().map_or_else(dash, |p| {
         let how_far = match p.progress {
             _ if p.ready => "verified, ready to go".to_owned(),
@@ -180,6 +191,7 @@ pub(super) fn show(m: &MachineView, now_ms: i64) -> String {
         ("protection", m.protection_words.clone()),
         ("attestation", m.attestation.as_ref().map_or_else(dash, |a| format!("{}: {}", a.state, a.reason))),
         ("secrets", secrets(m)),
+        ("certificate", certificate(m, now_ms)),
         ("TPM", tpm(m)),
         ("option ROMs", option_roms(m)),
         ("identity", identity),
@@ -189,6 +201,7 @@ pub(super) fn show(m: &MachineView, now_ms: i64) -> String {
         ("rollback", memory),
         ("firmware", m.firmware.map_or_else(dash, |f| f.to_string())),
         ("hardware", format!("{}, serial {}", m.product, if m.serial.is_empty() { "-" } else { &m.serial })),
+        ("class", m.class.clone().unwrap_or_else(dash)),
         ("memory", format!("{:.0} MiB", mebibytes(m.memory_bytes))),
         ("agent", agent),
         ("macs", m.macs.join(", ")),
@@ -336,6 +349,7 @@ mod tests {
             last_good: None,
             needs: Vec::new(),
             firmware: Some(kiln_protocol::Firmware::Bios),
+            class: None,
             key: Some("ab".repeat(32).parse().unwrap()),
             other_key: None,
             other_keys: Vec::new(),
@@ -347,6 +361,12 @@ mod tests {
             protection: None,
             protection_words: "-".into(),
             secrets: kiln_protocol::SecretVersions::new(),
+            certificate: Some(crate::view::CertificateView {
+                serial: "4a".repeat(16),
+                issued_ms: 0,
+                expires_ms: 86_400_005,
+                revoked: Some("its machine is out of service".into()),
+            }),
             attestation: None,
             product: String::new(),
             serial: String::new(),
@@ -417,6 +437,8 @@ mod tests {
         assert!(text.contains(&format!("\nkey          {}\n", "ab".repeat(32))), "{text}");
         assert!(text.contains("\nprefetch     minimal/2: 12.0 of 33.0 MiB\n"), "{text}");
         assert!(text.contains("\nrebuild      due in 3 d\n"), "{text}");
+        let certificate = format!("serial {}, over in 24 h; revoked: its machine is out of service\n", "4a".repeat(16));
+        assert!(text.contains(&format!("\ncertificate  {certificate}")), "{text}");
         assert!(
             text.contains("\nagent        5.0 MiB of memory, 6.5 MiB at most, 1.2 s of processor time\n"),
             "{text}"

@@ -43,6 +43,8 @@ pub struct Config {
     pub page_url: Option<String>,
     /// Bytes that the machines' logs may take.
     pub logs_total: u64,
+    /// How long a machine's certificate holds, in milliseconds.
+    pub certificate_life: u64,
     /// How machines boot.
     pub boot: Boot,
     /// The fleet's limits.
@@ -276,6 +278,8 @@ max_per_address = 5
 shared = ["192.0.2.1"]
 [logs]
 total_mib = 512
+[certificates]
+life = "12h"
 [console]
 page_url = "https://kiln.example:8000/"
 [boot]
@@ -321,7 +325,7 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
         assert!(c.tftp_shared.contains("192.0.2.1".parse().unwrap()));
         assert_eq!(c.http_limits, expected);
         assert_eq!(c.agent_limits, http::Limits { max_per_address: 8000, ..usual });
-        assert_eq!(c.logs_total, 512 << 20);
+        assert_eq!((c.logs_total, c.certificate_life), (512 << 20, 12 * 3_600_000));
         assert_eq!(c.page_url.as_deref(), Some("https://kiln.example:8000"));
         assert_eq!((c.tftp_transfers, c.tftp_per_address), (50, 5));
         assert!(
@@ -349,6 +353,7 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
         let c = Config::default();
         assert_eq!((c.http.port(), c.agent_api.port(), c.tftp.port()), (8080, 8443, 69));
         assert_eq!((c.dhcp.mode, c.limits), (DhcpMode::Proxy, Limits::default()));
+        assert_eq!(c.certificate_life, 24 * 3_600_000);
         assert_eq!(c.roles.keys().collect::<Vec<_>>(), ["default"]);
     }
 
@@ -372,6 +377,8 @@ key = "ABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABABAB"
             ("[tftp]\nmax_transfers = 3\nmax_per_address = 4", "tftp.max_per_address"),
             ("[console]\npage_url = \"kiln.example\"", "console.page_url: \"kiln.example\""),
             ("[logs]\ntotal_mib = 3", "logs.total_mib: 3"),
+            ("[certificates]\nlife = \"59m\"", "certificates.life: \"59m\": from 1h to 30d"),
+            ("[certificates]\nlife = \"31d\"", "certificates.life: \"31d\": from 1h to 30d"),
             ("[fleet]\ntrial_attempts = 0", "fleet.trial_attempts"),
             ("[boot]\nuefi = \"grub\"", "unknown variant `grub`, expected one of `uki`, `ipxe`, `shim`"),
             ("[fleet]\nfirmware_patience = \"soon\"", "fleet.firmware_patience: \"soon\": expected a time"),

@@ -22,6 +22,7 @@ pub(super) struct Raw {
     dhcp: RawDhcp,
     tftp: RawTftp,
     logs: RawLogs,
+    certificates: RawCertificates,
     console: RawConsole,
     boot: RawBoot,
     fleet: RawFleet,
@@ -56,6 +57,12 @@ struct RawTftp {
 #[serde(deny_unknown_fields, default)]
 struct RawLogs {
     total_mib: Option<u64>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct RawCertificates {
+    life: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -224,6 +231,15 @@ fn age(text: &str) -> Result<u64, String> {
     let ms = time.ok_or_else(|| format!("{text:?}: expected a time in days or hours, as \"30d\" or \"12h\""))?;
     let within = (hours(1)..=hours(3650 * 24)).contains(&ms);
     if within { Ok(ms) } else { Err(format!("{text:?}: from 1h to 3650d")) }
+}
+
+/// The same of a certificate's life.
+fn life(text: &str) -> Result<u64, String> {
+    let hours = |n: u64| n * 3_600_000;
+    let time = super::span_ms(text);
+    let ms = time.ok_or_else(|| format!("{text:?}: expected a time in hours or days, as \"24h\" or \"7d\""))?;
+    let within = (hours(1)..=hours(30 * 24)).contains(&ms);
+    if within { Ok(ms) } else { Err(format!("{text:?}: from 1h to 30d")) }
 }
 
 impl RawListen {
@@ -429,6 +445,8 @@ impl TryFrom<Raw> for Config {
         if !(64..=1 << 20).contains(&total_mib) {
             return Err(bad("logs.total_mib", format!("{total_mib}: from 64 to 1048576")));
         }
+        let certificate_life = raw.certificates.life.as_deref().map_or(Ok(24 * 3_600_000), life);
+        let certificate_life = certificate_life.map_err(|e| bad("certificates.life", e))?;
         let page_url = match raw.console.page_url {
             Some(url) => {
                 let plain = url.bytes().all(|b| b.is_ascii_graphic()) && url.len() <= 60;
@@ -443,6 +461,7 @@ impl TryFrom<Raw> for Config {
         Ok(Self {
             page_url,
             logs_total: total_mib << 20,
+            certificate_life,
             http_limits: raw.http.limits("http")?,
             agent_limits: raw.agent_api.limits("agent_api")?,
             tftp_transfers,

@@ -139,6 +139,7 @@ impl Inner {
         self.names.forget(id);
         self.keys.forget(id);
         self.missing.forget(id);
+        self.classes.forget(id);
         self.attestations.forget(id);
         self.introductions.forget(id);
         self.seen.remove(id);

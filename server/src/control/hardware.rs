@@ -4,7 +4,7 @@
 use super::{Control, Pending, now_ms};
 use crate::error::ControlError;
 use crate::view::{HardwareEventView, HardwareView};
-use kiln_fleet::{Event, Hardware, Machine, StateKind};
+use kiln_fleet::{Event, Hardware, HardwareClass, Machine, StateKind};
 use kiln_protocol::{InventoryReport, KeyId, MachineId, printable};
 use tokio::sync::{Mutex, MutexGuard};
 
@@ -55,11 +55,17 @@ impl Control {
         if is_stranger && doc.len() > STRANGERS_LIMIT {
             return Err(ControlError::TooLongForAStranger { machine: id, got: doc.len(), limit: STRANGERS_LIMIT });
         }
+        let class = HardwareClass::of(&hardware.inventory);
         self.store.save_hardware(&id, doc).wait().await?;
         let pending = {
             let mut inner = self.lock();
             let mut pending = Pending::default();
             self.compare_again(&mut inner, &id);
+            // What cannot be read this time makes it no other machine.
+            let class = class.filter(|class| inner.machines.get(&id).is_some_and(|m| m.class.as_ref() != Some(class)));
+            if let Some(class) = class {
+                self.step(&mut inner, &id, Event::Classed(class), now, &mut pending)?;
+            }
             if !events.is_empty() && inner.machines.contains_key(&id) {
                 self.step(&mut inner, &id, Event::Hardware(events), now, &mut pending)?;
             }

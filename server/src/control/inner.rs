@@ -11,11 +11,26 @@ impl Inner {
         self.names.note(&machine.id, machine.name.as_ref());
         self.keys.note(&machine.id, machine.key.as_ref());
         self.missing.note(machine);
+        self.classes.note(machine);
         let Some(facts) = &machine.facts else { return };
         let machines = &self.machines;
         // A machine that a person knows keeps its address against one that only claims it.
         let known = |id: &MachineId| machines.get(id).is_some_and(|m| m.state.kind != StateKind::Discovered);
         self.macs.names(&machine.id, &facts.macs, known);
+    }
+
+    /// Tells the machines of a class what that has shown, where it is another than before. Whether it was.
+    pub(super) fn tell_classes(&mut self) -> bool {
+        let changed = self.classes.take_changed();
+        if changed.is_empty() {
+            return false;
+        }
+        for machine in self.machines.values_mut() {
+            if let Some(class) = machine.class.as_ref().filter(|class| changed.contains(*class)) {
+                machine.proofs = self.classes.proofs(class);
+            }
+        }
+        true
     }
 
     /// May this machine leave for what it is assigned? Only those that are missing are looked at.

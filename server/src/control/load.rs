@@ -1,8 +1,8 @@
 //! The fleet as the store holds it, at the server's start.
 
 use super::{
-    Control, Counts, Inner, Pending, attestation, crowd, expected, hardware, index, introductions, now_ms, positions,
-    releases, secrets,
+    Control, Counts, Inner, Pending, attestation, certificates, crowd, expected, hardware, index, introductions,
+    now_ms, positions, releases, secrets,
 };
 use crate::access::Access;
 use crate::catalog::Catalog;
@@ -11,7 +11,7 @@ use crate::error::{AccessError, CodeError, ControlError};
 use crate::logs::Logs;
 use crate::oidc::Provider;
 use crate::store::Store;
-use kiln_fleet::{Event, Machine};
+use kiln_fleet::{Classes, Event, Machine};
 use kiln_images::SiteDir;
 use kiln_protocol::{KeyId, MachineId};
 use kiln_release::Signer;
@@ -41,6 +41,7 @@ impl Control {
             names: index::Names::default(),
             keys: index::Keys::default(),
             missing: index::Missing::default(),
+            classes: Classes::default(),
             seen: BTreeMap::new(),
             order_texts: Self::load_orders(&store, now).await?,
             crowd: crowd::Crowd::new(now),
@@ -53,6 +54,7 @@ impl Control {
         };
         let access = Access::load(&store).await?;
         let secrets = Arc::new(secrets::Secrets::load(&store, site.online("secrets.key")).await?);
+        let certificates = certificates::Certificates::load(&store, &site).await?;
         let oidc = config.oidc.clone().map(Provider::new).transpose().map_err(AccessError::from)?;
         for (id, mut stored) in store.load().await? {
             furnish(&config, &access, &catalog, &mut stored.machine);
@@ -64,6 +66,7 @@ impl Control {
                 inner.envelopes.insert(id, envelope);
             }
         }
+        inner.tell_classes();
         let server_key = server_key(&site)?;
         let expected = expected::Expected::of(store.expected().await?);
         let logs = Arc::new(Logs::open(&site.path.join("state"), config.logs_total));
@@ -85,6 +88,7 @@ impl Control {
             expected,
             access,
             secrets,
+            certificates,
             oidc,
             held: AtomicUsize::new(0),
             counts: Counts::default(),

@@ -4,6 +4,8 @@
 //! the lock is given up, the commit awaited, and only after that anybody is answered or told.
 
 mod attestation;
+mod certificates;
+mod classes;
 mod crowd;
 mod dbx;
 mod director;
@@ -48,7 +50,7 @@ use crate::logs::Logs;
 use crate::oidc::Provider;
 use crate::store::{Commit, Envelope, Store, Whole};
 use crate::view::MachineView;
-use kiln_fleet::{Action, Event, LIVE_MS, Machine, Millis, StateKind};
+use kiln_fleet::{Action, Classes, Event, LIVE_MS, Machine, Millis, StateKind};
 use kiln_images::SiteDir;
 use kiln_protocol::{KeyId, MachineId, StageState};
 use kiln_release::Signer;
@@ -80,6 +82,7 @@ pub(crate) struct Inner {
     names: index::Names,
     keys: index::Keys,
     missing: index::Missing,
+    classes: Classes,
     /// Last-seen times that are not stored yet.
     seen: BTreeMap<MachineId, Millis>,
     /// Texts of the operators' orders in force.
@@ -151,6 +154,7 @@ pub struct Control {
     /// People and programs. Locked after the fleet, where both are.
     pub access: Access,
     secrets: Arc<secrets::Secrets>,
+    certificates: certificates::Certificates,
     /// The identity provider, if there is one.
     pub(crate) oidc: Option<Provider>,
     /// Held reports.
@@ -209,7 +213,9 @@ impl Control {
     pub fn view(&self, name: &str) -> Result<MachineView, ControlError> {
         let inner = self.look();
         let id = inner.resolve(name)?;
-        inner.machines.get(&id).map(MachineView::of).ok_or_else(|| ControlError::NoSuchMachine(name.to_owned()))
+        let view = inner.machines.get(&id).map(MachineView::of);
+        let view = view.ok_or_else(|| ControlError::NoSuchMachine(name.to_owned()))?;
+        Ok(MachineView { certificate: self.certificate_view(&id), ..view })
     }
 
     /// Resolves when the server is to end.
@@ -248,6 +254,7 @@ impl Control {
             }
         }
         self.finish(pending).await?;
+        self.finish(self.prune_certificates(now_ms())).await?;
         // Of whom nobody waited for.
         self.restore().await;
         Ok(())
@@ -312,10 +319,15 @@ impl Control {
         if !held && machine.state.kind == StateKind::Quarantined {
             self.audit(pending, &machine, "kiln", format!("quarantined: {}", machine.state.reason));
         }
+        self.end_certificates(&machine, now, pending);
         let title = machine.title().to_owned();
         inner.index(&machine);
+        if let Some(class) = &machine.class {
+            machine.proofs = inner.classes.proofs(class);
+        }
         self.compare_soon(inner);
         inner.machines.insert(id.clone(), machine);
+        pending.wake |= inner.tell_classes();
         let mut save = false;
         for action in actions {
             match action {

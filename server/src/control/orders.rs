@@ -1,21 +1,25 @@
 //! What a person orders. Each order is in the audit log before it is answered.
 
 use super::{Control, Inner, Pending, now_ms};
+use crate::access::Caller;
+use crate::access::calls::Call;
 use crate::config::is_name;
 use crate::error::{AccessError, ControlError};
-use kiln_fleet::{Event, Replacement};
-use kiln_protocol::{KeyId, KeyStorage, MachineId, ReleaseId, Via};
+use kiln_fleet::access::AccessRole;
+use kiln_fleet::{Event, Machine, Replacement, Route, StateKind};
+use kiln_protocol::{KeyId, KeyStorage, MachineId, ReleaseId};
 
 impl Control {
     /// Says what a machine is for. Without a name it keeps the one it has, or gets one from its id. With the code that
-    /// somebody read from its screen, only if that is the code of the key that is approved.
+    /// somebody read from its screen, only if that is the code of the key that is approved. What was placed before is moved
+    /// or brought back by an operator only.
     pub async fn approve(
         &self,
         machine: &str,
         name: Option<&str>,
         role: &str,
         code: Option<&str>,
-        by: &str,
+        by: &Caller,
     ) -> Result<(), ControlError> {
         self.look_again().await;
         let catalog = self.catalog();
@@ -27,6 +31,7 @@ impl Control {
         let pending = {
             let mut inner = self.lock();
             let id = inner.resolve(machine)?;
+            inner.check_approver(&id, by)?;
             let free = |name: &String| inner.names.find(name).is_none();
             let known = inner.machines.get(&id).and_then(|m| m.name.clone().or(m.former_name.clone().filter(free)));
             let facts = inner.machines.get(&id).and_then(|m| m.facts.as_ref());
@@ -40,7 +45,10 @@ impl Control {
                 return Err(ControlError::NameTaken(name));
             }
             self.check_fits(&inner, &id, &release)?;
-            self.check_role(role, &release)?;
+            // In service it keeps its release, also where the newest is another.
+            let keeps = inner.machines.get(&id).filter(|m| m.state.kind.in_fleet()).and_then(|m| m.assigned.as_ref());
+            let keeps = keeps.map(|assigned| &assigned.release).filter(|keeps| keeps.image == release.image);
+            self.check_role(role, keeps.unwrap_or(&release))?;
             if let Some(code) = code {
                 inner.check_code(&id, code, now_ms())?;
             }
@@ -50,7 +58,7 @@ impl Control {
             let event = Event::Approve { name, role: role.to_owned(), release };
             self.step(&mut inner, &id, event, now_ms(), &mut pending)?;
             if let Some(m) = inner.machines.get(&id) {
-                self.audit(&mut pending, m, by, what);
+                self.audit(&mut pending, m, &by.who(), what);
             }
             pending
         };
@@ -58,7 +66,14 @@ impl Control {
     }
 
     /// Assigns a release.
-    pub async fn assign(&self, machine: &str, release: &ReleaseId, via: Via, by: &str) -> Result<(), ControlError> {
+    pub async fn assign(
+        &self,
+        machine: &str,
+        release: &ReleaseId,
+        via: impl Into<Route>,
+        by: &str,
+    ) -> Result<(), ControlError> {
+        let via: Route = via.into();
         // Also for a release that is known: it may have been pruned since the last look.
         self.look_again().await;
         let catalog = self.catalog();
@@ -79,7 +94,7 @@ impl Control {
                 m.check_assign(release)?;
                 if let Some(current) = m.current()
                     && current.image != release.image
-                    && via == Via::Kexec
+                    && via == Route::Kexec
                     // The way home from what an operator ordered needs no firmware.
                     && m.assigned.as_ref().is_none_or(|a| a.order.is_none())
                 {
@@ -250,5 +265,41 @@ impl Control {
             return Err(ControlError::ForgetsKey { machine: title(), release: release.clone() });
         }
         Ok(())
+    }
+}
+
+impl Inner {
+    /// The least access role that makes this call of this machine.
+    pub(super) fn least(&self, call: &Call, id: &MachineId) -> AccessRole {
+        if call.action == "approve" { call.least.max(self.approver(id)) } else { call.least }
+    }
+
+    /// The least access role that approves this machine. One that was placed before has a role, and with it secrets for whoever
+    /// is root there, and rules: only who may say what machines run gives it others, or brings it back.
+    fn approver(&self, id: &MachineId) -> AccessRole {
+        match self.machines.get(id) {
+            Some(machine) if machine.state.kind != StateKind::Discovered => AccessRole::Operator,
+            Some(_) | None => AccessRole::Technician,
+        }
+    }
+
+    /// Refuses who may not approve it, by what it is now: it may have been placed since somebody asked for a second person.
+    pub(super) fn check_approver(&self, id: &MachineId, by: &Caller) -> Result<(), AccessError> {
+        let (has, needs) = (by.role.unwrap_or(AccessRole::Viewer), self.approver(id));
+        match self.machines.get(id) {
+            Some(machine) if has < needs => Err(placed_before(machine, by, has, needs)),
+            Some(_) | None => Ok(()),
+        }
+    }
+}
+
+fn placed_before(machine: &Machine, by: &Caller, has: AccessRole, needs: AccessRole) -> AccessError {
+    AccessError::PlacedBefore {
+        machine: machine.title().to_owned(),
+        state: machine.state.kind,
+        role: machine.role.clone().unwrap_or_else(|| "none".to_owned()),
+        who: by.name.clone(),
+        has,
+        needs,
     }
 }

@@ -190,7 +190,7 @@ impl Control {
         let now = now_ms();
         let (mut token, text) = Token::make(name, role, &by.name, now, lifetime)?;
         token.second.clone_from(&by.second);
-        let commit = {
+        let (commit, forgotten) = {
             let mut known = self.access.lock();
             token.behind = behind(&by.name, &known.tokens);
             match &by.second {
@@ -200,22 +200,24 @@ impl Control {
             if known.tokens.values().any(|t| t.name == name && t.holds(now).is_ok()) {
                 return Err(AccessError::TokenTaken(name.to_owned()).into());
             }
-            let mut gone = Vec::new();
+            let put = vec![(token.note(), json(&token)?)];
+            let mut forgotten = None;
             if known.tokens.len() >= crate::access::MAX_TOKENS {
                 let over = known.tokens.values().filter(|t| t.holds(now).is_err()).min_by_key(|t| t.made);
-                let over = over.ok_or(AccessError::TooManyTokens { limit: crate::access::MAX_TOKENS })?;
-                let (id, note) = (over.id.clone(), over.note());
-                known.tokens.remove(&id);
-                gone.push(note);
+                let over = over.ok_or(AccessError::TooManyTokens { limit: crate::access::MAX_TOKENS })?.id.clone();
+                forgotten = known.tokens.remove(&over);
             }
+            let gone = forgotten.iter().map(Token::note).collect();
             let days = lifetime / (24 * 3_600_000);
             let what = format!("made token {name} with the access role {role}, for {days} days");
-            let put = vec![(token.note(), json(&token)?)];
             known.tokens.insert(token.id.clone(), token.clone());
-            self.store.change_told(put, gone, Line::done(now, &by.who(), "", what))
+            (self.store.change_told(put, gone, Line::done(now, &by.who(), "", what)), forgotten)
         };
         if let Err(error) = commit.wait().await {
-            self.token_as_stored(&token).await;
+            // Neither is it made, nor is the one that made room for it forgotten.
+            for token in [&token].into_iter().chain(&forgotten) {
+                self.token_as_stored(token).await;
+            }
             return Err(error.into());
         }
         Ok((TokenView::of(&token, now), text))
@@ -302,6 +304,7 @@ impl Control {
             inner.envelopes.remove(&id);
             self.save(&inner, &id, &mut pending)?;
             if let Some(machine) = inner.machines.get(&id) {
+                self.end_certificates(machine, now_ms(), &mut pending);
                 self.audit(&mut pending, machine, by, format!("revoked the identity key {key}"));
             }
             (pending, id, key)

@@ -2,9 +2,11 @@
 
 use super::second::{Asked, MACHINES};
 use super::{Control, Inner};
+use crate::access::Caller;
 use crate::error::{AccessError, ControlError};
 use axum::extract::Query;
 use axum::http::Uri;
+use kiln_fleet::access::AccessRole;
 use kiln_protocol::{KeyId, MachineId};
 use reqwest::Url;
 
@@ -17,18 +19,24 @@ pub(super) struct Pinned {
     pub(super) named: Vec<(String, MachineId)>,
     /// The key that becomes the machine's, whole.
     pub(super) key: Option<KeyId>,
+    /// The access role that both need.
+    pub(super) least: AccessRole,
 }
 
 impl Control {
     /// The call, with ids in the place of names; and that it could be done now: nobody confirms what cannot be.
-    pub(super) fn pinned(&self, asked: &Asked<'_>) -> Result<Pinned, ControlError> {
+    pub(super) fn pinned(&self, by: &Caller, asked: &Asked<'_>) -> Result<Pinned, ControlError> {
         let inner = self.lock();
         let mut named = Vec::new();
         let mut path = pinned_query(&inner, asked.path, &mut named)?;
-        let mut old = None;
+        let (mut old, mut least) = (None, asked.call.least);
         if let Some(name) = asked.machine {
             let id = inner.resolve(name)?;
             path = path.replacen(&format!("{MACHINES}{name}/"), &format!("{MACHINES}{id}/"), 1);
+            if asked.call.action == "approve" {
+                inner.check_approver(&id, by)?;
+            }
+            least = inner.least(asked.call, &id);
             old = Some(id);
         }
         let (mut body, mut key) = (asked.body.to_owned(), None);
@@ -43,7 +51,7 @@ impl Control {
             body = pinned;
             key = Some(meant);
         }
-        Ok(Pinned { path, body, named, key })
+        Ok(Pinned { path, body, named, key, least })
     }
 
     /// `kiln machine clear --key` says in its body by its beginning which key is meant: another may begin so when it is done.

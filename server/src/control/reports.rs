@@ -73,7 +73,8 @@ impl Control {
             pending.commits.extend(rests);
             let wanted = wanted.with_order(order);
             let word = self.secrets_word(&id, &key).filter(|_| !self.access.is_revoked(&key));
-            let wanted = Wanted { attest: self.wants_proof(&id, &key), ..wanted.with_secrets(word) };
+            let (attest, certify) = (self.wants_proof(&id, &key), self.certify_word(&id, &key));
+            let wanted = Wanted { attest, certify, ..wanted.with_secrets(word) };
             self.finish(pending).await?;
             let may_wait = self.held.load(Ordering::Relaxed) < MAX_HELD;
             let again_ms = match (wait_s > 0 && may_wait, wanted.busy) {
@@ -345,8 +346,8 @@ impl Control {
             None => None,
         };
         let desired = Desired { etag: wanted.etag, decision, order };
-        let Wanted { thresholds, dbx, attest, secrets, .. } = wanted;
-        Ok(Reply { desired, again_ms, may_wait, about: None, thresholds, dbx, attest, secrets })
+        let Wanted { thresholds, dbx, attest, secrets, certify, .. } = wanted;
+        Ok(Reply { desired, again_ms, may_wait, about: None, thresholds, dbx, attest, secrets, certify })
     }
 }
 
@@ -364,6 +365,8 @@ struct Wanted {
     attest: bool,
     /// What becomes of its secrets.
     secrets: Option<SecretsWord>,
+    /// It may have a certificate, and none holds.
+    certify: bool,
     what: What,
     /// An operator's order that goes with it.
     order: Option<String>,
@@ -379,7 +382,7 @@ impl Wanted {
         let etag = hex::sha256(reason.as_bytes())[..16].to_owned();
         let thresholds = BTreeMap::new();
         let what = What::Wait(reason);
-        Self { etag, busy, thresholds, dbx: None, attest: false, secrets: None, what, order: None }
+        Self { etag, busy, thresholds, dbx: None, attest: false, secrets: None, certify: false, what, order: None }
     }
 
     fn run(envelope: Envelope, via: Via, grant: Grant, busy: bool) -> Self {
@@ -388,7 +391,7 @@ impl Wanted {
         let what = What::Run { envelope, via, grant };
         let etag = hex::sha256(&identity)[..16].to_owned();
         let thresholds = BTreeMap::new();
-        Self { etag, busy, thresholds, dbx: None, attest: false, secrets: None, what, order: None }
+        Self { etag, busy, thresholds, dbx: None, attest: false, secrets: None, certify: false, what, order: None }
     }
 
     /// A held report ends when there are secrets for the machine.

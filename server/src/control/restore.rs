@@ -52,6 +52,9 @@ impl Control {
                 furnish(&self.config, &self.access, &self.catalog(), &mut machine);
                 self.config.rule(&mut machine);
                 inner.index(&machine);
+                if let Some(class) = &machine.class {
+                    machine.proofs = inner.classes.proofs(class);
+                }
                 inner.comparing.again(id);
                 match envelope {
                     Some(envelope) => drop(inner.envelopes.insert(id.clone(), envelope)),
@@ -59,6 +62,7 @@ impl Control {
                 }
                 let view = Arc::new(MachineView::of(&machine));
                 inner.machines.insert(id.clone(), machine);
+                inner.tell_classes();
                 Some(view)
             }
             None => {

@@ -43,7 +43,7 @@ impl Control {
         let access = &self.config.access;
         access.four_eyes.contains(action)
             || (action == "token" && access.four_eyes.contains("admin-token"))
-            || (action == "assign" && access.assign_alone.is_some())
+            || (matches!(action, "assign" | "approve") && access.assign_alone.is_some())
     }
 
     /// Whether a call needs a second person: its kind does, or so many machines in an hour.
@@ -59,8 +59,17 @@ impl Control {
             return body.is_some_and(|body| body["role"] == AccessRole::Admin.as_str());
         }
         match (action, access.assign_alone, asked.machine) {
-            ("assign", Some(limit), Some(machine)) => {
-                let id = self.look().resolve(machine).map_or_else(|_| machine.to_owned(), |id| id.to_string());
+            ("assign" | "approve", Some(limit), Some(machine)) => {
+                let (id, least) = {
+                    let inner = self.look();
+                    let id = inner.resolve(machine).ok();
+                    let least = id.as_ref().map_or(asked.call.least, |id| inner.least(asked.call, id));
+                    (id.map_or_else(|| machine.to_owned(), |id| id.to_string()), least)
+                };
+                // Placing new machines is a technician's work, any number of them; and what the call refuses spends nobody's share.
+                if least < AccessRole::Operator || caller.role.is_none_or(|has| has < least) {
+                    return false;
+                }
                 let mut known = self.access.lock();
                 let who = alone(&caller.name, &known.tokens);
                 !known.spree.take(&caller.name, &who, &id, limit, now_ms())
@@ -81,7 +90,7 @@ impl Control {
     pub(crate) async fn propose(&self, caller: &Caller, asked: &Asked<'_>) -> Result<PendingView, ControlError> {
         let now = now_ms();
         let Asked { call, machine, content_type, body, .. } = asked;
-        let Pinned { path, body: pinned, named, key } = self.pinned(asked)?;
+        let Pinned { path, body: pinned, named, key, least } = self.pinned(caller, asked)?;
         let title = machine.map_or_else(String::new, |m| format!(" {m}"));
         let mut what = format!("{}{title}: {}", call.action, printable(cut_at(body, SHOWN)));
         if path.contains('?') {
@@ -123,7 +132,7 @@ impl Control {
             };
             let kept = Kept {
                 proposal,
-                least: call.least,
+                least,
                 token,
                 asker,
                 method: call.method.to_owned(),
@@ -165,7 +174,7 @@ impl Control {
     /// A second person's word. `Ok`: the call is closed, and the one who gets it does it, once.
     pub(crate) async fn confirm(&self, id: &str, by: &Caller) -> Result<(Kept, Caller), ControlError> {
         let now = now_ms();
-        let (kept, commits) = {
+        let (kept, role, commits) = {
             let mut known = self.access.lock();
             let known = &mut *known;
             let kept = known.proposals.get(id).ok_or_else(|| AccessError::NoSuchProposal(cut_at(id, 64).to_owned()))?;
@@ -173,9 +182,7 @@ impl Control {
             if has < kept.least {
                 return Err(AccessError::TooLow { who: by.name.clone(), has, needs: kept.least }.into());
             }
-            if let Some(reason) = self.may_not_ask(kept, known, now) {
-                return Err(AccessError::ProposerGone { reason }.into());
-            }
+            let asks = self.asks_as(kept, known, now).map_err(|reason| AccessError::ProposerGone { reason })?;
             let event = ProposalEvent::Confirm {
                 by: by.name.clone(),
                 behind: behind(&by.name, &known.tokens),
@@ -189,7 +196,7 @@ impl Control {
                 self.store.audit(Line::done(now, &by.who(), "", what)),
             ];
             known.proposals.insert(id.to_owned(), kept.clone());
-            (kept, commits)
+            (kept, has.min(asks), commits)
         };
         // Closed on the disk before anything is done: after a crash it is not done a second time.
         for commit in commits {
@@ -197,7 +204,8 @@ impl Control {
         }
         let caller = Caller {
             name: kept.proposal.by.clone(),
-            role: by.role,
+            // What the call itself looks at, both must have.
+            role: Some(role),
             origin: by.origin.clone(),
             credential: Credential::None,
             second: Some(by.name.clone()),
@@ -205,20 +213,19 @@ impl Control {
         Ok((kept, caller))
     }
 
-    /// Why whoever asked may not ask for it any more, by what is known of that one now.
-    fn may_not_ask(&self, kept: &Kept, known: &Known, now: Millis) -> Option<String> {
-        let too_low = |role: AccessRole| (role < kept.least).then(|| format!("its access role is {role} now"));
-        if let Some(token) = &kept.token {
-            return match known.tokens.get(token) {
-                Some(token) => token.holds(now).err().map(|e| e.to_string()).or_else(|| too_low(token.role)),
-                None => Some("its token is gone".to_owned()),
-            };
-        }
-        if !kept.proposal.by.starts_with(OIDC) {
-            return None;
-        }
-        let role = kept.asker.as_ref().and_then(|asker| self.oidc_role(&asker.groups, &asker.mapping));
-        role.map_or_else(|| Some("its groups give it no access role any more".to_owned()), too_low)
+    /// As what whoever asked for it asks, by what is known of that one now; or why it may not any more.
+    fn asks_as(&self, kept: &Kept, known: &Known, now: Millis) -> Result<AccessRole, String> {
+        let role = if let Some(token) = &kept.token {
+            let token = known.tokens.get(token).ok_or_else(|| "its token is gone".to_owned())?;
+            token.holds(now).map_err(|e| e.to_string())?;
+            token.role
+        } else if kept.proposal.by.starts_with(OIDC) {
+            let role = kept.asker.as_ref().and_then(|asker| self.oidc_role(&asker.groups, &asker.mapping));
+            role.ok_or_else(|| "its groups give it no access role any more".to_owned())?
+        } else {
+            AccessRole::Admin // a user of this host
+        };
+        if role < kept.least { Err(format!("its access role is {role} now")) } else { Ok(role) }
     }
 
     /// The identity provider says anew in which groups somebody is: what that one asked for rests on these from now on, and

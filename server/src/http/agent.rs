@@ -12,8 +12,8 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Json, Router};
 use kiln_protocol::{
-    ATTESTATION_PATH, INTRODUCTION_PATH, INVENTORY_LIMIT, INVENTORY_PATH, InventoryReport, LOG_PATH, RECEIPT_PATH,
-    REPORT_PATH, Report,
+    ATTESTATION_PATH, CERTIFICATE_PATH, INTRODUCTION_PATH, INVENTORY_LIMIT, INVENTORY_PATH, InventoryReport, LOG_PATH,
+    RECEIPT_PATH, REPORT_PATH, Report,
 };
 
 /// Longest report.
@@ -26,6 +26,7 @@ pub fn router(app: App) -> Router {
         .route(LOG_PATH, post(super::agent_log::log))
         .route(INTRODUCTION_PATH, post(super::agent_introduction::introduction))
         .route(ATTESTATION_PATH, post(super::agent_attestation::attestation))
+        .route(CERTIFICATE_PATH, post(super::agent_certificate::certificate))
         .route(RECEIPT_PATH, post(receipt))
         .route(INVENTORY_PATH, post(inventory))
         .with_state(app)

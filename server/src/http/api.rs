@@ -4,9 +4,10 @@ use super::authorize::{Failure, caller};
 use super::{App, Peer};
 use crate::control::{LogQuery, Told, now_ms};
 use crate::error::{
-    AccessError, AttestationError, CodeError, ControlError, ExpectedError, LogError, SecretError, StoreError,
+    AccessError, AttestationError, CertificateError, CodeError, ControlError, ExpectedError, LogError, SecretError,
+    StoreError,
 };
-use crate::view::{HardwareView, LogView, MachineView, OrderView, ReceiptView};
+use crate::view::{ClassView, HardwareView, LogView, MachineView, OrderView, ReceiptView};
 use axum::body::Bytes;
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Extension, Path, Query, State};
@@ -16,7 +17,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use futures_util::stream::{self, Stream};
-use kiln_fleet::Refusal;
+use kiln_fleet::{Refusal, Route};
 use kiln_protocol::{ImageName, ReleaseId, Via};
 use serde::Deserialize;
 use serde_json::json;
@@ -33,8 +34,13 @@ pub(super) fn reads() -> Router<App> {
         .route("/api/v1/machines/{machine}/receipts", get(receipts))
         .route("/api/v1/machines/{machine}/log", get(log))
         .route("/api/v1/machines/{machine}/inventory", get(inventory))
+        .route("/api/v1/classes", get(classes))
         .route("/api/v1/status", get(status))
         .route("/api/v1/events", get(events))
+}
+
+async fn classes(State(app): State<App>) -> Json<Vec<ClassView>> {
+    Json(app.control.classes())
 }
 
 /// What changes something, and what only those who may order read.
@@ -106,6 +112,7 @@ impl From<ControlError> for ApiError {
             ControlError::Expected(e) => expected_status(e),
             ControlError::Attestation(e) => attestation_status(e),
             ControlError::Secret(e) => secret_status(e),
+            ControlError::Certificate(e) => certificate_status(e),
             ControlError::NotItsKey(_) => StatusCode::FORBIDDEN,
             ControlError::TooLongForAStranger { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ControlError::TooManyUnknown | ControlError::TooManyOrders { .. } => StatusCode::TOO_MANY_REQUESTS,
@@ -155,6 +162,19 @@ fn secret_status(e: &SecretError) -> StatusCode {
         | SecretError::KeyMissing(_)
         | SecretError::Unsealing { .. }
         | SecretError::Sealing => StatusCode::INTERNAL_SERVER_ERROR,
+    }
+}
+
+fn certificate_status(e: &CertificateError) -> StatusCode {
+    match e {
+        CertificateError::PublicKey | CertificateError::Possession => StatusCode::UNPROCESSABLE_ENTITY,
+        CertificateError::NotReported | CertificateError::Refused(_) => StatusCode::CONFLICT,
+        CertificateError::TooMany { .. } => StatusCode::TOO_MANY_REQUESTS,
+        CertificateError::NoneWanted => StatusCode::NOT_FOUND,
+        CertificateError::File { .. }
+        | CertificateError::Form(_)
+        | CertificateError::KeyMissing(_)
+        | CertificateError::Signing => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 
@@ -346,7 +366,7 @@ async fn approve(
 ) -> Result<Json<MachineView>, ApiError> {
     let Json(order) = body?;
     let id = app.control.view(&machine)?.id;
-    app.control.approve(id.as_str(), order.name.as_deref(), &order.role, order.code.as_deref(), &who(&peer)).await?;
+    app.control.approve(id.as_str(), order.name.as_deref(), &order.role, order.code.as_deref(), &caller(&peer)).await?;
     Ok(Json(app.control.view(id.as_str())?))
 }
 
@@ -355,7 +375,7 @@ async fn approve(
 struct Assign {
     image: ImageName,
     release: u64,
-    via: Via,
+    via: Route,
 }
 
 async fn assign(

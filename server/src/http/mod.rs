@@ -4,6 +4,7 @@
 mod agent;
 mod agent_attestation;
 mod agent_body;
+mod agent_certificate;
 mod agent_introduction;
 mod agent_log;
 mod api;
@@ -19,6 +20,7 @@ mod people;
 pub(crate) mod releases;
 mod script;
 mod secrets;
+mod site;
 pub mod tls;
 
 pub use agent::router as agent_router;
@@ -67,6 +69,7 @@ pub fn public_router(app: App) -> Router {
         .route("/people.js", get(page))
         .route("/style.css", get(page))
         .route("/boot.ipxe", get(script::script))
+        .merge(site::router())
         .merge(operator_api(&app))
         .fallback(files::serve)
         .with_state(app)

@@ -168,6 +168,7 @@ pub(super) fn status_of(e: &AccessError) -> StatusCode {
         AccessError::Unlisted { .. }
         | AccessError::Nobody { .. }
         | AccessError::TooLow { .. }
+        | AccessError::PlacedBefore { .. }
         | AccessError::InTheClear
         | AccessError::ProposerGone { .. }
         | AccessError::Forged

@@ -1,9 +1,11 @@
 //! What the operator API says of machines and releases: the one shape that CLI, web page and lab read.
 //! Times are on the server's clock, unix milliseconds.
 
+mod classes;
 mod people;
 mod protection;
 
+pub use classes::{ClassReleaseView, ClassView};
 pub use people::{PendingView, TokenView};
 pub use protection::protection_words;
 
@@ -83,6 +85,9 @@ pub struct MachineView {
     pub needs: Vec<ReleaseId>,
     /// How it boots.
     pub firmware: Option<Firmware>,
+    /// Its hardware class: model and firmware version.
+    #[serde(default)]
+    pub class: Option<String>,
     /// Its identity key: SHA-256 of the public key's SPKI, as `key` in kiln.toml takes it.
     #[serde(default)]
     pub key: Option<KeyId>,
@@ -113,6 +118,9 @@ pub struct MachineView {
     /// The secrets that it holds, by their versions.
     #[serde(default)]
     pub secrets: SecretVersions,
+    /// The newest certificate that it was issued, until that is over; only where one machine is asked for.
+    #[serde(default)]
+    pub certificate: Option<CertificateView>,
     /// What its TPM proved of this boot.
     #[serde(default)]
     pub attestation: Option<AttestationView>,
@@ -150,6 +158,20 @@ pub struct DbxLackingView {
     pub machine: String,
     /// Why.
     pub why: String,
+}
+
+/// A certificate that a machine was issued.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateView {
+    /// Serial number, hex.
+    pub serial: String,
+    /// When it was issued.
+    pub issued_ms: i64,
+    /// When it is over.
+    pub expires_ms: i64,
+    /// Why it was revoked, if it was.
+    #[serde(default)]
+    pub revoked: Option<String>,
 }
 
 /// What a machine's TPM proved.
@@ -266,6 +288,9 @@ pub struct AssignedView {
     pub sequence: u64,
     /// How it goes there.
     pub via: Via,
+    /// That was left to the server.
+    #[serde(default)]
+    pub auto: bool,
 }
 
 /// One boot of one machine.

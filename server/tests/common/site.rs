@@ -50,6 +50,7 @@ pub fn build_wanting(site: &SiteDir, release: u64, secrets: Vec<WantedSecret>) -
         writable: vec![],
         sbom: None,
         secrets,
+        certificate: None,
         measured: Some(measured(release)),
         role_may_report: Some(false),
     };

@@ -1,7 +1,10 @@
 //! A commit that fails: memory has what the database has, whoever waited for it hears that, and the next word works.
 
 use crate::common::*;
+use futures_util::future::join_all;
+use kiln_fleet::access::AccessRole;
 use kiln_protocol::*;
+use kiln_server::access::Caller;
 use kiln_server::control::Control;
 use kiln_server::error::ControlError;
 use sqlx::{AnyConnection, Connection};
@@ -106,4 +109,26 @@ async fn a_revocation_that_was_not_stored_can_be_made_again() {
     assert!(control.access.is_revoked(&agent.key_id()));
     let note = control.store.note(&format!("revoked-key/{}", agent.key_id())).await.unwrap();
     assert!(note.is_some_and(|note| note.contains("ann")));
+}
+
+/// Where there are as many tokens as are kept, the oldest that ended makes room for a new one.
+#[tokio::test]
+async fn a_token_that_was_not_stored_drives_none_out() {
+    let site = TestSite::new();
+    let (control, _stop) = control(&site).await;
+    let by = Caller::local(0);
+    let create = async |name: String| control.token_create(&name, AccessRole::Viewer, None, &by).await;
+    create("old".into()).await.unwrap();
+    control.token_revoke("old", &by).await.unwrap();
+    // Until a new one would drive an old one out.
+    for made in join_all((1..1_000).map(|n| create(format!("t{n}")))).await {
+        made.unwrap();
+    }
+    let is_there = |name: &str| control.tokens().iter().any(|token| token.name == name);
+    let db = refuse(&site, NO_NOTE).await;
+    is_not_stored(create("new".into()).await.map(drop));
+    assert!(is_there("old") && !is_there("new") && control.tokens().len() == 1_000);
+    allow(db).await;
+    create("new".into()).await.unwrap();
+    assert!(!is_there("old") && is_there("new") && control.tokens().len() == 1_000);
 }

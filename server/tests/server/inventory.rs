@@ -9,7 +9,7 @@ use rustls::pki_types::ServerName;
 use std::sync::Arc;
 use tokio::net::TcpStream;
 
-async fn post(server: &Server, agent: &Agent, inventory: Inventory) -> Answer {
+pub async fn post(server: &Server, agent: &Agent, inventory: Inventory) -> Answer {
     let report = InventoryReport { machine: machine_id(agent.n), boot_id: format!("boot-{}", agent.boot), inventory };
     let stream = TcpStream::connect(server.agent).await.unwrap();
     let name = ServerName::try_from(kiln_release::AGENT_API_NAME).unwrap();

@@ -393,3 +393,53 @@ async fn new_hardware_takes_the_place_of_old() {
     let server = Server::start(&site).await;
     assert_eq!(server.machine("rack-1").await.id, machine_id(9), "also after a restart");
 }
+
+/// Arguments of a command.
+type Words<'a> = &'a [&'a str];
+
+/// Such a machine forgets with each boot what was done: a stolen server could have it wiped again and again.
+#[tokio::test]
+async fn a_wipe_of_a_machine_without_a_lasting_key_holds_for_an_hour() {
+    let site = TestSite::new();
+    let server = Server::start(&site).await;
+    let (mut keyed, desk) = (Agent::new(1, &site.manifest(1)), Desk::new(&site));
+    let mut forgets = Agent { storage: KeyStorage::Ephemeral, ..Agent::new(2, &site.manifest(1)) };
+    for agent in [&mut keyed, &mut forgets] {
+        let report = agent.report();
+        agent.send(&server, &report).await;
+    }
+    let hours = |expires: &serde_json::Value, from: Timestamp| {
+        let expires: Timestamp = expires.as_str().unwrap().parse().unwrap();
+        (expires.as_second() - from.as_second() + 1800) / 3600
+    };
+    let (with_key, id_alone) = (named(&keyed), machine_id(2).to_string());
+    let (with_key, id_alone) = (with_key.as_str(), id_alone.as_str());
+    let (wipe, assign) = (["wipe", "--all-disks"], ["assign", "minimal/1", "--class", "rescue"]);
+    let cases: [(Words<'_>, Words<'_>, Words<'_>, i64); 5] = [
+        (&wipe, &[with_key], &[], 24),
+        (&wipe, &[id_alone], &[], 1),
+        (&wipe, &[with_key, id_alone], &[], 1),
+        (&wipe, &[id_alone], &["--expires", "2d"], 48),
+        (&assign, &[id_alone], &[], 24),
+    ];
+    for (n, (what, machines, more, expected)) in cases.into_iter().enumerate() {
+        let file = desk.file(&format!("order-{n}"));
+        let mut arguments = vec!["order", "sign"];
+        arguments.extend(what);
+        for &machine in machines {
+            arguments.extend(["--machine", machine]);
+        }
+        arguments.extend(more);
+        does(&[&arguments[..], &["--key", &desk.key, "--out", &file]].concat());
+        let order: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        let issued = order["signed"]["issued"].as_str().unwrap().parse().unwrap();
+        assert_eq!(hours(&order["signed"]["expires"], issued), expected, "{arguments:?}");
+    }
+    // In one step, where the server says how the machine keeps its key.
+    for (name, expected) in [("rack-1", 24), ("rack-2", 1)] {
+        does(&["machine", "wipe", name, "--order-key", &desk.key, "--all-disks", "--site", &desk.site]);
+        let orders = server.order("GET", "orders", serde_json::Value::Null).await.json();
+        let order = orders.as_array().unwrap().iter().find(|order| order["machines"][0]["name"] == name).unwrap();
+        assert_eq!(hours(&order["expires"], Timestamp::now()), expected, "{order}");
+    }
+}

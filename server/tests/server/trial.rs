@@ -3,6 +3,7 @@
 use crate::common::*;
 use kiln_netboot::{BootAnswer, BootKind, BootQuery};
 use kiln_protocol::*;
+use kiln_server::access::Caller;
 use kiln_server::control::Control;
 
 fn query(n: u8, kind: BootKind) -> BootQuery {
@@ -33,7 +34,7 @@ async fn the_default_image_gives_strangers_its_newest_normal_release() {
     let mut agent = Agent::new(9, &two);
     let report = agent.report();
     control.report(agent.key_id(), report).await.unwrap();
-    control.approve(machine_id(9).as_str(), None, "lab", None, "test").await.unwrap();
+    control.approve(machine_id(9).as_str(), None, "lab", None, &Caller::local(0)).await.unwrap();
     assert_eq!(control.view(machine_id(9).as_str()).unwrap().assigned.unwrap().release, 2);
 }
 
@@ -55,7 +56,7 @@ async fn the_newest_release_is_none_that_was_revoked_or_fell_below_the_floor() {
     let mut agent = Agent::new(9, &two);
     let report = agent.report();
     control.report(agent.key_id(), report).await.unwrap();
-    control.approve(machine_id(9).as_str(), Some("nine"), "lab", None, "test").await.unwrap();
+    control.approve(machine_id(9).as_str(), Some("nine"), "lab", None, &Caller::local(0)).await.unwrap();
     assert_eq!(control.view("nine").unwrap().assigned.unwrap().release, 2);
     let audit = control.store.audit_tail(100).await.unwrap();
     for name in ["rack-1", "nine"] {
@@ -68,7 +69,8 @@ async fn the_newest_release_is_none_that_was_revoked_or_fell_below_the_floor() {
     let mut agent = Agent::new(10, &two);
     let report = agent.report();
     control.report(agent.key_id(), report).await.unwrap();
-    let refused = control.approve(machine_id(10).as_str(), Some("ten"), "lab", None, "test").await.unwrap_err();
+    let refused =
+        control.approve(machine_id(10).as_str(), Some("ten"), "lab", None, &Caller::local(0)).await.unwrap_err();
     let said = "passed over: minimal/3 is revoked, minimal/2 is below the floor 3, minimal/1 is below the floor 3";
     assert!(refused.to_string().contains(said), "{refused}");
     let BootAnswer::Wait { reason } = control.boot_answer(&query(10, BootKind::UefiPxe)) else { panic!("it boots") };

@@ -112,6 +112,25 @@ fn a_loader_that_the_firmware_revokes_is_written_nowhere() {
     assert_eq!(store.loaders().unwrap(), LOADERS.map(|path| (path, old.clone())));
 }
 
+/// Somebody with the disk in hand put the old ones back.
+#[test]
+fn two_revoked_loaders_give_way_to_that_of_a_good_release() {
+    let (old, new) = (loader(b"of release 1"), loader(b"of release 2"));
+    let mut store = installed();
+    store.install_loader(&old).unwrap();
+    let revoked = list(&[&old]);
+    assert_eq!(
+        put_right(&mut store, None, &revoked),
+        Ok(vec![]),
+        "a release that is not good yet has no other at hand"
+    );
+    assert_eq!(put_right(&mut store, Some(&old), &revoked), Ok(vec![]), "nor has one whose own it is");
+    assert_eq!(store.loaders().unwrap(), LOADERS.map(|path| (path, old.clone())));
+    assert_eq!(put_right(&mut store, Some(&new), &revoked), Ok(LOADERS.to_vec()));
+    assert_eq!(store.loaders().unwrap(), LOADERS.map(|path| (path, new.clone())));
+    assert_eq!(put_right(&mut store, Some(&new), &revoked), Ok(vec![]));
+}
+
 #[test]
 fn a_wrong_uki_is_found_under_whichever_entry_names_it() {
     let mut store = installed();

@@ -3,6 +3,7 @@
 
 mod cuts;
 mod flips;
+mod floor;
 mod loader;
 mod remains;
 mod tables;

@@ -44,7 +44,7 @@ pub enum Way {
     Asks { target: Target, failed: u32 },
     /// It may go, that is verified; its work is brought to an end.
     Drains { target: Target, failed: u32 },
-    /// The next kernel is being loaded: no answer changes that any more.
+    /// The disk's loader is told, and the next kernel loaded: no answer changes that any more.
     Leaves { target: Target },
     /// Nothing is decided any more.
     Gone,
@@ -169,6 +169,7 @@ impl Duty {
             Event::News => self.news = true,
             Event::Failed(trouble) => self.failed(&trouble, now, jitter, &mut out),
             Event::Loaded(trouble) => self.loaded(trouble, &mut out),
+            Event::Stuck(trouble) => self.stuck(&trouble, now, &mut out),
             Event::Time => {}
         }
         self.take_up(now, &mut out);

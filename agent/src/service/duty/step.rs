@@ -9,6 +9,8 @@ use std::time::Duration;
 /// Longest pause between tries of a release in a running system, and the pause after its tries are used up: it may be
 /// mended on the server at any time.
 const REST: Duration = Duration::from_secs(60);
+/// After it was drained in vain: its work was interrupted for nothing, and is not to be again at once.
+const STUCK: Duration = Duration::from_secs(15 * 60);
 
 impl Duty {
     /// What changes is a stage, and news.
@@ -223,6 +225,26 @@ impl Duty {
                 out.push(Action::Leave { cold });
                 self.health = Some(Health { healthy: false, detail: format!("leaving for {}", target.release) });
                 Way::Gone
+            }
+            way @ (Way::Stays
+            | Way::Fetches { .. }
+            | Way::Rests { .. }
+            | Way::Ready { .. }
+            | Way::Asks { .. }
+            | Way::Drains { .. }
+            | Way::Gone) => way,
+        };
+    }
+
+    /// Leaving would lead elsewhere: it stays, does its work, and begins anew after a while.
+    pub(super) fn stuck(&mut self, trouble: &Trouble, now: Millis, out: &mut Vec<Action>) {
+        self.way = match std::mem::take(&mut self.way) {
+            Way::Leaves { target } => {
+                out.push(failure(trouble, 1, Some(STUCK)));
+                out.push(Action::Undrain);
+                out.push(Action::Discard);
+                self.news = true;
+                Way::Rests { target, failed: 0, until: now + millis(STUCK), gave_up: true }
             }
             way @ (Way::Stays
             | Way::Fetches { .. }

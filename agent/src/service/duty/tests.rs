@@ -105,6 +105,7 @@ fn events() -> Vec<(&'static str, Event)> {
         ("failed: did not verify", Event::Failed(trouble(FailureClass::Verification))),
         ("loaded", Event::Loaded(None)),
         ("not loaded", Event::Loaded(Some(trouble(FailureClass::Machine)))),
+        ("not loaded, and a cold boot leads elsewhere", Event::Stuck(trouble(FailureClass::Machine))),
         ("news", Event::News),
         ("time", Event::Time),
     ]
@@ -190,6 +191,21 @@ fn an_unhealthy_machine_follows_an_assignment_and_its_checks_may_hang() {
 }
 
 #[test]
+fn a_machine_that_no_way_leads_from_does_its_work_and_tries_again_after_a_while() {
+    let stuck = Event::Stuck(Trouble { stage: Stage::Going, ..trouble(FailureClass::Machine) });
+    let (duty, actions) = at(Way::Leaves { target: target(2, 5) }).event(stuck, NOW, MID);
+    assert!(!actions.iter().any(|action| matches!(action, Action::Leave { .. })), "{actions:?}");
+    let told = |a: &Action| matches!(a, Action::Record(Stage::Going, kiln_protocol::StageState::Failed(_)));
+    assert!(actions.iter().any(told) && actions.contains(&Action::Report(HOLD_S)), "{actions:?}");
+    assert_eq!((duty.health().map(|h| h.healthy), duty.prefetch()), (Some(true), None));
+    // Not at once: its work was interrupted for nothing.
+    let (duty, actions) = duty.event(Event::Unanswered("no route".into()), NOW + 14 * 60_000, MID);
+    assert!(!actions.iter().any(|action| matches!(action, Action::Fetch(_))), "{actions:?}");
+    let (_, actions) = duty.event(Event::Time, NOW + 15 * 60_000, MID);
+    assert!(actions.contains(&Action::Fetch(target(2, 5))), "{actions:?}");
+}
+
+#[test]
 fn a_go_does_not_outlive_the_servers_silence() {
     let way = Way::Ready { target: target(2, 5), grant: Some(Grant::Go), failed: 1, until: NOW + 60_000 };
     let (duty, _) = at(way).event(Event::Unanswered("no route".into()), NOW, MID);
@@ -247,7 +263,7 @@ impl Driver {
         let of_job = |e: &Event| match self.job {
             Some(Action::Fetch(_)) => matches!(e, Event::Fetched(_) | Event::Failed(_)),
             Some(Action::AskWhetherToGo(_)) => matches!(e, Event::MayGo | Event::Failed(_)),
-            Some(Action::Load) => matches!(e, Event::Loaded(_)),
+            Some(Action::Load) => matches!(e, Event::Loaded(_) | Event::Stuck(_)),
             Some(_) | None => false,
         };
         let always = |e: &Event| matches!(e, Event::Checked(_) | Event::News | Event::Time);
@@ -258,7 +274,7 @@ impl Driver {
     fn take(&mut self, event: &Event) {
         match event {
             Event::Answered(_) | Event::Unanswered(_) => self.posted = None,
-            Event::Fetched(_) | Event::MayGo | Event::Failed(_) | Event::Loaded(_) => self.job = None,
+            Event::Fetched(_) | Event::MayGo | Event::Failed(_) | Event::Loaded(_) | Event::Stuck(_) => self.job = None,
             Event::Drained(_) => self.drains = false,
             Event::Checked(_) | Event::News | Event::Time => {}
         }

@@ -56,8 +56,10 @@ pub enum Event {
     Drained(Option<Trouble>),
     /// Something else that the server should hear at once.
     News,
-    /// [`Action::Load`] is done, or could not be.
+    /// [`Action::Load`] is done, or could not be and a cold boot leads there as well.
     Loaded(Option<Trouble>),
+    /// It could not be, and a cold boot would lead elsewhere.
+    Stuck(Trouble),
     /// Time passed.
     Time,
 }
@@ -85,7 +87,7 @@ pub enum Action {
     Drain,
     /// Run the undrain hooks, instead of what hooks run.
     Undrain,
-    /// Load the next kernel, for a kexec. From here there is no way back.
+    /// Tell the disk's loader, and load the next kernel, for a kexec. Once that is done there is no way back.
     Load,
     /// Go, by cold boot if the kernel could not be loaded.
     Leave { cold: bool },

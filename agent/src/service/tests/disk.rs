@@ -8,12 +8,16 @@ use tokio::time::timeout;
 
 /// A service whose release is on trial on a disk, in a file.
 fn on_trial(dir: &Path) -> (Service, SharedDisk) {
-    let site = TestSite::new(1);
+    on_trial_of(dir, &TestSite::new(1), &[], "https://127.0.0.1:9")
+}
+
+/// The same with servers.
+fn on_trial_of(dir: &Path, site: &TestSite, http: &[String], agent: &str) -> (Service, SharedDisk) {
     let manifest = &site.manifests[&1];
     let uki = dir.join("uki");
     std::fs::write(&uki, &site.files[&site.paths(1)[0][1..]]).unwrap();
     let disk = SharedDisk::new(MachineDisk::on_trial(&dir.join("disk"), manifest, &uki));
-    let verifier = site.verifier(1, &[], &["https://127.0.0.1:9".to_owned()], &dir.join("machine"));
+    let verifier = site.verifier(1, http, &[agent.to_owned()], &dir.join("machine"));
     let journal = journal(&verifier);
     let door = Door { systemctl: "systemctl".into(), reboot: |_| unreachable!("nothing leaves") };
     let service = Service::new(verifier, journal, dir.join("next"), door).unwrap();
@@ -31,19 +35,7 @@ fn a_disk_that_hangs_holds_up_no_look_and_hears_that_its_release_is_good_when_it
     runtime.block_on(async {
         let (mut service, disk) = on_trial(dir.path());
         assert_ne!(state(&disk), SlotState::Good);
-        let (go, wait) = channel::<()>();
-        let (begins, begun) = oneshot::channel();
-        let held = disk.clone();
-        let hangs = tokio::spawn(async move {
-            let work = move |_: &mut MachineDisk| {
-                begins.send(()).unwrap();
-                // The channel's end is what is waited for.
-                assert!(wait.recv().is_err());
-                Ok(())
-            };
-            on_disk(&held, work).await
-        });
-        begun.await.unwrap();
+        let (go, hangs) = hang(&disk).await;
 
         let mut proving = service.prove(true).expect("it is on trial");
         // The loop has its thread back at once, whatever the disk does; and nothing was written.
@@ -56,6 +48,61 @@ fn a_disk_that_hangs_holds_up_no_look_and_hears_that_its_release_is_good_when_it
         assert!(!service.proved(told), "it stays");
         assert_eq!(state(&disk), SlotState::Good);
         assert!(service.prove(true).is_none(), "said once");
+    });
+}
+
+/// Holds the disk's only turn: as long as the first is there, it gives no answer.
+async fn hang(disk: &SharedDisk) -> (std::sync::mpsc::Sender<()>, tokio::task::JoinHandle<Result<()>>) {
+    let (go, wait) = channel::<()>();
+    let (begins, begun) = oneshot::channel();
+    let held = disk.clone();
+    let hangs = tokio::spawn(async move {
+        let work = move |_: &mut MachineDisk| {
+            begins.send(()).unwrap();
+            // The channel's end is what is waited for.
+            assert!(wait.recv().is_err());
+            Ok(())
+        };
+        on_disk(&held, work).await
+    });
+    begun.await.unwrap();
+    (go, hangs)
+}
+
+#[test]
+fn what_runs_is_read_back_for_a_rebuild_without_the_verifier_in_hand() {
+    let (dir, site) = (tempfile::tempdir().unwrap(), TestSite::new(1));
+    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+    let director = Director::start(&site, (1, 4, Via::Cold, true));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (mut service, disk) = on_trial_of(dir.path(), &site, &[http], &director.url);
+        service.verifier.lock().await.put_up = 4;
+        director.rebuild((1, 6, Via::Cold, true));
+        let api = Rc::clone(&service.api);
+        let mut api = api.lock().await;
+        service.newest = Some(service.journal.send(&mut api, 0).await.unwrap());
+        let (go, hangs) = hang(&disk).await;
+
+        let target = duty::Target { release: service.here.clone(), sequence: 6 };
+        let mut job = service.fetch(target);
+        // It takes the verifier at its first turn, and gives it back before the disk has answered.
+        let free = timeout(PATIENCE, async {
+            loop {
+                let waits = timeout(Duration::from_millis(20), &mut job).await;
+                assert!(waits.is_err(), "it waits for its disk: {:?}", waits.map(|done| done.event));
+                if service.verifier.try_lock().is_ok() {
+                    break;
+                }
+            }
+        });
+        free.await.expect("orders and settings are verified meanwhile");
+
+        drop(go);
+        hangs.await.unwrap().unwrap();
+        // Nothing was ever written to this slot.
+        let Event::Fetched(Some(note)) = job.await.event else { panic!("it is not read back") };
+        assert!(note.contains("the next boot fetches it anew"), "{note}");
     });
 }
 

@@ -275,22 +275,29 @@ pub fn bare(decision: Decision) -> Reply {
         dbx: None,
         attest: false,
         secrets: None,
+        certify: false,
     }
 }
 
 /// An order to wipe every disk of whoever asks, signed by `signer`, who is no operator.
 pub fn wipe_order(report: &Report, key: &str, signer: &Signer) -> OrderGiven {
+    let action = OrderAction::Wipe { disks: Vec::new(), method: WipeMethod::Best };
+    ordered(report, key, action, signer, signer)
+}
+
+/// An order to whoever asks, signed by `operator`, and handed on by `director`.
+pub fn ordered(report: &Report, key: &str, action: OrderAction, operator: &Signer, director: &Signer) -> OrderGiven {
     let order = Order {
         type_: ORDER_TYPE.into(),
         spec_version: SPEC_VERSION.into(),
         id: "ab".repeat(16).parse().unwrap(),
         machines: vec![OrderedMachine { id: report.machine.id.clone(), key: Some(key.parse().unwrap()) }],
-        action: OrderAction::Wipe { disks: Vec::new(), method: WipeMethod::Best },
+        action,
         issued: now(),
         expires: now() + jiff::SignedDuration::from_hours(24),
     };
-    let order = envelope(&order, signer);
-    let freshness = envelope(&freshness(report, &order), signer);
+    let order = envelope(&order, operator);
+    let freshness = envelope(&freshness(report, &order), director);
     OrderGiven { order, freshness }
 }
 

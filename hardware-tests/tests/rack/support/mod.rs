@@ -5,6 +5,7 @@ pub mod esp;
 pub mod files;
 pub mod hostile;
 pub mod loss;
+pub mod on_disk;
 
 use kiln_lab::api::{self, MachineView};
 use kiln_lab::error::LabError;

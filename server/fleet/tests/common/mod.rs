@@ -129,7 +129,7 @@ impl Story {
         s
     }
     pub fn assign(&mut self, release: u64, via: Via) -> &mut Self {
-        self.then(Event::Assign { release: rel(release), via })
+        self.then(Event::Assign { release: rel(release), via: via.into() })
     }
     /// It reports so every 30 s, for so long; a tick comes whenever one is due.
     pub fn reports_for(&mut self, ms: u64, mut report: impl FnMut(u64) -> Report) -> &mut Self {
@@ -208,7 +208,7 @@ pub fn any_event() -> impl Strategy<Value = Event> {
         1 => Just(Event::TakesBytes),
         8 => reports,
         2 => release.clone().prop_map(|r| Event::Approve { name: "n".into(), role: "r".into(), release: rel(r) }),
-        3 => release.prop_map(|r| Event::Assign { release: rel(r), via: Via::Kexec }),
+        3 => release.prop_map(|r| Event::Assign { release: rel(r), via: Via::Kexec.into() }),
         1 => Just(Event::Granted),
         1 => Just(Event::Clear),
         1 => Just(Event::Retire),

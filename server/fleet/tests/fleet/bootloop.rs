@@ -81,7 +81,7 @@ fn without_another_it_rests_and_tries_once_more_and_a_person_ends_that() {
     later.then(Event::Tick).then(by(1, healthy(1, "again", 2, 1))).is(StateKind::Healthy);
     assert_eq!(later.m.boot_loop, BootLoop { well: true, ..BootLoop::default() });
 
-    for ends in [Event::Clear, Event::Assign { release: rel(3), via: Via::Cold }] {
+    for ends in [Event::Clear, Event::Assign { release: rel(3), via: Via::Cold.into() }] {
         let mut s = Story { m: s.m.clone(), now: s.now, last: vec![] };
         s.then(ends);
         assert!(s.last.contains(&Action::Wake) && matches!(desire(&s.m, &key(1)), Desire::Run(_)));

@@ -119,7 +119,7 @@ fn any_live() -> impl Strategy<Value = Live> {
     prop_oneof![
         6 => (any::<Option<bool>>(), any::<bool>(), stages)
             .prop_map(|(health, ready, stages)| Live::Report { health, ready, stages }),
-        2 => (1..4_u64).prop_map(|r| Live::Order(Event::Assign { release: rel(r), via: Via::Cold })),
+        2 => (1..4_u64).prop_map(|r| Live::Order(Event::Assign { release: rel(r), via: Via::Cold.into() })),
         1 => Just(Live::Order(Event::Approve { name: "n".into(), role: "r".into(), release: rel(1) })),
         1 => Just(Live::Order(Event::Granted)),
         1 => Just(Live::Order(Event::Clear)),
@@ -289,7 +289,7 @@ proptest! {
                 // that only packets tell of.
                 Real::Assign(_) if !both(Event::Tick, now).0.held_packets.is_empty() => {}
                 Real::Assign(release) => {
-                    both(Event::Assign { release: rel(release), via: Via::Cold }, now);
+                    both(Event::Assign { release: rel(release), via: Via::Cold.into() }, now);
                 }
                 Real::Silence(s) => now += s * 1_000,
                 Real::Server => {

@@ -64,6 +64,23 @@ fn an_agent_that_knows_no_tpm_does_not_make_a_machine_another_without_saying_so(
     let words = s.m.last_words.clone();
     assert!(words.contains("booted minimal/1, whose agent is too old") && words.contains("Do not clear"), "{words}");
     assert_eq!((&s.m.key, &s.m.strangers[..]), (&Some(key(1)), &[key(2)][..]));
+    // Nowhere is a command made up that would put the weaker key in its place.
+    let told = |s: &Story, k: u8| match desire(&s.m, &key(k)) {
+        Desire::Wait(why) => why,
+        Desire::Run(_) => panic!("a stranger runs nothing"),
+    };
+    for words in [told(&s, 2), s.m.other_keys_wait().unwrap()] {
+        assert!(words.contains("switch its TPM on") && !words.contains("--key"), "{words}");
+    }
+    let stored: Machine = serde_json::from_str(&serde_json::to_string(&s.m).unwrap()).unwrap();
+    assert_eq!(stored.without_tpm, [key(2)]);
+    // Beside others it is named as what it is; and when it says that it has a TPM, it is like any other.
+    s.then(says(5, "e", ready, KeyStorage::Tpm));
+    let words = s.m.other_keys_wait().unwrap();
+    assert!(words.contains("none of 0202020202020202 before its TPM was looked at"), "{words}");
+    assert!(told(&s, 5).contains("kiln machine clear rack-1 --key 0505050505050505"), "{}", told(&s, 5));
+    s.then(says(2, "f", ready, KeyStorage::Tpm));
+    assert!(s.last == [Action::Save] && told(&s, 2).contains("--key 0202020202020202"), "{:?}", s.last);
     for off in [TpmPresence::Absent, TpmPresence::Unusable] {
         s.m.strangers.clear();
         s.then(says(4, "o", Some(off), KeyStorage::Ephemeral));
@@ -204,10 +221,21 @@ fn a_person_names_the_key_that_becomes_the_machines() {
     let like: KeyId = format!("{}{}", "ab".repeat(8), "03".repeat(24)).parse().unwrap();
     let true_one: KeyId = format!("{}{}", "ab".repeat(8), "04".repeat(24)).parse().unwrap();
     s.m.strangers = vec![like.clone(), true_one.clone()];
-    assert!(matches!(refusal(&s, &"AB".repeat(8)), Refusal::AmbiguousKey { .. }));
+    let ambiguous = refusal(&s, &"AB".repeat(8));
+    assert!(matches!(ambiguous, Refusal::AmbiguousKey { .. }));
+    // What tells them apart is in the words, and so is what to run.
+    let (said, begins) = (ambiguous.to_string(), "ab".repeat(8));
+    for word in
+        ["nothing is changed", "rack-1", &format!("{begins}03, {begins}04"), "`kiln machine clear rack-1 --key`"]
+    {
+        assert!(said.contains(word), "{word}: {said}");
+    }
     assert_eq!(s.m.heard_key(&format!("{}04", "AB".repeat(8))), Ok(true_one.clone()));
     let words = s.m.other_keys_wait().unwrap();
-    assert!(words.contains("2 other identity keys") && words.contains("abababababababab"), "{words}");
+    assert!(
+        words.contains("2 other identity keys") && words.ends_with("abababababababab03, abababababababab04"),
+        "{words}"
+    );
 
     // It takes what held the machine with it; the others stay strangers, and the one before is one.
     s.m.refused.push(Refused { release: rel(3), reason: "r".into() });

@@ -126,7 +126,7 @@ fn without_another_it_is_given_again_with_growing_pauses_and_a_person_ends_that(
     assert!(reason.contains("no other release is known to be good here"), "{reason}");
     assert!(reason.contains("`kiln assign rack-1 NAME/N`"), "{reason}");
     assert!(s.m.refused.is_empty() && s.m.assigned.as_ref().unwrap().sequence == 1);
-    for ends in [Event::Clear, Event::Assign { release: rel(1), via: Via::Cold }] {
+    for ends in [Event::Clear, Event::Assign { release: rel(1), via: Via::Cold.into() }] {
         let mut s = Story { m: s.m.clone(), now: s.now, last: vec![] };
         s.then(ends);
         assert_eq!((s.m.boot_loop.mute, s.m.pause_s()), (0, None));

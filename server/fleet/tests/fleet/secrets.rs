@@ -96,7 +96,7 @@ fn a_cold_policy_withholds_from_a_kexec_and_orders_none() {
         s.approve();
         s.m.secrets_policy = policy;
         assert_eq!(withheld(&s.m), "", "it booted through firmware");
-        s.then(Event::Assign { release: rel(2), via: Via::Kexec });
+        s.then(Event::Assign { release: rel(2), via: Via::Kexec.into() });
         let Desire::Run(assigned) = desire(&s.m, &key(1)) else { panic!("it is assigned") };
         assert_eq!(assigned.via, if policy == SecretsPolicy::Cold { Via::Cold } else { Via::Kexec });
         s.then(runs("b", 1, 2, &none)).then(proven("b", 1, true));

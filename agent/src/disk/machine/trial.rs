@@ -1,14 +1,6 @@
-//! A machine's disk for other tests: in a file, with a release that is not proven yet.
+//! A disk for tests.
 
-use super::{MachineDisk, content};
-use crate::disk::device::Device;
-use crate::disk::layout::Layout;
-use crate::disk::store::Store;
-use kiln_protocol::Via;
-use kiln_protocol::slot::{Event, Go, Slots};
-use kiln_release::{DiskSettings, Manifest};
-use std::fs::File;
-use std::path::Path;
+use super::*;
 
 impl MachineDisk {
     /// A new file as the disk of a machine on which this release is on trial. Its slot is empty.

@@ -1,0 +1,120 @@
+//! From the initramfs to another release than the one that it embeds.
+
+use crate::change::{self, Otherwise};
+use crate::error::{AgentError, FailureClass, Result};
+use crate::flow::Flow;
+use kiln_protocol::{Assignment, Via};
+use std::path::Path;
+
+/// How a boot goes on that is still here.
+#[derive(Debug)]
+pub(super) enum Onward {
+    /// The firmware leads there.
+    Restart,
+    /// Nothing leads there, for this reason: what is here starts.
+    Stay(AgentError),
+}
+
+/// Goes to the assigned release. `only_kexec`: the firmware would start the same UKI again. Where that one's kexec does not come
+/// about, the machine is of more use with what it has, but not where the assigned release does not verify: whoever serves it altered
+/// may have served this UKI as well, and must not choose what starts. Such a boot ends, told, as every other.
+pub(super) async fn go(
+    flow: &mut Flow,
+    assignment: &Assignment,
+    via: Via,
+    only_kexec: bool,
+    next: &Path,
+) -> Result<Onward> {
+    let (via, otherwise) = if only_kexec { (Via::Kexec, Otherwise::Kexec) } else { (via, Otherwise::Cold) };
+    match change::now(flow, assignment, via, otherwise, next).await {
+        Ok(()) if only_kexec => Ok(Onward::Stay(AgentError::NoWayOut)),
+        Ok(()) => Ok(Onward::Restart),
+        Err(AgentError::Superseded) => Err(AgentError::Superseded),
+        Err(error) if only_kexec && error.class() != FailureClass::Verification => Ok(Onward::Stay(error)),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::journal::Journal;
+    use crate::testing::director::Director;
+    use crate::testing::{TestSite, journal, web};
+    use crate::verifier::Answer;
+    use kiln_protocol::StageState;
+    use kiln_release::Mode;
+    use std::collections::BTreeMap;
+    use std::time::Duration;
+
+    /// A machine in disk mode that booted release 1 and has no disk, on its way to release 2; the kinds of failure that its server
+    /// heard of. Of the file at this path on the artifact server one byte is altered.
+    async fn goes(
+        site: &TestSite,
+        altered: Option<&str>,
+        only_kexec: bool,
+        next: &Path,
+    ) -> (Result<Onward>, Vec<String>) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut files = site.files.clone();
+        if let Some(path) = altered {
+            files.get_mut(&path[1..]).unwrap()[0] ^= 1;
+        }
+        let (http, _hear) = web::honest(files, BTreeMap::new());
+        let director = Director::start(site, (2, 5, Via::Cold, true));
+        let mut verifier = site.verifier(1, &[http], std::slice::from_ref(&director.url), &dir.path().join("state"));
+        verifier.boot.site.mode = Mode::Disk;
+        let journal = Journal { running: None, ..journal(&verifier) };
+        let mut flow = Flow { verifier, journal, api: None, tries: Some(1), tell_every: Duration::from_secs(20) };
+        flow.find_server().await.unwrap();
+        let here = flow.verifier.here().unwrap();
+        let verified = flow.verifier.verify_metadata(&here).await.unwrap();
+        let Answer::Assigned { assignment, via, .. } = flow.ask(&verified, 0).await.unwrap() else {
+            panic!("it waits")
+        };
+        let gone = go(&mut flow, &assignment, via, only_kexec, next).await;
+        let heard = director.heard();
+        let failures = heard.iter().flat_map(|report| &report.stages).filter_map(|stage| match &stage.state {
+            StageState::Failed(failure) => Some(failure.kind.clone()),
+            StageState::Started | StageState::Done | StageState::Waiting { .. } => None,
+        });
+        (gone, failures.collect())
+    }
+
+    /// The network chose the UKI that runs, and alters the release that is assigned.
+    #[test]
+    fn where_the_assigned_release_does_not_verify_the_boot_ends_also_without_a_disk() {
+        let site = TestSite::new(2);
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let [uki, root] = site.paths(2);
+        for (path, kind) in [(&root, "root-hash-mismatch"), (&uki, "uki-hash-mismatch")] {
+            for only_kexec in [false, true] {
+                let (gone, heard) = runtime.block_on(goes(&site, Some(path.as_str()), only_kexec, dir.path()));
+                let error = gone.expect_err("nothing of release 1 starts");
+                assert_eq!((error.kind(), error.class()), (kind, FailureClass::Verification), "{error}");
+                assert!(heard.iter().any(|told| told == kind), "{kind} was not told: {heard:?}");
+                assert_eq!(dir.path().read_dir().unwrap().count(), 0, "nothing of release 2 stays");
+            }
+        }
+    }
+
+    /// Here no file can be made in the place where the next release goes.
+    #[test]
+    fn what_this_machine_cannot_do_keeps_it_where_only_a_kexec_leads_on() {
+        let site = TestSite::new(2);
+        let dir = tempfile::tempdir().unwrap();
+        let no_folder = dir.path().join("file");
+        std::fs::write(&no_folder, "").unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let (gone, heard) = runtime.block_on(goes(&site, None, true, &no_folder));
+        assert!(matches!(&gone, Ok(Onward::Stay(error)) if error.kind() == "machine-file"), "{gone:?}");
+        assert!(heard.iter().any(|told| told == "machine-file"), "{heard:?}");
+        let (gone, _) = runtime.block_on(goes(&site, None, false, &no_folder));
+        assert_eq!(gone.expect_err("it restarts").kind(), "machine-file");
+        // Through the firmware: the release was fetched once, and holds.
+        let (gone, heard) = runtime.block_on(goes(&site, None, false, dir.path()));
+        assert!(matches!(gone, Ok(Onward::Restart)), "{gone:?}");
+        assert!(heard.is_empty(), "{heard:?}");
+    }
+}

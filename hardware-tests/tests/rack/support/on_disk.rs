@@ -1,0 +1,39 @@
+//! A machine that lives on its disk, as tests of disk, firmware and boot loader begin with it.
+
+use kiln_lab::console::{Console, Mark};
+use kiln_lab::machine::{Disk, Firmware, MachineSpec};
+use kiln_lab::paths::Paths;
+use kiln_lab::rack::{IDLE, Rack, RackOptions};
+use kiln_lab::site;
+use kiln_lab::variables::NetworkBoot;
+use std::sync::Arc;
+
+const NAME: &str = "rack-1";
+
+/// A UEFI machine with one blank disk.
+pub fn spec() -> MachineSpec {
+    MachineSpec { disks: vec![Disk::VirtioBlk], ..MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe)) }
+}
+
+/// A rack with that machine, off, and release 1 of the image for disks published.
+pub fn rack(paths: &Paths, name: &str) -> Rack {
+    rack_of(paths, name, spec())
+}
+
+/// The same with another machine.
+pub fn rack_of(paths: &Paths, name: &str, spec: MachineSpec) -> Rack {
+    let mut options = RackOptions::scenario(paths, name, spec);
+    options.image = site::DISK.to_owned();
+    let rack = Rack::start(paths, &options).unwrap();
+    rack.kiln(&["release", "publish", "disk/1"]).unwrap();
+    rack
+}
+
+/// Switches it on and waits until it runs release 1 from slot A.
+pub fn installed(rack: &mut Rack) -> Arc<Console> {
+    rack.machine(NAME).power_on().unwrap();
+    rack.wait_healthy(NAME, 1).unwrap();
+    let console = rack.machine(NAME).console().unwrap().clone();
+    console.wait_for("A Good disk/1, B Empty -", Mark::default(), IDLE).unwrap();
+    console
+}

@@ -1,0 +1,354 @@
+//! Machines' certificates: issued where the fleet's rules allow it, kept until they are over, and ended before that with what they
+//! rest on; and the list of those that were. Nothing here knows a private key of a machine.
+
+use super::attestation::speaks;
+use super::secrets::barred;
+use super::{Control, Inner, Pending, now_ms};
+use crate::audit::Line;
+use crate::catalog::Catalog;
+use crate::error::{CertificateError, ControlError, StoreError};
+use crate::machine_ca::Ca;
+use crate::store::{Commit, Store};
+use crate::view::CertificateView;
+use jiff::Timestamp;
+use kiln_fleet::{CertificateDemand, CertificateEnd, Machine, Millis};
+use kiln_images::SiteDir;
+use kiln_protocol::{
+    CertificateAnswer, CertificateRequest, HexBytes, IssuedCertificate, KeyId, MachineId, ReleaseId, possession,
+};
+use kiln_release::machine_ca::{CrlReason, MachineCertificate, POINT, Revoked, SERIAL, serial};
+use kiln_release::{CertificatePolicy, Manifest, hex};
+use ring::rand::{SecureRandom, SystemRandom};
+use ring::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+const PREFIX: &str = "certificate/";
+/// Certificates of one machine that are known at a time, those that ended included: one that boots in a loop asks in each boot.
+const KEPT: usize = 32;
+/// It holds from so long before it is issued on: a program's clock may be slow.
+const BACK_MS: Millis = 5 * 60_000;
+/// The list is signed anew after so long, when it is asked for.
+const LIST_AGE_MS: Millis = 3_600_000;
+/// And holds for so long.
+const LIST_LIFE_MS: Millis = 24 * 3_600_000;
+/// What is over stays on the list for so long (RFC 5280 §3.3: on one list after its end).
+const AFTER_MS: Millis = 2 * LIST_AGE_MS;
+/// How often is looked for what is over.
+const PRUNE_MS: Millis = 10 * 60_000;
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Issued {
+    serial: HexBytes,
+    /// The identity key that asked for it.
+    key: KeyId,
+    boot_id: String,
+    at: Millis,
+    until: Millis,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ended: Option<(Millis, CertificateEnd)>,
+}
+
+impl Issued {
+    fn holds(&self, now: Millis) -> bool {
+        self.ended.is_none() && now < self.until
+    }
+
+    fn is_kept(&self, now: Millis) -> bool {
+        now < self.until.saturating_add(AFTER_MS)
+    }
+
+    fn revoked(&self) -> Option<Revoked> {
+        let (at, end) = self.ended?;
+        let reason = match end {
+            CertificateEnd::KeyRevoked | CertificateEnd::Quarantined => CrlReason::KeyCompromise,
+            CertificateEnd::OutOfService | CertificateEnd::Wiped => CrlReason::CessationOfOperation,
+            CertificateEnd::OtherKey => CrlReason::AffiliationChanged,
+            CertificateEnd::Superseded => CrlReason::Superseded,
+        };
+        let serial: [u8; SERIAL] = self.serial.0.as_slice().try_into().ok()?;
+        Some(Revoked { serial, at: time(at), reason })
+    }
+}
+
+/// As the store keeps them: those of one machine, the newest last.
+#[derive(Debug, Serialize, Deserialize)]
+struct Kept {
+    machine: MachineId,
+    issued: Vec<Issued>,
+}
+
+#[derive(Debug, Default)]
+struct Known {
+    issued: BTreeMap<MachineId, Vec<Issued>>,
+    ca: Option<Arc<Ca>>,
+    /// The list as it was signed last, DER, and when.
+    list: Option<(Millis, Vec<u8>)>,
+    /// The number of the last list.
+    number: u64,
+    pruned: Millis,
+}
+
+/// All of a site. Locked after the fleet, where both are.
+#[derive(Debug)]
+pub(super) struct Certificates {
+    known: Mutex<Known>,
+    online: PathBuf,
+    site: String,
+}
+
+fn time(ms: Millis) -> Timestamp {
+    Timestamp::from_millisecond(i64::try_from(ms).unwrap_or(i64::MAX)).unwrap_or(Timestamp::MAX)
+}
+
+fn note(machine: &MachineId) -> String {
+    format!("{PREFIX}{machine}")
+}
+
+fn number(issued: &Issued) -> String {
+    hex::encode(&issued.serial.0)
+}
+
+impl Certificates {
+    /// What the store holds.
+    pub(super) async fn load(store: &Store, site: &SiteDir) -> Result<Self, ControlError> {
+        let bad = |e: serde_json::Error| StoreError::Row { id: PREFIX.to_owned(), reason: e.to_string() };
+        let read = |note: String| serde_json::from_str::<Kept>(&note).map_err(bad);
+        let kept = store.notes(PREFIX).await?.into_iter().map(read).collect::<Result<Vec<_>, _>>()?;
+        let issued = kept.into_iter().map(|kept| (kept.machine, kept.issued)).collect();
+        let online = site.path.join("online");
+        // A key that is missing or cannot be read keeps the server from nothing but certificates.
+        let ca = Ca::open(&online, &site.name).unwrap_or_else(|error| {
+            tracing::error!(%error, "no certificates are issued, and no list of revoked ones is signed");
+            None
+        });
+        let known = Known { issued, ca: ca.map(Arc::new), ..Known::default() };
+        Ok(Self { known: Mutex::new(known), online, site: site.name.clone() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().expect("no code panics under this lock")
+    }
+
+    /// The CA, made where `wanted` and there is none.
+    fn ca(&self, known: &mut Known, wanted: bool) -> Result<Arc<Ca>, CertificateError> {
+        if let Some(ca) = &known.ca {
+            return Ok(Arc::clone(ca));
+        }
+        let ca = match Ca::open(&self.online, &self.site)? {
+            Some(ca) => ca,
+            None if wanted => Ca::make(&self.online, &self.site)?,
+            None => return Err(CertificateError::NoneWanted),
+        };
+        Ok(Arc::clone(known.ca.insert(Arc::new(ca))))
+    }
+}
+
+fn wants(manifest: &Manifest) -> Option<CertificateDemand> {
+    manifest.certificate.as_ref().map(|wanted| match wanted.policy {
+        CertificatePolicy::Approved => CertificateDemand::Approved,
+        CertificatePolicy::Attested => CertificateDemand::Attested,
+    })
+}
+
+/// What the release that it runs wants.
+fn declared(machine: &Machine, catalog: &Catalog) -> Option<CertificateDemand> {
+    let running = machine.running.as_ref()?;
+    let release = ReleaseId { image: running.image.clone(), release: running.release };
+    let manifest = &catalog.releases.get(&release)?.manifest;
+    wants(manifest).filter(|_| manifest.verity.root_hash == running.root_hash.as_str())
+}
+
+impl Control {
+    /// Whether the machine that proved this key may have a certificate, and none that it was issued holds.
+    pub(super) fn certify_word(&self, id: &MachineId, key: &KeyId) -> bool {
+        let catalog = self.catalog();
+        let inner = self.look();
+        let Some(machine) = inner.machines.get(id) else { return false };
+        let Some(demand) = declared(machine, &catalog) else { return false };
+        let now = now_ms();
+        let holds = |issued: &Vec<Issued>| issued.iter().any(|one| one.key == *key && one.holds(now));
+        !self.certificates.lock().issued.get(id).is_some_and(holds)
+            && machine.certificate_due(key, Some(demand), &barred(&catalog)).is_ok()
+    }
+
+    /// Answers a machine that asks for a certificate.
+    pub async fn certify(&self, key: &KeyId, request: &CertificateRequest) -> Result<CertificateAnswer, ControlError> {
+        let point: [u8; POINT] = request.public_key.0.as_slice().try_into().map_err(|_| CertificateError::PublicKey)?;
+        let signed = possession(&request.machine, key, &request.boot_id, &point);
+        UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, &point)
+            .verify(&signed, &request.proof.0)
+            .map_err(|_| CertificateError::Possession)?;
+        let (issued, pending) = {
+            let inner = self.lock();
+            let mut pending = Pending::default();
+            let issued = self.issue(&inner, key, request, &point, &mut pending);
+            (issued, pending)
+        };
+        // Not handed out before it is known for good: else it could not be revoked.
+        self.finish(pending).await?;
+        match issued {
+            Ok(issued) => Ok(CertificateAnswer { issued: Some(issued), refused: None }),
+            Err(CertificateError::Refused(refusal)) => {
+                let refused = Some(format!("{refusal} ({})", refusal.kind()));
+                Ok(CertificateAnswer { issued: None, refused })
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    fn issue(
+        &self,
+        inner: &Inner,
+        key: &KeyId,
+        request: &CertificateRequest,
+        point: &[u8; POINT],
+        pending: &mut Pending,
+    ) -> Result<IssuedCertificate, CertificateError> {
+        let (id, now) = (&request.machine, now_ms());
+        let machine = inner.machines.get(id).filter(|m| speaks(Some(m), key, &request.boot_id));
+        let machine = machine.ok_or(CertificateError::NotReported)?;
+        let catalog = self.catalog();
+        machine.certificate_due(key, declared(machine, &catalog), &barred(&catalog))?;
+        let mut known = self.certificates.lock();
+        let known = &mut *known;
+        let ca = self.certificates.ca(known, true)?;
+        let list = known.issued.entry(id.clone()).or_default();
+        list.retain(|issued| issued.is_kept(now));
+        if list.len() >= KEPT {
+            let first = list.iter().map(|issued| issued.until.saturating_add(AFTER_MS)).min().unwrap_or(now);
+            return Err(CertificateError::TooMany { limit: KEPT, minutes: first.saturating_sub(now) / 60_000 + 1 });
+        }
+        let mut random = [0; SERIAL];
+        SystemRandom::new().fill(&mut random).map_err(|_| CertificateError::Signing)?;
+        let (number, until) = (serial(random), now.saturating_add(self.config.certificate_life));
+        let certificate = ca.issue(&MachineCertificate {
+            serial: number,
+            name: machine.title(),
+            id: id.as_str(),
+            point,
+            from: time(now.saturating_sub(BACK_MS)),
+            until: time(until),
+        })?;
+        // The one before goes on beside it, until it is over; those before that do not.
+        let before = list.iter_mut().filter(|issued| issued.holds(now));
+        for issued in before.rev().skip(1) {
+            issued.ended = Some((now, CertificateEnd::Superseded));
+            known.list = None;
+        }
+        let first = list.iter().all(|issued| issued.boot_id != request.boot_id);
+        let (boot_id, number) = (request.boot_id.clone(), HexBytes(number.to_vec()));
+        let serial = hex::encode(&number.0);
+        list.push(Issued { serial: number, key: key.clone(), boot_id, at: now, until, ended: None });
+        pending.commits.push(self.keep(id, list));
+        // What is decided here may rest on a step that is not stored yet.
+        pending.commits.push(self.store.written(id));
+        // Its renewals are no news.
+        if first {
+            let what = format!("was issued a certificate, serial {serial}, until {}", time(until));
+            self.audit(pending, machine, "kiln", what);
+        }
+        let lasts_s = self.config.certificate_life / 1000;
+        Ok(IssuedCertificate { certificate, ca: ca.pem.clone(), serial, lasts_s })
+    }
+
+    fn keep(&self, machine: &MachineId, list: &[Issued]) -> Commit {
+        if list.is_empty() {
+            return self.store.erase(note(machine));
+        }
+        let kept = Kept { machine: machine.clone(), issued: list.to_vec() };
+        let text = serde_json::to_string(&kept).expect("ids, numbers and words always become JSON");
+        self.store.remember(note(machine), text)
+    }
+
+    /// Ends what was issued to a machine and rests on something that is not so any more. Called at each of its steps.
+    pub(super) fn end_certificates(&self, machine: &Machine, now: Millis, pending: &mut Pending) {
+        let mut known = self.certificates.lock();
+        let known = &mut *known;
+        let Some(list) = known.issued.get_mut(&machine.id) else { return };
+        let mut ended = Vec::new();
+        for issued in list.iter_mut().filter(|issued| issued.holds(now)) {
+            if let Some(end) = machine.certificate_ended(&issued.key) {
+                issued.ended = Some((now, end));
+                ended.push(format!("revoked the certificate with serial {}: {}", number(issued), end.words()));
+            }
+        }
+        if ended.is_empty() {
+            return;
+        }
+        known.list = None;
+        pending.commits.push(self.keep(&machine.id, list));
+        for what in ended {
+            // Also of a machine that is forgotten in this very step.
+            pending.commits.push(self.store.audit(Line::done(now, "kiln", machine.title(), what)));
+        }
+    }
+
+    /// Forgets what is over. Called every second; looks every ten minutes.
+    pub(super) fn prune_certificates(&self, now: Millis) -> Pending {
+        let mut pending = Pending::default();
+        let mut known = self.certificates.lock();
+        let known = &mut *known;
+        if known.pruned.saturating_add(PRUNE_MS) > now {
+            return pending;
+        }
+        known.pruned = now;
+        for (id, list) in &mut known.issued {
+            let before = list.len();
+            list.retain(|issued| issued.is_kept(now));
+            if list.len() != before {
+                pending.commits.push(self.keep(id, list));
+            }
+        }
+        known.issued.retain(|_, list| !list.is_empty());
+        pending
+    }
+
+    /// A machine's newest certificate, if it is not over.
+    pub(super) fn certificate_view(&self, id: &MachineId) -> Option<CertificateView> {
+        let ms = |at: Millis| i64::try_from(at).unwrap_or(i64::MAX);
+        let known = self.certificates.lock();
+        let newest = known.issued.get(id)?.last().filter(|issued| now_ms() < issued.until)?;
+        Some(CertificateView {
+            serial: number(newest),
+            issued_ms: ms(newest.at),
+            expires_ms: ms(newest.until),
+            revoked: newest.ended.map(|(_, end)| end.words().to_owned()),
+        })
+    }
+
+    /// Whether some release that is published wants certificates: then there is a CA, before the first machine asks.
+    fn certificates_wanted(&self) -> bool {
+        self.catalog().releases.values().any(|release| release.manifest.certificate.is_some())
+    }
+
+    /// The CA's certificate, PEM.
+    pub(crate) fn machine_ca(&self) -> Result<String, CertificateError> {
+        let wanted = self.certificates_wanted();
+        let mut known = self.certificates.lock();
+        self.certificates.ca(&mut known, wanted).map(|ca| ca.pem.clone())
+    }
+
+    /// The list of certificates that were revoked and are not over, DER: the one that was signed last, or a new one.
+    pub(crate) fn revoked_certificates(&self) -> Result<Vec<u8>, CertificateError> {
+        let (wanted, now) = (self.certificates_wanted(), now_ms());
+        let mut known = self.certificates.lock();
+        let known = &mut *known;
+        if let Some((at, list)) = &known.list
+            && (*at..at.saturating_add(LIST_AGE_MS)).contains(&now)
+        {
+            return Ok(list.clone());
+        }
+        let ca = self.certificates.ca(known, wanted)?;
+        let kept = known.issued.values().flatten().filter(|issued| issued.is_kept(now));
+        let revoked: Vec<Revoked> = kept.filter_map(Issued::revoked).collect();
+        // The time, so that it grows over the server's starts as well.
+        known.number = now.max(known.number + 1);
+        let (made, next) = (time(now.saturating_sub(BACK_MS)), time(now.saturating_add(LIST_LIFE_MS)));
+        let list = ca.list(known.number, made, next, &revoked)?;
+        known.list = Some((now, list.clone()));
+        Ok(list)
+    }
+}

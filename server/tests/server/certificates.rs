@@ -1,0 +1,356 @@
+//! Certificates of machines against a running `kiln serve`: who gets one, what ends it, and what other people's programs make of
+//! both (`openssl`, nginx, curl).
+
+use crate::common::chip::boot_id;
+use crate::common::*;
+use hyper::StatusCode;
+use kiln_protocol::*;
+use kiln_release::{CertificatePolicy, Manifest, WantedCertificate, hex};
+use ring::rand::SystemRandom;
+use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair};
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+fn wanting(policy: CertificatePolicy) -> impl FnOnce(&mut Manifest) {
+    let wanted = WantedCertificate { owner: None, required: true, units: vec![], policy };
+    move |manifest| manifest.certificate = Some(wanted)
+}
+
+/// A site whose release 2 wants a certificate, a server, and a machine that runs it.
+async fn rack(policy: CertificatePolicy) -> (TestSite, Server, Agent) {
+    let site = TestSite::new();
+    let manifest = site.publish_as(2, wanting(policy));
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &manifest);
+    works(&server, &mut agent).await;
+    (site, server, agent)
+}
+
+/// It reports that it runs, as it does at its first report and from then on.
+async fn works(server: &Server, agent: &mut Agent) -> Reply {
+    let first = agent.healthy();
+    agent.send(server, &first).await;
+    let next = agent.healthy();
+    agent.send(server, &next).await
+}
+
+/// A new key, PEM, and the request for it.
+fn request(agent: &Agent) -> (String, CertificateRequest) {
+    let random = SystemRandom::new();
+    let made = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &random).unwrap();
+    let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, made.as_ref(), &random).unwrap();
+    let (machine, boot_id) = (machine_id(agent.n), boot_id(agent));
+    let public = pair.public_key().as_ref();
+    let proof = pair.sign(&random, &possession(&machine, &agent.key_id(), &boot_id, public)).unwrap();
+    let (public_key, proof) = (HexBytes(public.to_vec()), HexBytes(proof.as_ref().to_vec()));
+    (hex::pem_encode("PRIVATE KEY", made.as_ref()), CertificateRequest { machine, boot_id, public_key, proof })
+}
+
+async fn post(server: &Server, agent: &Agent, request: &CertificateRequest) -> Answer {
+    let body = serde_json::to_vec(request).unwrap();
+    server.post_to(CERTIFICATE_PATH, server.tls(Some(agent.identity())), body).await.unwrap()
+}
+
+/// What the machine has in its file, and what was issued to it.
+async fn issued(server: &Server, agent: &Agent) -> (String, IssuedCertificate) {
+    let (key, request) = request(agent);
+    let answer = post(server, agent, &request).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    let answer: CertificateAnswer = serde_json::from_slice(&answer.body).unwrap();
+    let issued = answer.issued.unwrap_or_else(|| panic!("{:?}", answer.refused));
+    (format!("{key}{}", issued.certificate), issued)
+}
+
+async fn refused(server: &Server, agent: &Agent) -> String {
+    let (_, request) = request(agent);
+    let answer = post(server, agent, &request).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    let answer: CertificateAnswer = serde_json::from_slice(&answer.body).unwrap();
+    assert!(answer.issued.is_none());
+    answer.refused.unwrap()
+}
+
+async fn revoke_key(server: &Server, machine: &str) {
+    let answer = server.order("POST", &format!("machines/{machine}/revoke-key"), json!({})).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+}
+
+fn write(dir: &Path, name: &str, bytes: &[u8]) -> PathBuf {
+    let path = dir.join(name);
+    std::fs::write(&path, bytes).unwrap();
+    path
+}
+
+/// Another program: whether it succeeded, and all that it said; none: it is not installed.
+fn run(program: &str, arguments: &[&str]) -> Option<(bool, String)> {
+    let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+    match Command::new(program).args(arguments).env("PATH", path).stdin(Stdio::null()).output() {
+        Ok(output) => {
+            let said = [output.stdout, output.stderr].concat();
+            Some((output.status.success(), String::from_utf8_lossy(&said).into_owned()))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            oracle::skipped(&format!("{program} is not installed"));
+            None
+        }
+        Err(error) => panic!("{program}: {error}"),
+    }
+}
+
+/// What openssl says of a certificate by the CA and the list as the server gives them now.
+async fn openssl(server: &Server, dir: &Path, certificate: &str) -> Option<(bool, String)> {
+    let ca = write(dir, "ca.pem", &server.http("GET", "/site/machines.pem", &[]).await.body);
+    let list = write(dir, "list.pem", &server.http("GET", "/site/machines.crl.pem", &[]).await.body);
+    let certificate = write(dir, "certificate.pem", certificate.as_bytes());
+    let [ca, list, certificate] = [&ca, &list, &certificate].map(|path| path.to_str().unwrap());
+    let strict = ["verify", "-x509_strict", "-purpose", "sslclient", "-crl_check", "-CAfile", ca, "-CRLfile", list];
+    run("openssl", &[&strict[..], &[certificate]].concat())
+}
+
+#[tokio::test]
+async fn a_certificate_verifies_until_its_machine_s_key_is_revoked() {
+    let (site, server, mut agent) = rack(CertificatePolicy::Approved).await;
+    assert!(works(&server, &mut agent).await.certify, "there is one to be had");
+    let dir = tempfile::tempdir().unwrap();
+    let (_, first) = issued(&server, &agent).await;
+    assert!(!works(&server, &mut agent).await.certify, "it has it");
+    assert_eq!((first.serial.len(), first.lasts_s), (32, 24 * 3600));
+    let Some((good, said)) = openssl(&server, dir.path(), &first.certificate).await else { return };
+    assert!(good, "{said}");
+    let shown = write(dir.path(), "shown.pem", first.certificate.as_bytes());
+    let names = ["x509", "-noout", "-subject", "-ext", "subjectAltName,extendedKeyUsage", "-serial", "-in"];
+    let (_, said) = run("openssl", &[&names[..], &[shown.to_str().unwrap()]].concat()).unwrap();
+    let uri = format!("URI:kiln:machine:{}", machine_id(1));
+    for piece in ["rack-1", uri.as_str(), "TLS Web Client Authentication"] {
+        assert!(said.contains(piece), "{piece}: {said}");
+    }
+    assert!(!said.contains("Server Authentication") && said.contains(&first.serial.to_uppercase()), "{said}");
+    // It is over when the machine was told: valid a minute before, not a minute after.
+    for (seconds, holds) in [(first.lasts_s - 60, true), (first.lasts_s + 60, false)] {
+        let seconds = seconds.to_string();
+        let end = ["x509", "-noout", "-checkend", seconds.as_str(), "-in", shown.to_str().unwrap()];
+        assert_eq!(run("openssl", &end).unwrap().0, holds, "{seconds}");
+    }
+    // The list is the CA's, whole, in both its forms.
+    let list = server.http("GET", "/site/machines.crl", &[]).await;
+    assert_eq!(list.header("content-type"), "application/pkix-crl");
+    let (list, ca) = (write(dir.path(), "list", &list.body), dir.path().join("ca.pem"));
+    let [list, ca] = [&list, &ca].map(|path| path.to_str().unwrap().to_owned());
+    let (_, said) = run("openssl", &["crl", "-inform", "DER", "-in", &list, "-CAfile", &ca, "-noout"]).unwrap();
+    assert!(said.contains("verify OK"), "{said}");
+
+    // Renewed, both hold; with the next one the first is revoked, as no more than two do.
+    let (_, second) = issued(&server, &agent).await;
+    for certificate in [&first, &second] {
+        assert!(openssl(&server, dir.path(), &certificate.certificate).await.unwrap().0);
+    }
+    let (_, third) = issued(&server, &agent).await;
+    for (certificate, holds) in [(&first, false), (&second, true), (&third, true)] {
+        let (good, said) = openssl(&server, dir.path(), &certificate.certificate).await.unwrap();
+        assert_eq!(good, holds, "{said}");
+        assert!(holds || said.contains("certificate revoked"), "{said}");
+    }
+    // The database knows them, and the CA is the same.
+    let ca = server.http("GET", "/site/machines.pem", &[]).await.body;
+    assert_eq!(site.online("machine-ca.pem"), ca);
+    drop(server);
+    let server = Server::start(&site).await;
+    assert_eq!(server.http("GET", "/site/machines.pem", &[]).await.body, ca);
+    assert!(!openssl(&server, dir.path(), &first.certificate).await.unwrap().0);
+    assert!(openssl(&server, dir.path(), &third.certificate).await.unwrap().0);
+    let show = ["machine", "show", "rack-1", "--site", site.path().to_str().unwrap()];
+    let (_, said, _) = site.kiln(&show);
+    assert!(said.contains(&format!("certificate  serial {}, over in 23 h", third.serial)), "{said}");
+
+    revoke_key(&server, "rack-1").await;
+    for certificate in [&second, &third] {
+        let (good, said) = openssl(&server, dir.path(), &certificate.certificate).await.unwrap();
+        assert!(!good && said.contains("certificate revoked"), "{said}");
+    }
+    let (_, next) = request(&agent);
+    assert_eq!(post(&server, &agent, &next).await.status, StatusCode::FORBIDDEN, "and no other is issued");
+    let (_, said, _) = site.kiln(&show);
+    assert!(said.contains("revoked: its machine's identity key was revoked"), "{said}");
+    let audit = server.audit().await;
+    let has = |what: &str| audit.iter().any(|record| record.what.contains(what));
+    assert!(has(&format!("was issued a certificate, serial {}", first.serial)));
+    assert!(!has(&format!("was issued a certificate, serial {}", second.serial)), "a renewal is no news");
+    assert!(has(&format!("revoked the certificate with serial {}", third.serial)));
+    let mode = |name: &str| {
+        let meta = std::fs::metadata(site.path().join("online").join(name)).unwrap();
+        std::os::unix::fs::PermissionsExt::mode(&meta.permissions()) & 0o777
+    };
+    assert_eq!(mode("machine-ca.key"), 0o600);
+}
+
+#[tokio::test]
+async fn who_may_have_none_is_told_why() {
+    let site = TestSite::new();
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    assert!(!works(&server, &mut agent).await.certify);
+    assert!(refused(&server, &agent).await.ends_with("(not-declared)"));
+    let answer = server.http("GET", "/site/machines.pem", &[]).await;
+    assert!(answer.status == StatusCode::NOT_FOUND && answer.text().contains("no machine CA yet"), "{}", answer.text());
+    assert_eq!(server.http("GET", "/site/machines.crl", &[]).await.status, StatusCode::NOT_FOUND);
+    assert!(!site.path().join("online/machine-ca.key").exists(), "nobody needs one");
+    drop(server);
+
+    let manifest = site.publish_as(2, wanting(CertificatePolicy::Attested));
+    let server = Server::start(&site).await;
+    let pem = server.http("GET", "/site/machines.pem", &[]).await;
+    assert_eq!(pem.status, StatusCode::OK, "{}", pem.text());
+    // Machine 2 runs it, and has no TPM.
+    let mut second = Agent::new(2, &manifest);
+    assert!(!works(&server, &mut second).await.certify);
+    let said = refused(&server, &second).await;
+    assert!(said.contains("attested boots only") && said.ends_with("(not-attested)"), "{said}");
+
+    let manifest = site.publish_as(3, wanting(CertificatePolicy::Approved));
+    drop(server);
+    let server = Server::start(&site).await;
+    let mut third = Agent::new(3, &manifest);
+    assert!(works(&server, &mut third).await.certify);
+    // A machine that nobody approved, and one that says it is another.
+    let mut unknown = Agent::new(9, &manifest);
+    works(&server, &mut unknown).await;
+    assert!(refused(&server, &unknown).await.ends_with("(not-in-service)"));
+    let stranger = Agent { signer: unknown.signer.clone(), ..third.clone() };
+    let (_, request) = request(&stranger);
+    assert_eq!(post(&server, &stranger, &request).await.status, StatusCode::CONFLICT);
+    // What the machine itself asks with must be its own, of this boot, and proven.
+    let (_, good) = self::request(&third);
+    let mut altered = good.clone();
+    *altered.proof.0.last_mut().unwrap() ^= 1;
+    let another_boot = CertificateRequest { boot_id: "boot-3-7".into(), ..good.clone() };
+    let another_key = CertificateRequest { public_key: self::request(&third).1.public_key, ..good.clone() };
+    let no_point = CertificateRequest { public_key: HexBytes(vec![4; 64]), ..good.clone() };
+    for bad in [altered, another_boot, another_key, no_point] {
+        assert_eq!(post(&server, &third, &bad).await.status, StatusCode::UNPROCESSABLE_ENTITY, "{bad:?}");
+    }
+    let older = Agent { boot: 7, ..third.clone() };
+    let (_, older) = self::request(&older);
+    assert_eq!(post(&server, &third, &older).await.status, StatusCode::CONFLICT, "a boot that it has not reported");
+    assert_eq!(post(&server, &third, &good).await.status, StatusCode::OK);
+
+    // Out of service it gets no other, and what it has is revoked at once.
+    let dir = tempfile::tempdir().unwrap();
+    let (_, one) = issued(&server, &third).await;
+    let before = server.http("GET", "/site/machines.crl", &[]).await.body;
+    let answer = server.order("POST", "machines/rack-3/retire", json!({})).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    assert_ne!(server.http("GET", "/site/machines.crl", &[]).await.body, before);
+    assert!(refused(&server, &third).await.ends_with("(not-in-service)"));
+    let Some((good, said)) = openssl(&server, dir.path(), &one.certificate).await else { return };
+    assert!(!good && said.contains("certificate revoked"), "{said}");
+}
+
+#[tokio::test]
+async fn a_machine_that_asks_without_end_is_bounded() {
+    let (_site, server, agent) = rack(CertificatePolicy::Approved).await;
+    for _ in 0..32 {
+        issued(&server, &agent).await;
+    }
+    let (_, request) = request(&agent);
+    let answer = post(&server, &agent, &request).await;
+    assert_eq!(answer.status, StatusCode::TOO_MANY_REQUESTS);
+    assert!(answer.text().contains("it asks too often"), "{}", answer.text());
+}
+
+/// Debian's nginx, which asks each client for a certificate.
+struct Nginx {
+    child: Child,
+    dir: PathBuf,
+}
+
+impl Drop for Nginx {
+    fn drop(&mut self) {
+        // One process: it has no workers that would outlive it.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = std::fs::remove_file(self.dir.join("socket"));
+    }
+}
+
+impl Nginx {
+    /// With the CA and the list that lie in the folder.
+    fn start(dir: &Path) -> Self {
+        let at = dir.display();
+        let temp = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"].map(|of| format!("{of}_temp_path {at}/{of};"));
+        let config = format!(
+            "daemon off; master_process off; pid {at}/pid; error_log {at}/error.log info;\nevents {{}}\nhttp {{ access_log off; \
+             {}\nserver {{ listen unix:{at}/socket ssl; ssl_certificate {at}/server.pem; ssl_certificate_key {at}/server.key;\n\
+             ssl_client_certificate {at}/ca.pem; ssl_crl {at}/list.pem; ssl_verify_client on;\n\
+             location / {{ return 200 \"$ssl_client_verify $ssl_client_s_dn\"; }} }} }}\n",
+            temp.join(" ")
+        );
+        let file = write(dir, "nginx.conf", config.as_bytes());
+        let path = format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default());
+        let mut nginx = Command::new("nginx");
+        nginx.args(["-p", dir.to_str().unwrap(), "-e", "error.log", "-c", file.to_str().unwrap()]).env("PATH", path);
+        let child = nginx.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut this = Self { child, dir: dir.to_owned() };
+        let log = || std::fs::read_to_string(dir.join("error.log")).unwrap_or_default();
+        let begun = Instant::now();
+        while std::os::unix::net::UnixStream::connect(dir.join("socket")).is_err() {
+            assert!(this.child.try_wait().unwrap().is_none() && begun.elapsed() < PATIENCE, "{}", log());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        this
+    }
+
+    /// What curl is answered: status, body. `identity`: its file of key and certificate.
+    fn get(&self, identity: Option<&Path>) -> (String, String) {
+        let [socket, trusts] = ["socket", "server.pem"].map(|name| self.dir.join(name).display().to_string());
+        let identity = identity.map(|path| path.display().to_string());
+        let mut arguments =
+            vec!["-sS", "--unix-socket", socket.as_str(), "--cacert", trusts.as_str(), "-w", " %{http_code}"];
+        arguments.extend(identity.iter().flat_map(|path| ["--cert", path.as_str()]));
+        arguments.push("https://localhost/");
+        let (good, said) = run("curl", &arguments).unwrap();
+        assert!(good, "{said}");
+        let (body, status) = said.rsplit_once(' ').unwrap();
+        (status.to_owned(), body.to_owned())
+    }
+}
+
+#[tokio::test]
+async fn nginx_lets_a_machine_in_by_its_certificate_until_that_is_revoked() {
+    let tools = [("nginx", "-v"), ("openssl", "version"), ("curl", "--version")];
+    if tools.iter().any(|(program, argument)| run(program, &[*argument]).is_none()) {
+        return;
+    }
+    let (_site, server, agent) = rack(CertificatePolicy::Approved).await;
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let [key, certificate] = ["server.key", "server.pem"].map(|name| dir.join(name).display().to_string());
+    let own = ["req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-days", "2", "-subj"];
+    let names = ["/CN=localhost", "-addext", "subjectAltName=DNS:localhost"];
+    let files = ["-keyout", key.as_str(), "-out", certificate.as_str()];
+    let (good, said) = run("openssl", &[&own[..], &names[..], &files[..]].concat()).unwrap();
+    assert!(good, "{said}");
+    let (identity, _) = issued(&server, &agent).await;
+    let identity = write(dir, "identity.pem", identity.as_bytes());
+    let foreign = [std::fs::read(&key).unwrap(), std::fs::read(&certificate).unwrap()].concat();
+    let foreign = write(dir, "foreign.pem", &foreign);
+    write(dir, "ca.pem", &server.http("GET", "/site/machines.pem", &[]).await.body);
+    write(dir, "list.pem", &server.http("GET", "/site/machines.crl.pem", &[]).await.body);
+
+    let nginx = Nginx::start(dir);
+    let (status, body) = nginx.get(Some(&identity));
+    assert!(status == "200" && body.starts_with("SUCCESS ") && body.contains("CN=rack-1"), "{status} {body}");
+    assert_eq!(nginx.get(None).0, "400", "without one");
+    assert_eq!(nginx.get(Some(&foreign)).0, "400", "somebody else's");
+
+    revoke_key(&server, "rack-1").await;
+    assert_eq!(nginx.get(Some(&identity)).0, "200", "nginx knows the list that it was given");
+    drop(nginx);
+    write(dir, "list.pem", &server.http("GET", "/site/machines.crl.pem", &[]).await.body);
+    let nginx = Nginx::start(dir);
+    assert_eq!(nginx.get(Some(&identity)).0, "400");
+    drop(nginx);
+    let log = std::fs::read_to_string(dir.join("error.log")).unwrap();
+    assert!(log.contains("certificate revoked"), "{log}");
+}

@@ -89,12 +89,27 @@ impl<B: Block> Fat<B> {
     /// say nothing that can be followed.
     pub fn open(disk: B) -> io::Result<Self> {
         let (geometry, spare) = find_geometry(&disk)?;
-        let copies: io::Result<Vec<Vec<u32>>> =
-            (0..geometry.fats).map(|copy| read_table(&disk, geometry, copy)).collect();
-        let copies = copies?;
-        let mut fat = Self { disk, geometry, table: copies[0].clone(), knots: HashSet::new() };
-        let tree = fat.choose(&copies)?;
-        fat.settle(&tree.held, &copies)?;
+        let (mut copies, mut failed) = (Vec::new(), None);
+        for copy in 0..geometry.fats {
+            match read_table(&disk, geometry, copy) {
+                Ok(table) => copies.push(table),
+                Err(error) => failed = Some(error),
+            }
+        }
+        // One that can be read is enough.
+        let Some(table) = copies.first().cloned() else {
+            return Err(failed.unwrap_or_else(|| bad("no copy of the table")));
+        };
+        let mut fat = Self { disk, geometry, table, knots: HashSet::new() };
+        let tree = match (fat.choose(&copies), failed) {
+            (tree, None) => {
+                let tree = tree?;
+                fat.settle(&tree.held, &copies)?;
+                tree
+            }
+            // What the other says is not known: nothing is given back, and the file system is not taken for none.
+            (tree, Some(error)) => tree.map_err(|_| error)?,
+        };
         fat.knots = tree.knots;
         if let Some(boot) = spare {
             fat.disk.write_at(0, &boot)?;
@@ -103,7 +118,7 @@ impl<B: Block> Fat<B> {
         Ok(fat)
     }
 
-    /// The first copy of the table, which is taken already, or the second where fewer files are broken by that.
+    /// The first copy of the table, which is taken already, or the next where fewer files are broken by that.
     fn choose(&mut self, copies: &[Vec<u32>]) -> io::Result<Tree> {
         let first = self.tree();
         let is_bad = match &first {

@@ -69,6 +69,21 @@ fn a_flipped_bit_of_a_table_is_mended_by_the_other_copy() {
     }
 }
 
+#[test]
+fn a_copy_of_the_table_that_cannot_be_read_costs_nothing() {
+    let mut whole = ESP.with(Clone::clone);
+    let expected = files(&opened_esp(&mut whole));
+    let (sectors, _) = table(&whole);
+    for copy in 0..2 {
+        let first = TABLE + copy * sectors;
+        let mut disk = Recorded { failing: Some(first..first + 1), ..whole.clone() };
+        assert_eq!(files(&opened_esp(&mut disk)), expected, "copy {copy}");
+    }
+    let mut disk = Recorded { failing: Some(TABLE..TABLE + 2 * sectors), ..whole.clone() };
+    let error = Fat::open(Part::new(&mut disk, &(0..SIZE))).map(drop).unwrap_err();
+    assert_eq!(error.raw_os_error(), Some(libc::EIO), "it is not taken for none");
+}
+
 /// In both copies the same: that file alone is lost, its place is nobody else's, and it can be written anew.
 #[test]
 fn a_chain_that_is_broken_in_both_copies_costs_its_file_alone() {

@@ -121,7 +121,11 @@ fn tidy(stub: &[u8]) -> Result<(Vec<u8>, Pe), UkiError> {
     order.sort_by_key(|number| tidy.sections[*number].raw_offset);
     for number in order {
         let section = &mut tidy.sections[number];
+        let entry = tidy.table_offset + number * SECTION_ENTRY;
         if section.raw_size == 0 {
+            // Where it has nothing may lie behind what is kept.
+            section.raw_offset = 0;
+            put(&mut file, entry + 20, 0);
             continue;
         }
         let begin = index(section.raw_offset);
@@ -130,7 +134,6 @@ fn tidy(stub: &[u8]) -> Result<(Vec<u8>, Pe), UkiError> {
         file.extend_from_slice(content);
         file.resize(file.len().next_multiple_of(align), 0);
         section.raw_size = small(file.len())? - section.raw_offset;
-        let entry = tidy.table_offset + number * SECTION_ENTRY;
         put(&mut file, entry + 16, section.raw_size);
         put(&mut file, entry + 20, section.raw_offset);
     }

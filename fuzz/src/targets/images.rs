@@ -123,7 +123,11 @@ pub mod pe {
         // A header that counts one directory too few for signatures.
         let mut four = image(&uki, &[]);
         four[0x58 + 108] = 4;
-        vec![image(&uki, &[]), image(&uki, &[8; 16]), image(&[uki[0], sbat], &[]), image(&uki[..1], &[]), four]
+        // A section with nothing in the file, which lies behind all that is laid out anew.
+        let mut behind = image(&[uki[0], (".bss", b"")], &[]);
+        behind.resize(8192, 0);
+        behind[0x58 + 240 + 40 + 20..][..4].copy_from_slice(&4096_u32.to_le_bytes());
+        vec![image(&uki, &[]), image(&uki, &[8; 16]), image(&[uki[0], sbat], &[]), image(&uki[..1], &[]), four, behind]
     }
 }
 

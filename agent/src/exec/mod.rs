@@ -51,7 +51,7 @@ pub fn watch_here(policy: &Path, choice: ExecChoice) -> AgentResult<()> {
     runtime.map_err(AgentError::system("starting the runtime"))?.block_on(async {
         loop {
             let line = serde_json::to_string(&post.state()).expect("what is told always becomes JSON");
-            println!("{line}");
+            std::println!("{line}");
             post.news().await;
         }
     })

@@ -104,7 +104,7 @@ pub fn print(mut arguments: impl Iterator<Item = String>) -> Result<()> {
             tokio::time::sleep(Duration::from_secs(seconds.into())).await;
         });
     }
-    println!("{}", json(&take(&Root::of_this_machine(), &neighbours)));
+    std::println!("{}", json(&take(&Root::of_this_machine(), &neighbours)));
     Ok(())
 }
 

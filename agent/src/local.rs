@@ -16,7 +16,7 @@ use crate::memory::Memory;
 use crate::plan;
 use crate::uplink::Network;
 use crate::verifier::{Verified, Verifier};
-use kiln_protocol::slot::{Action, Content, Event, Fallback, Go, Label, SlotId};
+use kiln_protocol::slot::{Action, Content, Event, Fallback, Go, Label, SlotId, Slots};
 use kiln_protocol::{Assignment, BootFirst, ReleaseId, Stage};
 use kiln_release::{Manifest, Mode};
 use std::fs::File;
@@ -46,6 +46,7 @@ pub async fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
                 for error in broken {
                     flow.journal.failed(Stage::Modules, &error.into(), 1, Some(Duration::ZERO));
                 }
+                flow.verifier.held = held(&disk.slots());
                 let memory = &mut flow.verifier.memory;
                 if (memory.sequence, memory.order_base) == (0, 0) {
                     // The firmware's variables were erased; what the loader knows was assigned before that.
@@ -59,6 +60,12 @@ pub async fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
             }
         },
     }
+}
+
+/// The images that lie in the slots.
+pub fn held(slots: &Slots) -> Vec<String> {
+    let entries = SlotId::BOTH.into_iter().flat_map(|slot| slots.disk.entries_of(slot));
+    entries.map(|entry| entry.content.release.image.to_string()).collect()
 }
 
 /// Whether this boot leaves the disk alone, because the one before came to its end in it. Said, and forgotten before anything else

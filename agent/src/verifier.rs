@@ -83,6 +83,8 @@ pub struct Verifier {
     pub put_up: u64,
     /// What had expired of the metadata that was verified last, by the time that is believed now.
     pub stale: Option<Stale>,
+    /// Images that lie in the slots, whose floors are remembered beside that of what runs.
+    pub held: Vec<String>,
 }
 
 impl Verifier {
@@ -103,6 +105,7 @@ impl Verifier {
             wipe: None,
             put_up: u64::MAX,
             stale: None,
+            held: Vec::new(),
         }
     }
 
@@ -253,10 +256,7 @@ impl Verifier {
         }
         let manifest_bytes = target(&outcome, &manifest_path)?;
         let manifest = Manifest::read(manifest_bytes, release.image.as_str(), release.release)?;
-        for (image, floor) in &site.floors {
-            let known = self.memory.floors.entry(image.clone()).or_insert(1);
-            *known = (*known).max(*floor);
-        }
+        self.memory.hear_floors(&site.floors, [&self.boot.image, release.image.as_str()], &self.held);
         self.place.remember(&self.memory)?;
         let manifest_sha256 = hex::sha256(manifest_bytes);
         Ok(Verified { site, manifest, manifest_sha256, files, outcome })
@@ -291,7 +291,8 @@ impl Verifier {
             arch: crate::facts::architecture(),
             image: &image,
             highest_sequence: self.memory.sequence,
-            floor: self.memory.floor(image.as_str()),
+            // That of an image which this machine never was is remembered once it is sent there.
+            floor: self.memory.floor(image.as_str()).max(verified.site.floor(image.as_str())),
         };
         check_assignment(&assigned, &me)?;
         let known = &verified.manifest;
@@ -307,6 +308,7 @@ impl Verifier {
         if let Some(order) = &order {
             self.memory.take_order(order, assigned.sequence, self.now)?;
         }
+        self.memory.hear_floors(&verified.site.floors, [&self.boot.image, image.as_str()], &self.held);
         self.memory.accept(&assigned);
         self.accepted = Some(assignment);
         self.settings.clone_from(&assigned.settings);

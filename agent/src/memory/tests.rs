@@ -1,5 +1,6 @@
 //! What outlives a boot, and what does not.
 
+use super::floors::FLOORS;
 use super::orders::ORDERS;
 use super::place::{KEY, efi_key};
 use super::*;
@@ -229,11 +230,44 @@ fn a_copy_stands_in_for_no_other_place_but_the_tpms_for_what_is_beside_it() {
     assert_eq!(beside.resume(None).unwrap().memory, new);
 }
 
-/// Every number at its longest; so many signers of a role, and so many images with a floor, where nothing else ends them.
+fn signed_floors(images: usize, floor: u64) -> BTreeMap<String, u64> {
+    (0..images).map(|n| (format!("{n:032}"), floor)).collect()
+}
+
+#[test]
+fn of_a_sites_floors_those_are_remembered_that_this_machine_has_a_use_for() {
+    let names: Vec<String> = signed_floors(9, 1).into_keys().collect();
+    let [one, two, three, four, five] = [0, 1, 2, 3, 4].map(|n| names[n].as_str());
+    let mut memory = Memory::default();
+    memory.hear_floors(&signed_floors(200, 3), [five, five], &[]);
+    assert_eq!((memory.floors.len(), memory.floor(five), memory.floor(one)), (1, 3, 1));
+    // Sent to another image, and on to a third: what it was counts on, and rises.
+    memory.hear_floors(&signed_floors(200, 4), [five, four], &[]);
+    memory.hear_floors(&signed_floors(200, 5), [four, three], &[]);
+    assert_eq!([five, four, three].map(|image| memory.floor(image)), [5, 5, 5]);
+    memory.hear_floors(&signed_floors(200, 2), [four, three], &[]);
+    assert_eq!(memory.floor(four), 5, "none goes down");
+    // There is no room for all that it ever was: what lies on its disk stays.
+    memory.hear_floors(&signed_floors(200, 6), [three, two], &[five.to_owned(), three.to_owned()]);
+    assert_eq!((memory.floors.len(), memory.floor(five), memory.floor(four)), (FLOORS, 6, 1));
+    // Come over the network as neither of two slots, and sent on: one of those goes.
+    memory.hear_floors(&signed_floors(200, 6), [two, one], &[five.to_owned(), three.to_owned()]);
+    assert_eq!(memory.floors.len(), FLOORS);
+    assert_eq!([one, two, five].map(|image| memory.floor(image)), [6, 6, 6]);
+    // An earlier agent remembered them all.
+    let mut earlier = Memory { floors: signed_floors(200, 7), ..Memory::default() };
+    earlier.hear_floors(&signed_floors(200, 7), [one, one], &[five.to_owned()]);
+    assert_eq!((earlier.floors.len(), earlier.floor(one), earlier.floor(five)), (FLOORS, 7, 7));
+    // An image that no floor was signed for takes no room.
+    let mut none = Memory::default();
+    none.hear_floors(&BTreeMap::new(), [one, two], &[]);
+    assert_eq!(none, Memory::default());
+}
+
+/// Every number at its longest, two signers of a role (more are not remembered), and a site that signs floors for 200 images.
 #[test]
 fn all_that_is_remembered_fits_into_a_tpm() {
     const SIGNERS: usize = 2;
-    const IMAGES: usize = 2;
     let late: Timestamp = "9999-12-30T20:59:59.123456789Z".parse().unwrap();
     let role = SeenRole { version: u64::MAX, keys: vec!["0".repeat(16); SIGNERS] };
     let image = |n: usize| format!("{n:032}");
@@ -250,13 +284,15 @@ fn all_that_is_remembered_fits_into_a_tpm() {
         time_floor: Some(late),
         director: "0".repeat(64),
         order_base: u64::MAX,
-        floors: (0..IMAGES).map(|n| (image(n), u64::MAX)).collect(),
         failed_boots: u32::MAX,
         restarted_for_data: true,
         orders_until: Some(late),
         disk_hung: Some("x".repeat(32)),
         ..Memory::default()
     };
+    let floors = signed_floors(200, u64::MAX);
+    memory.hear_floors(&floors, [&image(0), &image(1)], &[2, 3].map(image));
+    assert_eq!(memory.floors.len(), FLOORS);
     let order = |n: usize| Order {
         type_: ORDER_TYPE.into(),
         spec_version: SPEC_VERSION.into(),

@@ -183,6 +183,7 @@ async fn resume(
     verifier.settings = handoff.settings;
     verifier.stale.clone_from(&journal.state.stale);
     verifier.pins.set(&handoff.agent_api_keys);
+    verifier.held = disk.map(|disk| local::held(&disk.slots())).unwrap_or_default();
     // A system in memory was fetched for this boot; one on a disk was verified whole when the disk says so.
     verifier.put_up = match disk {
         None if handoff.disk.is_some() => u64::MAX,

@@ -100,6 +100,10 @@ pub enum AgentError {
     Operator(#[from] kiln_release::OperatorError),
     #[error("{0}")]
     Order(#[from] OrderError),
+    #[error(
+        "an order is not followed: it could be given again, as it cannot be remembered that it was taken: {reason}"
+    )]
+    OrderUnkept { reason: String },
     #[error("assignment names manifest {got}, signed metadata lists {expected} for that release")]
     ManifestMismatch { expected: String, got: String },
     #[error("assignment for {release} expired at {expires}; a different release is started only by one in force")]
@@ -283,6 +287,7 @@ kinds!({
     Self::AgentApiCa => "agent-api-ca-mismatch", Verification;
     // Another server may show one that counts, or newer metadata name this one.
     Self::AgentApiKey { .. } => "agent-api-key-revoked", Unreachable;
+    Self::OrderUnkept { .. } => "order-not-remembered", Verification;
     Self::OtherRecord { .. } => "disk-other-record", Verification;
     Self::Class { .. } => "release-wrong-class", Verification;
     Self::CommandLine { .. } => "command-line-mismatch", Verification;

@@ -334,7 +334,10 @@ async fn renew_record(flow: &mut Flow, disk: &SharedDisk, manifest: &Manifest, r
     if kept.is_some_and(|kept| flow.verifier.memory.has_record(&label, &kept.digest())) {
         return Ok(());
     }
-    flow.verifier.expect_record(manifest, &record.digest(), slots)?;
+    // One that a boot without a server would not believe must not take the place of one that it does.
+    if !flow.verifier.expect_record(manifest, &record.digest(), slots)? {
+        return Ok(());
+    }
     on_disk(disk, move |disk| disk.keep_record(&root_hash, &record)).await
 }
 

@@ -169,7 +169,7 @@ async fn leave(
     let no_data = open_data(&flow.verifier.boot, disk).await;
     flow.journal.done(Stage::Verity);
     if std::mem::take(&mut flow.verifier.memory.failed_boots) > 0 {
-        flow.verifier.place.remember(&flow.verifier.memory)?;
+        flow.verifier.keep();
     }
     if on.is_some() {
         loader::keep();

@@ -172,14 +172,11 @@ async fn resume(
     for error in [lost.as_ref(), spoilt.as_ref()].into_iter().flatten() {
         journal.failed(Stage::Service, error, 1, Some(Duration::ZERO));
     }
-    if spoilt.is_some() {
-        // Else the next boot could not read it, and would wait for a person.
-        match place.remember(&memory) {
-            Ok(()) => eprintln!("kiln-agent: what this machine remembers is stored anew"),
-            Err(error) => eprintln!("kiln-agent: what this machine remembers cannot be stored anew: {error}"),
-        }
-    }
     let mut verifier = Verifier::new(handoff.boot, place, key, memory, handoff.servers, now);
+    // Else the next boot could not read it, and would wait for a person. That it cannot be stored is told with the first report.
+    if spoilt.is_some() && verifier.keep() {
+        eprintln!("kiln-agent: what this machine remembers is stored anew");
+    }
     verifier.settings = handoff.settings;
     verifier.stale.clone_from(&journal.state.stale);
     verifier.pins.set(&handoff.agent_api_keys);

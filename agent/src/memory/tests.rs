@@ -5,9 +5,13 @@ use super::orders::ORDERS;
 use super::place::{KEY, efi_key};
 use super::*;
 use crate::disk::DiskError;
+use crate::tpm::{Tpm, TpmFault};
 use kiln_protocol::slot::Label;
+use kiln_protocol::tpm::code::{NO_SUCH_HANDLE, NV_SPACE, NV_UNWRITTEN};
 use kiln_protocol::{KeyStorage, ORDER_TYPE, Order, OrderAction, OrderError, RollbackMemory, SPEC_VERSION};
 use kiln_release::tuf::SeenRole;
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 #[test]
@@ -211,7 +215,7 @@ fn the_copy_is_never_older_than_what_is_stored() {
     assert_eq!(place.resume(None).unwrap().memory, remembers(7, 3));
 }
 
-/// An initramfs that met a busy TPM remembers in the place beside it.
+/// An earlier release's initramfs that met a busy TPM remembered in the place beside it.
 #[test]
 fn a_copy_stands_in_for_no_other_place_but_the_tpms_for_what_is_beside_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -330,4 +334,76 @@ fn an_order_that_an_earlier_agent_remembered_stays_remembered() {
     assert_eq!(memory.orders[&id].sequence, 7);
     assert_eq!(serde_json::from_str::<Memory>(&now).unwrap(), memory);
     assert!(serde_json::to_string(&memory).unwrap().contains(r#"[7,"2099-01-01T00:00:00Z"]"#));
+}
+
+/// What a TPM in a test answers; then it gives no answer any more.
+struct Says(VecDeque<Said>);
+
+#[derive(Clone, Copy)]
+enum Said {
+    Refused(u32),
+    /// To `NV_UndefineSpace`.
+    Done,
+    /// To `NV_ReadPublic`: the index is there.
+    Size,
+}
+
+impl Read for Says {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let (tag, code, body): (u16, u32, &[u8]) = match self.0.pop_front() {
+            None => return Ok(0),
+            Some(Said::Refused(code)) => (0x8001, code, &[]),
+            Some(Said::Done) => (0x8002, 0, &[0; 4]),
+            Some(Said::Size) => (0x8001, 0, &[0, 14, 1, 0x80, 0x4b, 1, 0, 0xb, 0, 0, 0, 0, 0, 0, 6, 0x40, 0, 0]),
+        };
+        let length = u32::try_from(10 + body.len()).unwrap().to_be_bytes();
+        let answer = [&tag.to_be_bytes()[..], &length, &code.to_be_bytes(), body].concat();
+        into[..answer.len()].copy_from_slice(&answer);
+        Ok(answer.len())
+    }
+}
+
+impl Write for Says {
+    fn write(&mut self, command: &[u8]) -> io::Result<usize> {
+        Ok(command.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn another_place_stands_in_for_a_tpm_only_where_that_says_that_it_keeps_nothing() {
+    use Said::{Done, Refused, Size};
+    /// Failure mode; busy; another's owner password.
+    const OTHERS: [u32; 3] = [0x101, 0x922, 0x9a2];
+    let dir = tempfile::tempdir().unwrap();
+    let beside = || Place::Directory(dir.path().join("state"));
+    let of = |said: &[Said]| Place::with(Ok(Some(Tpm::over(Says(said.iter().copied().collect())))), beside());
+    let (none, full) = (Refused(NO_SUCH_HANDLE), Refused(NV_SPACE));
+    // It has no place and takes none; it had room for one, and nothing was written there.
+    let says_so: [&[Said]; 3] = [
+        &[none, full, none],
+        &[none, Refused(OTHERS[2]), none],
+        &[Size, none, full, Size, Refused(NV_UNWRITTEN), Done],
+    ];
+    for said in says_so {
+        assert_eq!(of(said).rollback_memory(), RollbackMemory::File);
+    }
+    assert_eq!(Place::with(Ok(None), beside()).rollback_memory(), RollbackMemory::File, "there is no TPM");
+    // It has both.
+    assert_eq!(of(&[Size, Size]).rollback_memory(), RollbackMemory::TpmNv);
+    // It gives no answer, or none that says so: at once, at the second place, or when one of two is gone and the other is not empty.
+    let mut unknown = vec![of(&[]), of(&[Size, none, full, Size, Refused(0x101)]), of(&[none, full, Refused(0x922)])];
+    unknown.extend(OTHERS.iter().flat_map(|code| [of(&[Refused(*code)]), of(&[Size, Refused(*code)])]));
+    unknown.push(Place::with(Err(TpmFault::from(io::Error::other("no answer"))), beside()));
+    beside().remember(&remembers(3, 2)).unwrap();
+    for place in unknown {
+        assert_eq!(place.rollback_memory(), RollbackMemory::TpmNv);
+        // Not what lies beside it: the boot begins as a stranger, and says so.
+        let begun = crate::init::Begun::of(place, &dir.path().join("meanwhile")).unwrap();
+        assert_eq!(begun.fault.map(|fault| fault.kind()), Some("machine-tpm"));
+        assert_eq!(begun.memory, Memory::default());
+    }
 }

@@ -3,8 +3,40 @@
 use crate::change::{self, Otherwise};
 use crate::error::{AgentError, FailureClass, Result};
 use crate::flow::Flow;
-use kiln_protocol::{Assignment, Via};
+use kiln_protocol::slot::Slots;
+use kiln_protocol::{Assignment, Sha256Hex, Via};
+use kiln_release::Mode;
 use std::path::Path;
+
+/// Where firmware leads after a restart of a boot whose root lies in no slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Again {
+    /// To this UKI: firmware started it from the disk, where its entry still is.
+    Here,
+    /// There as well, by all that is known: it was started from a disk that gives no answer now.
+    Likely,
+    /// Where firmware chooses anew. What came over the network was chosen by the network, whatever else lies on the disk.
+    Anew,
+}
+
+impl Again {
+    /// `slots` of the disk, if it answers.
+    pub(super) fn of(from_disk: bool, mode: Mode, slots: Option<&Slots>, root_hash: &Sha256Hex) -> Self {
+        match (from_disk, slots) {
+            (true, Some(slots)) if slots.disk.listed(root_hash).is_some() => Self::Here,
+            (true, None) if mode == Mode::Disk => Self::Likely,
+            (true | false, Some(_) | None) => Self::Anew,
+        }
+    }
+
+    /// Only a kexec leads on.
+    pub(super) fn only_kexec(self) -> bool {
+        match self {
+            Self::Here | Self::Likely => true,
+            Self::Anew => false,
+        }
+    }
+}
 
 /// How a boot goes on that is still here.
 #[derive(Debug)]
@@ -43,7 +75,7 @@ mod tests {
     use crate::testing::{TestSite, journal, web};
     use crate::verifier::Answer;
     use kiln_protocol::StageState;
-    use kiln_release::Mode;
+    use kiln_protocol::slot::{Content, Disk, Event, Go};
     use std::collections::BTreeMap;
     use std::time::Duration;
 
@@ -79,6 +111,26 @@ mod tests {
             StageState::Started | StageState::Done | StageState::Waiting { .. } => None,
         });
         (gone, failures.collect())
+    }
+
+    /// Its entry stands on the disk and its root is gone, as of a slot that rotted. The network that sends an old UKI must not choose
+    /// what starts before the assigned release.
+    #[test]
+    fn what_the_network_chose_is_not_mended_before_the_assigned_release_although_its_entry_is_on_the_disk() {
+        let root_hash = |release| -> Sha256Hex { crate::testing::root_hash(release).parse().unwrap() };
+        let content = Content { release: "minimal/1".parse().unwrap(), root_hash: root_hash(1), uki: root_hash(0xa1) };
+        let mut slots = Slots::new(Disk::default(), 1);
+        for event in [Event::Assign(content, 5, Go::Here(Via::Cold)), Event::Fetched, Event::Granted] {
+            slots = slots.event(event).0;
+        }
+        slots.disk.labels = [None; 2];
+        let of = |from_disk, release| Again::of(from_disk, Mode::Disk, Some(&slots), &root_hash(release));
+        assert_eq!([of(true, 1), of(false, 1)], [Again::Here, Again::Anew]);
+        assert_eq!([of(true, 2), of(false, 2)], [Again::Anew; 2], "the loader knows another");
+        let none = |from_disk, mode| Again::of(from_disk, mode, None, &root_hash(1));
+        assert_eq!([none(true, Mode::Disk), none(false, Mode::Disk)], [Again::Likely, Again::Anew]);
+        assert_eq!([none(true, Mode::Ram), none(false, Mode::Ram)], [Again::Anew; 2]);
+        assert_eq!([Again::Here, Again::Likely, Again::Anew].map(Again::only_kexec), [true, true, false]);
     }
 
     /// The network chose the UKI that runs, and alters the release that is assigned.

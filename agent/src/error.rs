@@ -186,7 +186,9 @@ impl AgentError {
 
     /// What gave no answer, if this is about that.
     pub fn hung(&self) -> Option<&str> {
-        let (Self::Disk(DiskError::Late { disk: what, .. }) | Self::DriverSilent { what, .. }) = self else {
+        let (Self::Disk(DiskError::Late { disk: what, .. } | DiskError::LeftOut { disk: what })
+        | Self::DriverSilent { what, .. }) = self
+        else {
             return None;
         };
         Some(what)

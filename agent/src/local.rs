@@ -426,6 +426,7 @@ mod tests {
             StageState::Started | StageState::Done | StageState::Waiting { .. } => None,
         });
         assert_eq!(told, Some(("disk-left-out", true)));
+        assert_eq!(flow.journal.state.hung.as_deref(), Some("vda"), "nor is a kexec made beside it as if it answered");
         assert_eq!(flow.verifier.place.memory().unwrap().disk_hung, None, "the boot after this one tries it again");
         assert!(!leaves_out(&mut flow), "once");
     }

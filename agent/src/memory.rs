@@ -63,6 +63,9 @@ pub struct Memory {
     /// The disk that gave no answer and so ended the last boot: this one leaves it alone, once ([`hung`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_hung: Option<String>,
+    /// Under which sequence a kexec was tried beside what gives no answer, and how often ([`hung`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kexecs: Option<(u64, u8)>,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature

@@ -87,6 +87,17 @@ mod tests {
         only_kexec: bool,
         next: &Path,
     ) -> (Result<Onward>, Vec<String>) {
+        goes_as(site, altered, only_kexec, next, |_| {}).await
+    }
+
+    /// The same, with something of its own.
+    async fn goes_as(
+        site: &TestSite,
+        altered: Option<&str>,
+        only_kexec: bool,
+        next: &Path,
+        is: impl FnOnce(&mut Flow),
+    ) -> (Result<Onward>, Vec<String>) {
         let dir = tempfile::tempdir().unwrap();
         let mut files = site.files.clone();
         if let Some(path) = altered {
@@ -104,6 +115,7 @@ mod tests {
         let Answer::Assigned { assignment, via, .. } = flow.ask(&verified, 0).await.unwrap() else {
             panic!("it waits")
         };
+        is(&mut flow);
         let gone = go(&mut flow, &assignment, via, only_kexec, next).await;
         let heard = director.heard();
         let failures = heard.iter().flat_map(|report| &report.stages).filter_map(|stage| match &stage.state {
@@ -168,5 +180,39 @@ mod tests {
         let (gone, heard) = runtime.block_on(goes(&site, None, false, dir.path()));
         assert!(matches!(gone, Ok(Onward::Restart)), "{gone:?}");
         assert!(heard.is_empty(), "{heard:?}");
+    }
+
+    /// Each try ends in a reset, after which firmware starts the same UKI again.
+    #[test]
+    fn a_kexec_that_hangs_beside_a_disk_is_tried_three_times_for_an_assignment_and_then_what_is_here_starts() {
+        let site = TestSite::new(2);
+        let dir = tempfile::tempdir().unwrap();
+        // Where it goes on, it ends in this.
+        let no_folder = dir.path().join("file");
+        std::fs::write(&no_folder, "").unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        // The assignment's sequence is 5.
+        let goes_on = |hung: Option<&str>, only_kexec, tried: &[u64]| {
+            let is = |flow: &mut Flow| {
+                flow.journal.state.hung = hung.map(str::to_owned);
+                for sequence in tried {
+                    flow.verifier.memory.tries_kexec(*sequence);
+                }
+            };
+            let (gone, heard) = runtime.block_on(goes_as(&site, None, only_kexec, &no_folder, is));
+            let stays = match gone {
+                Ok(Onward::Stay(error)) | Err(error) => error.kind(),
+                Ok(Onward::Restart) => "restart",
+            };
+            let told = heard.iter().any(|kind| kind == "kexec-disk-hangs");
+            assert_eq!(told, stays == "kexec-disk-hangs", "{heard:?}");
+            stays == "machine-file"
+        };
+        let (hung, three) = (Some("vda"), [5; 3]);
+        assert!(goes_on(hung, true, &[]) && goes_on(hung, true, &[5, 5]));
+        assert!(!goes_on(hung, true, &three), "and that is told");
+        assert!(goes_on(hung, true, &[4, 4, 4]) && goes_on(hung, true, &[5, 5, 5, 4]), "another assignment");
+        assert!(goes_on(None, true, &three), "nothing hangs now");
+        assert!(goes_on(hung, false, &three), "through the firmware");
     }
 }

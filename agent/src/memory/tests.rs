@@ -292,6 +292,7 @@ fn all_that_is_remembered_fits_into_a_tpm() {
         restarted_for_data: true,
         orders_until: Some(late),
         disk_hung: Some("x".repeat(32)),
+        kexecs: Some((1 << 48, u8::MAX)),
         ..Memory::default()
     };
     let floors = signed_floors(200, u64::MAX);

@@ -115,7 +115,7 @@ impl Meter {
 pub struct Given {
     servers: Servers,
     /// The lowest release of the image that may be written to a disk.
-    floor: u64,
+    floor: ReleaseId,
     /// Bytes a second into a slot.
     rate: Option<u64>,
 }
@@ -213,7 +213,10 @@ impl Prefetch {
         }
         Ok(Given {
             servers: verifier.servers.clone(),
-            floor: verifier.memory.floor(self.release.image.as_str()),
+            floor: ReleaseId {
+                release: verifier.memory.floor(self.release.image.as_str()),
+                image: self.release.image.clone(),
+            },
             rate: prefetch_rate(&verifier.boot),
         })
     }
@@ -294,7 +297,7 @@ impl Prefetch {
     async fn install(&mut self, given: &Given, disk: &SharedDisk, manifest: Manifest, base: &str) -> Result<()> {
         if self.slot.is_none() {
             let assign = Event::Assign(machine::content(&manifest)?, self.order, Go::Leave(self.via));
-            let floor = given.floor;
+            let floor = given.floor.clone();
             let begun = on_disk(disk, move |disk| {
                 disk.event(Event::Floor(floor), None)?;
                 if disk.slots().install.is_some() {

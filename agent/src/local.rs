@@ -39,7 +39,7 @@ pub async fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
     let boot = &flow.verifier.boot;
     match boot.site.mode {
         Mode::Ram => None,
-        Mode::Disk => match MachineDisk::find(boot, flow.verifier.memory.floor(&boot.image)).await {
+        Mode::Disk => match MachineDisk::find(boot, flow.verifier.memory.lowest()).await {
             Ok((disk, broken)) => {
                 let disk = SharedDisk::new(disk);
                 println!("kiln-agent: disk {}", disk.describe());
@@ -87,7 +87,7 @@ pub async fn leave_floor(flow: &Flow) {
     if boot.site.mode == Mode::Ram {
         return;
     }
-    match floor::leave(boot, flow.verifier.memory.floor(&boot.image)).await {
+    match floor::leave(boot, flow.verifier.memory.lowest()).await {
         Ok(Some(release)) => println!("kiln-agent: {release}, which is good on the disk, is next"),
         Ok(None) => {
             println!("kiln-agent: no good release on the disk is at or above the floor: the network has to bring one");

@@ -131,7 +131,7 @@ mod tests {
     fn what_the_network_chose_is_not_mended_before_the_assigned_release_although_its_entry_is_on_the_disk() {
         let root_hash = |release| -> Sha256Hex { crate::testing::root_hash(release).parse().unwrap() };
         let content = Content { release: "minimal/1".parse().unwrap(), root_hash: root_hash(1), uki: root_hash(0xa1) };
-        let mut slots = Slots::new(Disk::default(), 1);
+        let mut slots = Slots::new(Disk::default(), Vec::new());
         for event in [Event::Assign(content, 5, Go::Here(Via::Cold)), Event::Fetched, Event::Granted] {
             slots = slots.event(event).0;
         }

@@ -3,6 +3,7 @@
 //! image it is in the metadata that leads there.
 
 use super::Memory;
+use kiln_protocol::ReleaseId;
 use std::collections::BTreeMap;
 
 /// Images whose floors are remembered: what booted, what it is sent to, and what else lies in a slot.
@@ -12,6 +13,12 @@ impl Memory {
     /// The floor of `image`; 1 where none was signed.
     pub fn floor(&self, image: &str) -> u64 {
         self.floors.get(image).copied().unwrap_or(1)
+    }
+
+    /// The lowest release of each image that a floor is remembered of.
+    pub fn lowest(&self) -> Vec<ReleaseId> {
+        let lowest = |(image, floor): (&String, &u64)| Some(ReleaseId { image: image.parse().ok()?, release: *floor });
+        self.floors.iter().filter_map(lowest).collect()
     }
 
     /// The site signs these floors now. Remembered are those of the `wanted` images, of what is `held` on the disk and, while there is

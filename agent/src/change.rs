@@ -115,7 +115,7 @@ impl Meter {
 pub struct Given {
     servers: Servers,
     /// The lowest release of the image that may be written to a disk.
-    floor: u64,
+    floor: ReleaseId,
     /// Bytes a second into a slot.
     rate: Option<u64>,
 }
@@ -213,7 +213,10 @@ impl Prefetch {
         }
         Ok(Given {
             servers: verifier.servers.clone(),
-            floor: verifier.memory.floor(self.release.image.as_str()),
+            floor: ReleaseId {
+                release: verifier.memory.floor(self.release.image.as_str()),
+                image: self.release.image.clone(),
+            },
             rate: prefetch_rate(&verifier.boot),
         })
     }
@@ -294,7 +297,7 @@ impl Prefetch {
     async fn install(&mut self, given: &Given, disk: &SharedDisk, manifest: Manifest, base: &str) -> Result<()> {
         if self.slot.is_none() {
             let assign = Event::Assign(machine::content(&manifest)?, self.order, Go::Leave(self.via));
-            let floor = given.floor;
+            let floor = given.floor.clone();
             let begun = on_disk(disk, move |disk| {
                 disk.event(Event::Floor(floor), None)?;
                 if disk.slots().install.is_some() {
@@ -414,10 +417,19 @@ pub enum Otherwise {
 
 /// From the initramfs: fetches to this folder, tells the server, and goes. Comes back when the caller must restart the machine.
 pub async fn now(flow: &mut Flow, assignment: &Assignment, via: Via, otherwise: Otherwise, next: &Path) -> Result<()> {
+    if otherwise == Otherwise::Kexec
+        && let Some(what) = flow.journal.state.hung.clone()
+        && !flow.verifier.memory.may_kexec(assignment.sequence)
+    {
+        let error = AgentError::KexecHangs { what };
+        flow.journal.failed(Stage::Going, &error, 1, Some(Duration::ZERO));
+        flow.report().await;
+        return Err(error);
+    }
     let ready = Arc::new(flow.prefetch(assignment, via, next).await?);
     let hung = match otherwise {
         Otherwise::Cold => flow.journal.state.hung.clone(),
-        // A try is better than none: here no init waits for what hangs, and a kernel that does is reset.
+        // A try is better than none, a few times: here no init waits for what hangs, and a kernel that does is reset.
         Otherwise::Kexec => None,
     };
     let told = tell_loader(&ready).await?;
@@ -441,6 +453,13 @@ pub async fn now(flow: &mut Flow, assignment: &Assignment, via: Via, otherwise: 
     match via {
         Via::Cold => Ok(()),
         Via::Kexec => {
+            if let Some(what) = flow.journal.state.hung.clone() {
+                flow.verifier.memory.tries_kexec(assignment.sequence);
+                // What cannot be counted might be done for ever.
+                if !flow.verifier.keep() {
+                    return Err(AgentError::KexecHangs { what });
+                }
+            }
             let error = restart::leave(nix::sys::reboot::RebootMode::RB_KEXEC);
             Err(AgentError::system("starting the loaded kernel")(error))
         }

@@ -100,6 +100,10 @@ pub enum AgentError {
     Operator(#[from] kiln_release::OperatorError),
     #[error("{0}")]
     Order(#[from] OrderError),
+    #[error(
+        "an order is not followed: it could be given again, as it cannot be remembered that it was taken: {reason}"
+    )]
+    OrderUnkept { reason: String },
     #[error("assignment names manifest {got}, signed metadata lists {expected} for that release")]
     ManifestMismatch { expected: String, got: String },
     #[error("assignment for {release} expired at {expires}; a different release is started only by one in force")]
@@ -182,7 +186,9 @@ impl AgentError {
 
     /// What gave no answer, if this is about that.
     pub fn hung(&self) -> Option<&str> {
-        let (Self::Disk(DiskError::Late { disk: what, .. }) | Self::DriverSilent { what, .. }) = self else {
+        let (Self::Disk(DiskError::Late { disk: what, .. } | DiskError::LeftOut { disk: what })
+        | Self::DriverSilent { what, .. }) = self
+        else {
             return None;
         };
         Some(what)
@@ -283,6 +289,7 @@ kinds!({
     Self::AgentApiCa => "agent-api-ca-mismatch", Verification;
     // Another server may show one that counts, or newer metadata name this one.
     Self::AgentApiKey { .. } => "agent-api-key-revoked", Unreachable;
+    Self::OrderUnkept { .. } => "order-not-remembered", Verification;
     Self::OtherRecord { .. } => "disk-other-record", Verification;
     Self::Class { .. } => "release-wrong-class", Verification;
     Self::CommandLine { .. } => "command-line-mismatch", Verification;

@@ -107,7 +107,7 @@ impl Flow {
 
     /// Tells the server what it has not heard; if it does not hear now, the next report will.
     pub async fn report(&mut self) {
-        self.journal.state.stale.clone_from(&self.verifier.stale);
+        self.verifier.say(&mut self.journal);
         if let Some(api) = &mut self.api
             && let Err(error) = self.journal.send(api, 0).await
         {
@@ -178,7 +178,7 @@ impl Flow {
 
     /// Asks the server and verifies what it answers: both signatures, the machine, the sequence, the nonce.
     pub async fn ask(&mut self, verified: &Verified, wait_s: u32) -> Result<Answer> {
-        self.journal.state.stale.clone_from(&self.verifier.stale);
+        self.verifier.say(&mut self.journal);
         let api = self.api.as_mut().ok_or(AgentError::NoServer)?;
         let (mut reply, mut nonce) = self.journal.send(api, wait_s).await?;
         if reply.about.as_ref().is_some_and(|about| about.introduce) {

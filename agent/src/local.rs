@@ -16,7 +16,7 @@ use crate::memory::Memory;
 use crate::plan;
 use crate::uplink::Network;
 use crate::verifier::{Verified, Verifier};
-use kiln_protocol::slot::{Action, Content, Event, Fallback, Go, Label, SlotId};
+use kiln_protocol::slot::{Action, Content, Event, Fallback, Go, Label, SlotId, Slots};
 use kiln_protocol::{Assignment, BootFirst, ReleaseId, Stage};
 use kiln_release::{Manifest, Mode};
 use std::fs::File;
@@ -39,13 +39,14 @@ pub async fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
     let boot = &flow.verifier.boot;
     match boot.site.mode {
         Mode::Ram => None,
-        Mode::Disk => match MachineDisk::find(boot, flow.verifier.memory.floor(&boot.image)).await {
+        Mode::Disk => match MachineDisk::find(boot, flow.verifier.memory.lowest()).await {
             Ok((disk, broken)) => {
                 let disk = SharedDisk::new(disk);
                 println!("kiln-agent: disk {}", disk.describe());
                 for error in broken {
                     flow.journal.failed(Stage::Modules, &error.into(), 1, Some(Duration::ZERO));
                 }
+                flow.verifier.held = held(&disk.slots());
                 let memory = &mut flow.verifier.memory;
                 if (memory.sequence, memory.order_base) == (0, 0) {
                     // The firmware's variables were erased; what the loader knows was assigned before that.
@@ -59,6 +60,12 @@ pub async fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
             }
         },
     }
+}
+
+/// The images that lie in the slots.
+pub fn held(slots: &Slots) -> Vec<String> {
+    let entries = SlotId::BOTH.into_iter().flat_map(|slot| slots.disk.entries_of(slot));
+    entries.map(|entry| entry.content.release.image.to_string()).collect()
 }
 
 /// Whether this boot leaves the disk alone, because the one before came to its end in it. Said, and forgotten before anything else
@@ -80,7 +87,7 @@ pub async fn leave_floor(flow: &Flow) {
     if boot.site.mode == Mode::Ram {
         return;
     }
-    match floor::leave(boot, flow.verifier.memory.floor(&boot.image)).await {
+    match floor::leave(boot, flow.verifier.memory.lowest()).await {
         Ok(Some(release)) => println!("kiln-agent: {release}, which is good on the disk, is next"),
         Ok(None) => {
             println!("kiln-agent: no good release on the disk is at or above the floor: the network has to bring one");
@@ -327,7 +334,10 @@ async fn renew_record(flow: &mut Flow, disk: &SharedDisk, manifest: &Manifest, r
     if kept.is_some_and(|kept| flow.verifier.memory.has_record(&label, &kept.digest())) {
         return Ok(());
     }
-    flow.verifier.expect_record(manifest, &record.digest(), slots)?;
+    // One that a boot without a server would not believe must not take the place of one that it does.
+    if !flow.verifier.expect_record(manifest, &record.digest(), slots)? {
+        return Ok(());
+    }
     on_disk(disk, move |disk| disk.keep_record(&root_hash, &record)).await
 }
 
@@ -416,6 +426,7 @@ mod tests {
             StageState::Started | StageState::Done | StageState::Waiting { .. } => None,
         });
         assert_eq!(told, Some(("disk-left-out", true)));
+        assert_eq!(flow.journal.state.hung.as_deref(), Some("vda"), "nor is a kexec made beside it as if it answered");
         assert_eq!(flow.verifier.place.memory().unwrap().disk_hung, None, "the boot after this one tries it again");
         assert!(!leaves_out(&mut flow), "once");
     }

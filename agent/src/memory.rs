@@ -2,6 +2,7 @@
 //! kept, in [`place`].
 
 mod copy;
+mod floors;
 mod hung;
 mod orders;
 mod place;
@@ -40,7 +41,7 @@ pub struct Memory {
     /// all of that, whatever its number is.
     #[serde(default)]
     pub order_base: u64,
-    /// Lowest release that may run, by image.
+    /// Lowest release that may run, by image: of those that this machine is, was or holds ([`floors`]).
     #[serde(default)]
     pub floors: BTreeMap<String, u64>,
     /// Boots in a row that ended because what was served did not verify.
@@ -62,6 +63,9 @@ pub struct Memory {
     /// The disk that gave no answer and so ended the last boot: this one leaves it alone, once ([`hung`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disk_hung: Option<String>,
+    /// Under which sequence a kexec was tried beside what gives no answer, and how often ([`hung`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kexecs: Option<(u64, u8)>,
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref)] // serde's signature
@@ -118,11 +122,6 @@ impl Memory {
     pub fn restart_for_data(&mut self, past: bool) -> bool {
         let restarted = std::mem::replace(&mut self.restarted_for_data, past);
         past && !restarted
-    }
-
-    /// The floor of `image`; 1 where none was signed.
-    pub fn floor(&self, image: &str) -> u64 {
-        self.floors.get(image).copied().unwrap_or(1)
     }
 
     /// Whose sequence numbers count from now on. With another director the time that the one before said is forgotten

@@ -61,8 +61,12 @@ async fn wait(
                 // The firmware would start the disk again: only a kexec leads elsewhere.
                 Plan::Change(_) => {
                     let next = Path::new(change::NEXT);
-                    change::now(flow, &assignment, Via::Kexec, change::Otherwise::Kexec, next).await?;
-                    return Err(AgentError::NoWayOut);
+                    match change::now(flow, &assignment, Via::Kexec, change::Otherwise::Kexec, next).await {
+                        // It was tried and hung, again and again: no further restart before this is over.
+                        Err(AgentError::KexecHangs { .. }) => {}
+                        Err(error) => return Err(error),
+                        Ok(()) => return Err(AgentError::NoWayOut),
+                    }
                 }
             }
         }

@@ -6,19 +6,24 @@ use crate::disk::machine::content;
 use crate::disk::record::Record;
 use crate::error::{AgentError, FailureClass, Result};
 use crate::fetch::Documents;
+use crate::journal::Journal;
 use crate::memory::{Memory, Place};
 use crate::plan::Currency;
 use jiff::Timestamp;
 use kiln_protocol::slot::Label;
 use kiln_protocol::{
     Assignment, Class, Decision, Freshness, Grant, ImageName, KeyId, KeyStorage, Nonce, ORDER_TYPE, Order, OrderAction,
-    OrderError, OrderGiven, Ordered, ReleaseId, Reply, RoleSettings, Running, Stale, Via, check_assignment,
-    check_freshness, check_order,
+    OrderError, OrderGiven, Ordered, ReleaseId, Reply, RoleSettings, RollbackMemory, Running, Stage, Stale, Via,
+    check_assignment, check_freshness, check_order,
 };
 use kiln_release::certificate::{spki_der, spki_key_id};
 use kiln_release::tuf::{self, ExpiryPolicy, Fetched, Limits, Outcome, Request, TargetPath};
 use kiln_release::{BootInfo, Manifest, Mode, Signer, Site, hex};
 use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// In the place of an assignment's sequence: a wipe that was taken and is not done. It is done again after a cut.
+const WIPING: u64 = 1;
 
 /// Where to look for the boot server.
 #[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -83,6 +88,14 @@ pub struct Verifier {
     pub put_up: u64,
     /// What had expired of the metadata that was verified last, by the time that is believed now.
     pub stale: Option<Stale>,
+    /// Images that lie in the slots, whose floors are remembered beside that of what runs.
+    pub held: Vec<String>,
+    /// What is remembered is stored, as far as it was tried in this boot.
+    is_kept: bool,
+    /// Why it is not, until that is told.
+    unkept: Option<AgentError>,
+    /// It is shown as stored.
+    is_shown: bool,
 }
 
 impl Verifier {
@@ -103,6 +116,10 @@ impl Verifier {
             wipe: None,
             put_up: u64::MAX,
             stale: None,
+            held: Vec::new(),
+            is_kept: true,
+            unkept: None,
+            is_shown: true,
         }
     }
 
@@ -147,7 +164,7 @@ impl Verifier {
             }
         })
         .await;
-        self.place.remember(&self.memory)?;
+        self.keep();
         fetched?;
         let verified = self.take(client.finish()?, release, files)?;
         // Not of what was kept on a disk: that may be older than the key that the site's servers have now.
@@ -158,7 +175,7 @@ impl Verifier {
         // Signed offline with the release: it is at least so late.
         self.move_clock(self.boot.built.max(verified.manifest.built));
         self.note_stale(&verified);
-        self.place.remember(&self.memory)?;
+        self.keep();
         Ok(verified)
     }
 
@@ -223,20 +240,58 @@ impl Verifier {
         if !is_it {
             return Err(AgentError::OtherRecord { release: release.to_string() });
         }
-        // Nothing is lost where that fails: it is found again.
-        if let Err(error) = self.place.remember(&self.memory) {
-            println!("kiln-agent: which record lies on the disk is not remembered: {error}");
-        }
+        self.keep();
         self.note_stale(&verified);
         Ok((verified, assigned))
     }
 
     /// Before a record with this digest is written for a release: a boot without a server believes no other. `slots`: what they
-    /// hold until then.
-    pub fn expect_record(&mut self, manifest: &Manifest, digest: &str, slots: [Option<Label>; 2]) -> Result<()> {
+    /// hold until then. Whether it is stored: else such a boot believes what was there before.
+    pub fn expect_record(&mut self, manifest: &Manifest, digest: &str, slots: [Option<Label>; 2]) -> Result<bool> {
         let slots: Vec<Label> = slots.into_iter().flatten().collect();
         self.memory.expect_record(&Label::of(&content(manifest)?.root_hash), digest, &slots);
-        self.place.remember(&self.memory)
+        Ok(self.keep())
+    }
+
+    /// Stores what is remembered, and says whether it is. A place that takes it no more (firmware's store is full, the TPM refuses)
+    /// ends no boot: what was heard counts for this one, and its copy in /run for the service. What must not be done without a
+    /// mark of it is not done ([`Self::take_order`]).
+    pub fn keep(&mut self) -> bool {
+        let stored = self.place.remember(&self.memory);
+        let was_kept = std::mem::replace(&mut self.is_kept, stored.is_ok());
+        if let (Err(error), true) = (stored, was_kept) {
+            self.unkept = Some(error);
+        }
+        self.is_kept
+    }
+
+    /// Before a report: how old what was verified is, and whether it will be remembered. That it will not be is told once.
+    pub fn say(&mut self, journal: &mut Journal) {
+        journal.state.stale.clone_from(&self.stale);
+        if self.is_shown != self.is_kept {
+            self.is_shown = self.is_kept;
+            let kept = self.is_kept.then(|| self.place.rollback_memory());
+            journal.machine.rollback_memory = kept.unwrap_or(RollbackMemory::None);
+        }
+        if let Some(error) = self.unkept.take() {
+            let stage = journal.state.last.map_or(Stage::Start, |(stage, _)| stage);
+            journal.failed(stage, &error, 1, Some(Duration::ZERO));
+        }
+    }
+
+    /// Remembers an order that is about to be followed. One whose mark is not stored is not followed, as it could be given again: the
+    /// mark is taken back.
+    fn take_order(&mut self, order: &Order, sequence: u64) -> Result<()> {
+        if self.memory.orders.get(order.id.as_str()).is_some_and(|mark| mark.sequence == sequence) {
+            return Ok(());
+        }
+        let before = self.memory.clone();
+        self.memory.take_order(order, sequence, self.now)?;
+        let Err(error) = self.place.remember(&self.memory) else { return Ok(()) };
+        self.memory = before;
+        // The copy as well.
+        self.keep();
+        Err(AgentError::OrderUnkept { reason: error.to_string() })
     }
 
     fn note_stale(&mut self, verified: &Verified) {
@@ -253,11 +308,8 @@ impl Verifier {
         }
         let manifest_bytes = target(&outcome, &manifest_path)?;
         let manifest = Manifest::read(manifest_bytes, release.image.as_str(), release.release)?;
-        for (image, floor) in &site.floors {
-            let known = self.memory.floors.entry(image.clone()).or_insert(1);
-            *known = (*known).max(*floor);
-        }
-        self.place.remember(&self.memory)?;
+        self.memory.hear_floors(&site.floors, [&self.boot.image, release.image.as_str()], &self.held);
+        self.keep();
         let manifest_sha256 = hex::sha256(manifest_bytes);
         Ok(Verified { site, manifest, manifest_sha256, files, outcome })
     }
@@ -270,7 +322,8 @@ impl Verifier {
             None => None,
         };
         if let Some(order) = order.as_ref().filter(|order| matches!(order.action, OrderAction::Wipe { .. })) {
-            self.check_order(order, 0)?;
+            self.check_order(order, WIPING)?;
+            self.take_order(order, WIPING)?;
             return Ok(Answer::Wipe(order.clone()));
         }
         let (assignment, freshness, via, grant) = match reply.desired.decision {
@@ -291,7 +344,8 @@ impl Verifier {
             arch: crate::facts::architecture(),
             image: &image,
             highest_sequence: self.memory.sequence,
-            floor: self.memory.floor(image.as_str()),
+            // That of an image which this machine never was is remembered once it is sent there.
+            floor: self.memory.floor(image.as_str()).max(verified.site.floor(image.as_str())),
         };
         check_assignment(&assigned, &me)?;
         let known = &verified.manifest;
@@ -305,15 +359,16 @@ impl Verifier {
         let (fresh, _) = verified.site.verify_director::<Freshness>(freshness.as_bytes())?;
         check_freshness(&fresh, nonce, &sha256.parse().expect("a SHA-256 in hex"))?;
         if let Some(order) = &order {
-            self.memory.take_order(order, assigned.sequence, self.now)?;
+            self.take_order(order, assigned.sequence)?;
         }
+        self.memory.hear_floors(&verified.site.floors, [&self.boot.image, image.as_str()], &self.held);
         self.memory.accept(&assigned);
         self.accepted = Some(assignment);
         self.settings.clone_from(&assigned.settings);
         self.order = order;
         self.move_clock(fresh.now.min(verified.outcome.offline_expires_newest));
         self.note_stale(verified);
-        self.place.remember(&self.memory)?;
+        self.keep();
         Ok(Answer::Assigned { assignment: assigned, via, grant })
     }
 
@@ -359,8 +414,7 @@ impl Verifier {
 
     /// A wipe is done: never again by this order.
     pub fn wiped(&mut self, order: &Order) -> Result<()> {
-        self.memory.take_order(order, 0, self.now)?;
-        self.place.remember(&self.memory)
+        self.take_order(order, 0)
     }
 
     /// Moves the time floor; it is persisted at most once a day, as storage wears.

@@ -7,25 +7,33 @@
 #[path = "slots/steps.rs"]
 mod steps;
 
-use kiln_protocol::Via;
 use kiln_protocol::slot::{
     Action, Content, Disk, EntryKind, EntryName, Event, Go, Label, SlotId, SlotState, Slots, TRIES, Tries,
 };
+use kiln_protocol::{ReleaseId, Via};
 use std::collections::{BTreeSet, HashSet, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::panic::AssertUnwindSafe;
 use std::rc::Rc;
 
+/// Of an image of its own, whose numbers say nothing of the other's.
+const OTHER: u64 = 6;
+
+/// The floor of the first image.
+fn floor(release: u64) -> ReleaseId {
+    format!("minimal/{release}").parse().unwrap()
+}
+
 fn content(release: u64) -> Content {
     Content {
-        release: format!("minimal/{release}").parse().unwrap(),
+        release: if release == OTHER { "other/1".parse().unwrap() } else { floor(release) },
         root_hash: format!("{release:064x}").replacen('0', &format!("{release:x}"), 16).parse().unwrap(),
         uki: format!("{:064x}", 0xa0 + release).parse().unwrap(),
     }
 }
 
-/// 1, 2 and 5 are fine, 3 never gets healthy, 4 runs well after a kexec and no firmware starts it.
-const RELEASES: [u64; 5] = [1, 2, 3, 4, 5];
+/// 1, 2, 5 and [`OTHER`] are fine, 3 never gets healthy, 4 runs well after a kexec and no firmware starts it.
+const RELEASES: [u64; 6] = [1, 2, 3, 4, 5, OTHER];
 
 fn starts_cold(release: u64) -> bool {
     release != 4
@@ -39,6 +47,10 @@ fn release_of(label: Label) -> u64 {
     RELEASES.into_iter().find(|r| Label::of(&content(*r).root_hash) == label).unwrap()
 }
 
+fn number(content: &Content) -> u64 {
+    release_of(Label::of(&content.root_hash))
+}
+
 /// A machine, on or off.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 struct World {
@@ -47,7 +59,7 @@ struct World {
     data: [Option<u64>; 2],
     /// The agent's state while it is on.
     on: Option<Slots>,
-    /// Where no EFI variable could be lost: survives everything.
+    /// Of the first image, where no EFI variable could be lost: survives everything.
     floor: u64,
     /// It was healthy once after a cold boot.
     had_good: bool,
@@ -69,6 +81,16 @@ impl World {
         off
     }
 
+    /// Not below the floor of its image.
+    fn may_run(&self, release: u64) -> bool {
+        release == OTHER || release >= self.floor
+    }
+
+    /// As a start reads it.
+    fn slots(&self) -> Slots {
+        Slots::new(self.disk.clone(), vec![floor(self.floor)])
+    }
+
     /// The data of a slot's label is there, whole.
     fn holds(&self, release: u64) -> bool {
         let slot = self.disk.slot_of(&content(release).root_hash);
@@ -78,13 +100,13 @@ impl World {
     /// A good release lies in it, whole, and may still run.
     fn good_and_whole(&self, slot: SlotId) -> bool {
         let release = self.disk.labels[slot.index()].map(release_of);
-        self.disk.is_good(slot) && self.data[slot.index()] == release && release >= Some(self.floor)
+        self.disk.is_good(slot) && self.data[slot.index()] == release && release.is_some_and(|r| self.may_run(r))
     }
 
     /// Nothing else here is good, and it may still run.
     fn is_only_good(&self, slot: SlotId) -> bool {
         let release = self.disk.labels[slot.index()].map(release_of);
-        self.disk.is_good(slot) && release >= Some(self.floor) && !self.disk.is_good(slot.other())
+        self.disk.is_good(slot) && release.is_some_and(|r| self.may_run(r)) && !self.disk.is_good(slot.other())
     }
 
     /// A good root has rotted, and nothing has read it since. What overwrites the other good one then leaves the machine
@@ -113,7 +135,7 @@ impl World {
                 let to = EntryName { kind, ..entry.name };
                 after.disk.apply(&Action::RenameEntry { from: entry.name, to });
             }
-            (entry.content.release.release, after)
+            (number(&entry.content), after)
         });
         started.collect()
     }
@@ -129,7 +151,7 @@ impl World {
                     return false;
                 }
                 for (release, after) in choices {
-                    let starts = starts_cold(release) && release >= self.floor;
+                    let starts = starts_cold(release) && self.may_run(release);
                     if starts && gets_healthy(release) && world.holds(release) {
                         continue;
                     }
@@ -164,7 +186,7 @@ impl World {
     fn finds_rot(&self, release: u64, slot: SlotId, out: &mut Vec<Self>) {
         let mut world = self.clone();
         for event in [Event::Started(content(release).root_hash, Via::Cold), Event::Spoilt(slot)] {
-            let slots = world.on.clone().unwrap_or_else(|| Slots::new(self.disk.clone(), self.floor));
+            let slots = world.on.clone().unwrap_or_else(|| self.slots());
             let (after, actions) = slots.event(event);
             world = world.perform(after, &actions, out);
         }
@@ -177,7 +199,7 @@ impl World {
         let Some(slot) = self.disk.slot_of(&content.root_hash) else { return };
         let mut world = self.clone();
         for event in [Event::Started(content.root_hash.clone(), Via::Cold), Event::Unread(slot)] {
-            let slots = world.on.clone().unwrap_or_else(|| Slots::new(self.disk.clone(), self.floor));
+            let slots = world.on.clone().unwrap_or_else(|| self.slots());
             let (after, actions) = slots.event(event);
             world = world.perform(after, &actions, out);
         }
@@ -189,12 +211,12 @@ impl World {
     /// The only good root has rotted, and a start finds it: the network is needed, and it is enough.
     fn is_mended(&self, slot: SlotId) {
         let content = content(release_of(self.disk.labels[slot.index()].expect("what is good has its label")));
-        let found = Slots::new(self.disk.clone(), self.floor);
+        let found = self.slots();
         let (found, _) = found.event(Event::Started(content.root_hash.clone(), Via::Cold));
         let (found, _) = found.event(Event::Spoilt(slot));
         assert_eq!(found.disk.slot_of(&content.root_hash), None, "it is never mounted again");
         let known = found.disk.listed(&content.root_hash).expect("its entry stays").name.sequence;
-        let mut slots = Slots::new(found.disk, self.floor);
+        let mut slots = Slots::new(found.disk, found.floors);
         let assign = Event::Assign(content.clone(), known, Go::Here(Via::Cold));
         for event in [assign, Event::Fetched, Event::Granted, Event::Healthy] {
             let (after, actions) = slots.event(event);
@@ -208,7 +230,7 @@ impl World {
     /// It was started for the last time of too many, and no server answers. The other good root is read back first.
     fn loops(&self, release: u64, out: &mut Vec<Self>) {
         let slot = self.disk.slot_of(&content(release).root_hash).expect("it was started from its slot");
-        let slots = Slots::new(self.disk.clone(), self.floor);
+        let slots = self.slots();
         let rotten = self.disk.is_good(slot) && self.disk.is_good(slot.other()) && !self.good_and_whole(slot.other());
         let event = if rotten { Event::Spoilt(slot.other()) } else { Event::Loops(slot) };
         let (after, actions) = slots.event(event);
@@ -228,7 +250,7 @@ impl World {
                 assert_eq!(world.disk.labels[slot.index()], None, "written to under its label");
                 world.data[slot.index()] = None;
                 cuts.push(world.off());
-                world.data[slot.index()] = Some(content.release.release);
+                world.data[slot.index()] = Some(number(content));
             }
             if let Action::Leave(Via::Kexec) = action {
                 let from = self.on.as_ref().and_then(|on| on.running.as_ref()).expect("it left what runs");
@@ -254,7 +276,7 @@ impl World {
     fn power_on(&self, out: &mut Vec<Self>) {
         for (release, after) in self.loader() {
             out.push(after.clone());
-            if !starts_cold(release) || release < self.floor {
+            if !starts_cold(release) || !self.may_run(release) {
                 continue;
             }
             after.cannot_read(release, out);
@@ -266,12 +288,12 @@ impl World {
             }
         }
         // Through the network: what holds its root is used, else it is installed.
-        for release in self.releases.into_iter().filter(|r| starts_cold(*r) && *r >= self.floor) {
+        for release in self.releases.into_iter().filter(|r| starts_cold(*r) && self.may_run(*r)) {
             let content = content(release);
             let known = self.disk.entries.iter().any(|e| {
                 e.content.root_hash == content.root_hash && matches!(e.name.kind, EntryKind::Good | EntryKind::Trial(_))
             });
-            let slots = Slots::new(self.disk.clone(), self.floor);
+            let slots = self.slots();
             if known && self.holds(release) {
                 self.start(release, Via::Cold, out);
                 continue;
@@ -293,7 +315,7 @@ impl World {
     }
 
     fn start(&self, release: u64, via: Via, out: &mut Vec<Self>) {
-        let slots = Slots::new(self.disk.clone(), self.floor);
+        let slots = self.slots();
         self.step(slots, Event::Started(content(release).root_hash, via), out);
     }
 
@@ -303,7 +325,7 @@ impl World {
         let mut world = self.perform(after, &actions, out);
         if event == Event::Healthy
             && let Some(running) = before.running.as_ref().filter(|running| running.via == Via::Cold)
-            && release_of(before.disk.labels[running.slot.index()].unwrap()) >= self.floor
+            && self.may_run(release_of(before.disk.labels[running.slot.index()].unwrap()))
         {
             world.had_good = true;
             assert!(world.disk.is_good(running.slot), "healthy after a cold boot is good");
@@ -312,7 +334,7 @@ impl World {
             Some(Action::Leave(Via::Cold)) => out.push(world.off()),
             Some(Action::Leave(Via::Kexec)) => {
                 let install = before.install.expect("only what was installed is gone to");
-                world.start(install.content.release.release, Via::Kexec, out);
+                world.start(number(&install.content), Via::Kexec, out);
             }
             _ => out.push(world),
         }
@@ -334,7 +356,7 @@ impl World {
         if let Some(install) = &slots.install
             && !install.ready
         {
-            if self.data[install.slot.index()] == Some(install.content.release.release) {
+            if self.data[install.slot.index()] == Some(number(&install.content)) {
                 events.push(Event::Fetched);
             }
             // It cannot be read now.
@@ -364,11 +386,13 @@ impl World {
         }
         // The floor never rises above the last-known-good release: `kiln` refuses it.
         let good = self.disk.entries.iter().filter(|e| e.name.kind == EntryKind::Good);
-        let newest = good.max_by_key(|e| e.name.sequence).map(|e| e.content.release.release);
+        let newest = good.max_by_key(|e| e.name.sequence).map(|e| number(&e.content));
         let whole = newest.filter(|release| self.holds(*release));
-        for floor in self.releases.into_iter().filter(|release| *release > self.floor && Some(*release) <= whole) {
-            let raised = Self { floor, ..self.clone() };
-            raised.step(slots.clone(), Event::Floor(floor), out);
+        // Where that is of another image, it is not asked of this one's.
+        let rises = |release: &u64| *release != OTHER && *release > self.floor && Some(*release) <= whole;
+        for release in self.releases.into_iter().filter(rises) {
+            let raised = Self { floor: release, ..self.clone() };
+            raised.step(slots.clone(), Event::Floor(floor(release)), out);
         }
         for event in events {
             self.step(slots.clone(), event, out);
@@ -383,8 +407,7 @@ fn key(world: &World) -> u64 {
 }
 
 fn line(world: &World) -> String {
-    let entries: Vec<String> =
-        world.disk.entries.iter().map(|e| format!("{}={}", e.name, e.content.release.release)).collect();
+    let entries: Vec<String> = world.disk.entries.iter().map(|e| format!("{}={}", e.name, e.content.release)).collect();
     let labels = world.disk.labels.map(|label| label.map(release_of));
     let on = world.on.as_ref().map(|on| (&on.running, on.install.as_ref().map(|i| (i.slot, i.go, i.ready))));
     let World { data, floor, had_good, .. } = world;
@@ -450,9 +473,15 @@ fn nor_does_a_floor_that_rises_twice() {
     explore(with_a_good_release([1, 2, 5], 3, 0));
 }
 
+#[test]
+fn nor_does_the_floor_of_one_of_two_images() {
+    explore(blank([1, 2, OTHER], 1, 1));
+    explore(with_a_good_release([1, 2, OTHER], 2, 1));
+}
+
 /// A machine with release 1 good in A.
 fn good_machine(sequence: u64) -> Slots {
-    let mut slots = Slots::new(Disk::default(), 1);
+    let mut slots = Slots::new(Disk::default(), Vec::new());
     for event in
         [Event::Assign(content(1), sequence, Go::Here(Via::Cold)), Event::Fetched, Event::Granted, Event::Healthy]
     {

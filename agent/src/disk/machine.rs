@@ -145,9 +145,9 @@ pub fn boots(slots: &Slots, root_hash: &Sha256Hex) -> bool {
 
 /// The good release in the slot beside the one that holds this root hash.
 pub fn good_beside(slots: &Slots, root_hash: &Sha256Hex) -> Option<(SlotId, Content)> {
-    let Slots { disk, floor, .. } = slots;
+    let disk = &slots.disk;
     let other = disk.slot_of(root_hash)?.other();
-    let good = |entry: &&Entry| entry.name.kind == EntryKind::Good && entry.content.release.release >= *floor;
+    let good = |entry: &&Entry| entry.name.kind == EntryKind::Good && !slots.is_below(&entry.content.release);
     let newest = disk.entries_of(other).filter(good).max_by_key(|entry| entry.name.sequence)?;
     disk.is_good(other).then(|| (other, newest.content.clone()))
 }
@@ -183,7 +183,7 @@ impl MachineDisk {
     /// Finds the machine's disk, partitions it where that is allowed, and reads it. Whatever the disks do, it ends within
     /// the time that [`search`] gives them, and the runtime goes on meanwhile. With it come the disks beside it that failed, or
     /// gave no answer.
-    pub async fn find(boot: &BootInfo, floor: u64) -> Result<(Self, Vec<DiskError>)> {
+    pub async fn find(boot: &BootInfo, floors: Vec<ReleaseId>) -> Result<(Self, Vec<DiskError>)> {
         let wanted: Option<Sha256Hex> = boot.root_hash.parse().ok();
         let site = &boot.site.name;
         let disks = search::candidates(site).await;
@@ -199,22 +199,22 @@ impl MachineDisk {
         let disk = name.clone();
         // Given up, its thread may still write, until the release starts and ends it: an empty table and empty file systems, onto
         // the disk that the signed settings gave it. Cut there it is a blank disk again, or one with empty slots.
-        let open = move || Self::open(&disk, layout, format, floor);
+        let open = move || Self::open(&disk, layout, format, floors);
         Ok((search::in_time(&name, search::OPENING, search::OPENS, open).await??, broken))
     }
 
     /// Opens the disk that the initramfs chose.
-    pub fn reopen(name: &str, boot: &BootInfo, floor: u64) -> Result<Self> {
+    pub fn reopen(name: &str, boot: &BootInfo, floors: Vec<ReleaseId>) -> Result<Self> {
         let device = Device::open(&Path::new("/dev").join(name))?;
         match look(&device, &boot.site.name).map_err(AgentError::file(device.path()))? {
-            Found::Ours(layout) => Self::open(name, layout, false, floor),
+            Found::Ours(layout) => Self::open(name, layout, false, floors),
             Found::Blank | Found::Foreign(_) => {
                 Err(DiskError::Foreign { disk: name.to_owned(), what: "another table than at boot" }.into())
             }
         }
     }
 
-    fn open(name: &str, layout: Layout, format: bool, floor: u64) -> Result<Self> {
+    fn open(name: &str, layout: Layout, format: bool, floors: Vec<ReleaseId>) -> Result<Self> {
         let device = Device::open(&Path::new("/dev").join(name))?;
         let mut store = Store::open(device, layout, format, name)?;
         if format {
@@ -227,7 +227,7 @@ impl MachineDisk {
             );
         }
         let disk = store.read()?;
-        Ok(Self { store, slots: Slots::new(disk, floor), starts: None })
+        Ok(Self { store, slots: Slots::new(disk, floors), starts: None })
     }
 
     /// `vda`, `nvme0n1`.

@@ -26,9 +26,9 @@ use crate::watchdog::{self, Watchdog};
 use crate::{change, console, ima, local, log, mounts, net, restart, safe, tpm, wipe};
 use embedded::{read_boot_info, tell_command_line_drift};
 use kiln_protocol::{Assignment, Failure, ReleaseId, RollbackMemory, Stage, TpmPresence, Via};
-use kiln_release::{BootInfo, Mode};
+use kiln_release::BootInfo;
 use nix::sys::reboot::RebootMode;
-use onward::Onward;
+use onward::{Again, Onward};
 use start::start;
 use std::convert::Infallible;
 use std::path::Path;
@@ -289,10 +289,10 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
     let boot = &flow.verifier.boot;
     verified.manifest.matches_boot(boot)?;
     plan::check_command_line(&verified.manifest, &boot.command_line, &running_command_line())?;
-    let listed = disk.as_ref().is_some_and(|disk| disk.slots().disk.listed(&root_hash).is_some());
-    // The firmware starts the same UKI again: it lies on the disk, also where that gives no answer here.
-    let only_kexec =
-        listed || (disk.is_none() && flow.verifier.boot.site.mode == Mode::Disk && boot_order::is_from_disk());
+    let slots = disk.as_ref().map(SharedDisk::slots);
+    let mode = flow.verifier.boot.site.mode;
+    let again = Again::of(boot_order::is_from_disk(), mode, slots.as_ref(), &root_hash);
+    let only_kexec = again.only_kexec();
     loop {
         let (assignment, via, plan) = wait_for_assignment(flow, &mut verified).await?;
         network.adopt(flow, drivers, &verified, &assignment.role).await?;
@@ -300,7 +300,9 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
             Plan::Stay => return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await,
             // The loader started it, and would again after a cold boot: its root is fetched anew, and the running
             // system goes on from there. One that may not start any more is only left.
-            Plan::Change(release) if listed && flow.verifier.memory.may_boot(&flow.verifier.boot).is_ok() => {
+            Plan::Change(release)
+                if again == Again::Here && flow.verifier.memory.may_boot(&flow.verifier.boot).is_ok() =>
+            {
                 println!("kiln-agent: {release} is assigned; {here} is mended in its slot first");
                 return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await;
             }

@@ -3,8 +3,40 @@
 use crate::change::{self, Otherwise};
 use crate::error::{AgentError, FailureClass, Result};
 use crate::flow::Flow;
-use kiln_protocol::{Assignment, Via};
+use kiln_protocol::slot::Slots;
+use kiln_protocol::{Assignment, Sha256Hex, Via};
+use kiln_release::Mode;
 use std::path::Path;
+
+/// Where firmware leads after a restart of a boot whose root lies in no slot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Again {
+    /// To this UKI: firmware started it from the disk, where its entry still is.
+    Here,
+    /// There as well, by all that is known: it was started from a disk that gives no answer now.
+    Likely,
+    /// Where firmware chooses anew. What came over the network was chosen by the network, whatever else lies on the disk.
+    Anew,
+}
+
+impl Again {
+    /// `slots` of the disk, if it answers.
+    pub(super) fn of(from_disk: bool, mode: Mode, slots: Option<&Slots>, root_hash: &Sha256Hex) -> Self {
+        match (from_disk, slots) {
+            (true, Some(slots)) if slots.disk.listed(root_hash).is_some() => Self::Here,
+            (true, None) if mode == Mode::Disk => Self::Likely,
+            (true | false, Some(_) | None) => Self::Anew,
+        }
+    }
+
+    /// Only a kexec leads on.
+    pub(super) fn only_kexec(self) -> bool {
+        match self {
+            Self::Here | Self::Likely => true,
+            Self::Anew => false,
+        }
+    }
+}
 
 /// How a boot goes on that is still here.
 #[derive(Debug)]
@@ -43,7 +75,7 @@ mod tests {
     use crate::testing::{TestSite, journal, web};
     use crate::verifier::Answer;
     use kiln_protocol::StageState;
-    use kiln_release::Mode;
+    use kiln_protocol::slot::{Content, Disk, Event, Go};
     use std::collections::BTreeMap;
     use std::time::Duration;
 
@@ -54,6 +86,17 @@ mod tests {
         altered: Option<&str>,
         only_kexec: bool,
         next: &Path,
+    ) -> (Result<Onward>, Vec<String>) {
+        goes_as(site, altered, only_kexec, next, |_| {}).await
+    }
+
+    /// The same, with something of its own.
+    async fn goes_as(
+        site: &TestSite,
+        altered: Option<&str>,
+        only_kexec: bool,
+        next: &Path,
+        is: impl FnOnce(&mut Flow),
     ) -> (Result<Onward>, Vec<String>) {
         let dir = tempfile::tempdir().unwrap();
         let mut files = site.files.clone();
@@ -72,6 +115,7 @@ mod tests {
         let Answer::Assigned { assignment, via, .. } = flow.ask(&verified, 0).await.unwrap() else {
             panic!("it waits")
         };
+        is(&mut flow);
         let gone = go(&mut flow, &assignment, via, only_kexec, next).await;
         let heard = director.heard();
         let failures = heard.iter().flat_map(|report| &report.stages).filter_map(|stage| match &stage.state {
@@ -79,6 +123,26 @@ mod tests {
             StageState::Started | StageState::Done | StageState::Waiting { .. } => None,
         });
         (gone, failures.collect())
+    }
+
+    /// Its entry stands on the disk and its root is gone, as of a slot that rotted. The network that sends an old UKI must not choose
+    /// what starts before the assigned release.
+    #[test]
+    fn what_the_network_chose_is_not_mended_before_the_assigned_release_although_its_entry_is_on_the_disk() {
+        let root_hash = |release| -> Sha256Hex { crate::testing::root_hash(release).parse().unwrap() };
+        let content = Content { release: "minimal/1".parse().unwrap(), root_hash: root_hash(1), uki: root_hash(0xa1) };
+        let mut slots = Slots::new(Disk::default(), Vec::new());
+        for event in [Event::Assign(content, 5, Go::Here(Via::Cold)), Event::Fetched, Event::Granted] {
+            slots = slots.event(event).0;
+        }
+        slots.disk.labels = [None; 2];
+        let of = |from_disk, release| Again::of(from_disk, Mode::Disk, Some(&slots), &root_hash(release));
+        assert_eq!([of(true, 1), of(false, 1)], [Again::Here, Again::Anew]);
+        assert_eq!([of(true, 2), of(false, 2)], [Again::Anew; 2], "the loader knows another");
+        let none = |from_disk, mode| Again::of(from_disk, mode, None, &root_hash(1));
+        assert_eq!([none(true, Mode::Disk), none(false, Mode::Disk)], [Again::Likely, Again::Anew]);
+        assert_eq!([none(true, Mode::Ram), none(false, Mode::Ram)], [Again::Anew; 2]);
+        assert_eq!([Again::Here, Again::Likely, Again::Anew].map(Again::only_kexec), [true, true, false]);
     }
 
     /// The network chose the UKI that runs, and alters the release that is assigned.
@@ -116,5 +180,39 @@ mod tests {
         let (gone, heard) = runtime.block_on(goes(&site, None, false, dir.path()));
         assert!(matches!(gone, Ok(Onward::Restart)), "{gone:?}");
         assert!(heard.is_empty(), "{heard:?}");
+    }
+
+    /// Each try ends in a reset, after which firmware starts the same UKI again.
+    #[test]
+    fn a_kexec_that_hangs_beside_a_disk_is_tried_three_times_for_an_assignment_and_then_what_is_here_starts() {
+        let site = TestSite::new(2);
+        let dir = tempfile::tempdir().unwrap();
+        // Where it goes on, it ends in this.
+        let no_folder = dir.path().join("file");
+        std::fs::write(&no_folder, "").unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        // The assignment's sequence is 5.
+        let goes_on = |hung: Option<&str>, only_kexec, tried: &[u64]| {
+            let is = |flow: &mut Flow| {
+                flow.journal.state.hung = hung.map(str::to_owned);
+                for sequence in tried {
+                    flow.verifier.memory.tries_kexec(*sequence);
+                }
+            };
+            let (gone, heard) = runtime.block_on(goes_as(&site, None, only_kexec, &no_folder, is));
+            let stays = match gone {
+                Ok(Onward::Stay(error)) | Err(error) => error.kind(),
+                Ok(Onward::Restart) => "restart",
+            };
+            let told = heard.iter().any(|kind| kind == "kexec-disk-hangs");
+            assert_eq!(told, stays == "kexec-disk-hangs", "{heard:?}");
+            stays == "machine-file"
+        };
+        let (hung, three) = (Some("vda"), [5; 3]);
+        assert!(goes_on(hung, true, &[]) && goes_on(hung, true, &[5, 5]));
+        assert!(!goes_on(hung, true, &three), "and that is told");
+        assert!(goes_on(hung, true, &[4, 4, 4]) && goes_on(hung, true, &[5, 5, 5, 4]), "another assignment");
+        assert!(goes_on(None, true, &three), "nothing hangs now");
+        assert!(goes_on(hung, false, &three), "through the firmware");
     }
 }

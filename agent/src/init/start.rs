@@ -14,7 +14,7 @@ use crate::net::Uplink;
 use crate::verifier::Verified;
 use crate::{coldplug, ima, kexec, local, log, mounts, secrets, tpm, verity};
 use kiln_protocol::slot::{Event, SlotId};
-use kiln_protocol::{Class, Stage};
+use kiln_protocol::{Class, Stage, Via};
 use kiln_release::crossing::PREFETCHED_PATH;
 use kiln_release::{BootInfo, DataSettings, hex};
 use nix::mount::{MsFlags, mount};
@@ -168,8 +168,10 @@ async fn leave(
     mounts::writable(Path::new(NEW_ROOT), &verified.manifest.writable);
     let no_data = open_data(&flow.verifier.boot, disk).await;
     flow.journal.done(Stage::Verity);
-    if std::mem::take(&mut flow.verifier.memory.failed_boots) > 0 {
-        flow.verifier.place.remember(&flow.verifier.memory)?;
+    let memory = &mut flow.verifier.memory;
+    let came = kexec::started_this() == Via::Kexec && memory.kexecs.take().is_some();
+    if std::mem::take(&mut memory.failed_boots) > 0 || came {
+        flow.verifier.keep();
     }
     if on.is_some() {
         loader::keep();

@@ -3,8 +3,9 @@
 //! answer. It goes on with what this machine remembered last, so that nothing that was seen is forgotten; in the initramfs,
 //! where there is no such copy yet, a person decides ([`crate::safe`]).
 //!
-//! Each place has a copy of its own. An initramfs that met a busy TPM goes on with what EFI variables remember, which may be older:
-//! that must not take the place of what the TPM remembers. Where the TPM gives no answer later, its copy counts as before.
+//! Each place has a copy of its own. An initramfs of an earlier release that met a busy TPM went on with what EFI variables remember,
+//! which may be older: that must not take the place of what the TPM remembers. Where the TPM gives no answer later, its copy counts as
+//! before.
 
 use super::place::{BOOT_PLACE, write_file};
 use super::{Memory, Place};

@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use kiln_protocol::{Order, OrderError, OrderMark};
 
 /// Orders remembered until they expire: as many as a TPM's memory holds beside all else, each at its longest.
-pub(super) const ORDERS: usize = 5;
+pub(super) const ORDERS: usize = 4;
 
 /// The same time or up to a second later, in fewer letters.
 fn whole(at: Timestamp) -> Timestamp {

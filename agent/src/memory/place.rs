@@ -67,19 +67,25 @@ pub enum Place {
 }
 
 impl Place {
-    /// EFI variables where the firmware has them, else this boot only.
+    /// EFI variables where the firmware has them, else this boot only; and the TPM, where there is one.
     pub fn of_this_machine() -> Self {
         let place = if Path::new(EFIVARS).read_dir().is_ok_and(|mut d| d.next().is_some()) {
             Self::Efi
         } else {
             Self::Boot(BOOT_PLACE.into())
         };
-        match Tpm::open().and_then(|tpm| tpm.map(|mut tpm| tpm.make_memory()).transpose()) {
-            Ok(Some(())) => Self::Tpm(Box::new(place)),
-            Ok(None) => place,
+        Self::with(Tpm::open(), place)
+    }
+
+    /// Versions in the TPM, unless it says itself that it keeps none. One that only does not answer may keep newer ones than this place
+    /// beside it: then nothing is known to be remembered ([`Self::memory`] is an error), not what lies here.
+    pub(super) fn with(tpm: std::result::Result<Option<Tpm>, TpmFault>, place: Self) -> Self {
+        match tpm.and_then(|tpm| tpm.map(|mut tpm| tpm.make_memory()).transpose()) {
+            Ok(None | Some(false)) => place,
+            Ok(Some(true)) => Self::Tpm(Box::new(place)),
             Err(fault) => {
-                println!("kiln-agent: the TPM keeps no versions, {} does: {fault}", place.rollback_memory());
-                place
+                println!("kiln-agent: the TPM does not say whether it keeps versions: {fault}");
+                Self::Tpm(Box::new(place))
             }
         }
     }

@@ -1,12 +1,17 @@
 //! What outlives a boot, and what does not.
 
+use super::floors::FLOORS;
 use super::orders::ORDERS;
 use super::place::{KEY, efi_key};
 use super::*;
 use crate::disk::DiskError;
+use crate::tpm::{Tpm, TpmFault};
 use kiln_protocol::slot::Label;
+use kiln_protocol::tpm::code::{NO_SUCH_HANDLE, NV_SPACE, NV_UNWRITTEN};
 use kiln_protocol::{KeyStorage, ORDER_TYPE, Order, OrderAction, OrderError, RollbackMemory, SPEC_VERSION};
 use kiln_release::tuf::SeenRole;
+use std::collections::VecDeque;
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 #[test]
@@ -210,7 +215,7 @@ fn the_copy_is_never_older_than_what_is_stored() {
     assert_eq!(place.resume(None).unwrap().memory, remembers(7, 3));
 }
 
-/// An initramfs that met a busy TPM remembers in the place beside it.
+/// An earlier release's initramfs that met a busy TPM remembered in the place beside it.
 #[test]
 fn a_copy_stands_in_for_no_other_place_but_the_tpms_for_what_is_beside_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -229,11 +234,44 @@ fn a_copy_stands_in_for_no_other_place_but_the_tpms_for_what_is_beside_it() {
     assert_eq!(beside.resume(None).unwrap().memory, new);
 }
 
-/// Every number at its longest; so many signers of a role, and so many images with a floor, where nothing else ends them.
+fn signed_floors(images: usize, floor: u64) -> BTreeMap<String, u64> {
+    (0..images).map(|n| (format!("{n:032}"), floor)).collect()
+}
+
+#[test]
+fn of_a_sites_floors_those_are_remembered_that_this_machine_has_a_use_for() {
+    let names: Vec<String> = signed_floors(9, 1).into_keys().collect();
+    let [one, two, three, four, five] = [0, 1, 2, 3, 4].map(|n| names[n].as_str());
+    let mut memory = Memory::default();
+    memory.hear_floors(&signed_floors(200, 3), [five, five], &[]);
+    assert_eq!((memory.floors.len(), memory.floor(five), memory.floor(one)), (1, 3, 1));
+    // Sent to another image, and on to a third: what it was counts on, and rises.
+    memory.hear_floors(&signed_floors(200, 4), [five, four], &[]);
+    memory.hear_floors(&signed_floors(200, 5), [four, three], &[]);
+    assert_eq!([five, four, three].map(|image| memory.floor(image)), [5, 5, 5]);
+    memory.hear_floors(&signed_floors(200, 2), [four, three], &[]);
+    assert_eq!(memory.floor(four), 5, "none goes down");
+    // There is no room for all that it ever was: what lies on its disk stays.
+    memory.hear_floors(&signed_floors(200, 6), [three, two], &[five.to_owned(), three.to_owned()]);
+    assert_eq!((memory.floors.len(), memory.floor(five), memory.floor(four)), (FLOORS, 6, 1));
+    // Come over the network as neither of two slots, and sent on: one of those goes.
+    memory.hear_floors(&signed_floors(200, 6), [two, one], &[five.to_owned(), three.to_owned()]);
+    assert_eq!(memory.floors.len(), FLOORS);
+    assert_eq!([one, two, five].map(|image| memory.floor(image)), [6, 6, 6]);
+    // An earlier agent remembered them all.
+    let mut earlier = Memory { floors: signed_floors(200, 7), ..Memory::default() };
+    earlier.hear_floors(&signed_floors(200, 7), [one, one], &[five.to_owned()]);
+    assert_eq!((earlier.floors.len(), earlier.floor(one), earlier.floor(five)), (FLOORS, 7, 7));
+    // An image that no floor was signed for takes no room.
+    let mut none = Memory::default();
+    none.hear_floors(&BTreeMap::new(), [one, two], &[]);
+    assert_eq!(none, Memory::default());
+}
+
+/// Every number at its longest, two signers of a role (more are not remembered), and a site that signs floors for 200 images.
 #[test]
 fn all_that_is_remembered_fits_into_a_tpm() {
     const SIGNERS: usize = 2;
-    const IMAGES: usize = 2;
     let late: Timestamp = "9999-12-30T20:59:59.123456789Z".parse().unwrap();
     let role = SeenRole { version: u64::MAX, keys: vec!["0".repeat(16); SIGNERS] };
     let image = |n: usize| format!("{n:032}");
@@ -250,13 +288,16 @@ fn all_that_is_remembered_fits_into_a_tpm() {
         time_floor: Some(late),
         director: "0".repeat(64),
         order_base: u64::MAX,
-        floors: (0..IMAGES).map(|n| (image(n), u64::MAX)).collect(),
         failed_boots: u32::MAX,
         restarted_for_data: true,
         orders_until: Some(late),
         disk_hung: Some("x".repeat(32)),
+        kexecs: Some((1 << 48, u8::MAX)),
         ..Memory::default()
     };
+    let floors = signed_floors(200, u64::MAX);
+    memory.hear_floors(&floors, [&image(0), &image(1)], &[2, 3].map(image));
+    assert_eq!(memory.floors.len(), FLOORS);
     let order = |n: usize| Order {
         type_: ORDER_TYPE.into(),
         spec_version: SPEC_VERSION.into(),
@@ -294,4 +335,76 @@ fn an_order_that_an_earlier_agent_remembered_stays_remembered() {
     assert_eq!(memory.orders[&id].sequence, 7);
     assert_eq!(serde_json::from_str::<Memory>(&now).unwrap(), memory);
     assert!(serde_json::to_string(&memory).unwrap().contains(r#"[7,"2099-01-01T00:00:00Z"]"#));
+}
+
+/// What a TPM in a test answers; then it gives no answer any more.
+struct Says(VecDeque<Said>);
+
+#[derive(Clone, Copy)]
+enum Said {
+    Refused(u32),
+    /// To `NV_UndefineSpace`.
+    Done,
+    /// To `NV_ReadPublic`: the index is there.
+    Size,
+}
+
+impl Read for Says {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let (tag, code, body): (u16, u32, &[u8]) = match self.0.pop_front() {
+            None => return Ok(0),
+            Some(Said::Refused(code)) => (0x8001, code, &[]),
+            Some(Said::Done) => (0x8002, 0, &[0; 4]),
+            Some(Said::Size) => (0x8001, 0, &[0, 14, 1, 0x80, 0x4b, 1, 0, 0xb, 0, 0, 0, 0, 0, 0, 6, 0x40, 0, 0]),
+        };
+        let length = u32::try_from(10 + body.len()).unwrap().to_be_bytes();
+        let answer = [&tag.to_be_bytes()[..], &length, &code.to_be_bytes(), body].concat();
+        into[..answer.len()].copy_from_slice(&answer);
+        Ok(answer.len())
+    }
+}
+
+impl Write for Says {
+    fn write(&mut self, command: &[u8]) -> io::Result<usize> {
+        Ok(command.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn another_place_stands_in_for_a_tpm_only_where_that_says_that_it_keeps_nothing() {
+    use Said::{Done, Refused, Size};
+    /// Failure mode; busy; another's owner password.
+    const OTHERS: [u32; 3] = [0x101, 0x922, 0x9a2];
+    let dir = tempfile::tempdir().unwrap();
+    let beside = || Place::Directory(dir.path().join("state"));
+    let of = |said: &[Said]| Place::with(Ok(Some(Tpm::over(Says(said.iter().copied().collect())))), beside());
+    let (none, full) = (Refused(NO_SUCH_HANDLE), Refused(NV_SPACE));
+    // It has no place and takes none; it had room for one, and nothing was written there.
+    let says_so: [&[Said]; 3] = [
+        &[none, full, none],
+        &[none, Refused(OTHERS[2]), none],
+        &[Size, none, full, Size, Refused(NV_UNWRITTEN), Done],
+    ];
+    for said in says_so {
+        assert_eq!(of(said).rollback_memory(), RollbackMemory::File);
+    }
+    assert_eq!(Place::with(Ok(None), beside()).rollback_memory(), RollbackMemory::File, "there is no TPM");
+    // It has both.
+    assert_eq!(of(&[Size, Size]).rollback_memory(), RollbackMemory::TpmNv);
+    // It gives no answer, or none that says so: at once, at the second place, or when one of two is gone and the other is not empty.
+    let mut unknown = vec![of(&[]), of(&[Size, none, full, Size, Refused(0x101)]), of(&[none, full, Refused(0x922)])];
+    unknown.extend(OTHERS.iter().flat_map(|code| [of(&[Refused(*code)]), of(&[Size, Refused(*code)])]));
+    unknown.push(Place::with(Err(TpmFault::from(io::Error::other("no answer"))), beside()));
+    beside().remember(&remembers(3, 2)).unwrap();
+    for place in unknown {
+        assert_eq!(place.rollback_memory(), RollbackMemory::TpmNv);
+        // Not what lies beside it: the boot begins as a stranger, and says so.
+        let begun = crate::init::Begun::of(place, &dir.path().join("meanwhile")).unwrap();
+        assert_eq!(begun.fault.map(|fault| fault.kind()), Some("machine-tpm"));
+        assert_eq!(begun.memory, Memory::default());
+    }
 }

@@ -395,8 +395,8 @@ impl Service {
         let hold_s = if self.gone || self.watch.keeper.kept() > condition.spool.events.len() { 0 } else { hold_s };
         self.journal.condition = Some(condition);
         // Whoever verifies meanwhile has the verifier; the next report has what came of it.
-        if let Ok(verifier) = self.verifier.try_lock() {
-            self.journal.state.stale.clone_from(&verifier.stale);
+        if let Ok(mut verifier) = self.verifier.try_lock() {
+            verifier.say(&mut self.journal);
         }
         let report = self.journal.report(hold_s);
         let listed = self.dbx.as_ref().map(|(state, _)| state.clone());

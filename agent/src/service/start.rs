@@ -17,7 +17,7 @@ use crate::memory::{Identity, Place, Resumed};
 use crate::verifier::Verifier;
 use crate::watchdog::Watchdog;
 use crate::{console, exec, facts, init, inventory, local, log, restart, tpm, uplink, verity};
-use kiln_protocol::{MachineId, RollbackMemory, RunningRelease, Stage, slot};
+use kiln_protocol::{MachineId, ReleaseId, RollbackMemory, RunningRelease, Stage, slot};
 use kiln_release::EXEC_PATH;
 use std::path::Path;
 use std::time::Duration;
@@ -62,7 +62,7 @@ async fn serve() -> Result<()> {
     let other =
         |from: RollbackMemory| from != RollbackMemory::TpmNv && place.rollback_memory() == RollbackMemory::TpmNv;
     let resumed = place.resume(handoff.memory.as_ref().filter(|_| !handoff.remembers.is_some_and(other)))?;
-    let (disk, unopened) = match slots(&handoff, resumed.memory.floor(&handoff.boot.image)).await {
+    let (disk, unopened) = match slots(&handoff, resumed.memory.lowest()).await {
         Ok(disk) => (disk, None),
         Err(error) => (None, Some(error)),
     };
@@ -104,11 +104,11 @@ async fn serve() -> Result<()> {
 
 /// The disk that this system runs from. One that cannot be opened any more, or not in time, costs the slots and is told of: the
 /// release goes on.
-async fn slots(handoff: &Handoff, floor: u64) -> Result<Option<SharedDisk>> {
+async fn slots(handoff: &Handoff, floors: Vec<ReleaseId>) -> Result<Option<SharedDisk>> {
     let Some(OnDisk { name, via }) = handoff.disk.clone() else { return Ok(None) };
     let (disk, boot) = (name.clone(), handoff.boot.clone());
     let open = move || {
-        let mut disk = MachineDisk::reopen(&disk, &boot, floor)?;
+        let mut disk = MachineDisk::reopen(&disk, &boot, floors)?;
         let root_hash = init::embedded(&boot)?.root_hash;
         disk.event(slot::Event::Started(root_hash, via), None)?;
         Ok::<_, AgentError>(SharedDisk::new(disk))
@@ -172,17 +172,15 @@ async fn resume(
     for error in [lost.as_ref(), spoilt.as_ref()].into_iter().flatten() {
         journal.failed(Stage::Service, error, 1, Some(Duration::ZERO));
     }
-    if spoilt.is_some() {
-        // Else the next boot could not read it, and would wait for a person.
-        match place.remember(&memory) {
-            Ok(()) => eprintln!("kiln-agent: what this machine remembers is stored anew"),
-            Err(error) => eprintln!("kiln-agent: what this machine remembers cannot be stored anew: {error}"),
-        }
-    }
     let mut verifier = Verifier::new(handoff.boot, place, key, memory, handoff.servers, now);
+    // Else the next boot could not read it, and would wait for a person. That it cannot be stored is told with the first report.
+    if spoilt.is_some() && verifier.keep() {
+        eprintln!("kiln-agent: what this machine remembers is stored anew");
+    }
     verifier.settings = handoff.settings;
     verifier.stale.clone_from(&journal.state.stale);
     verifier.pins.set(&handoff.agent_api_keys);
+    verifier.held = disk.map(|disk| local::held(&disk.slots())).unwrap_or_default();
     // A system in memory was fetched for this boot; one on a disk was verified whole when the disk says so.
     verifier.put_up = match disk {
         None if handoff.disk.is_some() => u64::MAX,

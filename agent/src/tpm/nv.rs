@@ -37,18 +37,34 @@ struct Held {
 }
 
 impl Tpm {
-    /// Makes the places where they are missing.
-    pub fn make_memory(&mut self) -> Result<()> {
-        for index in PLACES {
-            match self.run(&command::nv_size(index)) {
-                Ok(_) => {}
-                Err(fault) if fault.code() == Some(code::NO_SUCH_HANDLE) => {
-                    self.run(&command::nv_define(index, SIZE))?;
+    /// Makes the places where they are missing. False: it has none, and takes none (it is full, or another owns it), so that nothing was
+    /// ever remembered there, or somebody with root's rights has removed it. An error says nothing of what it remembers.
+    pub fn make_memory(&mut self) -> Result<bool> {
+        for (index, other) in [(PLACES[0], PLACES[1]), (PLACES[1], PLACES[0])] {
+            if self.has(index)? {
+                continue;
+            }
+            if let Err(fault) = self.run(&command::nv_define(index, SIZE)) {
+                if self.has(other)? {
+                    if !matches!(self.place(other)?, Kept::Unwritten) {
+                        return Err(fault);
+                    }
+                    // There was room for one.
+                    self.run(&command::nv_undefine(other))?;
                 }
-                Err(fault) => return Err(fault),
+                println!("kiln-agent: the TPM has no place for versions: {fault}");
+                return Ok(false);
             }
         }
-        Ok(())
+        Ok(true)
+    }
+
+    fn has(&mut self, index: u32) -> Result<bool> {
+        match self.run(&command::nv_size(index)) {
+            Ok(_) => Ok(true),
+            Err(fault) if fault.code() == Some(code::NO_SUCH_HANDLE) => Ok(false),
+            Err(fault) => Err(fault),
+        }
     }
 
     /// What was written last; none: nothing yet. Of two places a cut leaves one whole; none that is, is somebody's work.

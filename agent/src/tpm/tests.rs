@@ -124,8 +124,8 @@ fn its_memory_keeps_the_last_of_two_writings_and_outlives_a_cut_between() {
         tpm.run(&command::nv_size(0x0180_4b01)).unwrap_err().code(),
         Some(kiln_protocol::tpm::code::NO_SUCH_HANDLE)
     );
-    tpm.make_memory().unwrap();
-    tpm.make_memory().unwrap();
+    assert!(tpm.make_memory().unwrap());
+    assert!(tpm.make_memory().unwrap());
     assert_eq!(tpm.recall().unwrap(), None);
     let texts: Vec<Vec<u8>> = (1..=5_u8).map(|n| vec![n; usize::from(n) * 300]).collect();
     for text in &texts {
@@ -148,7 +148,7 @@ fn its_memory_keeps_the_last_of_two_writings_and_outlives_a_cut_between() {
 fn a_memory_that_was_spoilt_is_no_memory_that_was_never_written() {
     let Some((_running, mut tpm)) = Software::start() else { return };
     let (first, second) = (0x0180_4b01, 0x0180_4b02);
-    tpm.make_memory().unwrap();
+    assert!(tpm.make_memory().unwrap());
     assert_eq!(recalled(&mut tpm).unwrap(), None);
     // The first writing, cut before its head.
     tpm.run(&command::nv_write(first, &[9; 100], 1024)).unwrap();

@@ -7,7 +7,8 @@ use crate::testing::web;
 use crate::testing::{TestSite, journal, now, operator};
 use jiff::SignedDuration;
 use kiln_protocol::{
-    ASSIGNMENT_TYPE, BoundMachine, Desired, FRESHNESS_TYPE, OrderedMachine, SPEC_VERSION, Stage, StageState, WipeMethod,
+    ASSIGNMENT_TYPE, BoundMachine, Desired, FRESHNESS_TYPE, OrderedMachine, SPEC_VERSION, Stage, StageRecord,
+    StageState, WipeMethod,
 };
 use kiln_release::sign_envelope;
 use serde_json::json;
@@ -15,6 +16,9 @@ use std::collections::BTreeMap;
 
 /// The release of class rescue; 1 is the ordinary one.
 const RESCUE: u64 = 2;
+
+/// Where a memory is written before it takes the place of the old one. No file can be made there while a folder has the name.
+const IN_THE_WAY: &str = "seen.new";
 
 fn rescue() -> OrderAction {
     OrderAction::Assign { image: "minimal".parse().unwrap(), release: RESCUE, class: Class::Rescue }
@@ -50,7 +54,7 @@ struct Machine {
     verified: Verified,
     runtime: tokio::runtime::Runtime,
     nonces: u8,
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
 }
 
 impl Machine {
@@ -63,7 +67,7 @@ impl Machine {
         let mut verifier = site.verifier(release, &[http], &[], dir.path());
         let here = verifier.here().unwrap();
         let verified = runtime.block_on(verifier.verify_metadata(&here)).unwrap();
-        Self { site, verifier, verified, runtime, nonces: 0, _dir: dir }
+        Self { site, verifier, verified, runtime, nonces: 0, dir }
     }
 
     /// The server hands on this order and assigns this release; what the machine makes of it.
@@ -134,6 +138,13 @@ impl Machine {
             certify: false,
         };
         self.verifier.check_reply(&self.verified, reply, &nonce).map_err(|e| e.kind())
+    }
+
+    /// From now on nothing that it remembers can be stored, as where firmware's store is full; or can again.
+    fn stores(&self, stores: bool) {
+        let in_the_way = self.dir.path().join(IN_THE_WAY);
+        let changed = if stores { std::fs::remove_dir(in_the_way) } else { std::fs::create_dir(in_the_way) };
+        changed.unwrap();
     }
 
     /// Whether it would fetch and start this release now.
@@ -233,7 +244,7 @@ fn a_wipe_is_obeyed_by_order_alone_and_once() {
 #[test]
 fn orders_are_remembered_until_they_expire_and_no_more_than_fit() {
     let mut machine = Machine::of(1);
-    for n in 1..=5 {
+    for n in 1..=4 {
         let order = order(&machine.verifier, n, wipe());
         machine.verifier.wiped(&order).unwrap();
     }
@@ -375,4 +386,104 @@ fn the_stolen_boot_server_is_told_why_its_rescue_release_is_not_fetched() {
     assert_eq!((stage, kind.as_str()), (Stage::Prefetch, "order-missing"));
     assert!(message.contains("minimal/2 is of class rescue: it needs an order that an operator signed"), "{message}");
     assert!(json!(heard).to_string().contains("order-missing"));
+}
+
+/// How often these records tell that a file of the machine cannot be written.
+fn files_told<'a>(records: impl IntoIterator<Item = &'a StageRecord>) -> usize {
+    let of = |record: &&StageRecord| match &record.state {
+        StageState::Failed(failure) => failure.kind == "machine-file",
+        StageState::Started | StageState::Done | StageState::Waiting { .. } => false,
+    };
+    records.into_iter().filter(of).count()
+}
+
+#[test]
+fn a_memory_that_cannot_be_stored_ends_no_boot_and_binds_this_one() {
+    for mode in [Mode::Ram, Mode::Disk] {
+        let mut machine = Machine::of(1);
+        let (http, _hear) = web::honest(machine.site.files.clone(), BTreeMap::new());
+        machine.verifier.servers.http = vec![http];
+        machine.verifier.boot.site.mode = mode;
+        let stored = machine.verifier.place.memory().unwrap();
+        machine.stores(false);
+        let (mut journal, here) = (journal(&machine.verifier), machine.verifier.here().unwrap());
+        assert!(machine.hears(None, 1, 5).is_ok(), "what is assigned is followed");
+        machine.verified = machine.runtime.block_on(machine.verifier.verify_metadata(&here)).unwrap();
+        assert_eq!(machine.hears(None, 1, 4).err(), Some("assignment-old-sequence"));
+        if mode == Mode::Disk {
+            let (files, assignment) = (machine.verified.files.clone(), machine.verifier.accepted.clone().unwrap());
+            let record = Record { files, assignment, servers: Servers::default() };
+            let manifest = machine.site.manifests[&1].clone();
+            assert!(!machine.verifier.expect_record(&manifest, &record.digest(), [None; 2]).unwrap());
+            assert!(machine.verifier.verify_record(&here, &record, true).is_ok());
+        }
+        machine.verifier.memory.hear_floors(&[("minimal".to_owned(), 2)].into(), ["minimal"; 2], &[]);
+        assert!(!machine.verifier.keep());
+        let below = machine.verifier.memory.may_boot(&machine.verifier.boot).unwrap_err();
+        assert_eq!(below.kind(), "release-below-floor");
+        // Told once, and shown.
+        for _ in 0..2 {
+            machine.verifier.say(&mut journal);
+            machine.verifier.keep();
+        }
+        assert_eq!((files_told(&journal.state.pending), journal.machine.rollback_memory), (1, RollbackMemory::None));
+        // The service of this boot goes on with it, the next boot with what was stored.
+        assert_eq!(machine.verifier.place.resume(None).unwrap().memory, machine.verifier.memory);
+        assert_eq!(machine.verifier.place.memory().unwrap(), stored);
+        machine.stores(true);
+        assert!(machine.verifier.keep());
+        machine.verifier.say(&mut journal);
+        assert_eq!(journal.machine.rollback_memory, RollbackMemory::File);
+        assert_eq!(machine.verifier.place.memory().unwrap(), machine.verifier.memory);
+    }
+}
+
+#[test]
+fn an_order_whose_mark_cannot_be_stored_is_not_followed() {
+    let mut machine = Machine::of(1);
+    let (to_rescue, to_wipe) = (order(&machine.verifier, 1, rescue()), order(&machine.verifier, 2, wipe()));
+    machine.stores(false);
+    for order in [&to_rescue, &to_wipe] {
+        assert_eq!(machine.hears(signed(order), RESCUE, 2).err(), Some("order-not-remembered"));
+        assert_eq!(machine.may_run(RESCUE), Err("order-missing"));
+        let copy = machine.verifier.place.resume(None).unwrap().memory;
+        assert!(copy.orders.is_empty() && machine.verifier.memory.orders.is_empty(), "its mark is taken back");
+    }
+    machine.stores(true);
+    assert!(machine.hears(signed(&to_rescue), RESCUE, 3).is_ok());
+    machine.stores(false);
+    assert!(machine.hears(signed(&to_rescue), RESCUE, 3).is_ok(), "this mark is stored");
+    assert_eq!(machine.may_run(RESCUE), Ok(()));
+    assert_eq!(machine.hears(signed(&to_rescue), RESCUE, 4).err(), Some("order-replayed"));
+    assert_eq!(machine.hears(signed(&to_wipe), 1, 4).err(), Some("order-not-remembered"));
+    machine.stores(true);
+    assert!(matches!(machine.hears(signed(&to_wipe), 1, 4), Ok(Answer::Wipe(_))));
+    let kept = machine.verifier.place.memory().unwrap();
+    assert_eq!(kept.mark(&to_wipe).map(|mark| mark.sequence), Some(WIPING), "taken, and not done");
+}
+
+#[test]
+fn the_server_hears_once_that_a_machine_stores_nothing_and_shows_it_without_a_rollback_memory() {
+    let site = TestSite::new(1);
+    let director = Director::start(&site, (1, 5, Via::Cold, false));
+    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir(dir.path().join(IN_THE_WAY)).unwrap();
+    let verifier = site.verifier(1, &[http], std::slice::from_ref(&director.url), dir.path());
+    let journal = Journal { running: None, ..journal(&verifier) };
+    let mut flow =
+        crate::flow::Flow { verifier, journal, api: None, tries: Some(1), tell_every: Duration::from_secs(20) };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        flow.find_server().await.unwrap();
+        let here = flow.verifier.here().unwrap();
+        let verified = flow.verifier.verify_metadata(&here).await.unwrap();
+        for _ in 0..3 {
+            let answer = flow.ask(&verified, 0).await.unwrap();
+            assert!(matches!(answer, Answer::Assigned { .. }));
+        }
+    });
+    let heard = director.heard();
+    assert_eq!(files_told(heard.iter().flat_map(|report| &report.stages)), 1);
+    assert_eq!(heard.last().map(|report| report.machine.rollback_memory), Some(RollbackMemory::None));
 }

@@ -236,6 +236,6 @@ pub struct Slots {
     pub running: Option<Running>,
     /// What is being installed.
     pub install: Option<Install>,
-    /// Lowest release that may run, of the image that is installed.
-    pub floor: u64,
+    /// Lowest releases that may run, one for each image that has a floor.
+    pub floors: Vec<ReleaseId>,
 }

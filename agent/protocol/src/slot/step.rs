@@ -30,8 +30,8 @@ pub enum Event {
     Unread(SlotId),
     /// The good release in this slot was started again and again and never became healthy.
     Loops(SlotId),
-    /// The floor is this now.
-    Floor(u64),
+    /// This is the lowest release of its image now.
+    Floor(ReleaseId),
 }
 
 /// One commit, or one thing to do. Each is durable before the next begins.
@@ -131,9 +131,14 @@ pub enum Refusal {
 }
 
 impl Slots {
-    /// Takes what was read from a disk.
-    pub fn new(disk: super::Disk, floor: u64) -> Self {
-        Self { disk, running: None, install: None, floor }
+    /// Takes what was read from a disk, and the lowest release of each image that a floor is known of.
+    pub fn new(disk: super::Disk, floors: Vec<ReleaseId>) -> Self {
+        Self { disk, running: None, install: None, floors }
+    }
+
+    /// Whether a release is below the floor of its image. No other image's binds it.
+    pub fn is_below(&self, release: &ReleaseId) -> bool {
+        is_below(&self.floors, release)
     }
 
     /// One step. The state that comes back is that after all its actions.
@@ -157,8 +162,7 @@ impl Slots {
 
     /// Whether a slot holds a release that was healthy after a cold boot, and may still run.
     fn is_good(&self, slot: SlotId) -> bool {
-        let floor = self.floor;
-        self.disk.is_good(slot) && self.disk.entries_of(slot).any(|e| e.content.release.release >= floor)
+        self.disk.is_good(slot) && self.disk.entries_of(slot).any(|e| !self.is_below(&e.content.release))
     }
 
     /// Records a commit.
@@ -252,8 +256,9 @@ impl Slots {
         if self.install.is_some() {
             return Err(Refusal::Busy);
         }
-        if release.release < self.floor {
-            return Err(Refusal::BelowFloor { release, floor: self.floor });
+        let binds = |floor: &&ReleaseId| floor.image == release.image && release.release < floor.release;
+        if let Some(floor) = self.floors.iter().find(binds) {
+            return Err(Refusal::BelowFloor { release, floor: floor.release });
         }
         // What the firmware has just started over the network was chosen again by the server, whatever failed before.
         if let Some(failed) =
@@ -417,17 +422,22 @@ impl Slots {
         }
     }
 
-    /// Entries below it go, if a good one at or above it stays.
-    fn raise_floor(&mut self, floor: u64, out: &mut Vec<Action>) {
-        self.floor = self.floor.max(floor);
-        let floor = self.floor;
-        let stays = |e: &Entry| e.name.kind == EntryKind::Good && e.content.release.release >= floor;
-        if self.disk.entries.iter().any(stays) {
-            if self.install.as_ref().is_some_and(|install| install.content.release.release < floor) {
-                self.install = None;
-            }
-            self.remove_entries(|e| e.content.release.release < floor, out);
+    /// Entries below the floor of their image go, if a good one stays that is not.
+    fn raise_floor(&mut self, floor: ReleaseId, out: &mut Vec<Action>) {
+        match self.floors.iter_mut().find(|known| known.image == floor.image) {
+            Some(known) => known.release = known.release.max(floor.release),
+            None => self.floors.push(floor),
+        }
+        let floors = self.floors.clone();
+        let below = |e: &Entry| is_below(&floors, &e.content.release);
+        if self.disk.entries.iter().any(|e| e.name.kind == EntryKind::Good && !below(e)) {
+            self.install = self.install.take().filter(|install| !is_below(&floors, &install.content.release));
+            self.remove_entries(below, out);
             self.sweep(out);
         }
     }
+}
+
+fn is_below(floors: &[ReleaseId], release: &ReleaseId) -> bool {
+    floors.iter().any(|floor| floor.image == release.image && release.release < floor.release)
 }

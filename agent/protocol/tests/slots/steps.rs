@@ -1,8 +1,8 @@
 //! Single steps: the entries on a disk after each event, by name.
 
-use super::{content, good_machine};
-use kiln_protocol::Via;
+use super::{OTHER, content, floor, good_machine};
 use kiln_protocol::slot::{Action, Event, Go, Refusal, SlotId, SlotState, Slots};
+use kiln_protocol::{ReleaseId, Via};
 
 fn names(slots: &Slots) -> Vec<String> {
     let mut names: Vec<String> = slots.disk.entries.iter().map(|e| e.name.to_string()).collect();
@@ -62,7 +62,7 @@ fn a_trial_that_used_up_its_tries_is_told_and_not_installed_again() {
         steps(good_machine(4), [Event::Assign(content(3), 5, Go::Leave(Via::Cold)), Event::Fetched, Event::Granted]);
     let from = "kiln-5+3.conf".parse().unwrap();
     slots.disk.apply(&Action::RenameEntry { from, to: "kiln-5+0-3.conf".parse().unwrap() });
-    let (slots, said) = Slots::new(slots.disk, 1).event(Event::Started(content(1).root_hash, Via::Cold));
+    let (slots, said) = Slots::new(slots.disk, Vec::new()).event(Event::Started(content(1).root_hash, Via::Cold));
     let Some(Action::Tell(fallback)) = said.last() else { panic!("{said:?}") };
     assert_eq!((fallback.release.release, fallback.reason.as_str()), (3, "trial-tries-used-up"));
     assert_eq!(names(&slots), ["kiln-4.conf", "kiln-5.failed"]);
@@ -90,7 +90,7 @@ fn a_good_release_that_loops_is_left_for_the_other_once() {
         ],
     );
     assert_eq!(names(&slots), ["kiln-4.conf", "kiln-5.conf"]);
-    let (slots, said) = Slots::new(slots.disk, 1).event(Event::Loops(SlotId::B));
+    let (slots, said) = Slots::new(slots.disk, Vec::new()).event(Event::Loops(SlotId::B));
     let Some(Action::Tell(fallback)) = said.last() else { panic!("{said:?}") };
     assert_eq!((fallback.release.release, fallback.sequence, fallback.reason.as_str()), (2, 5, "good-boot-loop"));
     assert_eq!(names(&slots), ["kiln-4.conf", "kiln-5.looped"]);
@@ -112,13 +112,13 @@ fn what_cannot_be_read_stays_where_it_is_good_and_fails_where_it_is_a_trial() {
     assert_eq!((&after.disk, said.len(), after.running), (&before.disk, 0, None));
     let go = Go::Leave(Via::Cold);
     let (slots, _) = steps(before, [Event::Assign(content(2), 5, go), Event::Fetched, Event::Granted]);
-    let (trial, said) = Slots::new(slots.disk.clone(), 1).event(Event::Unread(SlotId::B));
+    let (trial, said) = Slots::new(slots.disk.clone(), Vec::new()).event(Event::Unread(SlotId::B));
     let Some(Action::Unlabel(SlotId::B)) = said.last() else { panic!("{said:?}") };
     assert_eq!(names(&trial), ["kiln-4.conf", "kiln-5.spoilt"]);
     // Both are good: neither goes for that.
     let (both, _) = steps(slots, [Event::Started(content(2).root_hash, Via::Cold), Event::Healthy]);
     for slot in SlotId::BOTH {
-        let (after, said) = Slots::new(both.disk.clone(), 1).event(Event::Unread(slot));
+        let (after, said) = Slots::new(both.disk.clone(), Vec::new()).event(Event::Unread(slot));
         assert_eq!((after.disk, said), (both.disk.clone(), vec![]));
     }
 }
@@ -128,7 +128,37 @@ fn a_power_blip_on_a_good_slot_costs_nothing() {
     let slots = good_machine(4);
     let before = slots.disk.clone();
     for _ in 0..10 {
-        let (after, actions) = Slots::new(before.clone(), 1).event(Event::Started(content(1).root_hash, Via::Cold));
+        let (after, actions) =
+            Slots::new(before.clone(), Vec::new()).event(Event::Started(content(1).root_hash, Via::Cold));
         assert_eq!((after.disk, actions), (before.clone(), vec![]));
     }
+}
+
+#[test]
+fn a_floor_binds_the_releases_of_its_image_alone() {
+    let go = Go::Leave(Via::Cold);
+    let other = content(OTHER);
+    let (slots, _) = steps(
+        good_machine(4),
+        [
+            Event::Assign(other.clone(), 5, go),
+            Event::Fetched,
+            Event::Granted,
+            Event::Started(other.root_hash.clone(), Via::Cold),
+            Event::Healthy,
+        ],
+    );
+    assert_eq!(names(&slots), ["kiln-4.conf", "kiln-5.conf"]);
+    // other/1 has a lower number than this floor.
+    let (raised, _) = slots.clone().event(Event::Floor(floor(2)));
+    assert_eq!(names(&raised), ["kiln-5.conf"]);
+    let rises = |release| Event::Floor(ReleaseId { release, ..other.release.clone() });
+    let (raised, _) = slots.event(rises(2));
+    assert_eq!(names(&raised), ["kiln-4.conf"]);
+    let (lower, _) = raised.event(rises(1));
+    assert_eq!(lower.floors.len(), 1, "it never goes down");
+    let wanted = |content| Slots::new(lower.disk.clone(), lower.floors.clone()).event(Event::Assign(content, 6, go)).1;
+    let refused = wanted(other.clone());
+    assert!(matches!(refused[..], [Action::Refuse(Refusal::BelowFloor { floor: 2, .. })]), "{refused:?}");
+    assert!(!matches!(wanted(content(1))[..], [Action::Refuse(_)]));
 }

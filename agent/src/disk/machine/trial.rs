@@ -10,7 +10,7 @@ impl MachineDisk {
         File::create_new(path).unwrap().set_len(size).unwrap();
         let layout = Layout::new(size, &settings, "lab").unwrap();
         let mut store = Store::open(Device::open(path).unwrap(), layout, true, "sda").unwrap();
-        let slots = Slots::new(store.read().unwrap(), 0);
+        let slots = Slots::new(store.read().unwrap(), Vec::new());
         let mut disk = Self { store, slots, starts: None };
         let assign = Event::Assign(content(manifest).unwrap(), 4, Go::Here(Via::Cold));
         for event in [assign, Event::Fetched, Event::Granted] {

@@ -164,7 +164,7 @@ fn opened<B: Block>(disk: B) -> (Store<B>, Slots) {
     };
     let mut store = Store::open(disk, layout, format, "test").unwrap();
     let disk = store.read().unwrap();
-    (store, Slots::new(disk, 1))
+    (store, Slots::new(disk, Vec::new()))
 }
 
 /// Performs actions as the agent does; gives back what the last one was.
@@ -287,12 +287,12 @@ fn starts_are_counted_by_release_and_forgotten() {
 #[test]
 fn a_good_release_whose_root_is_gone_comes_back_under_its_own_entry() {
     let mut store = installed();
-    let (first, slots) = (release(1), Slots::new(store.read().unwrap(), 1));
+    let (first, slots) = (release(1), Slots::new(store.read().unwrap(), Vec::new()));
     let slots = step(&mut store, slots, Event::Spoilt(SlotId::A), &first);
     assert_eq!(slots.disk.labels, [None, None]);
     let known = slots.disk.listed(&first.content.root_hash).unwrap().name;
     assert_eq!(known.to_string(), "kiln-4.conf");
-    let mut slots = Slots::new(slots.disk, 1);
+    let mut slots = Slots::new(slots.disk, Vec::new());
     let assign = Event::Assign(first.content.clone(), known.sequence, Go::Here(Via::Cold));
     for event in [assign, Event::Fetched, Event::Granted, Event::Healthy] {
         slots = step(&mut store, slots, event, &first);

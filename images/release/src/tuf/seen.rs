@@ -11,22 +11,26 @@ use std::collections::BTreeMap;
 pub struct SeenRole {
     /// Its version.
     pub version: u64,
-    /// First 16 hex digits of the key ids that signed it.
+    /// First 16 hex digits of the key ids that signed it, two at most.
     pub keys: Vec<String>,
 }
 
 const KEY_DIGITS: usize = 16;
+/// Signers of a role that are remembered: a machine's memory has room for few. Of a role that needs more, these stand for the others.
+const SIGNERS: usize = 2;
 
 impl SeenRole {
     pub(crate) fn new(version: u64, signers: &[String]) -> Self {
-        Self { version, keys: signers.iter().map(|id| shorten(id).to_owned()).collect() }
+        Self { version, keys: signers.iter().take(SIGNERS).map(|id| shorten(id).to_owned()).collect() }
     }
 
     /// Whether the file remembered here would still be accepted under these keys: too few of its signers are left
     /// once the role's keys were rotated.
     fn still_signed(&self, role: &RoleKeys) -> bool {
         let left = self.keys.iter().filter(|key| role.keyids.iter().any(|id| shorten(id) == key.as_str())).count();
-        left >= usize::try_from(role.threshold.max(1)).unwrap_or(usize::MAX)
+        let needed = usize::try_from(role.threshold.max(1)).unwrap_or(usize::MAX);
+        // A memory of an earlier agent has all of them.
+        left >= if self.keys.len() == SIGNERS { needed.min(SIGNERS) } else { needed }
     }
 }
 
@@ -85,6 +89,23 @@ mod tests {
         assert!(seen.still_signed(&role(&["a", "c"], 1)));
         assert!(!seen.still_signed(&role(&["a", "c"], 2)));
         assert!(!seen.still_signed(&role(&["c"], 1)));
+    }
+
+    /// However many sign a role, and need to.
+    #[test]
+    fn of_many_signers_two_stand_for_all() {
+        let ids = ["a", "b", "c", "d", "e"];
+        let seen = SeenRole::new(3, &ids.map(|id| id.repeat(64)));
+        assert_eq!(seen.keys.len(), 2);
+        for threshold in 1..=5 {
+            assert!(seen.still_signed(&role(&ids, threshold)), "{threshold}");
+            assert!(!seen.still_signed(&role(&["c", "d", "e"], threshold)), "{threshold}: both were replaced");
+            let one_left = seen.still_signed(&role(&["b", "c", "d", "e"], threshold));
+            assert_eq!(one_left, threshold == 1, "{threshold}");
+        }
+        // All five, as they were remembered before.
+        let earlier = SeenRole { keys: ids.map(|id| id.repeat(16)).into(), ..seen };
+        assert!(earlier.still_signed(&role(&["c", "d", "e"], 3)) && !earlier.still_signed(&role(&["c", "d", "e"], 4)));
     }
 
     #[test]

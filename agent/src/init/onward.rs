@@ -87,7 +87,7 @@ mod tests {
         only_kexec: bool,
         next: &Path,
     ) -> (Result<Onward>, Vec<String>) {
-        goes_as(site, altered, only_kexec, next, |_| {}).await
+        Box::pin(goes_as(site, altered, only_kexec, next, |_| {})).await
     }
 
     /// The same, with something of its own.

@@ -154,7 +154,7 @@ fn remembers(sequence: u64, floor: u64) -> Memory {
 fn a_service_goes_on_with_what_was_remembered_last_whatever_becomes_of_what_is_stored() {
     let handed_over = remembers(3, 2);
     let newest = remembers(7, 3);
-    let spoils: [fn(&Path) -> std::io::Result<()>; 5] = [
+    let spoils: [fn(&Path) -> io::Result<()>; 5] = [
         |path| std::fs::write(path, ""),
         |path| std::fs::write(path, "{\"seen\":"),
         |path| std::fs::write(path, [0xff; 40]),

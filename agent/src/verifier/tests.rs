@@ -366,8 +366,8 @@ fn the_stolen_boot_server_is_told_why_its_rescue_release_is_not_fetched() {
     let (http, _hear) = web::honest(machine.site.files.clone(), BTreeMap::new());
     let dir = tempfile::tempdir().unwrap();
     let verifier = machine.site.verifier(1, &[http], std::slice::from_ref(&director.url), dir.path());
-    let journal = crate::journal::Journal { running: None, ..journal(&verifier) };
-    let tell_every = std::time::Duration::from_millis(100);
+    let journal = Journal { running: None, ..journal(&verifier) };
+    let tell_every = Duration::from_millis(100);
     let mut flow = crate::flow::Flow { verifier, journal, api: None, tries: Some(1), tell_every };
     machine.runtime.block_on(async {
         flow.find_server().await.unwrap();

@@ -2,7 +2,7 @@
 //! the agent's own tests (`agent/protocol/tests/slots.rs`, `agent/src/disk/tests.rs`); here is what only firmware can
 //! show.
 
-use crate::support::on_disk::{installed, rack};
+use crate::support::on_disk::{installed, rack, reimaged_and_alone};
 use kiln_lab::api::MachineView;
 use kiln_lab::console::Mark;
 use kiln_lab::machine::Disk;
@@ -339,12 +339,7 @@ fn a_release_that_loops_is_left_for_the_other_slots_without_a_server() {
     testing::rack(|paths| {
         let mut rack = rack(paths, "disk-way-back");
         let console = installed(&mut rack);
-        rack.kiln(&["release", "publish", "disk/2"]).unwrap();
-        rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
-        rack.wait_healthy(NAME, 2).unwrap();
-        console.wait_for("disk/2 is healthy: vda: A Good disk/1, B Good disk/2", Mark::default(), IDLE).unwrap();
-        rack.machine(NAME).power_off();
-        rack.kill_server();
+        reimaged_and_alone(&mut rack, &console);
         for _ in 0..5 {
             starts_in_vain(&mut rack, 2);
         }

@@ -1,7 +1,7 @@
 //! Disks of which a little is not as it was, or cannot be read: what is whole on them starts, without a boot server.
 
 use crate::disk::{SLOT_A, entries, starts_and_says};
-use crate::support::on_disk::{installed, rack};
+use crate::support::on_disk::{installed, rack, reimaged_and_alone};
 use kiln_lab::api::MachineView;
 use kiln_lab::console::Mark;
 use kiln_lab::nbd::Fault;
@@ -100,12 +100,7 @@ fn a_record_that_rotted_is_left_for_the_other_slots_release() {
     testing::rack(|paths| {
         let mut rack = rack(paths, "disk-record");
         let console = installed(&mut rack);
-        rack.kiln(&["release", "publish", "disk/2"]).unwrap();
-        rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
-        rack.wait_healthy(NAME, 2).unwrap();
-        console.wait_for("disk/2 is healthy: vda: A Good disk/1, B Good disk/2", Mark::default(), IDLE).unwrap();
-        rack.machine(NAME).power_off();
-        rack.kill_server();
+        reimaged_and_alone(&mut rack, &console);
         let disk = rack.machine(NAME).disk(0);
         let agent = paths.agent.display().to_string();
         let says = || command::run(&agent, ["disk", disk.to_str().unwrap(), "lab"]).unwrap();

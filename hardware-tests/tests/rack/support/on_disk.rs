@@ -37,3 +37,13 @@ pub fn installed(rack: &mut Rack) -> Arc<Console> {
     console.wait_for("A Good disk/1, B Empty -", Mark::default(), IDLE).unwrap();
     console
 }
+
+/// With release 1 [`installed`]: reimages to release 2, so that both slots hold a good one, and switches it off; the boot server is dead.
+pub fn reimaged_and_alone(rack: &mut Rack, console: &Console) {
+    rack.kiln(&["release", "publish", "disk/2"]).unwrap();
+    rack.kiln(&["assign", NAME, "disk/2", "--via", "cold"]).unwrap();
+    rack.wait_healthy(NAME, 2).unwrap();
+    console.wait_for("disk/2 is healthy: vda: A Good disk/1, B Good disk/2", Mark::default(), IDLE).unwrap();
+    rack.machine(NAME).power_off();
+    rack.kill_server();
+}

@@ -52,6 +52,11 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]])
 }
 
+/// Of a directory's entry.
+fn cluster_of(entry: &[u8]) -> u32 {
+    u32::from(u16_at(entry, 20)) << 16 | u32::from(u16_at(entry, 26))
+}
+
 /// Where things lie, in sectors.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Geometry {
@@ -239,6 +244,15 @@ impl<B: Block> Fat<B> {
         Ok(out)
     }
 
+    /// Whether the first entry there names this cluster itself.
+    fn begins_directory(&self, cluster: u32) -> io::Result<bool> {
+        let mut first = [0; SECTOR];
+        if self.is_cluster(cluster) {
+            self.disk.read_at(self.offset(cluster), &mut first)?;
+        }
+        Ok(first.starts_with(b".          ") && cluster_of(&first) == cluster)
+    }
+
     fn nodes(&self, directory: u32) -> io::Result<Vec<Node>> {
         let mut nodes = Vec::new();
         let mut long: Vec<(u64, [u8; ENTRY])> = Vec::new();
@@ -259,10 +273,11 @@ impl<B: Block> Fat<B> {
                     let long = std::mem::take(&mut long);
                     let name = long_name(&long, &entry);
                     let entries = if name.is_some() { long.iter().map(|(at, _)| *at).collect() } else { Vec::new() };
-                    let cluster = u32::from(u16_at(&entry, 20)) << 16 | u32::from(u16_at(&entry, 26));
+                    let cluster = cluster_of(&entry);
                     let (directory, size) = (attributes & ATTRIBUTE_DIRECTORY != 0, u32_at(&entry, 28));
-                    // A directory has no size: this is a file that firmware would not read. Its name is all that counts.
-                    let is_neither = directory && size != 0;
+                    // A directory has no size, and firmware asks for none. What does not begin as one is a file that firmware would
+                    // not read: its name is all that counts.
+                    let is_neither = directory && size != 0 && !self.begins_directory(cluster)?;
                     nodes.push(Node {
                         name: name.unwrap_or_else(|| plain_name(&entry)),
                         directory: directory && !is_neither,

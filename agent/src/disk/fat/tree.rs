@@ -5,7 +5,7 @@ use super::{DEPTH, Fat, LAST, Node, bad};
 use std::collections::HashSet;
 use std::io;
 
-/// Which clusters something names.
+/// Which clusters something names, or may.
 pub(super) struct Tree {
     pub held: Vec<bool>,
     /// Clusters at which a chain breaks off, or meets another.
@@ -14,6 +14,8 @@ pub(super) struct Tree {
     pub broken: usize,
     /// Clusters of directories.
     directories: HashSet<u32>,
+    /// A name has a size and no cluster, or a cluster and no size: what was below it, if it was a directory, is not known.
+    unsure: bool,
 }
 
 impl Tree {
@@ -32,8 +34,11 @@ impl<B: Block> Fat<B> {
     /// A broken chain costs its file. One of a directory is an error: what it names is not known.
     pub(super) fn tree(&self) -> io::Result<Tree> {
         let held = vec![false; self.table.len()];
-        let mut tree = Tree { held, knots: HashSet::new(), broken: 0, directories: HashSet::new() };
+        let mut tree = Tree { held, knots: HashSet::new(), broken: 0, directories: HashSet::new(), unsure: false };
         self.walk(self.geometry.root, 0, &mut tree)?;
+        if tree.unsure {
+            tree.held.fill(true);
+        }
         Ok(tree)
     }
 
@@ -65,6 +70,7 @@ impl<B: Block> Fat<B> {
             next = self.table[next as usize];
         }
         let is_empty = (file.cluster, file.size) == (0, 0);
+        tree.unsure |= (file.cluster == 0) != (file.size == 0);
         if self.is_cluster(next) {
             tree.breaks(next);
         } else if !is_empty && (next < LAST || length < u64::from(file.size)) {

@@ -92,7 +92,13 @@ impl<B: Block> Fat<B> {
 
     /// Removes a file if it is there.
     pub fn remove(&mut self, path: &str) -> io::Result<()> {
-        let Some(node) = self.find(path)?.filter(|node| !node.directory) else { return Ok(()) };
+        match self.find(path)?.filter(|node| !node.directory) {
+            Some(node) => self.remove_name(&node),
+            None => Ok(()),
+        }
+    }
+
+    fn remove_name(&mut self, node: &Node) -> io::Result<()> {
         // The entry that counts first: a long name without it is nothing.
         for at in node.entries.iter().rev() {
             self.disk.write_at(at / SECTOR as u64 * SECTOR as u64, &self.sector_with_deleted(*at)?)?;
@@ -120,24 +126,26 @@ impl<B: Block> Fat<B> {
     fn make_directory(&mut self, path: &str) -> io::Result<u32> {
         let mut cluster = self.geometry.root;
         for part in path.split('/').filter(|part| !part.is_empty()) {
-            let known = self.nodes(cluster)?.into_iter().find(|node| node.name.eq_ignore_ascii_case(part));
-            cluster = match known {
-                Some(node) if node.directory && node.cluster != 0 => node.cluster,
-                Some(_) => return Err(bad(format!("{part} in {path} is a file"))),
-                None => {
-                    let new = self.allocate(1)?;
-                    let mut content = vec![0; self.cluster_bytes()];
-                    let parent = if cluster == self.geometry.root { 0 } else { cluster };
-                    for (number, (name, at)) in [(".", new[0]), ("..", parent)].into_iter().enumerate() {
-                        let entry = short_entry(&padded(name), ATTRIBUTE_DIRECTORY, at, 0);
-                        content[number * ENTRY..(number + 1) * ENTRY].copy_from_slice(&entry);
-                    }
-                    self.disk.write_at(self.offset(new[0]), &content)?;
-                    self.link(&new)?;
-                    self.disk.flush()?;
-                    self.add_entry(cluster, part, ATTRIBUTE_DIRECTORY, new[0], 0)?;
-                    new[0]
+            let mut known = self.nodes(cluster)?.into_iter().find(|node| node.name.eq_ignore_ascii_case(part));
+            // Firmware goes into no file: there is nothing for it below such a name.
+            if let Some(file) = known.take_if(|node| !node.directory || node.cluster == 0) {
+                self.remove_name(&file)?;
+            }
+            cluster = if let Some(node) = known {
+                node.cluster
+            } else {
+                let new = self.allocate(1)?;
+                let mut content = vec![0; self.cluster_bytes()];
+                let parent = if cluster == self.geometry.root { 0 } else { cluster };
+                for (number, (name, at)) in [(".", new[0]), ("..", parent)].into_iter().enumerate() {
+                    let entry = short_entry(&padded(name), ATTRIBUTE_DIRECTORY, at, 0);
+                    content[number * ENTRY..(number + 1) * ENTRY].copy_from_slice(&entry);
                 }
+                self.disk.write_at(self.offset(new[0]), &content)?;
+                self.link(&new)?;
+                self.disk.flush()?;
+                self.add_entry(cluster, part, ATTRIBUTE_DIRECTORY, new[0], 0)?;
+                new[0]
             };
         }
         Ok(cluster)

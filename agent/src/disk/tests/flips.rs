@@ -187,6 +187,56 @@ fn a_flipped_bit_of_a_directory_costs_what_it_names() {
     assert!(costs > 10 && waits > 0, "{costs} {waits}");
 }
 
+/// Where the root's entries of directories lie, in bytes.
+fn root_directories(esp: &Recorded) -> Vec<u64> {
+    let root = DATA.with(|data| *data);
+    let sector = esp.sectors[&root];
+    let directories = (0..16_usize).filter(|number| sector[number * 32 + 11] == 0x10);
+    let found: Vec<u64> = directories.map(|number| root * SECTOR as u64 + (number * 32) as u64).collect();
+    assert_eq!(found.len(), 2, "EFI and loader");
+    found
+}
+
+/// Firmware does not ask for it.
+#[test]
+fn a_flipped_bit_in_the_size_of_a_directory_costs_nothing() {
+    let mut whole = ESP.with(Clone::clone);
+    let expected = files(&opened_esp(&mut whole));
+    for (entry, bit) in root_directories(&whole).into_iter().flat_map(|at| (0..32_usize).map(move |bit| (at, bit))) {
+        let mut disk = whole.clone();
+        flip(&mut disk, entry + 28 + (bit / 8) as u64, bit);
+        disk.steps.clear();
+        assert_eq!(files(&opened_esp(&mut disk)), expected, "bit {bit} of the entry at {entry}");
+        assert!(disk.steps.is_empty(), "bit {bit} of the entry at {entry}");
+    }
+}
+
+/// It is one for firmware too. What lay below it is given to nobody until something is put there, and then it is a directory again.
+#[test]
+fn a_directory_that_became_a_file_is_made_anew_by_what_is_put_there() {
+    let mut whole = ESP.with(Clone::clone);
+    let expected = files(&opened_esp(&mut whole));
+    let new = ["EFI/kiln/new.efi", "loader/entries/new.conf"];
+    for entry in root_directories(&whole) {
+        let mut disk = whole.clone();
+        flip(&mut disk, entry + 11, 4);
+        disk.steps.clear();
+        assert!(files(&opened_esp(&mut disk)).len() < expected.len());
+        assert!(disk.steps.is_empty(), "the entry at {entry}");
+        let mut mended = disk.clone();
+        flip(&mut mended, entry + 11, 4);
+        assert_eq!(files(&opened_esp(&mut mended)), expected);
+        let mut esp = opened_esp(&mut disk);
+        for path in new {
+            esp.write(path, 700, &mut &[6_u8; 700][..]).unwrap();
+        }
+        drop(esp);
+        for path in new {
+            assert_eq!(opened_esp(&mut disk).read(path, 1000).unwrap(), Some(vec![6; 700]), "{path}");
+        }
+    }
+}
+
 /// Firmware started from a partition that the agent cannot read: it stays until a boot server has said what goes there.
 #[test]
 fn an_esp_that_cannot_be_read_is_made_anew_by_the_next_install_alone() {

@@ -23,7 +23,7 @@ use crate::plan::{self, Plan};
 use crate::uplink::Network;
 use crate::verifier::{Answer, Verified, Verifier};
 use crate::watchdog::{self, Watchdog};
-use crate::{change, console, ima, local, log, mounts, net, restart, safe, tpm, wipe};
+use crate::{change, console, ima, kexec, local, log, mounts, net, restart, safe, tpm, wipe};
 use embedded::{read_boot_info, tell_command_line_drift};
 use kiln_protocol::{Assignment, Failure, ReleaseId, RollbackMemory, Stage, TpmPresence, Via};
 use kiln_release::BootInfo;
@@ -291,7 +291,7 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
     plan::check_command_line(&verified.manifest, &boot.command_line, &running_command_line())?;
     let slots = disk.as_ref().map(SharedDisk::slots);
     let mode = flow.verifier.boot.site.mode;
-    let again = Again::of(boot_order::is_from_disk(), mode, slots.as_ref(), &root_hash);
+    let again = Again::of(boot_order::is_from_disk(), kexec::started_this(), mode, slots.as_ref(), &root_hash);
     let only_kexec = again.only_kexec();
     loop {
         let (assignment, via, plan) = wait_for_assignment(flow, &mut verified).await?;

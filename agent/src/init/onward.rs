@@ -13,17 +13,20 @@ use std::path::Path;
 pub(super) enum Again {
     /// To this UKI: firmware started it from the disk, where its entry still is.
     Here,
-    /// There as well, by all that is known: it was started from a disk that gives no answer now.
+    /// There as well, by all that is known: it was started from a disk that gives no answer now, or on which no entry can be read
+    /// that led here.
     Likely,
     /// Where firmware chooses anew. What came over the network was chosen by the network, whatever else lies on the disk.
     Anew,
 }
 
 impl Again {
-    /// `slots` of the disk, if it answers.
-    pub(super) fn of(from_disk: bool, mode: Mode, slots: Option<&Slots>, root_hash: &Sha256Hex) -> Self {
+    /// `slots` of the disk, if it answers; `via` is how this kernel was started.
+    pub(super) fn of(from_disk: bool, via: Via, mode: Mode, slots: Option<&Slots>, root_hash: &Sha256Hex) -> Self {
         match (from_disk, slots) {
             (true, Some(slots)) if slots.disk.listed(root_hash).is_some() => Self::Here,
+            // Firmware read what cannot be read here, or another disk.
+            (true, Some(_)) if via == Via::Cold => Self::Likely,
             (true, None) if mode == Mode::Disk => Self::Likely,
             (true | false, Some(_) | None) => Self::Anew,
         }
@@ -75,7 +78,7 @@ mod tests {
     use crate::testing::{TestSite, journal, web};
     use crate::verifier::Answer;
     use kiln_protocol::StageState;
-    use kiln_protocol::slot::{Content, Disk, Event, Go};
+    use kiln_protocol::slot::{Content, Disk, Event, Go, Label};
     use std::collections::BTreeMap;
     use std::time::Duration;
 
@@ -136,13 +139,28 @@ mod tests {
             slots = slots.event(event).0;
         }
         slots.disk.labels = [None; 2];
-        let of = |from_disk, release| Again::of(from_disk, Mode::Disk, Some(&slots), &root_hash(release));
+        let of = |from_disk, release| Again::of(from_disk, Via::Kexec, Mode::Disk, Some(&slots), &root_hash(release));
         assert_eq!([of(true, 1), of(false, 1)], [Again::Here, Again::Anew]);
         assert_eq!([of(true, 2), of(false, 2)], [Again::Anew; 2], "the loader knows another");
-        let none = |from_disk, mode| Again::of(from_disk, mode, None, &root_hash(1));
+        let none = |from_disk, mode| Again::of(from_disk, Via::Cold, mode, None, &root_hash(1));
         assert_eq!([none(true, Mode::Disk), none(false, Mode::Disk)], [Again::Likely, Again::Anew]);
         assert_eq!([none(true, Mode::Ram), none(false, Mode::Ram)], [Again::Anew; 2]);
         assert_eq!([Again::Here, Again::Likely, Again::Anew].map(Again::only_kexec), [true, true, false]);
+    }
+
+    /// The EFI system partition cannot be read, or firmware started another disk of Kiln's: a cold boot would lead here again, and again.
+    #[test]
+    fn what_firmware_started_from_a_disk_without_an_entry_that_can_be_read_is_left_by_kexec_alone() {
+        let root_hash: Sha256Hex = crate::testing::root_hash(1).parse().unwrap();
+        let slots = Slots::new(Disk { labels: [Some(Label::of(&root_hash)), None], ..Disk::default() }, Vec::new());
+        let empty = Slots::new(Disk::default(), Vec::new());
+        for slots in [&slots, &empty] {
+            let of = |from_disk, via| Again::of(from_disk, via, Mode::Disk, Some(slots), &root_hash);
+            assert_eq!(of(true, Via::Cold), Again::Likely);
+            assert!(of(true, Via::Cold).only_kexec());
+            assert_eq!(of(true, Via::Kexec), Again::Anew, "firmware did not choose this one");
+            assert_eq!([of(false, Via::Cold), of(false, Via::Kexec)], [Again::Anew; 2], "the network did");
+        }
     }
 
     /// The network chose the UKI that runs, and alters the release that is assigned.

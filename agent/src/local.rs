@@ -253,11 +253,18 @@ fn may_run(flow: &Flow, verified: &Verified) -> Result<()> {
 }
 
 /// Makes sure that this release lies in a slot and that the loader starts it from there; says in which. A disk that gives no
-/// answer is an error like any other.
+/// answer is an error like any other. Where no entry can be read and no boot server says what goes there, nothing is written:
+/// firmware started it from there, and does again.
 pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDisk) -> Result<SlotId> {
     let (manifest, via) = (verified.manifest.clone(), kexec::started_this());
     let content = machine::content(&manifest)?;
     let root_hash = content.root_hash.clone();
+    if flow.verifier.accepted.is_none()
+        && let Some(slot) = disk.unlisted(&root_hash)
+    {
+        println!("kiln-agent: {}: the EFI system partition stays as it is, and the release starts", disk.name());
+        return Ok(slot);
+    }
     let network_first = flow.verifier.settings.boot_first == BootFirst::Network;
     let started = on_disk(disk, move |disk| {
         let known = boots(disk.slots(), &root_hash);
@@ -367,11 +374,45 @@ mod tests {
 
     /// A machine's disk in a file, release 1 of the site good on it.
     fn good(site: &TestSite, dir: &std::path::Path) -> SharedDisk {
+        SharedDisk::new(opened(site, dir))
+    }
+
+    fn opened(site: &TestSite, dir: &std::path::Path) -> MachineDisk {
         let (manifest, uki) = (&site.manifests[&1], dir.join("uki"));
         std::fs::write(&uki, &site.files[&site.paths(1)[0][1..]]).unwrap();
         let mut disk = MachineDisk::on_trial(&dir.join("disk"), manifest, &uki);
         disk.event(Event::Healthy, None).unwrap();
-        SharedDisk::new(disk)
+        disk
+    }
+
+    /// Firmware started it from there. With a boot server's word it is installed anew, which is another matter.
+    #[test]
+    fn a_release_beside_an_esp_that_cannot_be_read_starts_from_its_slot_without_a_boot_server() {
+        let (dir, site) = (tempfile::tempdir().unwrap(), TestSite::new(1));
+        let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+        let mut verifier = site.verifier(1, &[http], &[], &dir.path().join("state"));
+        verifier.boot.site.mode = Mode::Disk;
+        let journal = Journal { running: None, ..journal(&verifier) };
+        let tell_every = Duration::from_secs(20);
+        let mut flow = Flow { verifier, journal, api: None, tries: Some(1), tell_every };
+        let root_hash = machine::content(&site.manifests[&1]).unwrap().root_hash;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let beside = tempfile::tempdir().unwrap();
+        let whole = good(&site, beside.path());
+        assert!(boots(&whole.slots(), &root_hash));
+        assert_eq!(whole.unlisted(&root_hash), None, "its entry can be read");
+        let disk = SharedDisk::new(opened(&site, dir.path()).without_esp());
+        assert!(!boots(&disk.slots(), &root_hash));
+        assert_eq!(disk.unlisted(&root_hash), Some(SlotId::A));
+        let other = crate::testing::root_hash(2).parse().unwrap();
+        assert_eq!(disk.unlisted(&other), None, "it lies in no slot");
+        runtime.block_on(async {
+            let here = flow.verifier.here().unwrap();
+            let verified = flow.verifier.verify_metadata(&here).await.unwrap();
+            assert_eq!(flow.verifier.accepted, None);
+            assert_eq!(install_here(&mut flow, &verified, &disk).await.unwrap(), SlotId::A);
+        });
+        assert!(disk.slots().disk.entries.is_empty(), "nothing is installed");
     }
 
     /// A byte of what was kept of the only good release is another, and no server answers.

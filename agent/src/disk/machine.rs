@@ -46,14 +46,16 @@ pub struct SharedDisk {
     slots: Arc<Mutex<Slots>>,
     /// As long as this is open, nothing else that closes the disk has to wait for it.
     file: Option<Arc<File>>,
+    /// The EFI system partition could not be read when the disk was opened.
+    lacks_esp: bool,
 }
 
 impl SharedDisk {
     pub fn new(disk: MachineDisk) -> Self {
         let slots = Arc::new(Mutex::new(disk.slots.clone()));
         let file = disk.store.disk().file().try_clone().ok().map(Arc::new);
-        let name = disk.name().to_owned();
-        Self { worker: Worker::new(&name, disk), slots, file }
+        let (name, lacks_esp) = (disk.name().to_owned(), disk.store.lacks_esp());
+        Self { worker: Worker::new(&name, disk), slots, file, lacks_esp }
     }
 
     /// The disk, open.
@@ -74,6 +76,11 @@ impl SharedDisk {
     /// Its slots, as they are known. Waits for no disk.
     pub fn slots(&self) -> Slots {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The slot that holds the release with this root hash, where no entry could be read: its loader may know it all the same.
+    pub fn unlisted(&self, root_hash: &Sha256Hex) -> Option<SlotId> {
+        self.slots().disk.slot_of(root_hash).filter(|_| self.lacks_esp)
     }
 
     /// For the console: the disk and what its slots hold.

@@ -251,7 +251,12 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
     let disk = local::open_disk(flow).await;
     let root_hash = flow.journal.embedded.root_hash.clone();
     let mut network = Network::start(flow);
-    if let Some(disk) = disk.clone().filter(|disk| machine::boots(&disk.slots(), &root_hash)) {
+    let from_disk = boot_order::is_from_disk();
+    // Also where firmware reads its EFI system partition and the agent cannot.
+    let starts_from = |disk: &SharedDisk| {
+        machine::boots(&disk.slots(), &root_hash) || (from_disk && disk.unlisted(&root_hash).is_some())
+    };
+    if let Some(disk) = disk.clone().filter(starts_from) {
         local::tell_fallback(flow, &disk);
         let (root_hash, sequence) = (root_hash.clone(), flow.verifier.memory.sequence);
         let counted = on_disk(&disk, move |disk| Ok(disk.count_start(&root_hash, sequence))).await;
@@ -291,7 +296,7 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
     plan::check_command_line(&verified.manifest, &boot.command_line, &running_command_line())?;
     let slots = disk.as_ref().map(SharedDisk::slots);
     let mode = flow.verifier.boot.site.mode;
-    let again = Again::of(boot_order::is_from_disk(), kexec::started_this(), mode, slots.as_ref(), &root_hash);
+    let again = Again::of(from_disk, kexec::started_this(), mode, slots.as_ref(), &root_hash);
     let only_kexec = again.only_kexec();
     loop {
         let (assignment, via, plan) = wait_for_assignment(flow, &mut verified).await?;

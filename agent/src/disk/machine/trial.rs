@@ -18,4 +18,17 @@ impl MachineDisk {
         }
         disk
     }
+
+    /// The same at its next opening, its EFI system partition without a boot sector.
+    pub fn without_esp(self) -> Self {
+        let (path, layout) = (self.store.disk().path().to_owned(), self.store.layout.clone());
+        for copy in [0, 6] {
+            let at = layout.esp().start + copy * 512;
+            self.store.disk().file().write_all_at(&[0xa5; 512], at).unwrap();
+        }
+        drop(self);
+        let mut store = Store::open(Device::open(&path).unwrap(), layout, false, "sda").unwrap();
+        let slots = Slots::new(store.read().unwrap(), Vec::new());
+        Self { store, slots, starts: None }
+    }
 }

@@ -240,16 +240,17 @@ pub async fn stay(
 
 /// Comes back once, for [`LOOKS`] looks, the link has had no carrier and another card has one, or another address is given in place
 /// of one whose lease is over, and no server is reached. A server that is gone while the link is there is waited for, and so is a
-/// link where there is no other.
+/// link where there is no other. An address that may be another machine's by now, and is renewed no more, is left at the second look
+/// although the server is reached.
 async fn lost(link: &str, renewals: &mut JoinSet<()>, api: &mut Api, look: Duration) {
-    let (mut over, mut without) = (false, 0);
+    let (mut over, mut looked, mut without) = (false, false, 0);
     loop {
         tokio::select! {
             Some(_) = renewals.join_next() => (over, without) = (true, LOOKS),
             () = sleep(look) => without = if over || net::others_lead(link) { without + 1 } else { 0 },
         }
         if without >= LOOKS {
-            if api.reaches().await.is_err() {
+            if std::mem::replace(&mut looked, over) || api.reaches().await.is_err() {
                 return;
             }
             without = 0;
@@ -411,6 +412,28 @@ mod tests {
             let addresses = uplink.addresses.iter().map(ToString::to_string).collect();
             Boot { known: network.known, addresses, told: failures.collect() }
         })
+    }
+
+    #[test]
+    fn an_address_whose_lease_is_over_is_left_though_the_server_is_reached_by_it() {
+        let site = TestSite::new(1);
+        let director = Director::start(&site, (1, 1, Via::Cold, false));
+        let dir = tempfile::tempdir().unwrap();
+        let verifier = site.verifier(1, &[], std::slice::from_ref(&director.url), &dir.path().join("state"));
+        let (servers, ca) = (&verifier.servers.agent, &verifier.boot.site.agent_api_ca_pem);
+        let mut api = Api::new(servers, ca, &verifier.key, &verifier.clock).unwrap();
+        let look = Duration::from_millis(10);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            api.reaches().await.unwrap();
+            let begun = Instant::now();
+            let mut renewals = JoinSet::new();
+            // Another address was given.
+            renewals.spawn(async {});
+            let left = lost("none", &mut renewals, &mut api, look);
+            timeout_at(begun + Duration::from_secs(20), left).await.expect("it is left");
+            assert!(begun.elapsed() >= look * LOOKS, "not at the first look");
+        });
     }
 
     /// Machine and server are in one namespace: the server is at an address that the machine's card has only under the

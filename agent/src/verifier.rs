@@ -220,7 +220,7 @@ impl Verifier {
             arch: crate::facts::architecture(),
             image: &release.image,
             highest_sequence: 0,
-            floor: self.memory.floor(&self.boot.image),
+            floor: self.memory.floor(release.image.as_str()),
         };
         check_assignment(&assigned, &me)?;
         // An order's release is never put on a disk: only the boot server can hand on the order.

@@ -27,8 +27,11 @@ impl Begun {
         match memory.and_then(|memory| Ok((place.key()?, memory))) {
             Ok((identity, (memory, spoilt))) => Ok(Self { place, identity, memory, spoilt, fault: None }),
             Err(fault) => {
+                // No part of what failed, and perhaps the only way to a server that hears of it. Read alone.
+                let network = place.network();
                 let place = Place::Boot(meanwhile.to_owned());
                 let (identity, memory) = (place.key()?, Memory::default());
+                place.remember_network(&network)?;
                 Ok(Self { place, identity, memory, spoilt: None, fault: Some(fault) })
             }
         }
@@ -38,6 +41,7 @@ impl Begun {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::trial::{Known, Refused};
     use kiln_protocol::{KeyStorage, RollbackMemory};
     use kiln_release::Signer;
     use std::fs;
@@ -58,6 +62,8 @@ mod tests {
         let own = public(&good.identity.key);
         let memory = Memory { sequence: 7, floors: [("minimal".to_owned(), 2)].into(), ..Memory::default() };
         good.place.remember(&memory).unwrap();
+        let network = Known { refused: Some(Refused { version: 3, reason: "lost".into() }), ..Known::default() };
+        good.place.remember_network(&network).unwrap();
         let again = begin(dir.path());
         assert!(again.fault.is_none() && again.spoilt.is_none());
         assert_eq!((public(&again.identity.key), &again.memory), (own.clone(), &memory));
@@ -73,6 +79,7 @@ mod tests {
             assert!(fault.to_string().contains(&file.display().to_string()), "{fault}");
             assert_ne!(public(&stranger.identity.key), own);
             assert_eq!(stranger.memory, Memory::default());
+            assert_eq!(stranger.place.network(), network, "by which a server is found");
             let kept = (stranger.place.key_storage(), stranger.place.rollback_memory());
             assert_eq!(kept, (KeyStorage::Ephemeral, RollbackMemory::None));
             stranger.place.remember(&Memory { sequence: 9, ..Memory::default() }).unwrap();

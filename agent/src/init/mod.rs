@@ -119,11 +119,14 @@ fn boot() -> Result<Infallible> {
 }
 
 async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Infallible> {
-    let Begun { place, identity, memory, spoilt, fault } = Begun::of(Place::of_this_machine(), Path::new(MEANWHILE))?;
+    // In a thread: a TPM that lets each command time out must not keep the watchdog from being petted.
+    let begun = change::blocking(|| Begun::of(Place::of_this_machine(), Path::new(MEANWHILE)));
+    let Begun { place, identity, memory, spoilt, fault } = begun.await?;
     let below_floor = memory.may_boot(&boot).err();
     let protection = secure_boot(&boot).class();
     // One that gives no key or memory is none to this boot: a server that knows a key in it says so then.
-    let presence = if fault.is_some() { TpmPresence::Unusable } else { tpm::presence() };
+    let presence =
+        if fault.is_some() { TpmPresence::Unusable } else { change::blocking(|| Ok(tpm::presence())).await? };
     let mut flow = Flow::begin(boot, state, place, identity, memory, Some(presence))?;
     flow.journal.machine.protection = protection;
     console::open(flow.journal.machine.id.as_str(), &flow.verifier.here()?.to_string());
@@ -183,9 +186,9 @@ async fn tell(flow: &mut Flow, drivers: &mut Option<Drivers>, error: &AgentError
 }
 
 /// Before a byte is heard by what may be old code, this boot leaves the state in which the TPM gives out data and secrets. Where it
-/// cannot, nothing is heard.
+/// cannot, and the TPM answers, nothing is heard.
 async fn is_closed() -> bool {
-    match change::blocking(|| tpm::leave_initramfs(true).map_err(AgentError::from)).await {
+    match change::blocking(|| tpm::close().map_err(AgentError::from)).await {
         Ok(()) => true,
         Err(error) => {
             println!("kiln-agent: no server is asked to hear of it: {error} ({})", error.kind());

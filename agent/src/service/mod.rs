@@ -129,6 +129,8 @@ struct Service {
     secrets: secrets::Secrets,
     /// Looks at what the disk starts from.
     files: files::Files,
+    /// Where this start is counted, until it came up.
+    starts: Option<PathBuf>,
 }
 
 /// What the slots know of the release that runs.
@@ -174,6 +176,7 @@ impl Service {
             proof: None,
             secrets: secrets::Secrets::default(),
             files: files::Files::default(),
+            starts: None,
         })
     }
 
@@ -290,6 +293,12 @@ impl Service {
             }
             files = files.or_else(|| self.look_at_files());
             let jitter = random().map_or(0, |bytes| bytes[0]);
+            // Who dies before this was heard of by nobody.
+            if matches!(event, Event::Answered(_) | Event::Unanswered(_))
+                && let Some(path) = self.starts.take()
+            {
+                starts::came_up(&path);
+            }
             let (duty, actions) = self.duty.event(event, monotonic_ms(), jitter);
             self.duty = duty;
             for action in actions {

@@ -98,7 +98,7 @@ async fn serve() -> Result<()> {
     let mut service = Service::new(verifier, journal, change::NEXT, door)?;
     (service.disk, service.watch, service.exec, service.secrets) = (disk, watch, exec, secrets);
     service.lives_on = lives_on;
-    starts::came_up(Path::new(starts::PATH));
+    service.starts = Some(starts::PATH.into());
     Err(Box::pin(service.run(checks)).await)
 }
 

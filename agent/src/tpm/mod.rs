@@ -15,8 +15,8 @@ pub use nv::room;
 pub use sealed::is_whole;
 
 use crate::memory::random;
-use kiln_protocol::tpm::command;
 use kiln_protocol::tpm::{Auth, DELIVERY, ENDORSEMENT, QUOTED, Quote, Template, delivery_policy};
+use kiln_protocol::tpm::{code, command};
 use kiln_protocol::{EVENT_LOG_LIMIT, TpmPresence};
 use kiln_release::measured::{self, Log, after_change};
 use std::io::Read;
@@ -93,6 +93,35 @@ fn leave(guards: bool, pause: Duration, open: impl Fn() -> Result<Option<Tpm>>) 
             if guards { Err(error) } else { Ok(()) }
         }
     }
+}
+
+/// The same before a byte is heard by what may be old code. One that cannot be capped as it does nothing at all is as good as capped:
+/// there is nothing that it could be talked into giving out. Blocks.
+pub fn close() -> Result<()> {
+    closed(CAP_PAUSE, Tpm::open)
+}
+
+fn closed(pause: Duration, open: impl Fn() -> Result<Option<Tpm>>) -> Result<()> {
+    let done = leave(true, pause, &open);
+    if done.is_err() && does_nothing(pause, open) {
+        println!("kiln-agent: this TPM fails, or does not answer: it gives out nothing either");
+        return Ok(());
+    }
+    done
+}
+
+/// Whether the TPM is in failure mode or gives no answer, each time that it is asked for what it never refuses.
+fn does_nothing(pause: Duration, open: impl Fn() -> Result<Option<Tpm>>) -> bool {
+    (0..CAP_TRIES).all(|_| {
+        std::thread::sleep(pause);
+        // Without its node nothing is known of it.
+        let Ok(Some(mut tpm)) = open() else { return false };
+        match tpm.run(&command::pcr_read(UKI_PCR)) {
+            Ok(_) | Err(TpmFault::Spoilt) => false,
+            Err(TpmFault::Device(_)) => true,
+            Err(fault @ TpmFault::Answer(_)) => fault.code() == Some(code::FAILURE),
+        }
+    })
 }
 
 /// Extends a PCR, as patiently as the cap is made. False: there is no TPM. Blocks.

@@ -461,3 +461,57 @@ fn a_tpm_that_cannot_be_capped_ends_the_boot_of_an_image_with_data_or_secrets() 
     };
     assert!(leave(true, Duration::ZERO, goes).is_err());
 }
+
+/// A TPM that answers every command with this code.
+struct Refuses(u32);
+
+impl Read for Refuses {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        // TPM_ST_NO_SESSIONS, the length.
+        let answer = [&[0x80, 0x01, 0, 0, 0, 10][..], &self.0.to_be_bytes()].concat();
+        buffer[..answer.len()].copy_from_slice(&answer);
+        Ok(answer.len())
+    }
+}
+
+impl Write for Refuses {
+    fn write(&mut self, command: &[u8]) -> io::Result<usize> {
+        Ok(command.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_tpm_that_does_nothing_keeps_no_boot_from_being_heard_and_one_that_refuses_the_cap_does() {
+    let refuses = |code| closed(Duration::ZERO, || Ok(Some(Tpm::over(Refuses(code)))));
+    refuses(0x101).expect("it is in failure mode");
+    closed(Duration::ZERO, || Ok(Some(Tpm::over(Dead)))).expect("it gives no answer");
+    closed(Duration::ZERO, || Ok(None)).expect("there is none");
+    // Busy, in lock-out: it may give something out in a moment.
+    for code in [0x922, 0x921] {
+        assert_eq!(refuses(code).unwrap_err().code(), Some(code));
+    }
+    // One that answers again once the cap was given up.
+    let opened = Cell::new(0);
+    let wakes = || -> Result<Option<Tpm>> {
+        opened.set(opened.get() + 1);
+        Ok(Some(if opened.get() >= 2 * CAP_TRIES { Tpm::over(Refuses(0x922)) } else { Tpm::over(Dead) }))
+    };
+    assert!(closed(Duration::ZERO, wakes).is_err());
+    assert_eq!(opened.get(), 2 * CAP_TRIES);
+    // Its node cannot be opened, which says nothing of it.
+    assert!(closed(Duration::ZERO, || Err(io::Error::from(ErrorKind::PermissionDenied).into())).is_err());
+
+    // It answers, and takes no cap.
+    let Some((_running, stream)) = Software::start_bare() else { return };
+    let faults = Arc::new(Mutex::new((0..CAP_TRIES).map(|_| Fault::Busy).collect::<VecDeque<_>>()));
+    let open = || -> Result<Option<Tpm>> {
+        Ok(Some(Tpm::over(Flaky { stream: stream.try_clone()?, faults: Arc::clone(&faults) })))
+    };
+    assert!(closed(Duration::ZERO, open).is_err());
+    assert!(faults.lock().unwrap().is_empty());
+    closed(Duration::ZERO, open).expect("it takes the cap");
+}

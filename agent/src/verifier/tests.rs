@@ -306,6 +306,29 @@ fn only_the_record_that_was_written_last_starts_a_release() {
     assert_eq!(starts(&mut verifier, &second), Err("disk-other-record"));
 }
 
+/// A slot may hold another image's release, by an order of class normal: the numbers of the one that runs say nothing of it.
+#[test]
+fn a_record_is_held_to_the_floor_of_its_own_image() {
+    let mut machine = Machine::of(1);
+    let (http, _hear) = web::honest(machine.site.files.clone(), BTreeMap::new());
+    machine.verifier.servers.http = vec![http];
+    machine.verifier.boot.site.mode = Mode::Disk;
+    let beside = machine.verifier.here().unwrap();
+    let files = machine.runtime.block_on(machine.verifier.verify_metadata(&beside)).unwrap().files;
+    assert!(machine.hears(None, 1, 2).is_ok());
+    let assignment = machine.verifier.accepted.clone().unwrap();
+    let record = Record { files, assignment, servers: Servers::default() };
+    let mut verifier = machine.verifier;
+    verifier.boot.image = "other".into();
+    for (floors, expected) in
+        [([("other", 9), ("minimal", 1)], Ok(())), ([("other", 1), ("minimal", 9)], Err("assignment-below-floor"))]
+    {
+        verifier.memory.floors = floors.map(|(image, floor)| (image.to_owned(), floor)).into();
+        let verified = verifier.verify_record(&beside, &record, false);
+        assert_eq!(verified.map(drop).map_err(|e| e.kind()), expected, "{floors:?}");
+    }
+}
+
 /// A server that is off for sixty days: what lies beside the release on the disk held for thirty.
 #[test]
 fn an_assignment_that_expired_on_the_disk_starts_its_release_and_leads_to_no_other() {

@@ -40,6 +40,8 @@ pub const OWNER: u32 = 0x4000_0001;
 pub const ENDORSEMENT: u32 = 0x4000_000b;
 /// `TPM_RC_NV_UNINITIALIZED`-like format-one and format-zero codes that the agent tells apart.
 pub mod code {
+    /// `TPM_RC_FAILURE`: in failure mode, which ends with a reset.
+    pub const FAILURE: u32 = 0x101;
     /// `TPM_RC_HANDLE`, for the first handle: there is nothing at that index.
     pub const NO_SUCH_HANDLE: u32 = 0x18b;
     /// The same for the second handle.

@@ -92,7 +92,8 @@ impl Machine {
         );
         let (systemctl, next, spool, root) = (at("systemctl"), at("next"), at("spool.json"), root.to_owned());
         let hooks = site.manifests[&release].hooks.clone();
-        let (lives_on, (end, ended)) = (at("vda"), channel());
+        let (lives_on, counted, (end, ended)) = (at("vda"), at("service-starts"), channel());
+        starts::count(&counted);
         std::thread::spawn(move || {
             let door = Door { systemctl, reboot: stays };
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -103,6 +104,7 @@ impl Machine {
             let mut service = Service::new(verifier, journal, next, door).unwrap();
             service.watch = Watch::new(Keeper::open(Some(&spool), None), hooks, root);
             service.lives_on = Some(lives_on);
+            service.starts = Some(counted);
             let error = runtime.block_on(Box::pin(service.run(checks)));
             // Most tests do not wait for it.
             let _ = end.send(error.to_string());
@@ -153,6 +155,35 @@ fn healthy_on_1(may_go: bool) -> (TestSite, Director, Machine) {
     let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
     director.wait("of health", Instant::now(), PATIENCE, healthy);
     (site, director, machine)
+}
+
+/// One that ends before it is heard of counts, whatever it dies of; one whose server answered, or is known not to, came up.
+#[test]
+fn a_start_of_the_service_came_up_once_its_first_report_came_to_something() {
+    let (_site, director, machine) = healthy_on_1(false);
+    machine.set_state("degraded");
+    director.wait("of another state", Instant::now(), PATIENCE, |report| !healthy(report));
+    assert!(!machine.dir.path().join("service-starts").exists(), "a second report went out");
+
+    let site = TestSite::new(1);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("service-starts");
+    // Somebody listens, and says nothing.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let servers = [format!("https://{}", silent.local_addr().unwrap())];
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    for n in 0..3 {
+        assert_eq!(starts::count(&path), n, "starts that came to nothing");
+        let verifier = site.verifier(1, &[], &servers, &dir.path().join("machine"));
+        let journal = journal(&verifier);
+        let door = Door { systemctl: dir.path().join("none"), reboot: stays };
+        let mut service = Service::new(verifier, journal, dir.path().join("next"), door).unwrap();
+        service.starts = Some(path.clone());
+        let checks = Checks::new(Vec::new(), root_hash(1), Probe::new(|| Ok(root_hash(1)), dir.path().join("none")));
+        // It is begun, and no more.
+        let begun = async { tokio::time::timeout(Duration::ZERO, Box::pin(service.run(checks))).await };
+        assert!(runtime.block_on(begun).is_err());
+    }
 }
 
 /// A gate in the middle of this file.

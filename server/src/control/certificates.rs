@@ -36,8 +36,8 @@ const LIST_AGE_MS: Millis = 3_600_000;
 const LIST_LIFE_MS: Millis = 24 * 3_600_000;
 /// What is over stays on the list for so long (RFC 5280 §3.3: on one list after its end).
 const AFTER_MS: Millis = 2 * LIST_AGE_MS;
-/// How often is looked for what is over.
-const PRUNE_MS: Millis = 10 * 60_000;
+/// How often is looked for what is over, or rests on nothing any more.
+const LOOK_MS: Millis = 10 * 60_000;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Issued {
@@ -80,6 +80,10 @@ struct Kept {
     issued: Vec<Issued>,
 }
 
+/// What the store holds of one machine.
+#[derive(Debug)]
+pub(super) struct Stored(Vec<Issued>);
+
 #[derive(Debug, Default)]
 struct Known {
     issued: BTreeMap<MachineId, Vec<Issued>>,
@@ -88,7 +92,8 @@ struct Known {
     list: Option<(Millis, Vec<u8>)>,
     /// The number of the last list.
     number: u64,
-    pruned: Millis,
+    /// When all were looked at last.
+    looked: Millis,
 }
 
 /// All of a site. Locked after the fleet, where both are.
@@ -126,6 +131,36 @@ impl Certificates {
         });
         let known = Known { issued, ca: ca.map(Arc::new), ..Known::default() };
         Ok(Self { known: Mutex::new(known), online, site: site.name.clone() })
+    }
+
+    /// Whether all of them are to be looked at again: every ten minutes, also after the clock went back.
+    pub(super) fn due(&self, now: Millis) -> bool {
+        let mut known = self.lock();
+        let due = !(known.looked..known.looked.saturating_add(LOOK_MS)).contains(&now);
+        if due {
+            known.looked = now;
+        }
+        due
+    }
+
+    /// What the store holds of one machine's.
+    pub(super) async fn stored(store: &Store, machine: &MachineId) -> Result<Stored, StoreError> {
+        let key = note(machine);
+        let Some(text) = store.note(&key).await? else { return Ok(Stored(Vec::new())) };
+        let kept = serde_json::from_str::<Kept>(&text);
+        kept.map(|kept| Stored(kept.issued)).map_err(|e| StoreError::Row { id: key, reason: e.to_string() })
+    }
+
+    /// After a commit that failed. What was ended is ended again by whoever orders it again, and what was issued was handed to
+    /// nobody: it drives no other out.
+    pub(super) fn put_back(&self, machine: &MachineId, stored: Stored) {
+        let mut known = self.lock();
+        known.list = None;
+        if stored.0.is_empty() {
+            known.issued.remove(machine);
+        } else {
+            known.issued.insert(machine.clone(), stored.0);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -242,9 +277,8 @@ impl Control {
         let (boot_id, number) = (request.boot_id.clone(), HexBytes(number.to_vec()));
         let serial = hex::encode(&number.0);
         list.push(Issued { serial: number, key: key.clone(), boot_id, at: now, until, ended: None });
+        // It also fails where this rests on a step that is not stored.
         pending.commits.push(self.keep(id, list));
-        // What is decided here may rest on a step that is not stored yet.
-        pending.commits.push(self.store.written(id));
         // Its renewals are no news.
         if first {
             let what = format!("was issued a certificate, serial {serial}, until {}", time(until));
@@ -254,13 +288,25 @@ impl Control {
         Ok(IssuedCertificate { certificate, ca: ca.pem.clone(), serial, lasts_s })
     }
 
+    /// Where that fails, the machine is put back, and its certificates with it: [`Certificates::put_back`].
     fn keep(&self, machine: &MachineId, list: &[Issued]) -> Commit {
         if list.is_empty() {
-            return self.store.erase(note(machine));
+            return self.store.erase_of(machine, note(machine));
         }
         let kept = Kept { machine: machine.clone(), issued: list.to_vec() };
         let text = serde_json::to_string(&kept).expect("ids, numbers and words always become JSON");
-        self.store.remember(note(machine), text)
+        self.store.remember_of(machine, note(machine), text)
+    }
+
+    /// Looks at what was issued to every machine: what it rests on may have changed outside of a step, as by another key in kiln.toml,
+    /// or at a step that was not stored. A machine that is out of service and silent has no next one.
+    pub(super) fn end_all_certificates(&self, now: Millis) -> Pending {
+        let inner = self.lock();
+        let mut pending = Pending::default();
+        for machine in inner.machines.values() {
+            self.end_certificates(machine, now, &mut pending);
+        }
+        pending
     }
 
     /// Ends what was issued to a machine and rests on something that is not so any more. Called at each of its steps.
@@ -286,15 +332,11 @@ impl Control {
         }
     }
 
-    /// Forgets what is over. Called every second; looks every ten minutes.
+    /// Forgets what is over.
     pub(super) fn prune_certificates(&self, now: Millis) -> Pending {
         let mut pending = Pending::default();
         let mut known = self.certificates.lock();
         let known = &mut *known;
-        if known.pruned.saturating_add(PRUNE_MS) > now {
-            return pending;
-        }
-        known.pruned = now;
         for (id, list) in &mut known.issued {
             let before = list.len();
             list.retain(|issued| issued.is_kept(now));

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-fn wanting(policy: CertificatePolicy) -> impl FnOnce(&mut Manifest) {
+pub fn wanting(policy: CertificatePolicy) -> impl FnOnce(&mut Manifest) {
     let wanted = WantedCertificate { owner: None, required: true, units: vec![], policy };
     move |manifest| manifest.certificate = Some(wanted)
 }
@@ -37,7 +37,7 @@ async fn works(server: &Server, agent: &mut Agent) -> Reply {
 }
 
 /// A new key, PEM, and the request for it.
-fn request(agent: &Agent) -> (String, CertificateRequest) {
+pub fn request(agent: &Agent) -> (String, CertificateRequest) {
     let random = SystemRandom::new();
     let made = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &random).unwrap();
     let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, made.as_ref(), &random).unwrap();

@@ -10,6 +10,7 @@ use crate::error::{CertificateError, ControlError, StoreError};
 use crate::machine_ca::Ca;
 use crate::store::{Commit, Store};
 use crate::view::CertificateView;
+use bytes::Bytes;
 use jiff::Timestamp;
 use kiln_fleet::{CertificateDemand, CertificateEnd, Machine, Millis};
 use kiln_images::SiteDir;
@@ -44,6 +45,9 @@ struct Issued {
     serial: HexBytes,
     /// The identity key that asked for it.
     key: KeyId,
+    /// Its common name: the machine's title then. None: issued before names were kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
     boot_id: String,
     at: Millis,
     until: Millis,
@@ -65,7 +69,7 @@ impl Issued {
         let reason = match end {
             CertificateEnd::KeyRevoked | CertificateEnd::Quarantined => CrlReason::KeyCompromise,
             CertificateEnd::OutOfService | CertificateEnd::Wiped => CrlReason::CessationOfOperation,
-            CertificateEnd::OtherKey => CrlReason::AffiliationChanged,
+            CertificateEnd::OtherKey | CertificateEnd::OtherName => CrlReason::AffiliationChanged,
             CertificateEnd::Superseded => CrlReason::Superseded,
         };
         let serial: [u8; SERIAL] = self.serial.0.as_slice().try_into().ok()?;
@@ -80,6 +84,15 @@ struct Kept {
     issued: Vec<Issued>,
 }
 
+/// The list of certificates that were revoked and are not over. Each answer shares it: whoever asks may take it slowly.
+#[derive(Debug, Clone)]
+pub struct RevokedList {
+    /// As RFC 5280 §5 has it.
+    pub der: Bytes,
+    /// The same for programs that read PEM.
+    pub pem: Bytes,
+}
+
 /// What the store holds of one machine.
 #[derive(Debug)]
 pub(super) struct Stored(Vec<Issued>);
@@ -88,8 +101,8 @@ pub(super) struct Stored(Vec<Issued>);
 struct Known {
     issued: BTreeMap<MachineId, Vec<Issued>>,
     ca: Option<Arc<Ca>>,
-    /// The list as it was signed last, DER, and when.
-    list: Option<(Millis, Vec<u8>)>,
+    /// The list as it was signed last, and when.
+    list: Option<(Millis, RevokedList)>,
     /// The number of the last list.
     number: u64,
     /// When all were looked at last.
@@ -276,7 +289,8 @@ impl Control {
         let first = list.iter().all(|issued| issued.boot_id != request.boot_id);
         let (boot_id, number) = (request.boot_id.clone(), HexBytes(number.to_vec()));
         let serial = hex::encode(&number.0);
-        list.push(Issued { serial: number, key: key.clone(), boot_id, at: now, until, ended: None });
+        let name = Some(machine.title().to_owned());
+        list.push(Issued { serial: number, key: key.clone(), name, boot_id, at: now, until, ended: None });
         // It also fails where this rests on a step that is not stored.
         pending.commits.push(self.keep(id, list));
         // Its renewals are no news.
@@ -316,7 +330,7 @@ impl Control {
         let Some(list) = known.issued.get_mut(&machine.id) else { return };
         let mut ended = Vec::new();
         for issued in list.iter_mut().filter(|issued| issued.holds(now)) {
-            if let Some(end) = machine.certificate_ended(&issued.key) {
+            if let Some(end) = machine.certificate_ended(&issued.key, issued.name.as_deref()) {
                 issued.ended = Some((now, end));
                 ended.push(format!("revoked the certificate with serial {}: {}", number(issued), end.words()));
             }
@@ -373,8 +387,8 @@ impl Control {
         self.certificates.ca(&mut known, wanted).map(|ca| ca.pem.clone())
     }
 
-    /// The list of certificates that were revoked and are not over, DER: the one that was signed last, or a new one.
-    pub(crate) fn revoked_certificates(&self) -> Result<Vec<u8>, CertificateError> {
+    /// The list that was signed last, or a new one.
+    pub fn revoked_certificates(&self) -> Result<RevokedList, CertificateError> {
         let (wanted, now) = (self.certificates_wanted(), now_ms());
         let mut known = self.certificates.lock();
         let known = &mut *known;
@@ -389,7 +403,9 @@ impl Control {
         // The time, so that it grows over the server's starts as well.
         known.number = now.max(known.number + 1);
         let (made, next) = (time(now.saturating_sub(BACK_MS)), time(now.saturating_add(LIST_LIFE_MS)));
-        let list = ca.list(known.number, made, next, &revoked)?;
+        let der = ca.list(known.number, made, next, &revoked)?;
+        let pem = hex::pem_encode("X509 CRL", &der);
+        let list = RevokedList { der: der.into(), pem: pem.into() };
         known.list = Some((now, list.clone()));
         Ok(list)
     }

@@ -35,6 +35,7 @@ mod sessions;
 mod signed;
 mod views;
 
+pub use certificates::RevokedList;
 pub use crowd::MAX_DISCOVERED;
 pub use leases::{lease_from, lease_to};
 pub use logs::LogQuery;

@@ -48,6 +48,9 @@ struct Issued {
     /// Its common name: the machine's title then. None: issued before names were kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     name: Option<String>,
+    /// Which CA signed it. None: issued before that was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ca: Option<KeyId>,
     boot_id: String,
     at: Millis,
     until: Millis,
@@ -217,9 +220,15 @@ impl Control {
         let Some(machine) = inner.machines.get(id) else { return false };
         let Some(demand) = declared(machine, &catalog) else { return false };
         let now = now_ms();
-        let holds = |issued: &Vec<Issued>| issued.iter().any(|one| one.key == *key && one.holds(now));
-        !self.certificates.lock().issued.get(id).is_some_and(holds)
-            && machine.certificate_due(key, Some(demand), &barred(&catalog)).is_ok()
+        let has_one = {
+            let known = self.certificates.lock();
+            // Nobody who trusts a CA that was begun anew takes one of the CA before it.
+            let ca = known.ca.as_ref().map(|ca| ca.id());
+            let current = |one: &Issued| ca.is_none() || one.ca.is_none() || one.ca == ca;
+            let holds = |one: &Issued| one.key == *key && one.holds(now) && current(one);
+            known.issued.get(id).is_some_and(|issued| issued.iter().any(holds))
+        };
+        !has_one && machine.certificate_due(key, Some(demand), &barred(&catalog)).is_ok()
     }
 
     /// Answers a machine that asks for a certificate.
@@ -290,7 +299,16 @@ impl Control {
         let (boot_id, number) = (request.boot_id.clone(), HexBytes(number.to_vec()));
         let serial = hex::encode(&number.0);
         let name = Some(machine.title().to_owned());
-        list.push(Issued { serial: number, key: key.clone(), name, boot_id, at: now, until, ended: None });
+        list.push(Issued {
+            serial: number,
+            key: key.clone(),
+            name,
+            ca: Some(ca.id()),
+            boot_id,
+            at: now,
+            until,
+            ended: None,
+        });
         // It also fails where this rests on a step that is not stored.
         pending.commits.push(self.keep(id, list));
         // Its renewals are no news.

@@ -75,7 +75,6 @@ impl Control {
                 }
                 let view = Arc::new(MachineView::of(&machine));
                 inner.machines.insert(id.clone(), machine);
-                inner.tell_classes();
                 Some(view)
             }
             None => {
@@ -83,6 +82,10 @@ impl Control {
                 None
             }
         };
+        // Its class has shown what is stored, and held reports were answered by more.
+        if inner.tell_classes() {
+            self.wake();
+        }
         (self.store.put_back(id), view)
     }
 }

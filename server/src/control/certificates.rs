@@ -40,6 +40,9 @@ const AFTER_MS: Millis = 2 * LIST_AGE_MS;
 /// How often is looked for what is over, or rests on nothing any more.
 const LOOK_MS: Millis = 10 * 60_000;
 
+/// A CA that cannot be opened is tried again after so long, whoever asks: anybody may ask for the list.
+const FAILED_MS: Millis = 10_000;
+
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Issued {
     serial: HexBytes,
@@ -104,6 +107,8 @@ pub(super) struct Stored(Vec<Issued>);
 struct Known {
     issued: BTreeMap<MachineId, Vec<Issued>>,
     ca: Option<Arc<Ca>>,
+    /// Why it could not be opened or made, and when.
+    failed: Option<(Millis, Arc<CertificateError>)>,
     /// The list as it was signed last, and when.
     list: Option<(Millis, RevokedList)>,
     /// The number of the last list.
@@ -188,12 +193,27 @@ impl Certificates {
         if let Some(ca) = &known.ca {
             return Ok(Arc::clone(ca));
         }
-        let ca = match Ca::open(&self.online, &self.site)? {
-            Some(ca) => ca,
-            None if wanted => Ca::make(&self.online, &self.site)?,
-            None => return Err(CertificateError::NoneWanted),
+        let now = now_ms();
+        if let Some((at, error)) = &known.failed
+            && (*at..at.saturating_add(FAILED_MS)).contains(&now)
+        {
+            return Err(CertificateError::Ca(Arc::clone(error)));
+        }
+        let ca = match Ca::open(&self.online, &self.site) {
+            Ok(Some(ca)) => Ok(ca),
+            Ok(None) if wanted => Ca::make(&self.online, &self.site),
+            Ok(None) => return Err(CertificateError::NoneWanted),
+            Err(error) => Err(error),
         };
-        Ok(Arc::clone(known.ca.insert(Arc::new(ca))))
+        match ca {
+            Ok(ca) => Ok(Arc::clone(known.ca.insert(Arc::new(ca)))),
+            Err(error) => {
+                tracing::error!(%error, "no certificates are issued, and no list of revoked ones is signed");
+                let error = Arc::new(error);
+                known.failed = Some((now, Arc::clone(&error)));
+                Err(CertificateError::Ca(error))
+            }
+        }
     }
 }
 

@@ -44,7 +44,10 @@ fn answer(content_type: &'static str, made: Result<Bytes, CertificateError>) -> 
         }
         Err(error @ CertificateError::NoneWanted) => text(StatusCode::NOT_FOUND, format!("{error}\n")),
         Err(error) => {
-            tracing::error!(%error, "the machine CA gives no answer");
+            // That it cannot be opened was said when that was found.
+            if !matches!(error, CertificateError::Ca(_)) {
+                tracing::error!(%error, "the machine CA gives no answer");
+            }
             let status = super::api::ApiError::from(ControlError::from(error)).status();
             text(status, "the machine CA gives no answer; the server's log says why\n")
         }

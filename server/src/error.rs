@@ -8,6 +8,7 @@ use kiln_release::measured::{ForeignKexec, ImaError};
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 /// `kiln.toml` cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -346,6 +347,9 @@ pub enum CertificateError {
     KeyMissing(PathBuf),
     #[error("no random numbers on this host, or its cryptography fails")]
     Signing,
+    /// It cannot be opened or made; the log has said so, and it is tried again after a while.
+    #[error("{0}")]
+    Ca(Arc<CertificateError>),
 }
 
 /// An order that is refused.

@@ -5,7 +5,8 @@
 use crate::error::CertificateError;
 use crate::vault::{SECRET, write_new};
 use jiff::Timestamp;
-use kiln_release::certificate::certificate_spki;
+use kiln_protocol::KeyId;
+use kiln_release::certificate::{certificate_spki, spki_key_id};
 use kiln_release::machine_ca::{MachineCa, MachineCertificate, POINT, Revoked};
 use kiln_release::{PublicKey, hex};
 use ring::rand::SystemRandom;
@@ -79,6 +80,11 @@ impl Ca {
         let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, pkcs8, &random).ok()?;
         let point = pair.public_key().as_ref().try_into().ok()?;
         Some(Self { pair, random, point, site: site.to_owned(), pem })
+    }
+
+    /// Which CA it is: SHA-256 of its key's SPKI.
+    pub fn id(&self) -> KeyId {
+        spki_key_id(&PublicKey::p256(self.point).spki_der()).parse().expect("a SHA-256 in hex is a key id")
     }
 
     fn certified(mut self, path: PathBuf) -> Result<Self, CertificateError> {

@@ -73,6 +73,8 @@ pub enum CertificateEnd {
     Wiped,
     /// Another identity key is the machine's by now.
     OtherKey,
+    /// It has another name by now, and the one in the certificate may be another machine's.
+    OtherName,
     /// Newer ones were issued.
     Superseded,
 }
@@ -86,6 +88,7 @@ impl CertificateEnd {
             Self::Quarantined => "its machine was quarantined",
             Self::Wiped => "its machine is wiped",
             Self::OtherKey => "its machine has another identity key",
+            Self::OtherName => "its machine has another name",
             Self::Superseded => "newer ones were issued",
         }
     }
@@ -134,8 +137,9 @@ impl Machine {
         }
     }
 
-    /// Why a certificate that was issued to the machine under this identity key holds no more; none: until its time is over.
-    pub fn certificate_ended(&self, of: &KeyId) -> Option<CertificateEnd> {
+    /// Why a certificate that was issued to the machine under this identity key and name holds no more; none: until its time is
+    /// over. Of those that were issued before names were kept, the name is not known.
+    pub fn certificate_ended(&self, of: &KeyId, name: Option<&str>) -> Option<CertificateEnd> {
         if self.key_revoked {
             return Some(CertificateEnd::KeyRevoked);
         }
@@ -154,7 +158,10 @@ impl Machine {
         if self.is_being_wiped() {
             return Some(CertificateEnd::Wiped);
         }
-        (self.key.as_ref() != Some(of)).then_some(CertificateEnd::OtherKey)
+        if self.key.as_ref() != Some(of) {
+            return Some(CertificateEnd::OtherKey);
+        }
+        name.is_some_and(|name| name != self.title()).then_some(CertificateEnd::OtherName)
     }
 
     fn is_being_wiped(&self) -> bool {

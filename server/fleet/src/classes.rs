@@ -75,7 +75,10 @@ impl Machine {
         self.class = Some(class);
         self.came_up.clear();
         save(out);
-        wake(out);
+        // Where its own answer may be another by it; whoever has a key of his own making sends inventories too.
+        if self.assigned.as_ref().is_some_and(|assigned| assigned.auto) {
+            wake(out);
+        }
     }
 
     /// The release is healthy, in the boot that goes on.

@@ -10,6 +10,7 @@ use crate::error::{CertificateError, ControlError, StoreError};
 use crate::machine_ca::Ca;
 use crate::store::{Commit, Store};
 use crate::view::CertificateView;
+use bytes::Bytes;
 use jiff::Timestamp;
 use kiln_fleet::{CertificateDemand, CertificateEnd, Machine, Millis};
 use kiln_images::SiteDir;
@@ -36,14 +37,23 @@ const LIST_AGE_MS: Millis = 3_600_000;
 const LIST_LIFE_MS: Millis = 24 * 3_600_000;
 /// What is over stays on the list for so long (RFC 5280 §3.3: on one list after its end).
 const AFTER_MS: Millis = 2 * LIST_AGE_MS;
-/// How often is looked for what is over.
-const PRUNE_MS: Millis = 10 * 60_000;
+/// How often is looked for what is over, or rests on nothing any more.
+const LOOK_MS: Millis = 10 * 60_000;
+
+/// A CA that cannot be opened is tried again after so long, whoever asks: anybody may ask for the list.
+const FAILED_MS: Millis = 10_000;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Issued {
     serial: HexBytes,
     /// The identity key that asked for it.
     key: KeyId,
+    /// Its common name: the machine's title then. None: issued before names were kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    /// Which CA signed it. None: issued before that was kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ca: Option<KeyId>,
     boot_id: String,
     at: Millis,
     until: Millis,
@@ -65,7 +75,7 @@ impl Issued {
         let reason = match end {
             CertificateEnd::KeyRevoked | CertificateEnd::Quarantined => CrlReason::KeyCompromise,
             CertificateEnd::OutOfService | CertificateEnd::Wiped => CrlReason::CessationOfOperation,
-            CertificateEnd::OtherKey => CrlReason::AffiliationChanged,
+            CertificateEnd::OtherKey | CertificateEnd::OtherName => CrlReason::AffiliationChanged,
             CertificateEnd::Superseded => CrlReason::Superseded,
         };
         let serial: [u8; SERIAL] = self.serial.0.as_slice().try_into().ok()?;
@@ -80,15 +90,31 @@ struct Kept {
     issued: Vec<Issued>,
 }
 
+/// The list of certificates that were revoked and are not over. Each answer shares it: whoever asks may take it slowly.
+#[derive(Debug, Clone)]
+pub struct RevokedList {
+    /// As RFC 5280 §5 has it.
+    pub der: Bytes,
+    /// The same for programs that read PEM.
+    pub pem: Bytes,
+}
+
+/// What the store holds of one machine.
+#[derive(Debug)]
+pub(super) struct Stored(Vec<Issued>);
+
 #[derive(Debug, Default)]
 struct Known {
     issued: BTreeMap<MachineId, Vec<Issued>>,
     ca: Option<Arc<Ca>>,
-    /// The list as it was signed last, DER, and when.
-    list: Option<(Millis, Vec<u8>)>,
+    /// Why it could not be opened or made, and when.
+    failed: Option<(Millis, Arc<CertificateError>)>,
+    /// The list as it was signed last, and when.
+    list: Option<(Millis, RevokedList)>,
     /// The number of the last list.
     number: u64,
-    pruned: Millis,
+    /// When all were looked at last.
+    looked: Millis,
 }
 
 /// All of a site. Locked after the fleet, where both are.
@@ -128,6 +154,36 @@ impl Certificates {
         Ok(Self { known: Mutex::new(known), online, site: site.name.clone() })
     }
 
+    /// Whether all of them are to be looked at again: every ten minutes, also after the clock went back.
+    pub(super) fn due(&self, now: Millis) -> bool {
+        let mut known = self.lock();
+        let due = !(known.looked..known.looked.saturating_add(LOOK_MS)).contains(&now);
+        if due {
+            known.looked = now;
+        }
+        due
+    }
+
+    /// What the store holds of one machine's.
+    pub(super) async fn stored(store: &Store, machine: &MachineId) -> Result<Stored, StoreError> {
+        let key = note(machine);
+        let Some(text) = store.note(&key).await? else { return Ok(Stored(Vec::new())) };
+        let kept = serde_json::from_str::<Kept>(&text);
+        kept.map(|kept| Stored(kept.issued)).map_err(|e| StoreError::Row { id: key, reason: e.to_string() })
+    }
+
+    /// After a commit that failed. What was ended is ended again by whoever orders it again, and what was issued was handed to
+    /// nobody: it drives no other out.
+    pub(super) fn put_back(&self, machine: &MachineId, stored: Stored) {
+        let mut known = self.lock();
+        known.list = None;
+        if stored.0.is_empty() {
+            known.issued.remove(machine);
+        } else {
+            known.issued.insert(machine.clone(), stored.0);
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.known.lock().expect("no code panics under this lock")
     }
@@ -137,12 +193,27 @@ impl Certificates {
         if let Some(ca) = &known.ca {
             return Ok(Arc::clone(ca));
         }
-        let ca = match Ca::open(&self.online, &self.site)? {
-            Some(ca) => ca,
-            None if wanted => Ca::make(&self.online, &self.site)?,
-            None => return Err(CertificateError::NoneWanted),
+        let now = now_ms();
+        if let Some((at, error)) = &known.failed
+            && (*at..at.saturating_add(FAILED_MS)).contains(&now)
+        {
+            return Err(CertificateError::Ca(Arc::clone(error)));
+        }
+        let ca = match Ca::open(&self.online, &self.site) {
+            Ok(Some(ca)) => Ok(ca),
+            Ok(None) if wanted => Ca::make(&self.online, &self.site),
+            Ok(None) => return Err(CertificateError::NoneWanted),
+            Err(error) => Err(error),
         };
-        Ok(Arc::clone(known.ca.insert(Arc::new(ca))))
+        match ca {
+            Ok(ca) => Ok(Arc::clone(known.ca.insert(Arc::new(ca)))),
+            Err(error) => {
+                tracing::error!(%error, "no certificates are issued, and no list of revoked ones is signed");
+                let error = Arc::new(error);
+                known.failed = Some((now, Arc::clone(&error)));
+                Err(CertificateError::Ca(error))
+            }
+        }
     }
 }
 
@@ -169,9 +240,15 @@ impl Control {
         let Some(machine) = inner.machines.get(id) else { return false };
         let Some(demand) = declared(machine, &catalog) else { return false };
         let now = now_ms();
-        let holds = |issued: &Vec<Issued>| issued.iter().any(|one| one.key == *key && one.holds(now));
-        !self.certificates.lock().issued.get(id).is_some_and(holds)
-            && machine.certificate_due(key, Some(demand), &barred(&catalog)).is_ok()
+        let has_one = {
+            let known = self.certificates.lock();
+            // Nobody who trusts a CA that was begun anew takes one of the CA before it.
+            let ca = known.ca.as_ref().map(|ca| ca.id());
+            let current = |one: &Issued| ca.is_none() || one.ca.is_none() || one.ca == ca;
+            let holds = |one: &Issued| one.key == *key && one.holds(now) && current(one);
+            known.issued.get(id).is_some_and(|issued| issued.iter().any(holds))
+        };
+        !has_one && machine.certificate_due(key, Some(demand), &barred(&catalog)).is_ok()
     }
 
     /// Answers a machine that asks for a certificate.
@@ -241,10 +318,19 @@ impl Control {
         let first = list.iter().all(|issued| issued.boot_id != request.boot_id);
         let (boot_id, number) = (request.boot_id.clone(), HexBytes(number.to_vec()));
         let serial = hex::encode(&number.0);
-        list.push(Issued { serial: number, key: key.clone(), boot_id, at: now, until, ended: None });
+        let name = Some(machine.title().to_owned());
+        list.push(Issued {
+            serial: number,
+            key: key.clone(),
+            name,
+            ca: Some(ca.id()),
+            boot_id,
+            at: now,
+            until,
+            ended: None,
+        });
+        // It also fails where this rests on a step that is not stored.
         pending.commits.push(self.keep(id, list));
-        // What is decided here may rest on a step that is not stored yet.
-        pending.commits.push(self.store.written(id));
         // Its renewals are no news.
         if first {
             let what = format!("was issued a certificate, serial {serial}, until {}", time(until));
@@ -254,13 +340,25 @@ impl Control {
         Ok(IssuedCertificate { certificate, ca: ca.pem.clone(), serial, lasts_s })
     }
 
+    /// Where that fails, the machine is put back, and its certificates with it: [`Certificates::put_back`].
     fn keep(&self, machine: &MachineId, list: &[Issued]) -> Commit {
         if list.is_empty() {
-            return self.store.erase(note(machine));
+            return self.store.erase_of(machine, note(machine));
         }
         let kept = Kept { machine: machine.clone(), issued: list.to_vec() };
         let text = serde_json::to_string(&kept).expect("ids, numbers and words always become JSON");
-        self.store.remember(note(machine), text)
+        self.store.remember_of(machine, note(machine), text)
+    }
+
+    /// Looks at what was issued to every machine: what it rests on may have changed outside of a step, as by another key in kiln.toml,
+    /// or at a step that was not stored. A machine that is out of service and silent has no next one.
+    pub(super) fn end_all_certificates(&self, now: Millis) -> Pending {
+        let inner = self.lock();
+        let mut pending = Pending::default();
+        for machine in inner.machines.values() {
+            self.end_certificates(machine, now, &mut pending);
+        }
+        pending
     }
 
     /// Ends what was issued to a machine and rests on something that is not so any more. Called at each of its steps.
@@ -270,7 +368,7 @@ impl Control {
         let Some(list) = known.issued.get_mut(&machine.id) else { return };
         let mut ended = Vec::new();
         for issued in list.iter_mut().filter(|issued| issued.holds(now)) {
-            if let Some(end) = machine.certificate_ended(&issued.key) {
+            if let Some(end) = machine.certificate_ended(&issued.key, issued.name.as_deref()) {
                 issued.ended = Some((now, end));
                 ended.push(format!("revoked the certificate with serial {}: {}", number(issued), end.words()));
             }
@@ -286,15 +384,11 @@ impl Control {
         }
     }
 
-    /// Forgets what is over. Called every second; looks every ten minutes.
+    /// Forgets what is over.
     pub(super) fn prune_certificates(&self, now: Millis) -> Pending {
         let mut pending = Pending::default();
         let mut known = self.certificates.lock();
         let known = &mut *known;
-        if known.pruned.saturating_add(PRUNE_MS) > now {
-            return pending;
-        }
-        known.pruned = now;
         for (id, list) in &mut known.issued {
             let before = list.len();
             list.retain(|issued| issued.is_kept(now));
@@ -331,8 +425,8 @@ impl Control {
         self.certificates.ca(&mut known, wanted).map(|ca| ca.pem.clone())
     }
 
-    /// The list of certificates that were revoked and are not over, DER: the one that was signed last, or a new one.
-    pub(crate) fn revoked_certificates(&self) -> Result<Vec<u8>, CertificateError> {
+    /// The list that was signed last, or a new one.
+    pub fn revoked_certificates(&self) -> Result<RevokedList, CertificateError> {
         let (wanted, now) = (self.certificates_wanted(), now_ms());
         let mut known = self.certificates.lock();
         let known = &mut *known;
@@ -347,7 +441,9 @@ impl Control {
         // The time, so that it grows over the server's starts as well.
         known.number = now.max(known.number + 1);
         let (made, next) = (time(now.saturating_sub(BACK_MS)), time(now.saturating_add(LIST_LIFE_MS)));
-        let list = ca.list(known.number, made, next, &revoked)?;
+        let der = ca.list(known.number, made, next, &revoked)?;
+        let pem = hex::pem_encode("X509 CRL", &der);
+        let list = RevokedList { der: der.into(), pem: pem.into() };
         known.list = Some((now, list.clone()));
         Ok(list)
     }

@@ -127,6 +127,7 @@ impl Control {
         inner.drop_machine(id);
         pending.commits.push(self.store.forget(id));
         pending.gone.push(id.clone());
+        pending.wake |= inner.tell_classes();
     }
 }
 

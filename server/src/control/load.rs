@@ -100,6 +100,9 @@ impl Control {
         if let Err(error) = control.drop_old_list().await {
             tracing::error!(%error, "what an older kiln.toml said of machines was not dropped");
         }
+        if let Err(error) = control.finish(control.end_all_certificates(now_ms())).await {
+            tracing::error!(%error, "certificates that hold no more are not revoked yet; the server tries it again");
+        }
         Ok(control)
     }
 

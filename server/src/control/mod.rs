@@ -35,6 +35,7 @@ mod sessions;
 mod signed;
 mod views;
 
+pub use certificates::RevokedList;
 pub use crowd::MAX_DISCOVERED;
 pub use leases::{lease_from, lease_to};
 pub use logs::LogQuery;
@@ -254,7 +255,12 @@ impl Control {
             }
         }
         self.finish(pending).await?;
-        self.finish(self.prune_certificates(now_ms())).await?;
+        let now = now_ms();
+        if self.certificates.due(now) {
+            let ended = self.finish(self.end_all_certificates(now)).await;
+            self.finish(self.prune_certificates(now)).await?;
+            ended?;
+        }
         // Of whom nobody waited for.
         self.restore().await;
         Ok(())

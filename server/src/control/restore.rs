@@ -4,8 +4,10 @@
 //! From the failed commit on the store writes nothing of such a machine until it is put back here: what was stepped
 //! meanwhile, from the state that was not stored, fails as well, and whoever wanted it hears that.
 
+use super::certificates::{self, Certificates};
 use super::load::furnish;
 use super::{Control, Told};
+use crate::error::StoreError;
 use crate::store::{Commit, Stored};
 use crate::view::MachineView;
 use kiln_protocol::MachineId;
@@ -23,10 +25,10 @@ impl Control {
         // Whoever had the turn before may have gone while the store was still to hear of it.
         self.store.settle().await;
         for id in self.store.unwritten() {
-            match self.store.machine(&id).await {
-                Ok(stored) => {
+            match self.stored(&id).await {
+                Ok((stored, certificates)) => {
                     let known = stored.is_some();
-                    let (commit, view) = self.put_back(&id, stored);
+                    let (commit, view) = self.put_back(&id, stored, certificates);
                     // Whatever becomes of what shares its transaction, the store writes the machine again from here on.
                     let _ = commit.wait().await;
                     tracing::warn!(machine = %id, known, "it is as the database holds it: what came since was not stored");
@@ -41,9 +43,20 @@ impl Control {
         }
     }
 
+    /// What the database holds of a machine, and of what was issued to it.
+    async fn stored(&self, id: &MachineId) -> Result<(Option<Stored>, certificates::Stored), StoreError> {
+        Ok((self.store.machine(id).await?, Certificates::stored(&self.store, id).await?))
+    }
+
     /// In memory; its rows are written again after this, in the order of the steps.
-    fn put_back(&self, id: &MachineId, stored: Option<Stored>) -> (Commit, Option<Arc<MachineView>>) {
+    fn put_back(
+        &self,
+        id: &MachineId,
+        stored: Option<Stored>,
+        certificates: certificates::Stored,
+    ) -> (Commit, Option<Arc<MachineView>>) {
         let mut inner = self.lock();
+        self.certificates.put_back(id, certificates);
         let view = match stored {
             Some(Stored { mut machine, envelope }) => {
                 if let Some(held) = inner.machines.remove(id) {
@@ -62,7 +75,6 @@ impl Control {
                 }
                 let view = Arc::new(MachineView::of(&machine));
                 inner.machines.insert(id.clone(), machine);
-                inner.tell_classes();
                 Some(view)
             }
             None => {
@@ -70,6 +82,10 @@ impl Control {
                 None
             }
         };
+        // Its class has shown what is stored, and held reports were answered by more.
+        if inner.tell_classes() {
+            self.wake();
+        }
         (self.store.put_back(id), view)
     }
 }

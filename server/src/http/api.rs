@@ -174,7 +174,8 @@ fn certificate_status(e: &CertificateError) -> StatusCode {
         CertificateError::File { .. }
         | CertificateError::Form(_)
         | CertificateError::KeyMissing(_)
-        | CertificateError::Signing => StatusCode::INTERNAL_SERVER_ERROR,
+        | CertificateError::Signing
+        | CertificateError::Ca(_) => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }
 

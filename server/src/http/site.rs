@@ -9,7 +9,7 @@ use axum::extract::State;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use kiln_release::hex;
+use bytes::Bytes;
 
 pub(super) fn router() -> Router<App> {
     Router::new()
@@ -19,21 +19,20 @@ pub(super) fn router() -> Router<App> {
 }
 
 async fn ca(State(app): State<App>) -> Response {
-    answer("application/pem-certificate-chain", app.control.machine_ca().map(String::into_bytes))
+    answer("application/pem-certificate-chain", app.control.machine_ca().map(Bytes::from))
 }
 
 /// DER, as RFC 2585 §4.2 has it.
 async fn list(State(app): State<App>) -> Response {
-    answer("application/pkix-crl", app.control.revoked_certificates())
+    answer("application/pkix-crl", app.control.revoked_certificates().map(|list| list.der))
 }
 
 /// The same for programs that read PEM.
 async fn list_pem(State(app): State<App>) -> Response {
-    let list = app.control.revoked_certificates();
-    answer("application/x-pem-file", list.map(|der| hex::pem_encode("X509 CRL", &der).into_bytes()))
+    answer("application/x-pem-file", app.control.revoked_certificates().map(|list| list.pem))
 }
 
-fn answer(content_type: &'static str, made: Result<Vec<u8>, CertificateError>) -> Response {
+fn answer(content_type: &'static str, made: Result<Bytes, CertificateError>) -> Response {
     match made {
         Ok(bytes) => {
             let headers = [
@@ -45,7 +44,10 @@ fn answer(content_type: &'static str, made: Result<Vec<u8>, CertificateError>) -
         }
         Err(error @ CertificateError::NoneWanted) => text(StatusCode::NOT_FOUND, format!("{error}\n")),
         Err(error) => {
-            tracing::error!(%error, "the machine CA gives no answer");
+            // That it cannot be opened was said when that was found.
+            if !matches!(error, CertificateError::Ca(_)) {
+                tracing::error!(%error, "the machine CA gives no answer");
+            }
             let status = super::api::ApiError::from(ControlError::from(error)).status();
             text(status, "the machine CA gives no answer; the server's log says why\n")
         }

@@ -286,6 +286,16 @@ impl Store {
         self.send(Intent::Forget { id: id.to_string() })
     }
 
+    /// Remembers a value that memory keeps beside a machine, and is put back with it where it could not be stored.
+    pub(crate) fn remember_of(&self, id: &MachineId, key: String, value: String) -> Commit {
+        self.send_all(vec![Intent::About { id: id.to_string() }, Intent::Note { key, value }])
+    }
+
+    /// Forgets such a value.
+    pub(crate) fn erase_of(&self, id: &MachineId, key: String) -> Commit {
+        self.send_all(vec![Intent::About { id: id.to_string() }, Intent::Erase { key }])
+    }
+
     /// Last-seen times.
     pub(crate) fn seen(&self, seen: BTreeMap<MachineId, u64>) -> Commit {
         self.send(Intent::Seen(seen))

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-fn wanting(policy: CertificatePolicy) -> impl FnOnce(&mut Manifest) {
+pub fn wanting(policy: CertificatePolicy) -> impl FnOnce(&mut Manifest) {
     let wanted = WantedCertificate { owner: None, required: true, units: vec![], policy };
     move |manifest| manifest.certificate = Some(wanted)
 }
@@ -37,7 +37,7 @@ async fn works(server: &Server, agent: &mut Agent) -> Reply {
 }
 
 /// A new key, PEM, and the request for it.
-fn request(agent: &Agent) -> (String, CertificateRequest) {
+pub fn request(agent: &Agent) -> (String, CertificateRequest) {
     let random = SystemRandom::new();
     let made = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &random).unwrap();
     let pair = EcdsaKeyPair::from_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, made.as_ref(), &random).unwrap();
@@ -257,6 +257,46 @@ async fn a_machine_that_asks_without_end_is_bounded() {
     let answer = post(&server, &agent, &request).await;
     assert_eq!(answer.status, StatusCode::TOO_MANY_REQUESTS);
     assert!(answer.text().contains("it asks too often"), "{}", answer.text());
+}
+
+#[tokio::test]
+async fn another_name_ends_a_certificate() {
+    let site = TestSite::new();
+    let manifest = site.publish_as(2, wanting(CertificatePolicy::Approved));
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(9, &manifest);
+    works(&server, &mut agent).await;
+    let named = async |name: &str| {
+        let path = format!("machines/{}/approve", machine_id(9));
+        let answer = server.order("POST", &path, json!({ "name": name, "role": "lab" })).await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    };
+    named("db-1").await;
+    assert!(works(&server, &mut agent).await.certify);
+    let (_, one) = issued(&server, &agent).await;
+    assert!(!works(&server, &mut agent).await.certify);
+    named("old-1").await;
+    assert!(works(&server, &mut agent).await.certify, "another machine may be db-1 now");
+    let what = format!("revoked the certificate with serial {}: its machine has another name", one.serial);
+    assert!(server.audit().await.iter().any(|record| record.what.contains(&what)));
+    issued(&server, &agent).await;
+    assert!(!works(&server, &mut agent).await.certify);
+}
+
+#[tokio::test]
+async fn a_ca_that_is_begun_anew_gives_every_machine_another_certificate() {
+    let (site, server, mut agent) = rack(CertificatePolicy::Approved).await;
+    issued(&server, &agent).await;
+    let ca = server.http("GET", "/site/machines.pem", &[]).await.body;
+    drop(server);
+    for name in ["machine-ca.key", "machine-ca.pem"] {
+        std::fs::remove_file(site.path().join("online").join(name)).unwrap();
+    }
+    let server = Server::start(&site).await;
+    assert_ne!(server.http("GET", "/site/machines.pem", &[]).await.body, ca);
+    assert!(works(&server, &mut agent).await.certify, "what it has is of the CA before");
+    issued(&server, &agent).await;
+    assert!(!works(&server, &mut agent).await.certify);
 }
 
 /// Debian's nginx, which asks each client for a certificate.

@@ -1,9 +1,11 @@
 //! A commit that fails: memory has what the database has, whoever waited for it hears that, and the next word works.
 
+use crate::certificates::{request, wanting};
 use crate::common::*;
 use futures_util::future::join_all;
 use kiln_fleet::access::AccessRole;
 use kiln_protocol::*;
+use kiln_release::{CertificatePolicy, hex};
 use kiln_server::access::Caller;
 use kiln_server::control::Control;
 use kiln_server::error::ControlError;
@@ -131,4 +133,71 @@ async fn a_token_that_was_not_stored_drives_none_out() {
     allow(db).await;
     create("new".into()).await.unwrap();
     assert!(!is_there("old") && is_there("new") && control.tokens().len() == 1_000);
+}
+
+/// It runs a release that wants a certificate.
+async fn at_work(site: &TestSite, control: &Control) -> Agent {
+    let mut agent = Agent::new(1, &site.manifest(2));
+    for _ in 0..2 {
+        let report = agent.healthy();
+        control.report(agent.key_id(), report).await.unwrap();
+    }
+    agent
+}
+
+/// The serial number of the next that it asks for.
+async fn certified(control: &Control, agent: &Agent) -> Result<Vec<u8>, ControlError> {
+    let answer = control.certify(&agent.key_id(), &request(agent).1).await?;
+    let issued = answer.issued.unwrap_or_else(|| panic!("{:?}", answer.refused));
+    Ok(hex::decode(&issued.serial).unwrap())
+}
+
+fn is_listed(control: &Control, serial: &[u8]) -> bool {
+    control.revoked_certificates().unwrap().der.windows(serial.len()).any(|bytes| bytes == serial)
+}
+
+#[tokio::test]
+async fn a_certificate_whose_end_was_not_stored_ends_when_that_is_ordered_again() {
+    for retires in [true, false] {
+        let site = TestSite::new();
+        site.publish_as(2, wanting(CertificatePolicy::Approved));
+        let (control, _stop) = control(&site).await;
+        let agent = at_work(&site, &control).await;
+        let serial = certified(&control, &agent).await.unwrap();
+        let order = async || {
+            if retires {
+                return control.retire("rack-1", "ann").await;
+            }
+            control.revoke_key("rack-1", "ann").await.map(drop)
+        };
+        let db = refuse(&site, NO_NOTE).await;
+        is_not_stored(order().await);
+        assert!(!is_listed(&control, &serial), "it was not ended");
+        allow(db).await;
+        order().await.unwrap();
+        assert!(is_listed(&control, &serial));
+        // As after a restart.
+        let (again, _stop) = crate::common::control(&site).await;
+        assert!(is_listed(&again, &serial));
+    }
+}
+
+#[tokio::test]
+async fn certificates_that_were_not_stored_drive_none_out() {
+    let site = TestSite::new();
+    site.publish_as(2, wanting(CertificatePolicy::Approved));
+    let (control, _stop) = control(&site).await;
+    let agent = at_work(&site, &control).await;
+    let first = certified(&control, &agent).await.unwrap();
+    let db = refuse(&site, NO_NOTE).await;
+    // More than are known of one machine.
+    for _ in 0..33 {
+        is_not_stored(certified(&control, &agent).await.map(drop));
+    }
+    assert!(!is_listed(&control, &first));
+    allow(db).await;
+    certified(&control, &agent).await.unwrap();
+    assert!(!is_listed(&control, &first), "two hold");
+    certified(&control, &agent).await.unwrap();
+    assert!(is_listed(&control, &first));
 }

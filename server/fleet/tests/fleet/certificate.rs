@@ -15,6 +15,11 @@ fn kind(m: &Machine, declared: Option<CertificateDemand>) -> &'static str {
     due(m, declared).err().map_or("issued", |refusal| refusal.kind())
 }
 
+/// Of what was issued under its key and name.
+fn ended(m: &Machine) -> Option<CertificateEnd> {
+    m.certificate_ended(&key(1), Some("rack-1"))
+}
+
 fn wipe(expires: Millis) -> Event {
     let id: OrderId = "ab".repeat(16).parse().unwrap();
     Event::Ordered(MachineOrder { id, errand: Errand::Wipe, expires, state: OrderState::Open })
@@ -122,12 +127,12 @@ fn where_the_release_says_so_only_for_a_proven_boot() {
 #[test]
 fn what_was_issued_ends_with_what_it_rests_on() {
     let s = at_work();
-    assert_eq!(s.m.certificate_ended(&key(1)), None);
-    assert_eq!(s.m.certificate_ended(&key(2)), Some(CertificateEnd::OtherKey), "it was another key's");
+    assert_eq!(ended(&s.m), None);
+    assert_eq!(s.m.certificate_ended(&key(2), None), Some(CertificateEnd::OtherKey), "it was another key's");
     let after = |event: Event| {
         let mut s = at_work();
         s.then(event);
-        s.m.certificate_ended(&key(1))
+        ended(&s.m)
     };
     assert_eq!(after(Event::Retire), Some(CertificateEnd::OutOfService));
     assert_eq!(after(Event::KeyShared { with: "rack-2".into() }), Some(CertificateEnd::Quarantined));
@@ -136,9 +141,17 @@ fn what_was_issued_ends_with_what_it_rests_on() {
     assert_eq!(after(Event::Assign { release: rel(3), via: Via::Cold.into() }), None);
     let mut s = at_work();
     s.m.key_revoked = true;
-    assert_eq!(s.m.certificate_ended(&key(1)), Some(CertificateEnd::KeyRevoked));
+    assert_eq!(ended(&s.m), Some(CertificateEnd::KeyRevoked));
+    // Its name is in it, and another machine's may be the same from then on. Where it is not known, nothing ends by it.
+    let mut s = at_work();
+    let named = |name: &str| Event::Approve { name: name.into(), role: "lab".into(), release: rel(1) };
+    s.then(named("rack-1"));
+    assert_eq!(ended(&s.m), None, "the name that it has");
+    s.then(named("old-1"));
+    assert_eq!(ended(&s.m), Some(CertificateEnd::OtherName));
+    assert_eq!(s.m.certificate_ended(&key(1), None), None);
     // Its release does not matter: what it has it keeps until it is over.
     let mut s = at_work();
     s.then(by(1, report(1, "b", 1, 1)));
-    assert_eq!(s.m.certificate_ended(&key(1)), None);
+    assert_eq!(ended(&s.m), None);
 }

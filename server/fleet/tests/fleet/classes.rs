@@ -133,6 +133,21 @@ fn what_the_server_assigns_by_itself_is_by_cold_boot_whatever_was_shown() {
 }
 
 #[test]
+fn a_class_wakes_nobody_but_for_a_machine_whose_way_it_may_change() {
+    let mut stranger = Story::new();
+    stranger.then(by(1, healthy(1, "a", 1, 1))).is(StateKind::Discovered);
+    for version in ["1", "2", "1"] {
+        stranger.then(Event::Classed(class(version)));
+        assert_eq!(stranger.last, [Action::Save]);
+    }
+    let mut s = Story::good_on_1();
+    s.assign(2, Via::Kexec).then(Event::Classed(class("1")));
+    assert_eq!(s.last, [Action::Save]);
+    assign_auto(&mut s, 3).then(Event::Classed(class("2")));
+    assert_eq!(s.last, [Action::Save, Action::Wake]);
+}
+
+#[test]
 fn a_machine_remembers_few_releases_and_only_those_that_were_healthy() {
     let mut s = Story::good_on_1();
     s.then(Event::Classed(class("1"))).then(by(1, unwell(1, "a", 3, 1)));

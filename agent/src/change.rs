@@ -16,7 +16,7 @@ use crate::plan::{self, Leave};
 use crate::verifier::{Servers, Verifier};
 use crate::{facts, kexec, restart};
 use kiln_protocol::slot::{Action, Event, Go, Refusal, SlotId};
-use kiln_protocol::{Assignment, Progress, ReleaseId, Stage, Via};
+use kiln_protocol::{Assignment, Progress, ReleaseId, RollbackMemory, Stage, Via};
 use kiln_release::{Artifact, BootInfo, Manifest};
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -456,7 +456,7 @@ pub async fn now(flow: &mut Flow, assignment: &Assignment, via: Via, otherwise: 
             if let Some(what) = flow.journal.state.hung.clone() {
                 flow.verifier.memory.tries_kexec(assignment.sequence);
                 // What cannot be counted might be done for ever.
-                if !flow.verifier.keep() {
+                if !flow.verifier.keep() || flow.verifier.place.rollback_memory() == RollbackMemory::None {
                     return Err(AgentError::KexecHangs { what });
                 }
             }

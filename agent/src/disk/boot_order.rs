@@ -5,6 +5,7 @@
 use super::gpt::Guid;
 use crate::error::{AgentError, Result};
 use crate::memory::write_variable;
+use crate::sys;
 use std::path::{Path, PathBuf};
 
 const EFIVARS: &str = "/sys/firmware/efi/efivars";
@@ -49,7 +50,24 @@ fn with_disk(order: &[u8], number: u16, network_first: bool) -> Option<Vec<u8>> 
 
 /// Whether firmware's way to this boot began on a disk: the next would begin there again.
 pub fn is_from_disk() -> bool {
-    Path::new(EFIVARS).join(STARTED_FROM).exists()
+    said_by_this_boot(&Path::new(EFIVARS).join(STARTED_FROM))
+}
+
+/// Whether the variable is there and goes with the power, as loader and stub write it. One that stays was made by whoever had
+/// root's rights once, and would be believed of every boot: it is removed.
+fn said_by_this_boot(path: &Path) -> bool {
+    const NON_VOLATILE: u8 = 1;
+    let Ok(bytes) = std::fs::read(path) else { return false };
+    if bytes.first().is_none_or(|attributes| attributes & NON_VOLATILE == 0) {
+        return true;
+    }
+    let unlocked = std::fs::File::open(path).and_then(|file| sys::clear_immutable(&file));
+    let is_gone = match unlocked.and_then(|()| std::fs::remove_file(path)) {
+        Ok(()) => "it is removed".to_owned(),
+        Err(error) => format!("it cannot be removed: {error}"),
+    };
+    println!("kiln-agent: {STARTED_FROM} was not said by this boot, but kept from another: {is_gone}");
+    false
 }
 
 /// Puts the disk in its place, if it is not there; whether it was not. Writes nothing that is so already: variables wear.
@@ -81,6 +99,18 @@ mod tests {
         let last = |order: &[u8]| with_disk(order, 0x4b10, true);
         assert_eq!(last(&[0x10, 0x4b, 0, 0, 1, 0]), Some(vec![0, 0, 1, 0, 0x10, 0x4b]));
         assert_eq!(last(&[0, 0, 0x10, 0x4b]), None);
+    }
+
+    #[test]
+    fn what_stays_without_power_is_no_word_of_this_boot() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(STARTED_FROM);
+        assert!(!said_by_this_boot(&path), "nothing is said");
+        // Attributes: boot service and runtime access; the same, and non-volatile.
+        std::fs::write(&path, [6, 0, 0, 0, b'x', 0]).unwrap();
+        assert!(said_by_this_boot(&path) && path.exists());
+        std::fs::write(&path, [7, 0, 0, 0, b'x', 0]).unwrap();
+        assert!(!said_by_this_boot(&path));
     }
 
     /// As `efibootmgr -v` shows one: HD(1,GPT,…,0x800,0x80000)/File(\EFI\systemd\systemd-bootx64.efi).

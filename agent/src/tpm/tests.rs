@@ -114,16 +114,13 @@ fn what_is_sealed_to_pcrs_is_given_out_before_the_cap_and_not_after() {
     tpm.cap().unwrap();
     let session = policy(&mut tpm);
     let refused = tpm.run(&command::unseal(item, Auth::Session(session))).unwrap_err();
-    assert_eq!(refused.code(), Some(kiln_protocol::tpm::code::POLICY_FAIL));
+    assert_eq!(refused.code(), Some(code::POLICY_FAIL));
 }
 
 #[test]
 fn its_memory_keeps_the_last_of_two_writings_and_outlives_a_cut_between() {
     let Some((_running, mut tpm)) = Software::start() else { return };
-    assert_eq!(
-        tpm.run(&command::nv_size(0x0180_4b01)).unwrap_err().code(),
-        Some(kiln_protocol::tpm::code::NO_SUCH_HANDLE)
-    );
+    assert_eq!(tpm.run(&command::nv_size(0x0180_4b01)).unwrap_err().code(), Some(code::NO_SUCH_HANDLE));
     assert!(tpm.make_memory().unwrap());
     assert!(tpm.make_memory().unwrap());
     assert_eq!(tpm.recall().unwrap(), None);
@@ -352,7 +349,7 @@ fn what_is_delivered_opens_in_this_state_only() {
     tpm.cap().unwrap();
     for _ in 0..5 {
         let refused = tpm.open_delivery(&keys, &delivery, &id_object, &encrypted).unwrap_err();
-        assert_eq!(refused.code(), Some(kiln_protocol::tpm::code::POLICY_FAIL));
+        assert_eq!(refused.code(), Some(code::POLICY_FAIL));
     }
 }
 

@@ -57,7 +57,7 @@ pub async fn control(test: &TestSite) -> (Arc<Control>, tokio::sync::watch::Send
     let catalog = Catalog::adopt(&site, &keys, &Memory::default(), Timestamp::now()).unwrap();
     let director = site.director_key(&catalog.site).unwrap();
     let (stop, stopped) = tokio::sync::watch::channel(false);
-    let control = Control::load(store, site, config, director, catalog, stopped).await.unwrap();
+    let control = Box::pin(Control::load(store, site, config, director, catalog, stopped)).await.unwrap();
     tokio::spawn(kiln_server::looks::looks(control.clone()));
     (control, stop)
 }

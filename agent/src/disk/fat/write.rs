@@ -126,12 +126,14 @@ impl<B: Block> Fat<B> {
     fn make_directory(&mut self, path: &str) -> io::Result<u32> {
         let mut cluster = self.geometry.root;
         for part in path.split('/').filter(|part| !part.is_empty()) {
-            let mut known = self.nodes(cluster)?.into_iter().find(|node| node.name.eq_ignore_ascii_case(part));
-            // Firmware goes into no file: there is nothing for it below such a name.
-            if let Some(file) = known.take_if(|node| !node.directory || node.cluster == 0) {
+            let known = self.nodes(cluster)?.into_iter().filter(|node| node.name.eq_ignore_ascii_case(part));
+            let (directories, files): (Vec<Node>, Vec<Node>) =
+                known.partition(|node| node.directory && node.cluster != 0);
+            // Firmware goes into no file: there is nothing for it below such a name, and it may hide a directory of the same.
+            for file in files {
                 self.remove_name(&file)?;
             }
-            cluster = if let Some(node) = known {
+            cluster = if let Some(node) = directories.first() {
                 node.cluster
             } else {
                 let new = self.allocate(1)?;

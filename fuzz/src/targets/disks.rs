@@ -326,6 +326,11 @@ pub mod fat {
         if there.iter().any(|node| is_new(&node.name)) {
             return;
         }
+        let is_hidden = |(folder, name): (&str, &str)| {
+            let nodes = spoilt(fat.list(folder)).flatten().unwrap_or_default();
+            nodes.iter().any(|node| node.name.eq_ignore_ascii_case(name) && !node.directory)
+        };
+        let hides = [("", "loader"), ("loader", "entries")].into_iter().any(is_hidden);
         for length in [kept.len(), 100] {
             let bytes = &kept[..length];
             if fat.write(&path, length as u64, &mut &bytes[..]).is_err() {
@@ -345,7 +350,11 @@ pub mod fat {
         fat.remove(&renamed).expect("it is there");
         assert_eq!(names(&fat.list(ENTRIES).expect("just now").expect("it is there")), expected);
         drop(fat);
-        // What was lost was given back by the first opening, and nothing was lost since.
+        // What was lost was given back by the first opening, and nothing was lost since; or by the next one, where a file that hid
+        // a folder kept the first from knowing what is lost, and gave way.
+        if hides {
+            open(&mut disk).expect("what was whole enough is still");
+        }
         let writes = disk.writes;
         assert!(open(&mut disk).is_ok() && disk.writes == writes, "what was whole enough is still");
     }

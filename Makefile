@@ -22,7 +22,7 @@ build: agent ## The programs: kiln, kiln-lab, and the agent as a small static bi
 	@$(CARGO) build --locked -p kiln-server -p kiln-lab
 
 # The linker is the compiler's own: it makes one of functions that are alike, some 50 kB.
-LLD := $(abspath $(shell rustc --print target-libdir)/../bin/gcc-ld)
+LLD = $(abspath $(shell rustc --print target-libdir)/../bin/gcc-ld)
 agent:
 	@$(CARGO) rustc --locked -p kiln-agent --bin kiln-agent --profile agent --target $(MUSL) -- -Clink-arg=-B$(LLD) -Clink-arg=-fuse-ld=lld -Clink-arg=-Wl,--icf=all
 

@@ -29,7 +29,7 @@ const RECORD_LIMIT: u32 = 4 << 20;
 /// On the state partition, a line a release: `ROOTHASH ORDER`, where the assignment under which it was last verified whole
 /// stands in the loader's order.
 const PUT_UP: &str = "put-up";
-/// On the state partition: `ROOTHASH COUNT SEQUENCE`.
+/// On the state partition: a line of [`Starts`].
 const STARTS: &str = "starts";
 
 /// Starts of a good release in a row, none of them healthy.
@@ -38,6 +38,20 @@ pub struct Starts {
     pub count: u32,
     /// Highest sequence of an assignment that was known at the first.
     pub begun: u64,
+}
+
+impl Starts {
+    /// Of a line `ROOTHASH COUNT SEQUENCE`, if it is about the release with this root hash.
+    pub fn of(line: &str, root_hash: &Sha256Hex) -> Option<Self> {
+        let mut words = line.split_whitespace();
+        words.next().filter(|hash| *hash == root_hash.as_str())?;
+        Some(Self { count: words.next()?.parse().ok()?, begun: words.next()?.parse().ok()? })
+    }
+
+    /// Such a line.
+    pub fn line(self, root_hash: &Sha256Hex) -> String {
+        format!("{root_hash} {} {}\n", self.count, self.begun)
+    }
 }
 
 /// An open disk.
@@ -347,20 +361,14 @@ impl<B: Block> Store<B> {
     pub fn starts(&mut self, root_hash: &Sha256Hex) -> Result<Starts, DiskError> {
         let read = self.state()?.read(STARTS, TEXT_LIMIT);
         let text = read.map_err(|e| self.io("reading the state partition", &e))?.unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
-        let mut words = text.split_whitespace();
-        let counted = (words.next() == Some(root_hash.as_str())).then(|| {
-            let count = words.next()?.parse().ok()?;
-            Some(Starts { count, begun: words.next()?.parse().ok()? })
-        });
-        Ok(counted.flatten().unwrap_or_default())
+        Ok(Starts::of(&String::from_utf8_lossy(&text), root_hash).unwrap_or_default())
     }
 
     /// Keeps it, or forgets it; writes nothing that is so already.
     pub fn keep_starts(&mut self, root_hash: &Sha256Hex, starts: Option<Starts>) -> Result<(), DiskError> {
         let done = match starts {
-            Some(Starts { count, begun }) => {
-                let text = format!("{root_hash} {count} {begun}\n");
+            Some(starts) => {
+                let text = starts.line(root_hash);
                 self.state()?.write(STARTS, text.len() as u64, &mut text.as_bytes())
             }
             None => self.state()?.remove(STARTS),

@@ -148,10 +148,8 @@ impl<B: Block> Store<B> {
             let mut entries = Vec::new();
             for node in esp.list(ENTRIES)?.unwrap_or_default() {
                 let Ok(name) = node.name.parse() else { continue };
-                let text = match esp.read(&format!("{ENTRIES}/{}", node.name), TEXT_LIMIT) {
-                    Err(e) if e.kind() == io::ErrorKind::InvalidData => continue,
-                    text => text?.unwrap_or_default(),
-                };
+                let Ok(text) = esp.read(&format!("{ENTRIES}/{}", node.name), TEXT_LIMIT) else { continue };
+                let text = text.unwrap_or_default();
                 if let Some(content) = Content::of_entry_text(&String::from_utf8_lossy(&text)) {
                     entries.push(Entry { name, content });
                 }
@@ -273,19 +271,11 @@ impl<B: Block> Store<B> {
         there.map_err(|e| self.io("looking for the boot loader", &e))
     }
 
-    /// The loader's files that are there.
+    /// The loader's files that are there. One that cannot be read is empty.
     pub fn loaders(&mut self) -> Result<Vec<(&'static str, Vec<u8>)>, DiskError> {
-        let look = |esp: &Fat<Part<'_, B>>| -> io::Result<Vec<(&'static str, Vec<u8>)>> {
-            let mut files = Vec::new();
-            for path in LOADERS {
-                if let Some(file) = esp.read(path, LOADER_LIMIT)? {
-                    files.push((path, file));
-                }
-            }
-            Ok(files)
-        };
-        let files = look(&self.esp()?);
-        files.map_err(|e| self.io("reading the boot loader", &e))
+        let esp = self.esp()?;
+        let read = |path| Some((path, esp.read(path, LOADER_LIMIT).unwrap_or(Some(Vec::new()))?));
+        Ok(LOADERS.into_iter().filter_map(read).collect())
     }
 
     /// Of the loader's files and its settings those that are not as they would be with this loader, or cannot be read.
@@ -349,7 +339,8 @@ impl<B: Block> Store<B> {
 
     /// Keeps it, and those of a few releases before.
     pub fn keep_put_up(&mut self, root_hash: &Sha256Hex, order: u64) -> Result<(), DiskError> {
-        let others = self.all_put_up()?.into_iter().filter(|(hash, _)| hash != root_hash.as_str());
+        // What cannot be read costs a reading back, and not what is written in its place.
+        let others = self.all_put_up().unwrap_or_default().into_iter().filter(|(hash, _)| hash != root_hash.as_str());
         let all = std::iter::once((root_hash.to_string(), order)).chain(others).take(4);
         let lines: Vec<String> = all.map(|(hash, order)| format!("{hash} {order}\n")).collect();
         let text = lines.concat();

@@ -41,7 +41,7 @@ pub async fn open_disk(flow: &mut Flow) -> Option<SharedDisk> {
         Mode::Ram => None,
         Mode::Disk => match MachineDisk::find(boot, flow.verifier.memory.lowest()).await {
             Ok((disk, broken)) => {
-                let disk = SharedDisk::new(disk);
+                let disk = SharedDisk::new(disk.beside(flow.verifier.place.clone()));
                 println!("kiln-agent: disk {}", disk.describe());
                 for error in broken {
                     flow.journal.failed(Stage::Modules, &error.into(), 1, Some(Duration::ZERO));

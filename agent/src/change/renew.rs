@@ -16,16 +16,18 @@ use std::sync::atomic::AtomicU64;
 
 /// In disk mode: puts up anew what runs. Its metadata is fetched and verified anew, its root and UKI are read back from the
 /// disk itself and compared with it; a UKI that is not as it was signed is fetched anew, a root that is not by the next
-/// boot. The cold boot that follows begins with fresh memory, which is all that a running system can have written to.
+/// boot. One that cannot be read is left as it lies: what cannot may be what nothing needs, and what is needed the next boot
+/// meets. The cold boot that follows begins with fresh memory, which is all that a running system can have written to.
 pub async fn renew(renewal: Renewal, disk: &SharedDisk, next: &Path, meter: &Meter) -> Result<Ready> {
     let Renewal { manifest, servers, rate, order } = renewal;
     let signed = manifest.clone();
     let ready = |note| Ready { manifest: manifest.clone(), kexec: None, installed: None, note };
-    let whole = match read_slot(disk, manifest.root.length, move |disk| disk.look_whole(&signed)).await {
-        Ok(whole) => whole,
+    let (whole, unread) = match read_slot(disk, manifest.root.length, move |disk| disk.look_whole(&signed)).await {
+        Ok(whole) => (whole, None),
         Err(AgentError::Disk(error @ DiskError::ReadBack { .. })) => {
             return Ok(ready(Some(format!("{error}; the next boot fetches it anew"))));
         }
+        Err(AgentError::Disk(error @ DiskError::Io { .. })) => (true, Some(error)),
         Err(error) => return Err(error),
     };
     if !whole {
@@ -34,7 +36,10 @@ pub async fn renew(renewal: Renewal, disk: &SharedDisk, next: &Path, meter: &Met
     }
     let root_hash = machine::content(&manifest)?.root_hash;
     on_disk(disk, move |disk| disk.keep_put_up(&root_hash, order)).await?;
-    Ok(ready((!whole).then(|| "its UKI on the disk was not as it was signed: it was fetched anew".to_owned())))
+    let mended = (!whole).then(|| "its UKI on the disk was not as it was signed: it was fetched anew".to_owned());
+    Ok(ready(
+        unread.map(|error| format!("{error}; its root was not read back whole, and starts as it lies")).or(mended),
+    ))
 }
 
 /// What [`renew`] takes of the verifier.

@@ -19,8 +19,18 @@ pub struct Device {
 impl Device {
     /// For reading and writing.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_by(OpenOptions::new().read(true).write(true), path)
+    }
+
+    /// One that refuses each write.
+    #[cfg(test)]
+    pub fn open_for_reading(path: &Path) -> Result<Self> {
+        Self::open_by(OpenOptions::new().read(true), path)
+    }
+
+    fn open_by(options: &OpenOptions, path: &Path) -> Result<Self> {
         use std::io::{Seek, SeekFrom};
-        let mut file = OpenOptions::new().read(true).write(true).open(path).map_err(AgentError::file(path))?;
+        let mut file = options.open(path).map_err(AgentError::file(path))?;
         // A block device's metadata says 0.
         let size = file.seek(SeekFrom::End(0)).map_err(AgentError::file(path))?;
         Ok(Self { file, path: path.to_owned(), size })

@@ -19,17 +19,18 @@ pub const KEPT: &str = "/run/kiln/loader.efi";
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum LoaderHold {
     #[error(
-        "its disk starts through a boot loader that the list revokes ({0}): the release that runs replaces it once it was healthy \
-         after a cold boot"
+        "its disk starts through a boot loader that the list revokes, or that cannot be read ({0}): the \
+         release that runs replaces it once it was healthy after a cold boot"
     )]
     NotGood(&'static str),
     #[error(
-        "its disk starts through a boot loader that the list revokes ({0}), and there is no other at hand: restart it"
+        "its disk starts through a boot loader that the list revokes, or that cannot be read ({0}), and \
+         there is no other at hand: restart it"
     )]
     NoneKept(&'static str),
     #[error(
-        "its disk starts through a boot loader that the list revokes ({0}), and so is the release's own: assign it a \
-         release with another"
+        "its disk starts through a boot loader that the list revokes, or that cannot be read ({0}), and the \
+         list revokes the release's own: assign it a release with another"
     )]
     OwnRevoked(&'static str),
     #[error("its disk does not answer: whether the list revokes the boot loader on it is not known")]
@@ -58,7 +59,9 @@ pub fn put_right<B: Block>(
     store.disk().forget();
     let right = match (store.loaders().unwrap_or_default().as_slice(), own) {
         // Of two that the firmware starts neither of, neither is right where there is another.
-        ([(_, first), (_, second)], own) if first == second && (own.is_none() || !is_named(revoked, first)) => {
+        ([(_, first), (_, second)], own)
+            if first == second && !first.is_empty() && (own.is_none() || !is_named(revoked, first)) =>
+        {
             first.clone()
         }
         (_, Some(own)) => own.to_vec(),
@@ -83,8 +86,8 @@ fn is_named(revoked: &BTreeSet<String>, file: &[u8]) -> bool {
     authenticode::digest(file).is_ok_and(|digest| revoked.contains(&hex::encode(&digest)))
 }
 
-/// Replaces a loader that the list revokes by `own`, of the release that runs, where that one is `good`. Each file is the old one
-/// or the new one whenever power is cut. Says why the list must wait, if it must. `revoked` are Authenticode digests in hex, as the
+/// Replaces a loader that the list revokes, or that cannot be read and may be one, by `own`, of the release that runs, where that one
+/// is `good`. Each file is the old one or the new one whenever power is cut. Says why the list must wait, if it must. `revoked` are Authenticode digests in hex, as the
 /// list has them.
 pub fn renew<B: Block>(
     store: &mut Store<B>,
@@ -94,7 +97,8 @@ pub fn renew<B: Block>(
 ) -> Result<Option<LoaderHold>, DiskError> {
     let named = |file: &[u8]| is_named(revoked, file);
     let loaders = store.loaders()?;
-    let Some(&(path, _)) = loaders.iter().find(|(_, file)| named(file)) else { return Ok(None) };
+    let found = loaders.iter().find(|(_, file)| file.is_empty() || named(file));
+    let Some(&(path, _)) = found else { return Ok(None) };
     let own = match own {
         _ if !good => return Ok(Some(LoaderHold::NotGood(path))),
         None => return Ok(Some(LoaderHold::NoneKept(path))),

@@ -1,7 +1,10 @@
 //! This machine's disk: the one that is Kiln's, or becomes it, and the slot state machine on it.
 
+mod starts;
 #[cfg(test)]
 mod trial;
+
+pub use starts::{STARTS, SUSPECT};
 
 use super::block::Block;
 use super::device::Device;
@@ -14,9 +17,9 @@ use super::worker::{self, COMMIT, Worker};
 use super::{DiskError, boot_order};
 use crate::error::{AgentError, Result};
 use crate::fetch::Put;
-use crate::memory::random;
+use crate::memory::{Place, random};
 use crate::sys;
-use kiln_protocol::slot::{Action, Content, Entry, EntryKind, Event, Go, Label, SlotId, SlotState, Slots};
+use kiln_protocol::slot::{Action, Content, Entry, EntryKind, Event, Go, Label, SlotId, Slots};
 use kiln_protocol::{ReleaseId, Sha256Hex, Via};
 use kiln_release::{BootInfo, DiskSettings, Manifest};
 use std::collections::BTreeSet;
@@ -27,11 +30,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 use tokio::sync::oneshot;
-
-/// So many starts of a good release in a row without its being healthy, and the machine is in safe mode.
-pub const STARTS: u32 = 5;
-/// After so many its root is read back before the next.
-pub const SUSPECT: u32 = 2;
 
 /// What is said of a commit that gets no answer.
 const COMMITTING: &str = "working on it";
@@ -165,6 +163,8 @@ pub struct MachineDisk {
     slots: Slots,
     /// What is written as `starts` when this start comes to the hand-over.
     starts: Option<(Sha256Hex, Starts)>,
+    /// Where starts are counted that the disk does not take.
+    beside: Option<Place>,
 }
 
 fn settings(boot: &BootInfo) -> DiskSettings {
@@ -234,7 +234,7 @@ impl MachineDisk {
             );
         }
         let disk = store.read()?;
-        Ok(Self { store, slots: Slots::new(disk, floors), starts: None })
+        Ok(Self { store, slots: Slots::new(disk, floors), starts: None, beside: None })
     }
 
     /// `vda`, `nvme0n1`.
@@ -384,46 +384,6 @@ impl MachineDisk {
             eprintln!("kiln-agent: at the next start {first}");
         }
         Ok(())
-    }
-
-    /// The good release with this root hash starts once more: how many starts of it there were before, none of them healthy.
-    /// This one counts from its hand-over on ([`Self::hands_over`]), or from the error that ends it before: a power cut burns no
-    /// try.
-    pub fn count_start(&mut self, root_hash: &Sha256Hex, sequence: u64) -> Starts {
-        let disk = &self.slots.disk;
-        let good = disk.slot_of(root_hash).is_some_and(|slot| disk.state(slot) == SlotState::Good);
-        if !good {
-            return Starts::default();
-        }
-        let known = self.store.starts(root_hash).unwrap_or_default();
-        let begun = if known.count == 0 { sequence } else { known.begun };
-        if known.count >= STARTS {
-            // After a safe mode the release has one start, not all of them. Nothing is handed over to in this one.
-            self.count(root_hash, Starts { count: STARTS - 1, begun });
-        } else {
-            self.starts = Some((root_hash.clone(), Starts { count: known.count + 1, begun }));
-        }
-        known
-    }
-
-    /// The image's init is next, and from here on it is the release that has to become healthy; or nothing is, because this
-    /// machine cannot start it. Counted once.
-    pub fn hands_over(&mut self) {
-        if let Some((root_hash, starts)) = self.starts.take() {
-            self.count(&root_hash, starts);
-        }
-    }
-
-    /// A disk that does not take it starts what it holds all the same.
-    fn count(&mut self, root_hash: &Sha256Hex, starts: Starts) {
-        if let Err(error) = self.store.keep_starts(root_hash, Some(starts)) {
-            println!("kiln-agent: the start is not counted: {error}");
-        }
-    }
-
-    /// It was healthy, or a person wants it tried anew.
-    pub fn forget_starts(&mut self, root_hash: &Sha256Hex) -> Result<()> {
-        Ok(self.store.keep_starts(root_hash, None)?)
     }
 
     /// After a slot was written, or found to hold the release: reads it back, keeps the signed metadata, puts UKI and

@@ -29,7 +29,7 @@ const RECORD_LIMIT: u32 = 4 << 20;
 /// On the state partition, a line a release: `ROOTHASH ORDER`, where the assignment under which it was last verified whole
 /// stands in the loader's order.
 const PUT_UP: &str = "put-up";
-/// On the state partition: `ROOTHASH COUNT SEQUENCE`.
+/// On the state partition: a line of [`Starts`].
 const STARTS: &str = "starts";
 
 /// Starts of a good release in a row, none of them healthy.
@@ -38,6 +38,20 @@ pub struct Starts {
     pub count: u32,
     /// Highest sequence of an assignment that was known at the first.
     pub begun: u64,
+}
+
+impl Starts {
+    /// Of a line `ROOTHASH COUNT SEQUENCE`, if it is about the release with this root hash.
+    pub fn of(line: &str, root_hash: &Sha256Hex) -> Option<Self> {
+        let mut words = line.split_whitespace();
+        words.next().filter(|hash| *hash == root_hash.as_str())?;
+        Some(Self { count: words.next()?.parse().ok()?, begun: words.next()?.parse().ok()? })
+    }
+
+    /// Such a line.
+    pub fn line(self, root_hash: &Sha256Hex) -> String {
+        format!("{root_hash} {} {}\n", self.count, self.begun)
+    }
 }
 
 /// An open disk.
@@ -134,10 +148,8 @@ impl<B: Block> Store<B> {
             let mut entries = Vec::new();
             for node in esp.list(ENTRIES)?.unwrap_or_default() {
                 let Ok(name) = node.name.parse() else { continue };
-                let text = match esp.read(&format!("{ENTRIES}/{}", node.name), TEXT_LIMIT) {
-                    Err(e) if e.kind() == io::ErrorKind::InvalidData => continue,
-                    text => text?.unwrap_or_default(),
-                };
+                let Ok(text) = esp.read(&format!("{ENTRIES}/{}", node.name), TEXT_LIMIT) else { continue };
+                let text = text.unwrap_or_default();
                 if let Some(content) = Content::of_entry_text(&String::from_utf8_lossy(&text)) {
                     entries.push(Entry { name, content });
                 }
@@ -259,19 +271,11 @@ impl<B: Block> Store<B> {
         there.map_err(|e| self.io("looking for the boot loader", &e))
     }
 
-    /// The loader's files that are there.
+    /// The loader's files that are there. One that cannot be read is empty.
     pub fn loaders(&mut self) -> Result<Vec<(&'static str, Vec<u8>)>, DiskError> {
-        let look = |esp: &Fat<Part<'_, B>>| -> io::Result<Vec<(&'static str, Vec<u8>)>> {
-            let mut files = Vec::new();
-            for path in LOADERS {
-                if let Some(file) = esp.read(path, LOADER_LIMIT)? {
-                    files.push((path, file));
-                }
-            }
-            Ok(files)
-        };
-        let files = look(&self.esp()?);
-        files.map_err(|e| self.io("reading the boot loader", &e))
+        let esp = self.esp()?;
+        let read = |path| Some((path, esp.read(path, LOADER_LIMIT).unwrap_or(Some(Vec::new()))?));
+        Ok(LOADERS.into_iter().filter_map(read).collect())
     }
 
     /// Of the loader's files and its settings those that are not as they would be with this loader, or cannot be read.
@@ -335,7 +339,8 @@ impl<B: Block> Store<B> {
 
     /// Keeps it, and those of a few releases before.
     pub fn keep_put_up(&mut self, root_hash: &Sha256Hex, order: u64) -> Result<(), DiskError> {
-        let others = self.all_put_up()?.into_iter().filter(|(hash, _)| hash != root_hash.as_str());
+        // What cannot be read costs a reading back, and not what is written in its place.
+        let others = self.all_put_up().unwrap_or_default().into_iter().filter(|(hash, _)| hash != root_hash.as_str());
         let all = std::iter::once((root_hash.to_string(), order)).chain(others).take(4);
         let lines: Vec<String> = all.map(|(hash, order)| format!("{hash} {order}\n")).collect();
         let text = lines.concat();
@@ -347,20 +352,14 @@ impl<B: Block> Store<B> {
     pub fn starts(&mut self, root_hash: &Sha256Hex) -> Result<Starts, DiskError> {
         let read = self.state()?.read(STARTS, TEXT_LIMIT);
         let text = read.map_err(|e| self.io("reading the state partition", &e))?.unwrap_or_default();
-        let text = String::from_utf8_lossy(&text);
-        let mut words = text.split_whitespace();
-        let counted = (words.next() == Some(root_hash.as_str())).then(|| {
-            let count = words.next()?.parse().ok()?;
-            Some(Starts { count, begun: words.next()?.parse().ok()? })
-        });
-        Ok(counted.flatten().unwrap_or_default())
+        Ok(Starts::of(&String::from_utf8_lossy(&text), root_hash).unwrap_or_default())
     }
 
     /// Keeps it, or forgets it; writes nothing that is so already.
     pub fn keep_starts(&mut self, root_hash: &Sha256Hex, starts: Option<Starts>) -> Result<(), DiskError> {
         let done = match starts {
-            Some(Starts { count, begun }) => {
-                let text = format!("{root_hash} {count} {begun}\n");
+            Some(starts) => {
+                let text = starts.line(root_hash);
                 self.state()?.write(STARTS, text.len() as u64, &mut text.as_bytes())
             }
             None => self.state()?.remove(STARTS),

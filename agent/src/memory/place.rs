@@ -28,6 +28,8 @@ const UNSEAL_TRIES: u32 = 3;
 /// The identity key's seed, and the same sealed by the TPM.
 pub(super) const KEY: &str = "Key";
 const SEALED: &str = "Sealed";
+/// Starts that a disk did not count.
+const STARTS: &str = "Starts";
 
 /// Which key a machine with EFI variables has. One that was sealed is the machine's, whatever lies beside it: an agent that
 /// knows no TPM, or does not reach it for one boot, must not make it another machine for ever. One that was never sealed is
@@ -207,6 +209,17 @@ impl Place {
             return Ok(());
         }
         self.write("Network", &serde_json::to_vec(known).expect("strings and numbers always become JSON"))
+    }
+
+    /// What was counted for a disk that takes no writes ([`crate::disk::machine`]); nothing, where that cannot be read.
+    pub fn starts(&self) -> String {
+        let kept = self.read(STARTS).ok().flatten().unwrap_or_default();
+        String::from_utf8_lossy(&kept).into_owned()
+    }
+
+    /// Keeps it. An EFI variable without a byte goes (UEFI 2.10 §8.2, `SetVariable`).
+    pub fn keep_starts(&self, line: &str) -> Result<()> {
+        self.write(STARTS, line.as_bytes())
     }
 
     pub(super) fn path(&self, what: &str) -> PathBuf {

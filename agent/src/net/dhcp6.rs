@@ -23,15 +23,18 @@ pub async fn acquire(interface: String, machine: MachineId, address: bool) -> Re
     if !address {
         return asking.exchange(INFORMATION, &Lease6::default(), REPLY).await;
     }
-    let offered = asking.exchange(SOLICIT, &Lease6::default(), ADVERTISE).await?;
-    asking.exchange(REQUEST, &offered, REPLY).await
+    asking.address().await
 }
 
-/// Asks for the same again.
-pub async fn renew(lease: &Lease6, machine: &MachineId) -> Result<Lease6> {
+/// Asks for the same again. Of an address that is over, and is not renewed, another is asked for, as of a network that was
+/// renumbered.
+pub async fn renew(lease: &Lease6, is_over: bool, machine: &MachineId) -> Result<Lease6> {
     let mut asking = Asking::begin(&lease.interface, machine).await?;
     let kind = if lease.address.is_some() { RENEW } else { INFORMATION };
-    asking.exchange(kind, lease, REPLY).await
+    match asking.exchange(kind, lease, REPLY).await {
+        Err(_) if is_over && kind == RENEW => asking.address().await,
+        done => done,
+    }
 }
 
 struct Asking {
@@ -68,6 +71,12 @@ impl Asking {
         let socket = open().map_err(AgentError::system(format!("opening the DHCPv6 port on {interface}")))?;
         let client = [&[0, 4], &uuid_of(machine)[..]].concat();
         Ok(Self { socket, to: SocketAddrV6::new(SERVERS, 547, 0, index), interface: interface.to_owned(), client })
+    }
+
+    /// From whoever gives one.
+    async fn address(&mut self) -> Result<Lease6> {
+        let offered = self.exchange(SOLICIT, &Lease6::default(), ADVERTISE).await?;
+        self.exchange(REQUEST, &offered, REPLY).await
     }
 
     /// Sends until an answer of that kind comes that gives what was asked for.

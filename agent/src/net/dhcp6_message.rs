@@ -109,7 +109,9 @@ pub fn parse(bytes: &[u8], wanted: u8, id: [u8; 3], client: &[u8]) -> Option<Lea
                 if options(inside).any(|(code, data)| code == STATUS && data.get(..2) != Some(&[0, 0])) {
                     continue;
                 }
-                let given = options(inside).find(|(code, data)| *code == IA_ADDRESS && data.len() >= 24);
+                // One whose valid lifetime is 0 is taken back (RFC 9915 §18.2.10.1).
+                let is_given = |data: &[u8]| seconds(data, 20).is_some_and(|valid| valid > 0);
+                let given = options(inside).find(|(code, data)| *code == IA_ADDRESS && is_given(data));
                 let Some((_, given)) = given else { continue };
                 let address = Ipv6Addr::from(*given.first_chunk::<16>()?);
                 let usable = !address.is_unspecified() && !address.is_multicast() && !address.is_loopback();
@@ -165,6 +167,10 @@ mod tests {
         assert_eq!((lease.domain.as_deref(), lease.dns.len()), (Some("rack.example"), 1));
         assert_eq!(lease.server, b"server");
         assert_eq!(parse(&answer(REPLY, b"us", 2), REPLY, [1, 2, 3], b"us").unwrap().address, None, "no address left");
+        let mut taken = answer(REPLY, b"us", 0);
+        let valid = taken.windows(4).rposition(|bytes| bytes == [0, 0, 1, 0]).unwrap();
+        taken[valid + 2] = 0;
+        assert_eq!(parse(&taken, REPLY, [1, 2, 3], b"us").unwrap().address, None, "an address that is taken back");
         assert_eq!(parse(&answer(REPLY, b"us", 0), REPLY, [1, 2, 4], b"us"), None, "another's transaction");
         assert_eq!(parse(&answer(REPLY, b"them", 0), REPLY, [1, 2, 3], b"us"), None, "another client's");
         assert_eq!(parse(&answer(ADVERTISE, b"us", 0), REPLY, [1, 2, 3], b"us"), None);

@@ -148,6 +148,11 @@ pub fn others_lead(name: &str) -> bool {
     !links.is_empty() && links.iter().all(|link| link.name != name)
 }
 
+/// The kernel's number of a link. A card that is put back under its name has another, and nothing of what was given to it.
+pub fn number_of(name: &str) -> Option<u32> {
+    Some(Netlink::open().ok()?.link(name).ok()?.index)
+}
+
 /// Connects the machine as a section says; one without links: by any card that is given an address, those in `avoid` last.
 /// What was configured before is taken away; in a running system, by the agent alone.
 pub async fn bring_up(
@@ -404,13 +409,21 @@ async fn renew(lease: &Lease, over: Instant, machine: &MachineId) -> Result<Leas
     }
 }
 
-/// The same by DHCPv6 (RFC 9915 §18.2.4). A server that gives another address is asked at the next boot.
+/// The same by DHCPv6 (RFC 9915 §18.2.4). T1 is half of how long an address is preferred, where the server says none: behind that it
+/// is over.
 async fn keep6(mut lease: Lease6, machine: MachineId) {
+    let mut over = Instant::now() + 2 * lease.renew_after();
     loop {
         tokio::time::sleep(lease.renew_after()).await;
-        match dhcp6::renew(&lease, &machine).await {
-            Ok(renewed) if renewed.address == lease.address => lease = renewed,
-            Ok(_) => eprintln!("kiln-agent: {} is given another address; this one is kept", lease.interface),
+        match dhcp6::renew(&lease, over <= Instant::now(), &machine).await {
+            Ok(renewed) if renewed.address == lease.address => {
+                over = Instant::now() + 2 * renewed.renew_after();
+                lease = renewed;
+            }
+            Ok(_) => {
+                eprintln!("kiln-agent: {} is given another IPv6 address than the one that was leased", lease.interface);
+                return;
+            }
             Err(error) => {
                 eprintln!("kiln-agent: DHCPv6 lease on {} not renewed: {error}", lease.interface);
                 tokio::time::sleep(Duration::from_secs(60)).await;

@@ -252,13 +252,20 @@ fn ipv6_by_routers_and_by_dhcp() {
         drop(routers);
 
         let range = "--dhcp-range=2001:db8::100,2001:db8::1ff,64,600";
-        let _stateful = Dnsmasq::start(&format!("--enable-ra --interface=b0 {range} {names}"));
+        let stateful = Dnsmasq::start(&format!("--enable-ra --interface=b0 {range} {names}"));
         let uplink = up(&link(serde_json::json!({ "dhcp6": true })), &mut HashSet::new()).await.unwrap();
         assert!(has(&uplink, "2001:db8::1") && uplink.addresses.len() == 1, "leased, and none of its own: {uplink:?}");
         assert!(reaches("[2001:db8::1]:9"));
         let lease = &uplink.leases6[0];
-        let renewed = dhcp6::renew(lease, &id()).await.unwrap();
+        let renewed = dhcp6::renew(lease, true, &id()).await.unwrap();
         assert_eq!((renewed.address, &renewed.server), (lease.address, &lease.server));
+        // Renumbered: the old address is kept until its lease is over.
+        drop(stateful);
+        let range = "--dhcp-range=2001:db8::200,2001:db8::200,64,600";
+        let _renumbered = Dnsmasq::start(&format!("--enable-ra --interface=b0 {range}"));
+        assert_eq!(dhcp6::renew(lease, false, &id()).await.unwrap_err().kind(), "network-no-offer", "it is not over");
+        let other = dhcp6::renew(lease, true, &id()).await.unwrap().address;
+        assert_eq!(other, Some("2001:db8::200".parse().unwrap()));
     });
 }
 

@@ -62,7 +62,7 @@ async fn serve() -> Result<()> {
     let other =
         |from: RollbackMemory| from != RollbackMemory::TpmNv && place.rollback_memory() == RollbackMemory::TpmNv;
     let resumed = place.resume(handoff.memory.as_ref().filter(|_| !handoff.remembers.is_some_and(other)))?;
-    let (disk, unopened) = match slots(&handoff, resumed.memory.lowest()).await {
+    let (disk, unopened) = match slots(&handoff, resumed.memory.lowest(), place.clone()).await {
         Ok(disk) => (disk, None),
         Err(error) => (None, Some(error)),
     };
@@ -104,11 +104,11 @@ async fn serve() -> Result<()> {
 
 /// The disk that this system runs from. One that cannot be opened any more, or not in time, costs the slots and is told of: the
 /// release goes on.
-async fn slots(handoff: &Handoff, floors: Vec<ReleaseId>) -> Result<Option<SharedDisk>> {
+async fn slots(handoff: &Handoff, floors: Vec<ReleaseId>, place: Place) -> Result<Option<SharedDisk>> {
     let Some(OnDisk { name, via }) = handoff.disk.clone() else { return Ok(None) };
     let (disk, boot) = (name.clone(), handoff.boot.clone());
     let open = move || {
-        let mut disk = MachineDisk::reopen(&disk, &boot, floors)?;
+        let mut disk = MachineDisk::reopen(&disk, &boot, floors)?.beside(place);
         let root_hash = init::embedded(&boot)?.root_hash;
         disk.event(slot::Event::Started(root_hash, via), None)?;
         Ok::<_, AgentError>(SharedDisk::new(disk))

@@ -117,8 +117,8 @@ impl<B: Block> Fat<B> {
         };
         fat.knots = tree.knots;
         if let Some(boot) = spare {
-            fat.disk.write_at(0, &boot)?;
-            fat.disk.flush()?;
+            // Where the disk does not take it, the copy is enough for each opening.
+            let _ = fat.disk.write_at(0, &boot).and_then(|()| fat.disk.flush());
         }
         Ok(fat)
     }
@@ -292,11 +292,10 @@ impl<B: Block> Fat<B> {
     }
 }
 
-/// By the boot sector, or by its copy where that is none; the copy is to be written over it then.
+/// By the boot sector, or by its copy where that is none, or cannot be read; the copy is to be written over it then.
 fn find_geometry<B: Block>(disk: &B) -> io::Result<(Geometry, Option<[u8; SECTOR]>)> {
     let mut boot = [0; SECTOR];
-    disk.read_at(0, &mut boot)?;
-    let error = match geometry(&boot, disk.size()) {
+    let error = match disk.read_at(0, &mut boot).and_then(|()| geometry(&boot, disk.size())) {
         Ok(geometry) => return Ok((geometry, None)),
         Err(error) => error,
     };

@@ -11,7 +11,7 @@ impl MachineDisk {
         let layout = Layout::new(size, &settings, "lab").unwrap();
         let mut store = Store::open(Device::open(path).unwrap(), layout, true, "sda").unwrap();
         let slots = Slots::new(store.read().unwrap(), Vec::new());
-        let mut disk = Self { store, slots, starts: None };
+        let mut disk = Self { store, slots, starts: None, beside: None };
         let assign = Event::Assign(content(manifest).unwrap(), 4, Go::Here(Via::Cold));
         for event in [assign, Event::Fetched, Event::Granted] {
             disk.event(event, Some(uki)).unwrap();
@@ -21,14 +21,21 @@ impl MachineDisk {
 
     /// The same at its next opening, its EFI system partition without a boot sector.
     pub fn without_esp(self) -> Self {
-        let (path, layout) = (self.store.disk().path().to_owned(), self.store.layout.clone());
+        let layout = self.store.layout.clone();
         for copy in [0, 6] {
             let at = layout.esp().start + copy * 512;
             self.store.disk().file().write_all_at(&[0xa5; 512], at).unwrap();
         }
-        drop(self);
-        let mut store = Store::open(Device::open(&path).unwrap(), layout, false, "sda").unwrap();
+        self.reopened(true)
+    }
+
+    /// The same at its next opening; without `writes` it takes none.
+    pub fn reopened(self, writes: bool) -> Self {
+        let (path, layout) = (self.store.disk().path().to_owned(), self.store.layout.clone());
+        drop(self.store);
+        let device = if writes { Device::open(&path) } else { Device::open_for_reading(&path) };
+        let mut store = Store::open(device.unwrap(), layout, false, "sda").unwrap();
         let slots = Slots::new(store.read().unwrap(), Vec::new());
-        Self { store, slots, starts: None }
+        Self { store, slots, starts: None, beside: self.beside }
     }
 }

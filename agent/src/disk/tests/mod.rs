@@ -6,6 +6,7 @@ mod flips;
 mod floor;
 mod loader;
 mod remains;
+mod sectors;
 mod tables;
 
 use super::block::{Block, Part, SECTOR};

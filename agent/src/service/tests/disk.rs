@@ -106,6 +106,35 @@ fn what_runs_is_read_back_for_a_rebuild_without_the_verifier_in_hand() {
     });
 }
 
+/// It may be what nothing needs: the machine comes up anew by it, says so, and is not sent round again.
+#[test]
+fn a_root_that_cannot_be_read_back_is_put_up_anew_as_it_lies() {
+    let (dir, site) = (tempfile::tempdir().unwrap(), TestSite::new(1));
+    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+    let director = Director::start(&site, (1, 4, Via::Cold, true));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (mut service, disk) = on_trial_of(dir.path(), &site, &[http], &director.url);
+        service.verifier.lock().await.put_up = 4;
+        director.rebuild((1, 6, Via::Cold, true));
+        let api = Rc::clone(&service.api);
+        let mut api = api.lock().await;
+        service.newest = Some(service.journal.send(&mut api, 0).await.unwrap());
+        // What is read past the cache comes from the path, and there is nothing.
+        std::fs::rename(dir.path().join("disk"), dir.path().join("aside")).unwrap();
+        std::fs::write(dir.path().join("disk"), "").unwrap();
+
+        let target = duty::Target { release: service.here.clone(), sequence: 6 };
+        let Event::Fetched(Some(note)) = service.fetch(target).await.event else { panic!("it is given up") };
+        assert!(note.contains("reading a slot back") && note.contains("starts as it lies"), "{note}");
+        let root_hash = service.journal.embedded.root_hash.clone();
+        let put_up = on_disk(&disk, move |disk| Ok((disk.put_up(&root_hash), disk.slots().disk.labels)));
+        let (order, labels) = put_up.await.unwrap();
+        assert_eq!(order, 6, "the same order is done");
+        assert!(labels[0].is_some(), "its label stays");
+    });
+}
+
 #[test]
 fn a_uki_is_put_back_only_for_a_release_that_the_loader_knows() {
     let (dir, site) = (tempfile::tempdir().unwrap(), TestSite::new(2));

@@ -301,7 +301,7 @@ mod tests {
     use super::*;
     use crate::testing::director::Director;
     use crate::testing::web::{self, Gate, Happened};
-    use crate::testing::{TestSite, journal};
+    use crate::testing::{TestSite, flow};
     use kiln_protocol::StageState;
     use std::collections::BTreeMap;
     use std::sync::mpsc::Receiver;
@@ -309,9 +309,7 @@ mod tests {
     /// A machine in its initramfs that has found its server and asked it.
     async fn asked(site: &TestSite, http: &[String], director: &Director, state: &Path) -> (Flow, Assignment, Via) {
         let verifier = site.verifier(1, http, std::slice::from_ref(&director.url), state);
-        let journal = Journal { running: None, ..journal(&verifier) };
-        let tell_every = Duration::from_millis(100);
-        let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every };
+        let mut flow = flow(verifier, None, Duration::from_millis(100));
         flow.find_server().await.unwrap();
         let here = flow.verifier.here().unwrap();
         let verified = flow.verifier.verify_metadata(&here).await.unwrap();

@@ -366,8 +366,7 @@ async fn fetch_root(flow: &mut Flow, manifest: &Manifest, disk: &SharedDisk, slo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::journal::Journal;
-    use crate::testing::{TestSite, journal, web};
+    use crate::testing::{TestSite, flow, web};
     use crate::verifier::Servers;
     use kiln_protocol::StageState;
     use std::collections::BTreeMap;
@@ -385,16 +384,19 @@ mod tests {
         disk
     }
 
+    /// That machine in its initramfs: no boot server answers, and the repository's files are there.
+    fn alone(site: &TestSite, state: &std::path::Path) -> Flow {
+        let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+        let mut verifier = site.verifier(1, &[http], &[], state);
+        verifier.boot.site.mode = Mode::Disk;
+        flow(verifier, Some(1), Duration::from_secs(20))
+    }
+
     /// Firmware started it from there. With a boot server's word it is installed anew, which is another matter.
     #[test]
     fn a_release_beside_an_esp_that_cannot_be_read_starts_from_its_slot_without_a_boot_server() {
         let (dir, site) = (tempfile::tempdir().unwrap(), TestSite::new(1));
-        let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
-        let mut verifier = site.verifier(1, &[http], &[], &dir.path().join("state"));
-        verifier.boot.site.mode = Mode::Disk;
-        let journal = Journal { running: None, ..journal(&verifier) };
-        let tell_every = Duration::from_secs(20);
-        let mut flow = Flow { verifier, journal, api: None, tries: Some(1), tell_every };
+        let mut flow = alone(&site, &dir.path().join("state"));
         let root_hash = machine::content(&site.manifests[&1]).unwrap().root_hash;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let beside = tempfile::tempdir().unwrap();
@@ -419,12 +421,7 @@ mod tests {
     #[test]
     fn a_start_by_a_record_that_does_not_verify_counts() {
         let (dir, site) = (tempfile::tempdir().unwrap(), TestSite::new(1));
-        let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
-        let mut verifier = site.verifier(1, &[http], &[], &dir.path().join("state"));
-        verifier.boot.site.mode = Mode::Disk;
-        let journal = Journal { running: None, ..journal(&verifier) };
-        let tell_every = Duration::from_secs(20);
-        let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every };
+        let mut flow = alone(&site, &dir.path().join("state"));
         let disk = good(&site, dir.path());
         let root_hash = machine::content(&site.manifests[&1]).unwrap().root_hash;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -457,8 +454,7 @@ mod tests {
         verifier.place.remember(&verifier.memory).unwrap();
         // The next boot.
         verifier.memory = verifier.place.memory().unwrap();
-        let journal = journal(&verifier);
-        let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: Duration::ZERO };
+        let mut flow = flow(verifier, None, Duration::ZERO);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         // No disk of this host is looked at.
         assert!(runtime.block_on(open_disk(&mut flow)).is_none());

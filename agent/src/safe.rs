@@ -135,9 +135,8 @@ async fn newest(flow: &mut Flow, drivers: &mut Option<Drivers>, network: &mut Ne
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::journal::Journal;
     use crate::testing::director::Director;
-    use crate::testing::{TestSite, journal, web};
+    use crate::testing::{TestSite, flow, web};
     use kiln_protocol::StageState;
     use std::collections::BTreeMap;
     use std::time::Instant;
@@ -161,8 +160,7 @@ mod tests {
 
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let journal = Journal { running: None, ..journal(&verifier) };
-            let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: PATIENCE };
+            let mut flow = flow(verifier, None, PATIENCE);
             flow.find_server().await.unwrap();
             let mut network = Network::start(&mut flow);
             let begun = Instant::now();

@@ -7,7 +7,7 @@ use crate::console::{Console, Mark};
 use crate::error::{AtPath, LabError};
 use crate::nbd::Nbd;
 use crate::net;
-use crate::qmp::Qmp;
+use crate::qmp::{Event, Qmp};
 pub use crate::spec::{DISK_BYTES, Disk, Firmware, HardwareWatchdog, MachineSpec, text};
 use crate::tpm::SoftwareTpm;
 use crate::trunk::{self, Trunk};
@@ -318,12 +318,22 @@ impl Machine {
 
     /// How often it went through reset since it was switched on.
     pub fn resets(&self) -> usize {
-        self.power.as_ref().map_or(0, |p| p.qmp.resets())
+        self.power.as_ref().map_or(0, |p| p.qmp.count(Event::Reset))
     }
 
     /// Waits until it goes through reset once more than `before`.
     pub fn wait_reset(&self, before: usize, limit: Duration) -> Result<(), LabError> {
-        self.power()?.qmp.wait_reset(before, limit)
+        self.power()?.qmp.wait_more(Event::Reset, before, limit)
+    }
+
+    /// How often its hardware watchdog ended a hang since it was switched on.
+    pub fn hangs(&self) -> usize {
+        self.power.as_ref().map_or(0, |p| p.qmp.count(Event::Watchdog))
+    }
+
+    /// Waits until it has ended one more than `before`.
+    pub fn wait_hang(&self, before: usize, limit: Duration) -> Result<(), LabError> {
+        self.power()?.qmp.wait_more(Event::Watchdog, before, limit)
     }
 
     /// Its serial console.
@@ -333,8 +343,21 @@ impl Machine {
 
     /// Types a line on its serial console.
     pub fn type_line(&mut self, line: &str) -> Result<(), LabError> {
+        self.type_bytes(format!("{line}\r").as_bytes())
+    }
+
+    /// Holds its serial line until its next reset, as a terminal does that is busy: whoever writes to that console waits.
+    pub fn hold_line(&mut self) -> Result<(), LabError> {
+        // XOFF, which Linux obeys on a console (termios(3), IXON). Until the line goes on the driver takes in a page (UART_XMIT_SIZE);
+        // that is filled by the echo of what is typed behind it, as one line that does not end.
+        let mut typed = vec![b'x'; 3 * 4096];
+        typed[0] = 0x13;
+        self.type_bytes(&typed)
+    }
+
+    fn type_bytes(&mut self, bytes: &[u8]) -> Result<(), LabError> {
         let Some(power) = &mut self.power else { return self.power().map(drop) };
-        let typed = power.keyboard.write_all(format!("{line}\r").as_bytes()).and_then(|()| power.keyboard.flush());
+        let typed = power.keyboard.write_all(bytes).and_then(|()| power.keyboard.flush());
         typed.at(&self.console_path)
     }
 

@@ -18,11 +18,43 @@ pub struct Qmp {
     inbox: Arc<(Mutex<Inbox>, Condvar)>,
 }
 
+/// What the monitor tells by itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// The machine goes through reset.
+    Reset,
+    /// Its hardware watchdog was not petted in time. A reset follows.
+    Watchdog,
+}
+
+impl Event {
+    /// QEMU's name for it.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Reset => "RESET",
+            Self::Watchdog => "WATCHDOG",
+        }
+    }
+
+    fn what(self) -> &'static str {
+        match self {
+            Self::Reset => "a reset through firmware",
+            Self::Watchdog => "the end of its hardware watchdog's time",
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Inbox {
     answers: Vec<Value>,
     events: Vec<String>,
     closed: bool,
+}
+
+impl Inbox {
+    fn count(&self, event: Event) -> usize {
+        self.events.iter().filter(|name| *name == event.name()).count()
+    }
 }
 
 impl Qmp {
@@ -77,17 +109,18 @@ impl Qmp {
         }
     }
 
-    /// How often the machine went through reset since it was switched on.
-    pub fn resets(&self) -> usize {
-        let inbox = self.inbox.0.lock().expect("no holder of this lock panics");
-        inbox.events.iter().filter(|e| *e == "RESET").count()
+    /// How often this happened since the machine was switched on.
+    pub fn count(&self, event: Event) -> usize {
+        self.inbox.0.lock().expect("no holder of this lock panics").count(event)
     }
 
-    /// Waits until the machine has gone through reset more than `before` times.
-    pub fn wait_reset(&self, before: usize, limit: Duration) -> Result<(), LabError> {
-        self.wait(limit, |inbox| inbox.events.iter().filter(|e| *e == "RESET").count() > before).map(drop).map_err(
-            |()| LabError::TooLong { who: self.machine.clone(), what: "a reset through firmware".into(), limit },
-        )
+    /// Waits until it has happened more than `before` times.
+    pub fn wait_more(&self, event: Event, before: usize, limit: Duration) -> Result<(), LabError> {
+        self.wait(limit, |inbox| inbox.count(event) > before).map(drop).map_err(|()| LabError::TooLong {
+            who: self.machine.clone(),
+            what: event.what().into(),
+            limit,
+        })
     }
 
     fn wait(&self, limit: Duration, until: impl Fn(&Inbox) -> bool) -> Result<std::sync::MutexGuard<'_, Inbox>, ()> {

@@ -30,8 +30,12 @@ pub const HANGS_SERVERS: &str = "hangs-servers";
 pub const SERVERS: &str = "servers";
 /// The image of machines that live on their disk.
 pub const DISK: &str = "disk";
-/// The release of [`DISK`] that brings another boot loader than those before it.
+/// The release of [`DISK`] that brings another boot loader than those before it, by a recipe of its own.
 pub const OTHER_LOADER: u64 = 3;
+/// That recipe.
+const DISK_OTHER: &str = "disk-other";
+/// What a machine that runs that release takes of its link for another, bytes a second.
+pub const OTHER_PREFETCH_RATE: u64 = 1 << 20;
 /// The same with a secret and with data.
 pub const VAULT: &str = "vault";
 
@@ -73,7 +77,7 @@ pub fn prepare(paths: &Paths, further: &[String]) -> Result<(), LabError> {
     let other = site.join(format!("build/{DISK}/{OTHER_LOADER}/manifest.json"));
     if further.iter().any(|further| further == DISK) && !other.exists() {
         println!("lab: building {DISK}/{OTHER_LOADER}, with another boot loader");
-        build_from(paths, &site, DISK, &OTHER_LOADER.to_string(), &with_other_loader(paths)?)?;
+        build_from(paths, &site, DISK_OTHER, &OTHER_LOADER.to_string(), &with_other_loader(paths)?)?;
     }
     Ok(())
 }

@@ -73,9 +73,8 @@ pub(super) async fn go(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::journal::Journal;
     use crate::testing::director::Director;
-    use crate::testing::{TestSite, journal, web};
+    use crate::testing::{TestSite, flow, web};
     use crate::verifier::Answer;
     use kiln_protocol::StageState;
     use kiln_protocol::slot::{Content, Disk, Event, Go, Label};
@@ -110,8 +109,7 @@ mod tests {
         let director = Director::start(site, (2, 5, Via::Cold, true));
         let mut verifier = site.verifier(1, &[http], std::slice::from_ref(&director.url), &dir.path().join("state"));
         verifier.boot.site.mode = Mode::Disk;
-        let journal = Journal { running: None, ..journal(&verifier) };
-        let mut flow = Flow { verifier, journal, api: None, tries: Some(1), tell_every: Duration::from_secs(20) };
+        let mut flow = flow(verifier, Some(1), Duration::from_secs(20));
         flow.find_server().await.unwrap();
         let here = flow.verifier.here().unwrap();
         let verified = flow.verifier.verify_metadata(&here).await.unwrap();

@@ -3,12 +3,10 @@
 
 use super::*;
 use crate::api::Api;
-use crate::flow::Flow;
-use crate::journal::Journal;
 use crate::testing::director::Director;
 use crate::testing::namespace::enter;
 use crate::testing::oracle::skipped;
-use crate::testing::{TestSite, journal, listen};
+use crate::testing::{TestSite, flow, listen};
 use crate::uplink::{connect_later, hold, servers, stay};
 use kiln_protocol::Via;
 use kiln_release::network::NetworkConfig;
@@ -411,8 +409,7 @@ fn a_lying_dhcp_server_names_an_attacker_who_hears_nothing() {
     let (attacker, honest) = (stands_at("10.9.9.66:8443", &other), stands_at("10.9.9.67:8443", &home));
     let dir = tempfile::tempdir().unwrap();
     let verifier = home.verifier(1, &[], &[], dir.path());
-    let journal = Journal { running: None, ..journal(&verifier) };
-    let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: Duration::from_secs(9) };
+    let mut flow = flow(verifier, None, Duration::from_secs(9));
     run(async {
         let own = |host: &str| {
             let option = "--dhcp-option=vendor:KilnAgent";

@@ -8,6 +8,7 @@ pub mod namespace;
 pub mod oracle;
 pub mod web;
 
+use crate::flow::Flow;
 use crate::journal::{Journal, JournalState, boot_id, monotonic_ms};
 use crate::memory::Place;
 use crate::verifier::{Servers, Verifier};
@@ -22,6 +23,7 @@ use kiln_release::{
 };
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
 
 pub const IMAGE: &str = "minimal";
 const COMMAND_LINE: &str = "console=ttyS0 quiet";
@@ -284,6 +286,13 @@ pub fn journal(verifier: &Verifier) -> Journal {
         fallback: None,
         condition: None,
     }
+}
+
+/// That machine in its initramfs, before it has found a server: at most so many tries of anything, and so often it tells of what takes
+/// long.
+pub fn flow(verifier: Verifier, tries: Option<u32>, tell_every: Duration) -> Flow {
+    let journal = Journal { running: None, ..journal(&verifier) };
+    Flow { verifier, journal, api: None, tries, tell_every }
 }
 
 /// A PE32+ file of headers and sections (Microsoft PE Format).

@@ -1,10 +1,9 @@
 //! Network configurations that are tried and left, and links that lead nowhere any more.
 
 use super::*;
-use crate::journal::Journal;
 use crate::testing::director::Director;
 use crate::testing::namespace::enter;
-use crate::testing::{TestSite, journal, listen, web};
+use crate::testing::{TestSite, flow, listen, web};
 use crate::verifier::Answer;
 use kiln_protocol::{StageState, Via};
 use kiln_release::network::NetworkConfig;
@@ -45,8 +44,7 @@ fn boot(state: &Path, signed: (u64, &str, &str)) -> Boot {
     let (_url, _hear) = web::honest_on(http, site.files.clone(), BTreeMap::new());
     let mut verifier = site.verifier(1, &[], &[], state);
     verifier.boot.site.network = Some(config(1, "10.9.0.6/24", "10.9.0.6", ports));
-    let journal = Journal { running: None, ..journal(&verifier) };
-    let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: Duration::from_secs(9) };
+    let mut flow = flow(verifier, None, Duration::from_secs(9));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let mut network = Network::start(&mut flow);

@@ -4,7 +4,7 @@
 use super::*;
 use crate::testing::director::Director;
 use crate::testing::web;
-use crate::testing::{TestSite, journal, now, operator};
+use crate::testing::{TestSite, flow, journal, now, operator};
 use jiff::SignedDuration;
 use kiln_protocol::{
     ASSIGNMENT_TYPE, BoundMachine, Desired, FRESHNESS_TYPE, OrderedMachine, SPEC_VERSION, Stage, StageRecord,
@@ -140,6 +140,22 @@ impl Machine {
         self.verifier.check_reply(&self.verified, reply, &nonce).map_err(|e| e.kind())
     }
 
+    /// From now on it is one with a disk. Gives the files of the repository that its release verifies with.
+    fn lives_on_a_disk(&mut self) -> BTreeMap<String, String> {
+        let (http, _hear) = web::honest(self.site.files.clone(), BTreeMap::new());
+        self.verifier.servers.http = vec![http];
+        self.verifier.boot.site.mode = Mode::Disk;
+        let here = self.verifier.here().unwrap();
+        self.runtime.block_on(self.verifier.verify_metadata(&here)).unwrap().files
+    }
+
+    /// What its disk keeps beside its release, which is assigned anew.
+    fn record(&mut self, files: &BTreeMap<String, String>, sequence: u64) -> Record {
+        assert!(self.hears(None, 1, sequence).is_ok());
+        let assignment = self.verifier.accepted.clone().unwrap();
+        Record { files: files.clone(), assignment, servers: Servers::default() }
+    }
+
     /// From now on nothing that it remembers can be stored, as where firmware's store is full; or can again.
     fn stores(&self, stores: bool) {
         let in_the_way = self.dir.path().join(IN_THE_WAY);
@@ -261,16 +277,9 @@ fn orders_are_remembered_until_they_expire_and_no_more_than_fit() {
 #[test]
 fn only_the_record_that_was_written_last_starts_a_release() {
     let mut machine = Machine::of(1);
-    let (http, _hear) = web::honest(machine.site.files.clone(), BTreeMap::new());
-    machine.verifier.servers.http = vec![http];
-    machine.verifier.boot.site.mode = Mode::Disk;
     let here = machine.verifier.here().unwrap();
-    let files = machine.runtime.block_on(machine.verifier.verify_metadata(&here)).unwrap().files;
-    let [first, second, third] = [2, 3, 4].map(|sequence| {
-        assert!(machine.hears(None, 1, sequence).is_ok());
-        let assignment = machine.verifier.accepted.clone().unwrap();
-        Record { files: files.clone(), assignment, servers: Servers::default() }
-    });
+    let files = machine.lives_on_a_disk();
+    let [first, second, third] = [2, 3, 4].map(|sequence| machine.record(&files, sequence));
     let (manifest, mut verifier) = (machine.site.manifests[&1].clone(), machine.verifier);
     let starts = |verifier: &mut Verifier, record: &Record| {
         verifier.verify_record(&here, record, true).map(|(_, assignment)| assignment.sequence).map_err(|e| e.kind())
@@ -310,14 +319,9 @@ fn only_the_record_that_was_written_last_starts_a_release() {
 #[test]
 fn a_record_is_held_to_the_floor_of_its_own_image() {
     let mut machine = Machine::of(1);
-    let (http, _hear) = web::honest(machine.site.files.clone(), BTreeMap::new());
-    machine.verifier.servers.http = vec![http];
-    machine.verifier.boot.site.mode = Mode::Disk;
     let beside = machine.verifier.here().unwrap();
-    let files = machine.runtime.block_on(machine.verifier.verify_metadata(&beside)).unwrap().files;
-    assert!(machine.hears(None, 1, 2).is_ok());
-    let assignment = machine.verifier.accepted.clone().unwrap();
-    let record = Record { files, assignment, servers: Servers::default() };
+    let files = machine.lives_on_a_disk();
+    let record = machine.record(&files, 2);
     let mut verifier = machine.verifier;
     verifier.boot.image = "other".into();
     for (floors, expected) in
@@ -333,18 +337,14 @@ fn a_record_is_held_to_the_floor_of_its_own_image() {
 #[test]
 fn an_assignment_that_expired_on_the_disk_starts_its_release_and_leads_to_no_other() {
     let mut machine = Machine::of(1);
-    let (http, _hear) = web::honest(machine.site.files.clone(), BTreeMap::new());
-    machine.verifier.servers.http = vec![http];
-    machine.verifier.boot.site.mode = Mode::Disk;
     let here = machine.verifier.here().unwrap();
-    let files = machine.runtime.block_on(machine.verifier.verify_metadata(&here)).unwrap().files;
-    assert!(machine.hears(None, 1, 2).is_ok());
-    let envelope: serde_json::Value = serde_json::from_str(machine.verifier.accepted.as_ref().unwrap()).unwrap();
+    let files = machine.lives_on_a_disk();
+    let kept = machine.record(&files, 2);
+    let envelope: serde_json::Value = serde_json::from_str(&kept.assignment).unwrap();
     let given: Assignment = serde_json::from_value(envelope["signed"].clone()).unwrap();
     let days = |days: i64| now() + SignedDuration::from_hours(24 * days);
     let old = Assignment { issued: days(-60), expires: days(-30), ..given };
-    let assignment = sign_envelope(&old, &[&machine.site.director]).unwrap();
-    let record = Record { files, assignment, servers: Servers::default() };
+    let record = Record { assignment: sign_envelope(&old, &[&machine.site.director]).unwrap(), ..kept };
     let (verified, assigned) = machine.verifier.verify_record(&here, &record, true).unwrap();
     assert_eq!(assigned, old);
     // The server told the time: the machine knows that the thirty days are over.
@@ -389,9 +389,7 @@ fn the_stolen_boot_server_is_told_why_its_rescue_release_is_not_fetched() {
     let (http, _hear) = web::honest(machine.site.files.clone(), BTreeMap::new());
     let dir = tempfile::tempdir().unwrap();
     let verifier = machine.site.verifier(1, &[http], std::slice::from_ref(&director.url), dir.path());
-    let journal = Journal { running: None, ..journal(&verifier) };
-    let tell_every = Duration::from_millis(100);
-    let mut flow = crate::flow::Flow { verifier, journal, api: None, tries: Some(1), tell_every };
+    let mut flow = flow(verifier, Some(1), Duration::from_millis(100));
     machine.runtime.block_on(async {
         flow.find_server().await.unwrap();
         let here = flow.verifier.here().unwrap();
@@ -493,9 +491,7 @@ fn the_server_hears_once_that_a_machine_stores_nothing_and_shows_it_without_a_ro
     let dir = tempfile::tempdir().unwrap();
     std::fs::create_dir(dir.path().join(IN_THE_WAY)).unwrap();
     let verifier = site.verifier(1, &[http], std::slice::from_ref(&director.url), dir.path());
-    let journal = Journal { running: None, ..journal(&verifier) };
-    let mut flow =
-        crate::flow::Flow { verifier, journal, api: None, tries: Some(1), tell_every: Duration::from_secs(20) };
+    let mut flow = flow(verifier, Some(1), Duration::from_secs(20));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         flow.find_server().await.unwrap();

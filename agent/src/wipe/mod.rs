@@ -258,9 +258,8 @@ fn wipe(disk: &Disk, method: WipeMethod, meter: &Meter, pulse: &Pulse) -> WipedD
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::journal::Journal;
     use crate::testing::director::Director;
-    use crate::testing::{TestSite, journal, now};
+    use crate::testing::{TestSite, flow, now};
     use kiln_protocol::{ORDER_TYPE, OrderedMachine, StageState, Via};
 
     /// What fails here is no disk, which a receipt would tell of: the agent itself.
@@ -270,8 +269,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let director = Director::start(&site, (1, 1, Via::Cold, false));
         let verifier = site.verifier(1, &[], std::slice::from_ref(&director.url), &dir.path().join("state"));
-        let journal = Journal { running: None, ..journal(&verifier) };
-        let mut flow = Flow { verifier, journal, api: None, tries: None, tell_every: Duration::from_secs(20) };
+        let mut flow = flow(verifier, None, Duration::from_secs(20));
         let order = Order {
             type_: ORDER_TYPE.into(),
             spec_version: SPEC_VERSION.into(),

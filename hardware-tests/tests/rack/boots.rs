@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 const PXE: Firmware = Firmware::Uefi(NetworkBoot::Pxe);
 const HTTP: Firmware = Firmware::Uefi(NetworkBoot::Http);
 const NAME: &str = "rack-1";
-/// What the agent may cost as a service, bytes.
+/// What the agent may ever have had in memory as a service, bytes.
 const AGENT_RSS: u64 = 12_000_000;
 
 fn root_hash(rack: &Rack, image: &str, release: u64) -> Option<String> {
@@ -62,7 +62,7 @@ fn pxe_survives_a_dead_server_and_reimages_by_kexec() {
         assert!(is_enforced(&view), "{view:#?}");
         assert!(console.since(begun).contains(LOCKED), "{}", console.last_words(40));
         let memory = view.agent_memory.expect("each report says it");
-        assert!(memory.rss_bytes <= AGENT_RSS, "{memory:?}");
+        assert!(memory.peak_bytes <= AGENT_RSS, "{memory:?}");
         let reimage = view.boot().unwrap();
         assert_eq!(reimage.via.as_deref(), Some("kexec"));
         assert!(reimage.at(Stage::Dhcp, "done").is_none(), "no firmware was heard: {reimage:#?}");

@@ -49,14 +49,14 @@ fn happened(view: &MachineView, kind: &str, words: &str) -> bool {
 }
 
 /// Where its door is, by what the agent says of its card.
-fn address(rack: &mut Rack) -> Ipv4Addr {
+pub fn address(rack: &mut Rack) -> Ipv4Addr {
     let said = rack.machine(NAME).console().unwrap().since(Mark::default());
     let (_, address) = said.rsplit_once(" has [").unwrap();
     address.split([',', ']']).next().unwrap().parse().unwrap()
 }
 
 /// Says a word at the machine's door, with what belongs to it, and waits until it is done.
-fn order(rack: &mut Rack, address: Ipv4Addr, word: &str, more: &[u8]) {
+pub fn order(rack: &mut Rack, address: Ipv4Addr, word: &str, more: &[u8]) {
     let console = rack.machine(NAME).console().unwrap().clone();
     let before = console.mark();
     let mut door = TcpStream::connect((address, 4445)).unwrap();

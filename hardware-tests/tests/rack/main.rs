@@ -34,3 +34,4 @@ mod silence;
 mod stolen;
 mod support;
 mod thefts;
+mod watchdog;

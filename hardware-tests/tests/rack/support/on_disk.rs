@@ -31,10 +31,15 @@ pub fn rack_of(paths: &Paths, name: &str, spec: MachineSpec) -> Rack {
 
 /// Switches it on and waits until it runs release 1 from slot A.
 pub fn installed(rack: &mut Rack) -> Arc<Console> {
+    installed_as(rack, 1)
+}
+
+/// The same with the newest release that is published.
+pub fn installed_as(rack: &mut Rack, release: u64) -> Arc<Console> {
     rack.machine(NAME).power_on().unwrap();
-    rack.wait_healthy(NAME, 1).unwrap();
+    rack.wait_healthy(NAME, release).unwrap();
     let console = rack.machine(NAME).console().unwrap().clone();
-    console.wait_for("A Good disk/1, B Empty -", Mark::default(), IDLE).unwrap();
+    console.wait_for(&format!("A Good disk/{release}, B Empty -"), Mark::default(), IDLE).unwrap();
     console
 }
 

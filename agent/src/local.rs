@@ -13,11 +13,11 @@ use crate::flow::Flow;
 use crate::init;
 use crate::kexec;
 use crate::memory::Memory;
-use crate::plan;
+use crate::plan::{self, Plan};
 use crate::uplink::Network;
 use crate::verifier::{Verified, Verifier};
 use kiln_protocol::slot::{Action, Content, Event, Fallback, Go, Label, SlotId, Slots};
-use kiln_protocol::{Assignment, BootFirst, ReleaseId, Stage};
+use kiln_protocol::{Assignment, BootFirst, ReleaseId, Stage, Via};
 use kiln_release::{Manifest, Mode};
 use std::fs::File;
 use std::sync::Arc;
@@ -27,6 +27,9 @@ use std::time::Duration;
 pub const PATIENCE: Duration = Duration::from_secs(30);
 /// And so long the trial of a newly signed network configuration, with the way back.
 pub const ADOPTION: Duration = Duration::from_secs(90 + 60);
+
+/// So long a boot that the network chose fetches the release that is assigned instead, before the slot starts.
+pub const GOING: Duration = Duration::from_secs(15 * 60);
 
 /// A disk that gives no answer within this does not count the start.
 const COUNTS: Duration = Duration::from_secs(20);
@@ -132,17 +135,20 @@ pub fn tell_fallback(flow: &mut Flow, disk: &SharedDisk) {
     flow.journal.fallback = fallback(&flow.verifier.memory, disk);
 }
 
-/// The boot server's word on this boot: current metadata, and an assignment. Which release it names does not matter
-/// here; its role is given back.
-pub async fn ask(flow: &mut Flow, drivers: &mut Option<Drivers>, network: &mut Network) -> Result<(Verified, String)> {
+/// The boot server's word on this boot: current metadata, and an assignment, which may name another release.
+pub async fn ask(
+    flow: &mut Flow,
+    drivers: &mut Option<Drivers>,
+    network: &mut Network,
+) -> Result<(Verified, (Assignment, Via, Plan))> {
     network.connect(flow, drivers).await?;
     init::set_host_name(network, flow);
     flow.ship_log()?;
     let here = flow.verifier.here()?;
     let mut verified = init::metadata(flow, &here, Stage::Metadata).await?;
     may_run(flow, &verified)?;
-    let (assignment, ..) = init::wait_for_assignment(flow, &mut verified).await?;
-    Ok((verified, assignment.role))
+    let assigned = init::wait_for_assignment(flow, &mut verified).await?;
+    Ok((verified, assigned))
 }
 
 /// The same by what was kept of it.
@@ -253,15 +259,16 @@ fn may_run(flow: &Flow, verified: &Verified) -> Result<()> {
 }
 
 /// Makes sure that this release lies in a slot and that the loader starts it from there; says in which. A disk that gives no
-/// answer is an error like any other. Where no entry can be read and no boot server says what goes there, nothing is written:
+/// answer is an error like any other. Where no entry can be read and no boot server wants this release, nothing is written:
 /// firmware started it from there, and does again.
 pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDisk) -> Result<SlotId> {
     let (manifest, via) = (verified.manifest.clone(), kexec::started_this());
     let content = machine::content(&manifest)?;
     let root_hash = content.root_hash.clone();
-    if flow.verifier.accepted.is_none()
-        && let Some(slot) = disk.unlisted(&root_hash)
-    {
+    let here = flow.verifier.here()?;
+    // What was accepted may be the way to another release, which no kexec led to.
+    let is_assigned = flow.verifier.accepted.as_deref().is_some_and(|accepted| assigns(accepted, &here));
+    if !is_assigned && let Some(slot) = disk.unlisted(&root_hash) {
         println!("kiln-agent: {}: the EFI system partition stays as it is, and the release starts", disk.name());
         return Ok(slot);
     }
@@ -274,13 +281,13 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
         }
         Ok((disk.slots().running.as_ref().map(|running| running.slot), rest))
     });
-    let record = Record {
+    let mut record = Record {
         files: verified.files.clone(),
         assignment: flow.verifier.accepted.clone().unwrap_or_default(),
         servers: flow.verifier.servers.clone(),
     };
     if let (Some(slot), rest) = started.await? {
-        if let Err(error) = renew_record(flow, disk, &manifest, record).await {
+        if is_assigned && let Err(error) = renew_record(flow, disk, &manifest, record).await {
             println!("kiln-agent: what is kept of this release stays as it is: {error}");
         }
         for action in rest {
@@ -299,6 +306,18 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
     kexec::verify(&File::open(&uki).map_err(AgentError::file(&uki))?, &manifest)?;
     // A release that the loader knows and whose root is gone comes back under the entry that it has.
     let known = disk.slots().disk.listed(&content.root_hash).map(|entry| entry.name.sequence);
+    if !is_assigned {
+        // It has no place of its own in the loader's order without one, and under the assigned release's that one could not come.
+        known.ok_or(AgentError::Superseded)?;
+        // By which it starts without a boot server, as before.
+        let root_hash = content.root_hash.clone();
+        let kept = on_disk(disk, move |disk| Ok(disk.record(&root_hash).ok())).await?;
+        if let Some(kept) = kept
+            && flow.verifier.verify_record(&here, &kept, false).is_ok()
+        {
+            record = kept;
+        }
+    }
     let order = known.unwrap_or(flow.verifier.memory.order(flow.verifier.memory.sequence));
     let assign = Event::Assign(content, order, Go::Here(via));
     let mut slot = None;
@@ -330,10 +349,6 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
 /// Writes anew what is kept of the release that starts, by what the boot server has just said, where it is not what this machine
 /// remembers: an earlier agent wrote it, or somebody else.
 async fn renew_record(flow: &mut Flow, disk: &SharedDisk, manifest: &Manifest, record: Record) -> Result<()> {
-    let here = flow.verifier.here()?;
-    if !assigns(&record.assignment, &here) {
-        return Ok(());
-    }
     let root_hash = machine::content(manifest)?.root_hash;
     let (label, hash) = (Label::of(&root_hash), root_hash.clone());
     // What cannot be read is written anew as well.

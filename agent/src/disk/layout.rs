@@ -187,7 +187,8 @@ pub enum Choice {
 /// Chooses: a disk of Kiln's that holds what is to run, then one of Kiln's, then a blank one, then, only where the
 /// signed settings say so, one with somebody else's data. Among equals the smallest that is large enough, then the
 /// first by name. A disk that cannot be read is passed over if another will do. One that is late may be Kiln's, and in time at
-/// the next boot: beside it none is partitioned.
+/// the next boot: beside it none is partitioned; nor one with somebody else's data beside one that cannot be read, which may be
+/// what this machine starts from.
 pub fn choose(
     mut disks: Vec<Candidate>,
     settings: &DiskSettings,
@@ -204,7 +205,9 @@ pub fn choose(
     if let Some((disk, layout)) = ours.iter().find(|(_, layout)| holds(layout)).or(ours.first()) {
         return Ok(Choice::Use(disk.name.clone(), (*layout).clone()));
     }
-    let late = disks.iter().filter_map(|disk| disk.found.as_ref().err()).find(|e| matches!(e, DiskError::Late { .. }));
+    let failed = |is: fn(&DiskError) -> bool| disks.iter().filter_map(|d| d.found.as_ref().err()).find(|e| is(e));
+    let late = failed(|error| matches!(error, DiskError::Late { .. }));
+    let unread = failed(|error| matches!(error, DiskError::Late { .. } | DiskError::Io { .. }));
     let mut refused = DiskError::NoDisk;
     for foreign in [false, true] {
         for disk in &disks {
@@ -217,10 +220,10 @@ pub fn choose(
                 }
                 Ok(Found::Blank | Found::Foreign(_) | Found::Ours(_)) | Err(_) => continue,
             }
-            match (Layout::new(disk.size, settings, site), late) {
+            match (Layout::new(disk.size, settings, site), if foreign { unread } else { late }) {
                 (Ok(layout), None) => return Ok(Choice::Format(disk.name.clone(), layout)),
-                (Ok(_), Some(late)) => {
-                    let reason = format!("{late}; that one may be this machine's: take it out if it is dead");
+                (Ok(_), Some(error)) => {
+                    let reason = format!("{error}; that one may be this machine's: take it out if it is dead");
                     return Err(DiskError::Io {
                         disk: disk.name.clone(),
                         what: "not partitioned in this boot",

@@ -76,6 +76,11 @@ impl SharedDisk {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Whether the EFI system partition could not be read when the disk was opened.
+    pub fn lacks_esp(&self) -> bool {
+        self.lacks_esp
+    }
+
     /// The slot that holds the release with this root hash, where no entry could be read: its loader may know it all the same.
     pub fn unlisted(&self, root_hash: &Sha256Hex) -> Option<SlotId> {
         self.slots().disk.slot_of(root_hash).filter(|_| self.lacks_esp)

@@ -3,13 +3,23 @@
 use crate::error::{AgentError, Result};
 use crate::plan;
 use crate::secureboot::SecureBoot;
-use kiln_protocol::RunningRelease;
+use kiln_protocol::{ProtectionClass, RunningRelease};
 use kiln_release::{BOOT_PATH, BootInfo};
 use std::path::Path;
 
 /// What this machine's firmware enforces, seen from this release.
 pub fn secure_boot(boot: &BootInfo) -> SecureBoot {
     SecureBoot::of_this_machine(boot.site.secure_boot.as_deref())
+}
+
+/// What its boot can promise, as far as firmware decides it: nothing where something was added to the command line, which may have
+/// switched off what the kernel enforces.
+pub fn protection(boot: &BootInfo) -> ProtectionClass {
+    if plan::command_line_is(&running_command_line(), &boot.command_line) {
+        secure_boot(boot).class()
+    } else {
+        ProtectionClass::Unprotected
+    }
 }
 
 pub(super) fn read_boot_info() -> Result<BootInfo> {

@@ -8,7 +8,7 @@ mod start;
 mod switch_root;
 
 pub use begun::Begun;
-pub use embedded::{embedded, parse_boot_info, running_command_line, secure_boot};
+pub use embedded::{embedded, parse_boot_info, protection, running_command_line, secure_boot};
 
 use crate::coldplug::{After, Drivers};
 use crate::disk::DiskError;
@@ -123,7 +123,7 @@ async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Inf
     let begun = change::blocking(|| Begun::of(Place::of_this_machine(), Path::new(MEANWHILE)));
     let Begun { place, identity, memory, spoilt, fault } = begun.await?;
     let below_floor = memory.may_boot(&boot).err();
-    let protection = secure_boot(&boot).class();
+    let protection = protection(&boot);
     // One that gives no key or memory is none to this boot: a server that knows a key in it says so then.
     let presence =
         if fault.is_some() { TpmPresence::Unusable } else { change::blocking(|| Ok(tpm::presence())).await? };
@@ -275,7 +275,10 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
             safe::stay(flow, drivers, &mut network, &disk, starts).await?;
             restart();
         }
-        let error = match Box::pin(from_slot(flow, drivers, &mut network, &disk, starts)).await {
+        // Where the network chose it, or a cold boot leads nowhere else, another release that is assigned goes before it.
+        let only_kexec = disk.unlisted(&root_hash).is_some();
+        let leave = (only_kexec || (!from_disk && kexec::started_this() == Via::Cold)).then_some(only_kexec);
+        let error = match Box::pin(from_slot(flow, drivers, &mut network, &disk, (starts, leave))).await {
             Ok(never) => match never {},
             Err(error) => error,
         };
@@ -314,36 +317,49 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
                 println!("kiln-agent: {release} is assigned; {here} is mended in its slot first");
                 return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await;
             }
-            Plan::Change(release) => {
-                let how = if only_kexec { ", by kexec only" } else { "" };
-                println!("kiln-agent: {release} is assigned, this is {here}: going there{how}");
-                match onward::go(flow, &assignment, via, only_kexec, Path::new(change::NEXT)).await {
-                    // The server wants something else by now: it is asked again.
-                    Err(AgentError::Superseded) => {
-                        flow.journal.waiting(Stage::Prefetch, "another assignment has come");
-                    }
-                    Ok(Onward::Stay(error)) => {
-                        println!("kiln-agent: no kexec leads to {release} ({error}): {here} starts");
-                        return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await;
-                    }
-                    Ok(Onward::Restart) => {
-                        log::sent().await;
-                        restart()
-                    }
-                    Err(error) => return Err(error),
+            Plan::Change(release) => match go_there(flow, &assignment, via, only_kexec, &release).await {
+                Ok(()) => return Box::pin(start(flow, drivers, verified, network.uplink(), disk)).await,
+                // The server wants something else by now: it is asked again.
+                Err(AgentError::Superseded) => {
+                    flow.journal.waiting(Stage::Prefetch, "another assignment has come");
                 }
-            }
+                Err(error) => return Err(error),
+            },
         }
     }
 }
 
-/// The release in the slot starts, whatever the network says, or does not say.
+/// To the assigned release. Where that is left undone, what is here starts.
+async fn go_there(
+    flow: &mut Flow,
+    assignment: &Assignment,
+    via: Via,
+    only_kexec: bool,
+    release: &ReleaseId,
+) -> Result<()> {
+    let here = flow.verifier.here()?;
+    let how = if only_kexec { ", by kexec only" } else { "" };
+    println!("kiln-agent: {release} is assigned, this is {here}: going there{how}");
+    match Box::pin(onward::go(flow, assignment, via, only_kexec, Path::new(change::NEXT))).await? {
+        Onward::Restart => {
+            log::sent().await;
+            restart()
+        }
+        Onward::Stay(error) => {
+            println!("kiln-agent: no kexec leads to {release} ({error}): {here} starts");
+            Ok(())
+        }
+    }
+}
+
+/// The release in the slot starts, whatever the network says, or does not say; but where it is to `leave` for the one that a boot
+/// server assigns (by kexec only?), it starts only if that cannot be had.
 async fn from_slot(
     flow: &mut Flow,
     drivers: &mut Option<Drivers>,
     network: &mut Network,
     disk: &SharedDisk,
-    starts: Starts,
+    (starts, leave): (Starts, Option<bool>),
 ) -> Result<Infallible> {
     if starts.count >= machine::SUSPECT
         && let Err(error) = local::read_back(flow, disk).await
@@ -354,10 +370,25 @@ async fn from_slot(
     }
     let asked = timeout(local::PATIENCE, local::ask(flow, drivers, network)).await;
     let error = match asked {
-        Ok(Ok((verified, role))) => {
-            let adopted = network.adopt(flow, drivers, &verified, &role);
+        Ok(Ok((verified, (assignment, via, plan)))) => {
+            let adopted = network.adopt(flow, drivers, &verified, &assignment.role);
             if !timeout(local::ADOPTION, adopted).await.is_ok_and(|adopted| adopted.is_ok()) {
                 println!("kiln-agent: the boot server is lost again; the release in the slot starts");
+            } else if let (Plan::Change(release), Some(only_kexec)) = (plan, leave) {
+                let going = go_there(flow, &assignment, via, only_kexec, &release);
+                let why = match timeout(local::GOING, going).await {
+                    Ok(Ok(())) => None,
+                    Ok(Err(error)) => {
+                        if error.class() == FailureClass::Verification || flow.verifier.wipe.is_some() {
+                            return Err(error);
+                        }
+                        Some(error.to_string())
+                    }
+                    Err(_) => Some(format!("not within {} s", local::GOING.as_secs())),
+                };
+                if let Some(why) = why {
+                    println!("kiln-agent: {release} cannot be had ({why}); the release in the slot starts");
+                }
             }
             return Box::pin(start(flow, drivers, verified, network.uplink(), Some(disk.clone()))).await;
         }

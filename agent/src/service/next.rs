@@ -118,6 +118,9 @@ impl Service {
                         let via = if keeps { Via::Cold } else { via };
                         let (disk, via, only_kexec) = match disk {
                             Some(_) if verifier.in_memory_only() => (None, Via::Kexec, true),
+                            // Firmware started what runs from an EFI system partition that is made anew only by what runs next,
+                            // loader and all.
+                            Some(disk) if disk.lacks_esp() => (None, Via::Kexec, true),
                             disk => (disk, via, false),
                         };
                         let order = verifier.memory.order(assignment.sequence);

@@ -141,7 +141,7 @@ async fn resume(
 ) -> Result<(Verifier, Journal)> {
     let Identity { key, lost } = place.key()?;
     let mut machine = facts::read(place.key_storage(), place.rollback_memory())?;
-    machine.protection = init::secure_boot(&handoff.boot).class();
+    machine.protection = init::protection(&handoff.boot);
     machine.tpm = Some(tpm::presence());
     let embedded = init::embedded(&handoff.boot)?;
     let root_hash = verity::running_root_hash()?;

@@ -6,7 +6,7 @@ use crate::machine::Machine;
 use crate::orders::Errand;
 use crate::secrets::Barred;
 use crate::state::StateKind;
-use kiln_protocol::{KeyId, KeyStorage, ReleaseId};
+use kiln_protocol::{AttestationState, KeyId, KeyStorage, ReleaseId};
 use serde::{Deserialize, Serialize};
 
 /// Which machines a release wants a certificate for.
@@ -40,6 +40,8 @@ pub enum CertificateRefusal {
     Barred { reason: String },
     #[error("{release} wants certificates for attested boots only: {reason}")]
     NotAttested { release: ReleaseId, reason: String },
+    #[error("its boot failed attestation: {reason}")]
+    Failed { reason: String },
 }
 
 impl CertificateRefusal {
@@ -55,6 +57,7 @@ impl CertificateRefusal {
             Self::AnotherRelease { .. } => "another-release",
             Self::Barred { .. } => "barred",
             Self::NotAttested { .. } => "not-attested",
+            Self::Failed { .. } => "attestation-failed",
         }
     }
 }
@@ -75,6 +78,8 @@ pub enum CertificateEnd {
     OtherKey,
     /// It has another name by now, and the one in the certificate may be another machine's.
     OtherName,
+    /// Its boot failed attestation: something else runs there than it says, or something was changed below it.
+    Failed,
     /// Newer ones were issued.
     Superseded,
 }
@@ -89,6 +94,7 @@ impl CertificateEnd {
             Self::Wiped => "its machine is wiped",
             Self::OtherKey => "its machine has another identity key",
             Self::OtherName => "its machine has another name",
+            Self::Failed => "its machine's boot failed attestation",
             Self::Superseded => "newer ones were issued",
         }
     }
@@ -127,6 +133,10 @@ impl Machine {
         if let Some(reason) = barred.reason(&release) {
             return Err(CertificateRefusal::Barred { reason });
         }
+        // What its TPM says is worth more than its word: another system runs, or something was added to this one.
+        if let (AttestationState::Failed, reason) = self.attestation() {
+            return Err(CertificateRefusal::Failed { reason });
+        }
         match demand {
             CertificateDemand::Approved => Ok(()),
             // What it takes to be given secrets, its role's policy included.
@@ -160,6 +170,9 @@ impl Machine {
         }
         if self.key.as_ref() != Some(of) {
             return Some(CertificateEnd::OtherKey);
+        }
+        if self.attestation().0 == AttestationState::Failed {
+            return Some(CertificateEnd::Failed);
         }
         name.is_some_and(|name| name != self.title()).then_some(CertificateEnd::OtherName)
     }

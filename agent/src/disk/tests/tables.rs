@@ -90,6 +90,20 @@ fn beside_a_disk_that_is_late_none_is_partitioned() {
         assert!(error.to_string().starts_with(words), "{error}");
     }
     assert_eq!(choose(vec![late()], &foreign, SITE, None).unwrap_err().kind(), "disk-io-error");
+    // One that answers with an error may be Kiln's too: a blank disk is taken beside it, and nobody's data.
+    let failing = || {
+        let error = DiskError::Io { disk: "sda".into(), what: "looking at it", reason: "Input/output error".into() };
+        Candidate { name: "sda".into(), size: SIZE, found: Err(error) }
+    };
+    for settings in [&never, &foreign] {
+        let blank = choose(vec![failing(), candidate("sdb", &blank)], settings, SITE, None);
+        assert!(matches!(blank, Ok(Choice::Format(name, _)) if name == "sdb"));
+        assert!(choose(vec![failing(), candidate("sdb", &data)], settings, SITE, None).is_err());
+    }
+    // Its sectors tell what it is not.
+    let other = Candidate { found: Err(DiskError::SectorSize { disk: "sda".into(), bytes: 4096 }), ..failing() };
+    let taken = choose(vec![other, candidate("sdb", &data)], &foreign, SITE, None);
+    assert!(matches!(taken, Ok(Choice::Format(name, _)) if name == "sdb"));
     // What is Kiln's is used, whatever another does.
     let used = choose(vec![late(), candidate("sdb", &ours)], &foreign, SITE, None).unwrap();
     assert!(matches!(used, Choice::Use(name, _) if name == "sdb"));

@@ -120,8 +120,15 @@ fn where_the_release_says_so_only_for_a_proven_boot() {
     let booted = Ok(ProvenBoot { cold, carried: false, began: None });
     let (endorsement, option_roms) = (Some(hash(7)), None);
     let proven = Proven { key: key(1), boot_id: "a".into(), endorsement, option_roms, booted };
+    s.then(Event::Proven(Box::new(proven.clone())));
+    assert_eq!((kind(&s.m, ATTESTED), ended(&s.m)), ("issued", None));
+    // Its TPM is the one that it was approved with, and says that something else runs, or that something was added.
+    let failed = Err((AttestationState::Failed, "PCR 12 is not the command line's".to_owned()));
+    s.then(Event::Proven(Box::new(Proven { booted: failed, ..proven.clone() })));
+    assert_eq!((kind(&s.m, ANY), kind(&s.m, ATTESTED)), ("attestation-failed", "attestation-failed"));
+    assert_eq!(ended(&s.m), Some(CertificateEnd::Failed));
     s.then(Event::Proven(Box::new(proven)));
-    assert_eq!(kind(&s.m, ATTESTED), "issued");
+    assert_eq!((kind(&s.m, ANY), ended(&s.m)), ("issued", None), "a boot that is as it should be");
 }
 
 #[test]

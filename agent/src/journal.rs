@@ -104,7 +104,8 @@ impl JournalState {
         let at_ms = self.at_ms();
         let words = words(&state);
         // Not as a line of the log: it goes to the server as a record.
-        std::println!("kiln-agent [{:>4}.{:03}] {:<28} {words}", at_ms / 1000, at_ms % 1000, stage.label());
+        let line = format!("kiln-agent [{:>4}.{:03}] {:<28} {words}", at_ms / 1000, at_ms % 1000, stage.label());
+        log::show(false, &line);
         console::stage(stage, &state);
         let gave_up = matches!(&state, StageState::Failed(f) if f.retry_in_ms.is_none());
         self.last = Some((stage, gave_up));

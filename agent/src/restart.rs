@@ -4,6 +4,7 @@
 //! without asking any device (Documentation/admin-guide/sysrq.rst, `b`), and its firmware starts what is assigned.
 
 use crate::error::{AgentError, Result};
+use crate::log;
 use nix::sys::reboot::{RebootMode, reboot};
 use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
@@ -40,6 +41,7 @@ pub fn leave(mode: RebootMode) -> std::io::Error {
     if let Err(error) = watches {
         println!("kiln-agent: nothing watches over this restart: {error}");
     }
+    log::flush();
     let error = match reboot(mode) {
         Err(errno) => errno.into(),
         Ok(never) => match never {},
@@ -51,6 +53,7 @@ pub fn leave(mode: RebootMode) -> std::io::Error {
 /// The firmware is next, at once.
 fn reset() {
     println!("kiln-agent: the kernel does not leave within {} s: the machine is reset", LEAVES.as_secs());
+    log::flush();
     if let Err(error) = std::fs::write(SYSRQ, "b") {
         println!("kiln-agent: {SYSRQ}: {error}");
     }

@@ -1,17 +1,16 @@
 //! The machine's status for the person in front of it: drawn on the text screen (/dev/tty1), and as a block of lines on
-//! the other consoles that the kernel has, whenever it changes. A console that takes nothing holds up nothing: a thread
-//! of its own writes, and what it has no room for is passed over.
+//! the other consoles that the kernel has, whenever it changes. Each has a [`Writer`].
 
 mod qr;
 mod screen;
+mod writer;
+
+pub use writer::Writer;
 
 use kiln_protocol::{About, ApprovalCode, Stage, StageState};
 use screen::Status;
-use std::fs::File;
-use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Mutex, PoisonError};
 
 /// Pictures under way to the slowest console; more are passed over.
@@ -25,8 +24,8 @@ struct Console {
     /// What the newest block said, and the page whose code was printed.
     said: Option<(String, &'static str, String)>,
     page: Option<String>,
-    screen: Option<SyncSender<String>>,
-    lines: Vec<SyncSender<String>>,
+    screen: Option<Writer>,
+    lines: Vec<Writer>,
 }
 
 /// Begins to show. Another program's login on the text screen is left alone.
@@ -53,19 +52,11 @@ pub fn open(name: &str, release: &str) {
     *CONSOLE.lock().unwrap_or_else(PoisonError::into_inner) = Some(console);
 }
 
-/// A thread that writes to a console; none if it cannot be opened.
-fn writer(path: &Path) -> Option<SyncSender<String>> {
+/// None if it cannot be opened.
+fn writer(path: &Path) -> Option<Writer> {
     let mut options = std::fs::OpenOptions::new();
-    let mut file: File = options.write(true).custom_flags(libc::O_NOCTTY | libc::O_CLOEXEC).open(path).ok()?;
-    let (sender, pictures) = sync_channel::<String>(UNDER_WAY);
-    let write = move || {
-        for picture in pictures {
-            // A console that is gone costs its picture.
-            let _ = file.write_all(picture.as_bytes());
-        }
-    };
-    std::thread::Builder::new().spawn(write).ok()?;
-    Some(sender)
+    let file = options.write(true).custom_flags(libc::O_NOCTTY | libc::O_CLOEXEC).open(path).ok()?;
+    Writer::new(file, UNDER_WAY)
 }
 
 fn change(change: impl FnOnce(&mut Status)) {
@@ -82,14 +73,14 @@ impl Console {
             return;
         }
         if let Some(screen) = &self.screen {
-            let _ = screen.try_send(self.status.page());
+            screen.put(self.status.page());
         }
         let news = self.status.news();
         if self.said.as_ref() != Some(&news) {
             let new_page = self.status.page.is_some() && self.page != self.status.page;
             let block = self.status.block(new_page);
             for line in &self.lines {
-                let _ = line.try_send(block.clone());
+                line.put(block.clone());
             }
             self.said = Some(news);
             self.page.clone_from(&self.status.page);
@@ -136,6 +127,6 @@ pub fn repaint() {
     if let Some(console) = console.as_ref()
         && let Some(screen) = &console.screen
     {
-        let _ = screen.try_send(console.status.page());
+        screen.put(console.status.page());
     }
 }

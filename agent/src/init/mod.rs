@@ -44,6 +44,7 @@ const MEANWHILE: &str = "/run/kiln/meanwhile";
 
 /// Runs as PID 1; comes back only when the machine restarts.
 pub fn run() -> ! {
+    log::begin();
     let error = match boot() {
         Ok(never) => match never {},
         Err(error) => error,

@@ -2,7 +2,7 @@
 
 use crate::disk::machine::SharedDisk;
 use crate::error::{AgentError, Result};
-use crate::{sys, verity};
+use crate::{log, sys, verity};
 use nix::mount::{MsFlags, mount};
 use std::convert::Infallible;
 use std::ffi::CString;
@@ -35,6 +35,8 @@ pub(super) fn switch_root(disk: Option<&SharedDisk>) -> Result<Infallible> {
         println!("kiln-agent: nothing restarts this machine if a disk holds up the hand-over: {error}");
     }
     let init = CString::new(NEXT_INIT).expect("a constant without NUL");
+    // The thread that writes ends with this program.
+    log::flush();
     match nix::unistd::execv(&init, &[&init]) {
         // The first of the root that is read for more than its names.
         Err(errno) => Err(step(NEXT_INIT)(errno).of_root(NEXT_INIT, verity::is_corrupted().unwrap_or(false))),

@@ -4,8 +4,11 @@
 //! order. Nothing here may hold up a boot: what cannot be sent waits, and goes when there is no more room.
 
 mod kmsg;
+mod out;
 mod pstore;
 mod spool;
+
+pub use out::{begin, flush, show};
 
 use crate::api::Api;
 use crate::console;
@@ -90,14 +93,14 @@ pub fn said(text: &str) -> String {
 /// may be a part of any error.
 pub fn say(words: Arguments<'_>) {
     let line = said(&words.to_string());
-    std::println!("{line}");
+    show(false, &line);
     note(6, &line);
 }
 
 /// The same for `eprintln!`.
 pub fn warn(words: Arguments<'_>) {
     let line = said(&words.to_string());
-    std::eprintln!("{line}");
+    show(true, &line);
     note(4, &line);
 }
 
@@ -210,7 +213,7 @@ async fn send_all(mut api: Api, boot_id: String, machine: MachineId) {
                 failed += 1;
                 // Once, and not as a line of the log: it would be one more to send.
                 if !std::mem::replace(&mut told, true) {
-                    std::println!("kiln-agent: log lines wait for the server: {}", said(&error.to_string()));
+                    show(false, &format!("kiln-agent: log lines wait for the server: {}", said(&error.to_string())));
                 }
                 let jitter = random().map_or(0, |bytes| bytes[0]);
                 let Next::After(pause) = retry::next(FailureClass::Unreachable, failed, jitter) else { return };

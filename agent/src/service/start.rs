@@ -24,6 +24,7 @@ use std::time::Duration;
 
 /// Runs until the machine leaves for another release.
 pub fn run() -> Result<()> {
+    log::begin();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
@@ -31,6 +32,7 @@ pub fn run() -> Result<()> {
     let ended = runtime.block_on(serve());
     // A check that hangs in the kernel must not hang the end as well.
     runtime.shutdown_background();
+    log::flush();
     ended
 }
 

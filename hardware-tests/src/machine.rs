@@ -355,6 +355,12 @@ impl Machine {
         self.type_bytes(&typed)
     }
 
+    /// The serial line goes on.
+    pub fn let_line_go(&mut self) -> Result<(), LabError> {
+        // XON.
+        self.type_bytes(&[0x11])
+    }
+
     fn type_bytes(&mut self, bytes: &[u8]) -> Result<(), LabError> {
         let Some(power) = &mut self.power else { return self.power().map(drop) };
         let typed = power.keyboard.write_all(bytes).and_then(|()| power.keyboard.flush());

@@ -262,8 +262,8 @@ async fn travel(flow: &mut Flow, drivers: &mut Option<Drivers>) -> Result<Infall
     };
     if let Some(disk) = disk.clone().filter(starts_from) {
         local::tell_fallback(flow, &disk);
-        let (root_hash, sequence) = (root_hash.clone(), flow.verifier.memory.sequence);
-        let counted = on_disk(&disk, move |disk| Ok(disk.count_start(&root_hash, sequence))).await;
+        let (release, sequence) = (root_hash.clone(), flow.verifier.memory.sequence);
+        let counted = on_disk(&disk, move |disk| Ok(disk.count_start(&release, sequence))).await;
         // A disk that hangs costs the count, not the boot.
         let starts = counted.unwrap_or_else(|error| {
             println!("kiln-agent: the start is not counted: {error}");

@@ -240,8 +240,8 @@ pub async fn stay(
 
 /// Comes back once, for [`LOOKS`] looks, the link has had no carrier and another card has one, or it is a card that was put back
 /// under its name, or another address is given in place of one whose lease is over, and no server is reached. A server that is gone
-/// while the link is there is waited for, and so is a link where there is no other. An address that may be another machine's by now, and is renewed no more, is left at the second look
-/// although the server is reached.
+/// while the link is there is waited for, and so is a link where there is no other. An address that may be another machine's by now,
+/// and is renewed no more, is left at the second look although the server is reached.
 async fn lost(link: &str, renewals: &mut JoinSet<()>, api: &mut Api, look: Duration) {
     let (mut over, mut looked, mut without) = (false, false, 0);
     let mut number = net::number_of(link);

@@ -6,6 +6,7 @@ mod embedded;
 mod onward;
 mod start;
 mod switch_root;
+mod unheard;
 
 pub use begun::Begun;
 pub use embedded::{embedded, parse_boot_info, protection, running_command_line, secure_boot};
@@ -132,6 +133,10 @@ async fn go(boot: BootInfo, state: JournalState, drivers: Drivers) -> Result<Inf
     flow.journal.machine.protection = protection;
     console::open(flow.journal.machine.id.as_str(), &flow.verifier.here()?.to_string());
 
+    if let Some(error) = unheard::told(&Place::beside_tpm()) {
+        flow.journal.failed(Stage::Modules, &error, 1, Some(Duration::ZERO));
+    }
+
     let drivers = &mut Some(drivers);
     let error = if let Some(error) = fault.or(below_floor) {
         Box::pin(tell(&mut flow, drivers, &error)).await;
@@ -187,9 +192,10 @@ async fn tell(flow: &mut Flow, drivers: &mut Option<Drivers>, error: &AgentError
 }
 
 /// Before a byte is heard by what may be old code, this boot leaves the state in which the TPM gives out data and secrets. Where it
-/// cannot, and the TPM answers, nothing is heard.
+/// cannot, and the TPM answers, nothing is heard, and the boot is counted as one that nobody hears of.
 async fn is_closed() -> bool {
-    match change::blocking(|| tpm::close().map_err(AgentError::from)).await {
+    let close = || tpm::close().map_err(AgentError::from).inspect_err(|_| unheard::count(&Place::beside_tpm()));
+    match change::blocking(close).await {
         Ok(()) => true,
         Err(error) => {
             println!("kiln-agent: no server is asked to hear of it: {error} ({})", error.kind());

@@ -2,6 +2,7 @@
 
 use super::secure_boot;
 use super::switch_root::{NEW_ROOT, read_init, switch_root};
+use super::unheard;
 use crate::change::blocking;
 use crate::coldplug::Drivers;
 use crate::disk::machine::{MachineDisk, SharedDisk, on_disk, on_disk_within};
@@ -196,6 +197,7 @@ async fn leave(
         now: flow.verifier.now,
     };
     handoff.write()?;
+    unheard::forget(&flow.verifier.place);
     secure_boot(&flow.verifier.boot).restrict()?;
     // A machine that cannot be capped does not go on into a system that would be taken for an initramfs.
     blocking(move || {

@@ -30,6 +30,8 @@ pub(super) const KEY: &str = "Key";
 const SEALED: &str = "Sealed";
 /// Starts that a disk did not count.
 const STARTS: &str = "Starts";
+/// Boots that no server could hear of: a byte.
+const UNHEARD: &str = "Unheard";
 
 /// Which key a machine with EFI variables has. One that was sealed is the machine's, whatever lies beside it: an agent that
 /// knows no TPM, or does not reach it for one boot, must not make it another machine for ever. One that was never sealed is
@@ -71,12 +73,16 @@ pub enum Place {
 impl Place {
     /// EFI variables where the firmware has them, else this boot only; and the TPM, where there is one.
     pub fn of_this_machine() -> Self {
-        let place = if Path::new(EFIVARS).read_dir().is_ok_and(|mut d| d.next().is_some()) {
+        Self::with(Tpm::open(), Self::beside_tpm())
+    }
+
+    /// The same without the TPM.
+    pub fn beside_tpm() -> Self {
+        if Path::new(EFIVARS).read_dir().is_ok_and(|mut d| d.next().is_some()) {
             Self::Efi
         } else {
             Self::Boot(BOOT_PLACE.into())
-        };
-        Self::with(Tpm::open(), place)
+        }
     }
 
     /// Versions in the TPM, unless it says itself that it keeps none. One that only does not answer may keep newer ones than this place
@@ -220,6 +226,19 @@ impl Place {
     /// Keeps it. An EFI variable without a byte goes (UEFI 2.10 §8.2, `SetVariable`).
     pub fn keep_starts(&self, line: &str) -> Result<()> {
         self.write(STARTS, line.as_bytes())
+    }
+
+    /// Boots that ended unheard, 255 at most; none, where that cannot be read.
+    pub fn unheard(&self) -> u8 {
+        self.read(UNHEARD).ok().flatten().and_then(|kept| kept.first().copied()).unwrap_or(0)
+    }
+
+    /// Keeps it, if it differs from what is kept.
+    pub fn keep_unheard(&self, boots: u8) -> Result<()> {
+        if boots == self.unheard() {
+            return Ok(());
+        }
+        self.write(UNHEARD, &[boots][..usize::from(boots > 0)])
     }
 
     pub(super) fn path(&self, what: &str) -> PathBuf {

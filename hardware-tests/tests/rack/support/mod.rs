@@ -6,6 +6,7 @@ pub mod files;
 pub mod hostile;
 pub mod loss;
 pub mod on_disk;
+pub mod relay;
 
 use kiln_lab::api::{self, MachineView};
 use kiln_lab::error::LabError;

@@ -3,6 +3,7 @@
 pub mod door;
 pub mod esp;
 pub mod files;
+pub mod foreign_root;
 pub mod hostile;
 pub mod loss;
 pub mod on_disk;

@@ -17,12 +17,23 @@ const STORE_HEADER: usize = 28;
 const VARIABLE_HEADER: usize = 60;
 /// shim's own variables, 605dab50-e046-4300-abb6-3dd810dd8b23 as stored.
 const SHIM: [u8; 16] = [0x50, 0xab, 0x5d, 0x60, 0x46, 0xe0, 0x00, 0x43, 0xab, 0xb6, 0x3d, 0xd8, 0x10, 0xdd, 0x8b, 0x23];
+/// `EFI_IMAGE_SECURITY_DATABASE_GUID`, d719b2cb-3d3a-4596-a3bc-dad00e67656f as stored: of db.
+const DATABASE: [u8; 16] =
+    [0xcb, 0xb2, 0x19, 0xd7, 0x3a, 0x3d, 0x96, 0x45, 0xa3, 0xbc, 0xda, 0xd0, 0x0e, 0x67, 0x65, 0x6f];
+/// `gEfiSecureBootEnableDisableGuid`, f0a30bc7-af08-4556-99c4-001009c93a44 as stored.
+const ENABLE: [u8; 16] =
+    [0xc7, 0x0b, 0xa3, 0xf0, 0x08, 0xaf, 0x56, 0x45, 0x99, 0xc4, 0x00, 0x10, 0x09, 0xc9, 0x3a, 0x44];
+/// The agent's own variables, 6b696c6e-0000-4000-8000-6b696c6e0001 as stored.
+const AGENT: [u8; 16] =
+    [0x6e, 0x6c, 0x69, 0x6b, 0x00, 0x00, 0x00, 0x40, 0x80, 0x00, 0x6b, 0x69, 0x6c, 0x6e, 0x00, 0x01];
 /// The bit that is cleared in the state of a variable that is none any more.
 const DELETED: u8 = 0xfd;
 /// Non-volatile, boot-service and run-time access.
 const ATTRIBUTES: u32 = 7;
 /// Without run-time access: shim believes no other.
 const BOOT_ONLY: u32 = 3;
+/// [`ATTRIBUTES`], and whoever writes it must sign that: the firmware asks no more when it finds it there.
+const AUTHENTICATED: u32 = 0x27;
 
 /// Which of the firmware's ways to the network comes first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,9 +55,28 @@ pub fn set_first_boot(path: &Path, way: NetworkBoot, slot: u8, mac: [u8; 6]) -> 
 
 /// Enrols a list of certificates (`.esl`) as the machine owner's keys, as a person at its screen does by `MokManager`.
 pub fn set_owner_keys(path: &Path, list: &[u8]) -> Result<(), LabError> {
+    set(path, (SHIM, BOOT_ONLY), "MokList", list)
+}
+
+/// Switches Secure Boot off, as the firmware's setup does (EDK2 `AuthVariableLib.c`): all keys stay enrolled.
+pub fn switch_secure_boot_off(path: &Path) -> Result<(), LabError> {
+    set(path, (ENABLE, BOOT_ONLY), "SecureBootEnable", &[0])
+}
+
+/// Puts a list of certificates (`.esl`) in the place of db.
+pub fn set_signers(path: &Path, list: &[u8]) -> Result<(), LabError> {
+    set(path, (DATABASE, AUTHENTICATED), "db", list)
+}
+
+/// Gives the machine an identity key in clear, by its seed, as an agent without a TPM leaves it.
+pub fn set_plain_identity(path: &Path, seed: &[u8; 32]) -> Result<(), LabError> {
+    set(path, (AGENT, ATTRIBUTES), "KilnKey", seed)
+}
+
+fn set(path: &Path, kind: ([u8; 16], u32), name: &str, data: &[u8]) -> Result<(), LabError> {
     let mut store = std::fs::read(path).at(path)?;
     let wrong = |reason| LabError::VariableStore { path: path.to_owned(), reason };
-    append(&mut store, (SHIM, BOOT_ONLY), "MokList", list).map_err(wrong)?;
+    append(&mut store, kind, name, data).map_err(wrong)?;
     std::fs::write(path, store).at(path)
 }
 

@@ -85,6 +85,66 @@ case $message in
     *"Permission denied"*) say jit refused "anonymous memory is not made executable" ;;
     *) say jit fail "$message" ;;
 esac
+# A dm-verity root of no release, where a disk has one: under no signature, under another site's, and, so that it is known to have been
+# that, under the site's own. The disk says behind 64 MiB how it is set up. The program in it is in this root as well.
+disk=/dev/vda
+lab=/run/kiln-foreign
+program=/usr/lib/kiln/kiln-agent
+
+says() {
+    sed -n "s/^$1 //p" "$lab/says"
+}
+
+mounted() {
+    device=/dev/dm-$(dmsetup info -c --noheadings -o minor kiln-foreign | tr -d ' ')
+    if ! message=$(mount -t erofs -o ro "$device" "$lab/root" 2>&1); then
+        echo "mount: $message"
+        return
+    fi
+    if ! cmp "$lab/root/kiln-agent" "$program" 2>&1; then
+        echo "it is another program"
+    elif message=$("$lab/root/kiln-agent" --version 2>&1); then
+        echo "ran: $message"
+    else
+        echo "exec: $message"
+    fi
+    umount "$lab/root"
+}
+
+# How far it comes under this table, and why no further.
+foreign() {
+    if message=$(dmsetup --noudevsync --noudevrules --readonly create kiln-foreign --table "$1" 2>&1); then
+        mounted
+        dmsetup --noudevsync --noudevrules remove kiln-foreign 2>&1
+    else
+        echo "table: $message"
+    fi | tr '\n' ' '
+}
+
+if [ -b "$disk" ]; then
+    mkdir -p "$lab/root"
+    dd if="$disk" bs=1M skip=64 count=1 2>/dev/null | tr -d '\0' >"$lab/says"
+    table=$(says table)
+    for site in other site; do
+        says "$site" | base64 -d >"$lab/$site"
+        keyctl padd user "kiln:$site" @s <"$lab/$site" >/dev/null || say verity-key fail "the kernel has no signature of $site"
+    done
+    found=$(foreign "$table")
+    case $found in
+        "exec: "*"Permission denied"*) say verity-unsigned ok "$found" ;;
+        *) say verity-unsigned fail "$found" ;;
+    esac
+    found=$(foreign "$table 2 root_hash_sig_key_desc kiln:other")
+    case $found in
+        "table: "*"Required key not available"* | "table: "*"Key was rejected by service"*) say verity-other ok "$found" ;;
+        *) say verity-other fail "$found" ;;
+    esac
+    found=$(foreign "$table 2 root_hash_sig_key_desc kiln:site")
+    case $found in
+        "ran: kiln-agent "*) say verity-site ok "$found" ;;
+        *) say verity-site fail "$found" ;;
+    esac
+fi
 # Not covered anywhere: a script is data of a signed interpreter.
 echo 'exit 7' >/tmp/kiln-probe-script
 sh /tmp/kiln-probe-script

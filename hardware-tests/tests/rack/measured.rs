@@ -2,13 +2,14 @@
 //! predicts, and what is not the release is named.
 
 use crate::secure_boot::secure;
+use crate::support::relay::Relay;
 use kiln_lab::api::{AttestationView, MachineView};
 use kiln_lab::console::Mark;
 use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
-use kiln_lab::variables::NetworkBoot;
+use kiln_lab::variables::{self, NetworkBoot};
 use kiln_lab::{site, testing};
-use kiln_protocol::{Difference, DriftKind, Stage};
+use kiln_protocol::{AttestationState, Difference, DriftKind, Judged, MachineId, Stage};
 use kiln_release::kexec;
 use kiln_release::pe::Pe;
 use std::path::Path;
@@ -169,9 +170,38 @@ fn an_option_rom_that_came_after_approval_fails_until_a_person_accepts_it() {
     });
 }
 
+/// The first answer to root's word; it must be a refusal.
+fn refusal(answers: &[Judged]) -> &str {
+    let first = answers.first().expect("root has said what its kernel measured");
+    assert_eq!(first.state, AttestationState::Failed, "{first:?}");
+    &first.reason
+}
+
+fn machine_id(rack: &mut Rack) -> MachineId {
+    rack.machine(NAME).spec.uuid().parse().unwrap()
+}
+
+/// Root tells truly what its kernel has loaded, as the agent would, and goes. What it says is refused for what it is: the foreign
+/// initramfs, by its hash; and the next kernel's proof bears that word out, and fails by it and not for want of one.
+fn a_true_word_names_the_foreign_initramfs(rack: &mut Rack, said: &str) {
+    let foreign = said.lines().find_map(|line| line.split_once("KILN-THIEF foreign ")).unwrap().1.trim();
+    let id = machine_id(rack);
+    let relay = Relay::start(&rack.site, &id, false);
+    rack.machine(NAME).type_line(&format!("steal {}", relay.url)).unwrap();
+    let failed = |v: &MachineView| v.attestation.as_ref().is_some_and(|a| a.state == "failed");
+    let view = rack.wait(NAME, "a foreign initramfs", failed).unwrap();
+    println!("a foreign initramfs: {:?}", proof(&view));
+    let answers = relay.answers();
+    let named = format!("a kernel measured the initramfs {foreign} for a kexec, which is no release published here");
+    assert!(refusal(&answers).starts_with(&named), "{named}: {answers:?}");
+    assert_eq!(proof(&view).reason, format!("the kernel before loaded something foreign: {}", refusal(&answers)));
+    assert_eq!(view.protection.as_deref(), Some("unprotected"));
+}
+
 /// A boot has one load. Where root has used it, it gets no second, and the agent's own becomes a cold boot with its reason. What root
-/// had measured as a module first is measured as nothing else when it is loaded, and found out all the same. The machine has just
-/// come up from the firmware, on release 2.
+/// had measured as a module first is measured as nothing else when it is loaded: the true list has a command line of no initramfs,
+/// and is refused for that. Root takes that word back, and the next proof fails for want of one. The machine has just come up from
+/// the firmware, on release 2.
 fn a_boot_loads_once(rack: &mut Rack) {
     rack.wait_healthy(NAME, 2).unwrap();
     let console = rack.machine(NAME).console().unwrap().clone();
@@ -195,11 +225,17 @@ fn a_boot_loads_once(rack: &mut Rack) {
 
     console.wait_for("KILN-THIEF ready", begun, IDLE).unwrap();
     let begun = console.mark();
-    rack.machine(NAME).type_line("hide").unwrap();
+    let id = machine_id(rack);
+    let relay = Relay::start(&rack.site, &id, true);
+    rack.machine(NAME).type_line(&format!("hide {}", relay.url)).unwrap();
     let failed = |v: &MachineView| v.attestation.as_ref().is_some_and(|a| a.state == "failed");
     let view = rack.wait(NAME, "an initramfs that was measured as a module", failed).unwrap();
     println!("an initramfs that was measured as a module: {:?}", proof(&view));
     assert!(proof(&view).reason.starts_with("PCR 10 is "), "{:?}", proof(&view));
+    let answers = relay.answers();
+    assert!(refusal(&answers).starts_with("a kernel measured the command line "), "{answers:?}");
+    let [_, taken_back] = &answers[..] else { panic!("one word and its denial: {answers:?}") };
+    assert!(taken_back.reason.contains("no release published here is loaded"), "{taken_back:?}");
     let said = console.since(begun);
     for word in ["KILN-THIEF hidden listed 1 time", "KILN-THIEF loaded listed 1 time", "KILN-THIEF goes"] {
         assert!(said.contains(word), "{word}: {}", console.last_words(40));
@@ -216,7 +252,8 @@ fn a_forged_line_of_the_log_is_text(rack: &Rack) {
 
 /// What kexec's signature does not cover, IMA measures: carried to a release, a machine stays attested, and once the agent has loaded
 /// its kernel nobody loads another. Root that loads the site's kernel with the release's own initramfs and one file more is
-/// found out by PCR 10, also where it was measured as something else before. A cold boot begins anew.
+/// found out by the kernel's list and PCR 10, whether it tells the truth or takes it back, also where the initramfs was measured as
+/// something else before. A cold boot begins anew.
 #[test]
 #[ignore = "slow: three boots of the firmware and three kexecs; make test-slow"]
 fn a_kexec_of_a_foreign_initramfs_is_found_out() {
@@ -234,6 +271,9 @@ fn a_kexec_of_a_foreign_initramfs_is_found_out() {
         let part = |name| pe.content(&uki, name).unwrap();
         let copy = kexec::copy(part(".linux"), part(kexec::SIGNATURE_SECTION)).unwrap();
         std::fs::write(named("kexec_kernel"), copy).unwrap();
+        // As if it had one before it had a TPM: root reads it in the clear. One that is sealed opens to root as well (ADR 15), by
+        // programs that this image has not.
+        variables::set_plain_identity(&rack.machine(NAME).variable_store(), &[0x4b; 32]).unwrap();
         rack.machine(NAME).power_on().unwrap();
         let view = rack.wait_healthy(NAME, 1).unwrap();
         println!("cold boot: {:?}", proof(&view));
@@ -255,12 +295,7 @@ fn a_kexec_of_a_foreign_initramfs_is_found_out() {
         let late = said.lines().find(|line| line.contains("KILN-THIEF late ")).unwrap();
         assert!(late.contains("refused: ") && late.contains("not permitted"), "{late}");
 
-        rack.machine(NAME).type_line("steal").unwrap();
-        let failed = |v: &MachineView| v.attestation.as_ref().is_some_and(|a| a.state == "failed");
-        let view = rack.wait(NAME, "a foreign initramfs", failed).unwrap();
-        println!("a foreign initramfs: {:?}", proof(&view));
-        assert!(proof(&view).reason.starts_with("PCR 10 is "), "{:?}", proof(&view));
-        assert_eq!(view.protection.as_deref(), Some("unprotected"));
+        a_true_word_names_the_foreign_initramfs(&mut rack, &said);
         assert!(console.since(begun).contains("KILN-THIEF goes"), "{}", console.last_words(20));
 
         let view = boots(&mut rack, NAME, "a cold boot", |a| a.state == "attested" && !a.carried);

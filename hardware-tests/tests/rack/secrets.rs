@@ -6,7 +6,7 @@ use kiln_lab::api::MachineView;
 use kiln_lab::console::Mark;
 use kiln_lab::machine::{Disk, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
-use kiln_lab::variables::NetworkBoot;
+use kiln_lab::variables::{self, NetworkBoot};
 use kiln_lab::{site, testing};
 use kiln_protocol::Stage;
 use std::path::Path;
@@ -139,5 +139,95 @@ fn secrets_and_data_live_in_one_machine_and_end_with_it() {
         console.wait_for("| stage    Checks health", begun, IDLE).unwrap();
         assert!(!console.since(begun).contains("KILN-VAULT secret"));
         is_decommissioned(&mut rack, &clear);
+    });
+}
+
+/// Switches it on with this change of its firmware's variables as they were kept; gives its view once its TPM has proven that boot.
+fn boots_with(rack: &mut Rack, kept: &Path, change: impl FnOnce(&Path)) -> MachineView {
+    rack.machine(NAME).power_off();
+    let last = rack.view(NAME).and_then(|view| Some(view.boot()?.boot_id.clone()));
+    let store = rack.machine(NAME).variable_store();
+    std::fs::copy(kept, &store).unwrap();
+    change(&store);
+    rack.machine(NAME).power_on().unwrap();
+    let proven = |view: &MachineView| {
+        let proof = view.attestation.as_ref();
+        view.boot().map(|boot| &boot.boot_id) != last.as_ref()
+            && proof.is_some_and(|proof| !proof.reason.contains("its TPM has proven nothing in this boot yet"))
+    };
+    let view = rack.wait(NAME, "a proof of this boot", proven).unwrap();
+    println!("{:?}", view.attestation);
+    view
+}
+
+/// PCR 7 on real firmware. A machine that was approved while it was attested is started with Secure Boot switched off: its TPM says so,
+/// and it is given neither its secret nor its data. With another site's certificate in db beside, firmware starts the release as
+/// it was signed, so that its secret comes; that others may sign is said, and the data stays shut. With its variables as they were,
+/// all is as it was.
+#[test]
+#[ignore = "slow: an install and three restarts; make test-slow"]
+fn secure_boot_switched_off_or_opened_to_others_is_proven_and_shuts_what_the_tpm_keeps() {
+    const SHUT: &str = "Secure Boot's state is another than the key was made under";
+    const OPEN: &str = "the machine's data, under its TPM's key";
+    testing::rack(|paths| {
+        let spec = MachineSpec { tpm: true, disks: vec![Disk::VirtioBlk], ..secure(paths, NetworkBoot::Pxe) };
+        let mut options = RackOptions::scenario(paths, "pcr-7", spec);
+        options.image = site::VAULT.to_owned();
+        let mut rack = Rack::start(paths, &options).unwrap();
+        rack.kiln(&["release", "publish", "vault/1"]).unwrap();
+        set(&rack, FIRST);
+        rack.machine(NAME).power_on().unwrap();
+        let view = rack.wait_healthy(NAME, 1).unwrap();
+        let proof = |view: &MachineView| view.attestation.clone().unwrap();
+        assert_eq!(proof(&view).state, "attested", "{view:#?}");
+        assert!(proof(&view).reason.ends_with("under the site's key"), "{view:#?}");
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for(&told(FIRST), Mark::default(), IDLE).unwrap();
+        console.wait_for("KILN-VAULT data 1 20000 ext4", Mark::default(), IDLE).unwrap();
+        console.wait_for("A Good vault/1", Mark::default(), IDLE).unwrap();
+        rack.machine(NAME).power_off();
+        let kept = paths.scratch.join("variables");
+        std::fs::copy(rack.machine(NAME).variable_store(), &kept).unwrap();
+
+        let view = boots_with(&mut rack, &kept, |store| variables::switch_secure_boot_off(store).unwrap());
+        assert_eq!((proof(&view).state.as_str(), proof(&view).reason.as_str()), ("unattested", "Secure Boot is off"));
+        assert_eq!(view.protection.as_deref(), Some("unprotected"));
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for("| stage    Checks health", Mark::default(), IDLE).unwrap();
+        let missing = |v: &MachineView| {
+            v.last_words.as_ref().is_some_and(|words| words.to_string().contains("the secret db-password has not come"))
+        };
+        rack.wait(NAME, "its secret does not come", missing).unwrap();
+        let said = console.since(Mark::default());
+        assert!(said.contains("the machine's data is not there") && said.contains(SHUT), "{said}");
+        assert!(!said.contains(OPEN) && !said.contains("KILN-VAULT"), "{said}");
+        let shown = rack.kiln(&["machine", "show", NAME]).unwrap();
+        assert!(shown.contains("unattested: Secure Boot is off"), "{shown}");
+        let list = rack.kiln(&["secret", "list"]).unwrap();
+        assert!(list.contains("0 of 1 machines hold it") && list.contains("Secure Boot is off"), "{list}");
+
+        let other = paths.scratch.join("other");
+        site::kiln_quiet(paths, &["trust", "init", "--lab", other.to_str().unwrap(), "--name", "other"]).unwrap();
+        let folder = paths.scratch.join("other-keys");
+        site::enroll(paths, &other, &folder).unwrap();
+        // `secure` has written the site's own there.
+        let lists = [paths.scratch.join("keys"), folder].map(|keys| std::fs::read(keys.join("db.esl")).unwrap());
+        let view = boots_with(&mut rack, &kept, |store| variables::set_signers(store, &lists.concat()).unwrap());
+        assert_eq!(proof(&view).state, "attested", "{view:#?}");
+        assert!(proof(&view).reason.ends_with("; db lets in more than the site's key"), "{view:#?}");
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for(&told(FIRST), Mark::default(), IDLE).unwrap();
+        let said = console.since(Mark::default());
+        assert!(said.contains("the machine's data is not there") && said.contains(SHUT), "{said}");
+        assert!(!said.contains(OPEN), "{said}");
+
+        let view = boots_with(&mut rack, &kept, |_| {});
+        assert_eq!(proof(&view).state, "attested", "{view:#?}");
+        assert!(proof(&view).reason.ends_with("under the site's key"), "{view:#?}");
+        rack.wait_healthy(NAME, 1).unwrap();
+        let console = rack.machine(NAME).console().unwrap().clone();
+        console.wait_for(&told(FIRST), Mark::default(), IDLE).unwrap();
+        console.wait_for("KILN-VAULT data 2 20000 ext4", Mark::default(), IDLE).unwrap();
+        assert!(console.since(Mark::default()).contains(OPEN));
     });
 }

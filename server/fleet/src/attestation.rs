@@ -60,6 +60,9 @@ pub struct ColdBoot {
     /// Its release's agent has kexecs measured, or says in PCR 10 that they are not.
     #[serde(default)]
     pub measures: bool,
+    /// Its firmware's db has more than the site's certificate and the hashes of single images.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub others: bool,
 }
 
 /// How PCR 10 stood when a kernel began, by a proof of its boot.
@@ -143,7 +146,7 @@ impl ProvenBoot {
     fn reason(&self) -> String {
         let release = &self.cold.release;
         let measured = self.began.as_ref().map(|began| began.measured);
-        match (self.carried, measured) {
+        let words = match (self.carried, measured) {
             (true, Some(true)) => format!("attested at cold boot ({release}), carried by kexec"),
             (true, Some(false) | None) => format!("attested at cold boot ({release}), carried by kexec, unmeasured"),
             (false, Some(true) | None) => format!("firmware started {release} as it was signed, under the site's key"),
@@ -152,7 +155,8 @@ impl ProvenBoot {
                     "firmware started {release} as it was signed, under the site's key; its kernel measures no kexec"
                 )
             }
-        }
+        };
+        if self.cold.others { format!("{words}; db lets in more than the site's key") } else { words }
     }
 }
 

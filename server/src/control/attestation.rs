@@ -314,8 +314,8 @@ fn verdict(
     let boot_id = before.filter(|_| carried).map_or_else(|| boot_id.to_owned(), |cold| cold.boot_id.clone());
     let pcr11 = named.pcr11.parse().map_err(|_| fault("its manifest's PCR 11 is no SHA-256".into()))?;
     let firmware = booted.firmware.map(|part| part.parse().expect("measured::judge gives SHA-256 in hex"));
-    let (resets, restarts) = (clock.resets, clock.restarts);
-    let cold = ColdBoot { boot_id, resets, restarts, release, pcr11, pcrs: shown.pcrs.clone(), firmware, measures };
+    let (resets, restarts, pcrs, others) = (clock.resets, clock.restarts, shown.pcrs.clone(), booted.others);
+    let cold = ColdBoot { boot_id, resets, restarts, release, pcr11, pcrs, firmware, measures, others };
     Ok(ProvenBoot { cold, carried, began })
 }
 

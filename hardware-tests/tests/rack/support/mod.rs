@@ -3,9 +3,11 @@
 pub mod door;
 pub mod esp;
 pub mod files;
+pub mod foreign_root;
 pub mod hostile;
 pub mod loss;
 pub mod on_disk;
+pub mod relay;
 
 use kiln_lab::api::{self, MachineView};
 use kiln_lab::error::LabError;

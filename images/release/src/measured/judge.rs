@@ -46,6 +46,9 @@ pub struct Booted {
     /// Digests over what was measured into PCRs 0 to 3, hex: firmware, its settings, option ROMs, theirs. The boot order, which
     /// the agent itself sets, is left out.
     pub firmware: [String; 4],
+    /// db has more than the site's certificate and the hashes of single images: firmware starts what others sign, too, and the
+    /// kernel believes their signatures.
+    pub others: bool,
 }
 
 /// Nothing is proven, and nothing contradicted.
@@ -246,13 +249,18 @@ pub fn judge(evidence: &Evidence<'_>, measured: &Measured, loaders: &BTreeSet<St
         return Err(Doubt::SecureBootOff.into());
     }
     let certificate = measured.certificate.as_ref().ok_or(Doubt::ReleaseUnsigned)?;
-    let db = evidence.variable("db")?.unwrap_or_default();
-    let site = entries(&db).unwrap_or_default().iter().any(|entry| match entry {
+    let content = evidence.variable("db")?.unwrap_or_default();
+    let db = entries(&content).unwrap_or_default();
+    let of_site = |entry: &Entry<'_>| match entry {
         Entry::X509(der) => hex::sha256(der) == *certificate,
         Entry::Sha256(_) | Entry::Other => false,
-    });
-    if !site {
+    };
+    if !db.iter().any(of_site) {
         return Err(Doubt::SiteNotInDb.into());
     }
-    Ok(Booted { caps, firmware: evidence.firmware() })
+    let others = db.iter().any(|entry| match entry {
+        Entry::Sha256(_) => false,
+        Entry::X509(_) | Entry::Other => !of_site(entry),
+    });
+    Ok(Booted { caps, firmware: evidence.firmware(), others })
 }

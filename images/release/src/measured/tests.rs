@@ -1,5 +1,5 @@
 use super::*;
-use crate::efi::certificate_list;
+use crate::efi::{certificate_list, digest_list};
 use crate::formats::Measured;
 use crate::hex;
 use crate::pe::tests::image;
@@ -214,6 +214,15 @@ fn what_is_only_missing_is_a_doubt() {
     assert_eq!(Machine::honest(0, &site).judged(), Err(Doubt::SecureBootOff.into()));
     let others = certificate_list(b"Microsoft");
     assert_eq!(Machine::honest(1, &others).judged(), Err(Doubt::SiteNotInDb.into()));
+    // Who else may sign is told of a boot that is as it should be.
+    for (db, told) in [
+        (site.clone(), false),
+        ([site.clone(), digest_list(&[[1; 32]])].concat(), false),
+        ([site.clone(), others.clone()].concat(), true),
+        ([others, site].concat(), true),
+    ] {
+        assert_eq!(Machine::honest(1, &db).judged().unwrap().others, told);
+    }
     let mut none = honest();
     none.log.clear();
     assert_eq!(none.judged(), Err(Doubt::NoLog.into()));

@@ -26,6 +26,7 @@ fn cold(boot: &str, firmware: [u8; 4]) -> ColdBoot {
         pcrs: Vec::new(),
         firmware,
         measures: false,
+        others: false,
     }
 }
 
@@ -188,4 +189,17 @@ fn a_kexec_that_was_not_measured_is_said_to_be_so() {
         assert!(s.m.attestation().1.ends_with(words), "{:?}", s.m.attestation());
         assert_eq!(s.m.attestations.began, began);
     }
+}
+
+#[test]
+fn who_else_may_sign_is_said_of_an_attested_boot() {
+    let mut s = Story::new();
+    s.then(reports("a", 1, TpmPresence::Ready));
+    let cold = ColdBoot { others: true, ..cold("a", [1, 2, 3, 4]) };
+    let booted = Ok(ProvenBoot { cold, carried: false, began: None });
+    let proven = Proven { key: key(1), boot_id: "a".into(), endorsement: Some(hash(7)), option_roms: None, booted };
+    s.then(Event::Proven(Box::new(proven)));
+    let (state, reason) = s.m.attestation();
+    assert_eq!(state, AttestationState::Attested);
+    assert!(reason.ends_with("under the site's key; db lets in more than the site's key"), "{reason}");
 }

@@ -116,6 +116,7 @@ fn where_the_release_says_so_only_for_a_proven_boot() {
         pcrs: Vec::new(),
         firmware: [1, 2, 3, 4].map(hash),
         measures: false,
+        others: false,
     };
     let booted = Ok(ProvenBoot { cold, carried: false, began: None });
     let (endorsement, option_roms) = (Some(hash(7)), None);

@@ -30,6 +30,7 @@ fn proven(boot: &str, release: u64, carried: bool) -> Event {
         pcrs: Vec::new(),
         firmware,
         measures: false,
+        others: false,
     };
     let booted = Ok(ProvenBoot { cold, carried, began: None });
     let (key, boot_id, endorsement, option_roms) = (key(1), boot.to_owned(), Some(hash(7)), None);

@@ -145,10 +145,13 @@ impl<B: Block> Store<B> {
         }
         let esp = self.esp()?;
         let read = || -> io::Result<(Vec<Entry>, Vec<Sha256Hex>)> {
-            let mut entries = Vec::new();
+            let (mut entries, mut unread) = (Vec::<Entry>::new(), false);
             for node in esp.list(ENTRIES)?.unwrap_or_default() {
                 let Ok(name) = node.name.parse() else { continue };
-                let Ok(text) = esp.read(&format!("{ENTRIES}/{}", node.name), TEXT_LIMIT) else { continue };
+                let Ok(text) = esp.read(&format!("{ENTRIES}/{}", node.name), TEXT_LIMIT) else {
+                    unread = true;
+                    continue;
+                };
                 let text = text.unwrap_or_default();
                 if let Some(content) = Content::of_entry_text(&String::from_utf8_lossy(&text)) {
                     entries.push(Entry { name, content });
@@ -157,7 +160,9 @@ impl<B: Block> Store<B> {
             let files = esp.list(UKIS)?.unwrap_or_default();
             let whole = files.iter().filter(|node| !node.directory && esp.is_whole(node));
             let ukis = whole.filter_map(|node| node.name.to_lowercase().strip_suffix(".efi")?.parse().ok());
-            Ok((entries, ukis.collect()))
+            // What such an entry names must not be taken for what none names, and removed.
+            let ukis = ukis.filter(|uki| !unread || entries.iter().any(|entry| entry.content.uki == *uki)).collect();
+            Ok((entries, ukis))
         };
         let (mut entries, mut ukis) = read().map_err(|e| self.io("reading the EFI system partition", &e))?;
         entries.sort();

@@ -47,6 +47,7 @@ struct Recorded {
     steps: Vec<Step>,
     /// Sectors that cannot be read, or written.
     failing: Option<std::ops::Range<u64>>,
+    read_only: bool,
 }
 
 impl Recorded {
@@ -95,6 +96,9 @@ impl Block for Recorded {
 
     fn write_at(&mut self, at: u64, bytes: &[u8]) -> io::Result<()> {
         self.check(at, bytes.len())?;
+        if self.read_only {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         let whole = at.is_multiple_of(SECTOR as u64) && bytes.len().is_multiple_of(SECTOR);
         let mut padded = Vec::new();
         let (start, bytes) = if whole {

@@ -55,6 +55,32 @@ fn one_bad_sector_erases_nothing() {
     }
     let entries = beginning(&store, b"title");
     assert!(!entries.is_empty() && !entries.iter().any(|at| costs_the_disk.contains(at)), "an entry costs itself");
+    // And not its UKI, which would be removed if nothing named it.
+    assert_eq!(store.read().unwrap().ukis.len(), 1);
+    store.disk_mut().failing = Some(entries[0]..entries[0] + 1);
+    let read = store.read().unwrap();
+    assert!(read.entries.is_empty() && read.ukis.is_empty(), "{read:?}");
+}
+
+/// A flash that turned read-only in the middle of a write leaves tables that differ, and clusters that nothing names.
+#[test]
+fn what_is_to_be_mended_costs_nothing_on_a_disk_that_takes_no_writes() {
+    let store = kept();
+    let (whole, layout) = (store.disk().clone(), store.layout.clone());
+    let expected = all_of(whole.clone());
+    for range in [layout.esp(), layout.state()] {
+        let mut disk = whole.clone();
+        // The first of the table's sectors behind 32 reserved ones: the last of its clusters is free, by all that is named.
+        let mut table = [0; SECTOR];
+        disk.read_at(range.start + 32 * SECTOR as u64, &mut table).unwrap();
+        assert_eq!(table[..3], [0xf8, 0xff, 0xff], "it is the table");
+        table[SECTOR - 4..].copy_from_slice(&0x0fff_ffff_u32.to_le_bytes());
+        disk.write_at(range.start + 32 * SECTOR as u64, &table).unwrap();
+        disk.read_only = true;
+        assert_eq!(all_of(disk.clone()), expected);
+        let mut store = Store::open(disk, layout.clone(), false, "test").unwrap();
+        assert_eq!(store.keep_put_up(&release(1).content.root_hash, 9).unwrap_err().kind(), "disk-io-error");
+    }
 }
 
 #[test]

@@ -12,6 +12,7 @@ use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+use tokio::net::TcpStream;
 
 pub fn wanting(policy: CertificatePolicy) -> impl FnOnce(&mut Manifest) {
     let wanted = WantedCertificate { owner: None, required: true, units: vec![], policy };
@@ -297,6 +298,37 @@ async fn a_ca_that_is_begun_anew_gives_every_machine_another_certificate() {
     assert!(works(&server, &mut agent).await.certify, "what it has is of the CA before");
     issued(&server, &agent).await;
     assert!(!works(&server, &mut agent).await.certify);
+}
+
+/// A disk that gives no answer: whoever asks for the CA waits, and nobody else. What is wrong with its files is said once.
+#[tokio::test]
+async fn a_file_of_the_ca_that_hangs_holds_up_only_who_asks_for_the_ca() {
+    let (site, server, mut agent) = rack(CertificatePolicy::Approved).await;
+    let pipe = site.path().join("online/machine-ca.pem");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let stream = TcpStream::connect(server.http).await.unwrap();
+    let asks = tokio::spawn(call(stream, "GET", "/site/machines.pem", &[], vec![]));
+    // Open for writing once somebody reads, who waits from then on.
+    let path = pipe.clone();
+    let writes = tokio::task::spawn_blocking(move || std::fs::File::options().write(true).open(path).unwrap());
+    let writes = tokio::time::timeout(PATIENCE, writes).await.expect("nobody reads it").unwrap();
+    let goes_on = async {
+        assert!(works(&server, &mut agent).await.certify);
+        server.machine("rack-1").await
+    };
+    let view = tokio::time::timeout(PATIENCE, goes_on).await.expect("the fleet waits for the CA");
+    assert_eq!(view.state, "healthy");
+    assert!(!asks.is_finished());
+
+    drop(writes);
+    let answer = asks.await.unwrap();
+    assert!(answer.status.is_server_error() && answer.text().contains("gives no answer"), "{}", answer.text());
+    std::fs::remove_file(pipe).unwrap();
+    for path in ["/site/machines.pem", "/site/machines.crl", "/site/machines.crl.pem"] {
+        assert!(server.http("GET", path, &[]).await.status.is_server_error());
+    }
+    let log = std::fs::read_to_string(site.path().join("log")).unwrap();
+    assert_eq!(log.matches("no certificates are issued").count(), 1, "{log}");
 }
 
 /// Debian's nginx, which asks each client for a certificate.

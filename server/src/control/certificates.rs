@@ -315,6 +315,7 @@ impl Control {
         });
         // It also fails where this rests on a step that is not stored.
         pending.commits.push(self.keep(id, list));
+        pending.touched.push(id.clone());
         // Its renewals are no news.
         if first {
             let what = format!("was issued a certificate, serial {serial}, until {}", time(until));

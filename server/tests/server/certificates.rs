@@ -30,7 +30,7 @@ async fn rack(policy: CertificatePolicy) -> (TestSite, Server, Agent) {
 }
 
 /// It reports that it runs, as it does at its first report and from then on.
-async fn works(server: &Server, agent: &mut Agent) -> Reply {
+pub async fn works(server: &Server, agent: &mut Agent) -> Reply {
     let first = agent.healthy();
     agent.send(server, &first).await;
     let next = agent.healthy();
@@ -55,7 +55,7 @@ async fn post(server: &Server, agent: &Agent, request: &CertificateRequest) -> A
 }
 
 /// What the machine has in its file, and what was issued to it.
-async fn issued(server: &Server, agent: &Agent) -> (String, IssuedCertificate) {
+pub async fn issued(server: &Server, agent: &Agent) -> (String, IssuedCertificate) {
     let (key, request) = request(agent);
     let answer = post(server, agent, &request).await;
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
@@ -73,7 +73,7 @@ async fn refused(server: &Server, agent: &Agent) -> String {
     answer.refused.unwrap()
 }
 
-async fn revoke_key(server: &Server, machine: &str) {
+pub async fn revoke_key(server: &Server, machine: &str) {
     let answer = server.order("POST", &format!("machines/{machine}/revoke-key"), json!({})).await;
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
 }

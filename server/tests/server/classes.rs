@@ -7,7 +7,7 @@ use kiln_protocol::*;
 use kiln_server::view::{ClassView, MachineView};
 use serde_json::json;
 
-fn box_with(firmware: &str) -> Inventory {
+pub fn box_with(firmware: &str) -> Inventory {
     Inventory {
         system: System { manufacturer: "Maker".into(), product: "Box".into(), ..System::default() },
         firmware: FirmwareVersion { version: firmware.into(), ..FirmwareVersion::default() },

@@ -2,7 +2,7 @@
 //! that, under no lock but this one: a disk that gives no answer holds up those who ask for the CA, and nobody else.
 
 use crate::error::CertificateError;
-use crate::machine_ca::Ca;
+use crate::machine_ca::{Ca, Which};
 use kiln_fleet::Millis;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -18,6 +18,10 @@ type Failed = Option<(Millis, Arc<CertificateError>)>;
 #[derive(Debug)]
 pub(super) struct OpenCa {
     ca: OnceLock<Arc<Ca>>,
+    /// The one before it, whose certificates are not over.
+    before: Option<Arc<Ca>>,
+    /// The certificates, PEM, that are told beside its own: of the next one and of the one before.
+    beside: String,
     failed: Arc<Mutex<Failed>>,
     online: PathBuf,
     site: String,
@@ -27,12 +31,30 @@ impl OpenCa {
     /// At the server's start, of what lies in the site's `online/`. A key that is missing or cannot be read keeps the server from
     /// nothing but certificates.
     pub(super) fn at_start(online: PathBuf, site: &str) -> Self {
-        let opened = Ca::open(&online, site).unwrap_or_else(|error| {
+        let opened = Ca::open(&online, Which::Now, site).unwrap_or_else(|error| {
             say(&error);
             None
         });
         let ca = opened.map_or_else(OnceLock::new, |ca| OnceLock::from(Arc::new(ca)));
-        Self { ca, failed: Arc::default(), online, site: site.to_owned() }
+        let other = |which| {
+            Ca::open(&online, which, site).unwrap_or_else(|error| {
+                tracing::error!(%error, "of the machine CA's rotation nothing is told (`kiln trust machine-ca`)");
+                None
+            })
+        };
+        let (next, before) = (other(Which::Next), other(Which::Before));
+        let beside = [&next, &before].into_iter().flatten().map(|ca| ca.pem.as_str()).collect();
+        Self { ca, before: before.map(Arc::new), beside, failed: Arc::default(), online, site: site.to_owned() }
+    }
+
+    /// The one before, if its list is signed still.
+    pub(super) fn before(&self) -> Option<&Arc<Ca>> {
+        self.before.as_ref()
+    }
+
+    /// What is told beside its own certificate, PEM.
+    pub(super) fn beside(&self) -> &str {
+        &self.beside
     }
 
     /// If it is open.
@@ -59,8 +81,8 @@ impl OpenCa {
         let (online, site) = (self.online.clone(), self.site.clone());
         // Whoever asked may hang up: the lock goes along, so that nobody reads a file that is being written.
         let work = tokio::task::spawn_blocking(move || {
-            let opened = match Ca::open(&online, &site) {
-                Ok(None) if wanted => Ca::make(&online, &site).map(Some),
+            let opened = match Ca::open(&online, Which::Now, &site) {
+                Ok(None) if wanted => Ca::make(&online, Which::Now, &site).map(Some),
                 opened => opened,
             };
             (failed, opened)

@@ -94,7 +94,7 @@ struct Kept {
 pub struct RevokedList {
     /// As RFC 5280 §5 has it.
     pub der: Bytes,
-    /// The same for programs that read PEM.
+    /// The same for programs that read PEM; behind it that of the CA before, while its certificates are not over.
     pub pem: Bytes,
 }
 
@@ -400,10 +400,10 @@ impl Control {
         self.catalog().releases.values().any(|release| release.manifest.certificate.is_some())
     }
 
-    /// The CA's certificate, PEM.
+    /// The CA's certificate, PEM; behind it those of the next one and of the one before, while it is rotated.
     pub(crate) async fn machine_ca(&self) -> Result<String, CertificateError> {
         let ca = self.certificates.ca.get(self.certificates_wanted(), now_ms()).await?;
-        Ok(ca.pem.clone())
+        Ok(format!("{}{}", ca.pem, self.certificates.ca.beside()))
     }
 
     /// The list that was signed last, or a new one.
@@ -424,7 +424,12 @@ impl Control {
         known.number = now.max(known.number + 1);
         let (made, next) = (time(now.saturating_sub(BACK_MS)), time(now.saturating_add(LIST_LIFE_MS)));
         let der = ca.list(known.number, made, next, &revoked)?;
-        let pem = hex::pem_encode("X509 CRL", &der);
+        let mut pem = hex::pem_encode("X509 CRL", &der);
+        // Programs ask for a list of each CA: what the one before signed is on its own. Serial numbers are random, so that
+        // neither list names another's certificate by what is more on it.
+        if let Some(before) = self.certificates.ca.before() {
+            pem += &hex::pem_encode("X509 CRL", &before.list(known.number, made, next, &revoked)?);
+        }
         let list = RevokedList { der: der.into(), pem: pem.into() };
         known.list = Some((now, list.clone()));
         Ok(list)

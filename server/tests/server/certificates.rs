@@ -300,6 +300,64 @@ async fn a_ca_that_is_begun_anew_gives_every_machine_another_certificate() {
     assert!(!works(&server, &mut agent).await.certify);
 }
 
+/// Both CAs are told while programs go from one to the other, and each machine is let in at every step.
+#[tokio::test]
+async fn a_ca_that_is_rotated_locks_no_machine_out() {
+    let (site, server, mut agent) = rack(CertificatePolicy::Approved).await;
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let (_, first) = issued(&server, &agent).await;
+    if openssl(&server, dir, &first.certificate).await.is_none() {
+        return;
+    }
+    let path = site.path().to_str().unwrap().to_owned();
+    let restarted = async |server: Server, step: &str| {
+        let (ok, said, error) = site.kiln(&["trust", "machine-ca", step, "--site", &path]);
+        assert!(ok && said.contains("Restart `kiln serve`"), "{step}: {said}{error}");
+        drop(server);
+        Server::start(&site).await
+    };
+    // How many CAs are told, and how many lists.
+    let told = async |server: &Server| {
+        let cas = server.http("GET", "/site/machines.pem", &[]).await.text();
+        let lists = server.http("GET", "/site/machines.crl.pem", &[]).await.text();
+        (cas.matches("BEGIN CERTIFICATE").count(), lists.matches("BEGIN X509 CRL").count())
+    };
+    let holds = async |server: &Server, certificate: &IssuedCertificate, is: bool| {
+        let (good, said) = openssl(server, dir, &certificate.certificate).await.unwrap();
+        assert_eq!(good, is, "{said}");
+    };
+    assert_eq!(told(&server).await, (1, 1));
+
+    // Announced: told, and nothing else.
+    let server = restarted(server, "announce").await;
+    assert_eq!(told(&server).await, (2, 1));
+    let announced = server.http("GET", "/site/machines.pem", &[]).await.text();
+    assert!(!works(&server, &mut agent).await.certify, "what it has holds");
+    holds(&server, &first, true).await;
+    let twice = site.kiln(&["trust", "machine-ca", "announce", "--site", &path]);
+    assert!(!twice.0 && twice.2.contains("is announced"), "{twice:?}");
+
+    // It signs: each machine is told to ask for another, and whoever fetched before knows its CA.
+    let server = restarted(server, "switch").await;
+    assert_eq!(told(&server).await, (2, 2));
+    assert!(works(&server, &mut agent).await.certify);
+    let (_, second) = issued(&server, &agent).await;
+    assert!(second.ca != first.ca && announced.contains(second.ca.trim()), "{announced}");
+    holds(&server, &first, true).await;
+    holds(&server, &second, true).await;
+    assert!(!works(&server, &mut agent).await.certify);
+
+    // Revoked, it is so by either; and the one before is forgotten.
+    revoke_key(&server, "rack-1").await;
+    holds(&server, &first, false).await;
+    holds(&server, &second, false).await;
+    let server = restarted(server, "forget").await;
+    assert_eq!(told(&server).await, (1, 1));
+    let (_, said) = openssl(&server, dir, &first.certificate).await.unwrap();
+    assert!(said.contains("unable to get local issuer certificate"), "{said}");
+}
+
 /// A disk that gives no answer: whoever asks for the CA waits, and nobody else. What is wrong with its files is said once.
 #[tokio::test]
 async fn a_file_of_the_ca_that_hangs_holds_up_only_who_asks_for_the_ca() {

@@ -183,7 +183,7 @@ async fn what_four_eyes_refuse_is_in_the_log() {
         ("token ben", format!("{}{about}", call(&second, "confirm")), "nobody confirmed it in time"),
     ];
     for (who, what, why) in &expected {
-        let lines = audit.iter().filter(|r| r.actor == *who && r.what == *what && r.result.contains(why));
+        let lines = audit.iter().filter(|r| r.actor == *who && r.what == *what && r.result.contains(*why));
         assert_eq!(lines.count(), 1, "{who}, {what}, {why}: {audit:#?}");
     }
     // What was kept, and what was done, is no failure.

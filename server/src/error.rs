@@ -345,6 +345,12 @@ pub enum CertificateError {
          the new one to all of them", .0.display()
     )]
     KeyMissing(PathBuf),
+    #[error("{}: the next machine CA is announced: `kiln trust machine-ca switch` once programs have it", .0.display())]
+    Announced(PathBuf),
+    #[error("{} is not there: `kiln trust machine-ca announce`, then `switch`, then `forget`", .0.display())]
+    NotAnnounced(PathBuf),
+    #[error("{}: the machine CA before is still told: `kiln trust machine-ca forget` comes first", .0.display())]
+    StillTold(PathBuf),
     #[error("no random numbers on this host, or its cryptography fails")]
     Signing,
     /// It cannot be opened or made; the log has said so, and it is tried again after a while.

@@ -8,6 +8,7 @@
 
 pub mod access;
 pub mod audit;
+mod ca_rotation;
 pub mod catalog;
 pub mod cli;
 pub mod config;

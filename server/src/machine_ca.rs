@@ -1,6 +1,7 @@
 //! The key of the site's machine CA, which signs machines' certificates and the list of those that are revoked: ECDSA on P-256, by
 //! ring. Key and certificate are files of the site, `online/machine-ca.key` and `online/machine-ca.pem`, made when the first
-//! machine is to have a certificate, and never replaced by themselves: other programs trust them.
+//! machine is to have a certificate, and never replaced by themselves: other programs trust them. How a person
+//! replaces them is in `ca_rotation`.
 
 use crate::error::CertificateError;
 use crate::vault::{SECRET, write_new};
@@ -14,8 +15,29 @@ use ring::signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-const KEY: &str = "machine-ca.key";
-const CERTIFICATE: &str = "machine-ca.pem";
+/// Which CA of the site.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Which {
+    /// The one that signs.
+    Now,
+    /// One that was announced and signs nothing yet.
+    Next,
+    /// The one that signed before, whose certificates are not over.
+    Before,
+}
+
+impl Which {
+    /// Its key and its certificate, in the site's `online/`.
+    pub fn files(self, online: &Path) -> (PathBuf, PathBuf) {
+        let stem = match self {
+            Self::Now => "machine-ca",
+            Self::Next => "machine-ca-next",
+            Self::Before => "machine-ca-before",
+        };
+        (online.join(format!("{stem}.key")), online.join(format!("{stem}.pem")))
+    }
+}
+
 /// Of a file that everybody may read.
 const PUBLIC: u32 = 0o644;
 
@@ -40,8 +62,8 @@ fn read(path: &Path) -> Result<Option<String>, CertificateError> {
 
 impl Ca {
     /// From the site's `online/`; none: it was not made yet.
-    pub fn open(online: &Path, site: &str) -> Result<Option<Self>, CertificateError> {
-        let (key, certificate) = (online.join(KEY), online.join(CERTIFICATE));
+    pub fn open(online: &Path, which: Which, site: &str) -> Result<Option<Self>, CertificateError> {
+        let (key, certificate) = which.files(online);
         let pem = read(&certificate)?;
         match (read(&key)?, pem) {
             (None, None) => Ok(None),
@@ -65,14 +87,14 @@ impl Ca {
     }
 
     /// Makes key and certificate, where there are none.
-    pub fn make(online: &Path, site: &str) -> Result<Self, CertificateError> {
+    pub fn make(online: &Path, which: Which, site: &str) -> Result<Self, CertificateError> {
         let made = EcdsaKeyPair::generate_pkcs8(&ECDSA_P256_SHA256_ASN1_SIGNING, &SystemRandom::new());
         let made = made.map_err(|_| CertificateError::Signing)?;
         let ca = Self::of(made.as_ref(), site, String::new()).ok_or(CertificateError::Signing)?;
-        let key = online.join(KEY);
+        let (key, certificate) = which.files(online);
         write_new(&key, &hex::pem_encode("PRIVATE KEY", made.as_ref()), SECRET)
             .map_err(|source| CertificateError::File { path: key, source })?;
-        ca.certified(online.join(CERTIFICATE))
+        ca.certified(certificate)
     }
 
     fn of(pkcs8: &[u8], site: &str, pem: String) -> Option<Self> {
@@ -127,31 +149,38 @@ mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
+    const KEY: &str = "machine-ca.key";
+    const CERTIFICATE: &str = "machine-ca.pem";
+
     #[test]
     fn it_is_made_once_and_never_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let online = dir.path();
-        assert!(Ca::open(online, "lab").unwrap().is_none());
-        let made = Ca::make(online, "lab").unwrap();
+        assert!(Ca::open(online, Which::Now, "lab").unwrap().is_none());
+        let made = Ca::make(online, Which::Now, "lab").unwrap();
         assert_eq!(std::fs::metadata(online.join(KEY)).unwrap().permissions().mode() & 0o777, 0o600);
-        assert!(Ca::make(online, "lab").is_err(), "there is one");
-        let again = Ca::open(online, "lab").unwrap().unwrap();
+        assert!(Ca::make(online, Which::Now, "lab").is_err(), "there is one");
+        let again = Ca::open(online, Which::Now, "lab").unwrap().unwrap();
         assert_eq!((again.point, &again.pem), (made.point, &made.pem));
         // Cut between its two files: the same CA again, whatever trusted it.
         std::fs::remove_file(online.join(CERTIFICATE)).unwrap();
-        let again = Ca::open(online, "lab").unwrap().unwrap();
+        let again = Ca::open(online, Which::Now, "lab").unwrap().unwrap();
         assert_eq!((again.point, read(&online.join(CERTIFICATE)).unwrap()), (made.point, Some(again.pem)));
         // Without its key nothing is made in its place; nor does it take a key that is not the certificate's.
         let (key, kept) = (online.join(KEY), online.join("kept"));
         std::fs::rename(&key, &kept).unwrap();
-        let error = Ca::open(online, "lab").unwrap_err();
+        let error = Ca::open(online, Which::Now, "lab").unwrap_err();
         assert!(matches!(&error, CertificateError::KeyMissing(_)) && error.to_string().contains("restore"), "{error}");
         let other = dir.path().join("other");
         std::fs::create_dir(&other).unwrap();
-        Ca::make(&other, "lab").unwrap();
+        Ca::make(&other, Which::Now, "lab").unwrap();
         std::fs::copy(other.join(KEY), &key).unwrap();
-        assert!(matches!(Ca::open(online, "lab"), Err(CertificateError::Form(path)) if path.ends_with(CERTIFICATE)));
+        assert!(
+            matches!(Ca::open(online, Which::Now, "lab"), Err(CertificateError::Form(path)) if path.ends_with(CERTIFICATE))
+        );
         std::fs::write(&key, "nothing").unwrap();
-        assert!(matches!(Ca::open(online, "lab"), Err(CertificateError::Form(path)) if path.ends_with(KEY)));
+        assert!(
+            matches!(Ca::open(online, Which::Now, "lab"), Err(CertificateError::Form(path)) if path.ends_with(KEY))
+        );
     }
 }

@@ -51,6 +51,12 @@ pub struct Boot {
     /// When its firmware last showed that it goes on: the DISCOVER, bytes of a loader or of the boot program.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub moved: Option<Millis>,
+    /// Kexecs to its release that had come to nothing on its machine's class when it began.
+    #[serde(default)]
+    pub after: u32,
+    /// That a kexec out of it, or the one that began it, came to nothing was noted.
+    #[serde(default)]
+    pub vain: bool,
     /// What happened, oldest first; at most [`RECORDS_KEPT`].
     pub stages: Vec<StageAt>,
 }
@@ -67,6 +73,8 @@ impl Boot {
             late: 0,
             agent_zero: None,
             moved: None,
+            after: 0,
+            vain: false,
             stages: Vec::new(),
         }
     }

@@ -1,6 +1,9 @@
 //! Hardware classes: a model with a firmware version. Its machines' reports show on which releases one of the class came up, from
 //! firmware and by kexec; a kexec that nobody asked for by name wants both (docs/state-machines.md).
 //!
+//! A kexec that comes to nothing takes that way back from its class, until one that begins later comes up. Which is later is told by
+//! counting those that failed, so that no clock decides it.
+//!
 //! It is known of machines in service and goes with them: nothing of a class is stored but in its machines. It is their own
 //! word, and decides of nothing but the way.
 
@@ -61,10 +64,38 @@ pub struct ProvenBy {
     pub release: ReleaseId,
     /// How.
     pub ways: Ways,
+    /// How many kexecs to it had come to nothing on its class when the newest one that came up here began.
+    #[serde(default)]
+    pub after: u32,
+    /// Which of these came to nothing here, the newest, counted from 1; 0: none.
+    #[serde(default)]
+    pub failed: u32,
+}
+
+impl ProvenBy {
+    fn nothing(release: &ReleaseId) -> Self {
+        Self { release: release.clone(), ways: Ways::default(), after: 0, failed: 0 }
+    }
+}
+
+/// What the machines of one class have shown of one release.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Proof {
+    /// By which ways it came up. By kexec: by one that began after the last that came to nothing.
+    pub ways: Ways,
+    /// How many kexecs to it came to nothing, as far as machines in service remember.
+    pub failed: u32,
+}
+
+impl Proof {
+    /// A kexec came to nothing, and none has come up since.
+    pub fn is_taken_back(&self) -> bool {
+        self.failed > 0 && !self.ways.kexec
+    }
 }
 
 /// What the machines of one class have shown.
-pub type Proofs = BTreeMap<ReleaseId, Ways>;
+pub type Proofs = BTreeMap<ReleaseId, Proof>;
 
 impl Machine {
     /// An inventory says of which class it is. What it showed with another firmware says nothing of this one.
@@ -87,11 +118,42 @@ impl Machine {
             return;
         }
         let cold = self.came_through_firmware();
+        let after = self.last_boot().map_or(0, |boot| boot.after);
+        let mut came = self.take_way(release);
+        came.ways.cold |= cold;
+        if !cold {
+            came.ways.kexec = true;
+            came.after = came.after.max(after);
+        }
+        self.keep_way(came);
+    }
+
+    /// Another boot begins, or nothing is heard any more: where that says that a kexec came to nothing, its class has shown that way
+    /// no longer. Other machines go through firmware, and none of them waits.
+    pub(crate) fn note_vain_kexec(&mut self, out: &mut Vec<Action>) {
+        let (Some(class), Some(release)) = (&self.class, self.vain_kexec()) else { return };
+        let text = format!(
+            "a kexec to {release} came to nothing: `--via auto` takes machines of its class ({class}) there by cold boot until a \
+             kexec that a person asks for (`--via kexec`) comes up on one"
+        );
+        let mut came = self.take_way(&release);
+        let known = self.proofs.get(&release).map_or(0, |proof| proof.failed);
+        came.failed = known.max(came.failed).saturating_add(1);
+        self.keep_way(came);
+        if let Some(boot) = self.boots.back_mut() {
+            boot.vain = true;
+        }
+        out.push(Action::Say { warn: true, text });
+        save(out);
+    }
+
+    fn take_way(&mut self, release: &ReleaseId) -> ProvenBy {
         let known = self.came_up.iter().position(|came| came.release == *release);
-        let mut ways = known.map_or_else(Ways::default, |at| self.came_up.remove(at).ways);
-        ways.cold |= cold;
-        ways.kexec |= !cold;
-        self.came_up.push(ProvenBy { release: release.clone(), ways });
+        known.map_or_else(|| ProvenBy::nothing(release), |at| self.came_up.remove(at))
+    }
+
+    fn keep_way(&mut self, came: ProvenBy) {
+        self.came_up.push(came);
         if self.came_up.len() > CAME_UP_KEPT {
             self.came_up.remove(0);
         }
@@ -110,9 +172,60 @@ pub struct Classes {
 #[derive(Debug, Default)]
 struct Known {
     machines: usize,
-    /// Machines that came up so: from firmware, by kexec.
-    counts: BTreeMap<ReleaseId, (usize, usize)>,
+    accounts: BTreeMap<ReleaseId, Account>,
     proofs: Arc<Proofs>,
+}
+
+/// Machines that came up on one release, or did not.
+#[derive(Debug, Default)]
+struct Account {
+    /// From firmware.
+    cold: usize,
+    /// By kexec, by how many had come to nothing when it began.
+    kexec: BTreeMap<u32, usize>,
+    /// On which one came to nothing, by which that was.
+    failed: BTreeMap<u32, usize>,
+}
+
+impl Account {
+    fn add(&mut self, came: &ProvenBy) {
+        self.cold += usize::from(came.ways.cold);
+        if came.ways.kexec {
+            *self.kexec.entry(came.after).or_default() += 1;
+        }
+        if came.failed > 0 {
+            *self.failed.entry(came.failed).or_default() += 1;
+        }
+    }
+
+    fn take(&mut self, came: &ProvenBy) {
+        self.cold = self.cold.saturating_sub(usize::from(came.ways.cold));
+        if came.ways.kexec {
+            one_less(&mut self.kexec, came.after);
+        }
+        if came.failed > 0 {
+            one_less(&mut self.failed, came.failed);
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.cold == 0 && self.kexec.is_empty() && self.failed.is_empty()
+    }
+
+    fn proof(&self) -> Proof {
+        let failed = self.failed.last_key_value().map_or(0, |(failed, _)| *failed);
+        let kexec = self.kexec.last_key_value().is_some_and(|(after, _)| *after >= failed);
+        Proof { ways: Ways { cold: self.cold > 0, kexec }, failed }
+    }
+}
+
+fn one_less(counts: &mut BTreeMap<u32, usize>, at: u32) {
+    if let Some(count) = counts.get_mut(&at) {
+        *count = count.saturating_sub(1);
+        if *count == 0 {
+            counts.remove(&at);
+        }
+    }
 }
 
 impl Classes {
@@ -134,9 +247,7 @@ impl Classes {
             let known = self.known.entry(class.clone()).or_default();
             known.machines += 1;
             for came in &machine.came_up {
-                let (cold, kexec) = known.counts.entry(came.release.clone()).or_default();
-                *cold += usize::from(came.ways.cold);
-                *kexec += usize::from(came.ways.kexec);
+                known.accounts.entry(came.release.clone()).or_default().add(came);
             }
             self.of.insert(machine.id.clone(), (class.clone(), machine.came_up.clone()));
             self.settle(class);
@@ -174,20 +285,19 @@ impl Classes {
         if let Some(known) = self.known.get_mut(&class) {
             known.machines = known.machines.saturating_sub(1);
             for came in came_up {
-                if let Some((cold, kexec)) = known.counts.get_mut(&came.release) {
-                    *cold = cold.saturating_sub(usize::from(came.ways.cold));
-                    *kexec = kexec.saturating_sub(usize::from(came.ways.kexec));
+                if let Some(account) = known.accounts.get_mut(&came.release) {
+                    account.take(&came);
                 }
             }
-            known.counts.retain(|_, (cold, kexec)| *cold + *kexec > 0);
+            known.accounts.retain(|_, account| !account.is_empty());
         }
         Some(class)
     }
 
     fn settle(&mut self, class: &HardwareClass) {
         let Some(known) = self.known.get_mut(class) else { return };
-        let ways = |(cold, kexec): &(usize, usize)| Ways { cold: *cold > 0, kexec: *kexec > 0 };
-        let proofs: Proofs = known.counts.iter().map(|(release, counts)| (release.clone(), ways(counts))).collect();
+        let proofs: Proofs =
+            known.accounts.iter().map(|(release, account)| (release.clone(), account.proof())).collect();
         if *known.proofs != proofs {
             known.proofs = Arc::new(proofs);
             self.changed.insert(class.clone());

@@ -47,7 +47,7 @@ pub use attestation::{Attestations, Began, BootProof, ColdBoot, Left, Pinned, Pr
 pub use bootloop::{BootLoop, LOOP_REST_MS, LOOP_STARTS, LOOP_WINDOW_MS};
 pub use boots::{BOOTS_KEPT, Boot, RECORDS_KEPT, StageAt};
 pub use certificate::{CertificateDemand, CertificateEnd, CertificateRefusal};
-pub use classes::{CAME_UP_KEPT, Classes, HardwareClass, Proofs, ProvenBy, Ways};
+pub use classes::{CAME_UP_KEPT, Classes, HardwareClass, Proof, Proofs, ProvenBy, Ways};
 pub use clones::{BOOTS_AT_ONCE, LATE_REPORTS, PAST_BOOTS, PastBoots};
 pub use condition::{EVENTS_KEPT, EventAt, KnownCondition};
 pub use drift::{DRIFT_PATIENCE_MS, DRIFT_REBUILDS, DRIFT_WINDOW_MS, DriftPolicy, KnownDrift};

@@ -7,7 +7,7 @@ use crate::machine::{Machine, words};
 use crate::state::StateKind;
 use crate::step::save;
 use crate::{BOOT_DEADLINE_MS, DRAIN_DEADLINE_MS, FORGET_MS, LIVE_MS, Millis};
-use kiln_protocol::{DbxOutcome, DbxState, KeyStorage, ReleaseId, Report, Stage, StageState, TpmPresence};
+use kiln_protocol::{DbxOutcome, DbxState, KeyStorage, ReleaseId, Report, Stage, StageState, TpmPresence, Via};
 
 /// Whether the key may speak for the machine.
 enum Claim {
@@ -220,6 +220,11 @@ impl Machine {
     fn begin_boot(&mut self, report: &Report, now: Millis, out: &mut Vec<Action>) {
         let release = ReleaseId { image: report.embedded.image.clone(), release: report.embedded.release };
         let via = self.came_by(&release);
+        let arrived = via == Via::Kexec && self.assigned.as_ref().is_some_and(|a| a.release == release);
+        if !arrived {
+            self.note_vain_kexec(out);
+        }
+        let after = self.proofs.get(&release).map_or(0, |proof| proof.failed);
         self.left_by = None;
         self.count_start(now, out);
         let zero = now.saturating_sub(report.at_ms);
@@ -232,6 +237,7 @@ impl Machine {
             boot.moved = None;
             boot.boot_id = report.boot_id.chars().take(64).collect();
             boot.release = Some(release);
+            boot.after = after;
             let half = boot.stages.last().is_some_and(|s| s.stage == Stage::Program && s.state != StageState::Done);
             if half {
                 out.push(boot.see(Stage::Program, StageState::Done, zero));

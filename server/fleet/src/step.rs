@@ -148,6 +148,7 @@ impl Machine {
 
     pub(crate) fn asked_for_boot(&mut self, limits: Limits, now: Millis, out: &mut Vec<Action>) {
         self.last_seen = self.last_seen.max(now);
+        self.note_vain_kexec(out);
         if self.is_trial() && self.jumped() {
             // It left by kexec and is back at its firmware without a word from the trial: the trial was started, and failed.
             self.attempts += 1;
@@ -387,6 +388,7 @@ impl Machine {
         self.reimage_if_it_drifts(now, out);
         if self.given_up_at().is_some_and(|at| now >= at) {
             let minutes = BOOT_DEADLINE_MS / 60_000;
+            self.note_vain_kexec(out);
             self.fall_back(&format!("came up and was not healthy within {minutes} min"), now, out);
             wake(out);
             return;
@@ -424,6 +426,7 @@ impl Machine {
                     let reason = format!("not healthy within {minutes} min: {words}{}", self.no_way_back(now));
                     self.enter(StateKind::Degraded, reason, again, now);
                 } else {
+                    self.note_vain_kexec(out);
                     let reason = format!("{silent} while {}: {words}", self.state.kind);
                     self.enter(StateKind::Unreachable, reason, None, now);
                 }
@@ -438,6 +441,7 @@ impl Machine {
                 if live {
                     self.state.deadline = again;
                 } else {
+                    self.note_vain_kexec(out);
                     let reason = format!("{silent}; before that: {}", self.state.reason);
                     self.enter(StateKind::Unreachable, reason, None, now);
                 }

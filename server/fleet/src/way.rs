@@ -145,7 +145,13 @@ impl Machine {
             return Some("its class is not known: no inventory came that names its model and firmware".to_owned());
         }
         let shown = |how: &str| Some(format!("no machine of its class has come up on {release}{how} yet"));
-        match self.proofs.get(release).copied().unwrap_or_default() {
+        let proof = self.proofs.get(release).copied().unwrap_or_default();
+        if proof.is_taken_back() {
+            return Some(format!(
+                "a kexec to {release} came to nothing on a machine of its class, and none has come up by one since"
+            ));
+        }
+        match proof.ways {
             Ways { cold: true, kexec: true } => None,
             Ways { cold: true, kexec: false } => shown(" by kexec"),
             Ways { cold: false, kexec: true } => shown(" from firmware"),
@@ -183,6 +189,16 @@ impl Machine {
         let newest = self.boots.back().filter(|boot| !boot.is_unclaimed());
         let for_this = self.left_by.is_none_or(|(sequence, _)| self.next_sequence() == sequence + 1);
         self.is_reimaging() && for_this && self.way() == Via::Kexec && newest.is_some_and(Boot::said_it_goes)
+    }
+
+    /// Where a kexec led to that came to nothing, now that something else than that boot is heard, or nothing for too long: it went
+    /// there and its agent never spoke there, or never called it healthy. Whether that was the hardware's fault nobody can tell.
+    pub(crate) fn vain_kexec(&self) -> Option<ReleaseId> {
+        let assigned = self.assigned.as_ref().filter(|assigned| assigned.order.is_none())?;
+        let boot = self.boots.back().filter(|boot| !boot.is_unclaimed() && !boot.vain)?;
+        let there = boot.via == Via::Kexec && boot.release.as_ref() == Some(&assigned.release);
+        let never_well = there && !self.boot_loop.well && !boot.said_it_goes();
+        (never_well || self.jumped()).then(|| assigned.release.clone())
     }
 
     /// How a boot began that its agent is the first to tell of. No firmware was heard. If the machine was on its way to another

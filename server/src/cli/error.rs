@@ -73,6 +73,8 @@ pub(super) enum CliError {
     NotAnOrder { path: PathBuf, reason: String },
     #[error("{}: {source}", path.display())]
     Receipt { path: PathBuf, source: crate::receipt::ReceiptError },
+    #[error(transparent)]
+    MachineCa(#[from] crate::error::CertificateError),
     #[error("{}: signed by {got}, not by the machine's key {expected}", path.display())]
     ReceiptKey { path: PathBuf, expected: String, got: String },
     #[error("{0} has no receipt: it was not wiped, or has not delivered one yet (`kiln order list` says)")]

@@ -105,7 +105,7 @@ fn class_table(classes: &[ClassView]) -> String {
         }
         rows.extend(class.releases.iter().map(|r| {
             let release = format!("{}/{}", r.image, r.release);
-            row(release, word(r.cold), word(r.kexec))
+            row(release, word(r.cold), if r.kexec_failed { "failed" } else { word(r.kexec) })
         }));
     }
     table(&["MODEL", "FIRMWARE", "MACHINES", "RELEASE", "COLD", "KEXEC"], &rows)

@@ -10,6 +10,7 @@ mod file;
 mod fleet;
 mod hardware;
 mod log;
+mod machine_ca;
 mod order;
 mod output;
 mod people;

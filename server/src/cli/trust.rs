@@ -6,7 +6,7 @@ use super::error::CliError;
 use super::output::print;
 use super::secret::{consent, new_passphrase, passphrase};
 use super::site::{NOT_SERVED, SecureBoot};
-use super::{order, site, trust_status, tuf_client};
+use super::{machine_ca, order, site, trust_status, tuf_client};
 use clap::{Args, Subcommand};
 use jiff::{SignedDuration, Timestamp};
 use kiln_images::request::Request;
@@ -82,6 +82,15 @@ pub(super) enum Trust {
         #[arg(long)]
         keys: Option<Holders>,
         /// The site directory, with offline/
+        #[arg(long, env = "KILN_SITE")]
+        site: PathBuf,
+    },
+    /// Give another key to the CA of machines' certificates: announce, switch, forget, in this order
+    MachineCa {
+        /// Which step
+        #[arg(value_enum)]
+        step: machine_ca::Step,
+        /// The site directory, with online/
         #[arg(long, env = "KILN_SITE")]
         site: PathBuf,
     },
@@ -251,6 +260,7 @@ pub(super) fn run(command: Trust, runtime: impl Fn() -> Result<Runtime, CliError
             said(&done.changed);
             Ok(())
         }
+        Trust::MachineCa { step, site } => machine_ca::run(step, &site),
         Trust::Revoke { what, site, passphrase_file } => match what.parse::<ReleaseId>() {
             Ok(release) => site::revoke(&release, &site, passphrase_file.as_deref()),
             Err(_) => revoke_key(&what, &site, now),

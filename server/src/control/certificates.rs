@@ -2,7 +2,9 @@
 //! rest on; and the list of those that were. Nothing here knows a private key of a machine.
 
 use super::attestation::speaks;
+use super::ca::OpenCa;
 use super::secrets::barred;
+use super::steady::Steady;
 use super::{Control, Inner, Pending, now_ms};
 use crate::audit::Line;
 use crate::catalog::Catalog;
@@ -23,8 +25,8 @@ use ring::rand::{SecureRandom, SystemRandom};
 use ring::signature::{ECDSA_P256_SHA256_ASN1, UnparsedPublicKey};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
 const PREFIX: &str = "certificate/";
 /// Certificates of one machine that are known at a time, those that ended included: one that boots in a loop asks in each boot.
@@ -39,9 +41,6 @@ const LIST_LIFE_MS: Millis = 24 * 3_600_000;
 const AFTER_MS: Millis = 2 * LIST_AGE_MS;
 /// How often is looked for what is over, or rests on nothing any more.
 const LOOK_MS: Millis = 10 * 60_000;
-
-/// A CA that cannot be opened is tried again after so long, whoever asks: anybody may ask for the list.
-const FAILED_MS: Millis = 10_000;
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Issued {
@@ -95,7 +94,7 @@ struct Kept {
 pub struct RevokedList {
     /// As RFC 5280 §5 has it.
     pub der: Bytes,
-    /// The same for programs that read PEM.
+    /// The same for programs that read PEM; behind it that of the CA before, while its certificates are not over.
     pub pem: Bytes,
 }
 
@@ -106,23 +105,37 @@ pub(super) struct Stored(Vec<Issued>);
 #[derive(Debug, Default)]
 struct Known {
     issued: BTreeMap<MachineId, Vec<Issued>>,
-    ca: Option<Arc<Ca>>,
-    /// Why it could not be opened or made, and when.
-    failed: Option<(Millis, Arc<CertificateError>)>,
     /// The list as it was signed last, and when.
     list: Option<(Millis, RevokedList)>,
     /// The number of the last list.
     number: u64,
     /// When all were looked at last.
     looked: Millis,
+    /// By which time what is over is forgotten.
+    steady: Steady,
+}
+
+impl Known {
+    /// Forgets what is over, and of whom something was.
+    fn forget(&mut self, now: Millis, at: Instant) -> Vec<MachineId> {
+        let now = self.steady.time(now, at);
+        let mut of = Vec::new();
+        for (id, list) in &mut self.issued {
+            let before = list.len();
+            list.retain(|issued| issued.is_kept(now));
+            if list.len() != before {
+                of.push(id.clone());
+            }
+        }
+        of
+    }
 }
 
 /// All of a site. Locked after the fleet, where both are.
 #[derive(Debug)]
 pub(super) struct Certificates {
     known: Mutex<Known>,
-    online: PathBuf,
-    site: String,
+    ca: OpenCa,
 }
 
 fn time(ms: Millis) -> Timestamp {
@@ -144,14 +157,9 @@ impl Certificates {
         let read = |note: String| serde_json::from_str::<Kept>(&note).map_err(bad);
         let kept = store.notes(PREFIX).await?.into_iter().map(read).collect::<Result<Vec<_>, _>>()?;
         let issued = kept.into_iter().map(|kept| (kept.machine, kept.issued)).collect();
-        let online = site.path.join("online");
-        // A key that is missing or cannot be read keeps the server from nothing but certificates.
-        let ca = Ca::open(&online, &site.name).unwrap_or_else(|error| {
-            tracing::error!(%error, "no certificates are issued, and no list of revoked ones is signed");
-            None
-        });
-        let known = Known { issued, ca: ca.map(Arc::new), ..Known::default() };
-        Ok(Self { known: Mutex::new(known), online, site: site.name.clone() })
+        let ca = OpenCa::at_start(site.path.join("online"), &site.name);
+        let known = Known { issued, ..Known::default() };
+        Ok(Self { known: Mutex::new(known), ca })
     }
 
     /// Whether all of them are to be looked at again: every ten minutes, also after the clock went back.
@@ -187,34 +195,6 @@ impl Certificates {
     fn lock(&self) -> MutexGuard<'_, Known> {
         self.known.lock().expect("no code panics under this lock")
     }
-
-    /// The CA, made where `wanted` and there is none.
-    fn ca(&self, known: &mut Known, wanted: bool) -> Result<Arc<Ca>, CertificateError> {
-        if let Some(ca) = &known.ca {
-            return Ok(Arc::clone(ca));
-        }
-        let now = now_ms();
-        if let Some((at, error)) = &known.failed
-            && (*at..at.saturating_add(FAILED_MS)).contains(&now)
-        {
-            return Err(CertificateError::Ca(Arc::clone(error)));
-        }
-        let ca = match Ca::open(&self.online, &self.site) {
-            Ok(Some(ca)) => Ok(ca),
-            Ok(None) if wanted => Ca::make(&self.online, &self.site),
-            Ok(None) => return Err(CertificateError::NoneWanted),
-            Err(error) => Err(error),
-        };
-        match ca {
-            Ok(ca) => Ok(Arc::clone(known.ca.insert(Arc::new(ca)))),
-            Err(error) => {
-                tracing::error!(%error, "no certificates are issued, and no list of revoked ones is signed");
-                let error = Arc::new(error);
-                known.failed = Some((now, Arc::clone(&error)));
-                Err(CertificateError::Ca(error))
-            }
-        }
-    }
 }
 
 fn wants(manifest: &Manifest) -> Option<CertificateDemand> {
@@ -243,7 +223,7 @@ impl Control {
         let has_one = {
             let known = self.certificates.lock();
             // Nobody who trusts a CA that was begun anew takes one of the CA before it.
-            let ca = known.ca.as_ref().map(|ca| ca.id());
+            let ca = self.certificates.ca.now().map(|ca| ca.id());
             let current = |one: &Issued| ca.is_none() || one.ca.is_none() || one.ca == ca;
             let holds = |one: &Issued| one.key == *key && one.holds(now) && current(one);
             known.issued.get(id).is_some_and(|issued| issued.iter().any(holds))
@@ -258,10 +238,12 @@ impl Control {
         UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, &point)
             .verify(&signed, &request.proof.0)
             .map_err(|_| CertificateError::Possession)?;
+        // Before the fleet's lock. There is one where the release that the machine runs is published.
+        let ca = self.certificates.ca.get(self.certificates_wanted(), now_ms()).await;
         let (issued, pending) = {
             let inner = self.lock();
             let mut pending = Pending::default();
-            let issued = self.issue(&inner, key, request, &point, &mut pending);
+            let issued = self.issue(&inner, key, request, &point, ca, &mut pending);
             (issued, pending)
         };
         // Not handed out before it is known for good: else it could not be revoked.
@@ -282,6 +264,7 @@ impl Control {
         key: &KeyId,
         request: &CertificateRequest,
         point: &[u8; POINT],
+        ca: Result<Arc<Ca>, CertificateError>,
         pending: &mut Pending,
     ) -> Result<IssuedCertificate, CertificateError> {
         let (id, now) = (&request.machine, now_ms());
@@ -289,11 +272,12 @@ impl Control {
         let machine = machine.ok_or(CertificateError::NotReported)?;
         let catalog = self.catalog();
         machine.certificate_due(key, declared(machine, &catalog), &barred(&catalog))?;
+        let ca = ca?;
         let mut known = self.certificates.lock();
         let known = &mut *known;
-        let ca = self.certificates.ca(known, true)?;
+        let steady = known.steady.time(now, Instant::now());
         let list = known.issued.entry(id.clone()).or_default();
-        list.retain(|issued| issued.is_kept(now));
+        list.retain(|issued| issued.is_kept(steady));
         if list.len() >= KEPT {
             let first = list.iter().map(|issued| issued.until.saturating_add(AFTER_MS)).min().unwrap_or(now);
             return Err(CertificateError::TooMany { limit: KEPT, minutes: first.saturating_sub(now) / 60_000 + 1 });
@@ -331,6 +315,7 @@ impl Control {
         });
         // It also fails where this rests on a step that is not stored.
         pending.commits.push(self.keep(id, list));
+        pending.touched.push(id.clone());
         // Its renewals are no news.
         if first {
             let what = format!("was issued a certificate, serial {serial}, until {}", time(until));
@@ -388,12 +373,9 @@ impl Control {
     pub(super) fn prune_certificates(&self, now: Millis) -> Pending {
         let mut pending = Pending::default();
         let mut known = self.certificates.lock();
-        let known = &mut *known;
-        for (id, list) in &mut known.issued {
-            let before = list.len();
-            list.retain(|issued| issued.is_kept(now));
-            if list.len() != before {
-                pending.commits.push(self.keep(id, list));
+        for id in known.forget(now, Instant::now()) {
+            if let Some(list) = known.issued.get(&id) {
+                pending.commits.push(self.keep(&id, list));
             }
         }
         known.issued.retain(|_, list| !list.is_empty());
@@ -418,16 +400,16 @@ impl Control {
         self.catalog().releases.values().any(|release| release.manifest.certificate.is_some())
     }
 
-    /// The CA's certificate, PEM.
-    pub(crate) fn machine_ca(&self) -> Result<String, CertificateError> {
-        let wanted = self.certificates_wanted();
-        let mut known = self.certificates.lock();
-        self.certificates.ca(&mut known, wanted).map(|ca| ca.pem.clone())
+    /// The CA's certificate, PEM; behind it those of the next one and of the one before, while it is rotated.
+    pub(crate) async fn machine_ca(&self) -> Result<String, CertificateError> {
+        let ca = self.certificates.ca.get(self.certificates_wanted(), now_ms()).await?;
+        Ok(format!("{}{}", ca.pem, self.certificates.ca.beside()))
     }
 
     /// The list that was signed last, or a new one.
-    pub fn revoked_certificates(&self) -> Result<RevokedList, CertificateError> {
-        let (wanted, now) = (self.certificates_wanted(), now_ms());
+    pub async fn revoked_certificates(&self) -> Result<RevokedList, CertificateError> {
+        let now = now_ms();
+        let ca = self.certificates.ca.get(self.certificates_wanted(), now).await?;
         let mut known = self.certificates.lock();
         let known = &mut *known;
         if let Some((at, list)) = &known.list
@@ -435,16 +417,58 @@ impl Control {
         {
             return Ok(list.clone());
         }
-        let ca = self.certificates.ca(known, wanted)?;
-        let kept = known.issued.values().flatten().filter(|issued| issued.is_kept(now));
+        let steady = known.steady.time(now, Instant::now());
+        let kept = known.issued.values().flatten().filter(|issued| issued.is_kept(steady));
         let revoked: Vec<Revoked> = kept.filter_map(Issued::revoked).collect();
         // The time, so that it grows over the server's starts as well.
         known.number = now.max(known.number + 1);
         let (made, next) = (time(now.saturating_sub(BACK_MS)), time(now.saturating_add(LIST_LIFE_MS)));
         let der = ca.list(known.number, made, next, &revoked)?;
-        let pem = hex::pem_encode("X509 CRL", &der);
+        let mut pem = hex::pem_encode("X509 CRL", &der);
+        // Programs ask for a list of each CA: what the one before signed is on its own. Serial numbers are random, so that
+        // neither list names another's certificate by what is more on it.
+        if let Some(before) = self.certificates.ca.before() {
+            pem += &hex::pem_encode("X509 CRL", &before.list(known.number, made, next, &revoked)?);
+        }
         let list = RevokedList { der: der.into(), pem: pem.into() };
         known.list = Some((now, list.clone()));
         Ok(list)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    /// A host whose clock is ahead for a while: nothing that was revoked is forgotten, in memory or in what is stored of it.
+    #[test]
+    fn a_clock_that_jumps_ahead_takes_nothing_off_the_list() {
+        let machine: MachineId = "00000000-0000-0000-0000-000000000001".parse().unwrap();
+        let (start, first) = (Instant::now(), 1_800_000_000_000);
+        let day = 24 * 3_600_000;
+        let revoked = Issued {
+            serial: HexBytes(vec![1; SERIAL]),
+            key: "01".repeat(32).parse().unwrap(),
+            name: None,
+            ca: None,
+            boot_id: "b".into(),
+            at: first,
+            until: first + day,
+            ended: Some((first, CertificateEnd::KeyRevoked)),
+        };
+        let mut known = Known { issued: BTreeMap::from([(machine.clone(), vec![revoked])]), ..Known::default() };
+        let minutes = |n: u64| start + Duration::from_secs(60 * n);
+        assert!(known.forget(first, minutes(0)).is_empty());
+        // Some looks by a clock that is a year ahead.
+        for look in 1..7 {
+            assert!(known.forget(first + 365 * day, minutes(10 * look)).is_empty(), "{look}");
+        }
+        assert_eq!(known.issued[&machine].len(), 1);
+        // With the time that passes it goes: a day, and two hours in which it is still listed.
+        let over = 26 * 60;
+        assert!(known.forget(first + (over - 1) * 60_000, minutes(over - 1)).is_empty());
+        assert_eq!(known.forget(first + over * 60_000, minutes(over)), [machine.clone()]);
+        assert!(known.issued[&machine].is_empty());
     }
 }

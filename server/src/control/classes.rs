@@ -22,8 +22,9 @@ impl Control {
             let all: BTreeSet<&ReleaseId> = proofs.keys().chain(shall).collect();
             let published = all.into_iter().filter(|id| catalog.releases.contains_key(*id));
             let releases = published.map(|id| {
-                let Ways { cold, kexec } = proofs.get(id).copied().unwrap_or_default();
-                ClassReleaseView { image: id.image.clone(), release: id.release, cold, kexec }
+                let proof = proofs.get(id).copied().unwrap_or_default();
+                let (Ways { cold, kexec }, kexec_failed) = (proof.ways, proof.is_taken_back());
+                ClassReleaseView { image: id.image.clone(), release: id.release, cold, kexec, kexec_failed }
             });
             let (model, firmware) = (class.model.clone(), class.firmware.clone());
             ClassView { model, firmware, machines, releases: releases.collect() }

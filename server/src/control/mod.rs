@@ -4,6 +4,7 @@
 //! the lock is given up, the commit awaited, and only after that anybody is answered or told.
 
 mod attestation;
+mod ca;
 mod certificates;
 mod classes;
 mod crowd;
@@ -33,6 +34,7 @@ mod second;
 mod secrets;
 mod sessions;
 mod signed;
+mod steady;
 mod views;
 
 pub use certificates::RevokedList;

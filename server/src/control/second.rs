@@ -18,6 +18,8 @@ use std::fmt::Write;
 pub(crate) const MACHINES: &str = "/api/v1/machines/";
 /// And those about the releases of one image.
 const RELEASES: &str = "/api/v1/releases/";
+/// And those about what waits for a second person.
+const PENDING: &str = "/api/v1/pending/";
 /// Of what somebody asks for, so much is shown.
 const SHOWN: usize = 600;
 /// Longest call that waits for a second person.
@@ -169,6 +171,15 @@ impl Control {
         let mut views: Vec<_> = self.access.lock().proposals.values().map(|kept| PendingView::of(kept, now)).collect();
         views.sort_by_key(|view| std::cmp::Reverse(view.at_ms));
         views
+    }
+
+    /// What a call with this path is about, to be put behind it in the audit log: what somebody asked for. Empty for calls that are
+    /// not about that, and where nothing of that id is known.
+    pub(crate) fn about_pending(&self, path: &str) -> String {
+        let Some(id) = path.strip_prefix(PENDING).and_then(|rest| rest.split('/').next()) else { return String::new() };
+        let known = self.access.lock();
+        let kept = known.proposals.get(id);
+        kept.map_or_else(String::new, |Kept { proposal, .. }| format!(" ({} asked for {})", proposal.by, proposal.what))
     }
 
     /// A second person's word. `Ok`: the call is closed, and the one who gets it does it, once.

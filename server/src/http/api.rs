@@ -174,6 +174,9 @@ fn certificate_status(e: &CertificateError) -> StatusCode {
         CertificateError::File { .. }
         | CertificateError::Form(_)
         | CertificateError::KeyMissing(_)
+        | CertificateError::Announced(_)
+        | CertificateError::NotAnnounced(_)
+        | CertificateError::StillTold(_)
         | CertificateError::Signing
         | CertificateError::Ca(_) => StatusCode::INTERNAL_SERVER_ERROR,
     }

@@ -60,8 +60,7 @@ async fn let_in(app: App, mut request: Request, next: Next) -> Response {
     let refused = |error: AccessError| {
         // Whoever has no credential fills no log.
         if call.changes() && caller.role.is_some() {
-            let line = Line::done(now_ms(), &caller.who(), "", format!("{method} {uri}"));
-            app.control.note_refused(&caller, line.but(error.to_string()));
+            note(&app, &caller, &method, &uri, error.to_string());
         }
         ApiError::from(error).into_response()
     };
@@ -82,10 +81,14 @@ async fn let_in(app: App, mut request: Request, next: Next) -> Response {
     }
     let request = match second_person(&app, &caller, call, &uri, request).await {
         Ok(request) => request,
-        Err(answer) => return answer,
+        // Kept for a second person, which has its own record, or refused.
+        Err(answer) => {
+            record(&app, &caller, &method, &uri, &answer);
+            return answer;
+        }
     };
     let answer = next.run(request).await;
-    record(&app, &caller, &format!("{method} {uri}"), &answer);
+    record(&app, &caller, &method, &uri, &answer);
     answer
 }
 
@@ -183,11 +186,17 @@ async fn second_person(
 }
 
 /// What failed: what succeeds writes its own record, with the change.
-fn record(app: &App, caller: &Caller, what: &str, answer: &Response) {
+fn record(app: &App, caller: &Caller, method: &str, uri: &str, answer: &Response) {
     if !answer.status().is_success() {
         let reason = answer.extensions().get::<Failure>().map_or_else(|| answer.status().to_string(), |f| f.0.clone());
-        app.control.note_refused(caller, Line::done(now_ms(), &caller.who(), "", what).but(reason));
+        note(app, caller, method, uri, reason);
     }
+}
+
+/// Who was refused which call, and why; of a second person's word with what it was about.
+fn note(app: &App, caller: &Caller, method: &str, uri: &str, reason: String) {
+    let line = Line::done(now_ms(), &caller.who(), "", format!("{method} {uri}{}", app.control.about_pending(uri)));
+    app.control.note_refused(caller, line.but(reason));
 }
 
 /// Whom a handler acts for.

@@ -67,6 +67,7 @@ pub fn public_router(app: App) -> Router {
         .route("/app.js", get(page))
         .route("/actions.js", get(page))
         .route("/people.js", get(page))
+        .route("/about.js", get(page))
         .route("/style.css", get(page))
         .route("/boot.ipxe", get(script::script))
         .merge(site::router())

@@ -19,17 +19,17 @@ pub(super) fn router() -> Router<App> {
 }
 
 async fn ca(State(app): State<App>) -> Response {
-    answer("application/pem-certificate-chain", app.control.machine_ca().map(Bytes::from))
+    answer("application/pem-certificate-chain", app.control.machine_ca().await.map(Bytes::from))
 }
 
 /// DER, as RFC 2585 §4.2 has it.
 async fn list(State(app): State<App>) -> Response {
-    answer("application/pkix-crl", app.control.revoked_certificates().map(|list| list.der))
+    answer("application/pkix-crl", app.control.revoked_certificates().await.map(|list| list.der))
 }
 
 /// The same for programs that read PEM.
 async fn list_pem(State(app): State<App>) -> Response {
-    answer("application/x-pem-file", app.control.revoked_certificates().map(|list| list.pem))
+    answer("application/x-pem-file", app.control.revoked_certificates().await.map(|list| list.pem))
 }
 
 fn answer(content_type: &'static str, made: Result<Bytes, CertificateError>) -> Response {

@@ -25,6 +25,9 @@ pub struct ClassReleaseView {
     pub release: u64,
     /// Healthy, started by firmware.
     pub cold: bool,
-    /// Healthy, started by a kexec.
+    /// Healthy, started by a kexec, and none came to nothing since.
     pub kexec: bool,
+    /// A kexec to it came to nothing, and none came up since.
+    #[serde(default)]
+    pub kexec_failed: bool,
 }

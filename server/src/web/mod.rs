@@ -1,4 +1,4 @@
-//! The web page: the rack, live, and what a person may do there. Five files inside the program, no other host, nothing to build.
+//! The web page: the rack, live, and what a person may do there. Six files inside the program, no other host, nothing to build.
 
 use kiln_protocol::Stage;
 use std::fmt::Write;
@@ -24,6 +24,7 @@ pub fn asset(path: &str) -> Option<Asset> {
         }
         "/app.js" => ("text/javascript; charset=utf-8", include_str!("app.js").to_owned()),
         "/actions.js" => ("text/javascript; charset=utf-8", include_str!("actions.js").to_owned()),
+        "/about.js" => ("text/javascript; charset=utf-8", include_str!("about.js").to_owned()),
         "/people.js" => ("text/javascript; charset=utf-8", include_str!("people.js").to_owned()),
         "/style.css" => ("text/css; charset=utf-8", include_str!("style.css").to_owned()),
         _ => return None,
@@ -45,7 +46,7 @@ mod tests {
 
     #[test]
     fn the_page_is_small_and_names_no_other_host() {
-        let files: Vec<String> = ["/", "/app.js", "/actions.js", "/people.js", "/style.css"]
+        let files: Vec<String> = ["/", "/app.js", "/actions.js", "/people.js", "/about.js", "/style.css"]
             .iter()
             .map(|p| asset(p).unwrap().body)
             .collect();

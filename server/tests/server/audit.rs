@@ -1,10 +1,12 @@
 //! The audit log of a running server: whole, altered in the database, cut off, written anew.
 
 use crate::common::*;
+use hyper::StatusCode;
 use kiln_server::audit::Record;
 use serde_json::json;
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
 use std::str::FromStr;
+use tokio::net::TcpStream;
 
 async fn database(site: &TestSite, statement: &'static str) {
     sqlx::any::install_default_drivers();
@@ -91,7 +93,7 @@ async fn nobody_fills_the_log_with_what_it_is_refused() {
     let ben = server.token("ben", "operator").await;
     for n in 0..150 {
         let refused = server.with(&ann, "POST", &format!("machines/rack-{n}/retire"), json!({})).await;
-        assert_eq!(refused.status, hyper::StatusCode::FORBIDDEN);
+        assert_eq!(refused.status, StatusCode::FORBIDDEN);
     }
     // What fails further in counts likewise; and another's is written.
     for n in 0..30 {
@@ -114,4 +116,77 @@ async fn nobody_fills_the_log_with_what_it_is_refused() {
     let dir = site.path().to_str().unwrap();
     let (ok, out, error) = site.kiln(&["audit", "verify", "--site", dir]);
     assert!(ok, "{out}{error}");
+}
+
+/// What was asked for and not kept, and each word of a second person that did not count: who, what, and why.
+#[tokio::test]
+async fn what_four_eyes_refuse_is_in_the_log() {
+    let site = TestSite::new();
+    site.configure("[access]\nfour_eyes = [\"assign\"]");
+    let server = Server::start(&site).await;
+    let mut agent = Agent::new(1, &site.manifest(1));
+    let report = agent.healthy();
+    agent.send(&server, &report).await;
+    let ann = server.token("ann", "operator").await;
+    let ben = server.token("ben", "operator").await;
+    let tec = server.token("tec", "technician").await;
+    let body = json!({ "image": "minimal", "release": 1, "via": "cold" });
+
+    // Nothing waits for another: the machine is not known, or the call cannot be read.
+    let unknown = server.with(&ann, "PUT", "machines/rack-9/assignment", body.clone()).await;
+    assert_eq!(unknown.status, StatusCode::NOT_FOUND, "{}", unknown.text());
+    let stream = TcpStream::connect(server.http).await.unwrap();
+    let bearer = format!("Bearer {ann}");
+    let path = "/api/v1/machines/rack-1/assignment";
+    let unreadable = call(stream, "PUT", path, &[("authorization", &bearer)], vec![0xff; 8]).await;
+    assert_eq!(unreadable.status, StatusCode::UNPROCESSABLE_ENTITY, "{}", unreadable.text());
+
+    // One waits, and these do not move it.
+    let ask = async |server: &Server| {
+        let asked = server.with(&ann, "PUT", "machines/rack-1/assignment", body.clone()).await;
+        assert_eq!(asked.status, StatusCode::ACCEPTED, "{}", asked.text());
+        asked.json()["pending"]["id"].as_str().unwrap().to_owned()
+    };
+    let answers = async |server: &Server, token: &str, path: &str, status: StatusCode| {
+        let answer = server.with(token, "POST", path, json!({})).await;
+        assert_eq!(answer.status, status, "{path}: {}", answer.text());
+    };
+    let first = ask(&server).await;
+    let confirm = format!("pending/{first}/confirm");
+    answers(&server, &ann, &confirm, StatusCode::CONFLICT).await;
+    answers(&server, &tec, &confirm, StatusCode::FORBIDDEN).await;
+    answers(&server, &ben, "pending/0a0b0c0d/confirm", StatusCode::NOT_FOUND).await;
+    answers(&server, &ben, &format!("pending/{first}/refuse"), StatusCode::OK).await;
+    answers(&server, &ben, &confirm, StatusCode::CONFLICT).await;
+    // And one whose time is over.
+    let second = ask(&server).await;
+    let mut server = server;
+    server.signal("-TERM");
+    assert!(server.child.wait().unwrap().success());
+    database(&site, "UPDATE notes SET value = json_set(value, '$.proposal.deadline', 1) WHERE name LIKE 'pending/%'")
+        .await;
+    let server = Server::start(&site).await;
+    answers(&server, &ben, &format!("pending/{second}/confirm"), StatusCode::CONFLICT).await;
+
+    // What is committed behind them shows that they are.
+    server.token("dan", "viewer").await;
+    let audit = server.audit().await;
+    let about = format!(" (token ann asked for assign rack-1: {body})");
+    let call = |id: &str, word: &str| format!("POST /api/v1/pending/{id}/{word}");
+    let expected = [
+        ("token ann", "PUT /api/v1/machines/rack-9/assignment".to_owned(), "rack-9"),
+        ("token ann", format!("PUT {path}"), "and is text"),
+        ("token ann", format!("{}{about}", call(&first, "confirm")), "another person confirms it"),
+        ("token tec", format!("{}{about}", call(&first, "confirm")), "this call needs operator"),
+        ("token ben", call("0a0b0c0d", "confirm"), "nothing waits"),
+        ("token ben", format!("{}{about}", call(&first, "confirm")), "it was refused"),
+        ("token ben", format!("{}{about}", call(&second, "confirm")), "nobody confirmed it in time"),
+    ];
+    for (who, what, why) in &expected {
+        let lines = audit.iter().filter(|r| r.actor == *who && r.what == *what && r.result.contains(*why));
+        assert_eq!(lines.count(), 1, "{who}, {what}, {why}: {audit:#?}");
+    }
+    // What was kept, and what was done, is no failure.
+    let failures = audit.iter().filter(|r| r.actor.starts_with("token ") && r.result != "done");
+    assert_eq!(failures.count(), expected.len(), "{audit:#?}");
 }

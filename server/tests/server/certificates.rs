@@ -12,6 +12,7 @@ use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+use tokio::net::TcpStream;
 
 pub fn wanting(policy: CertificatePolicy) -> impl FnOnce(&mut Manifest) {
     let wanted = WantedCertificate { owner: None, required: true, units: vec![], policy };
@@ -29,7 +30,7 @@ async fn rack(policy: CertificatePolicy) -> (TestSite, Server, Agent) {
 }
 
 /// It reports that it runs, as it does at its first report and from then on.
-async fn works(server: &Server, agent: &mut Agent) -> Reply {
+pub async fn works(server: &Server, agent: &mut Agent) -> Reply {
     let first = agent.healthy();
     agent.send(server, &first).await;
     let next = agent.healthy();
@@ -54,7 +55,7 @@ async fn post(server: &Server, agent: &Agent, request: &CertificateRequest) -> A
 }
 
 /// What the machine has in its file, and what was issued to it.
-async fn issued(server: &Server, agent: &Agent) -> (String, IssuedCertificate) {
+pub async fn issued(server: &Server, agent: &Agent) -> (String, IssuedCertificate) {
     let (key, request) = request(agent);
     let answer = post(server, agent, &request).await;
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
@@ -72,7 +73,7 @@ async fn refused(server: &Server, agent: &Agent) -> String {
     answer.refused.unwrap()
 }
 
-async fn revoke_key(server: &Server, machine: &str) {
+pub async fn revoke_key(server: &Server, machine: &str) {
     let answer = server.order("POST", &format!("machines/{machine}/revoke-key"), json!({})).await;
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
 }
@@ -297,6 +298,95 @@ async fn a_ca_that_is_begun_anew_gives_every_machine_another_certificate() {
     assert!(works(&server, &mut agent).await.certify, "what it has is of the CA before");
     issued(&server, &agent).await;
     assert!(!works(&server, &mut agent).await.certify);
+}
+
+/// Both CAs are told while programs go from one to the other, and each machine is let in at every step.
+#[tokio::test]
+async fn a_ca_that_is_rotated_locks_no_machine_out() {
+    let (site, server, mut agent) = rack(CertificatePolicy::Approved).await;
+    let folder = tempfile::tempdir().unwrap();
+    let dir = folder.path();
+    let (_, first) = issued(&server, &agent).await;
+    if openssl(&server, dir, &first.certificate).await.is_none() {
+        return;
+    }
+    let path = site.path().to_str().unwrap().to_owned();
+    let restarted = async |server: Server, step: &str| {
+        let (ok, said, error) = site.kiln(&["trust", "machine-ca", step, "--site", &path]);
+        assert!(ok && said.contains("Restart `kiln serve`"), "{step}: {said}{error}");
+        drop(server);
+        Server::start(&site).await
+    };
+    // How many CAs are told, and how many lists.
+    let told = async |server: &Server| {
+        let cas = server.http("GET", "/site/machines.pem", &[]).await.text();
+        let lists = server.http("GET", "/site/machines.crl.pem", &[]).await.text();
+        (cas.matches("BEGIN CERTIFICATE").count(), lists.matches("BEGIN X509 CRL").count())
+    };
+    let holds = async |server: &Server, certificate: &IssuedCertificate, is: bool| {
+        let (good, said) = openssl(server, dir, &certificate.certificate).await.unwrap();
+        assert_eq!(good, is, "{said}");
+    };
+    assert_eq!(told(&server).await, (1, 1));
+
+    // Announced: told, and nothing else.
+    let server = restarted(server, "announce").await;
+    assert_eq!(told(&server).await, (2, 1));
+    let announced = server.http("GET", "/site/machines.pem", &[]).await.text();
+    assert!(!works(&server, &mut agent).await.certify, "what it has holds");
+    holds(&server, &first, true).await;
+    let twice = site.kiln(&["trust", "machine-ca", "announce", "--site", &path]);
+    assert!(!twice.0 && twice.2.contains("is announced"), "{twice:?}");
+
+    // It signs: each machine is told to ask for another, and whoever fetched before knows its CA.
+    let server = restarted(server, "switch").await;
+    assert_eq!(told(&server).await, (2, 2));
+    assert!(works(&server, &mut agent).await.certify);
+    let (_, second) = issued(&server, &agent).await;
+    assert!(second.ca != first.ca && announced.contains(second.ca.trim()), "{announced}");
+    holds(&server, &first, true).await;
+    holds(&server, &second, true).await;
+    assert!(!works(&server, &mut agent).await.certify);
+
+    // Revoked, it is so by either; and the one before is forgotten.
+    revoke_key(&server, "rack-1").await;
+    holds(&server, &first, false).await;
+    holds(&server, &second, false).await;
+    let server = restarted(server, "forget").await;
+    assert_eq!(told(&server).await, (1, 1));
+    let (_, said) = openssl(&server, dir, &first.certificate).await.unwrap();
+    assert!(said.contains("unable to get local issuer certificate"), "{said}");
+}
+
+/// A disk that gives no answer: whoever asks for the CA waits, and nobody else. What is wrong with its files is said once.
+#[tokio::test]
+async fn a_file_of_the_ca_that_hangs_holds_up_only_who_asks_for_the_ca() {
+    let (site, server, mut agent) = rack(CertificatePolicy::Approved).await;
+    let pipe = site.path().join("online/machine-ca.pem");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let stream = TcpStream::connect(server.http).await.unwrap();
+    let asks = tokio::spawn(call(stream, "GET", "/site/machines.pem", &[], vec![]));
+    // Open for writing once somebody reads, who waits from then on.
+    let path = pipe.clone();
+    let writes = tokio::task::spawn_blocking(move || std::fs::File::options().write(true).open(path).unwrap());
+    let writes = tokio::time::timeout(PATIENCE, writes).await.expect("nobody reads it").unwrap();
+    let goes_on = async {
+        assert!(works(&server, &mut agent).await.certify);
+        server.machine("rack-1").await
+    };
+    let view = tokio::time::timeout(PATIENCE, goes_on).await.expect("the fleet waits for the CA");
+    assert_eq!(view.state, "healthy");
+    assert!(!asks.is_finished());
+
+    drop(writes);
+    let answer = asks.await.unwrap();
+    assert!(answer.status.is_server_error() && answer.text().contains("gives no answer"), "{}", answer.text());
+    std::fs::remove_file(pipe).unwrap();
+    for path in ["/site/machines.pem", "/site/machines.crl", "/site/machines.crl.pem"] {
+        assert!(server.http("GET", path, &[]).await.status.is_server_error());
+    }
+    let log = std::fs::read_to_string(site.path().join("log")).unwrap();
+    assert_eq!(log.matches("no certificates are issued").count(), 1, "{log}");
 }
 
 /// Debian's nginx, which asks each client for a certificate.

@@ -7,7 +7,7 @@ use kiln_protocol::*;
 use kiln_server::view::{ClassView, MachineView};
 use serde_json::json;
 
-fn box_with(firmware: &str) -> Inventory {
+pub fn box_with(firmware: &str) -> Inventory {
     Inventory {
         system: System { manufacturer: "Maker".into(), product: "Box".into(), ..System::default() },
         firmware: FirmwareVersion { version: firmware.into(), ..FirmwareVersion::default() },
@@ -40,20 +40,37 @@ async fn rack_2(server: &Server) -> MachineView {
     server.machine("rack-2").await
 }
 
+/// In service on release 1, with firmware 1.2.
+async fn two_of_a_class(site: &TestSite, server: &Server) -> Vec<Agent> {
+    let mut agents: Vec<Agent> = (1..=2).map(|n| Agent::new(n, &site.manifest(1))).collect();
+    for agent in &mut agents {
+        let report = agent.healthy();
+        agent.send(server, &report).await;
+        assert_eq!(post(server, agent, box_with("1.2")).await.status, StatusCode::OK);
+        let report = agent.healthy();
+        agent.send(server, &report).await;
+    }
+    agents
+}
+
+/// It is sent to release 2 by kexec, as a person says, and goes.
+async fn jump(server: &Server, agent: &mut Agent, machine: &str) {
+    server.assign(machine, 2).await;
+    let sequence = server.machine(machine).await.assigned.unwrap().sequence;
+    let report = agent.ready(2, sequence);
+    assert_eq!(*assigned(&agent.send(server, &report).await).2, Grant::Go);
+    let mut going = agent.healthy();
+    going.stages = vec![StageRecord { stage: Stage::Going, state: StageState::Started, at_ms: 5 }];
+    agent.send(server, &going).await;
+}
+
 #[tokio::test]
 async fn a_kexec_is_left_to_the_server_only_for_a_class_that_came_up_both_ways() {
     let site = TestSite::new();
     let server = Server::start(&site).await;
     let two = site.publish(2);
     until(&server, |status| status["releases"] == 2).await;
-    let mut agents: Vec<Agent> = (1..=2).map(|n| Agent::new(n, &site.manifest(1))).collect();
-    for agent in &mut agents {
-        let report = agent.healthy();
-        agent.send(&server, &report).await;
-        assert_eq!(post(&server, agent, box_with("1.2")).await.status, StatusCode::OK);
-        let report = agent.healthy();
-        agent.send(&server, &report).await;
-    }
+    let mut agents = two_of_a_class(&site, &server).await;
     // The newest release is theirs since they were approved, and they have not gone there.
     assert_eq!(told(&classes(&server).await), [("1.2", 2, vec![(1, true, false), (2, false, false)])]);
 
@@ -70,13 +87,7 @@ async fn a_kexec_is_left_to_the_server_only_for_a_class_that_came_up_both_ways()
     assert_eq!(via(&server, &mut agents[1]).await, Via::Cold);
 
     // The canary goes by kexec, as a person says, and is restarted.
-    server.assign("rack-1", 2).await;
-    let sequence = server.machine("rack-1").await.assigned.unwrap().sequence;
-    let report = agents[0].ready(2, sequence);
-    assert_eq!(*assigned(&agents[0].send(&server, &report).await).2, Grant::Go);
-    let mut going = agents[0].healthy();
-    going.stages = vec![StageRecord { stage: Stage::Going, state: StageState::Started, at_ms: 5 }];
-    agents[0].send(&server, &going).await;
+    jump(&server, &mut agents[0], "rack-1").await;
     agents[0].restart(&two);
     let report = agents[0].healthy();
     agents[0].send(&server, &report).await;
@@ -109,4 +120,48 @@ async fn a_kexec_is_left_to_the_server_only_for_a_class_that_came_up_both_ways()
     let split: [Told<'_>; 2] =
         [("1.2", 1, vec![(1, true, false), (2, true, true)]), ("1.3", 1, vec![(1, true, false), (2, false, false)])];
     assert_eq!(told(&known), split);
+}
+
+/// One machine came up by kexec; the next is back on its old release. How that is told, and that it is kept.
+#[tokio::test]
+async fn a_kexec_that_came_to_nothing_is_told_and_outlives_the_server() {
+    let site = TestSite::new();
+    let server = Server::start(&site).await;
+    let (one, two) = (site.manifest(1), site.publish(2));
+    until(&server, |status| status["releases"] == 2).await;
+    let mut agents = two_of_a_class(&site, &server).await;
+    jump(&server, &mut agents[0], "rack-1").await;
+    agents[0].restart(&two);
+    let report = agents[0].healthy();
+    agents[0].send(&server, &report).await;
+    assert_eq!(told(&classes(&server).await), [("1.2", 2, vec![(1, true, false), (2, false, true)])]);
+    jump(&server, &mut agents[1], "rack-2").await;
+    agents[1].restart(&one);
+    let report = agents[1].healthy();
+    agents[1].send(&server, &report).await;
+
+    let dir = site.path().to_str().unwrap().to_owned();
+    let is_told = async |server: &Server| {
+        let known = classes(server).await;
+        assert_eq!(told(&known), [("1.2", 2, vec![(1, true, false), (2, false, false)])]);
+        let failed: Vec<bool> = known[0].releases.iter().map(|r| r.kexec_failed).collect();
+        assert_eq!(failed, [false, true]);
+        let (ok, out, error) = site.kiln(&["classes", "--site", &dir]);
+        let last: Vec<&str> = out.lines().last().unwrap_or_default().split_whitespace().collect();
+        assert!(ok && last.ends_with(&["minimal/2", "not", "yet", "failed"]), "{out}{error}");
+    };
+    is_told(&server).await;
+    let log = std::fs::read_to_string(site.path().join("log")).unwrap();
+    assert!(log.contains("a kexec to minimal/2 came to nothing"), "{log}");
+    server.signal("-KILL");
+    drop(server);
+    let server = Server::start(&site).await;
+    is_told(&server).await;
+    // Left to the server, the way is the cold one, and the reason is this one.
+    let body = json!({ "image": "minimal", "release": 2, "via": "auto" });
+    let answer = server.order("PUT", "machines/rack-2/assignment", body).await;
+    assert_eq!(answer.status, StatusCode::OK, "{}", answer.text());
+    assert_eq!(via(&server, &mut agents[1]).await, Via::Cold);
+    let reason = rack_2(&server).await.reason;
+    assert!(reason.contains("a kexec to minimal/2 came to nothing on a machine of its class"), "{reason}");
 }

@@ -39,3 +39,4 @@ mod secrets;
 mod trial;
 mod trust;
 mod web;
+mod web_machine;

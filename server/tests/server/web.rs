@@ -18,7 +18,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 
 /// Chromium's driver on a port of its own choice; ended with the test.
-struct Driver {
+pub struct Driver {
     process: Child,
     url: String,
     _profile: tempfile::TempDir,
@@ -33,7 +33,7 @@ impl Drop for Driver {
     }
 }
 
-async fn browser() -> Option<(Driver, Client)> {
+pub async fn browser() -> Option<(Driver, Client)> {
     let spawned = Command::new("chromedriver").arg("--port=0").stdout(Stdio::piped()).process_group(0).spawn();
     let Ok(mut process) = spawned else {
         oracle::skipped("chromedriver is not installed (Debian's chromium-driver); `make setup` installs it");
@@ -312,7 +312,7 @@ async fn a_failed_acceptance_run_names_the_part_in_a_browser() {
 const ENTER: &str = "\u{e007}";
 
 /// The text of an element, once it satisfies `wanted`.
-async fn text_of(page: &Client, id: &str, wanted: impl Fn(&str) -> bool) -> String {
+pub async fn text_of(page: &Client, id: &str, wanted: impl Fn(&str) -> bool) -> String {
     let begun = std::time::Instant::now();
     loop {
         if let Ok(element) = page.find(Locator::Id(id)).await

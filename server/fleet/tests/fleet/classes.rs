@@ -15,6 +15,14 @@ fn ways(cold: bool, kexec: bool) -> Ways {
     Ways { cold, kexec }
 }
 
+fn proof(cold: bool, kexec: bool) -> Proof {
+    Proof { ways: ways(cold, kexec), failed: 0 }
+}
+
+fn proven(release: u64, cold: bool, kexec: bool) -> ProvenBy {
+    ProvenBy { release: rel(release), ways: ways(cold, kexec), after: 0, failed: 0 }
+}
+
 fn assign_auto(s: &mut Story, release: u64) -> &mut Story {
     s.then(Event::Assign { release: rel(release), via: Route::Auto })
 }
@@ -44,7 +52,7 @@ fn the_server_takes_a_kexec_only_where_the_machine_and_its_class_have_shown_it()
                 }
             }
             s.m.class = known.then(|| class("1"));
-            s.m.proofs = Arc::new(BTreeMap::from([(rel(2), ways(cold, kexec)), (rel(3), ways(true, true))]));
+            s.m.proofs = Arc::new(BTreeMap::from([(rel(2), proof(cold, kexec)), (rel(3), proof(true, true))]));
             s.m.secrets_policy = if secrets { SecretsPolicy::Cold } else { SecretsPolicy::Attested };
             s.then(Event::Assign { release: rel(2), via: route });
             let shown = known && cold && kexec && !other;
@@ -88,7 +96,7 @@ fn a_canary_of_a_class_opens_the_quick_way_to_the_others() {
     assert!(canary.last.contains(&Action::Save) && canary.m.came_up.is_empty());
     canary.then(by(1, healthy(1, "a", 3, 1)));
     assert!(canary.last.contains(&Action::Save), "what it shows is kept, though nothing else is new");
-    assert_eq!(canary.m.came_up, [ProvenBy { release: rel(1), ways: ways(true, false) }]);
+    assert_eq!(canary.m.came_up, [proven(1, true, false)]);
     canary.then(by(1, healthy(1, "a", 4, 1)));
     assert_eq!(canary.last, [], "once");
     assert_eq!(tell(&mut canary, &mut other), (Via::Cold, 1));
@@ -107,7 +115,7 @@ fn a_canary_of_a_class_opens_the_quick_way_to_the_others() {
 
     // Its firmware starts it too.
     canary.boots_trial(2).then(by(1, report(1, "c", 1, 2))).then(by(1, healthy(1, "c", 2, 2)));
-    assert_eq!(canary.m.came_up.last(), Some(&ProvenBy { release: rel(2), ways: ways(true, true) }));
+    assert_eq!(canary.m.came_up.last(), Some(&proven(2, true, true)));
     assert_eq!(tell(&mut canary, &mut other), (Via::Kexec, 1));
     assert_eq!(why(&mut other), "runs minimal/1; minimal/2 is assigned");
 
@@ -115,7 +123,7 @@ fn a_canary_of_a_class_opens_the_quick_way_to_the_others() {
     canary.then(Event::Classed(class("2")));
     assert_eq!(tell(&mut canary, &mut other).0, Via::Cold);
     canary.then(by(1, healthy(1, "c", 3, 2)));
-    assert_eq!(canary.m.came_up, [ProvenBy { release: rel(2), ways: ways(true, false) }]);
+    assert_eq!(canary.m.came_up, [proven(2, true, false)]);
 }
 
 #[test]
@@ -123,7 +131,7 @@ fn what_the_server_assigns_by_itself_is_by_cold_boot_whatever_was_shown() {
     let mut s = Story::good_on_1();
     s.m.max_age = Some(3_600_000);
     s.then(Event::Classed(class("1")));
-    s.m.proofs = Arc::new((1..4).map(|release| (rel(release), ways(true, true))).collect());
+    s.m.proofs = Arc::new((1..4).map(|release| (rel(release), proof(true, true))).collect());
     assign_auto(&mut s, 1);
     assert_eq!(s.m.leaves_by(), Via::Kexec);
     s.reports_for(4_000_000, |seq| healthy(1, "a", seq, 1));
@@ -191,17 +199,31 @@ fn a_class_is_model_and_firmware_and_nothing_is_like_what_does_not_say_them() {
 /// From nothing, as all of a fleet's machines are.
 fn naive(machines: &BTreeMap<MachineId, Machine>) -> BTreeMap<HardwareClass, (usize, Proofs)> {
     let mut all: BTreeMap<HardwareClass, (usize, Proofs)> = BTreeMap::new();
-    for m in machines.values() {
-        let serves = m.state.kind.in_fleet() && m.state.kind != StateKind::Quarantined;
-        let Some(class) = m.class.as_ref().filter(|_| serves) else { continue };
+    let serves = |m: &&Machine| m.state.kind.in_fleet() && m.state.kind != StateKind::Quarantined;
+    let of = || machines.values().filter(serves).filter_map(|m| Some((m.class.as_ref()?, &m.came_up)));
+    for (class, came_up) in of() {
         let (count, proofs) = all.entry(class.clone()).or_default();
         *count += 1;
-        for came in &m.came_up {
-            let known = proofs.entry(came.release.clone()).or_default();
-            *known = ways(known.cold || came.ways.cold, known.kexec || came.ways.kexec);
+        for came in came_up {
+            let proof = proofs.entry(came.release.clone()).or_default();
+            proof.failed = proof.failed.max(came.failed);
+            proof.ways.cold |= came.ways.cold;
+        }
+    }
+    for (class, came_up) in of() {
+        for came in came_up {
+            let proof = all.get_mut(class).and_then(|(_, proofs)| proofs.get_mut(&came.release)).unwrap();
+            proof.ways.kexec |= came.ways.kexec && came.after >= proof.failed;
         }
     }
     all
+}
+
+fn any_proven() -> impl Strategy<Value = ProvenBy> {
+    let some = |p: &ProvenBy| p.ways != Ways::default() || p.failed > 0;
+    (1..4_u64, any::<(bool, bool)>(), 0..3_u32, 0..3_u32)
+        .prop_map(|(release, (cold, kexec), after, failed)| ProvenBy { after, failed, ..proven(release, cold, kexec) })
+        .prop_filter("a machine keeps what says something", some)
 }
 
 proptest! {
@@ -210,11 +232,11 @@ proptest! {
     /// The account that is kept is that of the machines, and who is told of a change is everybody who has to be.
     #[test]
     fn the_account_of_classes_is_what_the_machines_say(
-        steps in proptest::collection::vec((1..5_u8, 0..12_usize, 0..3_u8, 1..4_u64, any::<(bool, bool)>()), 1..80)
+        steps in proptest::collection::vec((1..5_u8, 0..12_usize, 0..3_u8, proptest::option::of(any_proven())), 1..80)
     ) {
         let mut machines: BTreeMap<MachineId, Machine> = BTreeMap::new();
         let mut classes = Classes::default();
-        for (n, kind, firmware, release, (cold, kexec)) in steps {
+        for (n, kind, firmware, shown) in steps {
             let before = naive(&machines);
             if let Some(kind) = StateKind::ALL.get(kind) {
                     let m = machines.entry(id(n)).or_insert_with(|| Machine::discovered(id(n), 0));
@@ -224,9 +246,9 @@ proptest! {
                         m.came_up.clear();
                         m.class = is;
                     }
-                    m.came_up.retain(|came| came.release != rel(release));
-                    if cold || kexec {
-                        m.came_up.push(ProvenBy { release: rel(release), ways: ways(cold, kexec) });
+                    if let Some(shown) = shown {
+                        m.came_up.retain(|came| came.release != shown.release);
+                        m.came_up.push(shown);
                     }
                     classes.note(m);
             } else {

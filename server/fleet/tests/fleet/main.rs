@@ -26,4 +26,5 @@ mod replace;
 mod secrets;
 mod silence;
 mod trial;
+mod vain;
 mod way;

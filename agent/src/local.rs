@@ -309,14 +309,7 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
     if !is_assigned {
         // It has no place of its own in the loader's order without one, and under the assigned release's that one could not come.
         known.ok_or(AgentError::Superseded)?;
-        // By which it starts without a boot server, as before.
-        let root_hash = content.root_hash.clone();
-        let kept = on_disk(disk, move |disk| Ok(disk.record(&root_hash).ok())).await?;
-        if let Some(kept) = kept
-            && flow.verifier.verify_record(&here, &kept, false).is_ok()
-        {
-            record = kept;
-        }
+        record = kept_before(flow, disk, &here, &content).await?.unwrap_or(record);
     }
     let order = known.unwrap_or(flow.verifier.memory.order(flow.verifier.memory.sequence));
     let assign = Event::Assign(content, order, Go::Here(via));
@@ -344,6 +337,18 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
     })
     .await?;
     Ok(slot)
+}
+
+/// What was kept of it, if that holds: by that it starts without a boot server, and not by an assignment of another release.
+async fn kept_before(
+    flow: &mut Flow,
+    disk: &SharedDisk,
+    here: &ReleaseId,
+    content: &Content,
+) -> Result<Option<Record>> {
+    let root_hash = content.root_hash.clone();
+    let kept = on_disk(disk, move |disk| Ok(disk.record(&root_hash).ok())).await?;
+    Ok(kept.filter(|kept| flow.verifier.verify_record(here, kept, false).is_ok()))
 }
 
 /// Writes anew what is kept of the release that starts, by what the boot server has just said, where it is not what this machine
@@ -381,9 +386,11 @@ async fn fetch_root(flow: &mut Flow, manifest: &Manifest, disk: &SharedDisk, slo
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{TestSite, flow, web};
+    use crate::testing::{TestSite, flow, now, web};
     use crate::verifier::Servers;
-    use kiln_protocol::StageState;
+    use jiff::SignedDuration;
+    use kiln_protocol::{ASSIGNMENT_TYPE, BoundMachine, RoleSettings, SPEC_VERSION, StageState};
+    use kiln_release::{hex, sign_envelope};
     use std::collections::BTreeMap;
 
     /// A machine's disk in a file, release 1 of the site good on it.
@@ -392,8 +399,12 @@ mod tests {
     }
 
     fn opened(site: &TestSite, dir: &std::path::Path) -> MachineDisk {
-        let (manifest, uki) = (&site.manifests[&1], dir.join("uki"));
-        std::fs::write(&uki, &site.files[&site.paths(1)[0][1..]]).unwrap();
+        opened_with(site, 1, dir)
+    }
+
+    fn opened_with(site: &TestSite, release: u64, dir: &std::path::Path) -> MachineDisk {
+        let (manifest, uki) = (&site.manifests[&release], dir.join("uki"));
+        std::fs::write(&uki, &site.files[&site.paths(release)[0][1..]]).unwrap();
         let mut disk = MachineDisk::on_trial(&dir.join("disk"), manifest, &uki);
         disk.event(Event::Healthy, None).unwrap();
         disk
@@ -405,6 +416,67 @@ mod tests {
         let mut verifier = site.verifier(1, &[http], &[], state);
         verifier.boot.site.mode = Mode::Disk;
         flow(verifier, Some(1), Duration::from_secs(20))
+    }
+
+    /// The director's statement that this machine runs this release.
+    fn assignment(site: &TestSite, flow: &Flow, release: u64) -> String {
+        let manifest = serde_json::to_vec(&site.manifests[&release]).unwrap();
+        let assignment = Assignment {
+            type_: ASSIGNMENT_TYPE.into(),
+            spec_version: SPEC_VERSION.into(),
+            machine: BoundMachine { id: flow.journal.machine.id.clone(), key: flow.verifier.key_id() },
+            image: "minimal".parse().unwrap(),
+            release,
+            manifest_sha256: hex::sha256(&manifest).parse().unwrap(),
+            role: "lab".into(),
+            arch: crate::facts::architecture(),
+            sequence: 6,
+            rebuild: 0,
+            settings: RoleSettings::default(),
+            issued: now(),
+            expires: now() + SignedDuration::from_hours(1),
+        };
+        sign_envelope(&assignment, &[&site.director]).unwrap()
+    }
+
+    /// Another release is assigned, and no kexec led there. What starts gets no place of that one in the loader's order, under which it
+    /// could not come any more, and keeps what it starts by without a boot server.
+    #[test]
+    fn what_starts_on_the_way_to_another_release_stands_in_its_way_nowhere() {
+        let (dir, site) = (tempfile::tempdir().unwrap(), TestSite::new(2));
+        let mut flow = alone(&site, &dir.path().join("state"));
+        let content = machine::content(&site.manifests[&1]).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let here = flow.verifier.here().unwrap();
+            let verified = flow.verifier.verify_metadata(&here).await.unwrap();
+            flow.verifier.accepted = Some(assignment(&site, &flow, 2));
+            let beside = tempfile::tempdir().unwrap();
+            let disk = SharedDisk::new(opened(&site, beside.path()).without_esp());
+            assert_eq!(install_here(&mut flow, &verified, &disk).await.unwrap(), SlotId::A);
+            assert!(disk.slots().disk.entries.is_empty(), "its EFI system partition is as it was");
+            // The loader knows another release alone.
+            let beside = tempfile::tempdir().unwrap();
+            let disk = SharedDisk::new(opened_with(&site, 2, beside.path()));
+            let before = disk.slots().disk;
+            let error = install_here(&mut flow, &verified, &disk).await.unwrap_err();
+            assert_eq!(error.kind(), "assignment-superseded");
+            assert_eq!(disk.slots().disk, before);
+
+            let disk = good(&site, dir.path());
+            let labels = disk.slots().disk.labels;
+            let files = verified.files.clone();
+            let record = Record { files, assignment: assignment(&site, &flow, 1), servers: Servers::default() };
+            flow.verifier.expect_record(&site.manifests[&1], &record.digest(), labels).unwrap();
+            let (hash, kept) = (content.root_hash.clone(), record.clone());
+            on_disk(&disk, move |disk| disk.keep_record(&hash, &kept)).await.unwrap();
+            assert_eq!(kept_before(&mut flow, &disk, &here, &content).await.unwrap(), Some(record.clone()));
+            // By another's assignment it starts nowhere.
+            let other = Record { assignment: assignment(&site, &flow, 2), ..record };
+            let hash = content.root_hash.clone();
+            on_disk(&disk, move |disk| disk.keep_record(&hash, &other)).await.unwrap();
+            assert_eq!(kept_before(&mut flow, &disk, &here, &content).await.unwrap(), None);
+        });
     }
 
     /// Firmware started it from there. With a boot server's word it is installed anew, which is another matter.

@@ -4,7 +4,7 @@
 mod identity;
 mod opened;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub use identity::request;
 pub use opened::{Opened, open};

@@ -19,7 +19,7 @@ fn set<'a>(list: &[(&str, u64, &'a [u8])]) -> SecretSet<'a> {
     SecretSet(list.iter().map(|(name, version, value)| (name.parse().unwrap(), (*version, *value))).collect())
 }
 
-fn place() -> tempfile::TempDir {
+pub(crate) fn place() -> tempfile::TempDir {
     tempfile::Builder::new().tempdir_in("/dev/shm").unwrap()
 }
 
@@ -96,12 +96,12 @@ fn a_release_that_wants_none_says_none() {
     assert_eq!((keeper.held(), keeper.missing()), (None, None));
 }
 
-fn asked() -> (identity::NewKey, kiln_protocol::CertificateRequest) {
+pub(crate) fn asked() -> (identity::NewKey, kiln_protocol::CertificateRequest) {
     let machine = "00000000-0000-0000-0000-000000000001".parse().unwrap();
     request(&machine, &"ab".repeat(32).parse().unwrap(), "boot").unwrap()
 }
 
-fn issued(certificate: &str) -> IssuedCertificate {
+pub(crate) fn issued(certificate: &str) -> IssuedCertificate {
     IssuedCertificate { certificate: certificate.into(), ca: "CA\n".into(), serial: "40".into(), lasts_s: 100 }
 }
 

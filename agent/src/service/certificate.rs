@@ -90,3 +90,44 @@ impl Taker {
         Ok((serial, units))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::secrets::Keeper;
+    use crate::secrets::tests::{asked, issued, place};
+    use kiln_release::{CertificatePolicy, WantedCertificate};
+    use std::path::Path;
+    use std::sync::Mutex;
+
+    #[tokio::test]
+    async fn another_certificate_is_asked_for_in_time_and_before_that_at_the_servers_word_alone() {
+        let (dir, users) = (place(), Path::new("/etc/passwd"));
+        let wanted =
+            WantedCertificate { owner: None, required: true, units: Vec::new(), policy: CertificatePolicy::Approved };
+        let keeper = |wanted| Arc::new(Mutex::new(Keeper::at(dir.path(), users, &[], wanted)));
+        let secrets = |keeper| Secrets { keeper, ..Secrets::of(&[], None) };
+        let none = secrets(keeper(None));
+        assert!(!none.certificate_due(false) && !none.certificate_due(true), "its release wants none");
+        let mut some = secrets(keeper(Some(&wanted)));
+        assert!(some.certificate_due(false), "there is none yet");
+        let now = monotonic_ms();
+        let fresh = Life { issued: now, expires: now + 1_000_000_000, jitter: 0 };
+        // Past its middle, whenever this host started.
+        let renews = Life { issued: 0, expires: now + now / 4, jitter: u8::MAX };
+        for (life, by_itself) in [(fresh, false), (renews, true), (Life { expires: now, ..renews }, true)] {
+            lock(&some.keeper()).certify(&asked().0, &issued("CERTIFICATE\n"), life).unwrap();
+            assert_eq!((some.certificate_due(false), some.certificate_due(true)), (by_itself, true), "{life:?}");
+        }
+        // One that is being asked for, or was just now.
+        let asks = tokio::spawn(std::future::pending());
+        some.certifying = Some((Instant::now().checked_sub(AGAIN).unwrap(), asks));
+        assert!(!some.certificate_due(true), "it is still asked for");
+        let asked = tokio::spawn(std::future::ready(()));
+        while !asked.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        some.certifying = Some((Instant::now(), asked));
+        assert!(!some.certificate_due(false) && !some.certificate_due(true), "not at once again");
+    }
+}

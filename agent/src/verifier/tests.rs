@@ -506,3 +506,19 @@ fn the_server_hears_once_that_a_machine_stores_nothing_and_shows_it_without_a_ro
     assert_eq!(files_told(heard.iter().flat_map(|report| &report.stages)), 1);
     assert_eq!(heard.last().map(|report| report.machine.rollback_memory), Some(RollbackMemory::None));
 }
+
+#[test]
+fn the_time_is_stored_once_a_day() {
+    let mut machine = Machine::of(1);
+    let hour = SignedDuration::from_hours(1);
+    machine.verifier.memory.time_floor = None;
+    let begun = machine.verifier.now;
+    machine.verifier.move_clock(begun + hour);
+    assert_eq!(machine.verifier.memory.time_floor, Some(begun + hour));
+    machine.verifier.move_clock(begun + hour * 24);
+    assert_eq!(machine.verifier.now, begun + hour * 24, "the machine's own moves on");
+    assert_eq!(machine.verifier.memory.time_floor, Some(begun + hour), "storage wears");
+    machine.verifier.move_clock(begun);
+    machine.verifier.move_clock(begun + hour * 25);
+    assert_eq!(machine.verifier.memory.time_floor, Some(begun + hour * 25));
+}

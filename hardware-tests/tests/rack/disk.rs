@@ -458,14 +458,15 @@ fn each_kind_of_disk_has_its_outcome() {
             rack.machine(NAME).hold_disk(0).unwrap().set_fault(fault);
             outcome(&mut rack, "disk-io-error");
         }
-        // Two of different kinds: the blank one is taken, the other is let alone.
+        // Two of different kinds: the blank one is taken, the other is let alone. The machine lives there, alone.
         disks(&mut rack, &[Disk::Nvme, Disk::Ahci]);
-        full(&mut rack, 0);
-        rack.machine(NAME).power_on().unwrap();
-        rack.wait_healthy(NAME, 1).unwrap();
-        let console = rack.machine(NAME).console().unwrap().clone();
-        console.wait_for("is healthy: sda: A Good disk/1", Mark::default(), IDLE).unwrap();
+        full(&mut rack, 1);
+        starts_and_says(&mut rack, "is healthy: nvme0n1: A Good disk/1");
         rack.machine(NAME).power_off();
-        untouched(&mut rack, 0);
+        rack.kill_server();
+        let said = starts_and_says(&mut rack, "disk/1 is healthy: nvme0n1: A Good disk/1");
+        assert!(!said.contains("Start PXE"), "by its own boot loader: {said}");
+        rack.machine(NAME).power_off();
+        untouched(&mut rack, 1);
     });
 }

@@ -18,7 +18,7 @@ const NAME: &str = "rack-1";
 const DELETED: &str = "/.extra/credentials/x.cred was given to this boot beside its UKI: deleted, and not read";
 
 /// One of the mtools on the ESP of a disk, which begins at 1 MiB.
-fn on_esp(disk: &Path, tool: &str, arguments: &[&str]) -> String {
+pub fn on_esp(disk: &Path, tool: &str, arguments: &[&str]) -> String {
     let image = format!("{}@@{}", disk.display(), 1 << 20);
     command::run_command(Command::new(tool).env("MTOOLS_SKIP_CHECK", "1").args(["-i", &image]).args(arguments)).unwrap()
 }
@@ -103,5 +103,22 @@ fn an_addition_to_the_command_line_is_refused_where_the_release_says_so() {
         rack.machine(NAME).spec.smbios.clear();
         let (view, _) = boots(&mut rack);
         assert!(view.failures().is_empty(), "{view:#?}");
+    });
+}
+
+/// The ordinary image starts with it, without a TPM; what may have switched off a part of what the kernel enforces is called *enforced*
+/// nowhere.
+#[test]
+#[ignore = "slow: two boots of the firmware; make test-slow"]
+fn an_addition_to_the_command_line_takes_the_word_enforced_away() {
+    testing::rack(|paths| {
+        let mut rack =
+            Rack::start(paths, &RackOptions::scenario(paths, "enforced", secure(paths, NetworkBoot::Pxe))).unwrap();
+        let (view, _) = boots(&mut rack);
+        assert_eq!(view.protection.as_deref(), Some("enforced"), "{view:#?}");
+        rack.machine(NAME).spec.smbios = vec!["io.systemd.stub.kernel-cmdline-extra=kiln.extra=1".to_owned()];
+        let (view, said) = boots(&mut rack);
+        assert_eq!(view.protection.as_deref(), Some("unprotected"), "{view:#?}");
+        assert!(said.contains("class    unprotected"), "nor on its screen: {said}");
     });
 }

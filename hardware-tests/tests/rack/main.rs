@@ -5,6 +5,7 @@
 mod acceptance;
 mod attacks;
 mod boots;
+mod chosen;
 mod cleanup;
 mod cloned;
 mod cuts;

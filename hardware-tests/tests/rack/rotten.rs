@@ -1,6 +1,7 @@
 //! Disks of which a little is not as it was, or cannot be read: what is whole on them starts, without a boot server.
 
 use crate::disk::{SLOT_A, entries, starts_and_says};
+use crate::extras::on_esp;
 use crate::support::on_disk::{installed, rack, reimaged_and_alone};
 use kiln_lab::api::MachineView;
 use kiln_lab::console::Mark;
@@ -132,4 +133,66 @@ fn a_record_that_rotted_is_left_for_the_other_slots_release() {
         let gave_up = |v: &MachineView| v.reason.as_ref().is_some_and(|r| r.contains("good-boot-loop"));
         rack.wait(NAME, "fell back", |v| v.state == "fell-back" && gave_up(v)).unwrap();
     });
+}
+
+/// A directory of the EFI system partition, which no start needs, holds what is none: the firmware and the loader start the release, and
+/// the agent takes the partition for unreadable. Alone the machine starts from its slot, and writes nothing there. Another release is
+/// gone to by kexec, from the running system and from a boot, and makes the partition anew, loader and all: it starts alone.
+#[test]
+#[ignore = "slow: an install, three boots from the disk and two reimages; make test-slow"]
+fn an_esp_that_only_the_agent_cannot_read_costs_no_start_and_no_reimage() {
+    const UNREAD: &str = "the EFI system partition cannot be read";
+    testing::rack(|paths| {
+        let mut rack = rack(paths, "disk-esp-unread");
+        installed(&mut rack);
+        rack.kiln(&["release", "publish", "disk/2"]).unwrap();
+        for (from, to, runs) in [(1, 2, true), (2, 1, false)] {
+            rack.machine(NAME).power_off();
+            spoil_a_directory(&rack.machine(NAME).disk(0));
+            rack.kill_server();
+            let said = starts_and_says(&mut rack, &format!("disk/{from} is healthy: vda: "));
+            let starts = "the EFI system partition stays as it is, and the release starts";
+            assert!(said.contains(UNREAD) && said.contains(starts) && !said.contains("Start PXE"), "{said}");
+            if !runs {
+                rack.machine(NAME).power_off();
+            }
+            rack.start_server().unwrap();
+            if runs {
+                rack.wait_healthy(NAME, from).unwrap();
+            }
+            rack.kiln(&["assign", NAME, &format!("disk/{to}"), "--via", "cold"]).unwrap();
+            if !runs {
+                let going = format!("disk/{to} is assigned, this is disk/{from}: going there, by kexec only");
+                starts_and_says(&mut rack, &going);
+            }
+            rack.wait_healthy(NAME, to).unwrap();
+            let console = rack.machine(NAME).console().unwrap().clone();
+            console.wait_for(&format!("disk/{to} is healthy: vda: "), Mark::default(), IDLE).unwrap();
+            rack.machine(NAME).power_off();
+            rack.kill_server();
+            let said = starts_and_says(&mut rack, &format!("disk/{to} is healthy: vda: "));
+            assert!(!said.contains(UNREAD) && !said.contains("Start PXE"), "by its own loader: {said}");
+            rack.start_server().unwrap();
+            rack.wait_healthy(NAME, to).unwrap();
+        }
+    });
+}
+
+/// Makes a directory on the EFI system partition, and writes over it.
+fn spoil_a_directory(disk: &Path) {
+    on_esp(disk, "mmd", &["::/SPOILT"]);
+    let bytes = std::fs::File::options().read(true).write(true).open(disk).unwrap();
+    let mut esp = [0; 512];
+    bytes.read_exact_at(&mut esp, 1 << 20).unwrap();
+    let number = |at: usize| u64::from(u32::from_le_bytes(esp[at..at + 4].try_into().unwrap()));
+    // By the boot sector: behind 32 sectors and two tables of so many the clusters begin, of so many sectors each.
+    let (tables, per_cluster) = (2 * number(36), u64::from(esp[13]));
+    let root = (1 << 20) + (32 + tables + (number(44) - 2) * per_cluster) * 512;
+    let mut entries = vec![0; usize::try_from(per_cluster * 512).unwrap()];
+    bytes.read_exact_at(&mut entries, root).unwrap();
+    let entry = entries.chunks(32).find(|entry| entry.starts_with(b"SPOILT     ")).expect("mtools made it");
+    let first = u64::from(u16::from_le_bytes([entry[26], entry[27]]))
+        | u64::from(u16::from_le_bytes([entry[20], entry[21]])) << 16;
+    let at = (1 << 20) + (32 + tables + (first - 2) * per_cluster) * 512;
+    bytes.write_all_at(&[0x5a; 512], at).unwrap();
 }

@@ -196,7 +196,8 @@ function show(machine) {
   const way = machine.prefetch && !machine.prefetch.ready && machine.prefetch.progress;
   const fetched = way ? `, ${Math.floor((100 * way.received_bytes) / Math.max(1, way.total_bytes))} % fetched` : "";
   cell(row, "assigned", release(machine.assigned) + fetched);
-  const weak = machine.key_storage !== "ephemeral" ? "" : machine.position ? "position, " : "name only, ";
+  const named = machine.position ? "position, " : "name only, ";
+  const weak = machine.key_storage === "ephemeral" ? named : machine.key_storage === "efi-variable" ? "weak key, " : "";
   const proof = machine.attestation;
   const memory = machine.rollback_memory === "none" ? "no rollback memory" : "";
   const verdict = proof ? `${proof.state}: ${proof.reason}` : "";

@@ -135,6 +135,34 @@ fn a_root_that_cannot_be_read_back_is_put_up_anew_as_it_lies() {
     });
 }
 
+/// Firmware started what runs from there all the same: another release must not make it anew without what runs and without a loader.
+#[test]
+fn beside_an_esp_that_cannot_be_read_another_release_is_fetched_into_memory_and_gone_to_by_kexec() {
+    let (dir, site) = (tempfile::tempdir().unwrap(), TestSite::new(2));
+    let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
+    let director = Director::start(&site, (2, 6, Via::Cold, true));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (mut service, _) = on_trial_of(dir.path(), &site, &[http], &director.url);
+        let aside = tempfile::tempdir().unwrap();
+        let disk = MachineDisk::on_trial(&aside.path().join("disk"), &site.manifests[&1], &dir.path().join("uki"));
+        service.disk = Some(SharedDisk::new(disk.without_esp()));
+        let before = std::fs::read(aside.path().join("disk")).unwrap();
+        std::fs::create_dir(dir.path().join("next")).unwrap();
+        let api = Rc::clone(&service.api);
+        let mut api = api.lock().await;
+        service.newest = Some(service.journal.send(&mut api, 0).await.unwrap());
+
+        let target = duty::Target { release: "minimal/2".parse().unwrap(), sequence: 6 };
+        let done = service.fetch(target).await;
+        assert!(matches!(done.event, Event::Fetched(None)), "{:?}", done.event);
+        let ready = done.ready.expect("it is fetched");
+        assert_eq!(ready.via(), Via::Kexec);
+        let after = std::fs::read(aside.path().join("disk")).unwrap();
+        assert!(before == after, "nothing is written");
+    });
+}
+
 #[test]
 fn a_uki_is_put_back_only_for_a_release_that_the_loader_knows() {
     let (dir, site) = (tempfile::tempdir().unwrap(), TestSite::new(2));

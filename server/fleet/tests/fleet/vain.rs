@@ -35,10 +35,13 @@ fn says_so(actions: &[Action]) -> bool {
     actions.iter().any(|action| matches!(action, Action::Say { warn: true, text } if text.starts_with(words)))
 }
 
+/// In words, and what happens.
+type Way = (&'static str, fn(&mut Story));
+
 /// Each way in which it shows, and it is said once.
 #[test]
 fn a_kexec_that_came_to_nothing_takes_the_way_back() {
-    let ways: [(&str, fn(&mut Story)); 6] = [
+    let ways: [Way; 6] = [
         ("its firmware is heard instead", |s| {
             s.then(Event::Asked);
         }),

@@ -66,7 +66,12 @@ impl Keeper {
         Self::at(Path::new(SECRETS_PATH), Path::new("/etc/passwd"), wanted, certificate)
     }
 
-    fn at(place: &Path, passwd: &Path, wanted: &[WantedSecret], certificate: Option<&WantedCertificate>) -> Self {
+    pub(crate) fn at(
+        place: &Path,
+        passwd: &Path,
+        wanted: &[WantedSecret],
+        certificate: Option<&WantedCertificate>,
+    ) -> Self {
         let versions = std::fs::read(place.join(VERSIONS)).ok();
         let held: SecretVersions = versions.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
         // What is not there is not held, whatever was written down.

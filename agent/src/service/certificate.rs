@@ -106,7 +106,11 @@ mod tests {
         let wanted =
             WantedCertificate { owner: None, required: true, units: Vec::new(), policy: CertificatePolicy::Approved };
         let keeper = |wanted| Arc::new(Mutex::new(Keeper::at(dir.path(), users, &[], wanted)));
-        let secrets = |keeper| Secrets { keeper, ..Secrets::of(&[], None) };
+        let secrets = |keeper| {
+            let mut secrets = Secrets::of(&[], None);
+            secrets.keeper = keeper;
+            secrets
+        };
         let none = secrets(keeper(None));
         assert!(!none.certificate_due(false) && !none.certificate_due(true), "its release wants none");
         let mut some = secrets(keeper(Some(&wanted)));

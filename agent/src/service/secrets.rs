@@ -21,7 +21,7 @@ const ORDER_DEADLINE: Duration = Duration::from_secs(30);
 
 /// What the service knows of them.
 pub(super) struct Secrets {
-    keeper: Arc<Mutex<Keeper>>,
+    pub(super) keeper: Arc<Mutex<Keeper>>,
     changed: Arc<Notify>,
     asked: Option<Instant>,
     /// When a certificate was asked for, and who asks.

@@ -77,7 +77,7 @@ fn what_the_site_did_not_sign_or_has_revoked_is_refused() {
         let spec = secure(paths, NetworkBoot::Pxe);
         let keys = spec.keys.clone().unwrap();
         let mut options = RackOptions::scenario(paths, "secure-boot-refused", spec);
-        options.config = "[fleet]\nfirmware_patience = \"5s\"\n".into();
+        options.config = "[fleet]\nfirmware_patience = \"15s\"\n".into();
         let mut rack = Rack::start(paths, &options).unwrap();
         let program = program(&rack);
         let good = std::fs::read(&program).unwrap();

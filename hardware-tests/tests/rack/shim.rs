@@ -43,8 +43,7 @@ fn ipxe_that_the_site_signed_boots_a_signed_release() {
         assert!(is_enforced(&view), "{view:#?}");
         let console = rack.machine(NAME).console().unwrap();
         let said = console.since(Mark::default());
-        let [file, banner, uki] =
-            ["NBP filename is snponly.efi", "Open Source Network Boot Firmware", "/kiln.efi... "];
+        let [file, banner, uki] = ["NBP filename is snponly.efi", "Open Source Network Boot Firmware", "/kiln.efi... "];
         assert!([file, banner, uki].iter().all(|word| said.contains(word)), "{}", console.last_words(60));
         rack.machine(NAME).power_off();
 

@@ -72,7 +72,9 @@ impl Issued {
     fn revoked(&self) -> Option<Revoked> {
         let (at, end) = self.ended?;
         let reason = match end {
-            CertificateEnd::KeyRevoked | CertificateEnd::Quarantined | CertificateEnd::Failed => CrlReason::KeyCompromise,
+            CertificateEnd::KeyRevoked | CertificateEnd::Quarantined | CertificateEnd::Failed => {
+                CrlReason::KeyCompromise
+            }
             CertificateEnd::OutOfService | CertificateEnd::Wiped => CrlReason::CessationOfOperation,
             CertificateEnd::OtherKey | CertificateEnd::OtherName => CrlReason::AffiliationChanged,
             CertificateEnd::Superseded => CrlReason::Superseded,

@@ -299,11 +299,6 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
         flow.journal.fallback = fallback(&flow.verifier.memory, disk);
         return Ok(slot);
     }
-    let [uki, _] = files(std::path::Path::new(NEXT));
-    let signed = &manifest.uki;
-    let expected = Expected { what: UKI, sha256: signed.sha256.clone(), length: signed.length };
-    flow.fetch_to(Stage::Root, expected, &uki).await?;
-    kexec::verify(&File::open(&uki).map_err(AgentError::file(&uki))?, &manifest)?;
     // A release that the loader knows and whose root is gone comes back under the entry that it has.
     let known = disk.slots().disk.listed(&content.root_hash).map(|entry| entry.name.sequence);
     if !is_assigned {
@@ -311,6 +306,11 @@ pub async fn install_here(flow: &mut Flow, verified: &Verified, disk: &SharedDis
         known.ok_or(AgentError::Superseded)?;
         record = kept_before(flow, disk, &here, &content).await?.unwrap_or(record);
     }
+    let [uki, _] = files(std::path::Path::new(NEXT));
+    let signed = &manifest.uki;
+    let expected = Expected { what: UKI, sha256: signed.sha256.clone(), length: signed.length };
+    flow.fetch_to(Stage::Root, expected, &uki).await?;
+    kexec::verify(&File::open(&uki).map_err(AgentError::file(&uki))?, &manifest)?;
     let order = known.unwrap_or(flow.verifier.memory.order(flow.verifier.memory.sequence));
     let assign = Event::Assign(content, order, Go::Here(via));
     let mut slot = None;
@@ -457,7 +457,7 @@ mod tests {
             assert!(disk.slots().disk.entries.is_empty(), "its EFI system partition is as it was");
             // The loader knows another release alone.
             let beside = tempfile::tempdir().unwrap();
-            let disk = SharedDisk::new(opened_with(&site, 2, beside.path()));
+            let disk = SharedDisk::new(opened_with(&site, 2, beside.path()).reopened(true));
             let before = disk.slots().disk;
             let error = install_here(&mut flow, &verified, &disk).await.unwrap_err();
             assert_eq!(error.kind(), "assignment-superseded");

@@ -99,9 +99,14 @@ fn nothing_that_decides_reads_the_clock() {
 /// backquotes; one that ends with … is given by its beginning.
 #[test]
 fn every_test_that_the_documents_name_is_there() {
-    /// Functions of the kernel, a system call, a key of a recipe.
-    const NO_TEST: [&str; 4] =
-        ["ima_add_template_entry", "network_lost_per_million", "open_by_handle_at", "verify_pkcs7_message_sig"];
+    /// Functions of the kernel, a system call, keys of a recipe.
+    const NO_TEST: [&str; 5] = [
+        "ima_add_template_entry",
+        "network_lost_per_million",
+        "open_by_handle_at",
+        "refuse_foreign_command_line",
+        "verify_pkcs7_message_sig",
+    ];
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
     let (mut sources, mut documents) = (Vec::new(), Vec::new());
     files(root, "rs", &mut sources);

@@ -176,7 +176,10 @@ impl<B: Block> Fat<B> {
         // names any more.
         match self.chain(first) {
             Ok(chain) if !chain.iter().any(|cluster| self.knots.contains(cluster)) => {
-                let changes: Vec<(u32, u32)> = chain.into_iter().map(|cluster| (cluster, 0)).collect();
+                let mut bytes = vec![0; self.cluster_bytes()];
+                // What cannot be read would be the first to be given out again.
+                let mut value = |c| if self.disk.read_at(self.offset(c), &mut bytes).is_ok() { 0 } else { BAD };
+                let changes: Vec<(u32, u32)> = chain.into_iter().map(|cluster| (cluster, value(cluster))).collect();
                 self.set(&changes)
             }
             Ok(_) | Err(_) => Ok(()),

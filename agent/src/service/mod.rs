@@ -293,8 +293,8 @@ impl Service {
             }
             files = files.or_else(|| self.look_at_files());
             let jitter = random().map_or(0, |bytes| bytes[0]);
-            // Who dies before this was heard of by nobody.
-            if matches!(event, Event::Answered(_) | Event::Unanswered(_))
+            // Who dies before this was heard of by nobody, and has not seen how its release does.
+            if matches!(event, Event::Answered(_) | Event::Checked(_))
                 && let Some(path) = self.starts.take()
             {
                 starts::came_up(&path);

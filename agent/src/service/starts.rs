@@ -32,7 +32,7 @@ pub(super) async fn check(failed: u32, door: &Door) -> Result<()> {
     Err(door.go(Via::Cold).await)
 }
 
-/// This one came up: its first report was answered, or it knows that it was not.
+/// This one came up: its first report was answered, or its first checks were made.
 pub(super) fn came_up(path: &Path) {
     // What stays counted is one more of a later start that fails.
     let _ = std::fs::remove_file(path);

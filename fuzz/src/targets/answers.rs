@@ -166,7 +166,8 @@ pub mod dhcp6_answer {
         put(&mut message, SERVER_ID, &lease.server);
         if let Some(address) = lease.address {
             let mut association = [&[0, 0, 0, 1][..], &lease.renew_s.to_be_bytes(), &[0; 4]].concat();
-            put(&mut association, IA_ADDRESS, &[&address.octets()[..], &[0; 8]].concat());
+            // Preferred for no time and valid for a second: for none it would be taken back.
+            put(&mut association, IA_ADDRESS, &[&address.octets()[..], &[0, 0, 0, 0, 0, 0, 0, 1]].concat());
             put(&mut message, IA_NA, &association);
         }
         let servers: Vec<u8> = lease.dns.iter().flat_map(Ipv6Addr::octets).collect();

@@ -135,7 +135,7 @@ fn a_record_that_rotted_is_left_for_the_other_slots_release() {
     });
 }
 
-/// A directory of the EFI system partition, which no start needs, holds what is none: the firmware and the loader start the release, and
+/// A directory of the EFI system partition, which no start needs, has no clusters any more: the firmware and the loader start the release, and
 /// the agent takes the partition for unreadable. Alone the machine starts from its slot, and writes nothing there. Another release is
 /// gone to by kexec, from the running system and from a boot, and makes the partition anew, loader and all: it starts alone.
 #[test]
@@ -178,7 +178,7 @@ fn an_esp_that_only_the_agent_cannot_read_costs_no_start_and_no_reimage() {
     });
 }
 
-/// Makes a directory on the EFI system partition, and writes over it.
+/// Makes a directory on the EFI system partition, and takes its cluster from it in both copies of the table.
 fn spoil_a_directory(disk: &Path) {
     on_esp(disk, "mmd", &["::/SPOILT"]);
     let bytes = std::fs::File::options().read(true).write(true).open(disk).unwrap();
@@ -193,6 +193,7 @@ fn spoil_a_directory(disk: &Path) {
     let entry = entries.chunks(32).find(|entry| entry.starts_with(b"SPOILT     ")).expect("mtools made it");
     let first = u64::from(u16::from_le_bytes([entry[26], entry[27]]))
         | u64::from(u16::from_le_bytes([entry[20], entry[21]])) << 16;
-    let at = (1 << 20) + (32 + tables + (first - 2) * per_cluster) * 512;
-    bytes.write_all_at(&[0x5a; 512], at).unwrap();
+    for copy in 0..2 {
+        bytes.write_all_at(&[0; 4], (1 << 20) + (32 + copy * tables / 2) * 512 + first * 4).unwrap();
+    }
 }

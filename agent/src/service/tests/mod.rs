@@ -157,9 +157,9 @@ fn healthy_on_1(may_go: bool) -> (TestSite, Director, Machine) {
     (site, director, machine)
 }
 
-/// One that ends before it is heard of counts, whatever it dies of; one whose server answered, or is known not to, came up.
+/// One that ends before it is heard of counts, whatever it dies of; one whose server answered, or whose checks were made, came up.
 #[test]
-fn a_start_of_the_service_came_up_once_its_first_report_came_to_something() {
+fn a_start_of_the_service_came_up_once_it_was_heard_of_or_had_looked() {
     let (_site, director, machine) = healthy_on_1(false);
     machine.set_state("degraded");
     director.wait("of another state", Instant::now(), PATIENCE, |report| !healthy(report));
@@ -172,18 +172,36 @@ fn a_start_of_the_service_came_up_once_its_first_report_came_to_something() {
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let servers = [format!("https://{}", silent.local_addr().unwrap())];
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    for n in 0..3 {
-        assert_eq!(starts::count(&path), n, "starts that came to nothing");
+    let start = || {
         let verifier = site.verifier(1, &[], &servers, &dir.path().join("machine"));
         let journal = journal(&verifier);
         let door = Door { systemctl: dir.path().join("none"), reboot: stays };
         let mut service = Service::new(verifier, journal, dir.path().join("next"), door).unwrap();
         service.starts = Some(path.clone());
         let checks = Checks::new(Vec::new(), root_hash(1), Probe::new(|| Ok(root_hash(1)), dir.path().join("none")));
+        (service, checks)
+    };
+    for n in 0..3 {
+        assert_eq!(starts::count(&path), n, "starts that came to nothing");
+        let (service, checks) = start();
         // It is begun, and no more.
         let begun = async { tokio::time::timeout(Duration::ZERO, Box::pin(service.run(checks))).await };
         assert!(runtime.block_on(begun).is_err());
     }
+    let (service, checks) = start();
+    let came_up = async {
+        while path.exists() {
+            sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let ended = async {
+        tokio::select! {
+            error = Box::pin(service.run(checks)) => Some(error),
+            () = came_up => None,
+        }
+    };
+    let ended = runtime.block_on(async { tokio::time::timeout(PATIENCE, ended).await });
+    assert!(ended.expect("its checks are made while the server is silent").is_none());
 }
 
 /// A gate in the middle of this file.

@@ -57,7 +57,7 @@ async fn wait(
         if assignment.sequence > starts.begun {
             let root_hash = flow.journal.embedded.root_hash.clone();
             match plan {
-                Plan::Stay => return on_disk(disk, move |disk| disk.forget_starts(&root_hash)).await,
+                Plan::Stay => return on_disk(disk, move |disk| disk.forget_starts(&root_hash)).await.map(drop),
                 // The firmware would start the disk again: only a kexec leads elsewhere.
                 Plan::Change(_) => {
                     let next = Path::new(change::NEXT);

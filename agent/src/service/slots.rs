@@ -20,7 +20,10 @@ pub(super) const DISK_DEADLINE: Duration = Duration::from_secs(20);
 const AGAIN: Duration = Duration::from_secs(30);
 
 /// What the slots are told of the release that runs, on its way: whether it is healthy, and what they make of it.
-pub(super) type Proving = Pin<Box<dyn Future<Output = (bool, Result<Vec<slot::Action>>)>>>;
+pub(super) type Proving = Pin<Box<dyn Future<Output = (bool, Result<Told>)>>>;
+
+/// What the slots make of it, and what is wrong with a disk that counted none of its starts.
+pub(super) type Told = (Vec<slot::Action>, Option<DiskError>);
 
 /// The kernel forgets a disk that is pulled out. Of one that answers no reset any more SCSI (so SAS and SATA, too) and NVMe keep the
 /// folder, and say so (`sdev_states` in drivers/scsi/scsi_sysfs.c, `nvme_sysfs_show_state`). What may come back is not gone.
@@ -43,10 +46,12 @@ impl Service {
         Some(Box::pin(async move {
             let told = on_disk(&disk, move |disk| {
                 let actions = disk.event(event, None)?;
-                if healthy && let Err(error) = disk.forget_starts(&root_hash) {
+                let forgot = if healthy { disk.forget_starts(&root_hash) } else { Ok(None) };
+                let wrong = forgot.unwrap_or_else(|error| {
                     eprintln!("kiln-agent: the starts of this release stay counted: {error}");
-                }
-                Ok(actions)
+                    None
+                });
+                Ok((actions, wrong))
             });
             let told = told.await;
             if let Err(error) = &told {
@@ -70,8 +75,11 @@ impl Service {
     }
 
     /// What they made of it. Whether this release must leave.
-    pub(super) fn proved(&mut self, (healthy, told): (bool, Result<Vec<slot::Action>>)) -> bool {
-        let Ok(actions) = told else { return false };
+    pub(super) fn proved(&mut self, (healthy, told): (bool, Result<Told>)) -> bool {
+        let Ok((actions, wrong)) = told else { return false };
+        if let Some(error) = wrong {
+            self.journal.failed(Stage::Service, &error.into(), 1, Some(Duration::ZERO));
+        }
         if healthy {
             self.proven = Proof::Good;
             if let Some(disk) = &self.disk {

@@ -5,7 +5,8 @@
 (() => {
   const by = (id) => document.getElementById(id);
   const until = (ms) => `${new Date(ms).toISOString().slice(0, 16).replace("T", " ")} UTC`;
-  let machine = null;
+  // It may have come before this file.
+  let machine = window.kilnMachine || null;
   let looks = false;
   let again = false;
 
@@ -69,6 +70,7 @@
     machine = window.kilnMachine;
     look();
   });
+  look();
   // What other machines of its class show meanwhile.
   setInterval(look, 30000);
 })();

@@ -196,12 +196,12 @@ function show(machine) {
   const way = machine.prefetch && !machine.prefetch.ready && machine.prefetch.progress;
   const fetched = way ? `, ${Math.floor((100 * way.received_bytes) / Math.max(1, way.total_bytes))} % fetched` : "";
   cell(row, "assigned", release(machine.assigned) + fetched);
-  const named = machine.position ? "position, " : "name only, ";
-  const weak = machine.key_storage === "ephemeral" ? named : machine.key_storage === "efi-variable" ? "weak key, " : "";
+  const weak = machine.key_storage !== "ephemeral" ? "" : machine.position ? "position, " : "name only, ";
   const proof = machine.attestation;
   const memory = machine.rollback_memory === "none" ? "no rollback memory" : "";
   const verdict = proof ? `${proof.state}: ${proof.reason}` : "";
-  cell(row, "protection", weak + (machine.protection_words || "–"), [verdict, memory].filter(Boolean).join("; "));
+  const key = machine.key_storage === "efi-variable" ? "key in an EFI variable (weak)" : "";
+  cell(row, "protection", weak + (machine.protection_words || "–"), [verdict, key, memory].filter(Boolean).join("; "));
   cell(row, "words", machine.last_words || machine.reason || "");
   cell(row, "seen", ago(machine.last_seen_ms));
 }

@@ -4,6 +4,7 @@
 //! a count again.
 
 use super::MachineDisk;
+use crate::disk::DiskError;
 use crate::disk::store::Starts;
 use crate::error::Result;
 use crate::memory::Place;
@@ -50,9 +51,15 @@ impl MachineDisk {
         }
     }
 
-    /// It was healthy, or a person wants it tried anew.
-    pub fn forget_starts(&mut self, root_hash: &Sha256Hex) -> Result<()> {
-        self.keep_starts(root_hash, None)
+    /// It was healthy, or a person wants it tried anew. Gives what is wrong with a disk that took no count.
+    pub fn forget_starts(&mut self, root_hash: &Sha256Hex) -> Result<Option<DiskError>> {
+        let is_beside = self.counted_beside(root_hash).is_some();
+        self.keep_starts(root_hash, None)?;
+        Ok(is_beside.then(|| DiskError::Io {
+            disk: self.name().to_owned(),
+            what: "counting its starts",
+            reason: "it takes no writes: they are counted beside it".to_owned(),
+        }))
     }
 
     /// A machine on which nothing takes it starts what the disk holds all the same.
@@ -117,13 +124,13 @@ mod tests {
         let mut disk = disk.reopened(false);
         // Safe mode, and once more after it.
         assert_eq!(starts(&mut disk, 6), [2, 3, 4, STARTS, STARTS - 1, STARTS]);
-        disk.forget_starts(&root_hash).unwrap();
+        assert_eq!(disk.forget_starts(&root_hash).unwrap().unwrap().kind(), "disk-io-error", "and that is told");
         assert_eq!(starts(&mut disk, 2), [0, 1], "what the disk still has is over");
         let mut disk = disk.reopened(true);
         assert_eq!(starts(&mut disk, 1), [2]);
         assert_eq!(place.starts(), "", "the disk counts again");
         assert_eq!(starts(&mut disk, 1), [3]);
-        disk.forget_starts(&root_hash).unwrap();
+        assert!(disk.forget_starts(&root_hash).unwrap().is_none());
         assert_eq!(starts(&mut disk.without_esp(), 2), [0, 1], "beside an ESP that cannot be read");
         // A machine whose memory takes it no more than the disk does starts all the same.
         let other = tempfile::tempdir().unwrap();

@@ -104,7 +104,7 @@ fn every_card_and_disk_is_found_and_the_one_that_booted_is_used() {
         // All of them ask at once; the firmware asked for the first one's address, too.
         let site_dhcp = std::fs::read_to_string(paths.consoles.join("devices/site-dhcp.log")).unwrap();
         let given = site_dhcp.lines().find(|l| l.contains("DHCPACK") && l.contains(&macs[0])).unwrap();
-        let address = given.split(' ').find(|word| word.parse::<std::net::Ipv4Addr>().is_ok()).unwrap();
+        let address = given.split(' ').find(|word| word.parse::<Ipv4Addr>().is_ok()).unwrap();
         let said = rack.machine(NAME).console().unwrap().since(Mark::default());
         assert!(has(&said, address), "{given}");
         assert!(!said.contains("kiln-agent: driver "), "a driver did not load");
@@ -176,7 +176,7 @@ fn a_card_that_has_a_link_carries_the_machine_where_the_one_that_booted_has_none
             let dhcp = std::fs::read_to_string(paths.consoles.join("cards/site-dhcp.log")).unwrap();
             let given = dhcp.lines().rfind(|line| line.contains("DHCPACK") && line.contains(mac.as_str()));
             let given = given.unwrap_or_else(|| panic!("card {card} has no lease: {dhcp}"));
-            let address = given.split(' ').find(|word| word.parse::<std::net::Ipv4Addr>().is_ok()).unwrap();
+            let address = given.split(' ').find(|word| word.parse::<Ipv4Addr>().is_ok()).unwrap();
             let said = console.since(Mark::default());
             assert!(has(&said, address), "card {card}: {given}: {said}");
         }

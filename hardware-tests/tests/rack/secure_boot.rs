@@ -97,9 +97,11 @@ fn what_the_site_did_not_sign_or_has_revoked_is_refused() {
         rack.machine(NAME).set_keys(foreign).unwrap();
         refused(&mut rack, "signed by another site");
 
-        let template = rack.site.clone();
-        rack_kiln(paths, &["trust", "revoke", "minimal/1", "--site", template.to_str().unwrap()]);
-        let revoked = site::enroll(paths, &template, &paths.scratch.join("revoked-keys")).unwrap();
+        // In a copy: a server whose site has revoked it sends it to nobody, and it is the firmware's turn here.
+        let copy = paths.scratch.join("revoked-site");
+        command::run("cp", ["-a", "--reflink=auto", rack.site.to_str().unwrap(), copy.to_str().unwrap()]).unwrap();
+        rack_kiln(paths, &["trust", "revoke", "minimal/1", "--site", copy.to_str().unwrap()]);
+        let revoked = site::enroll(paths, &copy, &paths.scratch.join("revoked-keys")).unwrap();
         rack.machine(NAME).set_keys(revoked).unwrap();
         refused(&mut rack, "revoked by dbx");
 

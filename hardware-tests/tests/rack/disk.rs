@@ -28,7 +28,7 @@ pub const SLOT_A: u64 = 129 << 20;
 fn a_machine_lives_on_its_disk() {
     testing::rack(|paths| {
         let mut rack = rack(paths, "disk");
-        let console = installed(&mut rack);
+        installed(&mut rack);
 
         // The power is cut and the boot server is gone.
         rack.machine(NAME).power_off();

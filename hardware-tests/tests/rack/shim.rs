@@ -45,9 +45,11 @@ fn ipxe_that_the_site_signed_boots_a_signed_release() {
         let said = console.since(Mark::default());
         let [file, banner, uki] = ["NBP filename is snponly.efi", "Open Source Network Boot Firmware", "/kiln.efi... "];
         assert!([file, banner, uki].iter().all(|word| said.contains(word)), "{}", console.last_words(60));
-        rack.machine(NAME).power_off();
         // Else its next boot would not count yet, and the firmware comes to HTTP Boot, and up, before it does.
+        rack.machine(NAME).set_connected(false).unwrap();
         rack.wait(NAME, "silent", |v| v.state == "unreachable").unwrap();
+        rack.machine(NAME).power_off();
+        rack.machine(NAME).set_connected(true).unwrap();
 
         std::fs::copy(SNPONLY, &ipxe).unwrap();
         rack.machine(NAME).power_on().unwrap();

@@ -7,7 +7,7 @@ use kiln_lab::machine::{Firmware, MachineSpec};
 use kiln_lab::rack::{IDLE, Rack, RackOptions};
 use kiln_lab::variables::NetworkBoot;
 use kiln_lab::{site, testing};
-use kiln_protocol::{ExecVerdict, Stage};
+use kiln_protocol::ExecVerdict;
 use std::time::{Duration, Instant};
 
 const NAME: &str = "rack-1";
@@ -26,7 +26,7 @@ fn costs_little(rack: &Rack) {
 
 /// From a guarded place only what the release lists starts, and the server is told who tried what else; a guard that is
 /// killed, one that is stopped and a service that is killed are replaced, and nothing starts meanwhile that should not. Service and
-/// guard never have more memory than the agent may, also where another release was fetched.
+/// guard never have more memory than the agent may.
 #[test]
 #[ignore = "slow: a boot and a long look at it; make test-slow"]
 fn only_what_the_release_lists_starts_and_the_server_is_told() {
@@ -89,11 +89,6 @@ fn only_what_the_release_lists_starts_and_the_server_is_told() {
         assert!(said.contains("it gave no sign of life for"), "a stopped one, too");
         let shown = rack.kiln(&["machine", "show", NAME]).unwrap();
         assert!(shown.contains("allow-list   the guard runs") && shown.contains("/var/opt/foreign"), "{shown}");
-
-        // It is told that it has another release before it leaves for that.
-        rack.kiln(&["assign", NAME, "minimal/1", "--via", "cold"]).unwrap();
-        let fetched = |v: &MachineView| v.boot().is_some_and(|boot| boot.at(Stage::Prefetch, "done").is_some());
-        rack.wait(NAME, "another release fetched", fetched).unwrap();
         costs_little(&rack);
     });
 }

@@ -73,7 +73,9 @@ impl Controller {
 
     /// QEMU's arguments for the wire to it.
     pub fn arguments(&self) -> [String; 2] {
-        ["-chardev".into(), format!("socket,id=bmc-wire,host=127.0.0.1,port={}", self.port)]
+        // That it connects again makes QEMU connect beside its start: a wire that is there before the interface to it ends QEMU 10
+        // (hw/ipmi/ipmi_bmc_extern.c, chr_event, follows the interface's pointer).
+        ["-chardev".into(), format!("socket,id=bmc-wire,host=127.0.0.1,port={},reconnect=1", self.port)]
     }
 }
 

@@ -49,7 +49,8 @@ pub(super) async fn start(
     // Beside the runtime: reports go out meanwhile.
     if let Some(mut taken) = drivers.take() {
         let settled = blocking(move || {
-            taken.settle();
+            // What is found late, as a USB disk is, asks for its driver only now; nobody looks later.
+            taken.coldplug();
             Ok(taken)
         });
         *drivers = settled.await.ok();

@@ -160,6 +160,8 @@ fn healthy_on_1(may_go: bool) -> (TestSite, Director, Machine) {
 /// One that ends before it is heard of counts, whatever it dies of; one whose server answered, or whose checks were made, came up.
 #[test]
 fn a_start_of_the_service_came_up_once_it_was_heard_of_or_had_looked() {
+    /// Who holds it keeps the checks waiting.
+    static LOOKS: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let (_site, director, machine) = healthy_on_1(false);
     machine.set_state("degraded");
     director.wait("of another state", Instant::now(), PATIENCE, |report| !healthy(report));
@@ -178,13 +180,17 @@ fn a_start_of_the_service_came_up_once_it_was_heard_of_or_had_looked() {
         let door = Door { systemctl: dir.path().join("none"), reboot: stays };
         let mut service = Service::new(verifier, journal, dir.path().join("next"), door).unwrap();
         service.starts = Some(path.clone());
-        let checks = Checks::new(Vec::new(), root_hash(1), Probe::new(|| Ok(root_hash(1)), dir.path().join("none")));
-        (service, checks)
+        let looks = || {
+            drop(LOOKS.lock());
+            Ok(root_hash(1))
+        };
+        (service, Checks::new(Vec::new(), root_hash(1), Probe::new(looks, dir.path().join("none"))))
     };
     for n in 0..3 {
         assert_eq!(starts::count(&path), n, "starts that came to nothing");
         let (service, checks) = start();
         // It is begun, and no more.
+        let _nobody_looks = LOOKS.lock().unwrap();
         let begun = async { tokio::time::timeout(Duration::ZERO, Box::pin(service.run(checks))).await };
         assert!(runtime.block_on(begun).is_err());
     }

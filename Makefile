@@ -78,6 +78,8 @@ oracle-tough: setup tough ## AWS' implementation of TUF: each reads what the oth
 bench: setup agent tests ## The figures of docs/benchmarks.md that a rack can give: target/lab/report.json
 	@KILN_AGENT=$(CURDIR)/target/$(MUSL)/agent/kiln-agent KILN_FIGURES=$(CURDIR)/target/lab/bench/exec.json \
 	 $(TEST) --test exec_cost -- --ignored --exact what_it_costs --nocapture
+	@KILN_FIGURES=$(CURDIR)/target/lab/bench/service.json \
+	 $(TEST) --bin kiln-agent -- --ignored --exact service::tests::rest::what_the_service_costs_at_rest --nocapture
 	@$(LAB) bench $(BENCH_ARGS)
 
 fuzz: ## Every reader of foreign bytes under libFuzzer, FUZZ_SECONDS (60) for each of its targets

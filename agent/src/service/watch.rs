@@ -63,6 +63,11 @@ impl Watch {
         }
     }
 
+    #[cfg(test)]
+    pub fn looking(self, looker: Looker) -> Self {
+        Self { looker: Some(looker), ..self }
+    }
+
     /// For a report.
     pub fn condition(&self) -> Condition {
         Condition {

@@ -24,6 +24,21 @@ fn on_trial_of(dir: &Path, site: &TestSite, http: &[String], agent: &str) -> (Se
     (Service { disk: Some(disk.clone()), ..service }, disk)
 }
 
+/// Reports once, and keeps what is answered.
+async fn hears(service: &mut Service) {
+    let api = Rc::clone(&service.api);
+    let mut api = api.lock().await;
+    service.newest = Some(service.journal.send(&mut api, 0).await.unwrap());
+}
+
+/// The director has what runs put up anew.
+async fn hears_of_a_rebuild(service: &mut Service, director: &Director) -> duty::Target {
+    service.verifier.lock().await.put_up = 4;
+    director.rebuild((1, 6, Via::Cold, true));
+    hears(service).await;
+    duty::Target { release: service.here.clone(), sequence: 6 }
+}
+
 fn state(disk: &SharedDisk) -> SlotState {
     disk.slots().disk.state(SlotId::A)
 }
@@ -77,14 +92,9 @@ fn what_runs_is_read_back_for_a_rebuild_without_the_verifier_in_hand() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let (mut service, disk) = on_trial_of(dir.path(), &site, &[http], &director.url);
-        service.verifier.lock().await.put_up = 4;
-        director.rebuild((1, 6, Via::Cold, true));
-        let api = Rc::clone(&service.api);
-        let mut api = api.lock().await;
-        service.newest = Some(service.journal.send(&mut api, 0).await.unwrap());
+        let target = hears_of_a_rebuild(&mut service, &director).await;
         let (go, hangs) = hang(&disk).await;
 
-        let target = duty::Target { release: service.here.clone(), sequence: 6 };
         let mut job = service.fetch(target);
         // It takes the verifier at its first turn, and gives it back before the disk has answered.
         let free = timeout(PATIENCE, async {
@@ -115,16 +125,11 @@ fn a_root_that_cannot_be_read_back_is_put_up_anew_as_it_lies() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let (mut service, disk) = on_trial_of(dir.path(), &site, &[http], &director.url);
-        service.verifier.lock().await.put_up = 4;
-        director.rebuild((1, 6, Via::Cold, true));
-        let api = Rc::clone(&service.api);
-        let mut api = api.lock().await;
-        service.newest = Some(service.journal.send(&mut api, 0).await.unwrap());
+        let target = hears_of_a_rebuild(&mut service, &director).await;
         // What is read past the cache comes from the path, and there is nothing.
         std::fs::rename(dir.path().join("disk"), dir.path().join("aside")).unwrap();
         std::fs::write(dir.path().join("disk"), "").unwrap();
 
-        let target = duty::Target { release: service.here.clone(), sequence: 6 };
         let Event::Fetched(Some(note)) = service.fetch(target).await.event else { panic!("it is given up") };
         assert!(note.contains("reading a slot back") && note.contains("starts as it lies"), "{note}");
         let root_hash = service.journal.embedded.root_hash.clone();
@@ -149,9 +154,7 @@ fn beside_an_esp_that_cannot_be_read_another_release_is_fetched_into_memory_and_
         service.disk = Some(SharedDisk::new(disk.without_esp()));
         let before = std::fs::read(aside.path().join("disk")).unwrap();
         std::fs::create_dir(dir.path().join("next")).unwrap();
-        let api = Rc::clone(&service.api);
-        let mut api = api.lock().await;
-        service.newest = Some(service.journal.send(&mut api, 0).await.unwrap());
+        hears(&mut service).await;
 
         let target = duty::Target { release: "minimal/2".parse().unwrap(), sequence: 6 };
         let done = service.fetch(target).await;

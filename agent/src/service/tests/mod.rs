@@ -4,6 +4,7 @@
 mod disk;
 mod gone;
 mod hooks;
+mod rest;
 
 use super::*;
 use crate::health::Probe;

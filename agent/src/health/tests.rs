@@ -3,7 +3,6 @@
 use super::*;
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -12,8 +11,7 @@ use tempfile::TempDir;
 
 fn script(dir: &Path, name: &str, text: &str) -> String {
     let path = dir.join(name);
-    std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    crate::testing::program(&path, format!("#!/bin/sh\n{text}\n").as_bytes());
     path.to_str().unwrap().to_owned()
 }
 

@@ -49,8 +49,7 @@ fn alone() {
     let dir = tempfile::tempdir().unwrap();
     let at = |name: &str| dir.path().join(name);
     std::fs::write(at("state"), "running").unwrap();
-    std::fs::write(at("systemctl"), SYSTEMCTL.replace("DIR", dir.path().to_str().unwrap())).unwrap();
-    std::fs::set_permissions(at("systemctl"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    program(&at("systemctl"), SYSTEMCTL.replace("DIR", dir.path().to_str().unwrap()).as_bytes());
     std::fs::create_dir(at("next")).unwrap();
     // A port on which nobody listens yet, by two addresses.
     let port = TcpListener::bind("0.0.0.0:0").unwrap().local_addr().unwrap().port();

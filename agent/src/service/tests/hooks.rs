@@ -19,8 +19,7 @@ impl Hooked {
         for (event, name, text, deadline, on_timeout) in hooks {
             let path = programs.path().join(name);
             let text = text.replace("DIR", programs.path().to_str().unwrap());
-            std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            program(&path, format!("#!/bin/sh\n{text}\n").as_bytes());
             let hook = Hook {
                 name: (*name).into(),
                 kind: HookKind::Command,

@@ -3,6 +3,7 @@
 use super::*;
 use crate::disk::worker::Worker;
 use crate::facts;
+use crate::testing::from_files;
 use crate::testing::web::{self, Happened};
 use std::collections::BTreeMap;
 use std::net::TcpStream as Socket;
@@ -212,13 +213,6 @@ fn a_transfer_has_an_end_of_its_own() {
     assert!((expected..expected + SLACK).contains(&begun.elapsed()), "{:?}", begun.elapsed());
     assert_eq!(PATIENCE.deadline(33_100_000).as_secs(), 20 + 30 + 4040, "as the documents say: 68 minutes");
     assert_eq!(PATIENCE.deadline(256 << 10).as_secs(), 20 + 30 + 32, "metadata");
-}
-
-/// What is in memory of the program itself, which comes in from its file as it is needed; bytes.
-fn from_files() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let kib = status.lines().find_map(|line| line.strip_prefix("RssFile:")?.trim().strip_suffix(" kB"));
-    kib.unwrap().parse::<u64>().unwrap() << 10
 }
 
 /// Memory is measured in a process of its own, which this test starts: all others would be counted as well.

@@ -75,6 +75,13 @@ pub fn listen() -> (std::net::TcpListener, std::net::SocketAddr) {
     (listener, (std::net::Ipv4Addr::LOCALHOST, port).into())
 }
 
+/// What is in memory of this program itself, which comes in from its file as it is needed, on one host more than on another; bytes.
+pub fn from_files() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let kib = status.lines().find_map(|line| line.strip_prefix("RssFile:")?.trim().strip_suffix(" kB"));
+    kib.unwrap().parse::<u64>().unwrap() << 10
+}
+
 /// Makes a program of this content. Another process writes it: what this one has open for writing is open in a child that another
 /// test begins, too, until that executes its own program, and so long this one cannot be started (execve(2), ETXTBSY).
 pub fn program(path: &Path, content: &[u8]) {

@@ -11,8 +11,8 @@ use tokio::net::TcpSocket;
 const INSIDE: &str = "KILN_GONE_TEST_INSIDE";
 /// Turns of a check while nobody answers, after which everything is full that has a bound.
 const TURNS: u32 = 10_000;
-/// Nobody answers for so long: three reports by then, which end 0, 2 and 6 s after the start or, by news, sooner. The fourth would
-/// end after 14.
+/// Nobody answers for so long: three reports by then, which end 0, 2 and 6 s after the start, a fifth later at most, or, by news,
+/// sooner.
 const GONE: Duration = Duration::from_secs(11);
 
 /// A check fails, passes, fails: an event each time.

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 
 /// Whoever wants to execute is answered after so long (docs/exec-policy.md).
 const LIMIT: Duration = Duration::from_millis(100);
+/// Well below a second, and so long on a host that pauses meanwhile.
+const SOON: Duration = Duration::from_secs(5);
 
 #[test]
 fn a_role_chooses_to_report_only_where_the_release_permits_it() {
@@ -52,7 +54,7 @@ fn only_listed_programs_start_and_others_are_told_with_their_ancestry() {
     let begun = Instant::now();
     bed.is_denied("foreign");
     let state = bed.wait(|state| state.denied > 0);
-    assert!(begun.elapsed() < Duration::from_secs(1), "{:?}", begun.elapsed());
+    assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
     let [violation] = &state.violations[..] else { panic!("{state:#?}") };
     assert_eq!(violation.path, bed.place.join("foreign").to_str().unwrap());
     assert_eq!(violation.sha256.as_ref().unwrap().as_str(), sha256(&program("id")));
@@ -187,7 +189,7 @@ fn a_stopped_guard_is_replaced_and_what_waits_for_it_is_judged() {
         let begun = Instant::now();
         bed.is_denied("foreign");
         let waited = begun.elapsed();
-        assert!(waited < Duration::from_secs(1), "{waited:?}");
+        assert!(waited < SOON, "{waited:?}");
         bed.runs("true");
         let state = bed.wait(|state| state.running && state.restarts == 1);
         assert!(state.alarm.unwrap().contains("no sign of life"));
@@ -294,19 +296,26 @@ fn the_guard_is_locked_sealed_and_small() {
     bed.runs("true");
     assert_eq!((bed.guard_status("Seccomp:"), bed.guard_status("NoNewPrivs:")), (2, 1));
     assert!(bed.guard_status("VmLck:") > 0, "it is locked in memory");
-    let open = || {
-        let links = std::fs::read_dir(format!("/proc/{}/fd", bed.guard())).unwrap().flatten();
-        // By kind: on a loaded machine another guard may have taken this one's place.
-        let kind = |link: std::path::PathBuf| link.to_string_lossy().split(":[").next().unwrap().to_owned();
-        let mut targets: Vec<String> = links.map(|link| kind(std::fs::read_link(link.path()).unwrap())).collect();
-        targets.sort();
-        targets
+    // What it has open once that is so: whoever asked is answered before the file is closed.
+    let open = |so: &dyn Fn(&[String]) -> bool| {
+        let begun = Instant::now();
+        loop {
+            let links = std::fs::read_dir(format!("/proc/{}/fd", bed.guard())).unwrap().flatten();
+            // By kind: on a loaded machine another guard may have taken this one's place.
+            let kind = |link: std::path::PathBuf| link.to_string_lossy().split(":[").next().unwrap().to_owned();
+            // One that is closed meanwhile leads nowhere.
+            let mut targets: Vec<String> =
+                links.filter_map(|link| std::fs::read_link(link.path()).ok()).map(kind).collect();
+            targets.sort();
+            if so(&targets) {
+                break targets;
+            }
+            assert!(begun.elapsed() < PATIENCE, "something stays open: {targets:?}");
+            std::thread::yield_now();
+        }
     };
-    let before = open();
-    assert!(
-        !before.iter().any(|target| target.starts_with(bed.dir.path().to_str().unwrap()) && !target.ends_with("/said")),
-        "{before:?}"
-    );
+    let place = bed.dir.path().to_str().unwrap();
+    let before = open(&|targets| !targets.iter().any(|target| target.starts_with(place) && !target.ends_with("/said")));
     for n in 0..2000_usize {
         if n % 20 == 0 {
             bed.put("other", &longer(program("true"), n + 1));
@@ -314,7 +323,7 @@ fn the_guard_is_locked_sealed_and_small() {
         }
         bed.runs("true");
     }
-    assert_eq!(open(), before, "nothing stays open");
+    open(&|targets| targets == before);
     eprintln!(
         "the guard's memory: {} kB resident, at most {} kB",
         bed.guard_status("VmRSS:"),

@@ -304,7 +304,8 @@ mod tests {
         nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
         let disks = ["vda", "vdb", "vdc"].map(|name| Disk { name: name.into(), ..a_disk() });
         let hangs = fifo.clone();
-        let results = side_by_side(disks.into(), Duration::from_secs(2), move |disk| {
+        // Long enough for the two that do not hang, on any host.
+        let results = side_by_side(disks.into(), Duration::from_secs(5), move |disk| {
             match disk.name.as_str() {
                 "vda" => drop(std::fs::read(&hangs)),
                 "vdb" => panic!("on purpose: the thread of this disk dies"),
@@ -314,7 +315,7 @@ mod tests {
         });
         let said: Vec<_> = results.iter().map(|r| (&r.part[..8], r.outcome, r.detail.as_str())).collect();
         let expected = [
-            ("disk vda", Outcome::Failed, "it gave no answer within 2 s: it hangs"),
+            ("disk vda", Outcome::Failed, "it gave no answer within 5 s: it hangs"),
             ("disk vdb", Outcome::Failed, "the test of it ended early"),
             ("disk vdc", Outcome::Passed, "well"),
         ];

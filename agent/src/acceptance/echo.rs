@@ -156,7 +156,7 @@ mod tests {
         }
         // A queue for a part of what is sent, and for nothing more: both ways lie in it. How large a part depends on how fast
         // this host sends.
-        sh("tc qdisc replace dev lo root tbf rate 500kbit burst 3000 limit 4000");
+        sh("tc qdisc replace dev lo root tbf rate 100kbit burst 3000 limit 4000");
         let some = count([127, 0, 0, 1].into(), 200).unwrap();
         assert!((1..200).contains(&some.back), "{some:?}");
         assert_eq!(some.lost_per_million(), u64::from(200 - some.back) * 5000);

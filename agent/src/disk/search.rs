@@ -213,11 +213,12 @@ mod tests {
         let hangs = disk("sda", move || nothing.lock().unwrap().recv().map_err(io::Error::other));
         let broken = disk("sdb", || Err(io::Error::from_raw_os_error(libc::EIO)));
         let disks = vec![hangs, broken, disk("sdc", || Ok(()))];
-        let found = runtime().block_on(look_at(disks, Duration::from_secs(1)));
+        // Long enough for the two that answer, on any host.
+        let found = runtime().block_on(look_at(disks, Duration::from_secs(5)));
         let [late, broken, blank] = &found[..] else { panic!("{found:?}") };
-        let reason = "no answer within 1 s".to_owned();
+        let reason = "no answer within 5 s".to_owned();
         assert_eq!(late.found, Err(DiskError::Late { disk: "sda".into(), what: LOOKING, reason }));
-        assert_eq!(late.found.clone().unwrap_err().to_string(), "sda: looking at it: no answer within 1 s");
+        assert_eq!(late.found.clone().unwrap_err().to_string(), "sda: looking at it: no answer within 5 s");
         assert!(matches!(&broken.found, Err(DiskError::Io { disk, .. }) if disk == "sdb"), "{broken:?}");
         assert_eq!((&*blank.name, blank.size, &blank.found), ("sdc", 16 << 20, &Ok(Found::Blank)));
         let told: Vec<String> = super::broken(&found).iter().map(ToString::to_string).collect();

@@ -84,6 +84,7 @@ pub fn answer_within<R: Send + 'static>(patience: Duration, work: impl FnOnce() 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Write;
     use std::sync::atomic::AtomicUsize;
     use tokio::sync::oneshot;
 
@@ -105,7 +106,6 @@ mod tests {
         runtime().block_on(async {
             let worker = Worker::new("sda", 0_u32);
             let (path, first) = (fifo.clone(), Arc::clone(&begun));
-            // Long enough that it has begun, also on a busy machine.
             let hung = worker.run("writing", Duration::from_secs(1), move |writes| {
                 first.fetch_add(1, Ordering::SeqCst);
                 let read = std::fs::read(path).unwrap();
@@ -115,6 +115,8 @@ mod tests {
             let reason = "no answer within 1 s".to_owned();
             assert!(!worker.hangs());
             assert_eq!(hung.await, Err(DiskError::Late { disk: "sda".into(), what: "writing", reason }));
+            // It has begun once the FIFO has its reader.
+            let mut writer = std::fs::File::options().write(true).open(&fifo).unwrap();
             for _ in 0..1000 {
                 let next = Arc::clone(&begun);
                 let late = worker.clone().run("reading", LONG, move |_| next.fetch_add(1, Ordering::SeqCst)).await;
@@ -124,7 +126,8 @@ mod tests {
             assert!(worker.hangs());
 
             // It answers. Whoever waits from now on has the turn: until then each is told that it hangs.
-            std::fs::write(&fifo, "at last").unwrap();
+            writer.write_all(b"at last").unwrap();
+            drop(writer);
             let again = timeout(LONG, async {
                 loop {
                     match worker.run("reading", LONG, |writes| *writes).await {

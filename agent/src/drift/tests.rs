@@ -3,7 +3,6 @@
 
 use super::*;
 use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::time::Instant;
 
@@ -36,8 +35,7 @@ fn a_listener_a_program_in_memory_and_its_process_are_seen_and_seen_to_go() {
     let port = format!("tcp/{}", listener.local_addr().unwrap().port());
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     let program = dir.path().join("evil");
-    std::fs::copy("/bin/sleep", &program).unwrap();
-    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    crate::testing::program(&program, &std::fs::read("/bin/sleep").unwrap());
     let mut process = Command::new(&program).arg("600").spawn().unwrap();
     let program = program.to_str().unwrap();
 
@@ -65,8 +63,7 @@ fn a_listener_a_program_in_memory_and_its_process_are_seen_and_seen_to_go() {
 fn what_the_agent_left_behind_is_no_drift_and_another_with_its_number_is() {
     let dir = tempfile::tempdir_in("/dev/shm").unwrap();
     let program = dir.path().join("init");
-    std::fs::copy("/bin/sleep", &program).unwrap();
-    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    crate::testing::program(&program, &std::fs::read("/bin/sleep").unwrap());
     let mut process = Command::new(&program).arg("600").spawn().unwrap();
     std::fs::remove_file(&program).unwrap();
     let gone = format!("{} (deleted)", program.display());

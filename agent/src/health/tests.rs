@@ -3,7 +3,6 @@
 use super::*;
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
@@ -12,8 +11,7 @@ use tempfile::TempDir;
 
 fn script(dir: &Path, name: &str, text: &str) -> String {
     let path = dir.join(name);
-    std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    crate::testing::program(&path, format!("#!/bin/sh\n{text}\n").as_bytes());
     path.to_str().unwrap().to_owned()
 }
 
@@ -112,11 +110,12 @@ fn a_program_that_hangs_is_killed_with_all_it_started_and_holds_up_no_other() {
         &format!("tail -f /dev/null & echo $! >{0}; echo $$ >>{0}; tail -f /dev/null", pids.display()),
     );
     let talks = script(dir.path(), "talks", "head -c 1000000 /dev/zero >&2; exit 4");
-    let short = |target: &str| HealthCheck { deadline: 2, ..check(HealthKind::Command, target) };
+    // Long enough that its child has begun, on any host.
+    let short = |target: &str| HealthCheck { deadline: 5, ..check(HealthKind::Command, target) };
     let begun = Instant::now();
     let (health, _) = run(&mut checks(&dir, vec![short(&hangs)]));
-    assert_eq!(health.detail, format!("command.{hangs} gave no answer in 2 s"));
-    assert!(begun.elapsed() < Duration::from_secs(8), "{:?}", begun.elapsed());
+    assert_eq!(health.detail, format!("command.{hangs} gave no answer in 5 s"));
+    assert!(begun.elapsed() < Duration::from_secs(15), "{:?}", begun.elapsed());
     for pid in std::fs::read_to_string(&pids).unwrap().lines() {
         let until = Instant::now() + Duration::from_secs(10);
         let ended = || {

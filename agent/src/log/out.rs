@@ -91,7 +91,8 @@ mod tests {
         while out.writer.waiting() == 0 {
             out.say(&line(filled));
             filled += 1;
-            out.writer.drain(Duration::from_secs(2));
+            // Longer than any host keeps the thread from writing.
+            out.writer.drain(Duration::from_secs(5));
         }
         let begun = Instant::now();
         for number in filled..filled + 1000 {

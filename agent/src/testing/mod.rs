@@ -23,6 +23,7 @@ use kiln_release::{
 };
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 pub const IMAGE: &str = "minimal";
@@ -72,6 +73,22 @@ pub fn listen() -> (std::net::TcpListener, std::net::SocketAddr) {
     let listener = std::net::TcpListener::bind(if own { "[::]:0" } else { "127.0.0.1:0" }).unwrap();
     let port = listener.local_addr().unwrap().port();
     (listener, (std::net::Ipv4Addr::LOCALHOST, port).into())
+}
+
+/// What is in memory of this program itself, which comes in from its file as it is needed, on one host more than on another; bytes.
+pub fn from_files() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let kib = status.lines().find_map(|line| line.strip_prefix("RssFile:")?.trim().strip_suffix(" kB"));
+    kib.unwrap().parse::<u64>().unwrap() << 10
+}
+
+/// Makes a program of this content. Another process writes it: what this one has open for writing is open in a child that another
+/// test begins, too, until that executes its own program, and so long this one cannot be started (execve(2), ETXTBSY).
+pub fn program(path: &Path, content: &[u8]) {
+    let from = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(from.path(), content).unwrap();
+    let done = Command::new("install").args(["-m", "755"]).args([from.path(), path]).status().unwrap();
+    assert!(done.success(), "{}", path.display());
 }
 
 impl TestSite {

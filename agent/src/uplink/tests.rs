@@ -48,7 +48,7 @@ fn boot(state: &Path, signed: (u64, &str, &str)) -> Boot {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
         let mut network = Network::start(&mut flow);
-        network.trial = Duration::from_secs(8);
+        network.trial = Duration::from_secs(15);
         network.connect(&mut flow, &mut None).await.unwrap();
         let here = flow.verifier.here().unwrap();
         let verified = flow.verifier.verify_metadata(&here).await.unwrap();

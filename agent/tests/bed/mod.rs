@@ -15,11 +15,14 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Nothing here takes longer on any host.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 const INSIDE: &str = "KILN_EXEC_TEST_INSIDE";
+/// One at a time: a guard that others' work keeps from running for 100 ms is late, or replaced, as it should be.
+static ALONE: Mutex<()> = Mutex::new(());
 
 /// Whether this is the test itself, in its own mount namespace. If not, it has been run there.
 pub fn inside(test: &str) -> bool {
@@ -30,6 +33,8 @@ pub fn inside(test: &str) -> bool {
         oracle::unprivileged(&format!("{test} is not run as root, which fanotify's permission events and mounts need"));
         return false;
     }
+    // One that failed keeps no other from its turn.
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let mut again = Command::new("unshare");
     again.args(["--mount", "--propagation", "private", "--"]).arg(std::env::current_exe().unwrap());
     again.args(["--exact", test, "--include-ignored", "--nocapture"]).env(INSIDE, "1");

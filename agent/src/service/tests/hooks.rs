@@ -19,8 +19,7 @@ impl Hooked {
         for (event, name, text, deadline, on_timeout) in hooks {
             let path = programs.path().join(name);
             let text = text.replace("DIR", programs.path().to_str().unwrap());
-            std::fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+            program(&path, format!("#!/bin/sh\n{text}\n").as_bytes());
             let hook = Hook {
                 name: (*name).into(),
                 kind: HookKind::Command,
@@ -116,8 +115,10 @@ fn a_leave_that_is_called_off_ends_the_hook_and_undrains() {
     let (director, machine) = hooked.start(&http, (1, 4, Via::Cold, false));
     wait_until("undrained at the start", || hooked.there("undrained"));
     director.order((2, 5, Via::Cold, true));
-    wait_until("the hook runs", || hooked.there("began"));
-    let pid = std::fs::read_to_string(hooked.programs.path().join("began")).unwrap().trim().to_owned();
+    // The file is there before its line is in it.
+    let began = || std::fs::read_to_string(hooked.programs.path().join("began")).unwrap_or_default();
+    wait_until("the hook runs", || began().ends_with('\n'));
+    let pid = began().trim().to_owned();
     std::fs::remove_file(hooked.programs.path().join("undrained")).unwrap();
     let begun = Instant::now();
     director.order((1, 6, Via::Cold, false));

@@ -11,18 +11,18 @@ use crate::health::Probe;
 use crate::spool::Keeper;
 use crate::testing::director::{Director, Line, Order};
 use crate::testing::web::{self, Gate, Gates, Happened};
-use crate::testing::{TestSite, journal, root_hash};
+use crate::testing::{TestSite, journal, program, root_hash};
 use kiln_protocol::{Attestation, HexBytes, Judged, Report, StageState, Via};
 use std::collections::BTreeMap;
 use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 use tempfile::TempDir;
 
-/// Nothing here takes longer on any host, but for what has its own deadline.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// Nothing here takes longer on any host, but for what has its own deadline. Shorter than a report is held: what is news does not wait
+/// for that.
+const PATIENCE: Duration = Duration::from_secs(40);
 
 /// A machine that runs a release, with its own systemctl.
 struct Machine {
@@ -77,8 +77,7 @@ impl Machine {
         let at = |name: &str| dir.path().join(name);
         std::fs::write(at("state"), state).unwrap();
         let script = SYSTEMCTL.replace("DIR", dir.path().to_str().unwrap());
-        std::fs::write(at("systemctl"), script).unwrap();
-        std::fs::set_permissions(at("systemctl"), std::fs::Permissions::from_mode(0o755)).unwrap();
+        program(&at("systemctl"), script.as_bytes());
         nix::unistd::mkfifo(&at("left"), nix::sys::stat::Mode::S_IRWXU).unwrap();
         std::fs::create_dir(at("next")).unwrap();
         std::fs::create_dir(at("vda")).unwrap();
@@ -153,8 +152,9 @@ fn healthy_on_1(may_go: bool) -> (TestSite, Director, Machine) {
     let site = TestSite::new(1);
     let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
     let director = Director::start(&site, (1, 4, Via::Cold, may_go));
+    let begun = Instant::now();
     let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
-    director.wait("of health", Instant::now(), PATIENCE, healthy);
+    director.wait("of health", begun, PATIENCE, healthy);
     (site, director, machine)
 }
 
@@ -164,8 +164,9 @@ fn a_start_of_the_service_came_up_once_it_was_heard_of_or_had_looked() {
     /// Who holds it keeps the checks waiting.
     static LOOKS: std::sync::Mutex<()> = std::sync::Mutex::new(());
     let (_site, director, machine) = healthy_on_1(false);
+    let turned = Instant::now();
     machine.set_state("degraded");
-    director.wait("of another state", Instant::now(), PATIENCE, |report| !healthy(report));
+    director.wait("of another state", turned, PATIENCE, |report| !healthy(report));
     assert!(!machine.dir.path().join("service-starts").exists(), "a second report went out");
 
     let site = TestSite::new(1);
@@ -226,8 +227,8 @@ fn health_and_progress_are_reported_while_a_release_is_fetched() {
     let (http, _hear) = web::honest(site.files.clone(), gates);
     let order: Order = (2, 5, Via::Cold, false);
     let director = Director::start(&site, (1, 4, Via::Cold, false));
-    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
     let begun = Instant::now();
+    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
     director.wait("of health", begun, PATIENCE, healthy);
 
     director.order(order);
@@ -241,13 +242,14 @@ fn health_and_progress_are_reported_while_a_release_is_fetched() {
 
     let turned = Instant::now();
     machine.set_state("degraded");
-    let one_interval = WATCH_EVERY + Duration::from_secs(2);
-    let report = director.wait("of lost health", turned, one_interval, |r| r.health.is_some() && !healthy(r));
+    let not_two = WATCH_EVERY * 9 / 5;
+    let report = director.wait("of lost health", turned, not_two, |r| r.health.is_some() && !healthy(r));
     assert!(report.health.unwrap().detail.contains("broken.service"));
     assert!(report.prefetch.is_some_and(|p| !p.ready), "the prefetch goes on");
+    let mended = Instant::now();
     machine.set_state("running");
-    let one_interval = CHECK_EVERY + Duration::from_secs(2);
-    director.wait("of health again", Instant::now(), one_interval, healthy);
+    // Sooner than one that is healthy is looked at again.
+    director.wait("of health again", mended, WATCH_EVERY * 9 / 10, healthy);
 
     gate.open();
     director.wait("that it is ready", turned, PATIENCE, |r| r.prefetch.as_ref().is_some_and(|p| p.ready));
@@ -265,15 +267,16 @@ fn another_assignment_ends_the_transfer_at_once() {
     let (_gate, gates) = gate(&uki);
     let (http, hear) = web::honest(site.files.clone(), gates);
     let director = Director::start(&site, (2, 5, Via::Kexec, false));
-    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
     let begun = Instant::now();
+    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
     web::wait(&hear, PATIENCE, |h| *h == Happened::Asked(uki.clone(), 0));
     director.wait("of a part of it", begun, PATIENCE, |r| healthy(r) && received(r) > 0);
     assert_eq!(machine.next(), ["next.efi"]);
 
     // The report is held; the change answers it.
     director.order((3, 6, Via::Kexec, false));
-    let at_once = Duration::from_secs(2);
+    // Long before the transfer would end by itself, which brings nothing any more.
+    let at_once = Duration::from_secs(8);
     web::wait(&hear, at_once, |h| *h == Happened::Gone(uki.clone()));
     web::wait(&hear, at_once, |h| *h == Happened::Asked(next_uki.clone(), 0));
     let ready =
@@ -289,8 +292,9 @@ fn another_assignment_ends_the_transfer_at_once() {
     );
 
     // And one that takes it back leaves nothing.
+    let taken_back = Instant::now();
     director.order((1, 7, Via::Kexec, false));
-    director.wait("of no prefetch", Instant::now(), PATIENCE, |r| r.prefetch.is_none());
+    director.wait("of no prefetch", taken_back, PATIENCE, |r| r.prefetch.is_none());
     assert!(machine.next().is_empty());
 }
 
@@ -332,8 +336,8 @@ fn a_kernel_that_cannot_be_loaded_is_gone_to_through_the_firmware() {
     let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
     // No kernel takes these bytes for one, and no host lets this test try.
     let director = Director::start(&site, (2, 5, Via::Kexec, true));
-    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
     let begun = Instant::now();
+    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
     let report =
         director.wait("of the failure", begun, PATIENCE, |r| failed(r, Stage::Going) == Some("machine-system-call"));
     assert!(report.stages.iter().any(|s| s.stage == Stage::Grant && s.state == StageState::Done), "{report:#?}");
@@ -348,8 +352,8 @@ fn a_release_that_does_not_verify_is_not_gone_to_and_the_machine_stays_healthy()
     files.get_mut(&root[1..]).unwrap()[4096] ^= 1;
     let (http, hear) = web::honest(files, BTreeMap::new());
     let director = Director::start(&site, (2, 5, Via::Cold, true));
-    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
     let begun = Instant::now();
+    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
     // Three tries, then it is said that nothing is fetched any more.
     for _ in 0..3 {
         web::wait(&hear, PATIENCE, |h| *h == Happened::Asked(root.clone(), 0));
@@ -417,8 +421,8 @@ fn an_operators_word_does_not_wait_for_a_long_transfer() {
     let (_gate, gates) = gate(&uki);
     let (http, hear) = web::honest(site.files.clone(), gates);
     let director = Director::start(&site, (2, 5, Via::Cold, false));
-    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
     let begun = Instant::now();
+    let machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
     web::wait(&hear, PATIENCE, |h| *h == Happened::Asked(uki.clone(), 0));
     director.wait("of a part of it", begun, PATIENCE, |r| healthy(r) && received(r) > 0);
     director.give(Some(wipe_order(&site, 1, &crate::testing::operator())));
@@ -467,8 +471,7 @@ fn what_a_role_selects_is_believed_only_where_it_is_signed() {
     // It goes on, and believes the next that is signed.
     director.line(Line::Whole);
     director.order((1, 7, Via::Cold, false));
-    let heard = director.heard().len();
-    director.wait_for(heard + 1, PATIENCE);
+    director.wait("of what is signed", begun, PATIENCE, |r| r.desired_etag.starts_with("1-7-"));
     assert!(machine.left.try_recv().is_err());
 }
 
@@ -535,6 +538,7 @@ fn a_key_that_the_site_names_since_then_is_believed_when_its_metadata_was_read_a
     site.known_keys = vec!["ab".repeat(32)];
     let (http, _hear) = web::honest(site.files.clone(), BTreeMap::new());
     let director = Director::start(&site, (1, 4, Via::Cold, false));
+    let begun = Instant::now();
     let _machine = Machine::start(&site, 1, &http, &director.url, "running", || Ok(root_hash(1)));
-    director.wait("of health", Instant::now(), PATIENCE, healthy);
+    director.wait("of health", begun, PATIENCE, healthy);
 }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 /// Whoever wants to execute is answered after so long (docs/exec-policy.md).
 const LIMIT: Duration = Duration::from_millis(100);
-/// Well below a second, and so long on a host that pauses meanwhile.
+/// A few milliseconds, which `make bench` measures; so long on a host that pauses meanwhile.
 const SOON: Duration = Duration::from_secs(5);
 
 #[test]

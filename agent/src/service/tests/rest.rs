@@ -37,8 +37,8 @@ fn what_the_service_costs_at_rest() {
     let at = |name: &str| dir.path().join(name);
     std::fs::write(at("state"), "running").unwrap();
     let systemctl = at("systemctl");
-    std::fs::write(&systemctl, SYSTEMCTL.replace("DIR", dir.path().to_str().unwrap())).unwrap();
-    std::fs::set_permissions(&systemctl, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let script = SYSTEMCTL.replace("DIR", dir.path().to_str().unwrap());
+    program(&systemctl, script.as_bytes());
     std::fs::create_dir(at("next")).unwrap();
     // This host, and in front of it what a release expects.
     let host = at("host");

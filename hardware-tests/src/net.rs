@@ -65,6 +65,9 @@ pub fn set_slow(tap: &str, kbit_s: u32) -> Result<(), LabError> {
     command::run("tc", line.split_whitespace()).map(drop)
 }
 
+/// The site's DHCP server says so long nothing only where it hangs.
+const SERVES: Duration = Duration::from_secs(30);
+
 /// The site's own DHCP server: Debian's dnsmasq, giving out addresses and what more it is told.
 #[derive(Debug)]
 pub struct SiteDhcp {
@@ -91,10 +94,10 @@ impl SiteDhcp {
         let stderr = child.stderr.take().expect("asked for above");
         let log = Console::follow("site DHCP server", log, false, vec![Box::new(stdout), Box::new(stderr)])?;
         let start = Mark::default();
-        log.wait_for("namespace ready", start, Duration::from_secs(10))?;
+        log.wait_for("namespace ready", start, SERVES)?;
         ip(&format!("link set site1 netns {}", child.id()))?;
         drop(child.stdin.take()); // tells it that its cable is in
-        log.wait_for("DHCP, IP range", start, Duration::from_secs(10))?;
+        log.wait_for("DHCP, IP range", start, SERVES)?;
         Ok(Self { child, log })
     }
 }

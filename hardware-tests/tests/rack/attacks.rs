@@ -1,7 +1,7 @@
 //! What the agent refuses: every file of the repository and every statement of the director, damaged or replaced.
 //! The agent is the shipped program, started as `kiln-agent stage`, which does what PID 1 does up to the first mount.
-use crate::support::Bench;
 use crate::support::hostile::{Forgery, Hostile, sha256};
+use crate::support::{Bench, newest_in, published};
 use crate::thefts::recorded;
 use kiln_lab::{site, testing};
 use kiln_protocol::{Architecture, KeyStorage, Via};
@@ -46,42 +46,39 @@ fn an_honest_site_is_accepted_and_so_is_the_same_assignment_after_a_reboot() {
 fn one_flipped_byte_in_any_file_of_the_repository_is_refused_and_the_previous_release_boots() {
     testing::processes(|paths| {
         let mut bench = Bench::start(paths);
-        let previous = bench.machine(1, 1);
-        previous.accepts();
+        bench.machine(1, 1).accepts();
         bench.publish_second();
+        let (mut previous, mut machine) = (bench.machine(1, 1), bench.machine(1, 2));
         bench.kiln(&["assign", &previous.spec.name, "minimal/2"]);
-        let machine = bench.machine(1, 2);
+        let (copy, files) = bench.copy_repository();
+        previous.fetch_from(&files.url);
+        machine.fetch_from(&files.url);
+        let (metadata, targets) = (copy.join("metadata"), copy.join("targets"));
+        let root = bench.root_artifact(2);
         // timestamp.json is small and signed by the online key; everything below it is pinned by hash.
         let cases = [
-            (bench.metadata("timestamp"), "metadata-bad-signature", true),
-            (bench.metadata("snapshot"), "metadata-hash-mismatch", true),
-            (bench.metadata("targets"), "metadata-hash-mismatch", true),
-            (bench.metadata("image-minimal"), "metadata-hash-mismatch", true),
-            (bench.target("site.json"), "metadata-hash-mismatch", true),
-            (bench.manifest(2), "metadata-hash-mismatch", false),
-            (bench.root_artifact(2), "root-hash-mismatch", false),
+            (newest_in(&metadata, "timestamp"), "metadata-bad-signature", true),
+            (newest_in(&metadata, "snapshot"), "metadata-hash-mismatch", true),
+            (newest_in(&metadata, "targets"), "metadata-hash-mismatch", true),
+            (newest_in(&metadata, "image-minimal"), "metadata-hash-mismatch", true),
+            (published(&targets, "site.json"), "metadata-hash-mismatch", true),
+            (published(&targets.join("minimal/2"), ".manifest.json"), "metadata-hash-mismatch", false),
+            (copy.join("a").join(root.file_name().unwrap()), "root-hash-mismatch", false),
         ];
         for (file, kind, shared) in cases {
             let shown = file.display();
-            let mut good = std::fs::read(&file).unwrap();
-            let place = |bytes: &[u8]| match kind {
-                "metadata-bad-signature" => position(bytes, "\"sig\":\""),
-                _ => bytes.len() / 2,
+            let good = std::fs::read(&file).unwrap();
+            let place = match kind {
+                "metadata-bad-signature" => position(&good, "\"sig\":\""),
+                _ => good.len() / 2,
             };
-            site::flip_byte(&file, place(&good) as u64).unwrap();
-            let damaged = std::fs::read(&file).unwrap();
+            site::flip_byte(&file, place as u64).unwrap();
             let ended = machine.refuses(kind);
             let view = bench.view(&machine);
             assert!(view.failures().contains(&kind), "{shown}: not reported: {view:#?}\n{}", ended.said);
             bench.kiln(&["assign", &previous.spec.name, "minimal/1"]);
             if shared {
-                // Release 1 needs this file too: it must not be talked into going without. At an order the server looks
-                // at the repository, and mends what it signs itself.
-                let now = std::fs::read(&file).unwrap();
-                if now != damaged {
-                    site::flip_byte(&file, place(&now) as u64).unwrap();
-                    good = now;
-                }
+                // Release 1 needs this file too: it must not be talked into going without.
                 previous.refuses(kind);
                 std::fs::write(&file, &good).unwrap();
             }
@@ -102,9 +99,11 @@ fn position(bytes: &[u8], text: &str) -> usize {
 fn a_timestamp_is_refused_when_a_byte_or_its_signer_is_another() {
     testing::processes(|paths| {
         let bench = Bench::start(paths);
-        let machine = bench.machine(1, 1);
+        let (copy, files) = bench.copy_repository();
+        let mut machine = bench.machine(1, 1);
+        machine.fetch_from(&files.url);
         machine.accepts();
-        let file = bench.metadata("timestamp");
+        let file = newest_in(&copy.join("metadata"), "timestamp");
         let good = std::fs::read_to_string(&file).unwrap();
         // A digit of the signature, then one of the signed part.
         for (from, to) in [("\"sig\":\"", 0), ("\"version\":", 0)] {

@@ -31,13 +31,14 @@ fn pxe_survives_a_dead_server_and_reimages_by_kexec() {
         let mut rack = Rack::start(paths, &RackOptions::scenario(paths, "pxe-kexec", spec)).unwrap();
         rack.machine(NAME).power_on().unwrap();
         let console = rack.machine(NAME).console().unwrap().clone();
-        console.wait_for(Stage::Modules.label(), Mark::default(), IDLE).unwrap();
-        // Its cable loses everything before it has an address: that has a typed reason, and is not the end.
+        // The boot program is there, and its kernel starts: some seconds before the agent asks for an address.
+        console.wait_for("EFI stub: Loaded initrd", Mark::default(), IDLE).unwrap();
+        // Its cable loses everything before it has one: that has a typed reason, and is not the end.
         rack.machine(NAME).set_connected(false).unwrap();
         console.wait_for("(network-no-offer", Mark::default(), IDLE).unwrap();
-        rack.machine(NAME).set_connected(true).unwrap();
         // Slow enough that the root is under way for many seconds.
         rack.machine(NAME).set_slow(24_000).unwrap();
+        rack.machine(NAME).set_connected(true).unwrap();
         console.wait_for(Stage::Root.label(), Mark::default(), IDLE).unwrap();
         let before = console.mark();
         rack.kill_server();

@@ -3,7 +3,7 @@
 
 use crate::support::files::{Files, Way};
 use crate::support::hostile::{Forgery, Hostile, sha256};
-use crate::support::{AgentMachine, Bench, newest_metadata};
+use crate::support::{AgentMachine, Bench, newest_in, newest_metadata};
 use kiln_lab::{site, testing};
 use kiln_protocol::Report;
 use kiln_release::canonical::canonical_of;
@@ -333,7 +333,11 @@ fn a_mixture_of_two_states_is_refused() {
         let before = std::fs::read(bench.metadata("image-minimal")).unwrap();
         let snapshot = std::fs::read(bench.metadata("snapshot")).unwrap();
         bench.publish_second();
-        let newest = bench.metadata("image-minimal");
+        let (copy, files) = bench.copy_repository();
+        let metadata = copy.join("metadata");
+        let mut machine = bench.machine(1, 1);
+        machine.fetch_from(&files.url);
+        let newest = newest_in(&metadata, "image-minimal");
         let good = std::fs::read(&newest).unwrap();
         for (older, kind) in
             [(before.clone(), "metadata-length-mismatch"), (as_long_as(&before, &good), "metadata-hash-mismatch")]
@@ -343,7 +347,7 @@ fn a_mixture_of_two_states_is_refused() {
             recorded(&bench, &machine, kind);
         }
         std::fs::write(&newest, good).unwrap();
-        let newest = bench.metadata("snapshot");
+        let newest = newest_in(&metadata, "snapshot");
         let good = std::fs::read(&newest).unwrap();
         std::fs::write(&newest, as_long_as(&snapshot, &good)).unwrap();
         machine.refuses("metadata-hash-mismatch");

@@ -55,9 +55,10 @@ impl Control {
         }
         if self.told.receiver_count() > 0 {
             for id in &pending.touched {
-                let view = self.look().machines.get(id).map(|m| Arc::new(MachineView::of(m)));
-                if let Some(view) = view {
-                    let _ = self.told.send(Told::Machine(view));
+                // Under the lock: nobody is told of an older view behind a newer one.
+                let inner = self.look();
+                if let Some(machine) = inner.machines.get(id) {
+                    let _ = self.told.send(Told::Machine(Arc::new(MachineView::of(machine))));
                 }
             }
             for id in pending.gone {

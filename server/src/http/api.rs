@@ -295,7 +295,8 @@ async fn events(
     State(app): State<App>,
     Extension(peer): Extension<Peer>,
 ) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
-    let mut told = app.control.watch();
+    // Before the snapshot: what happens between the two is in both, and a view replaces its predecessor.
+    let told = app.control.watch();
     let first = hello(&app);
     let stop = {
         let (app, reader) = (app.clone(), caller(&peer));
@@ -306,28 +307,25 @@ async fn events(
             }
         })
     };
-    let stream =
-        stream::unfold((Some(first), told.resubscribe(), app, stop), |(first, mut told, app, mut stop)| async {
-            if let Some(first) = first {
-                return Some((Ok(first), (None, told, app, stop)));
-            }
-            let event = tokio::select! {
-                biased;
-                () = &mut stop => return None,
-                event = told.recv() => event,
-            };
-            let event = match event {
-                Ok(Told::Machine(view)) => Event::default().event("machine").json_data(&*view),
-                Ok(Told::Gone(id)) => Event::default().event("gone").json_data(json!({ "id": id })),
-                // A reader that was too slow gets everything anew.
-                Err(RecvError::Lagged(_)) => Ok(hello(&app)),
-                Err(RecvError::Closed) => return None,
-            };
-            let event = event.unwrap_or_else(|e| Event::default().comment(e.to_string()));
-            Some((Ok(event), (None, told, app, stop)))
-        });
-    // What happened between the subscription and the snapshot is in both: a view replaces its predecessor.
-    let _ = told.try_recv();
+    let stream = stream::unfold((Some(first), told, app, stop), |(first, mut told, app, mut stop)| async {
+        if let Some(first) = first {
+            return Some((Ok(first), (None, told, app, stop)));
+        }
+        let event = tokio::select! {
+            biased;
+            () = &mut stop => return None,
+            event = told.recv() => event,
+        };
+        let event = match event {
+            Ok(Told::Machine(view)) => Event::default().event("machine").json_data(&*view),
+            Ok(Told::Gone(id)) => Event::default().event("gone").json_data(json!({ "id": id })),
+            // A reader that was too slow gets everything anew.
+            Err(RecvError::Lagged(_)) => Ok(hello(&app)),
+            Err(RecvError::Closed) => return None,
+        };
+        let event = event.unwrap_or_else(|e| Event::default().comment(e.to_string()));
+        Some((Ok(event), (None, told, app, stop)))
+    });
     Sse::new(stream).keep_alive(KeepAlive::new().interval(Duration::from_secs(15)))
 }
 

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 
 const PACKAGE: &str = "oidc-provider@8.8.1";
+/// Where people find the boot server. Nothing looks the name up: what the provider answers goes to wherever that listens.
+const URL: &str = "https://kiln.example";
 
 fn installed() -> Option<PathBuf> {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("oidc-provider");
@@ -65,9 +67,14 @@ fn provider(dir: &Path, port: u16, redirect: &str, alg: &str, kid: &str, group: 
     provider
 }
 
-/// A free port of loopback.
-fn port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+/// A port of loopback, for one that sets SO_REUSEADDR as node does. Nobody else is given it while the socket is held, which does
+/// not listen.
+fn port() -> (socket2::Socket, u16) {
+    let held = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    held.set_reuse_address(true).unwrap();
+    held.bind(&std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    let port = held.local_addr().unwrap().as_socket().unwrap().port();
+    (held, port)
 }
 
 /// The provider's cookies, and nothing else of a browser.
@@ -164,10 +171,10 @@ async fn ask_to_clear(server: &Server, cookie: &str) -> String {
 async fn while_the_provider_is_silent_nobody_queues_for_it() {
     let site = TestSite::new();
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let (https, port) = (port(), silent.local_addr().unwrap().port());
+    let port = silent.local_addr().unwrap().port();
     site.configure(&format!(
-        "[https]\nlisten = \"127.0.0.1:{https}\"\n[oidc]\nissuer = \"http://127.0.0.1:{port}\"\nclient_id = \"kiln\"\n\
-         url = \"https://localhost:{https}\"\n[oidc.roles]\n\"kiln-operators\" = \"operator\""
+        "[https]\nlisten = \"127.0.0.1:0\"\n[oidc]\nissuer = \"http://127.0.0.1:{port}\"\nclient_id = \"kiln\"\n\
+         url = \"{URL}\"\n[oidc.roles]\n\"kiln-operators\" = \"operator\""
     ));
     let server = Server::start(&site).await;
     let begun = Instant::now();
@@ -198,13 +205,13 @@ async fn while_the_provider_is_silent_nobody_queues_for_it() {
 async fn people_log_in_with_a_certified_provider() {
     let Some(dir) = installed() else { return };
     let site = TestSite::new();
-    let (https, port) = (port(), port());
+    let (_held, port) = port();
     let secret = site.path().join("client-secret");
     std::fs::write(&secret, "a secret & more\n").unwrap();
     let configure = |role: &str| {
         format!(
-            "[https]\nlisten = \"127.0.0.1:{https}\"\n[oidc]\nissuer = \"http://127.0.0.1:{port}\"\nclient_id = \"kiln\"\n\
-             client_secret_file = \"{}\"\nurl = \"https://localhost:{https}\"\n[oidc.roles]\n\"kiln-operators\" = \"{role}\"",
+            "[https]\nlisten = \"127.0.0.1:0\"\n[oidc]\nissuer = \"http://127.0.0.1:{port}\"\nclient_id = \"kiln\"\n\
+             client_secret_file = \"{}\"\nurl = \"{URL}\"\n[oidc.roles]\n\"kiln-operators\" = \"{role}\"",
             secret.display()
         )
     };
@@ -215,7 +222,7 @@ async fn people_log_in_with_a_certified_provider() {
     let down = server.https("GET", "/login/oidc", &[], Value::Null).await;
     assert_eq!(down.status, StatusCode::SERVICE_UNAVAILABLE, "the provider does not run yet: {}", down.text());
     assert!(down.header("retry-after") == "5" && down.text().contains("log in again in"), "{}", down.text());
-    let redirect = format!("https://localhost:{https}/login/oidc/callback");
+    let redirect = format!("{URL}/login/oidc/callback");
     let running = provider(&dir, port, &redirect, "RS256", "first", "kiln-operators");
     let begun = Instant::now();
     // It is left alone for a while, as the answer said.

@@ -300,9 +300,10 @@ async fn a_failed_acceptance_run_names_the_part_in_a_browser() {
     agent.send(&server, &report).await;
     let text = text_of(&page, "acceptance", |text| text.contains("minimal/2 is failed")).await;
     assert!(text.contains("is failed; disk vda (<b>loud</b>): reading at byte 0: EIO"), "{text}");
-    let failed = page.find_all(Locator::Css("#acceptance li.failed")).await.unwrap();
-    assert_eq!(failed.len(), 1, "{text}");
-    assert_eq!(failed[0].text().await.unwrap(), "disk vda (<b>loud</b>) failed: reading at byte 0: EIO");
+    // Read in one step: what else becomes of the machine writes the list anew.
+    let failed = "return [...document.querySelectorAll('#acceptance li.failed')].map((li) => li.textContent)";
+    let failed = page.execute(failed, vec![]).await.unwrap();
+    assert_eq!(failed, json!(["disk vda (<b>loud</b>) failed: reading at byte 0: EIO"]), "{text}");
     assert_eq!(page.find_all(Locator::Css("#acceptance li.passed")).await.unwrap().len(), 3, "{text}");
     page.close().await.unwrap();
     drop(driver);
@@ -326,6 +327,11 @@ pub async fn text_of(page: &Client, id: &str, wanted: impl Fn(&str) -> bool) -> 
         assert!(begun.elapsed() < PATIENCE, "there is no {id}");
         tokio::task::yield_now().await;
     }
+}
+
+/// Waits until there is such an element, shown or not.
+async fn is_there(page: &Client, css: &str) {
+    page.wait().at_most(PATIENCE).for_element(Locator::Css(css)).await.unwrap();
 }
 
 /// Types into what is shown under this id.
@@ -375,6 +381,8 @@ async fn a_person_logs_in_and_acts_with_the_keyboard_alone() {
     keys(&page, "token", ENTER).await;
     text_of(&page, "who", |text| text == "token ann (operator)").await;
 
+    // The form is there before what can be chosen in it.
+    is_there(&page, "#approve-role option").await;
     keys(&page, "approve-name", "found").await;
     keys(&page, "approve-code", "ABCD-EFGH").await;
     keys(&page, "approve-code", ENTER).await;
@@ -385,6 +393,7 @@ async fn a_person_logs_in_and_acts_with_the_keyboard_alone() {
     text_of(&page, "said", |text| text == "found: approved").await;
     assert_eq!(server.machine("found").await.role.as_deref(), Some("lab"));
 
+    is_there(&page, "#assign-release option").await;
     keys(&page, "assign-via", "cold").await;
     let assign = page.wait().at_most(PATIENCE).for_element(Locator::Css("#assign button")).await.unwrap();
     assign.send_keys(ENTER).await.unwrap();
@@ -413,9 +422,9 @@ async fn a_person_logs_in_and_acts_with_the_keyboard_alone() {
     drop(driver);
 }
 
-/// The button of this kind in the list of what waits for a second person, pressed with the keyboard.
-async fn press(page: &Client, kind: &str) {
-    let css = format!("#pending button.{kind}");
+/// The button of this kind beside what waits for a second person under this id, pressed with the keyboard.
+async fn press(page: &Client, id: &str, kind: &str) {
+    let css = format!("#pending li[data-pending=\"{id}\"] button.{kind}");
     let button = page.wait().at_most(PATIENCE).for_element(Locator::Css(&css)).await.unwrap();
     button.send_keys(ENTER).await.unwrap();
 }
@@ -454,15 +463,15 @@ async fn a_second_person_decides_on_the_page_which_shows_secrets_without_their_v
     assert!(shown.contains("assign rack-1") && shown.contains("It ends on 2"), "{shown}");
     let item = format!("#pending li[data-pending=\"{id}\"]");
     assert!(page.find(Locator::Css(&item)).await.unwrap().is_displayed().await.unwrap());
-    press(&page, "confirm").await;
+    press(&page, &id, "confirm").await;
     text_of(&page, "pending-said", |text| text.ends_with("confirmed by token ben: done")).await;
     assert_eq!(server.machine("rack-1").await.assigned.unwrap().sequence, 2);
     let audit = server.audit().await;
     assert!(audit.iter().any(|r| r.actor == "token ann, confirmed by token ben"), "{audit:?}");
 
     // No is said as well. One's own can only be taken back.
-    ask(&ann).await;
-    press(&page, "refuse").await;
+    let id = ask(&ann).await;
+    press(&page, &id, "refuse").await;
     text_of(&page, "pending-said", |text| text.ends_with("refused by token ben")).await;
     ask(&ben).await;
     text_of(&page, "pending", |text| text.contains("token ben asked on") && text.contains("Take back")).await;

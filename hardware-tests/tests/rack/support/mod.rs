@@ -102,14 +102,17 @@ impl Bench {
         self.kiln(&["release", "publish", "minimal/2"]);
     }
 
+    /// A copy of the repository as it is now, and a server of its files. The boot server looks at its own every two seconds, and
+    /// puts right what it signs itself.
+    pub fn copy_repository(&self) -> (PathBuf, files::Files) {
+        let copy = self.paths.scratch.join("copy");
+        site::copy_tree(&self.site.join("repo"), &copy).unwrap();
+        (copy.clone(), files::Files::serve(copy))
+    }
+
     /// Newest metadata file of a TUF role.
     pub fn metadata(&self, role: &str) -> PathBuf {
         newest_metadata(&self.site, role)
-    }
-
-    /// The published file of a target, found by the end of its consistent-snapshot name.
-    pub fn target(&self, end: &str) -> PathBuf {
-        published(&self.site.join("repo/targets"), end)
     }
 
     /// The published manifest of a release.

@@ -218,23 +218,28 @@ function arrange() {
   summary.dataset.connected = connected;
 }
 
+function forget(id) {
+  rows.get(id)?.row.remove();
+  rows.delete(id);
+}
+
 const events = new EventSource("/api/v1/events");
 events.addEventListener("hello", (event) => {
   connected = true;
   window.kilnFirstEventMs ??= performance.now();
   const all = JSON.parse(event.data);
   const here = new Set(all.map((machine) => machine.id));
-  for (const [id, entry] of rows) {
-    if (!here.has(id)) {
-      entry.row.remove();
-      rows.delete(id);
-    }
-  }
+  [...rows.keys()].filter((id) => !here.has(id)).forEach(forget);
   all.forEach(show);
   arrange();
 });
 events.addEventListener("machine", (event) => {
   show(JSON.parse(event.data));
+  arrange();
+});
+// It was another by its firmware's words, or one that nobody knew and that was silent for longest.
+events.addEventListener("gone", (event) => {
+  forget(JSON.parse(event.data).id);
   arrange();
 });
 events.onerror = () => {

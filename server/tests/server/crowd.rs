@@ -4,7 +4,7 @@ use crate::common::*;
 use futures_util::future::join_all;
 use kiln_netboot::{BootKind, BootQuery};
 use kiln_protocol::*;
-use kiln_server::control::{Control, MAX_DISCOVERED};
+use kiln_server::control::{Control, MAX_DISCOVERED, Told};
 use kiln_server::error::ControlError;
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -110,4 +110,28 @@ async fn a_flood_of_reports_is_refused_and_keeps_no_listed_machine_out() {
     let report = listed.healthy();
     control.report(listed.key_id(), report).await.unwrap();
     assert_eq!(control.view("rack-1").unwrap().state, "healthy");
+}
+
+/// Firmware that gives the bytes of its UUID in another order asks as a machine of its own, until its agent reports.
+#[tokio::test]
+async fn a_machine_that_its_firmware_named_otherwise_is_one_machine_and_watchers_hear_that_the_other_is_gone() {
+    let site = TestSite::new();
+    let (control, _stop) = control(&site).await;
+    let mut agent = Agent::new(9, &site.manifest(1));
+    let report = agent.report();
+    let packet = BootQuery { mac: report.machine.macs[0].parse().unwrap(), ..made_up(1) };
+    control.asked(&packet).await.unwrap();
+    let ghost = packet.id.unwrap();
+    assert_eq!(known(&control), [ghost.clone()].into());
+    let mut watch = control.watch();
+    control.report(agent.key_id(), report).await.unwrap();
+    assert_eq!(known(&control), [machine_id(9)].into());
+    let mut told = Vec::new();
+    while let Ok(news) = watch.try_recv() {
+        told.push(match news {
+            Told::Machine(view) => (view.id.clone(), true),
+            Told::Gone(id) => (id, false),
+        });
+    }
+    assert!(told.contains(&(machine_id(9), true)) && told.last() == Some(&(ghost, false)), "{told:?}");
 }

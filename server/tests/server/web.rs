@@ -128,6 +128,12 @@ async fn the_rack_is_live_in_a_browser() {
     cell(&page, "rack-1", "protection", |text| text == "unprotected, unattested").await;
     cell(&page, "rack-2", "protection", |text| text == "unprotected, no-tpm").await;
 
+    // One that is forgotten goes from the page: `crowd` shows when the server says so.
+    let gone = "events.dispatchEvent(new MessageEvent('gone', { data: JSON.stringify({ id: arguments[0] }) })); \
+                return document.querySelectorAll('tr[data-machine]').length";
+    let left = page.execute(gone, vec![json!(other.report().machine.id)]).await.unwrap();
+    assert_eq!(left, json!(1));
+
     // Expired metadata is said beside the state.
     let stale = Stale { file: "targets.json".into(), expires: "2026-01-01T00:00:00Z".parse().unwrap() };
     let report = Report { stale: Some(stale), ..agent.healthy() };

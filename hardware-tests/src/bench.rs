@@ -1,7 +1,6 @@
 //! `make bench`: what a reimage costs, by kexec and by cold boot in turns on one machine, and what the agent costs a machine
 //! at rest. Figures are compared within one run only: an emulated machine is no real one, and a host has moods.
 
-use crate::api::MachineView;
 use crate::console::Mark;
 use crate::error::{AtPath, LabError};
 use crate::machine::{Firmware, MachineSpec};
@@ -11,7 +10,7 @@ use crate::report::{BootFigures, Sizes};
 use crate::rest::{self, AtRest, LOOK, SETTLED};
 use crate::site;
 use crate::variables::NetworkBoot;
-use kiln_protocol::{AgentMemory, Stage};
+use kiln_protocol::AgentMemory;
 use serde::Serialize;
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -58,8 +57,6 @@ struct Rest {
     rss_bytes: u64,
     /// The most that both ever had, by their own report.
     peak_bytes: Option<u64>,
-    /// The same once they have fetched and verified another release.
-    prefetch_peak_bytes: Option<u64>,
     /// From the machine's word on its console that a start was denied until the boot server showed it.
     denied_told_s: f64,
 }
@@ -125,7 +122,7 @@ fn reimage(paths: &Paths, rounds: u8) -> Result<Reimage, LabError> {
 }
 
 /// By looks from inside: a report has service and guard in one figure, and does not say which processes they were. Before it rests,
-/// how soon the server knows of a denied start; when it has rested, what another release costs.
+/// how soon the server knows of a denied start.
 fn at_rest(paths: &Paths, rest: Duration) -> Result<Rest, LabError> {
     let spec = MachineSpec::new(1, Firmware::Uefi(NetworkBoot::Pxe));
     let mut options = RackOptions::scenario(paths, "bench-rest", spec);
@@ -156,17 +153,11 @@ fn at_rest(paths: &Paths, rest: Duration) -> Result<Rest, LabError> {
     };
     rack.wait_healthy(NAME, 1)?;
     let peak_bytes = peak(&rack)?;
-    // It is told that it has another release before it leaves for that.
-    rack.kiln(&["assign", NAME, &format!("{}/1", site::IMAGE), "--via", "cold"])?;
-    let fetched = |view: &MachineView| view.boot().is_some_and(|boot| boot.at(Stage::Prefetch, "done").is_some());
-    rack.wait(NAME, "another release fetched", fetched)?;
-    let prefetch_peak_bytes = peak(&rack)?;
     Ok(Rest {
         accelerator: rack.accelerator.0.name().to_owned(),
         cpu_share: figures.service_share + figures.guard_share,
         rss_bytes: figures.service_rss_bytes + figures.guard_rss_bytes,
         peak_bytes,
-        prefetch_peak_bytes,
         denied_told_s,
         figures,
     })
@@ -222,7 +213,6 @@ fn summary(all: &serde_json::Value) -> String {
     line("  the guard of its allow-list", "/rest/guard_rss_bytes", 1e-6, "MB");
     line("  both", "/rest/rss_bytes", 1e-6, "MB");
     line("  both, at most", "/rest/peak_bytes", 1e-6, "MB");
-    line("  both, at most, with a release fetched", "/rest/prefetch_peak_bytes", 1e-6, "MB");
     line("a denied start is shown by the boot server after", "/rest/denied_told_s", 1.0, "s");
     line("  the service knows of it after", "/exec/told/median_ms", 1.0, "ms");
     line("a start that cannot be judged in time waits", "/exec/late/median_ms", 1.0, "ms");

@@ -77,7 +77,7 @@ fn what_the_service_costs_at_rest() {
     #[allow(clippy::cast_precision_loss)] // some hundred
     let share = ms as f64 / 1e3 / seconds;
     println!("the service at rest: {:.3} % of one core: {ms} ms in {seconds:.0} s, {reports} reports", share * 100.0);
-    if let Some(path) = std::env::var_os("KILN_FIGURES").map(std::path::PathBuf::from) {
+    if let Some(path) = std::env::var_os("KILN_FIGURES").map(PathBuf::from) {
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         let figures = serde_json::json!({ "cpu_share": share, "seconds": seconds, "reports": reports });
         std::fs::write(path, figures.to_string()).unwrap();

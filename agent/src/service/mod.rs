@@ -241,7 +241,7 @@ impl Service {
                             self.refused = Some((text, Instant::now()));
                         }
                     }
-                    Event::Time
+                    Event::News
                 }
                 checked = maybe(&mut selects) => {
                     selects = None;

@@ -260,10 +260,11 @@ impl Service {
                 }
                 told = maybe(&mut proving) => {
                     proving = None;
+                    let trouble = matches!(&told, (_, Ok((_, Some(_)))));
                     if self.proved(told) {
                         break 'service true;
                     }
-                    Event::Time
+                    if trouble { Event::News } else { Event::Time }
                 }
                 wrong = maybe(&mut files) => {
                     files = None;

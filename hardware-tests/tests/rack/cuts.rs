@@ -385,10 +385,10 @@ fn killed_at(rack: &mut Rack, nbd: &Nbd, number: usize, ends: &[&str]) -> bool {
     killed
 }
 
-/// Kills over the four tests, three in the install to one in the reimage; `KILN_KILLS` says another number. Each takes a
-/// quarter of a minute and more.
+/// Kills over all these tests, three in the install to one in the reimage; `KILN_KILLS` says another number. Each takes a
+/// quarter of a minute and more. In parts, each of which ends within reach and can be run again alone.
 const KILLS: usize = 500;
-const PARTS: usize = 4;
+const PARTS: usize = 16;
 
 fn kills() -> usize {
     let asked = std::env::var("KILN_KILLS").ok();
@@ -460,7 +460,7 @@ fn killed(paths: &Paths, part: usize) {
 macro_rules! kills {
     ($($test:ident $part:literal)*) => {$(
         #[test]
-        #[ignore = "slow: 125 boots; make test-slow"]
+        #[ignore = "slow: some 40 boots; make test-slow"]
         fn $test() {
             testing::rack(|paths| killed(paths, $part));
         }
@@ -468,8 +468,20 @@ macro_rules! kills {
 }
 
 kills! {
-    a_machine_killed_at_its_nth_write_comes_back_one 0
-    a_machine_killed_at_its_nth_write_comes_back_two 1
-    a_machine_killed_at_its_nth_write_comes_back_three 2
-    a_machine_killed_at_its_nth_write_comes_back_four 3
+    a_machine_killed_at_its_nth_write_comes_back_01 0
+    a_machine_killed_at_its_nth_write_comes_back_02 1
+    a_machine_killed_at_its_nth_write_comes_back_03 2
+    a_machine_killed_at_its_nth_write_comes_back_04 3
+    a_machine_killed_at_its_nth_write_comes_back_05 4
+    a_machine_killed_at_its_nth_write_comes_back_06 5
+    a_machine_killed_at_its_nth_write_comes_back_07 6
+    a_machine_killed_at_its_nth_write_comes_back_08 7
+    a_machine_killed_at_its_nth_write_comes_back_09 8
+    a_machine_killed_at_its_nth_write_comes_back_10 9
+    a_machine_killed_at_its_nth_write_comes_back_11 10
+    a_machine_killed_at_its_nth_write_comes_back_12 11
+    a_machine_killed_at_its_nth_write_comes_back_13 12
+    a_machine_killed_at_its_nth_write_comes_back_14 13
+    a_machine_killed_at_its_nth_write_comes_back_15 14
+    a_machine_killed_at_its_nth_write_comes_back_16 15
 }

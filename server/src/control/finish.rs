@@ -62,7 +62,11 @@ impl Control {
                 }
             }
             for id in pending.gone {
-                let _ = self.told.send(Told::Gone(id));
+                // Likewise: one that has come again meanwhile is there.
+                let inner = self.look();
+                if !inner.machines.contains_key(&id) {
+                    let _ = self.told.send(Told::Gone(id));
+                }
             }
         }
         if pending.wake {
